@@ -14,8 +14,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 from torch import nn
 
 from lora_lab.ablation.results import SCORE
@@ -23,6 +24,9 @@ from lora_lab.task import Task
 from lora_lab.tasks.generate import answers
 from lora_lab.tasks.instruction import PairTask
 from lora_lab.train import batch_losses
+
+if TYPE_CHECKING:
+    import pandas
 
 _DIGITS = 6  # after the decimal point
 
@@ -60,6 +64,26 @@ class BlockLosses:
         right = [a == pair.answer for a, pair in zip(predictions, task.pairs["test"][:limit], strict=True)]
         starts = range(0, len(right), self.block)
         return [round(fmean(right[start : start + self.block]), _DIGITS) for start in starts]
+
+
+def losses_by_seed(rows: pandas.DataFrame, by: str, part: str) -> dict[Any, np.ndarray]:
+    """Return the losses of trials with a result for every seed, as :func:`block_losses_of` gives them.
+
+    Args:
+        rows: the last row of each trial.
+        by: the column in which those that belong together agree, such as "setup" or "lr".
+        part: as for :func:`block_losses_of`.
+
+    Returns:
+        Each value of that column, ascending -> (seeds, blocks).
+    """
+    seeds = sorted(rows["seed"].unique())
+    done = rows[rows["outcome"] == "done"].sort_values("seed")
+    return {
+        value: np.array([block_losses_of(row, part) for row in of_value.to_dict("records")])
+        for value, of_value in done.groupby(by)
+        if of_value["seed"].tolist() == seeds
+    }
 
 
 def block_losses_of(row: Mapping[Any, Any], part: str) -> list[float]:

@@ -44,10 +44,9 @@ from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from torch import nn
 
-from lora_lab.ablation.blocks import BlockLosses, block_losses_of
+from lora_lab.ablation.blocks import BlockLosses, block_losses_of, losses_by_seed
 from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.results import OUT_OF_MEMORY, OUTCOME, PROVENANCE, SCORE, STOPPED
 from lora_lab.ablation.run import ablate
@@ -330,10 +329,14 @@ def tune(
             for setup, template in setups.items()
         }
         frame = labelled(ablate(model_factory, task, [*chain(*trials.values())], place, **options), trials)
-        return frame, {str(setup): choose_rate(last_rows(rows), seeds) for setup, rows in frame.groupby("setup")}
+        return frame, _choices_by_setup(frame, seeds)
 
     with nullcontext(folder) if folder is not None else TemporaryDirectory() as place:
         return _widen(run, {setup: lrs[setup] for setup in setups}, widen, beyond)[0]
+
+
+def _choices_by_setup(frame: pandas.DataFrame, seeds: Sequence[int]) -> dict[str, Choice]:
+    return {str(setup): choose_rate(last_rows(rows), seeds) for setup, rows in frame.groupby("setup")}
 
 
 def labelled(table: pandas.DataFrame, trials: Mapping[str, Sequence[Trial]]) -> pandas.DataFrame:
@@ -458,8 +461,7 @@ def at_rates(
     for size in sorted(set(rates["n_train"].astype(int))):
         of_size = rates[rates["n_train"] == size]
         lrs = {str(setup): rows["lr"].tolist() for setup, rows in of_size.groupby("setup", sort=False)}
-        settings = model_factory, task_of, trial_of, lrs, [size], seeds, folder
-        frames += by_size(*settings, choose=len(seeds), **options)
+        frames += by_size(model_factory, task_of, trial_of, lrs, [size], seeds, folder, len(seeds), **options)
     return pandas.concat(frames, ignore_index=True)
 
 
@@ -549,7 +551,7 @@ def compare_tuned(
             judge=BlockLosses({"validation": study.chosen_on}, study.block),
             **options,
         )
-        choices = {str(setup): choose_rate(last_rows(rows), study.choosing) for setup, rows in tuned.groupby("setup")}
+        choices = _choices_by_setup(tuned, study.choosing)
         lrs |= {setup: choice.lr for setup, choice in choices.items()}
         edges |= {setup: choice.edge for setup, choice in choices.items()}
         yield tuned.assign(stage="choosing", edge=tuned["setup"].map(edges))
@@ -602,17 +604,13 @@ def compare_losses(
     import pandas
 
     rows = last_rows(frame[frame["stage"] == "judging"])
-    seeds = sorted(rows["seed"].unique())
     setups = frame[frame["stage"].isin(["choosing", "judging"])]["setup"].unique()
-    first, losses = rows.drop_duplicates("setup").set_index("setup"), {}
-    for setup, done in rows[rows["outcome"] == "done"].sort_values("seed").groupby("setup"):
-        if done["seed"].tolist() == seeds:
-            losses[setup] = np.array([block_losses_of(row, part) for row in done.to_dict("records")])
+    first, losses = rows.drop_duplicates("setup").set_index("setup"), losses_by_seed(rows, "setup", part)
     if reference not in losses:
         raise ValueError(f"{reference!r} has no results for all seeds to compare with; there are {[*losses]}.")
     table = []
     for setup in setups:
-        row = {"setup": setup, "lr": first["lr"].get(setup, math.nan), "seeds": len(seeds)}
+        row = {"setup": setup, "lr": first["lr"].get(setup, math.nan), "seeds": rows["seed"].nunique()}
         why = "failed"
         if setup in losses:
             paired = losses[setup] - losses[reference]
@@ -645,12 +643,12 @@ def compare_by_seed(best: pandas.DataFrame, column: str, reference: str = "full"
 
     if reference not in set(best["setup"]):
         raise ValueError(f"There is no method {reference!r} to compare with; there are {sorted(set(best['setup']))}.")
-    shared, rows = [name for name in ("n_train",) if name in best], []
-    for size, of_size in best.groupby("n_train") if shared else [(None, best)]:
+    rows = []
+    for size, of_size in each_size(best):
         table = of_size.pivot(index="seed", columns="setup", values=column)
         for setup in of_size["setup"].unique():
             values = table[setup].dropna()
-            row = dict.fromkeys(shared, size) | {"setup": setup, "mean": values.mean()}
+            row = size | {"setup": setup, "mean": values.mean()}
             row |= {"least": values.min(), "most": values.max(), "seeds": len(values)}
             if setup != reference and reference in table:
                 paired = (table[setup] - table[reference]).dropna().tolist()
@@ -658,6 +656,15 @@ def compare_by_seed(best: pandas.DataFrame, column: str, reference: str = "full"
                     row |= dict(zip(("difference", "lower", "upper"), t_bounds(paired), strict=True))
             rows.append(row)
     return pandas.DataFrame(rows)
+
+
+def each_size(frame: pandas.DataFrame) -> Iterator[tuple[dict[str, Any], pandas.DataFrame]]:
+    """Yield the rows of each size of the training set, with its column; all rows if there is no column ``n_train``."""
+    if "n_train" not in frame:
+        yield {}, frame
+        return
+    for size, of_size in frame.groupby("n_train"):
+        yield {"n_train": size}, of_size
 
 
 # Which rank is enough

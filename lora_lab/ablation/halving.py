@@ -34,7 +34,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -170,49 +170,38 @@ class Halving:
         return Decision(stopped, None)
 
     def _ruled_out(self, curves: Curves, step: int, earlier: int | None, plan: GroupSteps) -> list[tuple[float, str]]:
-        """The rates to stop at a rung, with reasons."""
-        seeds = sorted(set.intersection(*(set(by_seed) for by_seed in curves.values())))
+        """Return the rates to stop at a rung, with reasons."""
+        seeds = sorted(set.intersection(*map(set, curves.values())))
         if not seeds:
             return []
-        losses = {lr: [self._loss(by_seed[seed], step) for seed in seeds] for lr, by_seed in curves.items()}
-        means = {lr: statistics.fmean(of_seeds) for lr, of_seeds in losses.items()}
+        means = {lr: statistics.fmean(self._loss(of[seed], step) for seed in seeds) for lr, of in curves.items()}
         best, *others = sorted(means, key=lambda lr: (means[lr], lr))
         stopped = []
         for lr in others[max(1, math.ceil(self.keep * len(means))) - 1 :]:
-            if self.cautious and plan.decays and lr > best:
-                continue
-            now = [loss - of_best for loss, of_best in zip(losses[lr], losses[best], strict=True)]
-            reason = (
-                f"validation loss {means[lr]:.4g} after {step} of {plan.steps} steps, "
-                f"{statistics.fmean(now):.2g} above learning rate {best:g}"
-            )
+            pairs = [(curves[lr][seed], curves[best][seed]) for seed in seeds]
+            now = [self._loss(curve, step) - self._loss(of_best, step) for curve, of_best in pairs]
+            mean, lower, _ = t_bounds(now)
+            reason = f"validation loss {means[lr]:.4g} after {step} of {plan.steps} steps, "
+            reason += f"{mean:.2g} above learning rate {best:g}"
             if self.cautious and earlier is not None:
-                log_steps = math.log(plan.steps / step) / math.log(step / earlier)
-                at_end = [
-                    self._difference_at_end(curves[lr][seed], curves[best][seed], step, earlier, log_steps)
-                    for seed in seeds
-                ]
-                mean, lower, _ = t_bounds(now)
-                lower, expected = mean if lower is None else lower, statistics.fmean(at_end)
-                if min(lower, expected) <= self.slack:
+                at_end = statistics.fmean(self._at_end(*pair, step, earlier, plan.steps) for pair in pairs)
+                lower = mean if lower is None else lower
+                if (plan.decays and lr > best) or min(lower, at_end) <= self.slack:
                     continue
                 sure = f", at least {lower:.2g} with {CONFIDENCE:.0%} confidence" if len(seeds) > 1 else ""
-                reason += f"{sure}, and by the trend {expected:.2g} after the last step"
+                reason += f"{sure}, and by the trend {at_end:.2g} after the last step"
             stopped.append((lr, f"{reason}; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"))
         return stopped
 
     def _loss(self, curve: Mapping[int, float], step: int) -> float:
-        """The loss by which a curve is compared at a step."""
+        """Return the loss by which a curve is compared at a step."""
         return min(value for each, value in curve.items() if each <= step) if self.best_so_far else curve[step]
 
-    def _difference_at_end(
-        self, curve: Mapping[int, float], best: Mapping[int, float], step: int, earlier: int, log_steps: float
+    def _at_end(
+        self, curve: Mapping[int, float], best: Mapping[int, float], step: int, earlier: int, last: int
     ) -> float:
-        """A seed's difference to the best rate after the last step, by the trend from ``earlier`` to ``step``.
-
-        Args:
-            log_steps: the logarithm of the last step over ``step``, in units of that of ``step`` over ``earlier``.
-        """
+        """Return a seed's difference to the best rate after the last step, by the trend since ``earlier``."""
+        log_steps = math.log(last / step) / math.log(step / earlier)
         now = self._loss(curve, step) - self._loss(best, step)
         if self.best_so_far:  # the best rate may have had its best already, so the curve alone is followed
             fall = (curve[earlier] - curve[step]) * log_steps
@@ -237,12 +226,12 @@ def next_round(
     due: dict[int | None, list[Trial]] = {}
     stopped = {}
     for group in _groups(trials):
-        choosing = halving.choosing([trial.seed for trial in group])
-        outcomes = {trial: results[trial.key]["outcome"] if trial.key in results else "" for trial in group}
+        choosing = halving.choosing(trial.seed for trial in group)
         curves: dict[float, dict[int, dict[int, float]]] = {}
         for trial in group:
             if trial.seed in choosing:
                 curves.setdefault(trial.lr, {})[trial.seed] = _curve(results.get(trial.key))
+        outcomes = {trial: results.get(trial.key, {}).get("outcome") for trial in group}
         failed = {trial.lr for trial in group if outcomes[trial] == "failed"}
         decision = halving.decide(curves, GroupSteps.of(group[0]), failed)
         until = decision.until
@@ -258,9 +247,9 @@ def next_round(
 
 def _groups(trials: Iterable[Trial]) -> list[list[Trial]]:
     """Trials that differ in learning rate and seed alone, together."""
-    groups: dict[str, list[Trial]] = {}
+    groups: dict[Trial, list[Trial]] = {}
     for trial in trials:
-        groups.setdefault(str(sorted((trial.to_dict() | {"lr": None, "seed": None}).items())), []).append(trial)
+        groups.setdefault(replace(trial, lr=1.0, seed=0), []).append(trial)
     return [*groups.values()]
 
 
@@ -285,23 +274,27 @@ def replay(frame: pandas.DataFrame, halving: Halving, group: Sequence[str] = ("m
 
     parts, rungs = [], 0
     for _, of_group in frame.groupby([*group], sort=False, dropna=False):
-        first = of_group.iloc[0]
-        steps = int(first["steps"])
-        curves: dict[float, dict[int, dict[int, float]]] = {}
-        done = of_group[of_group["outcome"] == "done"]
-        for lr, seed, step, loss in done[["lr", "seed", "step", "validation_loss"]].itertuples(index=False):
-            curves.setdefault(float(lr), {}).setdefault(int(seed), {})[int(step)] = float(loss)
-        failed = set(of_group.loc[of_group["outcome"] == "failed", "lr"])
-        seeds = halving.choosing(of_group["seed"])
-        chosen = {lr: {seed: by_seed[seed] for seed in seeds if seed in by_seed} for lr, by_seed in curves.items()}
-        steps_of = [set(curve) for by_seed in chosen.values() for curve in by_seed.values()]
+        first, seeds = of_group.iloc[0], halving.choosing(of_group["seed"])
+        curves: Any = {  # pandas knows no types of keys
+            lr: {seed: _by_step(rows) for seed, rows in of_rate.groupby("seed") if seed in seeds}
+            for lr, of_rate in of_group[of_group["outcome"] == "done"].groupby("lr")
+        }
+        steps_of = [set(curve) for by_seed in curves.values() for curve in by_seed.values()]
         evaluated = sorted(set.intersection(*steps_of)) if steps_of else []
-        warmup = int(first["warmup"]) if "warmup" in first else steps // 10
-        plan = GroupSteps(steps, warmup, evaluated, first.get("schedule", "constant") != "constant")
+        steps = int(first["steps"])
+        decays = first.get("schedule", "constant") != "constant"
+        plan = GroupSteps(steps, int(first.get("warmup", steps // 10)), evaluated, decays)
         rungs += len(halving.rungs_at(plan))
-        for lr, (step, reason) in halving.decide(chosen, plan, failed).stopped.items():
+        failed = set(of_group.loc[of_group["outcome"] == "failed", "lr"])
+        for lr, (step, reason) in halving.decide(curves, plan, failed).stopped.items():
             if step is not None:  # when a seed failed is not recorded, so the others count in full
-                of_group = _stopped(of_group, lr, seeds, step, reason)
+                at_rate = of_group["lr"] == lr
+                begun = of_group["step"] <= of_group["seed"].isin(seeds) * step  # the other seeds' settings alone
+                results = [name for name in map(str, frame) if name == "test_loss" or name.startswith(SCORE)]
+                stopped = of_group[at_rate & begun].assign(
+                    outcome=STOPPED, reason=reason, **dict.fromkeys(results, math.nan)
+                )
+                of_group = pandas.concat([of_group[~at_rate], stopped])
         parts.append(of_group)
     if not rungs:
         raise ValueError(
@@ -311,16 +304,8 @@ def replay(frame: pandas.DataFrame, halving: Halving, group: Sequence[str] = ("m
     return pandas.concat(parts, ignore_index=True)
 
 
-def _stopped(frame: pandas.DataFrame, lr: float, choosing: Collection[int], step: int, reason: str) -> pandas.DataFrame:
-    """The frame with the trials of a rate stopped at a step, or not begun for the seeds that do not choose."""
-    import pandas
-
-    of_rate = frame["lr"] == lr
-    stopped = frame[of_rate & (frame["step"] <= frame["seed"].isin(choosing) * step)].copy()
-    results = [name for name in map(str, frame) if name == "test_loss" or name.startswith(SCORE)]
-    stopped[["outcome", "reason"]] = STOPPED, reason
-    stopped[results] = math.nan
-    return pandas.concat([frame[~of_rate], stopped])
+def _by_step(rows: pandas.DataFrame) -> dict[int, float]:
+    return dict(zip(rows["step"].astype(int), rows["validation_loss"], strict=True))
 
 
 def share_of_steps(frame: pandas.DataFrame) -> float:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora_lab.ablation.blocks import block_losses_of
+from lora_lab.ablation.blocks import losses_by_seed
 from lora_lab.ablation.compare import last_rows
 from lora_lab.ablation.stats import CONFIDENCE, RESAMPLES, interval, resampled_means
 
@@ -43,13 +43,7 @@ def losses_by_rate(frame: pandas.DataFrame) -> dict[float, np.ndarray]:
     """
     if "setup" in frame and frame["setup"].nunique() > 1:
         raise ValueError(f"The frame has the setups {[*frame['setup'].unique()]}, but must have one; select its rows.")
-    rows = last_rows(frame)
-    seeds, losses = sorted(rows["seed"].unique()), {}
-    done = rows[rows["outcome"] == "done"].sort_values("seed")
-    for lr in map(float, sorted(done["lr"].unique())):
-        at_rate = done[done["lr"] == lr]
-        if at_rate["seed"].tolist() == seeds:
-            losses[lr] = np.array([block_losses_of(row, "validation") for row in at_rate.to_dict("records")])
+    losses = {float(lr): values for lr, values in losses_by_seed(last_rows(frame), "lr", "validation").items()}
     if not losses:
         raise ValueError("No learning rate has a result for every seed; run the trials that are missing.")
     return losses

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora_lab.ablation.compare import compare_by_seed, judge
+from lora_lab.ablation.compare import compare_by_seed, each_size, judge
 from lora_lab.ablation.results import SCORE
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def compare_over_rates(
     trials, rows = summarise_trials(frame), []
     if reference not in set(trials["setup"]):
         raise ValueError(f"There is no method {reference!r} to compare with; there are {sorted(set(trials['setup']))}.")
-    for size, of_size in trials.groupby("n_train") if "n_train" in trials else [(None, trials)]:
+    for size, of_size in each_size(trials):
         references = [at_rate for _, at_rate in of_size[of_size["setup"] == reference].groupby("lr")]
         for setup, of_setup in of_size[of_size["setup"] != reference].groupby("setup", sort=False):
             others = [at_rate for _, at_rate in of_setup.groupby("lr")]
@@ -169,16 +169,11 @@ def compare_over_rates(
             bounds = pandas.concat(tables).query("setup == @setup") if complete else pandas.DataFrame()
             if "lower" not in bounds or bounds["lower"].isna().any():
                 raise ValueError(f"{setup!r} and {reference!r} need two seeds in common at each rate to be compared.")
-            row = {} if size is None else {"n_train": size}
-            row |= {
-                "setup": setup,
-                "pairs": len(references) * len(others),
-                "lower": bounds["lower"].min(),
-                "upper": bounds["upper"].max(),
-            }
             words = set(_words(bounds))
             verdict = "flips" if {"less", "more"} <= words else words.pop() if len(words) == 1 else "open"
-            rows.append({**row, "verdict": verdict})
+            row = size | {"setup": setup, "pairs": len(references) * len(others)}
+            row |= {"lower": bounds["lower"].min(), "upper": bounds["upper"].max(), "verdict": verdict}
+            rows.append(row)
     return pandas.DataFrame(rows)
 
 
@@ -201,12 +196,10 @@ def by_stopping_point(frame: pandas.DataFrame, column: str = "overfit", referenc
             `compare_by_seed`.
     """
     parts = []
-    for _, of_size in frame.groupby("n_train") if "n_train" in frame else [(None, frame)]:
+    for _, of_size in each_size(frame):
         for step in sorted(of_size["step"].dropna().unique())[2:]:
-            stopped = compare_by_seed(
-                _of_one_rate(summarise_trials(of_size[of_size["step"] <= step])), column, reference
-            )
-            parts.append(stopped.assign(step=step))
+            stopped = _of_one_rate(summarise_trials(of_size[of_size["step"] <= step]))
+            parts.append(compare_by_seed(stopped, column, reference).assign(step=step))
     return _with_verdicts(parts, reference)
 
 

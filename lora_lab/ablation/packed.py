@@ -48,6 +48,7 @@ from lora_lab.task import Examples, Loss, Task, cross_entropy, modes_restored
 from lora_lab.train import (
     EVALUATED,
     Batch,
+    DataOrder,
     TrainConfig,
     TrainingStep,
     check_batches,
@@ -125,7 +126,7 @@ def fit_packed(
     configs = [make_config(lr=run.lr, seed=run.seed, **options) for run in runs]
     names = _common_layers(model, task, runs, configs)
     check_evaluated(task, configs[0])
-    order = JoinedOrder(task, configs)  # which checks the batches
+    orders = data_orders(task, configs)  # which checks the batches
     config = configs[0]  # all but lr and seed are the same for all
     lean = cast(Lean | None, config.lean)
     if lean is not None or config.gradient_checkpointing:
@@ -136,15 +137,17 @@ def fit_packed(
         adapters = PackedAdapters(model, runs, names, lean)
         at_start = None
         if lean is not None and paused is None:
-            at_start = _losses_at_start(model, task, config, lean, len(runs))
+            loss = partial(lean_cross_entropy, rows=lean.loss_rows) if task.loss is cross_entropy else task.loss
+            base = dataclasses.replace(task, loss=cast(Loss, loss))  # all updates are zero
+            at_start = _evaluations(model, base, config, len(runs))
         adapters.place(1 if lean is None else lean.threads)
         step = PackedStep(task.loss, adapters, configs)
-        history = PackedHistory(task, configs, step)
+        history = PackedHistory(task, configs, step, paused)
         model.train()
         with step:
             if lean is None:  # the blocks of the lean step do not mix trials
-                _check_independence(step, task, order.rows(0, config.batch_size).view(len(runs), -1))
-            _train(step, history, task, order, configs, at_start, paused, until, progress)
+                _check_independence(step, task, joined_rows(orders, 0, config.batch_size))
+            _train(step, history, task, orders, configs, at_start, paused, until, progress)
         return [
             PackedResult(error=history.errors[k])
             if k in history.errors
@@ -157,7 +160,7 @@ def _train(
     step: PackedStep,
     history: PackedHistory,
     task: Task,
-    order: JoinedOrder,
+    orders: Sequence[DataOrder],
     configs: Sequence[TrainConfig],
     at_start: dict[str, list[float]] | None,
     paused: Sequence[PackedResult] | None,
@@ -171,17 +174,15 @@ def _train(
     done = 0 if paused is None else len(paused[0].rows) - 1
     with progress_bar(config.steps, f"{trials} adapters", progress, done=done) as bar:
         bar.set_postfix_str("evaluating")
-        if paused is not None:
-            history.resume(paused)
-            step.resume(paused)
-        else:
-            history.start()
+        if paused is None:
             history.add_evaluations(at_start or _evaluations(model, judged, config, trials))
+        else:
+            step.resume(paused)
         for number in range(done + 1, (until or config.steps) + 1):
             if not history.live:
                 break
             started = time.perf_counter()
-            parts, weights, counts = joined_batches(task, order, number, config)
+            parts, weights, counts = joined_batches(task, orders, number, config)
             factor = config.rate_factor(number)
             for group, peak in zip(step.optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
@@ -204,14 +205,6 @@ def _evaluations(model: nn.Module, task: Task, config: TrainConfig, trials: int)
     """The losses of each trial by part; a loss that is one number, as before training, is that of all trials."""
     sizes = config.batch_size, config.eval_examples, config.by_length
     return {part: mean_loss(model, task, part, *sizes).expand(trials).tolist() for part in EVALUATED}
-
-
-def _losses_at_start(
-    model: nn.Module, task: Task, config: TrainConfig, lean: Lean, trials: int
-) -> dict[str, list[float]]:
-    """The losses before training, which are those of the base model for all trials, since their updates are zero."""
-    loss = partial(lean_cross_entropy, rows=lean.loss_rows) if task.loss is cross_entropy else task.loss
-    return _evaluations(model, dataclasses.replace(task, loss=cast(Loss, loss)), config, trials)
 
 
 def _common_layers(model: nn.Module, task: Task, runs: Sequence[Run], configs: Sequence[TrainConfig]) -> list[str]:
@@ -344,11 +337,10 @@ class PackedAdapters:
     @torch.no_grad()
     def unpack(self, k: int) -> dict[str, Tensor]:
         """Put trial k's adapter alone into the model, and return its state."""
-        lane = next(lane for lane in self.lanes if k < lane.trials.stop)
+        parts = self.parts(self.values[k], k)
         for name, adapter in self.unpacked[k].items():
-            packed, place = lane.layers[name], k - lane.trials.start
-            adapter.lora_A.copy_(packed.lora_A[place, : adapter.rank])  # (r, in)
-            adapter.lora_B.copy_(packed.lora_B[place, :, : adapter.rank])  # (out, r)
+            adapter.lora_A.copy_(parts[f"{name}.lora_A"])  # (r, in)
+            adapter.lora_B.copy_(parts[f"{name}.lora_B"])  # (out, r)
             replace(self.model, name, adapter)
         return adapter_state(self.model)
 
@@ -462,10 +454,15 @@ class PackedStep(TrainingStep):
             )
         )  # (20,)
 
+    def _row(self, k: int) -> tuple[nn.Parameter, int]:
+        """The optimiser's parameter with trial k's adapter, and its row there."""
+        rows, parameter = next(block for block in self.blocks if k < block[0].stop)
+        return parameter, k - rows.start
+
     def moments(self, k: int) -> dict[str, dict[str, Tensor]]:
         """AdamW's moments of trial k's adapter."""
-        rows, parameter = next(block for block in self.blocks if k < block[0].stop)
-        state, place = self.optimizer.state[parameter], k - rows.start
+        parameter, place = self._row(k)
+        state = self.optimizer.state[parameter]
         return {
             moment: {name: part.clone() for name, part in self.adapters.parts(state[moment][place], k).items()}
             for moment in MOMENTS
@@ -491,29 +488,30 @@ class PackedStep(TrainingStep):
         Without the place the joined batch would be smaller, and the base's product may round the other trials' rows
         differently (with three trials of the digits transformer it does).
         """
-        for rows, parameter in self.blocks:
-            if rows.start <= k < rows.stop:
-                for tensor in (parameter, *self.optimizer.state[parameter].values()):
-                    if tensor.ndim:  # not the count of steps
-                        tensor[k - rows.start] = 0.0  # (N,)
+        parameter, place = self._row(k)
+        for tensor in (parameter, *self.optimizer.state[parameter].values()):
+            if tensor.ndim:  # not the count of steps
+                tensor[place] = 0.0  # (N,)
 
 
 class PackedHistory:
     """The histories of a pack's trials, which grow together; a trial that diverges ends alone.
 
-    ``live`` holds the histories of the others by index, and ``errors`` what ``fit`` would have raised.
+    They begin with row 0, the model before training, or with the rows of trials that have paused. ``live`` holds those
+    that have not diverged by index, and ``errors`` what ``fit`` would have raised for the others.
     """
 
-    def __init__(self, task: Task, configs: Sequence[TrainConfig], step: PackedStep) -> None:
+    def __init__(
+        self, task: Task, configs: Sequence[TrainConfig], step: PackedStep, paused: Sequence[PackedResult] | None
+    ) -> None:
         self.live: dict[int, History] = {}
         self.errors: dict[int, DivergedError] = {}
         self._step, adapters = step, step.adapters
-        about = {"name": task.name, "fingerprint": task.fingerprint, "unit": task.unit}
         for k, (run, config) in enumerate(zip(adapters.runs, configs, strict=True)):
             factors = [factor for layer in adapters.unpacked[k].values() for factor in (layer.lora_A, layer.lora_B)]
             trainable = sum(factor.numel() for factor in factors)
             self.live[k] = History(
-                task=dict(about),
+                task={"name": task.name, "fingerprint": task.fingerprint, "unit": task.unit},
                 method=run.method.settings(),
                 settings=config.settings() | {"packed": len(configs)},
                 trainable_parameters=trainable,
@@ -521,16 +519,10 @@ class PackedHistory:
                 # What its own optimiser would hold: two moments per parameter, and one float32 counter per tensor.
                 optimizer_bytes=2 * trainable * adapters.values.element_size() + 4 * len(factors),
             )
-
-    def start(self) -> None:
-        """Begin with row 0, the model before training."""
-        for history in self.live.values():
-            history.start()
-
-    def resume(self, paused: Sequence[PackedResult]) -> None:
-        """Go on from the rows of trials that have paused."""
-        for k, result in enumerate(paused):
-            self.live[k].rows = [dict(row) for row in result.rows]
+            if paused is None:
+                self.live[k].start()
+            else:
+                self.live[k].rows = [dict(row) for row in paused[k].rows]
 
     def add(self, step: int, **columns: Sequence[float]) -> None:
         """Append the row of a step to each live history: of each column, the trial's number."""
@@ -556,31 +548,26 @@ class PackedHistory:
         return f"best loss {min(losses):.3f}" if losses else "all have diverged"
 
 
-class JoinedOrder:
-    """The data orders of all trials side by side.
-
-    Args:
-        task: what they train on.
-        configs: one for each trial, which differ in seed and rate.
+def data_orders(task: Task, configs: Sequence[TrainConfig]) -> list[DataOrder]:
+    """Return the data order of each trial; trials of one seed share theirs.
 
     Raises:
         ValueError: no target of a batch counts in the loss, or as for :func:`lora_lab.train.data_order`.
     """
+    by_seed = {config.seed: config for config in configs}
+    orders = {seed: data_order(task, config) for seed, config in by_seed.items()}
+    for seed, config in by_seed.items():
+        check_batches(task, orders[seed], config)
+    return [orders[config.seed] for config in configs]
 
-    def __init__(self, task: Task, configs: Sequence[TrainConfig]) -> None:
-        self.seeds = [config.seed for config in configs]
-        self._orders = {config.seed: data_order(task, config) for config in configs}
-        for config in {config.seed: config for config in configs}.values():
-            check_batches(task, self._orders[config.seed], config)
 
-    def rows(self, position: int, count: int) -> Tensor:
-        """What :meth:`DataOrder.rows` gives for each trial, one after another: (trials * count,)."""
-        rows = {seed: order.rows(position, count) for seed, order in self._orders.items()}
-        return torch.cat([rows[seed] for seed in self.seeds])
+def joined_rows(orders: Sequence[DataOrder], position: int, count: int) -> Tensor:
+    """Return what :meth:`DataOrder.rows` gives for each trial: (trials, count)."""
+    return torch.stack([order.rows(position, count) for order in orders])
 
 
 def joined_batches(
-    task: Task, order: JoinedOrder, step: int, config: TrainConfig
+    task: Task, orders: Sequence[DataOrder], step: int, config: TrainConfig
 ) -> tuple[list[Examples], list[Tensor], list[int]]:
     """The micro-batches of a step, as :func:`lora_lab.train.micro_batches`, each with the examples of all trials.
 
@@ -588,7 +575,7 @@ def joined_batches(
         The micro-batches; each one's share of every trial's targets that count, (trials,); and the size of each trial's
         batch, as in ``task.size``.
     """
-    rows = order.rows((step - 1) * config.batch_size, config.batch_size).view(len(order.seeds), -1)  # (20, 32)
+    rows = joined_rows(orders, (step - 1) * config.batch_size, config.batch_size)  # (20, 32)
     columns = rows.split(math.ceil(config.batch_size / config.accumulate), dim=1)
     parts = [task.train[part.flatten()] for part in columns]  # 640 rows
     counts = [part.counts.view(len(rows), -1).sum(1).double() for part in parts]  # (20,)

@@ -80,10 +80,6 @@ class PackedLinear(JointLinear):
             "have no common weight; run them separately, with fit."
         )
 
-    def extra_repr(self) -> str:
-        trials, rank, _ = self.lora_A.shape
-        return f"trials={trials}, largest rank={rank}"
-
 
 def _forward(
     x: Tensor, layers: Sequence[PackedLinear], factors: Sequence[Tensor]

@@ -130,7 +130,7 @@ def plan(
     if engine == "separate":
         return [([trial], False) for trial in trials]
     refusals: dict[tuple[str, torch.dtype | None], str | None] = {}
-    groups: dict[str, list[Trial]] = {}
+    groups: dict[tuple[Any, ...], list[Trial]] = {}
     separate = []
     for trial in trials:
         kind = str(trial.method), trial.autocast
@@ -164,12 +164,10 @@ def _check_steps(model: nn.Module, task: Task, trials: Sequence[Trial]) -> None:
                 make_step(twin, task.loss, trial.method, trial)
 
 
-def _common_settings(trial: Trial) -> str:
+def _common_settings(trial: Trial) -> tuple[Any, ...]:
     """What the trials of a pack must have in common: all but rank, alpha, learning rate and seed."""
-    step = {"step": (trial.accumulate, trial.gradient_checkpointing, trial.lean)}
-    content: dict[str, Any] = {**trial.to_dict(), **step}
-    method = {name: value for name, value in content["method"].items() if name not in ("rank", "alpha")}
-    return str(sorted({**content, "method": sorted(method.items()), "lr": None, "seed": None}.items()))
+    content = replace(trial, method=replace(lora_of(trial), rank=1, alpha=1.0), lr=1.0, seed=0)
+    return content, trial.accumulate, trial.gradient_checkpointing, trial.lean
 
 
 def _fitting(model: nn.Module, task: Task, trials: Sequence[Trial], budget_bytes: int | None, workers: int) -> int:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -151,14 +151,23 @@ class Rule:
 
     def errors(self, runs: Iterable[HighRankRun]) -> dict[str, float]:
         """Task -> mean over its runs of log2(predicted / nearest of the ranks left), in doublings."""
-        by_task: dict[str, list[float]] = {}
-        for run in runs:
+
+        def error(run: HighRankRun) -> float:
             predicted, (low, high) = self.predict(run.values, run.largest), run.left
-            by_task.setdefault(run.task, []).append(math.log2(predicted / min(max(predicted, low), high)))
-        return {task: statistics.fmean(errors) for task, errors in by_task.items()}
+            return math.log2(predicted / min(max(predicted, low), high))
+
+        return mean_by_task(runs, error)
 
     def __str__(self) -> str:
         return f"{self.factor:.3g} times {self.statistic}"
+
+
+def mean_by_task(runs: Iterable[HighRankRun], number: Callable[[HighRankRun], float]) -> dict[str, float]:
+    """Return task -> mean over its runs of a number of each run."""
+    by_task: dict[str, list[float]] = {}
+    for run in runs:
+        by_task.setdefault(run.task, []).append(number(run))
+    return {task: statistics.fmean(numbers) for task, numbers in by_task.items()}
 
 
 def fit_rule(statistic: str, runs: Sequence[HighRankRun]) -> tuple[Rule, float]:
@@ -167,10 +176,7 @@ def fit_rule(statistic: str, runs: Sequence[HighRankRun]) -> tuple[Rule, float]:
     The factor is the median of (enough rank / statistic), taken over the tasks on a logarithmic scale. Each task counts
     once. The enough rank is the smallest rank that the sweep shows to be enough.
     """
-    by_task: dict[str, list[float]] = {}
-    for run in runs:
-        by_task.setdefault(run.task, []).append(math.log2(run.left[1] / run.values[statistic]))
-    doublings = [statistics.fmean(of_task) for of_task in by_task.values()]
+    doublings = mean_by_task(runs, lambda run: math.log2(run.left[1] / run.values[statistic])).values()
     middle = statistics.median(doublings)
     return Rule(statistic, 2**middle), statistics.fmean(abs(each - middle) for each in doublings)
 
@@ -242,17 +248,12 @@ def assess(rows: Iterable[Mapping[str, Any]]) -> Assessment:
         raise ValueError("The sweeps decide no planted task, so no rule can be chosen; run more seeds of those.")
     rule = choose_rule(planted)
     errors, constant = rule.errors(runs), Rule(CONSTANT, GUESS).errors(runs)
-    table = [
-        {
-            "task": task,
-            "planted": is_planted(task),
-            **next(dict(zip(("low", "high"), run.left, strict=True)) for run in runs if run.task == task),
-            "predicted": [rule.predict(run.values, run.largest) for run in runs if run.task == task],
-            "error": error,
-            "constant_error": constant[task],
-        }
-        for task, error in errors.items()
-    ]
+    table = []
+    for task, error in errors.items():
+        of_task = [run for run in runs if run.task == task]
+        row = {"task": task, "planted": is_planted(task)} | dict(zip(("low", "high"), of_task[0].left, strict=True))
+        row["predicted"] = [rule.predict(run.values, run.largest) for run in of_task]
+        table.append(row | {"error": error, "constant_error": constant[task]})
     return Assessment(rule, pandas.DataFrame(table), tuple(undecided))
 
 

@@ -177,14 +177,6 @@ def _in_rounds(
     """Yield the result of each trial of a sweep with halving as it ends, and last of those that were stopped.
 
     Decisions depend only on losses, so a sweep that is started again repeats them.
-
-    Args:
-        halving: the rule.
-        trials: all trials of the sweep.
-        stored: what is stored of them, by key.
-        folder: of the sweep.
-        model: where they begin.
-        run: trains trials to where they pause, or to the end.
     """
     halving.check(trials)
     results = dict(stored)
@@ -338,7 +330,7 @@ def _task(task: Task | Callable[[], Task]) -> Task:
 
 def _run(job: _Job) -> list[_File]:
     """Run a job in this process, and return its results."""
-    with _alone(), _threads(None if _here() == job.home else 1):
+    with _alone(None if _here() == job.home else 1):
         task = _task(job.task)
         if task.fingerprint != job.trials[0].task:
             raise RuntimeError(
@@ -350,26 +342,24 @@ def _run(job: _Job) -> list[_File]:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def _alone(threads: int | None) -> Iterator[None]:
+    """Let the block run a trial, the only one of this process, with so many threads of torch, or as many as there are.
+
+    Raises:
+        RuntimeError: another one runs already.
+    """
     if not _BUSY.acquire(blocking=False):
         raise RuntimeError(
             "Two trials were started in one process at the same time, in threads that share torch's random "
             "generators, so the numbers would be wrong; use processes with one trial at a time each."
         )
-    try:
-        yield
-    finally:
-        _BUSY.release()
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+    torch.set_num_threads(threads or before)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+        _BUSY.release()
 
 
 # Running
@@ -478,8 +468,7 @@ def _run_pack(job: _Job, model: nn.Module, task: Task, trials: Sequence[Trial]) 
 def _of_pack(job: _Job, model: nn.Module, task: Task, trial: Trial, result: packed.PackedResult) -> _Ended:
     if result.history is None:
         return _Ended(trial, _device(model), reason=str(result.error))
-    student = copy_sharing_weights(model)  # shares the frozen weights
-    optimizer = make_step(student, task.loss, trial.method, trial).optimizer  # as fit would have left it
+    student, optimizer = _student(model, task, trial)
     with torch.no_grad():
         for name, layer in lora_layers(student, required=True).items():
             for part in layer.parts:
@@ -497,13 +486,19 @@ def _of_pack(job: _Job, model: nn.Module, task: Task, trial: Trial, result: pack
 
 def _paused_result(pause: _Pause, model: nn.Module, task: Task, trial: Trial) -> packed.PackedResult:
     """Return what a pack, or fit, had reached with a trial."""
-    student, history = copy_sharing_weights(model), cast(History, pause.stored(trial))
-    optimizer = make_step(student, task.loss, trial.method, trial).optimizer
+    history = cast(History, pause.stored(trial))
+    student, optimizer = _student(model, task, trial)
     with own_randomness(_device(model), trial.seed):
         checkpoint.resume(pause.checkpoint_dir(trial), student, optimizer, history)
     parameters = _trainable(student)
     moments = {m: {name: optimizer.state[parameter][m] for name, parameter in parameters} for m in packed.MOMENTS}
     return packed.PackedResult(history, adapter_state(student), moments=moments)
+
+
+def _student(model: nn.Module, task: Task, trial: Trial) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return a model with the trial's adapters over the same frozen weights, and its optimiser, as fit makes them."""
+    student = copy_sharing_weights(model)
+    return student, make_step(student, task.loss, trial.method, trial).optimizer
 
 
 def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -149,23 +149,6 @@ def test_the_next_rung_is_asked_for_until_one_rate_is_left():
     assert [*halving.decide(rates, PLAN).stopped] == [3.0, 2.0]
 
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"rungs": []}, "rungs is"),
-        ({"rungs": [0.5, 0.2]}, "ascending"),
-        ({"rungs": [1.0]}, "between 0 and 1"),
-        ({"keep": 1.1}, "keep is 1.1"),
-        ({"slack": -1.0}, "slack is"),
-        ({"slack": math.nan}, "slack is"),
-        ({"choose": 0}, "choose is 0"),
-    ],
-)
-def test_options_that_make_no_sense_are_refused(options, says):
-    with pytest.raises(ValueError, match=says):
-        Halving(**options)
-
-
 # The sweep
 
 
@@ -325,21 +308,6 @@ def test_a_method_without_rank_has_its_rates_compared_too():
     same(replay(sweep(trials, halving=None), PLAIN), frame)
 
 
-@pytest.mark.parametrize(
-    ("options", "changes"),
-    [
-        ({"eval_every": 20}, {"eval_every": 2}),
-        ({"steps": 30, "warmup": 20, "eval_every": 3}, {"warmup": 0}),
-        ({"steps": 2, "eval_every": 1}, {"steps": 20}),
-    ],
-)
-def test_trials_that_are_evaluated_at_no_rung_are_refused(options, changes):
-    with pytest.raises(ValueError, match=r"eval_every is .*, so there is no rung"):
-        Halving().check(grid(**options))
-    Halving().check(grid(**options | changes))  # as the sentence advises
-    Halving().check(grid(lrs=[1e-2], **options))  # one rate needs no rung
-
-
 def test_the_lowest_seeds_choose_in_whatever_order_they_are_given():
     halving = Halving(choose=1, cautious=False, keep=0, rungs=[0.5])
     trials = grid(lrs=[1e-4, 1e-2, 1.0], seeds=(2, 0, 1), steps=8)
@@ -450,13 +418,40 @@ def test_the_record_of_overfitting_has_the_same_rates_and_verdicts_for_two_fifth
     assert set(map(tuple, chosen[[*group, "lr"]].to_numpy())) != set(map(tuple, best[[*group, "lr"]].to_numpy()))
 
 
-def test_a_record_without_curves_cannot_be_replayed():
-    frame = load_all("ablation")["amd-epyc-2-cores-ablation"].frame()
-    with pytest.raises(ValueError, match=r"evaluated at the steps \[0, 60\] only"):
-        replay(frame, Halving())
-
-
 def test_share_of_steps_counts_failed_trials_in_full():
     rows = [("done", 10.0), ("failed", math.nan), ("stopped", 5.0), ("stopped", math.nan)]
     trials = [{"lr": lr, "seed": 0, "steps": 10, "outcome": row[0], "step": row[1]} for lr, row in enumerate(rows)]
     assert share_of_steps(pandas.DataFrame(trials)) == 25 / 40
+
+
+NO_RUNGS = [
+    ({"eval_every": 20}, {"eval_every": 2}),
+    ({"steps": 30, "warmup": 20, "eval_every": 3}, {"warmup": 0}),
+    ({"steps": 2, "eval_every": 1}, {"steps": 20}),
+]
+REFUSED = [  # the call, and what must be named
+    (lambda: Halving(rungs=[]), "rungs is"),
+    (lambda: Halving(rungs=[0.5, 0.2]), "ascending"),
+    (lambda: Halving(rungs=[1.0]), "between 0 and 1"),
+    (lambda: Halving(keep=1.1), "keep is 1.1"),
+    (lambda: Halving(slack=-1.0), "slack is"),
+    (lambda: Halving(slack=math.nan), "slack is"),
+    (lambda: Halving(choose=0), "choose is 0"),
+    *(
+        (lambda options=options: Halving().check(grid(**options)), "eval_every is .* no rung")
+        for options, _ in NO_RUNGS
+    ),
+    (lambda: replay(load_all("ablation")["amd-epyc-2-cores-ablation"].frame(), Halving()), r"steps \[0, 60\] only"),
+]
+
+
+@pytest.mark.parametrize(("call", "named"), REFUSED)
+def test_what_cannot_be_halved_is_refused_and_named(call, named):
+    with pytest.raises(ValueError, match=named):
+        call()
+
+
+@pytest.mark.parametrize(("options", "changes"), NO_RUNGS)
+def test_trials_have_rungs_as_the_refusal_advises_and_one_rate_needs_none(options, changes):
+    Halving().check(grid(**options | changes))
+    Halving().check(grid(lrs=[1e-2], **options))

@@ -193,7 +193,7 @@ def test_each_trial_equals_its_own_run_on_batches_by_length(tiny_config):
         assert result.history.settings["batches"] == "by_length"
     at_random = fit_packed(model, task, RUNS, **options | {"batches": "random"})
     assert not np.allclose(column(results[0], "train_loss"), column(at_random[0], "train_loss"), rtol=1e-3)
-    with pytest.raises(ValueError, match="all training examples of task 'pictures' have the same length"):
+    with pytest.raises(ValueError, match="all examples of task 'pictures' have the same length"):
         fit_packed(*digits_net(), RUNS, **options)
 
 
@@ -243,17 +243,38 @@ def test_each_trial_equals_its_own_run_whatever_the_step(tiny_config, step, targ
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("lean", [None, Lean(), Lean(torch.bfloat16, checkpoint=True, threads=2)], ids=str)
-def test_each_trial_equals_its_own_run_over_a_base_in_four_bits(tiny_config, lean):
-    model = Llama(replace(tiny_config, hidden_size=64, intermediate_size=64, head_dim=16), seed=3)
+def in_four_bits(config):
+    model = Llama(replace(config, hidden_size=64, intermediate_size=64, head_dim=16), seed=3)
     quantize_nf4(model)
-    options = {"steps": 6, "batch_size": 3, "lean": lean}
-    results = fit_packed(model, sentences(), RUNS[:3], **options)
-    for run, result in zip(RUNS[:3], results, strict=True):
-        rtol = 1e-3 if lean is None or lean.base_dtype is None else 2e-2
-        assert_as_separate(result, *separate(model, sentences(), run, **options), rtol=rtol)
+    return model, sentences()
+
+
+def in_units(unit, config):
+    return Llama(config, seed=3), replace(sentences(), unit=unit)
+
+
+PACKS = {  # what makes the model and the task, the runs, options, and how near to the separate runs
+    "of one": (lambda _: digits_net(), RUNS[:1], {}, 1e-12),
+    "LoRA and RsLoRA": (lambda _: digits_net(), [Run(kind(4, 8), 1e-2, 1) for kind in (LoRA, RsLoRA)], {}, 1e-9),
+    "half precision": (lambda _: (DigitsMLP(width=16).bfloat16(), pictures(torch.bfloat16)), RUNS, {}, 0.02),
+    "four bits": (in_four_bits, RUNS[:3], {}, 1e-3),
+    "four bits, lean": (in_four_bits, RUNS[:3], {"lean": Lean()}, 1e-3),
+    "four bits, threads": (in_four_bits, RUNS[:3], {"lean": Lean(torch.bfloat16, checkpoint=True, threads=2)}, 2e-2),
+    "tokens": (functools.partial(in_units, "tokens"), RUNS[:2], {"accumulate": 2}, 1e-3),
+    "examples": (functools.partial(in_units, "examples"), RUNS[:2], {"accumulate": 2}, 1e-3),
+}
+
+
+@pytest.mark.parametrize("pack", PACKS)
+def test_each_trial_equals_its_own_run_in_every_pack(tiny_config, pack):
+    make, runs, options, rtol = PACKS[pack]
+    model, task = make(tiny_config)
+    results = fit_packed(model, task, runs, **OPTIONS | options)
+    for run, result in zip(runs, results, strict=True):
+        assert_as_separate(result, *separate(model, task, run, **OPTIONS | options), rtol=rtol)
         assert moved(result) > 1e-3
-    assert not np.allclose(column(results[0], "train_loss"), column(results[1], "train_loss"), rtol=1e-2)
+    for other in results[1:]:
+        assert not np.allclose(column(results[0], "train_loss"), column(other, "train_loss"), rtol=1e-3)
 
 
 def test_a_lean_pack_multiplies_with_its_base_in_bfloat16(tiny_config, monkeypatch):
@@ -297,12 +318,6 @@ def test_rows_and_facts_are_those_of_a_separate_run():
     assert list(results[0].history.frame()["step"]) == list(range(OPTIONS["steps"] + 1))
 
 
-def test_a_pack_of_one_equals_its_own_run():
-    model, task = digits_net()
-    (result,) = fit_packed(model, task, RUNS[:1], **OPTIONS)
-    assert_as_separate(result, *separate(model, task, RUNS[0], **OPTIONS), rtol=1e-12)
-
-
 def test_trials_and_a_config_say_the_same_as_runs_and_keywords():
     model, task = digits_net()
     expected = fit_packed(model, task, RUNS, **OPTIONS)
@@ -312,25 +327,6 @@ def test_trials_and_a_config_say_the_same_as_runs_and_keywords():
         assert all(map(same_bits, results, expected))
         assert [result.history.settings for result in results] == [result.history.settings for result in expected]
     assert not any(map(same_bits, fit_packed(model, task, RUNS, config), expected))
-
-
-def test_lora_and_rslora_share_a_pack():
-    model, task = digits_net()
-    runs = [Run(method(4, 8), 1e-2, 1) for method in (LoRA, RsLoRA)]
-    results = fit_packed(model, task, runs, **OPTIONS)
-    for run, result in zip(runs, results, strict=True):
-        assert_as_separate(result, *separate(model, task, run, **OPTIONS), rtol=1e-9)
-    scalings = [float(result.adapter["hidden1.scaling"]) for result in results]
-    assert scalings == [2.0, 4.0]
-
-
-def test_a_base_in_half_precision_keeps_its_adapters_in_float32():
-    model = DigitsMLP(width=16).bfloat16()
-    task = pictures(torch.bfloat16)
-    for run, result in zip(RUNS, fit_packed(model, task, RUNS, **OPTIONS), strict=True):
-        history, adapter = separate(model, task, run, **OPTIONS)
-        assert result.adapter["hidden1.lora_A"].dtype == torch.float32
-        assert_as_separate(result, history, adapter, rtol=0.02)
 
 
 def test_a_second_derivative_through_a_packed_layer_is_refused():
@@ -366,7 +362,6 @@ def test_a_packed_layer_gives_each_trial_its_own_update(shape):
         np.testing.assert_allclose(found[rows], own, rtol=0, atol=1e-12)
         other = x[rows] @ weight.T + bias + scaling[k - 1] * (x[rows] @ A[k - 1].T @ B[k - 1].T)
         assert np.abs(found[rows] - other).max() > 0.1
-    assert "trials=3, largest rank=2" in repr(layer)
 
 
 # Trials do not touch
@@ -539,13 +534,6 @@ def test_a_part_in_which_nothing_counts_is_refused_as_by_fit(tiny_config):
             train()
 
 
-@pytest.mark.parametrize("unit", ["tokens", "examples"])
-def test_micro_batches_are_weighted_by_the_targets_that_count_whatever_the_unit(tiny_config, unit):
-    model, task, options = Llama(tiny_config, seed=3), replace(sentences(), unit=unit), {**OPTIONS, "accumulate": 2}
-    for run, result in zip(RUNS[:2], fit_packed(model, task, RUNS[:2], **options), strict=True):
-        assert_as_separate(result, *separate(model, task, run, **options), rtol=1e-3)
-
-
 # What is left behind
 
 
@@ -638,35 +626,10 @@ def adapted_net():
     return model
 
 
-def nf4_net():
-    model = DigitsMLP(width=64)
-    quantize_nf4(model)
-    return model
-
-
 def mixed_net():
     model = DigitsMLP(width=16)
     model.head.double()
     return model
-
-
-REFUSED_METHODS = [
-    (DoRA(rank=2), "'dora'"),
-    (PiSSA(rank=2), "'pissa'"),
-    (LoRAFA(rank=2), "'lora-fa'"),
-    (LoRAPlus(rank=2), "'lora\\+'"),
-    (FullFineTuning(), "'full'"),
-    (LoRAConfig(rank=2), "LoRAConfig"),
-    (LoRA(rank=2, dropout=0.1), "dropout is 0.1"),
-    (LoRA(rank=2, targets=["q_proj"]), "'q_proj' matches no module"),
-]
-
-
-@pytest.mark.parametrize(("method", "reason"), REFUSED_METHODS, ids=lambda value: type(value).__name__)
-def test_a_method_that_cannot_be_packed_is_refused_with_the_reason(method, reason):
-    model, task = DigitsMLP(width=16), pictures()
-    assert refusal(model, task, RUNS[0].method) is None
-    assert_refused(model, task, [RUNS[0], Run(method, lr=1e-3)], refusal(model, task, method), reason)
 
 
 def test_autocast_cannot_be_packed():
@@ -685,28 +648,6 @@ def assert_refused(model, task, runs, sentence, reason, **options):
     assert_untouched(model, before)
 
 
-FIRST = LoRA(rank=2, targets=["first"])
-REFUSED_MODELS = {
-    "ready": (ready_net, LoRA(rank=2), "prepared for 'full'"),
-    "adapted": (adapted_net, LoRA(rank=2), "already has adapters"),
-    "dtypes": (mixed_net, LoRA(rank=2), "float32 and float64"),
-    "embedding": (lambda: Net(nn.Embedding(4, 12)), LoRA(targets=["first", "middle"]), "'middle' is a Embedding"),
-    "convolution": (lambda: Net(nn.Conv2d(4, 12, 1)), LoRA(targets=["middle"]), "'middle' is a Conv2d"),
-    "batch norm": (lambda: Net(nn.BatchNorm1d(12)), FIRST, "'middle' .* statistics of the whole batch"),
-    "running": (lambda: Net(nn.InstanceNorm1d(12, track_running_stats=True)), FIRST, "running statistics"),
-    "dropout": (lambda: Net(nn.Dropout(0.2)), FIRST, "'middle' .* has dropout 0.2"),
-    "attention": (lambda: Net(Attending(0.3)), FIRST, "'middle.attention' .* has dropout 0.3"),
-    "recurrent": (lambda: Net(nn.LSTM(12, 12, num_layers=2, dropout=0.1)), FIRST, "'middle' .* has dropout 0.1"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED_MODELS)
-def test_a_model_that_cannot_be_packed_is_refused_with_the_reason(case):
-    make, method, reason = REFUSED_MODELS[case]
-    model, task = make(), pictures()
-    assert_refused(model, task, [Run(method, lr=1e-3)], refusal(model, task, method), reason)
-
-
 @dataclass
 class Scaled:
     """A loss that cannot be hashed, for it compares by its field."""
@@ -717,22 +658,44 @@ class Scaled:
         return self.factor * own_loss(model, inputs, targets)
 
 
-@pytest.mark.parametrize(
-    ("loss", "named"),
-    [
-        (functools.partial(own_loss), r"loss 'partial\(\[own_loss\], \{\}\)' cannot be computed for each trial"),
-        (
-            functools.partial(cross_entropy),
-            r"loss 'partial\(\[cross_entropy\], \{\}\)' cannot be computed for each trial",
-        ),
-        (Scaled(2.0), r"loss 'Scaled\(factor=2.0\)' cannot be computed for each trial"),
-        (lambda model, inputs, targets: model(inputs).sum(), "loss '<lambda>' cannot be computed for each trial"),
-    ],
-    ids=["partial", "partial of one that can", "not hashable", "lambda"],
-)
-def test_a_loss_that_is_no_plain_function_is_refused_by_its_name(loss, named):
-    model, task = DigitsMLP(width=16), pictures(loss=loss)
-    assert_refused(model, task, RUNS, refusal(model, task, RUNS[0].method), named)
+TWO, FIRST = LoRA(rank=2), LoRA(rank=2, targets=["first"])
+NET = functools.partial(DigitsMLP, width=16)
+METHODS = [
+    (DoRA(rank=2), "'dora'"),
+    (PiSSA(rank=2), "'pissa'"),
+    (LoRAFA(rank=2), "'lora-fa'"),
+    (LoRAPlus(rank=2), "'lora\\+'"),
+    (FullFineTuning(), "'full'"),
+    (LoRAConfig(rank=2), "LoRAConfig"),
+    (LoRA(rank=2, dropout=0.1), "dropout is 0.1"),
+    (LoRA(rank=2, targets=["q_proj"]), "'q_proj' matches no module"),
+]
+LOSSES_OF_ITS_OWN = [
+    (functools.partial(own_loss), r"loss 'partial\(\[own_loss\], \{\}\)' cannot be computed"),
+    (functools.partial(cross_entropy), r"loss 'partial\(\[cross_entropy\], \{\}\)' cannot be computed"),
+    (Scaled(2.0), r"loss 'Scaled\(factor=2.0\)' cannot be computed"),
+    (lambda model, inputs, targets: model(inputs).sum(), "loss '<lambda>' cannot be computed"),
+]
+REFUSED = [  # what makes the model, the method, the loss, and what must be named
+    (ready_net, TWO, cross_entropy, "prepared for 'full'"),
+    (adapted_net, TWO, cross_entropy, "already has adapters"),
+    (mixed_net, TWO, cross_entropy, "float32 and float64"),
+    (lambda: Net(nn.Embedding(4, 12)), LoRA(targets=["first", "middle"]), cross_entropy, "'middle' is a Embedding"),
+    (lambda: Net(nn.Conv2d(4, 12, 1)), LoRA(targets=["middle"]), cross_entropy, "'middle' is a Conv2d"),
+    (lambda: Net(nn.BatchNorm1d(12)), FIRST, cross_entropy, "'middle' .* statistics of the whole batch"),
+    (lambda: Net(nn.InstanceNorm1d(12, track_running_stats=True)), FIRST, cross_entropy, "running statistics"),
+    (lambda: Net(nn.Dropout(0.2)), FIRST, cross_entropy, "'middle' .* has dropout 0.2"),
+    (lambda: Net(Attending(0.3)), FIRST, cross_entropy, "'middle.attention' .* has dropout 0.3"),
+    (lambda: Net(nn.LSTM(12, 12, num_layers=2, dropout=0.1)), FIRST, cross_entropy, "'middle' .* has dropout 0.1"),
+    *((NET, method, cross_entropy, named) for method, named in METHODS),
+    *((NET, TWO, loss, named) for loss, named in LOSSES_OF_ITS_OWN),
+]
+
+
+@pytest.mark.parametrize(("make", "method", "loss", "named"), REFUSED)
+def test_what_cannot_be_packed_is_refused_with_the_reason(make, method, loss, named):
+    model, task = make(), pictures(loss=loss)
+    assert_refused(model, task, [Run(method, lr=1e-3)], refusal(model, task, method), named)
 
 
 class ByFunction(nn.Module):
@@ -747,14 +710,6 @@ class ByFunction(nn.Module):
         return self.function(self, x)
 
 
-def draws(module, x):
-    return F.dropout(x, 0.5, module.training)
-
-
-def centres(module, x):
-    return x - x.mean(0)
-
-
 def remembers(module, x):
     if module.training:
         module.average.lerp_(x.detach().mean(0), 0.1)
@@ -765,10 +720,6 @@ def remembers_anew(module, x):
     if module.training:
         module.average = module.average + x.detach().mean(0)
     return x
-
-
-def harmless(module, x):
-    return x - x.mean(1, keepdim=True) + module.average
 
 
 class PositionFirst(nn.Module):
@@ -800,27 +751,6 @@ class LooksBack(nn.Module):
         return F.scaled_dot_product_attention(x[None], x[None], x[None], is_causal=True)[0]
 
 
-def adds_up(module, x):
-    return x.cumsum(0) / 4
-
-
-def adds_up_backwards(module, x):
-    return x.flip(0).cumsum(0).flip(0) / 4
-
-
-def scales(module, x):
-    """As where activations are quantised by one scale for all, which no gradient goes through."""
-    return x / x.detach().abs().amax()
-
-
-def rounds_by_the_first(module, x):
-    return x - (x - x[:1]).detach().round() / 8
-
-
-def rounds_by_the_last(module, x):
-    return x - (x - x[-1:]).detach().round() / 8
-
-
 class Unused(Net):
     def forward(self, x):
         return F.relu(self.first(x))[:, :10]
@@ -831,18 +761,23 @@ class ReadsWeights(Net):
         return F.linear(F.relu(F.linear(x, self.first.weight)), self.head.weight)
 
 
-TOUCHING = {
-    "random": (lambda: Net(ByFunction(draws)), 4),
-    "batch mean": (lambda: Net(ByFunction(centres)), 4),
-    "buffer": (lambda: Net(ByFunction(remembers)), 4),
-    "new buffer": (lambda: Net(ByFunction(remembers_anew)), 4),
+# As where activations are quantised by one scale for all, which no gradient goes through.
+SCALES = ByFunction(lambda module, x: x / x.detach().abs().amax())
+MIXES = {  # what is done between the layers
+    "random": lambda module, x: F.dropout(x, 0.5, module.training),
+    "batch mean": lambda module, x: x - x.mean(0),
+    "buffer": remembers,
+    "new buffer": remembers_anew,
+    "forward": lambda module, x: x.cumsum(0) / 4,
+    "backward": lambda module, x: x.flip(0).cumsum(0).flip(0) / 4,
+    "by the first": lambda module, x: x - (x - x[:1]).detach().round() / 8,
+    "by the last": lambda module, x: x - (x - x[-1:]).detach().round() / 8,
+}
+FEW = {"forward": 2, "backward": 2, "by the first": 2, "by the last": 2}
+TOUCHING = {name: (lambda mix=mix: Net(ByFunction(mix)), FEW.get(name, 4)) for name, mix in MIXES.items()} | {
     "lstm": (lambda: Net(Carries()), 3),
     "attention": (lambda: Net(LooksBack()), 4),
-    "forward": (lambda: Net(ByFunction(adds_up)), 2),
-    "backward": (lambda: Net(ByFunction(adds_up_backwards)), 2),
-    "scale": (lambda: Net(ByFunction(scales)), 4),
-    "by the first": (lambda: Net(ByFunction(rounds_by_the_first)), 2),
-    "by the last": (lambda: Net(ByFunction(rounds_by_the_last)), 2),
+    "scale": (lambda: Net(SCALES), 4),
     "position first": (PositionFirst, 4),
     "unused": (lambda: Unused(nn.Identity()), 4),
     "odd rows": (PositionFirst, 3),
@@ -866,8 +801,8 @@ def test_a_model_that_lets_trials_touch_is_found_out_before_training(case):
 def test_trials_of_one_order_that_share_a_scale_are_found_out_too():
     runs = [Run(LoRA(rank=2, targets=["first"]), lr=1e-3, seed=0) for _ in range(3)]
     with pytest.raises(PackingError, match="would not be independent"):
-        fit_packed(Net(ByFunction(scales)), pictures(), runs, **OPTIONS)
-    early = nn.Sequential(ByFunction(lambda module, x: scales(module, x)), DigitsMLP(width=16))  # below all adapters
+        fit_packed(Net(SCALES), pictures(), runs, **OPTIONS)
+    early = nn.Sequential(SCALES, DigitsMLP(width=16))  # below all adapters
     with pytest.raises(PackingError, match="would not be independent"):
         fit_packed(early, pictures(), RUNS, **OPTIONS)
 
@@ -880,7 +815,8 @@ def test_trying_out_changes_no_number_of_the_run(monkeypatch):
 
 
 def test_a_harmless_function_is_not_found_fault_with():
-    results = fit_packed(Net(ByFunction(harmless)), pictures(), RUNS, **OPTIONS)
+    harmless = ByFunction(lambda module, x: x - x.mean(1, keepdim=True) + module.average)
+    results = fit_packed(Net(harmless), pictures(), RUNS, **OPTIONS)
     assert all(moved(result) > 1e-3 for result in results)
 
 
@@ -980,12 +916,18 @@ def test_no_share_is_empty_or_too_large():
 # Pausing
 
 
-def test_a_pack_that_paused_goes_on_bit_for_bit():
-    task, options = pictures(), {"steps": 6, "batch_size": 4, "eval_every": 3, "progress": False}
-    whole = fit_packed(DigitsMLP(width=16), task, RUNS, **options)
-    paused = fit_packed(DigitsMLP(width=16), task, RUNS, until=3, **options)
+PAUSING = [{}, {"lean": Lean(torch.bfloat16, threads=2)}, {"gradient_checkpointing": True}]
+
+
+@pytest.mark.parametrize("options", PAUSING, ids=str)
+def test_a_pack_that_paused_goes_on_bit_for_bit(tiny_config, options):
+    def train(runs=RUNS, **more):
+        model, task = (Llama(tiny_config), sentences()) if options else (DigitsMLP(width=16), pictures())
+        return fit_packed(model, task, runs, **OPTIONS | options, **more)
+
+    whole, paused = train(), train(until=3)
     assert [len(result.rows) for result in paused] == [4] * len(RUNS)
-    later = fit_packed(DigitsMLP(width=16), task, RUNS, paused=paused, **options)
+    later = train(paused=paused)
 
     def losses(results):
         return [[row[name] for name in (*LOSSES, "lr", "grad_norm")] for result in results for row in result.rows]
@@ -998,22 +940,7 @@ def test_a_pack_that_paused_goes_on_bit_for_bit():
         changed = copy.deepcopy(paused)
         for result in changed:
             result.moments[moment] = {name: 1 + value for name, value in result.moments[moment].items()}
-        assert losses(fit_packed(DigitsMLP(width=16), task, RUNS, paused=changed, **options)) != losses(whole)
-    alone = fit_packed(DigitsMLP(width=16), task, RUNS[1:2], paused=paused[1:2], **options)  # and in another pack
-    assert alone[0].rows[-1]["validation_loss"] == pytest.approx(whole[1].rows[-1]["validation_loss"], rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    "options", [{"lean": Lean(torch.bfloat16, threads=2)}, {"gradient_checkpointing": True}], ids=str
-)
-def test_a_pack_of_another_step_that_paused_goes_on_bit_for_bit(tiny_config, options):
-    def losses(**more):
-        results = fit_packed(Llama(tiny_config), sentences(), RUNS[:3], **OPTIONS | options, **more)
-        return results, [[row["train_loss"] for row in result.rows] for result in results]
-
-    whole, expected = losses()
-    paused, first = losses(until=2)
-    later, continued = losses(paused=paused)
-    assert (continued, [len(rows) for rows in first]) == (expected, [3] * 3)
-    for result, other in zip(later, whole, strict=True):
-        assert all(torch.equal(value, other.adapter[name]) for name, value in result.adapter.items())
+        assert losses(train(paused=changed)) != losses(whole)
+    (alone,) = train(RUNS[1:2], paused=paused[1:2])  # and in another pack
+    rtol = 2e-2 if "lean" in options else 1e-5
+    assert alone.rows[-1]["validation_loss"] == pytest.approx(whole[1].rows[-1]["validation_loss"], rel=rtol)

@@ -211,22 +211,23 @@ def test_a_rule_that_fails_on_other_tasks_does_not_work():
     assert advice.works is False
 
 
-def test_a_rule_that_is_worse_than_the_constant_does_not_work(monkeypatch):
-    others = {"digits 1": (4, 16.0), "digits 2": (16, 64.0), "docs": (4, 16.0)}  # the rule is off by a doubling each
-    assert assess(record_rows(PLANTED | others)).works is None  # as 8 is
-    monkeypatch.setattr(rank_advice, "GUESS", 4)
-    assert assess(record_rows(PLANTED | others)).works is False
+OFF = {"digits 1": (4, 16.0), "digits 2": (16, 64.0), "docs": (4, 16.0)}  # the rule is off by a doubling each
+ALIKE = dict.fromkeys(("digits 1", "digits 2", "docs"), (4, 8.0))  # they do not tell the rule from a constant of 4
 
 
-def test_tasks_that_do_not_distinguish_the_rule_from_the_constant_leave_it_open(monkeypatch):
-    monkeypatch.setattr(rank_advice, "GUESS", 4)
-    others = dict.fromkeys(("digits 1", "digits 2", "docs"), (4, 8.0))
-    assert assess(record_rows(PLANTED | others)).works is None
-    assert assess(record_rows(PLANTED | others | {"style": (1, 2.0)})).works is True
-
-
-def test_two_judged_tasks_are_too_few():
-    assert assess(record_rows(PLANTED | {"digits 1": (1, 2.0), "docs": (16, 30.0)})).works is None
+@pytest.mark.parametrize(
+    ("others", "guess", "works"),
+    [
+        (OFF, 8, None),  # as 8 is
+        (OFF, 4, False),
+        (ALIKE, 4, None),
+        (ALIKE | {"style": (1, 2.0)}, 4, True),
+        ({"digits 1": (1, 2.0), "docs": (16, 30.0)}, 8, None),  # too few
+    ],
+)
+def test_a_rule_has_to_beat_the_constant_on_three_other_tasks(monkeypatch, others, guess, works):
+    monkeypatch.setattr(rank_advice, "GUESS", guess)
+    assert assess(record_rows(PLANTED | others)).works is works
 
 
 def test_tasks_whose_largest_rank_has_no_result_or_an_edge_do_not_count():

@@ -136,7 +136,7 @@ def test_every_study_is_there_and_every_picture_is_a_file_with_a_description(sto
 @pytest.mark.slow
 def test_what_no_record_has_is_named(source):
     (source / f"{OVERFITTING}.json").unlink()
-    shutil.copy(ROOT / "tests/data/records/amd-epyc-2-cores-overfitting.json", source)  # an older one
+    shutil.copy(ROOT / "tests/data/records/amd-epyc-2-cores-overfitting.json", source)
     text = page(source)
     assert "Not in any record: last blocks (memory, time)." in text
     assert (

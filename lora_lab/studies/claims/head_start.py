@@ -72,6 +72,10 @@ class Gain:
         (_, lower, upper), (_, worst, best) = self.bounds(cases), _bounds(self.right or [0.0, 0.0], 1)
         return (lower > 0 and best < 0) or (upper < 0 and worst > 0)
 
+    def marks(self, cases: int) -> str:
+        """The marks of the case, as in ``NOTES``."""
+        return "*" * self.at_edge + "**" * self.contradicted(cases)
+
 
 def _bounds(values: Sequence[float], cases: int) -> tuple[float, float, float]:
     return cast(tuple[float, float, float], t_bounds(values, 1 - (1 - CONFIDENCE) / cases))  # never of a single seed
@@ -128,15 +132,11 @@ def _in_words(answered: Iterable[tuple[Gain, bool | None]], cases: int) -> Itera
     key = lambda pair: (pair[0].data, pair[0].model, str(pair[1]))  # noqa: E731
     for (data, model, _), pairs in groupby(sorted(answered, key=key), key):
         gained, answers = zip(*pairs, strict=True)
-        sizes = ", ".join(f"{gain.n_train:,}{_marks(gain, cases)}" for gain in gained)
+        sizes = ", ".join(f"{gain.n_train:,}{gain.marks(cases)}" for gain in gained)
         each = [gain.bounds(cases) for gain in gained]
         lower, upper = min(low for _, low, _ in each), max(high for *_, high in each)
         means = " to ".join(dict.fromkeys(f"{extreme(mean for mean, *_ in each):+.2f}" for extreme in (min, max)))
         yield answers[0], f"{data}, {model}, {sizes} examples: {means} nats (bounds {lower:+.2f} to {upper:+.2f})"
-
-
-def _marks(gain: Gain, cases: int) -> str:
-    return "*" * gain.at_edge + "**" * gain.contradicted(cases)
 
 
 NOTES = {"*": "a rate is at the edge of its grid", "**": "the right answers differ the other way"}
@@ -150,9 +150,9 @@ def _compared(every: Sequence[Gain], always: bool = False) -> Result:
 
 def _explained(result: Result, shown: Sequence[Gain], cases: int) -> Result:
     """The result with what was compared, and what the marks of its cases mean."""
-    marks = {_marks(gain, cases) for gain in shown}
+    marks = {gain.marks(cases) for gain in shown}
     notes = "".join(f". {mark}: {note}" for mark, note in NOTES.items() if mark in marks)
-    return Result(result.verdict, f"gain of fine-tuning in test loss. {result.measured}{notes}", result.on)
+    return replace(result, measured=f"gain of fine-tuning in test loss. {result.measured}{notes}")
 
 
 @decides("fine-tuning-beats-scratch", record="head_start")

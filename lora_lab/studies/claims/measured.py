@@ -21,7 +21,7 @@ import numpy as np
 
 from lora_lab.ablation import overfitting, rank_advice
 from lora_lab.ablation.blocks import block_losses_of
-from lora_lab.ablation.compare import RankResult, best_rates, compare_losses, last_rows, smallest_sufficient_rank
+from lora_lab.ablation.compare import RankResult, compare_losses, last_rows, smallest_sufficient_rank
 from lora_lab.ablation.learning_rate import best_rate, losses_by_rate
 from lora_lab.ablation.stats import CONFIDENCE, interval, resampled_means, t_bounds
 from lora_lab.costs.bill import MIB
@@ -121,45 +121,32 @@ def less_memory(claim: Claim, record: Record) -> Result:
 @decides("memory-gap-closes", record="memory")
 def memory_and_context(claim: Claim, record: Record) -> Result:
     """LoRA's peak in units of full fine-tuning's, along the lengths of one sequence."""
-    ratios: dict[str, list[float]] = {}  # by model, in ascending order of the length
-    texts: dict[str, list[str]] = {}
+    by_model: dict[str, list[tuple[float, str]]] = {}  # in ascending order of the length
     for (model, batch, length), setups in sorted(_peaks(record).items()):
         if batch == 1 and {"LoRA r=8", "full"} <= setups.keys():
             lora, full = (setups[name]["measured_bytes"] for name in ("LoRA r=8", "full"))
-            ratios.setdefault(model, []).append(lora / full)
             words = f"{lora / full:.2f} at {length} ({(full - lora) / MIB:,.0f} MiB less)"
-            texts.setdefault(model, []).append(words)
-    long = [model for model in ratios if len(ratios[model]) >= 3]
-    rising = {model: all(low < high for low, high in pairwise(ratios[model])) for model in long}
-    return over_cases([(rising[model], f"{model}: {', '.join(texts[model])}") for model in long], "the model")
+            by_model.setdefault(model, []).append((lora / full, words))
+    cases = []
+    for model, ratios in by_model.items():
+        if len(ratios) >= 3:
+            rises = all(low < high for (low, _), (high, _) in pairwise(ratios))
+            cases.append((rises, f"{model}: {', '.join(words for _, words in ratios)}"))
+    return over_cases(cases, "the model")
 
 
 # Claims on the ratio of two setups' bytes: pairs, column, whether it holds, and on what it may depend.
-LORA_AND_LORA_FA = [(f"LoRA r=8{also}", f"LoRA-FA r=8{also}") for also in ("", ", bf16", ", checkpointing")]
+_LORA_FA = [(f"LoRA r=8{also}", f"LoRA-FA r=8{also}") for also in ("", ", bf16", ", checkpointing")]
 _STORED = [("LoRA r=8", "full"), ("LoRA r=8, bf16", "full, bf16")]
 _DORA = [("DoRA r=8", "LoRA r=8")]
+_IN_A_STEP, _OF_BOTH = "the tokens in a step and checkpointing", "the precision of base and adapters"
+_PEAK, _SAVED = "measured_bytes", "saved_bytes"  # the second is what autograd has saved after the forward pass
 RATIOS: dict[str, tuple[Any, str, Callable[[float, Claim], bool], str]] = {
-    "memory-a-third": (
-        FULL_AND_LORA,
-        "measured_bytes",
-        lambda ratio, claim: ratio >= claim.stated,
-        "the tokens in a step and checkpointing",
-    ),
-    # What autograd has saved after the forward pass.
-    "frozen-layers-store-nothing": (
-        _STORED,
-        "saved_bytes",
-        lambda ratio, claim: ratio < 0.5,
-        "the model and the precision",
-    ),
-    "lora-fa-less-memory": (LORA_AND_LORA_FA, "measured_bytes", lambda ratio, claim: ratio > 1, "the setup"),
-    "lora-fa-saves-up-to-1-4-times": (
-        LORA_AND_LORA_FA,
-        "measured_bytes",
-        lambda ratio, claim: near(ratio, claim.stated),
-        "the precision of base and adapters",
-    ),
-    "dora-costs-little-memory": (_DORA, "measured_bytes", lambda ratio, claim: ratio < 1.1, "the model"),
+    "memory-a-third": (FULL_AND_LORA, _PEAK, lambda ratio, claim: ratio >= claim.stated, _IN_A_STEP),
+    "frozen-layers-store-nothing": (_STORED, _SAVED, lambda ratio, _: ratio < 0.5, "the model and the precision"),
+    "lora-fa-less-memory": (_LORA_FA, _PEAK, lambda ratio, _: ratio > 1, "the setup"),
+    "lora-fa-saves-up-to-1-4-times": (_LORA_FA, _PEAK, lambda ratio, claim: near(ratio, claim.stated), _OF_BOTH),
+    "dora-costs-little-memory": (_DORA, _PEAK, lambda ratio, _: ratio < 1.1, "the model"),
 }
 
 
@@ -189,20 +176,20 @@ def time_interval(row: dict[str, Any]) -> tuple[float, float] | None:
     return (float(match[1]), float(match[2])) if match else None
 
 
-def _timed(record: Record, setups: Sequence[str], model: str | None = None):
-    """(row, interval, words) of each timed case with a conclusive interval."""
+def _timed(record: Record, setups: str, model: str | None = None):
+    """(row, interval, words) of each timed case with a conclusive interval, whose setup matches a pattern."""
     for row in record.rows:
-        interval = time_interval(row)
-        if row["setup"] in setups and interval and model in (None, row["model"]):
-            words = f"{row['model']}, {row['tokens']} tokens, {row['setup']}: {interval[0]:.2f} to {interval[1]:.2f}"
-            yield row, interval, words
+        ends = time_interval(row)
+        if ends and re.fullmatch(setups, row["setup"]) and model in (None, row["model"]):
+            words = f"{row['model']}, {row['tokens']} tokens, {row['setup']}: {ends[0]:.2f} to {ends[1]:.2f}"
+            yield row, ends, words
 
 
 @decides("lora-trains-faster", record="speed")
 def trains_faster(claim: Claim, record: Record) -> Result:
     """What the record says of LoRA's time in units of full fine-tuning's."""
-    ranks = ("LoRA r=1", "LoRA r=8", "LoRA r=64", "LoRA r=256")
-    cases = [(_is_faster(row), words, _conditions(row)) for row, _, words in _timed(record, ranks)]
+    timed = _timed(record, "LoRA r=(1|8|64|256)")
+    cases = [(_is_faster(row), words, _conditions(row)) for row, _, words in timed]
     answers = [answer for answer, *_ in cases]
     counts = f"faster in {answers.count(True)}, slower in {answers.count(False)}, undecided in {answers.count(None)}"
     slower = "; ".join(words for answer, words, _ in cases if answer is False)
@@ -238,7 +225,7 @@ def _as_fast_as_stated(claim: Claim, record: Record, setup: str) -> list[tuple[b
     least = 1 / claim.values[0] if claim.values else 0.0
     return [
         (within(low, high, least, 1 / claim.stated), words)
-        for _, (low, high), words in _timed(record, (setup,), "smollm2-135m")
+        for _, (low, high), words in _timed(record, setup, "smollm2-135m")
     ]
 
 
@@ -246,14 +233,12 @@ def _as_fast_as_stated(claim: Claim, record: Record, setup: str) -> list[tuple[b
 def time_and_flops(claim: Claim, record: Record) -> Result:
     """Whether the ratio of the times is that of the FLOPs within the margin, from 512 tokens on."""
     full, cases = _flops_of_full(record), []
-    for row in record.rows:
-        interval = time_interval(row)
-        if row["setup"].startswith("LoRA r=") and row["tokens"] >= 512 and interval:
+    for row, (low, high), _ in _timed(record, "LoRA r=.*"):
+        if row["tokens"] >= 512:
             flops = row["flops"] / full[row["model"], row["tokens"]]
-            same = within(*interval, flops - TIME_MARGIN, flops + TIME_MARGIN)
+            same = within(low, high, flops - TIME_MARGIN, flops + TIME_MARGIN)
             words = f"{row['model']}, {row['tokens']} tokens, {row['setup'].partition(' ')[2]}: FLOPs {flops:.2f}"
-            words += f", time {interval[0]:.2f} to {interval[1]:.2f}"
-            cases.append((same, words, _conditions(row)))
+            cases.append((same, f"{words}, time {low:.2f} to {high:.2f}", _conditions(row)))
     return over_conditions(cases)
 
 
@@ -267,7 +252,7 @@ def time_predicted(claim: Claim, record: Record) -> Result:
     """Whether the cost model, and FLOPs alone, say which is faster, in the cases whose interval excludes 1."""
     full = _flops_of_full(record)
     cases, texts = [], []
-    timed = [*_timed(record, [row["setup"] for row in record.rows if row["setup"] != "full"])]
+    timed = _timed(record, "(?!full$).*")
     decided = [(row, words) for row, _, words in timed if _is_faster(row) is not None]
     for name in ("the cost model", "FLOPs alone"):
         wrong = []
@@ -286,19 +271,17 @@ def time_predicted(claim: Claim, record: Record) -> Result:
 @decides("fewer-blocks-shorter-steps", record="speed")
 def fewer_blocks(claim: Claim, record: Record) -> Result:
     """Times of a step with adapters of rank 8 in the last blocks and in all: whether they are longer in that order."""
-    timed: dict[tuple[str, int], list[tuple[float, str, tuple[float, float]]]] = {}  # model, tokens -> blocks, words
-    setups = dict.fromkeys(row["setup"] for row in record.rows if row["setup"].startswith("LoRA r=8"))
-    for row, ends, _ in _timed(record, [*setups]):
-        last = re.fullmatch(r"LoRA r=8, last (\d+) blocks?", row["setup"])
-        if last or row["setup"] == "LoRA r=8":
-            case = float(last[1]) if last else math.inf, last[1] if last else "all", ends
-            timed.setdefault((row["model"], row["tokens"]), []).append(case)
+    timed: dict[tuple[str, int], list[tuple[float, tuple[float, float]]]] = {}  # model, tokens -> blocks, times
+    for row, ends, _ in _timed(record, r"LoRA r=8(, last \d+ blocks?)?"):
+        last = re.search(r"last (\d+)", row["setup"])
+        timed.setdefault((row["model"], row["tokens"]), []).append((float(last[1]) if last else math.inf, ends))
     cases = []
     for (model, tokens), steps in timed.items():
-        for (_, few, shorter), (_, more, longer) in pairwise(sorted(steps)):
+        for (few, shorter), (more, longer) in pairwise(sorted(steps)):
             answer = True if shorter[1] < longer[0] else False if longer[1] < shorter[0] else None
             words = " and ".join("{:.2f} to {:.2f}".format(*each) for each in (shorter, longer))
-            cases.append((answer, f"{model}, {tokens} tokens, {few} and {more}: {words}"))
+            numbers = f"{few:g} and {'all' if more == math.inf else f'{more:g}'}"
+            cases.append((answer, f"{model}, {tokens} tokens, {numbers}: {words}"))
     return over_cases(cases, "the model, the tokens in a step and the numbers of blocks")
 
 
@@ -363,16 +346,12 @@ def at_inner_rates(record: Record) -> tuple[pandas.DataFrame, list[tuple[int, st
     """The curves at each method's best rate; (size, LoRA setup) that may be judged; and what is at an edge.
 
     A pair may be judged if neither LoRA's rate nor full fine-tuning's is at the edge of its grid, with enough seeds.
-    Seeds that chose a rate are left out where the record has others, and so is a cosine, which contains no shorter run.
+    Seeds that chose a rate are left out, and so is a cosine, which contains no shorter run.
     """
     frame = record.frame()
-    if "stage" in frame:
-        best = curves = frame[(frame["stage"] == "judging") & (frame["schedule"] == "constant")]
-    else:
-        best = overfitting.summarise_trials(frame).merge(best_rates(frame))
-        curves = frame.merge(best[["n_train", "setup", "lr", "seed"]])
-    edge = {(int(row["n_train"]), str(row["setup"])): str(row["edge"]) for row in best.to_dict("records")}
-    seeds = best.groupby(["n_train", "setup"])["seed"].nunique()
+    curves = frame[(frame["stage"] == "judging") & (frame["schedule"] == "constant")]
+    edge = {(int(row["n_train"]), str(row["setup"])): str(row["edge"]) for row in curves.to_dict("records")}
+    seeds = curves.groupby(["n_train", "setup"])["seed"].nunique()
     judged, doubts = [], []
     for size, setup in sorted(key for key in edge if key[1].startswith("LoRA")):
         at = [name for name in ("full", setup) if edge[size, name]]
@@ -704,20 +683,14 @@ def minutes_not_hours(claim: Claim, record: Record) -> Result:
 # What training wrote
 
 
-def _layers(record: Record, run: str) -> list[dict[str, Any]]:
-    return [row for row in record.rows if row.get("about") == "layer" and row.get("run") == run]
-
-
-def _seeds(record: Record, run: str) -> int:
-    return len({row.get("seed") for row in record.rows if row.get("about") == "run" and row.get("run") == run})
-
-
 @decides("full-update-10-to-100-ranks", record="spectra")
 def full_rank_update(claim: Claim, record: Record) -> Result:
     """Directions with 90 % of the energy of full fine-tuning's updates, in units of the adapter's rank 8."""
-    ratio = statistics.median(row["energy_rank"] for row in _layers(record, "full")) / 8
-    seeds = _seeds(record, "full")
-    text = f"median {ratio:.0f} times rank 8 over {len(_layers(record, 'full'))} layers, {counted(seeds, 'seed')}"
+    rows = [row for row in record.rows if row.get("run") == "full"]
+    layers = [row["energy_rank"] for row in rows if row.get("about") == "layer"]
+    seeds = len({row.get("seed") for row in rows if row.get("about") == "run"})
+    ratio = statistics.median(layers) / 8
+    text = f"median {ratio:.0f} times rank 8 over {len(layers)} layers, {counted(seeds, 'seed')}"
     if seeds < MIN_SEEDS:
         return Result(OPEN, f"{text}; fewer than {MIN_SEEDS} seeds")
     return yes_or_no(10 <= ratio <= 100, text)

@@ -12,19 +12,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas
 
-from lora_lab.ablation.blocks import block_losses_of
+from lora_lab.ablation.blocks import losses_by_seed
 from lora_lab.ablation.stats import CONFIDENCE, outer_bounds
 from lora_lab.studies.claims.deciding import Result, decides, over_cases, turned_by
 from lora_lab.studies.claims.facts import Claim
 from lora_lab.studies.claims.measured import MARGIN, MIN_SEEDS
 from lora_lab.studies.records import Record
-
-if TYPE_CHECKING:
-    import pandas
 
 FULL = "full"
 
@@ -99,14 +96,11 @@ def gaps(record: Record) -> list[Gap]:
                 raise ValueError(f"{setup}: fewer than {MIN_SEEDS} seeds have a result for it and for full fine-tuning")
             at_edge = bool(rows["edge"].fillna("").any() or full["edge"].fillna("").any())
             rank, budget = int(rows["rank"].tolist()[0]), int(rows["steps"].tolist()[0])
-            on = {part: _losses(rows, part) - _losses(full, part) for part in ("test", "validation")}
-            cases.append(Gap(rank, budget, on["test"], on["validation"], at_edge))
+            both = pandas.concat([full.assign(setup=FULL), rows])
+            of_part = (losses_by_seed(both, "setup", part) for part in ("test", "validation"))
+            on_test, on_validation = (losses[setup] - losses[FULL] for losses in of_part)
+            cases.append(Gap(rank, budget, on_test, on_validation, at_edge))
     return sorted(cases, key=lambda gap: (gap.rank, gap.steps))
-
-
-def _losses(rows: pandas.DataFrame, part: str) -> np.ndarray:
-    """The losses of trials by seed and block of examples: (seeds, blocks)."""
-    return np.array([block_losses_of(row, part) for row in rows.to_dict("records")])
 
 
 @decides("lora-equals-full-fine-tuning", record="quality")

@@ -9,7 +9,7 @@ falls if it lies outside, and is open otherwise.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import cast
 
@@ -54,6 +54,20 @@ def _of_data(record: Record) -> dict[str, pandas.DataFrame]:
     return {data: frame[frame["data"] == data] for data in DATA if (frame["data"] == data).any()}
 
 
+def decides_by_rates(*claims: str) -> Callable[[Callable], Callable]:
+    """Register a function that answers claims from the rows of one kind of data, with words, as what decides them."""
+
+    def register(answer: Callable[[Claim, pandas.DataFrame], tuple[bool | None, str]]) -> Callable:
+        def decide(claim: Claim, record: Record) -> Result:
+            return _on_language_model({data: answer(claim, frame) for data, frame in _of_data(record).items()})
+
+        for claim_id in claims:
+            decides(claim_id, record="rates")(decide)
+        return answer
+
+    return register
+
+
 def _on_language_model(answers: Mapping[str, tuple[bool | None, str]]) -> Result:
     """The verdict from data -> (whether the claim holds there, words), where the language model's answer counts."""
     if "docs" not in answers:
@@ -69,73 +83,60 @@ def _mean_of_ranks(frame: pandas.DataFrame) -> tuple[np.ndarray, str]:
     return samples, ", ".join(f"rank {rank} {best_rate(of_rank).tried:g}" for rank, of_rank in losses.items())
 
 
-@decides("lora-rate-ten-times-full", record="rates")
-@decides("lora-rate-15-times-full-early", record="rates")
-def times_full(claim: Claim, record: Record) -> Result:
+@decides_by_rates("lora-rate-ten-times-full", "lora-rate-15-times-full-early")
+def times_full(claim: Claim, frame: pandas.DataFrame) -> tuple[bool | None, str]:
     """The best rates of the ranks from 4 on (their geometric mean), in units of full's, under alpha = 32.
 
     The second claim is of runs of fewer than 100 steps, the first of longer ones.
     """
-    answers, in_short_runs = {}, claim.id.endswith("early")
-    for data, frame in _of_data(record).items():
-        full = losses_by_rate(frame[frame["setup"] == FULL])
-        samples, each = _mean_of_ranks(frame)
-        at_full = sample_vertices(full)
-        lower, upper = ratio_interval(samples, at_full)
-        steps = int(frame["steps"].max())
-        words = (
-            f"{math.exp(np.median(samples) - np.median(at_full)):.1f} times ({lower:.1f} to {upper:.1f}) after {steps} "
-            f"steps; best rates tried: full {best_rate(full).tried:g}, {each}"
-        )
-        meant = (steps < SHORT_RUNS) == in_short_runs
-        answer = within(lower, upper, claim.stated / FACTOR, claim.stated * FACTOR) if meant else None
-        answers[data] = answer, words
-    return _on_language_model(answers)
+    in_short_runs = claim.id.endswith("early")
+    full = losses_by_rate(frame[frame["setup"] == FULL])
+    samples, each = _mean_of_ranks(frame)
+    at_full = sample_vertices(full)
+    lower, upper = ratio_interval(samples, at_full)
+    steps = int(frame["steps"].max())
+    words = (
+        f"{math.exp(np.median(samples) - np.median(at_full)):.1f} times ({lower:.1f} to {upper:.1f}) after {steps} "
+        f"steps; best rates tried: full {best_rate(full).tried:g}, {each}"
+    )
+    meant = (steps < SHORT_RUNS) == in_short_runs
+    answer = within(lower, upper, claim.stated / FACTOR, claim.stated * FACTOR) if meant else None
+    return answer, words
 
 
-@decides("best-rate-independent-of-rank", record="rates")
-def independent_of_rank(claim: Claim, record: Record) -> Result:
+@decides_by_rates("best-rate-independent-of-rank")
+def independent_of_rank(claim: Claim, frame: pandas.DataFrame) -> tuple[bool | None, str]:
     """The ratio of the best rates of the ranks from 4 on, as the source states it, under alpha = 32.
 
     It stands if the largest of all samples' ratios is below the claimed factor, and falls if the highest and the lowest
     of the ranks differ by more: noise alone makes the ratio of the extremes larger than 1.
     """
-    answers = {}
-    for data, frame in _of_data(record).items():
-        losses = best_by_rank(frame, FIXED_ALPHA)
-        samples = {rank: sample_vertices(of_rank) for rank, of_rank in losses.items()}
-        counted = {rank: samples[rank] for rank in samples if rank >= 4}
-        medians = {rank: float(np.median(of_rank)) for rank, of_rank in counted.items()}
-        highest, lowest = max(medians, key=medians.__getitem__), min(medians, key=medians.__getitem__)
-        lower, _ = ratio_interval(counted[highest], counted[lowest])
-        every = np.array([*counted.values()])  # (ranks, resamples)
-        _, upper = ratio_interval(every.max(axis=0), every.min(axis=0))
-        answer = True if upper < claim.stated else False if lower > claim.stated else None
-        words = (
-            f"from rank 4 on the highest best rate is {max(lower, 1.0):.2f} to {upper:.2f} times the lowest (ranks "
-            f"{highest} and {lowest}); over all ranks rate ~ r^p, p = {_power(*slope(samples))}"
-        )
-        answers[data] = answer, words
-    return _on_language_model(answers)
+    losses = best_by_rank(frame, FIXED_ALPHA)
+    samples = {rank: sample_vertices(of_rank) for rank, of_rank in losses.items()}
+    counted = {rank: samples[rank] for rank in samples if rank >= 4}
+    medians = {rank: float(np.median(of_rank)) for rank, of_rank in counted.items()}
+    highest, lowest = max(medians, key=medians.__getitem__), min(medians, key=medians.__getitem__)
+    lower, _ = ratio_interval(counted[highest], counted[lowest])
+    every = np.array([*counted.values()])  # (ranks, resamples)
+    _, upper = ratio_interval(every.max(axis=0), every.min(axis=0))
+    answer = True if upper < claim.stated else False if lower > claim.stated else None
+    words = (
+        f"from rank 4 on the highest best rate is {max(lower, 1.0):.2f} to {upper:.2f} times the lowest (ranks "
+        f"{highest} and {lowest}); over all ranks rate ~ r^p, p = {_power(*slope(samples))}"
+    )
+    return answer, words
 
 
-@decides("rate-falls-as-root-of-rank", record="rates")
-def falls_as_root(claim: Claim, record: Record) -> Result:
+@decides_by_rates("rate-falls-as-root-of-rank")
+def falls_as_root(claim: Claim, frame: pandas.DataFrame) -> tuple[bool | None, str]:
     """The power p in rate ~ r^p under alpha = 2r, beside -1/2, over the ranks that did not suggest it."""
-    answers = {}
-    for data, frame in _of_data(record).items():
-        of_rank = {rank: sample_vertices(losses) for rank, losses in best_by_rank(frame, SAME_SCALING).items()}
-        new = {rank: samples for rank, samples in of_rank.items() if rank not in HINTED_RANKS}
-        power, judged = slope(of_rank), slope(new)
-        if math.isnan(power[0]):
-            answers[data] = None, "the best rates of some ranks are at an edge"
-            continue
-        answers[data] = (
-            within(*judged[1:], -0.5 - POWER, -0.5 + POWER),
-            f"rate ~ r^p, p = {_power(*judged)} over ranks {', '.join(map(str, new))}, which are judged; "
-            f"{_power(*power)} over all ranks",
-        )
-    return _on_language_model(answers)
+    of_rank = {rank: sample_vertices(losses) for rank, losses in best_by_rank(frame, SAME_SCALING).items()}
+    new = {rank: samples for rank, samples in of_rank.items() if rank not in HINTED_RANKS}
+    power, judged = slope(of_rank), slope(new)
+    if math.isnan(power[0]):
+        return None, "the best rates of some ranks are at an edge"
+    words = f"rate ~ r^p, p = {_power(*judged)} over ranks {', '.join(map(str, new))}, which are judged; "
+    return within(*judged[1:], -0.5 - POWER, -0.5 + POWER), f"{words}{_power(*power)} over all ranks"
 
 
 def _power(power: float, lower: float, upper: float) -> str:
@@ -152,27 +153,21 @@ def by_alpha_and_rank(frame: pandas.DataFrame) -> dict[tuple[float, float], np.n
     }
 
 
-@decides("rate-falls-as-root-of-alpha", record="rates")
-def falls_as_root_of_alpha(claim: Claim, record: Record) -> Result:
+@decides_by_rates("rate-falls-as-root-of-alpha")
+def falls_as_root_of_alpha(claim: Claim, frame: pandas.DataFrame) -> tuple[bool | None, str]:
     """The powers p and q in rate ~ alpha^p r^q over both rules, beside -1/2 and 0."""
-    answers = {}
-    for data, frame in _of_data(record).items():
-        of_setup = by_alpha_and_rank(frame)
-        of_alpha, of_rank = powers(of_setup)
-        if math.isnan(of_alpha[0]):
-            answers[data] = None, "the best rates of some setups are at an edge"
-            continue
-        inside = [
-            within(lower, upper, stated - POWER, stated + POWER)
-            for (_, lower, upper), stated in ((of_alpha, -0.5), (of_rank, 0.0))
-        ]
-        alphas = [alpha for alpha, _ in of_setup]
-        words = (
-            f"alpha {min(alphas):g} to {max(alphas):g}: rate ~ alpha^p r^q, p = {_power(*of_alpha)}, "
-            f"q = {_power(*of_rank)}"
-        )
-        answers[data] = False if False in inside else None if None in inside else True, words
-    return _on_language_model(answers)
+    of_setup = by_alpha_and_rank(frame)
+    of_alpha, of_rank = powers(of_setup)
+    if math.isnan(of_alpha[0]):
+        return None, "the best rates of some setups are at an edge"
+    inside = [
+        within(lower, upper, stated - POWER, stated + POWER)
+        for (_, lower, upper), stated in ((of_alpha, -0.5), (of_rank, 0.0))
+    ]
+    alphas = [alpha for alpha, _ in of_setup]
+    words = f"alpha {min(alphas):g} to {max(alphas):g}: rate ~ alpha^p r^q, p = {_power(*of_alpha)}, "
+    words += f"q = {_power(*of_rank)}"
+    return False if False in inside else None if None in inside else True, words
 
 
 @decides("rate-law-of-width", record="rates")
@@ -187,28 +182,21 @@ def law_of_width(claim: Claim, record: Record) -> Result:
     return _on_language_model({"docs": (answer, words)})
 
 
-@decides("rank-gains-at-high-rates", record="rates")
-def gains_at_high_rates(claim: Claim, record: Record) -> Result:
+@decides_by_rates("rank-gains-at-high-rates")
+def gains_at_high_rates(claim: Claim, frame: pandas.DataFrame) -> tuple[bool | None, str]:
     """What the largest rank gains on rank 4 at each rate that both tried, compared with the next lower one, alpha = 32.
 
     The claim is of the sign, and the bounds hold for all these pairs of rates together.
     """
-    answers = {}
-    for data, frame in _of_data(record).items():
-        of_rank = best_by_rank(frame, FIXED_ALPHA)
-        small, large = of_rank[4], of_rank[max(of_rank)]
-        pairs = [*pairwise(sorted(set(small) & set(large)))]
-        cases = []
-        for low, high in pairs:
-            growth = (small[high] - large[high]) - (small[low] - large[low])  # (seeds, blocks)
-            lower, upper = outer_bounds(growth, 1 - (1 - CONFIDENCE) / len(pairs))
-            cases.append(
-                (
-                    excludes_zero(lower, upper),
-                    f"{low:g} to {high:g} {growth.mean():+.4f} ({lower:+.4f} to {upper:+.4f})",
-                )
-            )
-        result = over_cases(cases, "the rates", always=True)
-        words = f"growth of what rank {max(of_rank)} gains on rank 4, in nats, from rate to rate. {result.measured}"
-        answers[data] = {STANDS: True, FALLS: False}.get(result.verdict), words
-    return _on_language_model(answers)
+    of_rank = best_by_rank(frame, FIXED_ALPHA)
+    small, large = of_rank[4], of_rank[max(of_rank)]
+    pairs = [*pairwise(sorted(set(small) & set(large)))]
+    cases = []
+    for low, high in pairs:
+        growth = (small[high] - large[high]) - (small[low] - large[low])  # (seeds, blocks)
+        lower, upper = outer_bounds(growth, 1 - (1 - CONFIDENCE) / len(pairs))
+        words = f"{low:g} to {high:g} {growth.mean():+.4f} ({lower:+.4f} to {upper:+.4f})"
+        cases.append((excludes_zero(lower, upper), words))
+    result = over_cases(cases, "the rates", always=True)
+    words = f"growth of what rank {max(of_rank)} gains on rank 4, in nats, from rate to rate. {result.measured}"
+    return {STANDS: True, FALLS: False}.get(result.verdict), words
