@@ -83,7 +83,8 @@ def resume(
     for name, value in (hashes or {"frozen": frozen_hash(model)}).items():
         _check_hash(path, note, name, value)
     device = next(model.parameters()).device
-    random_state, gpu_state = tensors.pop("random.cpu", None), tensors.pop("random.cuda", None)
+    random_state = tensors.pop("random.cpu", torch.empty(0, dtype=torch.uint8))  # which torch refuses
+    gpu_state = tensors.pop("random.cuda", None)
     state = _state(model, optimizer, tensors)
     if difference := mismatch(tensors, state):
         raise ValueError(f"{path} does not fit this model: {difference}; use another folder, or delete it.")
@@ -91,7 +92,7 @@ def resume(
         torch.set_rng_state(random_state)
         if device.type == "cuda" and gpu_state is not None:  # a run may be resumed on a machine without a GPU
             torch.cuda.set_rng_state(gpu_state, device)
-    except (RuntimeError, TypeError, AttributeError) as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); {_ADVICE}.") from None
     for name, value in state.items():
         value.copy_(tensors[name])
@@ -203,7 +204,7 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[
         if parameter.requires_grad and any(f"optimizer.{name}.{key}" in tensors for key in _ADAMW_STATE):
             for key in _ADAMW_STATE:
                 new = parameter.new_zeros((), dtype=torch.float32) if key == "step" else torch.zeros_like(parameter)
-                state[f"optimizer.{name}.{key}"] = optimizer.state[parameter].setdefault(key, new.detach())
+                state[f"optimizer.{name}.{key}"] = optimizer.state[parameter].setdefault(key, new)
     return state
 
 

@@ -1,9 +1,8 @@
 """Conversations: what the model reads, which adapter answers, and what a person types."""
 
 import pytest
-import torch
 
-from lora_lab import Llama, LoRAConfig, adapters, inject, load_adapter, lora_layers, save_model
+from lora_lab import Llama, LoRAConfig, inject, lora_layers, save_model
 from lora_lab.adapters.chat import HELP, Conversation, talk
 from tests.helpers import command, error_line
 
@@ -19,31 +18,20 @@ def said(conversation, text=PROMPT):
     return "".join(conversation.answer(text))
 
 
-def expected(tiny_config, chatter, messages, seed, folder=None, factor=1.0):
-    model = Llama(tiny_config)
-    ids = torch.tensor(chatter.encode(chatter.chat(messages)))
-    options = {"temperature": 0.5, "repetition_penalty": 1.1, "seed": seed}
-    if folder is None:
-        return chatter.decode(model.generate(ids, 12, chatter.eos_id, **options).tolist())
-    load_adapter(model, folder)
-    with adapters.strength(model, factor):
-        return chatter.decode(model.generate(ids, 12, chatter.eos_id, **options).tolist())
-
-
-def test_an_answer_comes_in_parts_and_is_that_of_generate(conversation, chatter, tiny_config, folders):
+def test_an_answer_comes_in_parts_and_is_that_of_generate(conversation, folders, expected):
     parts = list(conversation.answer(PROMPT))
     user = {"role": "user", "content": PROMPT}
     assert len(parts) > 1
     answer = "".join(parts)
-    assert answer == expected(tiny_config, chatter, [user], 5, folders["one"])
+    assert answer == expected([user], 5, folders["one"])
     assert conversation.messages[0] == user
     assert conversation.messages[1]["role"] == "assistant"
     second = said(conversation, "And 3 + 3?")
     history = [user, conversation.messages[1], {"role": "user", "content": "And 3 + 3?"}]
-    assert second == expected(tiny_config, chatter, history, 6, folders["one"])
+    assert second == expected(history, 6, folders["one"])
 
 
-def test_adapter_strength_and_off_decide_the_next_answer(conversation, chatter, tiny_config, folders):
+def test_adapter_strength_and_off_decide_the_next_answer(conversation, folders, expected):
     user = [{"role": "user", "content": PROMPT}]
     for line, folder, factor in (
         ("/adapter two", folders["two"], 1.0),
@@ -55,7 +43,7 @@ def test_adapter_strength_and_off_decide_the_next_answer(conversation, chatter, 
         assert conversation.command(line)
         conversation.command("/new")
         seed = conversation.sampling.seed
-        assert said(conversation) == expected(tiny_config, chatter, user, seed, folder, factor), line
+        assert said(conversation) == expected(user, seed, folder, factor), line
     conversation.use(None)
     assert not lora_layers(conversation.model)
 

@@ -5,10 +5,9 @@ import threading
 
 import IPython.display
 import pytest
-import torch
 
 import lora_lab
-from lora_lab import Llama, LoRAConfig, adapter_state, adapters, inject, load_adapter, lora_layers, save_adapter
+from lora_lab import Llama, LoRAConfig, adapter_state, inject, load_adapter, lora_layers, save_adapter
 from lora_lab.adapters.chat_widget import BASE
 from lora_lab.models.decoding import Sampling
 from lora_lab.variants import DoRALinear
@@ -52,23 +51,11 @@ def texts(chat):
     ]
 
 
-def expected(tiny_config, chatter, messages, seed, folder=None, factor=1.0):
-    """The answer by generate."""
-    model = Llama(tiny_config)
-    ids = torch.tensor(chatter.encode(chatter.chat(messages)))
-    options = {"temperature": 0.5, "repetition_penalty": 1.1, "seed": seed}
-    if folder is None:
-        return chatter.decode(model.generate(ids, 12, chatter.eos_id, **options).tolist())
-    load_adapter(model, folder)
-    with adapters.strength(model, factor):
-        return chatter.decode(model.generate(ids, 12, chatter.eos_id, **options).tolist())
-
-
 USER = [{"role": "user", "content": PROMPT}]
 
 
-def test_enter_and_a_click_send_a_message_and_the_answer_is_that_of_generate(chat, tiny_config, chatter, folders):
-    first = expected(tiny_config, chatter, USER, 5, folders["one"])
+def test_enter_and_a_click_send_a_message_and_the_answer_is_that_of_generate(chat, folders, expected):
+    first = expected(USER, 5, folders["one"])
     assert ask(chat) == f"one\n{first}"
     assert texts(chat)[0] == f"you\n{PROMPT}"
     assert chat.field.value == ""
@@ -77,14 +64,14 @@ def test_enter_and_a_click_send_a_message_and_the_answer_is_that_of_generate(cha
     assert len(texts(chat)) == 2  # a value alone sends nothing
     chat.send.click()
     chat.wait()
-    assert texts(chat)[2:] == ["you\nAnd 3 + 3?", f"one\n{expected(tiny_config, chatter, history, 6, folders['one'])}"]
+    assert texts(chat)[2:] == ["you\nAnd 3 + 3?", f"one\n{expected(history, 6, folders['one'])}"]
     chat.field.value = "   "
     chat.send.click()
     assert not chat.busy
     assert len(texts(chat)) == 4
 
 
-def test_adapter_and_strength_decide_the_next_answer_and_its_label(chat, tiny_config, chatter, folders):
+def test_adapter_and_strength_decide_the_next_answer_and_its_label(chat, folders, expected):
     assert chat.adapter.options == (("one", "one"), ("two", "two"), (BASE, None))
     assert (chat.adapter.value, chat.strength.value, chat.strength.min, chat.strength.max) == ("one", 1.0, 0.0, 2.0)
     answers = set()
@@ -102,14 +89,14 @@ def test_adapter_and_strength_decide_the_next_answer_and_its_label(chat, tiny_co
         assert chat.strength.disabled == (name is None)
         chat.new.click()
         assert texts(chat) == []
-        answer = expected(tiny_config, chatter, USER, seed, name and folders[name], factor)
+        answer = expected(USER, seed, name and folders[name], factor)
         assert ask(chat) == f"{label}\n{answer}"
         answers.add(answer)
     assert len(answers) == 5
     chat.adapter.value, chat.strength.value = "two", 0.0
     chat.conversation.sampling = Sampling(0.5, 5, 1.1)
     chat.new.click()
-    assert ask(chat).partition("\n")[2] == expected(tiny_config, chatter, USER, 5)  # a strength of 0 is the base
+    assert ask(chat).partition("\n")[2] == expected(USER, 5)  # a strength of 0 is the base
 
 
 class Slow:
@@ -281,21 +268,21 @@ def test_adapters_that_were_trained_meanwhile_are_not_taken_off(chat):
     assert usable(chat) == IDLE
 
 
-def test_a_new_conversation_forgets_the_messages(chat, tiny_config, chatter, folders):
+def test_a_new_conversation_forgets_the_messages(chat, folders, expected):
     ask(chat, "My name is Ada.")
     chat.new.click()
     assert texts(chat) == chat.conversation.messages == []
-    assert ask(chat) == f"one\n{expected(tiny_config, chatter, USER, 6, folders['one'])}"
+    assert ask(chat) == f"one\n{expected(USER, 6, folders['one'])}"
 
 
-def test_without_adapters_the_base_answers(tiny_config, chatter, shown):
+def test_without_adapters_the_base_answers(tiny_config, chatter, shown, expected):
     chat = lora_lab.chat(Llama(tiny_config), chatter, max_new_tokens=12, seed=5)
     assert chat.adapter.options == ((BASE, None),)
     assert chat.strength.disabled
-    assert ask(chat) == f"{BASE}\n{expected(tiny_config, chatter, USER, 5)}"
+    assert ask(chat) == f"{BASE}\n{expected(USER, 5)}"
 
 
-def test_an_adapter_in_memory_and_one_of_dora_answer_too(tiny_config, chatter, folders, shown, tmp_path):
+def test_an_adapter_in_memory_and_one_of_dora_answer_too(tiny_config, chatter, folders, tmp_path, shown, expected):
     trained = Llama(tiny_config)
     load_adapter(trained, folders["two"])
     dora = Llama(tiny_config)
@@ -303,10 +290,10 @@ def test_an_adapter_in_memory_and_one_of_dora_answer_too(tiny_config, chatter, f
     folder = save_adapter(randomise(dora), tmp_path / "dora")
     state = adapter_state(trained)
     chat = lora_lab.chat(Llama(tiny_config), chatter, {"mine": state, "dora": folder}, max_new_tokens=12, seed=5)
-    assert ask(chat) == f"mine\n{expected(tiny_config, chatter, USER, 5, folders['two'])}"
+    assert ask(chat) == f"mine\n{expected(USER, 5, folders['two'])}"
     chat.new.click()
     chat.adapter.value = "dora"
-    assert ask(chat) == f"dora\n{expected(tiny_config, chatter, USER, 6, folder)}"
+    assert ask(chat) == f"dora\n{expected(USER, 6, folder)}"
     chat.strength.value = 0.5
     assert "has an adapter of type DoRALinear" in ask(chat)
 
