@@ -124,7 +124,7 @@ def run(
         steps: training steps of each method, of 4 x 64 tokens.
         seed: of adapters, data order and dropout.
         rank: LoRA's rank; alpha is twice the rank.
-        device: as in :func:`lora_lab.pick_device`.
+        device: as in :func:`lora_lab.system.device.pick_device`.
         out: folder for picture, adapter, model and numbers.
 
     Raises:

@@ -82,7 +82,7 @@ def load_pretrained(
             or the path of a ``.gguf`` file of the Llama family; or of a Hugging Face folder (config.json,
             \\*.safetensors, tokenizer.json).
         dtype: a floating-point dtype for the weights.
-        device: as in :func:`lora_lab.pick_device`.
+        device: as in :func:`lora_lab.system.device.pick_device`.
         keep_blocks: leave matrices in the blocks of the source (SmolLM2: 98 MB instead of 538), frozen; they are
             dequantised to ``dtype`` where they are used, see ``lora_lab.models.quantize``. Other matrices are loaded
             as usual.

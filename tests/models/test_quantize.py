@@ -30,11 +30,11 @@ from lora_lab import (
     lora_layers,
     memory,
     merge,
-    quantize,
     save_adapter,
 )
 from lora_lab.adapters.edit import off
 from lora_lab.inject import replace
+from lora_lab.models import quantize
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.models.quantize import (
     BLOCK,

@@ -1,10 +1,6 @@
 """Sheets for nbgrader: exercises with hidden tests, and a question that a person grades. The import registers them.
 
 invariant          a hidden test: a property that every right answer has, a point each
-memory             those of lesson 04
-speed              those of lesson 05
-which_rank         those of lesson 06
-overfitting        those of lesson 07
 forgetting         those of lesson 08
 many_tasks         those of lesson 09
 training_wrote     those of lesson 11
@@ -15,11 +11,7 @@ Nothing that a learner imports imports this folder, and it is not among the name
 it reaches a learner's notebook only where a sheet has it, and nbgrader takes it out of what is handed out.
 """
 
-from lora_lab.course.grading import (  # noqa: F401, I001  # in the order of the lessons
-    memory,
-    speed,
-    which_rank,
-    overfitting,
+from lora_lab.course.grading import (  # noqa: F401  # in the order of the lessons
     forgetting,
     many_tasks,
     training_wrote,
