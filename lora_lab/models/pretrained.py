@@ -411,9 +411,9 @@ def _check_shapes(stored: StoredModel, model: Llama, origin: Path) -> None:
         if name not in expected:
             raise ValueError(f"{origin} holds a tensor {name:.80} that its config does not have; copy or make it anew.")
         value, kind = stored.tensors[name], stored.kinds.get(name)
-        in_blocks = kind is not None and value.dtype == torch.uint8 and value.ndim == 2
-        shape = shape_of(value, kind) if in_blocks else tuple(value.shape)
-        if shape != expected[name] or not (in_blocks or (kind is None and value.is_floating_point())):
+        is_weight = (value.dtype == torch.uint8 and value.ndim == 2) if kind else value.is_floating_point()
+        shape = shape_of(value, kind) if kind and is_weight else tuple(value.shape)
+        if shape != expected[name] or not is_weight:
             raise ValueError(
                 f"{origin}: tensor {name} has shape {shape} of {value.dtype}, but its config requires "
                 f"{expected[name]} of floating-point numbers; copy the config and the weights of the same model."

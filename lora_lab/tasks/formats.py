@@ -103,17 +103,16 @@ def parse(entry: Any) -> StoredExample:
 
 def _turns(form: tuple[str, ...], entry: dict[str, Any]) -> tuple[Turn, ...]:
     """Return the turns of an entry: perhaps a system turn, then user and assistant in turn, the assistant last."""
-    match form:
-        case ("text",):
-            return ()
-        case ("messages",):
-            turns = [(turn["role"], turn["content"]) for turn in entry["messages"]]
-        case ("conversations",):
-            turns = [(_ROLES.get(turn["from"], turn["from"]), turn["value"]) for turn in entry["conversations"]]
-        case (prompt, answer, *_):
-            context = entry.get("input") or ""  # Alpaca's
-            prompt = entry[prompt] + (f"\n\n{context}" if context.strip() else "")
-            return ("user", prompt), ("assistant", entry[answer])
+    if form == ("text",):
+        return ()
+    if form == ("messages",):
+        turns: list[Turn] = [(turn["role"], turn["content"]) for turn in entry["messages"]]
+    elif form == ("conversations",):
+        turns = [(_ROLES.get(turn["from"]) or turn["from"], turn["value"]) for turn in entry["conversations"]]
+    else:
+        context = entry.get("input") or ""  # Alpaca's
+        prompt = entry[form[0]] + (f"\n\n{context}" if context.strip() else "")
+        turns = [("user", prompt), ("assistant", entry[form[1]])]
     roles = [role for role, _ in turns]
     spoken = roles[1:] if roles[:1] == ["system"] else roles
     if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):

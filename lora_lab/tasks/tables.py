@@ -203,7 +203,7 @@ def _numbers(values: Any, name: str) -> np.ndarray:
     from sklearn.utils import check_array
 
     try:
-        return check_array(_array(values), dtype=np.float32, ensure_2d=False, allow_nd=True, input_name=name)
+        return check_array(_array(values), dtype="float32", ensure_2d=False, allow_nd=True, input_name=name)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{name} must be an array of finite numbers, but: {shortened(str(error))}") from None
 

@@ -506,9 +506,6 @@ def test_a_tensor_that_no_llama_has_is_refused(name):
         gguf_name(name)
 
 
-# What may be asked for
-
-
 def test_a_folder_of_that_name_stays(tiny, tiny_tokenizer, tmp_path):
     (tmp_path / "m.gguf").mkdir()
     with pytest.raises(IsADirectoryError, match=r"m\.gguf is a folder.*choose another name"):
@@ -516,22 +513,14 @@ def test_a_folder_of_that_name_stays(tiny, tiny_tokenizer, tmp_path):
     assert names(tmp_path) == ["m.gguf"]
 
 
-@pytest.mark.parametrize(
-    ("number", "dtype", "says"),
-    [
-        (1e5, "f16", r"number of magnitude 100000, but the largest of F16 is 65504; .*'f32'"),
-        (1e7, "q8_0", "number of magnitude 1e.07, but the largest of Q8_0 is 8"),
-    ],
-)
-def test_a_number_that_is_too_large_is_refused_and_the_older_file_stays(
-    tiny, tiny_tokenizer, path, number, dtype, says
-):
+@pytest.mark.parametrize(("number", "dtype"), [(1e5, "f16"), (1e7, "q8_0")])
+def test_a_number_that_is_too_large_is_refused_and_the_older_file_stays(tiny, tiny_tokenizer, path, number, dtype):
     model = tiny()
     save_model(model, path, tiny_tokenizer, "gguf", dtype)
     before = path.read_bytes()
     with torch.no_grad():
         model.model.layers[1].self_attn.v_proj.weight[3, 4] = -number
-    with pytest.raises(ValueError, match=rf"blk\.1\.attn_v\.weight holds a {says}"):
+    with pytest.raises(ValueError, match=rf"blk\.1\.attn_v\.weight .*{dtype.upper()}"):
         save_model(model, path, tiny_tokenizer, "gguf", dtype)
     assert path.read_bytes() == before
     save_model(model, path, tiny_tokenizer, "gguf", "f32")

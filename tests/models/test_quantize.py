@@ -922,7 +922,7 @@ def test_a_checkpoint_meets_its_own_blocks_or_is_refused(llama, kind, tmp_path):
     fit(llama(kind), text_task(), LoRA(rank=2), **options)
     other = llama(kind)
     other.model.layers[0].mlp.up_proj.packed[3, 9] ^= 1
-    with pytest.raises(ValueError, match="made with other frozen weights"):
+    with pytest.raises(ValueError, match=r"other .*weights"):
         fit(other, text_task(), LoRA(rank=2), **options)
 
 
