@@ -83,7 +83,7 @@ def digits(rounds: int, steps: int) -> None:
 
 def study(rounds: int) -> None:
     """A third of the recorded study."""
-    device = ll.pick_device()[0]
+    device = ll.device.pick_device()[0]
     planned = recorded.plan(device)
     fewer = {"seeds": 1, "steps": planned.steps // 10, "eval_examples": planned.eval_examples // 10}
     trials = partial(recorded.trials, replace(planned, **fewer))
@@ -137,7 +137,7 @@ class Packs:
 
 def smollm2(rounds: int) -> None:
     """Eight adapters of a language model."""
-    device, threads = ll.pick_device()[0], torch.get_num_threads()
+    device, threads = ll.device.pick_device()[0], torch.get_num_threads()
     packs = Packs(device, threads)
     base, examples = packs.base, packs.examples
     batch = tuple(part[:1].to(device) for part in (examples.inputs, examples.targets))

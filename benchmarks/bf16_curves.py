@@ -20,7 +20,7 @@ import lora_lab as ll
 BASES = {"float32": None, "bfloat16": torch.bfloat16}
 
 
-def run(dtype: torch.dtype | None, seed: int, steps: int) -> ll.History:
+def run(dtype: torch.dtype | None, seed: int, steps: int) -> ll.history.History:
     """One fine-tuning on Python's manual, 4 x 64 tokens a step."""
     model, tokenizer = ll.load_pretrained()
     threads = 2 if next(model.parameters()).device.type == "cpu" else 1
@@ -38,7 +38,7 @@ def run(dtype: torch.dtype | None, seed: int, steps: int) -> ll.History:
     )
 
 
-def picture(histories: dict[str, dict[int, ll.History]], path: str) -> None:
+def picture(histories: dict[str, dict[int, ll.history.History]], path: str) -> None:
     """Both curves of each seed."""
     figure = ll.plots.curves(
         {f"{base}, seed {seed}": history for base, runs in histories.items() for seed, history in runs.items()},
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--picture")
     options = parser.parse_args()
-    histories: dict[str, dict[int, ll.History]] = {base: {} for base in BASES}
+    histories: dict[str, dict[int, ll.history.History]] = {base: {} for base in BASES}
     for seed in options.seeds:
         for base, dtype in BASES.items():
             histories[base][seed] = run(dtype, seed, options.steps)

@@ -46,5 +46,5 @@ def print_machine(device: torch.device | None = None) -> None:
     import lora_lab as ll
     from lora_lab.system.provenance import machine_info
 
-    for key, value in machine_info(ll.pick_device()[0] if device is None else device).items():
+    for key, value in machine_info(ll.device.pick_device()[0] if device is None else device).items():
         print(f"{key}: {value}")

@@ -21,11 +21,12 @@ from pathlib import Path
 import common
 import pandas
 
-from lora_lab import pick_device, records
+from lora_lab import records
 from lora_lab.ablation import Halving, RankVerdict, ablate, overfitting, smallest_sufficient_rank, studies
 from lora_lab.ablation.compare import best_rates
 from lora_lab.ablation.halving import replay, share_of_steps
 from lora_lab.studies import ablation
+from lora_lab.system.device import pick_device
 
 DRAWS = {"first": ([1, 2, 4, 8, 16], range(5)), "second": ([1, 3, 6, 12, 24], range(10, 15))}  # ranks and seeds
 

@@ -68,7 +68,7 @@ def batch(shape: str):
     sequences, length = (int(part) for part in shape.split("x"))
     tokenizer = load_tokenizer("smollm2-135m")  # without the model, whose traces would count as memory
     examples = ll.tasks.docs(tokenizer, seq_len=length).train[:sequences]
-    device = ll.pick_device()[0]
+    device = ll.device.pick_device()[0]
     return examples.inputs.to(device), examples.targets.to(device)
 
 
@@ -174,7 +174,7 @@ def peft_model(name: str):
     dtype = torch.bfloat16 if "bf16" in name else torch.float32
     with tempfile.TemporaryDirectory() as folder:
         ll.save_model(loaded()[0], folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(ll.pick_device()[0])
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(ll.device.pick_device()[0])
         for parameter in model.parameters():  # else the file's pages would count as memory of the first step
             parameter.data = parameter.data.clone()
     if "ckpt" in name:

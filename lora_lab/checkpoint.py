@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -76,32 +76,25 @@ def resume(
     Raises:
         ValueError: the file is damaged, or belongs to another run, to other frozen weights or to another start.
     """
-    if folder is None or not (path := Path(folder) / _CHECKPOINT).is_file():
+    if (path := _path(folder)) is None:
         return 0
     tensors, note, stored = _read(path)
     _check_same_run(path, history, stored)
     for name, value in (hashes or {"frozen": frozen_hash(model)}).items():
         _check_hash(path, note, name, value)
-    if difference := mismatch(tensors, _expected_tensors(model, optimizer, tensors)):
-        raise ValueError(f"{path} does not fit this model: {difference}; use another folder, or delete it.")
     device = next(model.parameters()).device
+    random_state, gpu_state = tensors.pop("random.cpu", None), tensors.pop("random.cuda", None)
+    state = _state(model, optimizer, tensors)
+    if difference := mismatch(tensors, state):
+        raise ValueError(f"{path} does not fit this model: {difference}; use another folder, or delete it.")
     try:  # first, because these may raise; own_randomness restores the previous states
-        torch.set_rng_state(tensors["random.cpu"])
-        if device.type == "cuda" and "random.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random.cuda"], device)
-    except RuntimeError as error:
+        torch.set_rng_state(random_state)
+        if device.type == "cuda" and gpu_state is not None:  # a run may be resumed on a machine without a GPU
+            torch.cuda.set_rng_state(gpu_state, device)
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); {_ADVICE}.") from None
-    with torch.no_grad():
-        for name, value in trained(model).items():
-            value.copy_(tensors[name])
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and f"optimizer.{name}.step" in tensors:
-            for key in _ADAMW_STATE:
-                value, state = tensors[f"optimizer.{name}.{key}"], optimizer.state[parameter]
-                if key in state:  # a view of the lean optimiser's flat tensor
-                    state[key].copy_(value)
-                else:  # a copy: on the CPU ``value`` is a part of the file, which Windows could then not replace
-                    state[key] = value.to(parameter.device, copy=True)
+    for name, value in state.items():
+        value.copy_(tensors[name])
     history.rows, history.optimizer_bytes = stored.rows, stored.optimizer_bytes
     return len(history.rows) - 1
 
@@ -130,9 +123,7 @@ def stored_history(folder: str | Path | None) -> History | None:
     Raises:
         ValueError: the checkpoint is damaged.
     """
-    if folder is None or not (path := Path(folder) / _CHECKPOINT).is_file():
-        return None
-    return _read(path)[2]
+    return None if (path := _path(folder)) is None else _read(path)[2]
 
 
 def holds(folder: str | Path | None, history: History, model: nn.Module) -> bool:
@@ -146,7 +137,7 @@ def holds(folder: str | Path | None, history: History, model: nn.Module) -> bool
     Raises:
         ValueError: the file is damaged, or the checkpoint is of another run.
     """
-    if folder is None or not (path := Path(folder) / _CHECKPOINT).is_file():
+    if (path := _path(folder)) is None:
         return False
     _, note, stored = _read(path)
     _check_same_run(path, history, stored)
@@ -182,33 +173,38 @@ def _advice(folder: str | Path | None) -> str:
     return f"the checkpoint in {folder} is whole, at step {step}: start the same command again to go on"
 
 
+def _path(folder: str | Path | None) -> Path | None:
+    """The checkpoint in a folder; None without one."""
+    path = None if folder is None else Path(folder) / _CHECKPOINT
+    return path if path and path.is_file() else None
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str], History]:
     """Return a checkpoint's tensors, the note in its header, and its history, if the checksum is right."""
     try:
-        tensors, note = load_tensors(path, {"frozen"})
+        with safe_open(path, framework="pt") as file:
+            note = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        if note.pop("sha256", None) != _checksum(tensors, note) or "frozen" not in note:
+            raise ValueError("its content does not match the checksum in its header")
         history = History.from_dict(json.loads(bytes(bytes_of(tensors.pop("history")))))
         if len(history.rows) < 2:
             raise ValueError("it has no step")
-    except (ValueError, KeyError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({str(error).removesuffix('.')}); {_ADVICE}.") from None
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({shortened(str(error)).removesuffix('.')}); {_ADVICE}.") from None
     return tensors, note, history
 
 
-def _expected_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Tensors with the names, shapes and dtypes that those of the checkpoint must have."""
-    expected = trained(model)
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The run's own tensors that a checkpoint fills, by its names; the optimiser's are made where it has none yet."""
+    state = trained(model)
     for name, parameter in model.named_parameters():
-        state = {f"optimizer.{name}.{key}": parameter.detach() for key in _ADAMW_STATE}
         # The optimiser has no state for a parameter that took no part in the loss.
-        if parameter.requires_grad and not tensors.keys().isdisjoint(state):
-            step = optimizer.state.get(parameter, {}).get("step", torch.zeros((), dtype=torch.float32))
-            expected |= state | {f"optimizer.{name}.step": step}
-    expected["random.cpu"] = torch.get_rng_state()
-    if "random.cuda" in tensors:  # a run may be resumed on a machine without a GPU
-        expected["random.cuda"] = tensors["random.cuda"]
-    return expected
+        if parameter.requires_grad and any(f"optimizer.{name}.{key}" in tensors for key in _ADAMW_STATE):
+            for key in _ADAMW_STATE:
+                new = parameter.new_zeros((), dtype=torch.float32) if key == "step" else torch.zeros_like(parameter)
+                state[f"optimizer.{name}.{key}"] = optimizer.state[parameter].setdefault(key, new.detach())
+    return state
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
@@ -247,35 +243,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, s
         save_file(copies, temporary, metadata={**note, "sha256": _checksum(copies, note)})
 
 
-def load_tensors(path: Path, names: Set[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a file that :func:`save_tensors` wrote: tensors on the CPU, and the note.
-
-    Args:
-        path: of the file.
-        names: of entries that the note must have.
-
-    Raises:
-        ValueError: the file is no safetensors file, its note lacks an entry, or its content has changed. The message
-            does not name the file.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            note = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"The file cannot be read: {shortened(str(error))}.") from None
-    if note.pop("sha256", None) != _checksum(tensors, note) or not names <= note.keys():
-        raise ValueError("The content does not match the checksum in the header.")
-    return tensors, note
-
-
 def _checksum(tensors: Mapping[str, Tensor], note: Mapping[str, str]) -> str:
     """SHA-256 of the note and of each tensor's name, dtype, shape and values."""
-    digest = hashlib.sha256(json.dumps(note, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(bytes_of(tensor))
-    return digest.hexdigest()
+    forms = {name: f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in tensors.items()}
+    values = tensors_hash(dict(sorted(tensors.items())))
+    return hashlib.sha256(json.dumps([note, forms, values], sort_keys=True).encode()).hexdigest()
 
 
 def _check_same_run(path: Path, history: History, stored: History) -> None:

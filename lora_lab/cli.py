@@ -64,7 +64,7 @@ def run(command: Callable[..., Any], options: dict[str, Any]) -> None:
 
         processes = process_group()
     arguments = inspect.signature(command).parameters.values()
-    first = [options.pop(each.name) for each in arguments if each.kind is each.POSITIONAL_ONLY]
+    first = [options.pop(each.name) for each in arguments if each.name in options and each.kind is each.POSITIONAL_ONLY]
     with processes, redirect_stdout(sys.stderr) if as_json else nullcontext():
         result = command(*first, **options)
     if as_json:
@@ -98,17 +98,17 @@ def add_options(parser: argparse.ArgumentParser, function: Callable[..., Any]) -
         elif get_origin(hint) is Literal:
             kind = {"choices": get_args(hint)}
         elif get_origin(hint) is tuple:
-            kind = {"type": get_args(hint)[0], "nargs": "+"}
+            kind = {"type": get_args(hint)[0], "nargs": "+", "action": "extend"}
         else:
             kind = {"type": hint}
+        kind["default"] = argparse.SUPPRESS  # what is not given is left to the function
         if argument.kind is argument.POSITIONAL_ONLY:
             parser.add_argument(name, help=texts[name], nargs=None if default is argument.empty else "?", **kind)
             continue
         text = texts[name]
         if default not in (None, (), argument.empty) and default is not False:
             text += f" (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
-        required = default is argument.empty
-        parser.add_argument(f"--{name.replace('_', '-')}", required=required, default=default, help=text, **kind)
+        parser.add_argument(f"--{name.replace('_', '-')}", required=default is argument.empty, help=text, **kind)
     if hints["return"] is not NoneType:
         parser.add_argument("--json", action="store_true", help="print the result as JSON, and all else to stderr")
 

@@ -89,39 +89,32 @@ def finetune(
         have ``validation_loss``, ``test_loss``, ``off_domain_loss`` in nats, the task's scores and three ``samples``.
     """
     from lora_lab import finetune
-    from lora_lab.models.pretrained import load_tokenizer
     from lora_lab.system.files import as_path
-    from lora_lab.tasks import PairTask, task_of
 
-    method_of_run = finetune.method_of(method, rank, alpha)
+    chosen = finetune.method_of(method, rank, alpha)
     if preview:
-        chosen = task_of(task, load_tokenizer(model), allow_special)
-        print(chosen.describe())
-        if isinstance(chosen, PairTask):
-            print(chosen.preview(3))
+        _preview(task, model, allow_special)
         return None
     if out is not None:
         folder = as_path(out, "--out")
     else:
         folder = finetune.OUT if overwrite else finetune.unused_folder(checkpoint_every is not None)
-    result = finetune.run(
-        task,
-        method_of_run,
-        folder,
-        steps=steps,
-        lr=lr,
-        batch_size=batch,
-        seed=seed,
-        model=model,
-        device=device,
-        eval_examples=eval_examples,
-        half=half,
-        by_length=by_length,
-        checkpoint_every=checkpoint_every,
-        allow_special=allow_special,
-        overwrite=overwrite,
-    )
+    options: dict[str, Any] = {"steps": steps, "lr": lr, "batch_size": batch, "by_length": by_length, "seed": seed}
+    options |= {"model": model, "device": device, "eval_examples": eval_examples, "allow_special": allow_special}
+    options |= {"checkpoint_every": checkpoint_every, "half": half, "overwrite": overwrite}
+    result = finetune.run(task, chosen, folder, **options)
     return {"folder": str(folder), **finetune.document(result)}
+
+
+def _preview(task: str, model: str, allow_special: bool) -> None:
+    """Print what a model would read and learn."""
+    from lora_lab.models.pretrained import load_tokenizer
+    from lora_lab.tasks import PairTask, task_of
+
+    data = task_of(task, load_tokenizer(model), allow_special)
+    print(data.describe())
+    if isinstance(data, PairTask):
+        print(data.preview(3))
 
 
 # Use
@@ -345,8 +338,8 @@ def speed(
         ``doubts`` (why it may be wrong) and ``variants``, each with ``variant``, ``seconds`` of a step,
         ``seconds_by_cause``, ``tokens_per_second``, ``ratio`` to full fine-tuning and ``why``. ``measured``:
         ``setting``, ``tokens``, ``rounds``, ``disturbance`` by other processes, and ``variants``, each with
-        ``variant``, ``seconds`` (the median), ``lower_quartile_seconds``, ``upper_quartile_seconds``,
-        ``tokens_per_second``, ``ratio`` with its 95 % interval ``ratio_low`` to ``ratio_high``, and ``verdict``.
+        ``variant``, ``seconds`` with ``lower_quartile_seconds`` and ``upper_quartile_seconds``, ``tokens_per_second``,
+        ``ratio`` with its 95 % interval ``ratio_low`` to ``ratio_high``, and ``verdict``.
     """
     from lora_lab import FullFineTuning, LoRA
     from lora_lab.costs import speed
@@ -374,19 +367,14 @@ def speed(
     print(costs or f"Device: {why}")
     prediction = (costs or speed.cost_model(chosen)).predict(factory, variants, batch, length)
     print(prediction)
-    times = None
+    result = {"model": model, "batch_size": batch, "seq_len": length, "device": costs.where if costs else str(chosen)}
+    result["counted"] = [{"variant": label, **count.to_dict()} for label, count in counts.items()]
+    result |= {"predicted": prediction.to_dict(), "measured": None}
     if measure is not None:
         times = speed.step_time(factory, variants, batch, length, rounds=measure, device=chosen)
         print(f"\n{times}")
-    return {
-        "model": model,
-        "batch_size": batch,
-        "seq_len": length,
-        "device": costs.where if costs else str(chosen),
-        "counted": [{"variant": label, **count.to_dict()} for label, count in counts.items()],
-        "predicted": prediction.to_dict(),
-        "measured": None if times is None else times.to_dict(),
-    }
+        result["measured"] = times.to_dict()
+    return result
 
 
 def _length(model: nn.Module, length: int | None, default: int) -> int | None:
@@ -508,48 +496,46 @@ def ablate(
         out: folder of results; finished trials are not run again
 
     Returns:
-        ``folder`` with the files; ``trials``, their number; ``evaluations``, a list with the rows of ``table.csv``; and
-        ``verdict``, null for one rank. It has ``answer`` in a few words, ``rank`` (null if undecided), ``reason``,
-        ``method``, ``margin``, ``seeds``, ``notes`` and ``ranks``, each with ``rank``, ``status``, ``lr``,
-        ``validation_loss``, ``test_loss``, ``difference`` from the largest rank's test loss, its one-sided 95 % bounds
-        ``lower`` and ``upper``, and ``note``.
+        ``folder``; ``trials``, their number; ``evaluations``, the rows of ``table.csv``; and ``verdict``, null for one
+        rank: ``answer``, ``rank`` (null if undecided), ``reason``, ``method``, ``margin``, ``seeds``, ``notes`` and
+        ``ranks``, each with ``rank``, ``status``, ``lr``, ``validation_loss``, ``test_loss``, its ``difference`` from
+        the largest rank's with one-sided 95 % bounds ``lower`` and ``upper``, and ``note``.
     """
     from lora_lab import plots
-    from lora_lab.ablation import ablate, smallest_sufficient_rank, studies
+    from lora_lab.ablation import ablate, studies
     from lora_lab.system.files import check_replaceable, check_writable
     from lora_lab.system.json_text import rows_of
     from lora_lab.system.schema import Positive, Size, check
 
     check(margin, Positive | None, "--margin")
     folder = Path(out)
-    grid = studies.grid(
-        task,
-        method,
-        list(ranks),
-        list(lrs) or None,
-        range(check(seeds, Size, "--seeds")),
-        alpha=alpha,
-        alpha_per_rank=alpha_per_rank if alpha is None else None,
-        steps=steps,
-        batch_size=batch,
-        eval_examples=eval_examples,
-    )
+    options: dict[str, Any] = {"steps": steps, "batch_size": batch, "eval_examples": eval_examples}
+    options |= {"alpha": alpha, "alpha_per_rank": alpha_per_rank if alpha is None else None}
+    check(seeds, Size, "--seeds")
+    grid = studies.grid(task, method, list(ranks), list(lrs) or None, range(seeds), **options)
     check_writable(folder, leave=True)
     check_replaceable(folder / "table.csv", ("key", "method", "lr", "outcome"))
-    chosen, data = studies.study(task, seq, model=model)
     print(f"{len(grid)} trials; results in {folder / 'trials'}, from which a run that was stopped continues")
-    frame = ablate(chosen, data, grid, folder / "trials", n_jobs=jobs, engine=engine)
+    frame = ablate(*studies.study(task, seq, model=model), grid, folder / "trials", n_jobs=jobs, engine=engine)
     _save_table(frame, folder / "table.csv")
     plots.use_style()
     _save_picture(plots.loss_by_rate(frame), folder / "rates.png")
     _save_picture(plots.learning_and_forgetting(frame), folder / "forgetting.png")
     verdict = None
     if len(set(ranks)) > 1:
-        verdict = smallest_sufficient_rank(frame, margin or studies.defaults_of(task).margin)
-        _save_picture(plots.rank_verdict(verdict), folder / "verdict.png")
-        print(f"\n{verdict}")
-    rows = {"trials": len(grid), "evaluations": rows_of(frame)}
-    return {"folder": out, **rows, "verdict": None if verdict is None else verdict.to_dict()}
+        verdict = _judge_ranks(frame, margin or studies.defaults_of(task).margin, folder / "verdict.png")
+    return {"folder": out, "trials": len(grid), "evaluations": rows_of(frame), "verdict": verdict}
+
+
+def _judge_ranks(frame: Any, margin: float, path: Path) -> dict[str, Any]:
+    """Print and draw which rank is enough."""
+    from lora_lab import plots
+    from lora_lab.ablation import smallest_sufficient_rank
+
+    verdict = smallest_sufficient_rank(frame, margin)
+    _save_picture(plots.rank_verdict(verdict), path)
+    print(f"\n{verdict}")
+    return verdict.to_dict()
 
 
 def record(
@@ -605,7 +591,7 @@ def record(
     commit = current_commit()  # of the code that runs, even if something is committed meanwhile
     settings = chosen.settings(where)
     records.new(what, [{"row": "to come"}], settings, command, where, commit)  # validate now, not after hours
-    folder = records.destination(out)
+    folder = Path(out) if out else records.destination()
     check_writable(folder)
     if begun := take_over(what):
         print(f"{counted(begun, 'trial')} of a record that was begun earlier need not be run again.")

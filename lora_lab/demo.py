@@ -88,25 +88,17 @@ def train(label: str, method: Method, lr: float, steps: int, seed: int, device: 
     model, tokenizer = load_pretrained(device=device)
     task = docs(tokenizer, seq_len=SEQ_LEN)
 
-    def train_loss() -> float:
-        return evaluate(model, task, "train", BATCH_SIZE, EVAL_EXAMPLES)
-
-    before = train_loss()
-    history = fit(
-        model,
-        task,
-        method,
-        steps=steps,
-        lr=lr,
-        batch_size=BATCH_SIZE,
-        seed=seed,
-        eval_every=max(1, steps // 4),
-        eval_examples=EVAL_EXAMPLES,
-    )
+    before = evaluate(model, task, "train", BATCH_SIZE, EVAL_EXAMPLES)
+    options: dict[str, Any] = {
+        "batch_size": BATCH_SIZE,
+        "eval_every": max(1, steps // 4),
+        "eval_examples": EVAL_EXAMPLES,
+    }
+    history = fit(model, task, method, steps=steps, lr=lr, seed=seed, **options)
     peak = peak_bytes(next(model.parameters()).device)  # now, because what follows is not part of training
     bill = predict(model, AsItIs(), BATCH_SIZE, SEQ_LEN)  # fit has prepared the model already
     memory = {**bill.parts, "the rest: torch, Python, the heap": max(0, peak - bill.peak_bytes)}
-    after = train_loss()
+    after = evaluate(model, task, "train", BATCH_SIZE, EVAL_EXAMPLES)
     weights = WEIGHTS if lora_layers(model) else "model.safetensors"
 
     def save(folder: Path) -> None:
@@ -132,7 +124,7 @@ def run(
         steps: training steps of each method, of 4 x 64 tokens.
         seed: of adapters, data order and dropout.
         rank: LoRA's rank; alpha is twice the rank.
-        device: as in :func:`lora_lab.pick_device`.
+        device: as in :func:`lora_lab.system.device.pick_device`.
         out: folder for picture, adapter, model and numbers.
 
     Raises:
@@ -176,14 +168,7 @@ def run(
     write_json(out / "demo.json", {"machine": machine, "results": [_plain(result) for result in results]})
     report = page(results, before, voice, picture, machine, steps, seed, out / "demo.html")
     allocator = " (torch's allocator)" if chosen.type == "cuda" else ""
-    paths = {
-        "page": report,
-        "picture": picture,
-        "adapter": out / "lora",
-        "full": out / "full",
-        "numbers": out / "demo.json",
-    }
-    print(CLOSING.format(allocator=allocator, prompt=PROMPT, **paths))
+    print(CLOSING.format(allocator=allocator, prompt=PROMPT, page=report, picture=picture, out=out))
     return out
 
 
@@ -194,13 +179,13 @@ the peak of the process minus the predicted peak of a step: torch, Python and th
 
   page         {page}   (open it in a browser)
   picture      {picture}
-  adapter      {adapter}   (all that LoRA needs to save)
-  full model   {full}
-  numbers      {numbers}
+  adapter      {out}/lora   (all that LoRA needs to save)
+  full model   {out}/full
+  numbers      {out}/demo.json
 
 Try next:
-  lora-lab chat "{prompt}" --plain --adapter {adapter}
-  lora-lab chat "{prompt}" --plain --model {full}
+  lora-lab chat "{prompt}" --plain --adapter {out}/lora
+  lora-lab chat "{prompt}" --plain --model {out}/full
   make lab     opens the lessons, at 00_first_look.ipynb"""
 
 

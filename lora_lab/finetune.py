@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -38,7 +39,7 @@ from lora_lab.system.files import (
     write_json,
 )
 from lora_lab.system.provenance import machine_info
-from lora_lab.system.schema import Size, check, instance_of
+from lora_lab.system.schema import Size, check
 from lora_lab.system.wording import counted, shortened
 from lora_lab.task import Task
 from lora_lab.tasks import PairTask, task_of
@@ -112,82 +113,51 @@ def run(
     allow_special: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Train, print progress, and save the results in ``out``.
+    """Train, print progress, save the results in ``out``, and return the content of its ``result.json``.
 
-    These are the adapter (or the whole model, if the method trains weights of its own), ``history.json``, and
-    ``result.json`` with losses and scores before and after. All files appear at once. The adapter's config names the
-    base: by its absolute path, if it is a folder or a file. Of several processes
+    All files appear at once: the adapter (or the whole model, if the method trains weights of its own),
+    ``history.json``, and ``result.json`` with losses and scores before and after. Of several processes
     (:func:`lora_lab.system.distributed.process_group`) rank 0 saves.
 
     Args:
-        task: as for :func:`lora_lab.tasks.task_of`.
+        task, allow_special: as for :func:`lora_lab.tasks.task_of`.
         method: what is trained.
         out: a folder without a model, an adapter or results of an earlier run.
         steps, batch_size, seed: as for :func:`lora_lab.fit`.
         lr: peak learning rate; defaults to 1e-4 for full fine-tuning and 1e-3 otherwise.
         model, device: as for :func:`lora_lab.load_pretrained`.
         eval_examples: of each part, for losses and scores; None takes all.
-        half: save the adapter in half precision (float16), which halves the file. The losses and scores after training
-            are those of the rounded adapter.
+        half: save the adapter in float16, which halves the file; what is scored after training is the rounded adapter.
         by_length: make batches of examples of similar length, which pad each other less.
         checkpoint_every: steps between checkpoints in ``out``/checkpoint, from which the same call goes on if it was
             stopped; the last one is removed when the results are saved. None for no checkpoints.
-        allow_special: as for :func:`lora_lab.tasks.task_of`.
-        overwrite: replace what an earlier run has saved in ``out``, its model or adapter included, and begin anew where
-            ``out``/checkpoint is damaged, or of another run or model. A checkpoint of this run is continued all the
-            same.
-
-    Returns:
-        The content of result.json.
+        overwrite: replace what an earlier run has saved in ``out``, and begin anew where the checkpoint is damaged, or
+            of another run or model. A checkpoint of this run is continued all the same.
 
     Raises:
-        ValueError: ``method`` or ``out`` is of another type; ``half`` is true, but the method trains no adapter;
-            ``by_length`` is, but all examples have the same length; there is no such task; ``out`` is the folder of the
-            model, holds a result.json of another program, or would hold a model beside an adapter; or its checkpoint is
-            damaged or of another run or model, and ``overwrite`` is false.
-        FileExistsError: ``out`` holds results, a model or an adapter, and ``overwrite`` is false; or another run that
-            has not ended saves its results there.
-        FileNotFoundError: there is no such file.
+        ValueError: an argument has a wrong value, ``out`` is in no state for this run, or its checkpoint is not of it.
+        FileExistsError: ``out`` holds results, a model or an adapter, or another run saves there.
         KeyboardInterrupt: at Ctrl-C; during the training its message says how the run can go on.
-        OSError: ``out`` cannot be written to. This is checked before the model is loaded; if it happens at the end, the
-            results are saved in another folder, which the error names.
+        OSError: ``out`` cannot be written to, which is checked before the model is loaded.
     """
-    check(method, instance_of(Method), "method")
     if half and not saves_adapter(method.name):
-        raise ValueError(
-            f"Method {method.name!r} saves a whole model, but half precision is for adapters; leave --half out."
-        )
+        raise ValueError(f"{method.name!r} saves a whole model, but half precision is for adapters; leave --half out.")
     check_name(task)
     lr = lr if lr is not None else 1e-4 if isinstance(method, FullFineTuning) else 1e-3
-    config = TrainConfig(
-        steps=steps,
-        lr=lr,
-        batch_size=batch_size,
-        batches="by_length" if by_length else "random",
-        seed=seed,
-        eval_every=max(1, steps // 4),  # on a CPU an evaluation takes as long as several steps
-        eval_examples=eval_examples,
-    )
+    batches: Literal["random", "by_length"] = "by_length" if by_length else "random"
+    config = TrainConfig(steps=steps, lr=lr, batch_size=batch_size, batches=batches, seed=seed)
+    config = replace(config, eval_every=max(1, steps // 4), eval_examples=eval_examples)  # as slow as several steps
     check(checkpoint_every, Size | None, "checkpoint_every")
     out, dtype = as_path(out, "out"), torch.float16 if half else None
     checkpoints = None if checkpoint_every is None else out / CHECKPOINTS
-    with _held(out, model, method, overwrite):
+    with _hold(out, model, method, overwrite):
         chosen, why = pick_device(device)
         net, tokenizer = load_pretrained(model, device=chosen)
         data = task_of(task, tokenizer, allow_special)
         print(_heading(why, data))
         _check_checkpoint(checkpoints, new_history(data, method, config, net), net, overwrite)
-        history, before, after = _trained(net, data, method, config, checkpoints, checkpoint_every, dtype)
-        result = {
-            "task": {"name": data.name, "fingerprint": data.fingerprint, "about": data.about},
-            "method": method.settings(),
-            "settings": history.settings,
-            "machine": machine_info(chosen),
-            "before": before,
-            "after": after,
-        }
-        if isinstance(data, PairTask) and data.metric in METRICS:
-            result["trivial"] = score(data, trivial(data)[:eval_examples])
+        history, before, after = _train(net, data, method, config, checkpoints, checkpoint_every, dtype)
+        result = _describe(data, history, machine_info(chosen), before, after)
         print(f"\n{table(result)}")
         if current_processes().rank == 0:
             base = base_name(model)
@@ -197,8 +167,25 @@ def run(
     return result
 
 
+def _describe(
+    data: Task, history: History, machine: dict[str, str], before: dict[str, Any], after: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the content of result.json."""
+    result = {
+        "task": {"name": data.name, "fingerprint": data.fingerprint, "about": data.about},
+        "method": history.method,
+        "settings": history.settings,
+        "machine": machine,
+        "before": before,
+        "after": after,
+    }
+    if isinstance(data, PairTask) and data.metric in METRICS:
+        result["trivial"] = score(data, trivial(data)[: history.settings["eval_examples"]])
+    return result
+
+
 @contextmanager
-def _held(out: Path, model: str, method: Method, overwrite: bool) -> Iterator[None]:
+def _hold(out: Path, model: str, method: Method, overwrite: bool) -> Iterator[None]:
     """Hold the folder of the results for the block, if they can be saved there and nothing would be lost."""
     if as_path(model, "model").is_dir() and Path(model).resolve() == out.resolve():
         raise ValueError(f"{out} holds the model that is to be trained, which must stay as it is; name another folder.")
@@ -229,7 +216,7 @@ def _check_checkpoint(checkpoints: Path | None, history: History, net: nn.Module
     processes.from_first(None)  # the others wait
 
 
-def _trained(
+def _train(
     net: nn.Module,
     data: Task,
     method: Method,
@@ -239,13 +226,13 @@ def _trained(
     dtype: torch.dtype | None,
 ) -> tuple[History, dict[str, Any], dict[str, Any]]:
     """Train the model, in place, and round its adapters to ``dtype``: the history, and evaluations before and after."""
-    before = _evaluated(net, data, config.eval_examples)
+    before = _evaluate(net, data, config.eval_examples)
     print(f"{method}: {config.steps} steps of {config.batch_size} examples at learning rate {config.lr:g}")
     with _resumable(checkpoints):
         history = fit(net, data, method, config, checkpoint_dir=checkpoints, checkpoint_every=checkpoint_every)
         if dtype is not None:
             _round_adapters(net, dtype)
-        after = _evaluated(net, data, config.eval_examples)
+        after = _evaluate(net, data, config.eval_examples)
     return history, before, after
 
 
@@ -337,7 +324,7 @@ def _outdated(folder: Path, method: str) -> tuple[str, ...]:
     return (CONFIG, WEIGHTS, *([CARD] if is_free(folder) else [])) if saves_adapter(earlier) else (*FILES, GENERATION)
 
 
-def _evaluated(net: nn.Module, data: Task, limit: int | None) -> dict[str, Any]:
+def _evaluate(net: nn.Module, data: Task, limit: int | None) -> dict[str, Any]:
     """Losses in nats; for prompts and answers also scores on the test part, and some of the predictions."""
     result: dict[str, Any] = {}
     for part in ("validation", "test", "off_domain"):

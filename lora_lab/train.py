@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -342,11 +343,23 @@ def fit(
                 if config.evaluates(number):
                     evaluate_parts(step, task, config, history)
                 if leads and checkpoint_dir is not None and config.saves(number, checkpoint_every):
-                    checkpoint.save(checkpoint_dir, *state, hashes)
+                    with warn_if_complete(number == config.steps):
+                        checkpoint.save(checkpoint_dir, *state, hashes)
                 if leads and on_row is not None:
                     report(on_row, history, model)
                 bar.update(number - bar.n)
     return history
+
+
+@contextmanager
+def warn_if_complete(complete: bool) -> Iterator[None]:
+    """Warn of a checkpoint that cannot be written where the run is complete, so that its result is not lost."""
+    try:
+        yield
+    except OSError as error:
+        if not complete:
+            raise
+        warnings.warn(f"The run is complete, but its last checkpoint is missing: {error}", stacklevel=3)
 
 
 def complete_config(config: TrainConfig | None, options: dict[str, Any]) -> TrainConfig:

@@ -132,26 +132,14 @@ def test_ends_of_runs_differ_where_their_seeds_do():
         assert_same_end(run("lora"), run("lora", seed=1))
 
 
-def test_dropout_and_batch_statistics_take_part():
+def test_dropout_and_batch_statistics_take_part(tmp_path):
     model, _ = run("full")
     assert model.norm.num_batches_tracked == STEPS
+    interrupt("full", tmp_path, 6)
+    assert load_file(tmp_path / CHECKPOINT)["buffer.norm.num_batches_tracked"] == 4
     assert (model.norm.running_mean - Normed().norm.running_mean).abs().min() > 1e-4
     plain = LoRA(rank=2, alpha=6)
     assert run("lora")[1].rows[2]["train_loss"] != run("lora", method=plain)[1].rows[2]["train_loss"]
-
-
-def test_buffers_come_back_from_the_checkpoint(tmp_path):
-    whole = load_after(tmp_path / "whole", "full")
-    interrupt("full", tmp_path / "cut", 6)
-    cut = load_file(tmp_path / "cut" / CHECKPOINT)
-    assert cut["buffer.norm.num_batches_tracked"] == 4
-    assert whole["buffer.norm.num_batches_tracked"] == STEPS
-    assert not torch.equal(cut["buffer.norm.running_var"], whole["buffer.norm.running_var"])
-
-
-def load_after(folder, kind):
-    run(kind, folder)
-    return load_file(folder / CHECKPOINT)
 
 
 @ALL
@@ -327,30 +315,6 @@ def test_a_checkpoint_is_one_safetensors_file_with_json_and_no_pickle(tmp_path):
     assert all(name.endswith(("lora_A", "lora_B")) for name in trained)  # the frozen base is not stored
 
 
-def test_the_folder_is_made(tmp_path):
-    run("lora", tmp_path / "new" / "folder")
-    assert (tmp_path / "new" / "folder" / CHECKPOINT).is_file()
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"lr": 0.02}, "settings.lr is 0.01, not 0.02"),
-        ({"steps": 12}, "settings.steps is 9, not 12"),
-        ({"schedule": "constant"}, "settings.schedule is 'cosine', not 'constant'"),
-        ({"method": LoRA(rank=3, alpha=6, dropout=0.2)}, "method.rank is 2, not 3"),
-        ({"method": FullFineTuning()}, "method.name is 'lora', not 'full'"),
-        ({"task": task(stopping(), shift=0.5)}, "task.fingerprint is"),
-    ],
-)
-def test_a_checkpoint_of_another_run_is_refused_and_told_apart(tmp_path, options, named):
-    interrupt("lora", tmp_path, 6)
-    before = (tmp_path / CHECKPOINT).read_bytes()
-    with pytest.raises(ValueError, match=named):
-        run("lora", tmp_path, **options)
-    assert (tmp_path / CHECKPOINT).read_bytes() == before
-
-
 @pytest.mark.parametrize(
     "way",
     [{"lean": Lean()}, {"gradient_checkpointing": True}, {"autocast": torch.bfloat16}],
@@ -414,26 +378,6 @@ def test_targets_given_as_a_tuple_are_the_same_run(tmp_path):
     assert_same_end(run("lora", tmp_path, method=method), run("lora", method=method))
 
 
-def test_an_adapters_checkpoint_is_refused_on_other_frozen_weights(tmp_path):
-    interrupt("lora", tmp_path, 6)
-    with pytest.raises(ValueError, match=r"other (frozen )?weights"):
-        run("lora", tmp_path, model=DigitsTransformer(width=16, layers=1, heads=2, seed=1))
-    changed = DigitsTransformer(width=16, layers=1, heads=2)
-    with torch.no_grad():
-        changed.norm.bias[3] += 1e-6
-    with pytest.raises(ValueError, match=r"other (frozen )?weights"):
-        run("lora", tmp_path, model=changed)
-
-
-@pytest.mark.parametrize(("stored", "width"), [(16, 24), (16, 1), (1, 16)])
-def test_a_checkpoint_of_a_model_of_another_shape_is_refused(tmp_path, stored, width):
-    interrupt("full", tmp_path, 6, model=Normed(width=stored))
-    with pytest.raises(ValueError, match=r"checkpoint\.safetensors"):
-        run("full", tmp_path, model=Normed(width=width))
-    with pytest.raises(ValueError, match=r"checkpoint\.safetensors"):
-        run("full", tmp_path, model=DigitsMLP())
-
-
 @pytest.mark.parametrize("keep", [0, 5, 200, -1])
 def test_a_damaged_checkpoint_is_refused(tmp_path, keep):
     interrupt("lora", tmp_path, 6)
@@ -451,15 +395,6 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, keep):
     assert checkpoint.step_of(tmp_path) == STEPS
 
 
-@pytest.mark.parametrize("note", [None, {}, {"frozen": ""}])
-def test_another_file_in_the_checkpoints_place_is_refused(tmp_path, note):
-    save_file({"parameter.x": torch.zeros(2)}, tmp_path / CHECKPOINT, metadata=note)
-    with pytest.raises(ValueError, match=r"damaged|another run"):
-        run("lora", tmp_path)
-    with pytest.raises(ValueError, match="is damaged"):
-        checkpoint.step_of(tmp_path)
-
-
 def content_of(path):
     """The texts and the tensors of a checkpoint, and its history."""
     with safe_open(path, framework="pt") as file:
@@ -467,14 +402,15 @@ def content_of(path):
     return note, tensors, json.loads(bytes(tensors["history"].tolist()))
 
 
-def assert_left_alone(kind, folder, says):
-    """A run on this checkpoint is refused, and neither the model nor torch's generator has anything of it."""
-    model = KINDS[kind][0]()
+def assert_left_alone(kind, folder, says, model=None, **options):
+    """A run on this checkpoint is refused, and neither it, the model nor torch's generator has changed."""
+    model, content = model if model is not None else KINDS[kind][0](), (folder / CHECKPOINT).read_bytes()
     untouched = snapshot(model)
     torch.manual_seed(5)
     before = torch.get_rng_state()
     with pytest.raises(ValueError, match=says) as caught:
-        run(kind, folder, model=model)
+        run(kind, folder, model=model, **options)
+    assert (folder / CHECKPOINT).read_bytes() == content
     assert type(caught.value) is ValueError
     assert str(caught.value).count("\n") == 0
     assert torch.equal(torch.get_rng_state(), before)
@@ -501,66 +437,110 @@ def test_a_bit_flipped_anywhere_in_a_checkpoint_is_noticed(tmp_path):
         assert_left_alone("lora", tmp_path, r"checkpoint\.safetensors is damaged \(.+\); delete it to restart the run")
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda note, tensors: note.pop("sha256"),
-        lambda note, tensors: note.update(frozen="another"),
-        lambda note, tensors: tensors.pop("parameter.head.lora_B"),
-        lambda note, tensors: tensors.update({"parameter.head.lora_B": torch.zeros(2, 10)}),
-        lambda note, tensors: tensors.update(more=torch.zeros(2)),
-    ],
-    ids=["no checksum", "another note", "lost", "another shape", "more"],
-)
-def test_the_checksum_is_of_names_shapes_and_the_note_too(tmp_path, change):
-    interrupt("lora", tmp_path, 6)
-    note, tensors, _ = content_of(tmp_path / CHECKPOINT)
-    change(note, tensors)
-    save_file(tensors, tmp_path / CHECKPOINT, metadata=note)
-    assert_left_alone("lora", tmp_path, "is damaged")
+class Scaled(Normed):
+    """A net with a frozen scalar."""
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(scale))
 
 
-def rewrite(path, change):
-    """Change the tensors of a checkpoint, or the rows of its history, under a checksum that is right."""
+@torch.no_grad()
+def nudged(kind, name):
+    """A model of which one number is another."""
+    model = KINDS[kind][0]()
+    model.get_parameter(name).view(-1)[0] += 1e-6
+    return model
+
+
+def transformer(layers=1, seed=0):
+    return DigitsTransformer(width=16, layers=layers, heads=2, seed=seed)
+
+
+FROZEN = r"other frozen weights|started from other weights"
+OTHER_RUNS = [  # a run that was stopped, another one in its folder, and what must be named
+    ("lora", {}, {"lr": 0.02}, r"settings\.lr is 0\.01, not 0\.02"),
+    ("lora", {}, {"steps": 12}, r"settings\.steps is 9, not 12"),
+    ("lora", {}, {"schedule": "constant"}, r"settings\.schedule is 'cosine', not 'constant'"),
+    ("lora", {}, {"method": LoRA(rank=3, alpha=6, dropout=0.2)}, r"method\.rank is 2, not 3"),
+    ("lora", {}, {"method": FullFineTuning()}, r"method\.name is 'lora', not 'full'"),
+    ("lora", {}, {"task": task(stopping(), shift=0.5)}, r"task\.fingerprint is"),
+    ("lora", {}, {"model": transformer(seed=1)}, FROZEN),
+    ("lora", {}, {"model": nudged("lora", "norm.bias")}, FROZEN),
+    ("lora on batch norm", {"model": Scaled()}, {"model": Scaled(2.0)}, FROZEN),
+    ("full", {}, {"model": nudged("full", "hidden.weight")}, "started from other weights"),
+    ("full", {"model": transformer(layers=2)}, {"model": transformer()}, "other weights"),
+    *(
+        ("full", {"model": Normed(stored)}, {"model": other}, r"checkpoint\.safetensors")
+        for stored, other in ((16, Normed(24)), (16, Normed(1)), (1, Normed(16)), (16, DigitsMLP()))
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "first", "then", "named"), OTHER_RUNS)
+def test_a_checkpoint_of_another_run_is_refused_and_told_apart(tmp_path, kind, first, then, named):
+    interrupt(kind, tmp_path, 6, **first)
+    assert_left_alone(kind, tmp_path, named, **then)
+
+
+def rewrite(path, change, checksum=True):
+    """Change the note, the tensors or the rows of a checkpoint, under a checksum that is right or the old one."""
     note, tensors, history = content_of(path)
-    change(tensors, history["rows"])
+    change(note, tensors, history["rows"])
     tensors["history"] = torch.tensor(list(json.dumps(history).encode()), dtype=torch.uint8)
-    del note["sha256"]
-    checkpoint.save_tensors(path, tensors, note)
+    if checksum:
+        del note["sha256"]
+        checkpoint.save_tensors(path, tensors, note)
+    else:
+        save_file(tensors, path, metadata=note)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda tensors, rows: rows.pop(2),
-        lambda tensors, rows: rows[3].update(train_loss="2.3"),
-        lambda tensors, rows: rows.__delitem__(slice(1, None)),
-        lambda tensors, rows: tensors.pop("parameter.head.lora_B"),
-        lambda tensors, rows: tensors.update({"parameter.head.lora_B": torch.zeros(10, 2, dtype=torch.int32)}),
-        lambda tensors, rows: tensors.pop("optimizer.head.lora_A.exp_avg"),
-        lambda tensors, rows: tensors.update({"random.cpu": torch.zeros(5056, dtype=torch.uint8)}),
-    ],
-    ids=["row lost", "loss", "no step", "weight lost", "dtype", "moment lost", "generator"],
-)
-def test_what_does_not_fit_is_refused_before_the_model_changes(tmp_path, change):
+HEAD = "parameter.head.lora_B"
+UNCHECKED = [
+    lambda note, tensors, rows: note.pop("sha256"),
+    lambda note, tensors, rows: note.update(frozen="another"),
+    lambda note, tensors, rows: note.clear(),
+    lambda note, tensors, rows: tensors.pop(HEAD),
+    lambda note, tensors, rows: tensors.update({HEAD: torch.zeros(2, 10)}),
+    lambda note, tensors, rows: tensors.update(more=torch.zeros(2)),
+    lambda note, tensors, rows: rows[3].update(train_loss=2.5),
+]
+CHECKED = [
+    lambda note, tensors, rows: note.pop("frozen"),
+    lambda note, tensors, rows: rows.pop(2),
+    lambda note, tensors, rows: rows[3].update(train_loss="2.3"),
+    lambda note, tensors, rows: rows.__delitem__(slice(1, None)),
+    lambda note, tensors, rows: tensors.pop(HEAD),
+    lambda note, tensors, rows: tensors.update({HEAD: torch.zeros(10, 2, dtype=torch.int32)}),
+    lambda note, tensors, rows: tensors.update(more=torch.zeros(2)),
+    lambda note, tensors, rows: tensors.pop("optimizer.head.lora_A.exp_avg"),
+    lambda note, tensors, rows: tensors.pop("random.cpu"),
+    *(
+        lambda note, tensors, rows, state=state: tensors.update({"random.cpu": state})
+        for state in (torch.zeros(5056, dtype=torch.uint8), torch.zeros(7, dtype=torch.uint8), torch.zeros(5056))
+    ),
+]
+
+
+@pytest.mark.parametrize("checksum", [False, True])
+def test_a_changed_checkpoint_is_refused(tmp_path, checksum):
     interrupt("lora", tmp_path, 6)
-    rewrite(tmp_path / CHECKPOINT, change)
-    with pytest.raises(ValueError, match=r"checkpoint\.safetensors"):
-        run("lora", tmp_path)
+    whole = (tmp_path / CHECKPOINT).read_bytes()
+    for change in CHECKED if checksum else UNCHECKED:
+        (tmp_path / CHECKPOINT).write_bytes(whole)
+        rewrite(tmp_path / CHECKPOINT, change, checksum)
+        if checksum:  # it is found out when the model has its adapters
+            with pytest.raises(ValueError, match=r"checkpoint\.safetensors"):
+                run("lora", tmp_path)
+        else:
+            assert_left_alone("lora", tmp_path, "is damaged")
 
 
 def test_a_state_of_the_gpus_generator_is_no_hindrance_where_there_is_no_gpu(tmp_path):
     interrupt("lora", tmp_path, 6)
     state = torch.zeros(16, dtype=torch.uint8)
-    rewrite(tmp_path / CHECKPOINT, lambda tensors, rows: tensors.update({"random.cuda": state}))
+    rewrite(tmp_path / CHECKPOINT, lambda note, tensors, rows: tensors.update({"random.cuda": state}))
     assert_same_end(run("lora", tmp_path), run("lora"))
-
-
-def test_the_checkpoint_of_a_deeper_model_is_refused(tmp_path):
-    deep, shallow = (DigitsTransformer(width=16, layers=layers, heads=2) for layers in (2, 1))
-    run("full", tmp_path, model=deep)
-    with pytest.raises(ValueError, match="other weights"):
-        run("full", tmp_path, model=shallow)
 
 
 def test_a_run_with_a_layer_that_takes_no_part_goes_on_too(tmp_path):
@@ -573,31 +553,6 @@ def test_a_run_with_a_layer_that_takes_no_part_goes_on_too(tmp_path):
 
     interrupt("full", tmp_path, 6, model=make())
     assert_same_end(run("full", tmp_path, model=make()), run("full", model=make()))
-
-
-def test_a_frozen_scalar_is_part_of_the_base(tmp_path):
-    def make(scale):
-        model = Normed()
-        model.scale = nn.Parameter(torch.tensor(scale))
-        return model
-
-    interrupt("lora on batch norm", tmp_path, 6, model=make(1.0))
-    with pytest.raises(ValueError, match=r"other (frozen )?weights"):
-        run("lora on batch norm", tmp_path, model=make(2.0))
-    assert_same_end(*(run("lora on batch norm", folder, model=make(1.0)) for folder in (tmp_path, None)))
-
-
-def test_a_checkpoint_of_a_run_from_other_weights_is_refused_where_all_are_trained_too(tmp_path):
-    """A model of the same shape has no frozen weights by which it could be told apart."""
-    interrupt("full", tmp_path, 6)
-    model = Normed()
-    with torch.no_grad():
-        model.hidden.weight[0, 0] += 1e-6
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=r"is of a run that started from other weights; load the same model, or use"):
-        run("full", tmp_path, model=model)
-    assert snapshot(model) == before
-    assert_same_end(run("full", tmp_path), run("full"))
 
 
 def test_a_history_of_any_length_is_stored(tmp_path):

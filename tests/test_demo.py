@@ -8,18 +8,8 @@ import re
 import pytest
 import torch
 
-from lora_lab import (
-    History,
-    LoRAConfig,
-    demo,
-    evaluate,
-    inject,
-    load_adapter,
-    load_pretrained,
-    lora_layers,
-    save_adapter,
-)
-from lora_lab.history import COLUMNS
+from lora_lab import LoRAConfig, demo, evaluate, inject, load_adapter, load_pretrained, lora_layers, save_adapter
+from lora_lab.history import COLUMNS, History
 from lora_lab.models import pretrained
 from lora_lab.tasks import docs
 from tests.helpers import PNG, command, error_line, randomise

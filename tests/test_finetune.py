@@ -5,12 +5,11 @@ import json
 import shutil
 
 import pytest
-import torch
 
 from lora_lab import FullFineTuning, Llama, LoRA, PartialFineTuning, finetune, load_adapter, save_adapter, save_model
 from lora_lab.adapters.merged import base_of, load_merged
 from lora_lab.models.pretrained import SMOLLM2
-from lora_lab.tasks import TASKS, PairTask, sentiment, task_of
+from lora_lab.tasks import task_of
 from lora_lab.train import TrainingStep
 from lora_lab.variants import RsLoRA
 from tests.helpers import command, error_line, names, printed_json
@@ -45,7 +44,7 @@ def test_it_teaches_a_file_and_keeps_adapter_history_and_result(tiny, tmp_path, 
     model = Llama(tiny_config, seed=3)
     load_adapter(model, tmp_path / "kept")
     task = task_of("sums.jsonl", tiny)
-    assert finetune._evaluated(model, task, 64)["test loss"] == pytest.approx(result["after"]["test loss"], rel=1e-5)
+    assert finetune._evaluate(model, task, 64)["test loss"] == pytest.approx(result["after"]["test loss"], rel=1e-5)
     assert result["after"]["test loss"] != pytest.approx(result["before"]["test loss"], rel=1e-3)
 
 
@@ -66,11 +65,6 @@ def test_as_json_it_prints_the_result_alone(tiny, tmp_path, capsys):
     assert document["after"]["test_loss"] != document["before"]["test_loss"]
 
 
-def test_a_preview_has_no_json(tiny, capsys):
-    assert command("finetune", "--task", "sums.jsonl", "--preview", "--json") == 1
-    assert "--preview shows text" in error_line(capsys)
-
-
 def test_a_half_precision_adapter_is_half_as_large_and_scored_as_it_is_stored(tiny, tmp_path, tiny_config):
     results = {}
     for name, options in {"whole": [], "half": ["--half"]}.items():
@@ -83,7 +77,7 @@ def test_a_half_precision_adapter_is_half_as_large_and_scored_as_it_is_stored(ti
     load_adapter(model, tmp_path / "half")
     task = task_of("sums.jsonl", tiny)
     after = results["half"]["after"]
-    assert finetune._evaluated(model, task, 64)["test loss"] == after["test loss"]
+    assert finetune._evaluate(model, task, 64)["test loss"] == after["test loss"]
     assert after["test loss"] != results["whole"]["after"]["test loss"]
     assert after["test loss"] == pytest.approx(results["whole"]["after"]["test loss"], rel=1e-2)
 
@@ -149,17 +143,6 @@ def test_ctrl_c_says_where_the_run_goes_on(tiny, monkeypatch, capsys, options, s
     monkeypatch.setattr(TrainingStep, "__call__", interrupted)
     assert command("finetune", "--task", "sums.jsonl", "--steps", 5, "--out", "out", *options) == 130
     assert capsys.readouterr().err.startswith(f"lora-lab: stopped; {says}")
-
-
-def test_checkpoints_are_at_least_a_step_from_each_other(tiny, capsys):
-    assert command("finetune", "--task", "sums.jsonl", "--checkpoint-every", 0) == 1
-    assert capsys.readouterr().err == "lora-lab: checkpoint_every is 0, but it must be at least 1.\n"
-
-
-def test_full_fine_tuning_keeps_the_model(tiny, tmp_path):
-    assert command("finetune", "--task", "sums.jsonl", "--method", "full", "--steps", 2, "--out", "kept") == 0
-    assert (tmp_path / "kept" / "model.safetensors").is_file()
-    assert (tmp_path / "kept" / "tokenizer.json").is_file()
 
 
 @pytest.mark.parametrize("methods", [("lora", "full"), ("full", "dora")])
@@ -349,7 +332,7 @@ def stopped(tiny, tmp_path, monkeypatch):
 
 def test_another_runs_checkpoint_is_refused_before_anything_is_evaluated(stopped, monkeypatch, capsys):
     capsys.readouterr()
-    monkeypatch.setattr(finetune, "_evaluated", lambda *_: pytest.fail("evaluated"))
+    monkeypatch.setattr(finetune, "_evaluate", lambda *_: pytest.fail("evaluated"))
     arguments = ["--task", "sums.jsonl", "--steps", 5, "--checkpoint-every", 2, "--out", "kept", "--lr", 0.5]
     assert command("finetune", *arguments) == 1
     said = capsys.readouterr()
@@ -372,7 +355,7 @@ def test_overwrite_begins_anew_in_place_of_another_runs_checkpoint(
         monkeypatch.setattr(finetune, "load_pretrained", lambda *_, **__: (Llama(tiny_config, seed=4), chatter))
     arguments = ["--task", "sums.jsonl", "--steps", 5, "--checkpoint-every", 2, "--out", "kept", *options]
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "_evaluated", lambda *_: pytest.fail("evaluated"))
+        patch.setattr(finetune, "_evaluate", lambda *_: pytest.fail("evaluated"))
         assert command("finetune", *arguments) == 1
     capsys.readouterr()
     assert command("finetune", *arguments, "--overwrite") == 0
@@ -421,20 +404,6 @@ def test_overwrite_goes_on_from_the_runs_own_checkpoint(stopped, capsys):
     arguments = ["--task", "sums.jsonl", "--steps", 5, "--checkpoint-every", 2, "--out", "kept", "--overwrite"]
     assert command("finetune", *arguments) == 0
     assert "Going on from step 5, with the checkpoint in kept/checkpoint\n" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("method", "out", "says"),
-    [
-        ("lora", "kept", "method is 'lora', but it must be an instance of Method"),
-        (LoRA(2), None, "out is None, but it must be a path"),
-        (LoRA(2), "", r"out is '', but it must be a path; write '\.' for the current folder"),
-    ],
-)
-def test_arguments_of_another_type_are_refused_before_anything_is_loaded(tiny, monkeypatch, method, out, says):
-    monkeypatch.setattr(finetune, "load_pretrained", lambda *_, **__: pytest.fail("loaded"))
-    with pytest.raises(ValueError, match=says):
-        finetune.run("sums.jsonl", method, out)
 
 
 def test_an_adapter_finds_its_base_from_any_folder(tiny, tmp_path, tiny_config, monkeypatch):
@@ -502,10 +471,8 @@ def test_what_a_full_disk_has_no_room_for_is_kept_elsewhere(tiny, tmp_path, caps
     assert command("finetune", *arguments) == 1
     (spare,) = tmp_path.glob("lora_lab-*")
     said = capsys.readouterr()
-    assert said.err == (
-        "lora-lab: kept could not be written (No space left on device), and the previous content is unchanged; make "
-        f"room, or choose another folder. The files are in {spare} instead.\n"
-    )
+    assert "kept could not be written (No space left on device)" in said.err
+    assert f"The files are in {spare} instead.\n" in said.err
     assert "test loss" in said.out
     assert {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()} == before
     assert {path.name for path in spare.iterdir()} == before.keys()
@@ -537,10 +504,10 @@ def test_a_text_is_a_task_too(tiny, tmp_path):
         (["--task", "sums.jsonl", "--steps", 0], "steps is 0"),
         (["--task", "sums.jsonl", "--lr", -1], "lr is -1.0"),
         (["--task", "sums.jsonl", "--device", "tpu"], "tpu"),
+        (["--task", "sums.jsonl", "--checkpoint-every", 0], "checkpoint_every is 0"),
         (["--task", "sums.jsonl", "--method", "full", "--half"], "half precision is for adapters; leave --half out"),
-        (["--task", "text.txt", "--by-length"], "all training examples of task 'text' have the same length"),
+        (["--task", "text.txt", "--by-length"], "all examples of task 'text' have the same length"),
     ],
-    ids=["task", "no file", "bad file", "method", "rank", "steps", "rate", "device", "half a model", "one length"],
 )
 def test_bad_input_is_told_in_one_sentence_and_nothing_is_kept(tiny, tmp_path, capsys, options, says):
     (tmp_path / "bad.jsonl").write_text("?", encoding="utf-8")
@@ -557,31 +524,6 @@ def test_methods_by_name():
     assert finetune.method_of("full", 8) == FullFineTuning()
     assert finetune.method_of("lora", 4) == LoRA(4, 8)
     assert finetune.method_of("rslora", 4, alpha=3.0) == RsLoRA(4, 3.0)
-
-
-def test_the_table_shows_what_there_is_without_a_model():
-    def evaluated(loss, accuracy, prediction):
-        samples = [{"prompt": "p", "reference": "r", "prediction": prediction}]
-        return {"test loss": loss, "accuracy": accuracy, "samples": samples}
-
-    result = {"before": evaluated(2.0, 0.4, "s"), "after": evaluated(1.0, 0.9, "t" * 999)}
-    printed = finetune.table(result | {"trivial": {"accuracy": 0.333}})
-    assert [line.split() for line in printed.splitlines()[:3]] == [
-        ["before", "after", "trivial"],
-        ["test", "loss", "2.000", "1.000"],
-        ["accuracy", "0.400", "0.900", "0.333"],
-    ]
-    assert "reference  r\nbefore     s\nafter      ttt" in printed
-    assert len(printed) < 700
-    assert "trivial" not in finetune.table(result)
-
-
-def test_every_task_can_be_named(smollm2):
-    assert set(TASKS) >= {"summarise", "translate-fr", "sentiment", "style", "docs"}
-    task = task_of("sentiment", smollm2[1])
-    assert isinstance(task, PairTask)
-    assert task.fingerprint == sentiment(smollm2[1]).fingerprint
-    assert torch.is_tensor(task.train.inputs)
 
 
 @pytest.mark.parametrize(("task", "says"), [("none.jsonl", "There is no file none.jsonl"), ("cats", "task is 'cats'")])

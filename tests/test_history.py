@@ -7,8 +7,7 @@ import sys
 
 import pytest
 
-from lora_lab import History
-from lora_lab.history import COLUMNS, is_number
+from lora_lab.history import COLUMNS, History, is_number
 
 
 def handmade(validation):

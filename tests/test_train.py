@@ -21,7 +21,6 @@ from lora_lab import (
     ContinueLoRA,
     DoRA,
     FullFineTuning,
-    History,
     Lean,
     Llama,
     LlamaConfig,
@@ -36,7 +35,7 @@ from lora_lab import (
     load_adapter,
     save_adapter,
 )
-from lora_lab.history import COLUMNS, DivergedError
+from lora_lab.history import COLUMNS, DivergedError, History
 from lora_lab.methods import AsItIs
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.task import mean_cross_entropy

@@ -16,11 +16,10 @@ from lora_lab import claims, plots, records, studies
 from lora_lab.ablation import overfitting
 from lora_lab.costs.memory import MIB
 from lora_lab.studies.claims.deciding import DECIDERS, DEPENDS, FALLS, OPEN, STANDS, Result, judge_record
-from lora_lab.studies.claims.ledger import HOURS
 from lora_lab.studies.claims.measured import ALSO, at_inner_rates, time_interval
 from lora_lab.studies.memory import SMALL
 from lora_lab.studies.records import Published, Record
-from lora_lab.studies.registry import NAMES
+from lora_lab.studies.registry import HOURS, NAMES
 
 QUESTIONS = dict(re.findall(r"^(\w+) +(\S.*)$", studies.__doc__, re.MULTILINE))
 COUNTED = (STANDS, FALLS, DEPENDS, OPEN)

@@ -23,7 +23,7 @@ from lora_lab.layers import LoRAConv1D
 from lora_lab.lora import LoRALayer, check_numbers
 from lora_lab.rank import energy_rank, product_svd, svd, truncate
 from lora_lab.system.numbers import check_finite
-from lora_lab.system.schema import Number, Positive, Size, check, instance_of
+from lora_lab.system.schema import Number, Positive, Size, check
 from lora_lab.variants import DoRALinear, PiSSALinear
 
 
@@ -40,7 +40,6 @@ def switch(model: nn.Module, state: dict[str, Tensor]) -> None:
             unchanged.
     """
     layers = lora_layers(uncompiled(model), required=True)
-    check(state, instance_of(Mapping), "state")
     expected_names = {f"{name}.{part}" for name, layer in layers.items() for part in (*layer.parts, "alpha", "scaling")}
     if wrong := sorted(expected_names ^ state.keys(), key=str):
         raise ValueError(
@@ -53,18 +52,10 @@ def switch(model: nn.Module, state: dict[str, Tensor]) -> None:
         for key in ("alpha", "scaling")
     )
     for name, layer in layers.items():
-        tensors = {f"{name}.{part}": state[f"{name}.{part}"] for part in layer.parts}
-        for key, value in tensors.items():
-            if not isinstance(value, Tensor):
-                raise ValueError(f"The state holds a {type(value).__name__} as {key}, but it must be a tensor.")
-        check_finite(tensors.items(), "The state")
-        A = state[f"{name}.lora_A"]
-        rank = A.shape[0] if A.ndim else layer.rank
-        for part in layer.parts:
-            shape, expected = tuple(state[f"{name}.{part}"].shape), factor_shape(layer, part, rank)
-            if shape != expected:
-                raise ValueError(f"The state's {name}.{part} has shape {shape}, but the model expects {expected}.")
-        check_numbers(rank)
+        tensors = {part: state[f"{name}.{part}"] for part in layer.parts}
+        check_finite(((f"{name}.{part}", tensor) for part, tensor in tensors.items()), "The state")
+        rank, *_ = check_numbers(len(tensors["lora_A"]) if tensors["lora_A"].ndim else layer.rank)
+        check_fit(name, layer, tensors, rank, "The state")
     for name, layer in layers.items():
         set_factors(layer, {part: state[f"{name}.{part}"] for part in layer.parts}, alphas[name])
         if layer.scaling != scalings[name]:
@@ -160,13 +151,13 @@ def extract(
     rank, energy = check(rank, Size | None, "rank"), check(energy, Number | None, "energy")
     if isinstance(tuned, nn.Module):
         tuned = uncompiled(tuned).state_dict()
-    state, base = check(tuned, instance_of(Mapping), "tuned"), uncompiled(base)
+    base = uncompiled(base)
     require_no_adapters(base)
     factors, errors = {}, {}
     for name, lora_class in match_layers(base, "all-linear", ()).items():
         layer: Any = base.get_submodule(name)
         before = layer.weight  # (48, 64)
-        after = state.get(f"{name}.weight")
+        after = tuned.get(f"{name}.weight")
         if after is None or after.shape != before.shape:
             problem = "missing" if after is None else f"of shape {tuple(after.shape)}"
             raise ValueError(
@@ -237,6 +228,21 @@ def set_factors(layer: LoRALayer, tensors: dict[str, Tensor], alpha: float) -> N
             new = value.to(current.device, current.dtype, copy=True, memory_format=torch.contiguous_format)
             setattr(layer, part, nn.Parameter(new, requires_grad=current.requires_grad))
     layer.alpha = alpha
+
+
+def check_fit(name: str, layer: LoRALayer, tensors: Mapping[str, Tensor], rank: int, source: str) -> None:
+    """Raise ValueError if the tensors are not, by names and shapes, a layer's adapter of this rank."""
+    if tensors.keys() != set(layer.parts):
+        raise ValueError(
+            f"{source} holds {sorted(tensors)} of {name!r}, but {type(layer).__name__} has {sorted(layer.parts)}; "
+            "save the adapter again."
+        )
+    for part, tensor in tensors.items():
+        if tensor.shape != (expected := factor_shape(layer, part, rank)):
+            raise ValueError(
+                f"{source}: {part} of {name!r} has shape {tuple(tensor.shape)}, but this model and rank {rank} need "
+                f"{expected}; is it the adapter's own base model?"
+            )
 
 
 def factor_shape(layer: LoRALayer, part: str, rank: int) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Required
+from typing import Any, Literal, NamedTuple, Required
 
 import torch
 from pydantic_core import SchemaError, SchemaValidator, core_schema
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from lora_lab.adapters.card import CARD, card, is_free
-from lora_lab.adapters.edit import factor_shape, set_factors
+from lora_lab.adapters.edit import check_fit, set_factors
 from lora_lab.history import History
 from lora_lab.inject import LoRAConfig, inject, lora_layers, name_matches, require_no_adapters, uncompiled
 from lora_lab.layers import LoRAConv1D, LoRAEmbedding, lora_class
@@ -36,13 +36,12 @@ from lora_lab.system.files import (
     atomic_files,
     carried_json,
     check_folder,
-    read_header,
     read_json,
     repair,
     write_json,
 )
 from lora_lab.system.numbers import check_finite
-from lora_lab.system.schema import Count, Dropout, Number, Positive, Size, check, instance_of
+from lora_lab.system.schema import Count, Dropout, Number, Positive, Size, check
 from lora_lab.system.wording import counted, short_repr, shortened
 from lora_lab.variants import LORA_METHODS, PiSSALinear
 
@@ -88,7 +87,7 @@ def save_adapter(
         OSError: the folder cannot be written to, or the disk is full.
     """
     model = uncompiled(model)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    if dtype is not None and not dtype.is_floating_point:
         raise ValueError(
             f"dtype is {short_repr(dtype)}, but it must be a floating-point dtype, such as torch.float16, or None."
         )
@@ -180,14 +179,14 @@ def load_adapter(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
     model = uncompiled(model)
     require_no_adapters(model)
     if isinstance(source, Mapping):
-        label, (config, tensors) = "The adapter", from_state(source)
+        label, adapter = "The adapter", from_state(source)
     else:
-        label, (config, tensors) = str(source), _read(as_path(source, "source"))
+        label, adapter = str(source), _read(as_path(source, "source"))
+    config, tensors, ranks, alphas = adapter
     variant = next((layer_class for setting, layer_class in _VARIANTS.items() if config.get(setting)), None)
     names = _check_names(model, tensors, variant, label)
-    ranks, alphas = _ranks_and_alphas(config, names, label)
     for name in names:
-        _check_fit(name, _build_without_numbers(model.get_submodule(name), variant), tensors[name], ranks[name], label)
+        check_fit(name, _build_without_numbers(model.get_submodule(name), variant), tensors[name], ranks[name], label)
     left_out = _targeted(model, config, variant) - tensors.keys()
     inject(model, LoRAConfig(1, dropout=config.get("lora_dropout", 0.0), targets=names), layer=variant)
     for name, layer in lora_layers(model).items():
@@ -212,8 +211,17 @@ def _build_without_numbers(module: nn.Module, variant: type[LoRALayer] | None) -
     return adapted(copy.deepcopy(module, shapes), 1, 1.0)
 
 
-def from_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """The settings of an adapter in memory, and each layer's tensors.
+class Adapter(NamedTuple):
+    """An adapter without its model."""
+
+    config: Mapping[str, Any]  # PEFT's settings
+    tensors: dict[str, dict[str, Tensor]]  # layer -> part -> values
+    ranks: Mapping[str, int]  # of each layer
+    alphas: Mapping[str, float]
+
+
+def from_state(state: Mapping[str, Tensor]) -> Adapter:
+    """Return what an adapter in memory holds.
 
     Its scaling counts, so rsLoRA becomes plain LoRA, and PiSSA becomes plain LoRA of twice the rank.
 
@@ -227,7 +235,7 @@ def from_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, d
         if part == "scaling":
             scalings[name] = check(value, Positive, key)
         elif part in _KEYS or part in _STARTS:
-            tensors.setdefault(name, {})[part] = check(value, instance_of(Tensor), key)
+            tensors.setdefault(name, {})[part] = value
         elif part != "alpha":
             raise ValueError(f"The adapter holds {key!r}, which is not part of any adapter known here.")
     complete = {name for name, parts in tensors.items() if {"lora_A", "lora_B"} <= parts.keys()}
@@ -242,11 +250,8 @@ def from_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, d
         if _STARTS & parts.keys():
             tensors[name] = _as_plain_lora(name, parts)
     ranks = {name: len(parts["lora_A"]) for name, parts in tensors.items()}
-    alphas = {name: scalings[name] * rank for name, rank in ranks.items()}
-    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
-    config = {"r": rank, "lora_alpha": alpha, "use_dora": any("lora_magnitude_vector" in t for t in tensors.values())}
-    config |= {"rank_pattern": _exceptions_to(ranks, rank), "alpha_pattern": _exceptions_to(alphas, alpha)}
-    return config, tensors
+    alphas = {name: check(scalings[name] * rank, Positive, f"the alpha of {name!r}") for name, rank in ranks.items()}
+    return Adapter({"use_dora": any("lora_magnitude_vector" in t for t in tensors.values())}, tensors, ranks, alphas)
 
 
 def _as_plain_lora(name: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -269,11 +274,9 @@ def read_adapter(folder: str | Path) -> dict[str, Tensor]:
         FileNotFoundError: a file of the folder is missing.
         ValueError: a file is damaged or from another save, or the adapter uses a setting that is not supported here.
     """
-    config, tensors = _read(as_path(folder, "folder"))
-    names = sorted(tensors, key=_natural_key)
-    ranks, alphas = _ranks_and_alphas(config, names, str(folder))
+    config, tensors, ranks, alphas = _read(as_path(folder, "folder"))
     state: dict[str, Tensor] = {}
-    for name in names:
+    for name in sorted(tensors, key=_natural_key):
         rank, alpha = ranks[name], alphas[name]
         A, B = (tensors[name].get(part) for part in ("lora_A", "lora_B"))
         if A is None or B is None or not (len(A) == rank == B.shape[1]):
@@ -295,6 +298,7 @@ def read_adapter(folder: str | Path) -> dict[str, Tensor]:
 class _Settings(TypedDict, total=False):
     """What is read here of PEFT's config."""
 
+    peft_type: Required[Literal["LORA"]]
     r: Required[Size]
     lora_alpha: Required[Positive]
     lora_dropout: Dropout
@@ -330,13 +334,6 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     check_folder(folder, "a saved adapter")
     repair(folder)
     config = read_json(folder / CONFIG)
-    if not isinstance(config, dict):
-        raise ValueError(f"{folder / CONFIG} holds no adapter's settings; make or copy it again.")
-    if config.get("peft_type") != "LORA":
-        raise ValueError(
-            f"{folder} holds an adapter of type {short_repr(config.get('peft_type'))}, but only 'LORA' is read here; "
-            "use the library peft for others."
-        )
     check(config, _Settings, str(folder / CONFIG))
     for name, value in config.items():
         if name == "init_lora_weights":
@@ -464,21 +461,22 @@ def _parse(key: str) -> tuple[str, str | None]:
     return name, None
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """Return the settings, and each layer's tensors by part, if the weights were saved with these settings.
+def _read(folder: Path) -> Adapter:
+    """Return the adapter in a folder, if its weights were saved with its settings.
 
     PEFT's own files have no settings in their header. Of ours, entries that do not change the result may have been
     edited, such as the path of the base.
     """
     config = read_config(folder)
-    saved = carried_json(read_header(folder / WEIGHTS), CONFIG) or config
+    saved = carried_json(folder / WEIGHTS, CONFIG) or config
     for name in _MEANING:
         if saved.get(name) != config.get(name):
             raise ValueError(
                 f"{folder}: {CONFIG} has {name} {short_repr(config.get(name))}, but the weights were saved with "
                 f"{short_repr(saved.get(name))}; save the adapter again."
             )
-    return config, _read_weights(folder / WEIGHTS)
+    tensors = _read_weights(folder / WEIGHTS)
+    return Adapter(config, tensors, *_ranks_and_alphas(config, list(tensors), str(folder)))
 
 
 def _natural_key(name: str) -> str:
@@ -516,7 +514,9 @@ def _read_weights(path: Path) -> dict[str, dict[str, Tensor]]:
 def _check_numbers_of(name: str, parts: Mapping[str, Tensor], source: str) -> None:
     """Raise ValueError if a tensor of a layer's adapter is no matrix of finite floating-point numbers."""
     for part, tensor in parts.items():
-        if part != _BASE and not (tensor.is_floating_point() and tensor.ndim >= (2 if part in _MATRICES else 1)):
+        if part != _BASE and not (
+            tensor.is_floating_point() and tensor.numel() and tensor.ndim >= (2 if part in _MATRICES else 1)
+        ):
             raise ValueError(
                 f"{source}: {name}.{part} is {tuple(tensor.shape)} of {tensor.dtype}, but an adapter's matrices hold "
                 "floating-point numbers; save the adapter again."
@@ -552,17 +552,3 @@ def _check_names(
         if target := next((target for target in names if name_matches(name, target)), None):
             raise ValueError(f"{source} adapts {target!r}, but a target of that name would also adapt {name!r}.")
     return names
-
-
-def _check_fit(name: str, layer: LoRALayer, tensors: dict[str, Tensor], rank: int, source: str) -> None:
-    if extra := tensors.keys() - set(layer.parts):
-        raise ValueError(f"{source} holds {sorted(extra)[0]} of {name!r}, which its config does not ask for.")
-    for part in layer.parts:
-        if part not in tensors:
-            raise ValueError(f"{source} lacks {part} of {name!r}, so it is incomplete; save the adapter again.")
-        shape, expected = tuple(tensors[part].shape), factor_shape(layer, part, rank)
-        if shape != expected:
-            raise ValueError(
-                f"{source}: {part} of {name!r} has shape {shape}, but this model and rank {rank} need {expected}; "
-                "is it the adapter's own base model?"
-            )

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
+from pydantic import InstanceOf
 from torch import Tensor, nn
 
 from lora_lab.adapters.peft_format import read_adapter
@@ -49,7 +50,7 @@ from lora_lab.rank import (
 )
 from lora_lab.rank import singular_values as matrix_singular_values
 from lora_lab.system.progress import progress_bar
-from lora_lab.system.schema import Size, check, instance_of
+from lora_lab.system.schema import Size, check
 from lora_lab.variants import DoRALinear, PiSSALinear
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class _Factors:
 
 
 Weights = nn.Module | Mapping[str, Tensor]
-_State = instance_of(Mapping)  # what is no module must be a state dict
+_State = InstanceOf[Mapping]  # what is no module must be a state dict
 Source = Weights | str | Path | Mapping[str, Update]
 
 

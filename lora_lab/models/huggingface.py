@@ -107,7 +107,7 @@ def load(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
         device: where they go.
 
     Raises:
-        FileNotFoundError: the folder has no config.json, or no safetensors.
+        FileNotFoundError: the folder has no config.json.
         ValueError: transformers does not know the architecture, or a weight is missing or of another shape, or the
             weights are quantised, or an adapter is in the same folder.
         ModuleNotFoundError: transformers is not installed.
@@ -125,7 +125,6 @@ def load(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
             f"{folder} holds an adapter beside the model, which transformers would put on it; move the adapter's files "
             "to another folder."
         )
-    check_weights(folder)
     try:
         model, report = model_class(config).from_pretrained(
             folder,
@@ -169,20 +168,6 @@ def check_separate(folder: Path, new: Literal["model", "adapter"]) -> None:
         raise ValueError(
             f"{folder} holds {held}, and transformers loads a model with the adapter that is in its folder; name "
             f"another folder for the {new}."
-        )
-
-
-def check_weights(folder: Path) -> None:
-    """Check that a folder holds weights in the one format that is read.
-
-    Raises:
-        FileNotFoundError: it holds none.
-    """
-    if not any(folder.glob("*.safetensors")):
-        raise FileNotFoundError(
-            f"{folder} holds no file *.safetensors, the only format of weights that is read; where you trust the "
-            "others, such as *.bin, which can run code, convert them with transformers: "
-            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)."
         )
 
 

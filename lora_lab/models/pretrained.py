@@ -5,7 +5,6 @@ What is of the Llama family becomes a :class:`lora_lab.Llama`; any other folder 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from lora_lab.models.download import cache_folder, cache_lock, fetch_smollm2
 from lora_lab.models.gguf_header import read_header
 from lora_lab.models.gguf_reader import StoredModel, read_gguf
 from lora_lab.models.gguf_writer import layout_of, write_gguf
-from lora_lab.models.llama import Llama, LlamaConfig
+from lora_lab.models.llama import Llama
 from lora_lab.models.quantize import (
     BYTES_PER_BLOCK,
     FORMATS,
@@ -57,7 +56,6 @@ _KINDS = "lora_lab.block_kinds"  # in the safetensors header: the kind of each t
 # What save_model writes with a tokenizer.
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 GENERATION = "generation_config.json"  # of transformers
-_SAVE = "lora_lab_save"  # in the config and in the weights' header: a hash, equal if both are of the same save
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -84,7 +82,7 @@ def load_pretrained(
             or the path of a ``.gguf`` file of the Llama family; or of a Hugging Face folder (config.json,
             \\*.safetensors, tokenizer.json).
         dtype: a floating-point dtype for the weights.
-        device: as in :func:`lora_lab.pick_device`.
+        device: as in :func:`lora_lab.system.device.pick_device`.
         keep_blocks: leave matrices in the blocks of the source (SmolLM2: 98 MB instead of 538), frozen; they are
             dequantised to ``dtype`` where they are used, see ``lora_lab.models.quantize``. Other matrices are loaded
             as usual.
@@ -101,13 +99,14 @@ def load_pretrained(
     device = pick_device(device)[0]
     path = _smollm2_folder() if str(source) == SMOLLM2 else as_path(source, "source")
     if path.is_dir():
-        reason = misfit(_config_entries(path))
+        entries = _config_entries(path)
+        reason = misfit(entries)
         if str(source) != SMOLLM2:
             which = f"a model of transformers, because {reason}" if reason else "a lora_lab.Llama"
             print(f"{path}: {which}.", file=sys.stderr)
         if reason is not None:
             return _load_by_transformers(path, dtype, device, keep_blocks)
-        stored = _read_folder(path)
+        stored = _read_folder(path, entries)
     elif path.suffix == ".gguf":
         stored = read_gguf(path)
     elif path.exists():
@@ -181,19 +180,6 @@ def architecture(source: str | Path) -> Callable[[], nn.Module]:
     if misfit(entries) is None:
         return partial(Llama, config_from_hf(entries, path))
     return partial(huggingface.build, huggingface.read_config(path))
-
-
-def read_config(folder: str | Path) -> LlamaConfig:
-    """The shape of the Llama in a Hugging Face folder, from its config.json alone.
-
-    Raises:
-        FileNotFoundError: the folder has no config.json.
-        ValueError: the file is damaged, lacks a size, or describes a model that is not a :class:`lora_lab.Llama`.
-    """
-    entries = _config_entries(Path(folder))
-    if (reason := misfit(entries)) is not None:
-        raise ValueError(f"{folder} holds no Llama that is built here: {reason}.")
-    return config_from_hf(entries, Path(folder) / "config.json")
 
 
 def _config_entries(path: Path) -> dict[str, Any]:
@@ -270,17 +256,13 @@ def _save_folder(model: nn.Module, folder: Path, tokenizer: Tokenizer | None) ->
 
 
 def _write_llama(model: Llama, folder: Path, tokenizer: Tokenizer | None) -> None:
-    """Write config.json and model.safetensors beside the tokenizer's files, with a common hash."""
+    """Write config.json and model.safetensors."""
     state = _dense_state(model)
-    config = config_to_hf(model.config, next(iter(state.values())).dtype)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")}
-    config |= {name: token for name, token in ids.items() if token is not None}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for path in sorted(folder.iterdir()):
-        digest.update(path.read_bytes())
-    write_json(folder / "config.json", config | {_SAVE: digest.hexdigest()})
+    known = {name: token for name, token in ids.items() if token is not None}
+    write_json(folder / "config.json", config_to_hf(model.config, next(iter(state.values())).dtype) | known)
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", _SAVE: digest.hexdigest()})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _dense_state(model: Any) -> dict[str, Tensor]:
@@ -327,41 +309,46 @@ def _write_blocks(stored: StoredModel, folder: Path) -> None:
     save_file(stored.tensors, folder / "model.safetensors", metadata={_KINDS: json.dumps(stored.kinds)})
 
 
-def _read_folder(folder: Path) -> StoredModel:
-    entries = _config_entries(folder)
+def _read_folder(folder: Path, entries: dict[str, Any]) -> StoredModel:
     config = config_from_hf(entries, folder / "config.json")
     stored = StoredModel(config, {}, {}, Tokenizer.load(folder))
-    paths = _weight_files(folder)
-    huggingface.check_weights(folder)
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} lacks the file {path.name}, so it is incomplete; copy the folder again.")
+    for path in _weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                kinds = from_json(metadata.get(_KINDS, "{}"))
-                stored.kinds.update(check(kinds, dict[str, str], f"{path}: {_KINDS}"))
+                kinds = from_json((file.metadata() or {}).get(_KINDS, "{}"))
+                stored.kinds.update(check(kinds, dict[str, str], _KINDS))
                 for name in file.keys():  # noqa: SIM118 - it is not a dict
                     if not name.endswith("rotary_emb.inv_freq"):  # in old folders, and computed from the config here
                         stored.tensors[name] = file.get_tensor(name)
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}); make or copy it anew.") from None
-        if metadata.get(_SAVE) != entries.get(_SAVE) and _SAVE in metadata and _SAVE in entries:
-            raise ValueError(f"{folder}: config.json and {path.name} are of two different saves; copy both anew.")
     return stored
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    """Return the paths of a folder's weights, which are all in it.
+
+    Raises:
+        FileNotFoundError: the folder holds no safetensors, or not all that its index names.
+        ValueError: the index is damaged, or names files elsewhere.
+    """
     # As in transformers, a single file has precedence over an index of several.
-    index = folder / "model.safetensors.index.json"
-    if index.is_file() and not (folder / "model.safetensors").is_file():
-        content = check(read_json(index), _Index, str(index))
-        names = sorted(set(content["weight_map"].values()))
-        for name in names:
-            if PureWindowsPath(name).name != name or not name.endswith(".safetensors"):
-                raise ValueError(f"{index} names {name!r:.80}, but weights must be files *.safetensors beside it.")
-        return [folder / name for name in names]
-    return [folder / "model.safetensors"]
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
+    if index.is_file() and not (folder / names[0]).is_file():
+        names = sorted({*check(read_json(index), _Index, str(index))["weight_map"].values()})
+    for name in names:
+        if PureWindowsPath(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index} names {name!r:.80}, but weights must be files *.safetensors beside it.")
+    if not any(folder.glob("*.safetensors")):
+        raise FileNotFoundError(
+            f"{folder} holds no file *.safetensors, the only format of weights that is read; where you trust the "
+            "others, such as *.bin, which can run code, convert them with transformers: "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)."
+        )
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} lacks the file {name}, so it is incomplete; copy the folder again.")
+    return [folder / name for name in names]
 
 
 class _Index(TypedDict):
@@ -424,15 +411,12 @@ def _check_shapes(stored: StoredModel, model: Llama, origin: Path) -> None:
         if name not in expected:
             raise ValueError(f"{origin} holds a tensor {name:.80} that its config does not have; copy or make it anew.")
         value, kind = stored.tensors[name], stored.kinds.get(name)
-        if not ((value.dtype == torch.uint8 and value.ndim == 2) if kind else value.is_floating_point()):
+        in_blocks = kind is not None and value.dtype == torch.uint8 and value.ndim == 2
+        shape = shape_of(value, kind) if in_blocks else tuple(value.shape)
+        if shape != expected[name] or not (in_blocks or (kind is None and value.is_floating_point())):
             raise ValueError(
-                f"{origin}: tensor {name} is {tuple(value.shape)} of {value.dtype}, which no weight is; copy it anew."
-            )
-        shape = shape_of(value, kind) if kind else tuple(value.shape)
-        if shape != expected[name]:
-            raise ValueError(
-                f"{origin}: tensor {name} has shape {shape}, but its config requires {expected[name]}; copy the config "
-                "and the weights of the same model."
+                f"{origin}: tensor {name} has shape {shape} of {value.dtype}, but its config requires "
+                f"{expected[name]} of floating-point numbers; copy the config and the weights of the same model."
             )
 
 

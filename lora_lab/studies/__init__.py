@@ -3,9 +3,10 @@
 A file is named after the record that it makes: ``lora-lab record NAME`` runs ``studies/NAME.py``.
 
 records      measured runs with their provenance
+recorder     what a recorder is
+registry     all recorders, by name
 claims/      what is claimed about LoRA, and what holds: a ledger whose verdicts are computed
 
-recorder     what a recorder is
 memory       memory of training steps, predicted and measured
 speed        times of training steps, predicted and measured
 planning     how long a study takes, before it starts
@@ -25,7 +26,6 @@ head_start   is fine-tuning better than training from scratch?
 downstream   can the model learn a downstream task?
 elicitation  how much of that can it do untrained, if asked well?
 translation  can the real model learn to translate?
-registry     all recorders, by name
 submission   is a record that somebody hands in whole?
 """
 

@@ -5,9 +5,9 @@ It takes most of an hour on two cores; a run that was stopped continues. On a GP
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,7 @@ from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.results import PROVENANCE
 from lora_lab.ablation.run import ablate
 from lora_lab.lean import Lean
-from lora_lab.studies.recorder import Recorder
-from lora_lab.studies.records import json_safe
-
-FOLDER = Path("runs/record-ablation")  # of finished trials, from which a run that was stopped continues
+from lora_lab.studies.recorder import read_rows, record_trials, tell_trial
 
 
 @dataclass(frozen=True)
@@ -55,53 +52,38 @@ def plan(device: torch.device) -> Plan:
 
 
 def trials(planned: Plan, lean: Lean | None) -> list[Trial]:
-    """All ranks at all their rates with all seeds.
+    """Return all ranks at all their rates with all seeds.
 
     Args:
         planned: how much is trained.
         lean: the step; :class:`lora_lab.lean.Lean` in float32 gives the results of None, in less time.
     """
-    options = {
-        "alpha_per_rank": 2,
-        "steps": planned.steps,
-        "batch_size": planned.batch_size,
-        "eval_every": planned.steps,
-        "eval_examples": planned.eval_examples,
-        "lean": lean,
-    }
+    options = {name: getattr(planned, name) for name in ("steps", "batch_size", "eval_examples")}
+    options |= {"alpha_per_rank": 2, "eval_every": planned.steps, "lean": lean}
     seeds = range(planned.seeds)
-    grids = (studies.grid("docs", "lora", [rank], lrs, seeds, **options) for rank, lrs in planned.lrs.items())
-    return list(itertools.chain.from_iterable(grids))
+    return [
+        trial
+        for rank, lrs in planned.lrs.items()
+        for trial in studies.grid("docs", "lora", [rank], lrs, seeds, **options)
+    ]
 
 
 def settings(device: torch.device) -> dict[str, Any]:
-    """How the rows are made, as the record states it."""
+    """Return how the rows are made, as the record states it."""
     planned = asdict(plan(device))
     lrs = {str(rank): list(rates) for rank, rates in planned["lrs"].items()}
     return {"study": "docs", "alpha": "twice the rank", **planned, "lrs": lrs}
 
 
-def rows(device: torch.device, folder: str | Path = FOLDER) -> Iterator[dict[str, Any]]:
-    """The rows of a record: those of the table of :func:`lora_lab.ablation.ablate`, without seconds.
-
-    Args:
-        device: where to train.
-        folder: of finished trials, from which a run that was stopped continues.
-    """
+def rows(device: torch.device, folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of the table of :func:`lora_lab.ablation.ablate`, without seconds."""
     planned = plan(device)
     model, task = studies.study("docs", planned.seq_len, device)
     frame = ablate(model, task, trials(planned, Lean()), folder, n_jobs=studies.processes(device))
-    yield from map(json_safe, frame.drop(columns=["key", "seconds", *PROVENANCE]).to_dict("records"))
+    yield from read_rows(frame, [*frame.columns.drop(["key", "seconds", *PROVENANCE])])
 
 
-def line(row: dict[str, Any]) -> str | None:
-    """A row as a line for people; None if it is not a trial's last."""
-    trial = f"rank {row['rank']:<4g} lr {row['lr']:<8g} seed {row['seed']}"
-    if row["outcome"] == "failed":
-        return f"{trial}: {row['reason']}"
-    if row["test_loss"] is None:
-        return None
-    return f"{trial}: validation {row['validation_loss']:.4f}  test {row['test_loss']:.4f}"
+line = partial(tell_trial, names=("rank",))
 
 
-RECORDER = Recorder(settings, rows, line)
+RECORDER = record_trials("ablation", settings, rows, line)

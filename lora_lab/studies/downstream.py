@@ -10,9 +10,10 @@ On two cores it takes hours; a run that was stopped continues. On a GPU there ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,14 +21,15 @@ import torch
 from torch import nn
 
 from lora_lab.ablation import studies
+from lora_lab.ablation.compare import last_rows
 from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.results import SCORE
 from lora_lab.ablation.run import ablate
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.models.llama import Llama
 from lora_lab.models.pretrained import SMOLLM2, load_pretrained
-from lora_lab.studies.recorder import Recorder
-from lora_lab.studies.records import json_safe
+from lora_lab.studies.recorder import Row, record_trials
+from lora_lab.system.json_text import plain
 from lora_lab.task import Task
 from lora_lab.tasks import TASKS
 from lora_lab.tasks.datasets import style
@@ -36,13 +38,11 @@ from lora_lab.tasks.instruction import PairTask
 from lora_lab.tasks.metrics import METRICS, StyleJudge, score, trivial
 from lora_lab.train import evaluate
 
-FOLDER = Path("runs/record-downstream")  # of finished trials, from which a run that was stopped continues
 SCRATCH = "scratch"
 SETUPS: dict[str, Method] = {"full": FullFineTuning(), "LoRA r=8": LoRA(8, 16), SCRATCH: FullFineTuning()}
 FROM_SCRATCH = ("sentiment",)  # tasks that are also learned from scratch
 SHOWN = 3  # answers per method in the record
-# The columns of a trial's answers in the table, under their present and their former names.
-_PREDICTIONS = [f"{SCORE}{name}_{i}" for name in ("prediction", "said") for i in range(SHOWN)]  # old name
+_PREDICTIONS = [f"{SCORE}prediction_{i}" for i in range(SHOWN)]  # the columns of a trial's answers in the table
 _LOSSES = ("validation_loss", "off_domain_loss", "test_loss")
 
 
@@ -65,17 +65,10 @@ class Plan:
     eval_examples: int
 
     def trial(self, task: str, setup: str, lr: float, seed: int) -> Trial:
-        """One trial, evaluated before and after training."""
+        """Return one trial, evaluated before and after training."""
         steps = self.steps[task]
-        return Trial(
-            SETUPS[setup],
-            lr,
-            seed,
-            steps=steps,
-            batch_size=self.batch_size,
-            eval_every=steps,
-            eval_examples=self.eval_examples,
-        )
+        options: dict[str, Any] = {"steps": steps, "eval_every": steps, "batch_size": self.batch_size}
+        return Trial(SETUPS[setup], lr, seed, eval_examples=self.eval_examples, **options)
 
 
 def plan(device: torch.device) -> Plan:
@@ -100,16 +93,12 @@ def settings(device: torch.device) -> dict[str, Any]:
     return {**asdict(planned), "lrs": lrs, "setups": setups}
 
 
-def rows(device: torch.device, folder: str | Path = FOLDER) -> Iterator[dict[str, Any]]:
-    """The rows of a record; ``about`` names what a row is about.
+def rows(device: torch.device, folder: Path) -> Iterator[Row]:
+    """Yield the rows of a record; ``about`` names what a row is about.
 
     "task": a task and its size. "result": losses and scores of one setup and seed at the setup's chosen rate, with the
     commit of the code that ran; the setups "trivial" and "zero-shot" have no seed. "tuning": the same at the rates that
     were not chosen. "answer": the answer to a prompt of the test part, after training with seed 0.
-
-    Args:
-        device: where to train.
-        folder: of finished trials, from which a run that was stopped continues.
     """
     planned = plan(device)
     for name in planned.steps:
@@ -156,7 +145,7 @@ def _stored_predictions(trial: Mapping[str, Any]) -> list[str]:
     return [trial[name] for name in _PREDICTIONS if isinstance(trial.get(name), str)]
 
 
-def _task_rows(planned: Plan, name: str, device: torch.device, folder: str | Path) -> Iterator[dict[str, Any]]:
+def _task_rows(planned: Plan, name: str, device: torch.device, folder: Path) -> Iterator[Row]:
     task = load_task(name)
     sizes = {part: len(examples) for part, examples in task.parts.items()}
     row = {"about": "task", "task": name, "says": task.about, "licence": task.licence, "metric": task.metric, **sizes}
@@ -169,7 +158,7 @@ def _task_rows(planned: Plan, name: str, device: torch.device, folder: str | Pat
     yield from _trained_rows(planned, name, task, device, folder)
 
 
-def _zero_shot_rows(planned: Plan, name: str, task: PairTask, device: torch.device) -> Iterator[dict[str, Any]]:
+def _zero_shot_rows(planned: Plan, name: str, task: PairTask, device: torch.device) -> Iterator[Row]:
     model = studies.language_model(device)
     result: dict[str, Any] = {"about": "result", "task": name, "setup": "zero-shot"}
     for part in ("validation", "off_domain", "test"):
@@ -179,58 +168,37 @@ def _zero_shot_rows(planned: Plan, name: str, task: PairTask, device: torch.devi
     yield from _answer_rows(result, task, predictions)
 
 
-def _trained_rows(
-    planned: Plan, name: str, task: PairTask, device: torch.device, folder: str | Path
-) -> Iterator[dict[str, Any]]:
-    """Rows of all trials: all rates with seed 0, then the best rate of each setup with the other seeds."""
+def _trained_rows(planned: Plan, name: str, task: PairTask, device: torch.device, folder: Path) -> Iterator[Row]:
+    """Yield the rows of all trials: all rates with seed 0, then the best rate of each setup with the other seeds."""
+    train = partial(_train, planned, name, device, folder)
     lrs = {setup: rates for setup, rates in planned.lrs.items() if setup != SCRATCH or name in FROM_SCRATCH}
-    tuning = _run(planned, name, lrs, range(1), device, folder)
-    best: dict[str, tuple[float, ...]] = {}
-    for setup in lrs:
-        losses = [
-            (trial["validation_loss"], trial["lr"])
-            for trial in tuning
-            if trial["setup"] == setup and trial["outcome"] == "done"
-        ]
-        if losses:
-            best[setup] = (min(losses)[1],)
+    tuning, best = train(lrs, range(1)), {}
+    done = sorted((row for row in tuning if row["outcome"] == "done"), key=itemgetter("validation_loss", "lr"))
+    for trial in reversed(done):
+        best[trial["setup"]] = (trial["lr"],)  # the last one is the lowest
     for trial in tuning:
         row = _row(trial, name, "result" if trial["lr"] in best.get(trial["setup"], ()) else "tuning")
         yield row
         if row["about"] == "result":
             yield from _answer_rows(row, task, _stored_predictions(trial))
-    for trial in _run(planned, name, best, range(1, planned.seeds), device, folder):
+    chosen = {setup: best[setup] for setup in lrs if setup in best}
+    for trial in train(chosen, range(1, planned.seeds)):
         yield _row(trial, name, "result")
 
 
-def _run(
-    planned: Plan,
-    name: str,
-    lrs: Mapping[str, tuple[float, ...]],
-    seeds: range,
-    device: torch.device,
-    folder: str | Path,
-) -> list[dict[str, Any]]:
-    """The last row of each trial in the table, with its setup. Trials from scratch start from another model."""
-    last_rows = []
-    for model_factory, setups in (
-        (studies.language_model, [setup for setup in lrs if setup != SCRATCH]),
-        (studies.random_init, [setup for setup in lrs if setup == SCRATCH]),
-    ):
+def _train(
+    planned: Plan, name: str, device: torch.device, folder: Path, lrs: Mapping[str, Sequence[float]], seeds: range
+) -> list[Row]:
+    """Return the last row of each trial, with its setup. Trials from scratch start from another model."""
+    rows, options = [], {"judge": judge, "n_jobs": studies.processes(device)}
+    for start, scratch in ((studies.language_model, False), (studies.random_init, True)):
+        setups = [setup for setup in lrs if (setup == SCRATCH) == scratch]
         trials = [planned.trial(name, setup, lr, seed) for setup in setups for lr in lrs[setup] for seed in seeds]
         if trials:
-            frame = ablate(
-                partial(model_factory, device),
-                partial(load_task, name),
-                trials,
-                folder,
-                n_jobs=studies.processes(device),
-                judge=judge,
-            )
-            last = frame[(frame.step == frame.steps) | (frame.outcome == "failed")]
+            table = last_rows(ablate(partial(start, device), partial(load_task, name), trials, folder, **options))
             labels = {SETUPS[setup].name: setup for setup in setups}
-            last_rows += last.assign(setup=last["method"].map(labels)).to_dict("records")
-    return last_rows
+            rows += table.assign(setup=table["method"].map(labels)).to_dict("records")
+    return rows
 
 
 def _row(trial: Mapping[str, Any], name: str, about: str) -> dict[str, Any]:
@@ -241,10 +209,10 @@ def _row(trial: Mapping[str, Any], name: str, about: str) -> dict[str, Any]:
         for column, value in trial.items()
         if column.startswith(SCORE) and column not in _PREDICTIONS
     }
-    return json_safe({"about": about, "task": name} | {column: trial[column] for column in columns} | trial_scores)
+    return plain({"about": about, "task": name} | {column: trial[column] for column in columns} | trial_scores)
 
 
-def _answer_rows(result: Mapping[str, Any], task: PairTask, predictions: list[str]) -> Iterator[dict[str, Any]]:
+def _answer_rows(result: Mapping[str, Any], task: PairTask, predictions: list[str]) -> Iterator[Row]:
     """A row for each answer of a result, with its prompt and reference."""
     for pair, prediction in zip(task.pairs["test"], predictions, strict=False):
         shared = {"about": "answer", "task": result["task"], "setup": result["setup"]}
@@ -265,4 +233,4 @@ def line(row: dict[str, Any]) -> str | None:
     return f"  {row['setup']:<10} {trial:<20}" + "  ".join(numbers)
 
 
-RECORDER = Recorder(settings, rows, line)
+RECORDER = record_trials("downstream", settings, rows, line)

@@ -31,9 +31,9 @@ from lora_lab.methods import FullFineTuning
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.models.pretrained import SMOLLM2
 from lora_lab.studies.claims.head_start import DOCS, FINE_TUNED, FROM_SCRATCH, LONGER, SIZES
-from lora_lab.studies.planning import planned_hours as hours_of
-from lora_lab.studies.recorder import Recorder, Row
-from lora_lab.studies.records import json_safe
+from lora_lab.studies.overfitting import at_stage
+from lora_lab.studies.planning import planned_hours
+from lora_lab.studies.recorder import Row, read_rows, record_trials, tell_trial
 from lora_lab.task import Task
 from lora_lab.tasks.digits import CHANGES
 from lora_lab.train import fit
@@ -41,7 +41,6 @@ from lora_lab.train import fit
 if TYPE_CHECKING:
     import pandas
 
-FOLDER = Path("runs/record-head_start")  # of finished trials, from which a run that was stopped continues
 NETS: dict[str, Callable[..., nn.Module]] = {"transformer": DigitsTransformer, "MLP": DigitsMLP}
 PRETRAINING, TRAINING = 400, 150  # steps on digits
 BATCH = 32  # pictures a step
@@ -109,33 +108,26 @@ class Case:
         import pandas
 
         task, frames = self.task(seed), []
+        judge = None if self.data == DOCS else accuracy
+        options = {"n_jobs": studies.processes(device), "judge": judge, "progress": False}
         for setup, rates in lrs.items():
             trials = [replace(self.trials[setup], lr=lr, seed=seed) for lr in rates]
-            judge = None if self.data == DOCS else accuracy
-            frame = ablate(
-                self.start(setup, seed, device),
-                task,
-                trials,
-                folder,
-                n_jobs=studies.processes(device),
-                judge=judge,
-                progress=False,
-            )
+            frame = ablate(self.start(setup, seed, device), task, trials, folder, **options)
             frames.append(frame.assign(setup=setup))
         return pandas.concat(frames, ignore_index=True)
 
-    def rows(self, device: torch.device, folder: str | Path) -> Iterator[Row]:
-        """The last row of each trial: first of those that choose, then of those that are judged."""
+    def rows(self, device: torch.device, folder: Path) -> Iterator[Row]:
+        """Yield the last row of each trial: first of those that choose, then of those that are judged."""
         run = partial(self.train, device, folder)
         choosing, best = tune_by_seed(run, self.lrs, self.choosing, self.widen, _BY)
-        chosen = {} if best is None else {setup: [lr] for setup, lr in zip(best["setup"], best["lr"], strict=True)}
-        at_edges = {} if best is None else dict(zip(best["setup"], best["edge"], strict=True))
+        rates = {} if best is None else best.set_index("setup").to_dict()
+        chosen = {setup: [lr] for setup, lr in rates.get("lr", {}).items()}
+        at_edges = rates.get("edge", {})
         stages = {"choosing": choosing, "judging": (run(seed, chosen) for seed in self.judging if chosen)}
+        about = {"data": self.data, "model": self.model, "n_train": self.n_train}
         for stage, frames in stages.items():
-            for frame in frames:
-                about = {"data": self.data, "model": self.model, "n_train": self.n_train, "stage": stage}
-                table = last_rows(frame).assign(**about, edge=frame["setup"].map(at_edges))
-                yield from map(json_safe, table.reindex(columns=[*_COLUMNS]).to_dict("records"))
+            for frame in map(last_rows, frames):
+                yield from read_rows(frame.assign(**about, **at_stage(stage, frame, at_edges)), _COLUMNS)
 
 
 @cache
@@ -185,51 +177,33 @@ def _template(steps: int, batch_size: int, **options: Any) -> Trial:
 
 
 def settings(device: torch.device) -> dict[str, Any]:
-    """How the rows are made, as the record states it."""
-    return {
-        "cases": [
-            {
-                **{name: getattr(case, name) for name in ("data", "model", "n_train", "widen")},
-                "setups": {setup: trial.to_dict() for setup, trial in case.trials.items()},
-                "lrs": {setup: list(lrs) for setup, lrs in case.lrs.items()},
-                **{name: list(getattr(case, name)) for name in ("choosing", "judging")},
-            }
-            for case in plan(device)
-        ],
-        "pretraining": {"steps": PRETRAINING, "lr": 3e-3, "batch_size": BATCH},
-        "planned_hours": planned_hours(device),
-    }
+    """Return how the rows are made, as the record states it."""
+    cases = [
+        {
+            **{name: getattr(case, name) for name in ("data", "model", "n_train", "widen")},
+            **{name: list(getattr(case, name)) for name in ("choosing", "judging")},
+            "setups": {setup: trial.to_dict() for setup, trial in case.trials.items()},
+            "lrs": {setup: list(lrs) for setup, lrs in case.lrs.items()},
+        }
+        for case in plan(device)
+    ]
+    return {"cases": cases, "pretraining": {"steps": PRETRAINING, "lr": 3e-3, "batch_size": BATCH}}
 
 
-@cache
-def planned_hours(device: torch.device) -> float:
-    """How long the language model's part takes, by :mod:`lora_lab.studies.planning`; the digits take minutes."""
+def hours(device: torch.device) -> float:
+    """Return how long the language model's part takes, by :mod:`lora_lab.studies.planning`; the digits take minutes."""
     (docs,) = (case for case in plan(device) if case.data == DOCS)
-    return hours_of(docs.planned, SEQ_LEN, device, off_domain=OFF_DOMAIN)
+    return planned_hours(docs.planned, SEQ_LEN, device, off_domain=OFF_DOMAIN)
 
 
-def rows(device: torch.device, folder: str | Path = FOLDER) -> Iterator[Row]:
-    """The rows of a record: the last of each trial.
-
-    Args:
-        device: where the language model trains; the small nets stay on the CPU.
-        folder: of finished trials, from which a run that was stopped continues.
-    """
-    print(
-        f"Planned: about {planned_hours(device)} hours, and some minutes for the digits; more where grids are widened."
-    )
+def rows(device: torch.device, folder: Path) -> Iterator[Row]:
+    """Yield the last row of each trial; the small nets stay on the CPU."""
     for case in plan(device):
         yield from case.rows(device, folder)
 
 
-def line(row: Mapping[str, Any]) -> str:
-    """A row as a line for people."""
-    trial = f"{row['data']:<13}{row['model']:<12}{row['n_train']:>4} examples  {row['setup']:<21}"
-    trial += f"lr {row['lr']:<9.4g} seed {row['seed']}: "
-    if row["outcome"] == "failed":
-        return trial + row["reason"]
-    right = "" if row["score_accuracy"] is None else f"  right {row['score_accuracy']:.0%}"
-    return f"{trial}validation {row['validation_loss']:.4f}  test {row['test_loss']:.4f}{right}"
+_LOSSES = ("validation_loss", "test_loss", "score_accuracy")
+line = partial(tell_trial, names=("data", "model", "n_train", "setup"), losses=_LOSSES)
 
 
-RECORDER = Recorder(settings, rows, line)
+RECORDER = record_trials("head_start", settings, rows, line, hours)

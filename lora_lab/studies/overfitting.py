@@ -8,14 +8,14 @@ choose a setup's learning rate by the lowest validation loss of its curve, and t
 The off-domain part is what the base itself wrote, so the rise of the loss on it is KL(base || tuned): forgetting
 (:mod:`lora_lab.tasks.base_text`).
 
-It prints how many hours it takes before it starts; a run that was stopped continues. A GPU is given more of everything.
+A GPU is given more of everything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,16 +28,14 @@ from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.halving import Halving
 from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA, Method, PartialFineTuning
-from lora_lab.studies.planning import planned_hours as hours_of
-from lora_lab.studies.recorder import Recorder
-from lora_lab.studies.records import json_safe
+from lora_lab.studies.planning import planned_hours
+from lora_lab.studies.recorder import Row, read_rows, record_trials, tell_trial
 from lora_lab.task import Task
 from lora_lab.tasks.base_text import on_base_text
 
 if TYPE_CHECKING:
     import pandas
 
-FOLDER = Path("runs/record-overfitting")  # of finished trials, from which a run that was stopped continues
 LAST = 4  # of the 30 blocks, for "last blocks"
 COSINE = ", cosine"  # the end of a setup's name; without it the rate is constant
 SETUPS: dict[str, Method] = {
@@ -134,7 +132,7 @@ def plan(device: torch.device) -> Plan:
 
 
 def settings(device: torch.device) -> dict[str, Any]:
-    """How the rows are made, as the record states it."""
+    """Return how the rows are made, as the record states it."""
     planned, setups = plan(device), {}
     for setup in planned.setups:
         lrs = rates_around(CENTRES[setup])
@@ -148,26 +146,12 @@ def settings(device: torch.device) -> dict[str, Any]:
         "epochs": {str(size): count for size, count in planned.epochs.items()},
         "cosine_epochs": {str(size): count for size, count in planned.cosine_epochs.items()},
         "halving": asdict(HALVING) | {"rungs": list(HALVING.rungs)},
-        "planned_hours": planned_hours(device),
     }
 
 
-@cache
-def planned_hours(device: torch.device) -> float:
-    """How long it takes, by :mod:`lora_lab.studies.planning`."""
-    planned = plan(device)
-    return hours_of(planned.planned, planned.seq_len, device, off_domain=REPLIES)
-
-
-def rows(device: torch.device, folder: str | Path = FOLDER) -> Iterator[dict[str, Any]]:
-    """The rows of a record: one for each trial and evaluation, with the commit of the code that ran it.
-
-    Args:
-        device: where to train.
-        folder: of finished trials, from which a run that was stopped continues.
-    """
-    planned = plan(device)
-    print(f"Planned: about {planned_hours(device)} hours, more where grids of rates are widened.", flush=True)
+def rows(device: torch.device, folder: Path) -> Iterator[Row]:
+    """Yield a row for each trial and evaluation, with the commit of the code that ran it."""
+    planned, options = plan(device), {"halving": HALVING, "n_jobs": studies.processes(device)}
     for size in planned.epochs:
         frames = by_size(
             partial(studies.language_model, device),
@@ -179,13 +163,14 @@ def rows(device: torch.device, folder: str | Path = FOLDER) -> Iterator[dict[str
             folder,
             choose=len(planned.choosing),
             widen=planned.widen,
-            halving=HALVING,
-            n_jobs=studies.processes(device),
+            **options,
         )
         choosing = [*islice(frames, len(planned.choosing))]
         at_edges = edges(choosing)
-        yield from _rows(choosing, "choosing", at_edges)
-        yield from _rows(frames, "judging", at_edges)
+        for frame in choosing:  # off-domain, too few replies are looked at
+            yield from read_rows(frame.assign(**at_stage("choosing", frame, at_edges), off_domain_loss=None), _COLUMNS)
+        for frame in frames:
+            yield from read_rows(frame.assign(**at_stage("judging", frame, at_edges)), _COLUMNS)
 
 
 def edges(choosing: Sequence[pandas.DataFrame]) -> dict[str, str]:
@@ -199,23 +184,22 @@ def edges(choosing: Sequence[pandas.DataFrame]) -> dict[str, str]:
     return dict(zip(best["setup"], best["edge"], strict=True))
 
 
-def _rows(frames: Iterable[pandas.DataFrame], stage: str, at_edges: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    for frame in frames:
-        table = frame.assign(stage=stage, edge=frame["setup"].map(at_edges))
-        if stage == "choosing":
-            table["off_domain_loss"] = None  # of too few replies to be looked at
-        yield from map(json_safe, table[[*_COLUMNS]].to_dict("records"))
+def at_stage(stage: str, frame: pandas.DataFrame, at_edges: Mapping[str, str]) -> dict[str, Any]:
+    """Return the columns ``stage`` and ``edge`` of a table."""
+    return {"stage": stage, "edge": frame["setup"].map(at_edges)}
 
 
-def line(row: dict[str, Any]) -> str | None:
-    """A row as a line for people; None if it is not a trial's last."""
-    trial = f"{row['n_train']:>5} examples  {row['setup']:<16} lr {row['lr']:<8g} seed {row['seed']}: "
-    if row["outcome"] == "failed":
-        return trial + row["reason"]
-    if row["step"] != row["steps"]:
-        return None
-    losses = ("train", "validation", *(("off_domain",) if row["stage"] == "judging" else ()))
-    return trial + "  ".join(f"{part} {row[f'{part}_loss']:.4f}" for part in losses)
+line = partial(
+    tell_trial,
+    names=("n_train", "setup"),
+    losses=("train_loss", "validation_loss", "off_domain_loss"),
+)
 
 
-RECORDER = Recorder(settings, rows, line)
+def hours(device: torch.device) -> float:
+    """Return how long it takes, by :mod:`lora_lab.studies.planning`."""
+    planned = plan(device)
+    return planned_hours(planned.planned, planned.seq_len, device, off_domain=REPLIES)
+
+
+RECORDER = record_trials("overfitting", settings, rows, line, hours)

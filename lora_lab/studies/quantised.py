@@ -37,9 +37,9 @@ from lora_lab.lean import Lean
 from lora_lab.methods import LoRA
 from lora_lab.models.pretrained import SMOLLM2, load_pretrained
 from lora_lab.models.quantize import quantize_nf4, rounded
-from lora_lab.studies.recorder import Recorder
-from lora_lab.studies.records import json_safe
-from lora_lab.studies.tuned import ON_TEST, Planned, Source, line, processes, recorder, template
+from lora_lab.studies import tuned
+from lora_lab.studies.tuned import ON_TEST, Planned, Source, processes, recorder, template
+from lora_lab.system.json_text import plain
 from lora_lab.task import Task
 
 NF4, Q4_1 = "NF4-double", "Q4_1"  # the blocks, of which the first is QLoRA's and the second that of the model's file
@@ -209,10 +209,10 @@ def merged_rows(
             losses = {SCORE + "test": trial.get(SCORE + form), "validation_loss": None, "test_loss": None}
             if isinstance(losses[SCORE + "test"], str):
                 losses["test_loss"] = fmean(block_losses_of(losses, "test"))
-            yield json_safe(row | {"setup": form} | losses)
+            yield plain(row | {"setup": form} | losses)
         if trial["outcome"] == "done":
             for blocks, numbers in json.loads(trial[SCORE + _ROUNDING]).items():
-                yield json_safe(row | {"data": f"{base}, rounded", "stage": _ROUNDING, "setup": blocks} | numbers)
+                yield plain(row | {"data": f"{base}, rounded", "stage": _ROUNDING, "setup": blocks} | numbers)
 
 
 def time_rows(device: torch.device) -> Iterator[dict[str, Any]]:
@@ -227,16 +227,7 @@ def time_rows(device: torch.device) -> Iterator[dict[str, Any]]:
         yield setup | {**row, "disturbance": times.disturbance}
 
 
-_TUNED = recorder("quantised", plan, merged_rows)
-
-
-def rows(device: torch.device) -> Iterator[dict[str, Any]]:
-    """The rows of a record: those of all trials, of all forms of the adapters, and of the times."""
-    yield from _TUNED.rows(device)
-    yield from time_rows(device)
-
-
-def line_of(row: dict[str, Any]) -> str | None:
+def line(row: dict[str, Any]) -> str | None:
     """A row as a line for people."""
     if row["stage"] == "timing":
         return f"time   {row['setup']:<10} {row['seconds']:.3f} s a step, {row['ratio']:.2f} of float32's"
@@ -245,7 +236,7 @@ def line_of(row: dict[str, Any]) -> str | None:
             f"{row['data']}, {row['setup']}: off by {100 * row['base_error']:.2g} % of the base, with the update "
             f"({100 * row['update']:.2g} %) by {100 * row['merged_error']:.2g} %; cosine {row['cosine']:.2f}"
         )
-    return line(row)
+    return tuned.line(row)
 
 
-RECORDER = Recorder(_TUNED.settings, rows, line_of)
+RECORDER = recorder("quantised", plan, merged_rows, time_rows, line)

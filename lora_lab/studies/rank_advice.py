@@ -30,8 +30,8 @@ from lora_lab.lean import Lean
 from lora_lab.methods import LoRA
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.studies import rates
-from lora_lab.studies.records import json_safe
 from lora_lab.studies.tuned import ON_TEST, Planned, processes, recorder, template
+from lora_lab.system.json_text import plain
 from lora_lab.task import Task
 
 RANKS = rates.RANKS
@@ -121,7 +121,7 @@ def high_rank_rows(
     for row in last_rows(frame).to_dict("records"):
         scores = {str(name): value for name, value in row.items() if str(name).startswith(SCORE)}
         columns = {name: row[name] for name in ("rank", "lr", "seed", "outcome", "reason", "commit")}
-        yield json_safe(about | columns | losses | scores)
+        yield plain(about | columns | losses | scores)
 
 
 RECORDER = recorder("rank_advice", plan, high_rank_rows)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,9 +37,9 @@ from lora_lab.analysis.divergence import NearBase, mean_divergence
 from lora_lab.inject import lora_layers
 from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA, Method
-from lora_lab.studies.planning import planned_hours as hours_of
-from lora_lab.studies.recorder import Recorder
-from lora_lab.studies.records import json_safe
+from lora_lab.studies.planning import planned_hours
+from lora_lab.studies.recorder import Row, read_rows, record_trials, tell_trial
+from lora_lab.system.json_text import plain
 from lora_lab.task import Task
 from lora_lab.tasks.base_text import base_replies, on_base_text, with_replay
 from lora_lab.train import evaluate
@@ -47,7 +47,6 @@ from lora_lab.train import evaluate
 if TYPE_CHECKING:
     import pandas
 
-FOLDER = Path("runs/record-remedies")  # of finished trials, from which a run that was stopped continues
 REHEARSED, JUDGED = slice(16, None), slice(16)  # of the prompts: replies to train on, and to measure forgetting on
 REPLIES = 50  # windows of 64 tokens: as long are the replies that judge, with their prompts
 FULL_RANK = 576  # the least side of the widest matrices
@@ -199,75 +198,58 @@ def update_norm(base: nn.Module, tuned: nn.Module) -> float:
     return float(sum(change.double().square().sum() for change in changes)) ** 0.5
 
 
-def groups(planned: Plan) -> Iterator[tuple[Callable[[Task], Task] | None, dict[str, list[Trial]]]]:
-    """The changes of the task, each with the setups that train on it, and their trials."""
-    for change in dict.fromkeys(setup.change for setup in planned.setups.values()):
-        names = [name for name, setup in planned.setups.items() if setup.change is change]
-        yield change, {name: planned.trials(name) for name in names}
+def group_by_task(planned: Plan) -> dict[Callable[[Task], Task] | None, dict[str, list[Trial]]]:
+    """Return the changes of the task, each with the setups that train on it, and their trials."""
+    groups: dict[Any, dict[str, list[Trial]]] = {}
+    for name, setup in planned.setups.items():
+        groups.setdefault(setup.change, {})[name] = planned.trials(name)
+    return groups
 
 
-@cache
-def planned_hours(device: torch.device) -> float:
-    """How long it takes, by :mod:`lora_lab.studies.planning`; a penalty takes one more forward pass a step."""
-    planned, examples = plan(device), 0
-    trials = [trial for name in planned.setups for trial in planned.trials(name)]
-    for change, of_group in groups(planned):
+def hours(device: torch.device) -> float:
+    """Return how long it takes, by :mod:`lora_lab.studies.planning`; a penalty takes one more forward pass a step."""
+    planned, trials, examples = plan(device), [], 0
+    for change, group in group_by_task(planned).items():
         more = 3 * planned.eval_examples  # the judge's, and with strengths
         more += 2 * len(STRENGTHS) * planned.eval_examples if change is None else 0
         more += planned.steps * planned.batch_size if isinstance(change, partial) and change.func is near_base else 0
-        examples += more * sum(map(len, of_group.values()))
-    return hours_of(trials, planned.seq_len, device, examples // len(trials), off_domain=REPLIES)
+        trials += chain(*group.values())
+        examples += more * sum(map(len, group.values()))
+    return planned_hours(trials, planned.seq_len, device, examples // len(trials), off_domain=REPLIES)
 
 
 def settings(device: torch.device) -> dict[str, Any]:
-    """How the rows are made, as the record states it."""
-    planned = plan(device)
+    """Return how the rows are made, as the record states it."""
+    planned, setups = plan(device), {}
+    for name, setup in planned.setups.items():
+        of_all = {"lrs": list(setup.lrs), "weight_decay": setup.weight_decay}
+        setups[name] = of_all | planned.trials(name)[0].to_dict()["method"]
     return {
         "study": "docs",
-        "setups": {
-            name: {
-                "lrs": list(setup.lrs),
-                "weight_decay": setup.weight_decay,
-                **planned.trials(name)[0].to_dict()["method"],
-            }
-            for name, setup in planned.setups.items()
-        },
+        "setups": setups,
         **{name: getattr(planned, name) for name in ("steps", "batch_size", "seq_len", "eval_examples")},
         "seeds": list(planned.seeds),
         "strengths": list(STRENGTHS),
         "schedule": "constant, after a warm-up of a tenth of the steps",
-        "planned_hours": planned_hours(device),
     }
 
 
-def rows(device: torch.device, folder: str | Path = FOLDER) -> Iterator[dict[str, Any]]:
-    """The rows of a record: of each trial one for each evaluation, and one for each strength of its adapter.
-
-    Args:
-        device: where to train.
-        folder: of finished trials, from which a run that was stopped continues.
-    """
-    planned = plan(device)
-    print(f"Planned: about {planned_hours(device)} hours.", flush=True)
-    for change, trials in groups(planned):
+def rows(device: torch.device, folder: Path) -> Iterator[Row]:
+    """Yield for each trial a row of each evaluation, and one of each strength of its adapter."""
+    planned, model = plan(device), partial(studies.language_model, device)
+    for change, trials in group_by_task(planned).items():
         judge = DistanceFromBase(planned.seq_len, planned.eval_examples, STRENGTHS if change is None else ())
-        table = ablate(
-            partial(studies.language_model, device),
-            partial(planned.task, change),
-            [*chain(*trials.values())],
-            folder,
-            judge=judge,
-            n_jobs=studies.processes(device),
-        )
+        every, task = [*chain(*trials.values())], partial(planned.task, change)
+        table = ablate(model, task, every, folder, judge=judge, n_jobs=studies.processes(device))
         frame = labelled(table, trials)
         frame["rank"] = frame["rank"].fillna(FULL_RANK)
-        yield from map(json_safe, frame.reindex(columns=[*_COLUMNS]).to_dict("records"))
+        yield from read_rows(frame, _COLUMNS)
         if change is None:
-            yield from _at_strengths(frame[(frame["setup"] == "LoRA r=8") & (frame["outcome"] == "done")])
+            yield from _scale(frame[(frame["setup"] == "LoRA r=8") & (frame["outcome"] == "done")])
 
 
-def _at_strengths(frame: pandas.DataFrame) -> Iterator[dict[str, Any]]:
-    """The curves of adapters over their strengths, from the base (0) on."""
+def _scale(frame: pandas.DataFrame) -> Iterator[Row]:
+    """Yield the curves of adapters over their strengths, from the base (0) on."""
     for _, curve in frame.groupby("key", sort=False):
         first, last = curve.iloc[[0, -1]].to_dict("records")
         losses = {0.0: first, 1.0: last}
@@ -277,17 +259,14 @@ def _at_strengths(frame: pandas.DataFrame) -> Iterator[dict[str, Any]]:
         for factor, at_strength in sorted(losses.items()):
             row = {name: last[name] for name in _COLUMNS if not name.startswith(SCORE)}
             row |= {"setup": f"{last['setup']}, scaled", "step": round(100 * factor), "gap": None, "train_loss": None}
-            yield json_safe(row | {f"{part}_loss": at_strength[f"{part}_loss"] for part in parts} | {"test_loss": None})
+            yield plain(row | {f"{part}_loss": at_strength[f"{part}_loss"] for part in parts} | {"test_loss": None})
 
 
-def line(row: Mapping[str, Any]) -> str | None:
-    """A row as a line for people; None if it is not a trial's last."""
-    trial = f"{row['setup']:<24} lr {row['lr']:<8g} seed {row['seed']}: "
-    if row["outcome"] == "failed":
-        return trial + row["reason"]
-    if row["step"] != row["steps"] or row["setup"].endswith("scaled"):
+def line(row: Row) -> str | None:
+    """Return a trial's last row as a line for people."""
+    if row["setup"].endswith("scaled"):
         return None
-    return f"{trial}validation {row['validation_loss']:.4f}  base text {row['off_domain_loss']:.4f}"
+    return tell_trial(row, ("setup",), ("validation_loss", "off_domain_loss"))
 
 
-RECORDER = Recorder(settings, rows, line)
+RECORDER = record_trials("remedies", settings, rows, line, hours)

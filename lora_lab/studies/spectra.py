@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -23,9 +22,10 @@ from lora_lab.analysis.spectra import Update
 from lora_lab.history import History
 from lora_lab.inject import lora_layers, match_layers
 from lora_lab.methods import FullFineTuning, LoRA, Method
-from lora_lab.rank import SVD, intruder_dimensions, subspace_similarity
+from lora_lab.rank import intruder_dimensions, subspace_similarity
 from lora_lab.studies.ablation import Plan, plan, settings
 from lora_lab.studies.recorder import Recorder
+from lora_lab.system.json_text import plain
 from lora_lab.system.progress import progress_bar
 from lora_lab.task import Task
 from lora_lab.train import evaluate, fit
@@ -68,13 +68,8 @@ def rows(device: torch.device) -> Iterator[dict[str, Any]]:
     updates = {}
     for name, training in RUNS.items():
         model, history = _trained(base, task, training, planned)
-        yield {
-            "about": "run",
-            "run": name,
-            "lr": training.lr,
-            "seed": training.seed,
-            **_losses(model, task, planned),
-        } | {"trainable_parameters": history.trainable_parameters}
+        about = {"about": "run", "run": name, "lr": training.lr, "seed": training.seed}
+        yield {**about, **_losses(model, task, planned), "trainable_parameters": history.trainable_parameters}
         updates[name] = _updates(base, model)
         for row in spectra.report(None, updates[name]).to_dict("records"):
             yield {"about": "layer", "run": name, **_rounded(row)}
@@ -92,18 +87,9 @@ def rows(device: torch.device) -> Iterator[dict[str, Any]]:
 
 def _trained(base: nn.Module, task: Task, training: Training, planned: Plan) -> tuple[nn.Module, History]:
     model = copy.deepcopy(base)
-    history = fit(
-        model,
-        task,
-        training.method,
-        steps=planned.steps,
-        lr=training.lr,
-        batch_size=planned.batch_size,
-        seed=training.seed,
-        eval_every=planned.steps,
-        eval_examples=4,
-    )
-    return model, history
+    options: dict[str, Any] = {"steps": planned.steps, "batch_size": planned.batch_size, "eval_every": planned.steps}
+    options |= {"lr": training.lr, "seed": training.seed, "eval_examples": 4}
+    return model, fit(model, task, training.method, **options)
 
 
 def _updates(base: nn.Module, model: nn.Module) -> dict[str, Update]:
@@ -125,14 +111,10 @@ def _losses(model: nn.Module, task: Task, planned: Plan) -> dict[str, float]:
 
 def _rounded(row: Mapping[Any, Any]) -> dict[str, Any]:
     """The row with numpy's numbers as Python's, floats rounded to four digits, and NaN and infinity as None."""
-    rounded = {}
-    for name, value in row.items():
-        if isinstance(value, float):
-            value = float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
-        elif hasattr(value, "item"):
-            value = value.item()
-        rounded[name] = None if value is not None and value != value else value
-    return rounded
+    values = {name: value.item() if hasattr(value, "item") else value for name, value in row.items()}
+    return plain(
+        {name: float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value for name, value in values.items()}
+    )
 
 
 def _intruders(updates: Mapping[str, Update]) -> Iterator[dict[str, Any]]:
@@ -143,18 +125,14 @@ def _intruders(updates: Mapping[str, Update]) -> Iterator[dict[str, Any]]:
     with progress_bar(len(updates), "intruders", None, "layer") as bar:
         for name, update in updates.items():
             before = cast(torch.Tensor, update.before)  # known for every update from _updates: (192, 576)
-            if name in block:
-                row: dict[Any, Any] = with_noise[name]
-            else:
-                result = intruder_dimensions(before, before + _matrix(update.svd))
+            row: dict[Any, Any] = with_noise.get(name, {})
+            if not row:
+                U, S, Vh = update.svd
+                result = intruder_dimensions(before, before + U * S @ Vh)  # (192, 576)
                 row = {"intruders": int(result.count), "energy_share": float(result.energy_share)}
                 row["floor"] = result.floor
             yield _rounded({"layer": name, **row, "relative_norm": float(update.svd.S.norm() / before.norm())})
             bar.update()
-
-
-def _matrix(svd: SVD) -> torch.Tensor:
-    return svd.U * svd.S @ svd.Vh  # (192, 576)
 
 
 def _cuts(

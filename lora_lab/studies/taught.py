@@ -22,7 +22,6 @@ from lora_lab.costs.setup import Setup
 from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.studies import speed
-from lora_lab.studies.recorder import Recorder
 from lora_lab.studies.tuned import ON_TEST, Planned, line, recorder, template
 
 # LoRA as it is taught, and the rate at which it is compared with full fine-tuning.
@@ -100,16 +99,11 @@ def times(device: torch.device) -> Iterator[dict[str, Any]]:
         yield from (row | {"data": data, "stage": "time"} for row in speed.compare(case, costs, device))
 
 
-def settings(device: torch.device) -> dict[str, Any]:
-    """How the rows are made, and what differs from the sources."""
-    return _TUNED.settings(device) | {"sources": SOURCES, "changed": CHANGED}
-
-
-def rows(device: torch.device) -> Iterator[dict[str, Any]]:
-    """The last row of each trial, then the times."""
-    yield from _TUNED.rows(device)
-    yield from times(device)
-
-
-_TUNED = recorder("taught", plan)
-RECORDER = Recorder(settings, rows, lambda row: speed.line(row) if row["stage"] == "time" else line(row))
+RECORDER = recorder(
+    "taught",
+    plan,
+    after=times,
+    line=lambda row: speed.line(row) if row["stage"] == "time" else line(row),
+    sources=SOURCES,
+    changed=CHANGED,
+)

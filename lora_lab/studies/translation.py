@@ -17,7 +17,6 @@ from lora_lab.ablation.compare import Study, rates_around
 from lora_lab.ablation.grid import Trial
 from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA
-from lora_lab.studies.recorder import Recorder
 from lora_lab.studies.tuned import Planned, line, recorder, template
 from lora_lab.tasks.instruction import PairTask
 from lora_lab.tasks.metrics import trivial
@@ -61,19 +60,23 @@ def examples(data: str, task: PairTask) -> Iterator[dict[str, Any]]:
         yield row | {"prompt": pair.prompt, "reference": pair.answer}
 
 
-def rows(device: torch.device) -> Iterator[dict[str, Any]]:
-    """The last row of each trial, whose ``score_accuracy`` is 1 or 0 for each example; then the examples."""
-    yield from _TUNED.rows(device)
+def all_examples(device: torch.device) -> Iterator[dict[str, Any]]:
+    """Yield the examples of all data."""
     for data in SIZES:
         _, task = studies.study(data, device=device)
         yield from examples(data, cast(PairTask, task() if callable(task) else task))
-
-
-_TUNED = recorder("translation", plan)
-RECORDER = Recorder(_TUNED.settings, rows, lambda row: None if row["stage"] == "example" else line(row))
 
 
 def guess_french(name: str) -> str:
     """Guess a French name from an English one, knowing hardly a word: lower case, two endings, adjective last."""
     words = name.lower().replace("ian", "ien").replace("islands", "îles").split()
     return " ".join(reversed(words)) if len(words) == 2 else " ".join(words)
+
+
+# The score "accuracy" of a trial is 1 or 0 for each example.
+RECORDER = recorder(
+    "translation",
+    plan,
+    after=all_examples,
+    line=lambda row: None if row["stage"] == "example" else line(row),
+)

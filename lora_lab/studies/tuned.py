@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,8 +24,7 @@ from lora_lab.costs.fake import Factory
 from lora_lab.lean import Lean
 from lora_lab.methods import Method
 from lora_lab.studies.planning import planned_hours
-from lora_lab.studies.recorder import Recorder, Row
-from lora_lab.studies.records import json_safe
+from lora_lab.studies.recorder import Recorder, Row, read_rows, record_trials, tell_trial
 from lora_lab.task import Task
 
 ON_TEST = {"validation": 128, "test": 140}  # of the 130 and 140 examples of 64 tokens in those parts of "docs"
@@ -69,14 +68,15 @@ class Planned:
 
 def processes(data: str, device: torch.device) -> int:
     """How many trials of that data run at a time."""
-    return 1 if of_small_net(data) else studies.processes(device)
+    return 1 if is_of_small_net(data) else studies.processes(device)
 
 
-def of_small_net(data: str) -> bool:
+def is_of_small_net(data: str) -> bool:
     """Whether the data is for a small net, whose trials take seconds, by its name, such as "digits"."""
     return data.partition(" ")[0] in ("digits", "planted")
 
 
+line = partial(tell_trial, names=("data", "stage", "setup"))
 Plan = Callable[[torch.device], Mapping[str, Planned]]  # the studies of a record, by name
 # Makes further rows of a study from its name, the study, its rows, the device and the folder of its results.
 Further = Callable[[str, Planned, Sequence[Row], torch.device, Path], Iterator[Row]]
@@ -95,49 +95,55 @@ def template(
     return Trial(method, 1e-3, **options)
 
 
-def recorder(name: str, plan: Plan, further: Further | None = None) -> Recorder:
-    """What ``lora-lab record <name>`` runs.
+def recorder(
+    name: str,
+    plan: Plan,
+    further: Further | None = None,
+    after: Callable[[torch.device], Iterator[Row]] | None = None,
+    line: Callable[[Row], str | None] = line,
+    **about: Any,
+) -> Recorder:
+    """Return what ``lora-lab record <name>`` runs.
 
     Args:
         name: of the record.
         plan: what is compared on a device, by the name of the data, such as "docs".
         further: makes more rows of each study, when its trials have ended.
+        after: makes more rows when all studies have ended.
+        line: as for :class:`lora_lab.studies.recorder.Recorder`.
+        **about: more settings.
     """
-    hours = cache(lambda device: _hours(plan(device), device))
 
-    def settings(device: torch.device) -> dict[str, Any]:
-        described = {data: _described(planned) for data, planned in plan(device).items()}
-        return {**described, "planned_hours": hours(device)}
-
-    def rows(device: torch.device, folder: str | Path = Path("runs") / f"record-{name}") -> Iterator[Row]:
-        print(f"Planned: about {hours(device)} hours, more where grids of rates are widened.", flush=True)
+    def rows(device: torch.device, folder: Path) -> Iterator[Row]:
         for data, planned in plan(device).items():
             trials = []
-            for row in _rows(data, planned, device, Path(folder) / data):
+            for row in _run_trials(data, planned, device, folder / data):
                 trials.append(row)
                 yield row
             if further is not None:
-                yield from further(data, planned, trials, device, Path(folder) / data)
+                yield from further(data, planned, trials, device, folder / data)
+        if after is not None:
+            yield from after(device)
 
-    return Recorder(settings, rows, line)
+    def settings(device: torch.device) -> dict[str, Any]:
+        return {data: _describe(planned) for data, planned in plan(device).items()} | about
+
+    return record_trials(name, settings, rows, line, lambda device: _count_hours(plan(device), device))
 
 
-def _rows(data: str, planned: Planned, device: torch.device, folder: Path) -> Iterator[Row]:
-    """The last row of each trial."""
+def _run_trials(data: str, planned: Planned, device: torch.device, folder: Path) -> Iterator[Row]:
+    """Yield the last row of each trial."""
     model, task = planned.model_and_task(data, device)
+    columns = [*_COLUMNS, *[f"{SCORE}accuracy"] * planned.study.answered]
     for frame in compare_tuned(model, task, planned.study, folder, n_jobs=processes(data, device)):
-        accuracy = [f"{SCORE}accuracy"] * planned.study.answered
-        table = last_rows(frame).assign(data=data).reindex(columns=[*_COLUMNS, *accuracy])
-        for row in table.to_dict("records"):
-            means = {
-                f"{part}_loss": fmean(block_losses_of(row, part))
-                for part in ("validation", "test")
-                if isinstance(row[SCORE + part], str)
-            }
-            yield json_safe(row | {"validation_loss": None, "test_loss": None} | means)
+        for row in read_rows(last_rows(frame).assign(data=data), columns):
+            for part in ("validation", "test"):
+                judged = isinstance(row[SCORE + part], str)
+                row[f"{part}_loss"] = fmean(block_losses_of(row, part)) if judged else None
+            yield row
 
 
-def _described(planned: Planned) -> dict[str, Any]:
+def _describe(planned: Planned) -> dict[str, Any]:
     study = planned.study
     return {
         "setups": {setup: trial.to_dict() for setup, trial in study.setups.items()},
@@ -149,27 +155,13 @@ def _described(planned: Planned) -> dict[str, Any]:
     }
 
 
-def _hours(plan: Mapping[str, Planned], device: torch.device) -> float:
+def _count_hours(plan: Mapping[str, Planned], device: torch.device) -> float:
     """Of the language model's part, for the small nets take minutes."""
     hours = 0.0
-    for data, planned in plan.items():
-        if not of_small_net(data):
-            study = planned.study
-            judged = [trial for trial in study.trials if trial.seed in study.judging]
-            chosen = [trial for trial in study.trials if trial.seed in study.choosing]
-            hours += planned_hours(chosen, planned.seq_len, device, study.chosen_on)
-            if judged:
-                hours += planned_hours(judged, planned.seq_len, device, sum(study.judged_on.values()))
-            if planned.again:
-                hours += planned_hours(planned.again, planned.seq_len, device, planned.again_on)
+    for planned in (planned for data, planned in plan.items() if not is_of_small_net(data)):
+        study = planned.study
+        chosen = [trial for trial in study.trials if trial.seed in study.choosing]
+        judged = [trial for trial in study.trials if trial.seed in study.judging]
+        groups = ((chosen, study.chosen_on), (judged, sum(study.judged_on.values())), (planned.again, planned.again_on))
+        hours += sum(planned_hours(trials, planned.seq_len, device, on) for trials, on in groups if trials)
     return round(hours, 1)
-
-
-def line(row: Mapping[str, Any]) -> str:
-    """A row as a line for people."""
-    trial = f"{row['data']:<7}{row['stage']:<9} {row['setup']:<22} lr {row['lr']:<9.4g} seed {row['seed']}: "
-    if row["outcome"] == "failed":
-        return trial + row["reason"]
-    return trial + "  ".join(
-        f"{part} {row[f'{part}_loss']:.4f}" for part in ("validation", "test") if row[f"{part}_loss"] is not None
-    )

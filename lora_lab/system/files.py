@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -136,18 +136,18 @@ def repair(folder: str | Path) -> None:
         OSError: a file has to be written, and the folder cannot be written to.
     """
     for tensors in Path(folder).glob("*.safetensors"):
-        header = read_header(tensors)
+        header = _read_header(tensors)
         for name in _CARRIED:
             path, text = Path(folder) / name, header.get(_FILE + name)
             found, replaced = _hash(path), header.get(_REPLACED + name)
-            if text is not None and found in ("", replaced) and found != _hash_bytes(text.encode()):
+            if text is not None and found in ("", replaced) and not (found and path.read_bytes() == text.encode()):
                 with atomic_file(path) as temporary:
                     temporary.write_bytes(text.encode())
             elif text is None and found and found == replaced:
                 path.unlink()
 
 
-def read_header(tensors: Path) -> dict[str, str]:
+def _read_header(tensors: Path) -> dict[str, str]:
     """Return the texts in a safetensors file's header; none if it cannot be read, as its reader will say."""
     try:
         with safe_open(tensors, framework="numpy") as file:
@@ -156,10 +156,10 @@ def read_header(tensors: Path) -> dict[str, str]:
         return {}
 
 
-def carried_json(header: dict[str, str], name: str) -> Any:
-    """Return the content of a JSON file that a header carries; None if it carries none."""
-    with suppress(ValueError, RecursionError):
-        return json.loads(header[_FILE + name]) if _FILE + name in header else None
+def carried_json(tensors: Path, name: str) -> Any:
+    """Return the content of a JSON file that a safetensors file's header carries; None if it carries none."""
+    with suppress(KeyError, ValueError, RecursionError):
+        return json.loads(_read_header(tensors)[_FILE + name])
     return None
 
 
@@ -186,11 +186,7 @@ def _carry_files(tensors: Path, folder: Path, remove: tuple[str, ...]) -> None:
 
 def _hash(path: Path) -> str:
     """The SHA-256 of a file; "" if it is missing."""
-    return _hash_bytes(path.read_bytes()) if path.is_file() else ""
-
-
-def _hash_bytes(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
@@ -221,13 +217,10 @@ def check_writable(folder: str | Path, leave: bool = False) -> None:
     Args:
         leave: whether the folder stays if it did not exist, because other processes may be about to write to it too.
     """
-    made = _make(Path(folder))
-    try:
-        with _workspace(Path(folder)) as temporary:
-            (temporary / "trial").write_bytes(bytes(4096))
-    finally:
-        if not leave:
-            _remove_empty(made)
+    with _workspace(Path(folder)) as temporary:
+        (temporary / "trial").write_bytes(bytes(4096))
+    if leave:
+        Path(folder).mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
@@ -239,9 +232,8 @@ def claimed(folder: str | Path) -> Iterator[None]:
         OSError: the folder cannot be made.
     """
     folder = Path(folder)
-    made = _make(folder)
     try:
-        with FileLock(folder / _LOCK, timeout=0):
+        with _made(folder), FileLock(folder / _LOCK, timeout=0):
             try:
                 yield
             finally:
@@ -252,19 +244,14 @@ def claimed(folder: str | Path) -> Iterator[None]:
             f"{shortened(str(folder))} is in use by another run, which has not ended; name another folder (--out), or "
             "wait for it."
         ) from None
-    finally:
-        _remove_empty(made)
 
 
 def is_claimed(folder: str | Path) -> bool:
     """Return whether a folder is held by :func:`claimed`."""
-    lock = Path(folder) / _LOCK
-    if not lock.exists():
-        return False
     try:
-        with FileLock(lock, timeout=0):
+        with claimed(folder) if (Path(folder) / _LOCK).exists() else nullcontext():
             return False
-    except Timeout:
+    except FileExistsError:
         return True
 
 
@@ -314,8 +301,7 @@ def rescued(save: Callable[[Path], Any], folder: str | Path) -> Any:
 @contextmanager
 def _workspace(folder: Path) -> Iterator[Path]:
     """A hidden folder within ``folder`` for the block, and none that a process killed days ago has left."""
-    made = _make(folder)
-    try:
+    with _made(folder):
         for leftover in folder.glob(f"{_NEW}*"):
             with suppress(OSError):  # another process may have just removed it
                 if time.time() - leftover.stat().st_mtime > _DAY:
@@ -326,19 +312,22 @@ def _workspace(folder: Path) -> Iterator[Path]:
             raise _not_writable(folder, error) from None
         with temporary:
             yield Path(temporary.name)
-    except BaseException:
-        _remove_empty(made)
-        raise
 
 
-def _make(folder: Path) -> list[Path]:
-    """Make a folder and return what was made: the folder and those above it that did not exist."""
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make a folder, and those above it, for the block; what is empty at its end is removed again."""
     try:
         made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _not_writable(folder, error) from None
-    return made
+    try:
+        yield
+    finally:
+        for path in made:
+            with suppress(OSError):  # something is in it
+                path.rmdir()
 
 
 def _not_writable(folder: Path, error: OSError) -> OSError:
@@ -346,12 +335,6 @@ def _not_writable(folder: Path, error: OSError) -> OSError:
     return OSError(
         f"{shortened(str(folder))} cannot be written to ({reason}); name another folder, or make this one writable."
     )
-
-
-def _remove_empty(folders: Iterable[Path]) -> None:
-    for folder in folders:
-        with suppress(OSError):  # something else is in it
-            folder.rmdir()
 
 
 def _flush(file: Path) -> None:

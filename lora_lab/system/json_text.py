@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic_core import to_jsonable_python
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -14,13 +13,7 @@ if TYPE_CHECKING:
 
 def plain(value: Any) -> Any:
     """The value in JSON's types: a tuple is a list, a path its text, and NaN and infinity, which JSON lacks, None."""
-    if isinstance(value, Mapping):
-        return {name: plain(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
+    return to_jsonable_python(value, inf_nan_mode="null")
 
 
 def rows_of(frame: DataFrame) -> list[dict[str, Any]]:
@@ -32,6 +25,6 @@ def json_text(value: Any) -> str:
     """Indented JSON of the value, made :func:`plain`.
 
     Raises:
-        TypeError: it holds something that JSON has no form for.
+        ValueError: it holds something that JSON has no form for.
     """
     return json.dumps(plain(value), indent=2, allow_nan=False)

@@ -1,8 +1,8 @@
-"""Numbers: those of numpy and torch as Python's, lists of any library, and tensors whose numbers must be finite."""
+"""Numbers: those of numpy and torch as Python's, and tensors whose numbers must be finite."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -17,15 +17,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0:
         return value.item()
     return float(value) if isinstance(value, Fraction | Decimal) else value
-
-
-def is_list(value: Any) -> bool:
-    """Whether it is a list or the like, such as a set or an array, but neither a text nor a dict."""
-    return (
-        isinstance(value, Collection)
-        and not isinstance(value, str | bytes | Mapping)
-        and getattr(value, "ndim", 1) > 0  # torch and numpy have collections without a length
-    )
 
 
 # Trained weights are far below it, and products of a few numbers beyond it are infinite in float32.

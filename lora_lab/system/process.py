@@ -6,12 +6,12 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import torch
@@ -32,27 +32,13 @@ def run_in_subprocess(
     """
     context = multiprocessing.get_context("spawn")  # a forked process would share memory and torch's threads with this
     try:
-        with _with_variables(environment or {}), ProcessPoolExecutor(1, mp_context=context) as pool:
+        with patch.dict(os.environ, environment or {}), ProcessPoolExecutor(1, mp_context=context) as pool:
             return pool.submit(function, *arguments).result()
     except BrokenProcessPool:
         raise MemoryError(
             "The subprocess was ended by the system, most likely for lack of memory; free memory, or choose a smaller "
             "model or batch."
         ) from None
-
-
-@contextmanager
-def _with_variables(environment: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def peak_bytes(device: torch.device) -> int:

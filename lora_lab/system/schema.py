@@ -20,7 +20,7 @@ from functools import cache
 from typing import Annotated, Any, get_type_hints
 
 import torch
-from pydantic import ConfigDict, Field, InstanceOf, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # typing's own suits pydantic from Python 3.12 on
 
 from lora_lab.system.numbers import plain
@@ -37,12 +37,6 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]  # a probability
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]  # of a torch.Generator
-
-
-@cache
-def instance_of(kind: type) -> Any:
-    """A schema for instances of a class; always the same one, so that its validator is built once."""
-    return InstanceOf[kind]
 
 
 def check(content: Any, schema: Any, where: str = "") -> Any:

@@ -14,20 +14,52 @@ Beside them an entry may have "group" and "part".
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from typing_extensions import TypedDict
+
+from lora_lab.system.schema import check
 from lora_lab.system.wording import shortened
 
 Turn = tuple[str, str]  # role and content
-ROLES = ("system", "user", "assistant")
-_CHAT_ROLES = {role: role for role in ROLES}
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"} | _CHAT_ROLES
-_PAIRS = (("prompt", "answer"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
-_ALPACA = ("instruction", "output")
-_EXAMPLE = '{"prompt": "...", "answer": "..."}'
-_COMMON = {"group", "part"}
+_FORMS = (  # the keys of each; an entry has the first form whose keys it has
+    ("messages",),
+    ("conversations",),
+    ("instruction", "output", "input"),
+    ("instruction", "output"),
+    ("prompt", "answer"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("text",),
+)
+_COMMON = ("group", "part")
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # ShareGPT's names
+
+
+class _Message(TypedDict):
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+_Said = TypedDict("_Said", {"from": Literal["system", "user", "assistant", "human", "gpt", "chatgpt"], "value": str})
+
+
+class _Entry(TypedDict, total=False):
+    messages: list[_Message]
+    conversations: list[_Said]
+    instruction: str
+    input: str | None
+    output: str
+    prompt: str
+    answer: str
+    completion: str
+    response: str
+    question: str
+    text: str
+    group: str | None
+    part: Literal["", "train", "validation", "test"] | None
 
 
 @dataclass(frozen=True)
@@ -54,69 +86,39 @@ def parse(entry: Any) -> StoredExample:
     Raises:
         ValueError: what is wrong with it, in a few words.
     """
-    if not isinstance(entry, Mapping):
-        raise ValueError(f"a {type(entry).__name__}, not an object such as {_EXAMPLE}")
-    keys, turns, text = _form(entry)
-    group, part = (_string(entry, key) if entry.get(key) is not None else "" for key in ("group", "part"))
-    return StoredExample(turns, text, group, part, frozenset(map(str, entry.keys() - keys - _COMMON)))
+    check(entry, dict[str, Any], "the line")
+    form = next((keys for keys in _FORMS if entry.keys() >= {*keys}), None)
+    if form is None:
+        forms = "; ".join(" and ".join(keys) for keys in _FORMS)
+        raise ValueError(f"has the keys {shortened(str(sorted(entry)), 80)}, but must have those of a form: {forms}")
+    own = {key: value for key, value in entry.items() if key in (*form, *_COMMON)}
+    check(own, _Entry)
+    turns = _turns(form, own)
+    texts = [own[key] for key in form if key != "input" and isinstance(own[key], str)] or [text for _, text in turns]
+    if not all(text.strip() for text in texts):
+        raise ValueError(f"a text of {' and '.join(form)} is empty")
+    group, part = (own.get(key) or "" for key in _COMMON)
+    return StoredExample(turns, own.get("text", ""), group, part, frozenset(entry.keys() - own.keys()))
 
 
-def _form(entry: Mapping[str, Any]) -> tuple[set[str], tuple[Turn, ...], str]:
-    """The keys of the form that an entry has, and its turns or its text."""
-    if "messages" in entry:
-        return {"messages"}, _turns(entry["messages"], "messages", "role", "content", _CHAT_ROLES), ""
-    if "conversations" in entry:
-        return {"conversations"}, _turns(entry["conversations"], "conversations", "from", "value", _SHAREGPT_ROLES), ""
-    if all(key in entry for key in _ALPACA):
-        context = _string(entry, "input") if entry.get("input") else ""
-        prompt = _text(entry, "instruction") + (f"\n\n{context}" if context.strip() else "")
-        return {*_ALPACA, "input"}, (("user", prompt), ("assistant", _text(entry, "output"))), ""
-    for prompt_key, answer_key in _PAIRS:
-        if prompt_key in entry and answer_key in entry:
-            turns = ("user", _text(entry, prompt_key)), ("assistant", _text(entry, answer_key))
-            return {prompt_key, answer_key}, turns, ""
-    if "text" in entry:
-        return {"text"}, (), _text(entry, "text")
-    known = {key for pair in (*_PAIRS, _ALPACA) for key in pair} & entry.keys()
-    missing = sorted({other for pair in (*_PAIRS, _ALPACA) for other in pair if known & {*pair}} - known)
-    if missing:
-        raise ValueError(f"has {' and '.join(map(repr, sorted(known)))}, but lacks {' or '.join(map(repr, missing))}")
-    raise ValueError(
-        f"has the keys {shortened(str(sorted(map(str, entry))), 80)}, which match no known form; use a form such as "
-        f'{_EXAMPLE}, {{"messages": [...]}} or {{"text": "..."}}'
-    )
-
-
-def _turns(value: Any, key: str, role_key: str, content_key: str, roles: Mapping[str, str]) -> tuple[Turn, ...]:
-    """The turns of a conversation: perhaps a system turn, then user and assistant in turn, the assistant last."""
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise ValueError(f"{key!r} is a {type(value).__name__}, not a list")
-    turns: list[Turn] = []
-    for number, turn in enumerate(value, start=1):
-        if not isinstance(turn, Mapping) or not {role_key, content_key} <= turn.keys():
-            raise ValueError(f"turn {number} of {key!r} lacks {role_key!r} or {content_key!r}")
-        role = roles.get(turn[role_key]) if isinstance(turn[role_key], str) else None
-        if role is None:
-            raise ValueError(f"turn {number} is of {turn[role_key]!r}, not of one of {', '.join(roles)}")
-        turns.append((role, _text(turn, content_key, f"turn {number}")))
-    spoken = [role for role, _ in turns if role != "system"]
-    if any(role == "system" for role, _ in turns[1:]):
-        raise ValueError("a system turn is not the first")
-    if not spoken or spoken[-1] != "assistant":
-        raise ValueError("the last turn is not the assistant's, so that there is no answer to learn")
-    if spoken != ["user", "assistant"] * (len(spoken) // 2):
-        raise ValueError("user and assistant do not take turns, beginning with the user")
+def _turns(form: tuple[str, ...], entry: dict[str, Any]) -> tuple[Turn, ...]:
+    """Return the turns of an entry: perhaps a system turn, then user and assistant in turn, the assistant last."""
+    match form:
+        case ("text",):
+            return ()
+        case ("messages",):
+            turns = [(turn["role"], turn["content"]) for turn in entry["messages"]]
+        case ("conversations",):
+            turns = [(_ROLES.get(turn["from"], turn["from"]), turn["value"]) for turn in entry["conversations"]]
+        case (prompt, answer, *_):
+            context = entry.get("input") or ""  # Alpaca's
+            prompt = entry[prompt] + (f"\n\n{context}" if context.strip() else "")
+            return ("user", prompt), ("assistant", entry[answer])
+    roles = [role for role, _ in turns]
+    spoken = roles[1:] if roles[:1] == ["system"] else roles
+    if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
+        raise ValueError(
+            f"the turns are of {shortened(', '.join(roles) or 'nobody', 80)}, but must be of the user and the "
+            "assistant in turn, the assistant last; only the first may be of the system"
+        )
     return tuple(turns)
-
-
-def _text(entry: Mapping[str, Any], key: str, what: str = "") -> str:
-    text = _string(entry, key, what)
-    if not text.strip():
-        raise ValueError(f"{what or repr(key)} is empty")
-    return text
-
-
-def _string(entry: Mapping[str, Any], key: str, what: str = "") -> str:
-    if not isinstance(entry[key], str):
-        raise ValueError(f"{what or repr(key)} is a {type(entry[key]).__name__}, not a string")
-    return entry[key]

@@ -12,7 +12,6 @@ several turns, of all the assistant's. All pairs of a group
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from collections import Counter, defaultdict
@@ -274,7 +273,8 @@ def from_jsonl(tokenizer: ChatTokenizer, path: str | Path, *, allow_special: boo
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: lines are malformed (the first five are named, each with its reason), some are texts and others
-            not, an option does not apply to the form of the lines, or as for :func:`from_pairs`.
+            not, or as for :func:`from_pairs`.
+        TypeError: an option does not apply to the form of the lines.
     """
     check_tokenizer(tokenizer, ChatTokenizer)
     path = as_path(path, "path")
@@ -287,20 +287,15 @@ def from_jsonl(tokenizer: ChatTokenizer, path: str | Path, *, allow_special: boo
     texts = [example.text for example in stored if example.text]
     if 0 < len(texts) < len(stored):
         raise ValueError(f"{path} has {len(texts)} texts and {len(stored) - len(texts)} conversations; split them.")
-    form, taken = ("texts", from_text) if texts else ("conversations", from_pairs)
-    if wrong := options.keys() - {"about", *inspect.signature(taken).parameters}:
-        raise ValueError(f"{path} holds {form}, which take no {' or '.join(sorted(wrong))}; leave that out.")
     if texts:
         return _task_of_texts(tokenizer, path, texts, "text", **options)
     pairs = [Pair(example.turns[-2][1], example.turns[-1][1], example.group, example.turns[:-2]) for example in stored]
-    with_part = sum(bool(example.part) for example in stored)
-    if with_part == 0:
+    parts = [example.part for example in stored]
+    if not any(parts):
         return from_pairs(tokenizer, pairs, **options)
-    if with_part < len(stored):
-        raise ValueError(f'{path} has "part" on {with_part} of {len(stored)} lines; give it on all or none.')
-    split: dict[str, list[Pair]] = {part: [] for part in PARTS}
-    for example, pair in zip(stored, pairs, strict=True):
-        split[example.part].append(pair)
+    if not all(parts):
+        raise ValueError(f'{path} has "part" on {len(parts) - parts.count("")} of {len(parts)} lines; give it on all.')
+    split = {part: [pair for pair, own in zip(pairs, parts, strict=True) if own == part] for part in PARTS}
     return from_pairs(tokenizer, split, **options)
 
 
@@ -339,8 +334,6 @@ def _parsed(line: str, tokenizer: ChatTokenizer, allow_special: bool) -> StoredE
         raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
     except RecursionError:
         raise ValueError("not an example, but lists within lists without end") from None
-    if example.part and example.part not in PARTS:
-        raise ValueError(f"'part' is {example.part!r}, not one of {', '.join(PARTS)}")
     for text in (*(content for _, content in example.turns), example.text):
         tokenizer.check_text(text, allow_special=allow_special and bool(example.text))
     return example

@@ -13,8 +13,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from lora_lab.system.wording import short_repr
 from lora_lab.tasks.instruction import Pair, PairTask
 
 # Scores
@@ -37,10 +37,10 @@ def score(task: PairTask, predictions: Sequence[str], part: str = "test") -> dic
             f'{", ".join(METRICS)}; name one where the task is made, such as from_pairs(metric="summary").'
         )
     pairs = task.pairs_of(part)
-    if not 1 <= len(predictions) <= len(pairs):
+    if isinstance(predictions, str) or not 1 <= len(predictions) <= len(pairs):
         raise ValueError(
-            f"There are {len(predictions)} predictions, but the {part} part has {len(pairs)} prompts; give "
-            "at least one prediction, and at most one for each prompt."
+            f"predictions has length {len(predictions)}, but it must be a list of 1 to {len(pairs)} texts, one for "
+            f"each of the first prompts of the {part} part."
         )
     return METRICS[task.metric](predictions, [pair.answer for pair in pairs[: len(predictions)]])
 
@@ -49,7 +49,6 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> dict[str, 
     """Mean F1 of the longest common subsequence of words (Lin 2004), by the package rouge-score."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    predictions, references = _texts(predictions, references)
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     pairs = zip(references, predictions, strict=True)
     f1 = [scorer.score(reference, prediction)["rougeL"].fmeasure for reference, prediction in pairs]
@@ -60,10 +59,9 @@ def translation(predictions: Sequence[str], references: Sequence[str]) -> dict[s
     """Exact matches, ignoring case, and chrF from 0 to 100 (Popovic 2015), by the package sacrebleu."""
     from sacrebleu.metrics.chrf import CHRF
 
-    predictions, references = _texts(predictions, references)
     pairs = zip(predictions, references, strict=True)
     matches = sum(prediction.strip().casefold() == reference.casefold() for prediction, reference in pairs)
-    chrf = CHRF().corpus_score(predictions, [references]).score
+    chrf = CHRF().corpus_score(list(predictions), [list(references)]).score
     return {"exact": matches / len(references), "chrf": chrf}
 
 
@@ -71,30 +69,11 @@ def classification(predictions: Sequence[str], references: Sequence[str]) -> dic
     """Accuracy, and F1 averaged over the classes of the references, by scikit-learn."""
     from sklearn.metrics import accuracy_score, f1_score
 
-    predictions, references = _texts(predictions, references)
+    options: dict[str, Any] = {"labels": sorted(set(references)), "average": "macro", "zero_division": 0}
     return {
         "accuracy": float(accuracy_score(references, predictions)),
-        "macro_f1": float(
-            f1_score(
-                references,
-                predictions,
-                labels=sorted(set(references)),
-                average="macro",
-                zero_division=0,  # pyright: ignore[reportArgumentType]  # the stub knows strings only
-            )
-        ),
+        "macro_f1": float(f1_score(references, predictions, **options)),
     }
-
-
-def _texts(predictions: Sequence[str], references: Sequence[str]) -> tuple[list[str], list[str]]:
-    for name, texts in {"predictions": predictions, "references": references}.items():
-        if isinstance(texts, str) or len(texts) == 0:
-            raise ValueError(f"{name} is {short_repr(texts)}, but it must be a list of at least one text.")
-    if len(predictions) != len(references):
-        raise ValueError(
-            f"There are {len(predictions)} predictions for {len(references)} references; give one for each."
-        )
-    return list(predictions), list(references)
 
 
 METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], dict[str, float]]] = {

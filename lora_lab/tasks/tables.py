@@ -146,11 +146,11 @@ def from_arrays(
     check(seed, Annotated[int, Field(ge=0, lt=2**32)], "seed")
     if kind not in ("auto", "classification", "regression"):
         raise ValueError(f"kind is {short_repr(kind)}, but it must be 'auto', 'classification' or 'regression'.")
-    features, values = _features(X), _array(y)
-    if values.ndim == 0 or len(features) != len(values) or len(features) < 10:
+    features, values = _numbers(X, "X"), _array(y)
+    if features.ndim < 2 or values.ndim == 0 or len(features) != len(values) or len(features) < 10:
         raise ValueError(
-            f"X has shape {features.shape} and y has {values.shape}, but both must have the same number of examples, "
-            "at least 10."
+            f"X has shape {features.shape} and y has {values.shape}, but they must be (n, features) and (n,) or "
+            "(n, outputs), of the same n, at least 10."
         )
     if kind == "auto":
         whole = values.dtype.kind != "f" or np.all(values == np.round(values))
@@ -162,7 +162,7 @@ def from_arrays(
         parts.append(parts[2])
         about += "; off-domain: the test part"
     else:
-        parts.append((_features(off_domain[0]), _array(off_domain[1])))
+        parts.append((_numbers(off_domain[0], "X"), _array(off_domain[1])))
     examples = [Examples(torch.from_numpy(X_part), _targets(y_part, numbers)) for X_part, y_part in parts]
     return Task(name, *examples, loss=cross_entropy if numbers else mean_squared_error, about=about)
 
@@ -198,16 +198,14 @@ def _classes(y: Any, values: np.ndarray) -> tuple[dict[Hashable, int], np.ndarra
     return {value: i for i, value in enumerate(classes.tolist())}, labels
 
 
-def _features(X: Any) -> np.ndarray:
+def _numbers(values: Any, name: str) -> np.ndarray:
+    """Return an array in float32, whose numbers are all finite."""
+    from sklearn.utils import check_array
+
     try:
-        features = np.asarray(_array(X), dtype=np.float32)
+        return check_array(_array(values), dtype=np.float32, ensure_2d=False, allow_nd=True, input_name=name)
     except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"X must be an array of numbers (n, features), but {shortened(str(error))}.") from None
-    if features.ndim < 2:
-        raise ValueError(f"X has shape {features.shape}, but it must be (n, features).")
-    if not np.isfinite(features).all():
-        raise ValueError("X holds numbers that are infinite or missing; fill or remove them.")
-    return features
+        raise ValueError(f"{name} must be an array of finite numbers, but: {shortened(str(error))}") from None
 
 
 def _targets(values: np.ndarray, numbers: dict[Hashable, int] | None) -> torch.Tensor:
@@ -216,12 +214,7 @@ def _targets(values: np.ndarray, numbers: dict[Hashable, int] | None) -> torch.T
         if unknown := sorted({*values.tolist()} - numbers.keys(), key=repr):
             raise ValueError(f"off_domain has the class {unknown[0]!r}, which y does not have.")
         return torch.tensor([numbers[value] for value in values.tolist()])  # (n,)
-    try:
-        targets = values.astype(np.float32)
-    except (TypeError, ValueError):
-        raise ValueError(f"y holds {values.dtype}, but a regression needs numbers.") from None
-    if not np.isfinite(targets).all():
-        raise ValueError("y holds numbers that are infinite or missing; fill or remove them.")
+    targets = _numbers(values, "y")
     return torch.from_numpy(targets.reshape(len(targets), -1))  # (n, outputs)
 
 

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from lora_lab import DoRA, FullFineTuning, Lean, LoRA, LoRAPlus, PartialFineTuning, PiSSA, RsLoRA, TrainConfig, fit
+from lora_lab import DoRA, FullFineTuning, Lean, LoRA, LoRAPlus, PartialFineTuning, PiSSA, RsLoRA, fit
 from lora_lab.ablation.grid import Grid, Trial
 from lora_lab.methods import AsItIs
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.tasks import planted
+from lora_lab.train import TrainConfig
 from lora_lab.variants import LoRAFA
 from tests.helpers import run_python
 

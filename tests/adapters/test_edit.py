@@ -2,6 +2,8 @@
 
 import copy
 import re
+from contextlib import ExitStack
+from functools import partial
 
 import numpy as np
 import peft
@@ -141,38 +143,6 @@ def test_compiled_models_are_edited_by_the_names_of_their_own_layers():
     assert torch.equal(plain.hidden1.lora_A, 2 * base.hidden1.lora_A)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (lambda base: (tuned(base),), "rank is None and energy None; pass one"),
-        (lambda base: (tuned(base), 4, 0.5), "pass one of them"),
-        (lambda base: (tuned(base), 0), "rank is 0"),
-        (lambda base: (tuned(base), None, 1.5), r"share is 1\.5"),
-        (lambda base: (copy.deepcopy(base), 4), "nothing to extract"),
-        (lambda base: (DigitsMLP(32), 4), "is it of this base"),
-        (lambda base: ({}, 4), "is missing in the tuned model"),
-    ],
-)
-def test_what_cannot_be_extracted_leaves_the_base_alone(arguments, words):
-    base = DigitsMLP()
-    before = copy.deepcopy(base.state_dict())
-    given, *numbers = arguments(base)
-    rank, energy = (*numbers, None, None)[:2]
-    with pytest.raises(ValueError, match=words):
-        extract(base, given, rank, energy=energy)
-    assert not lora_layers(base)
-    assert all(parameter.requires_grad for parameter in base.parameters())
-    assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
-
-
-def test_a_base_with_adapters_is_refused():
-    base = DigitsMLP()
-    model = tuned(base)
-    inject(base, LoRAConfig(2))
-    with pytest.raises(ValueError, match="already has adapters"):
-        extract(base, model, 4)
-
-
 # Resize
 
 
@@ -193,31 +163,6 @@ def test_a_resized_adapter_is_the_nearest_of_its_rank(kind):
         assert 0.05 < errors[name] < 1
 
 
-def test_adapters_that_are_small_enough_take_no_decomposition(monkeypatch):
-    model = DigitsMLP()
-    inject(model, LoRAConfig(2))
-    monkeypatch.setattr("lora_lab.adapters.edit.product_svd", lambda *_: pytest.fail("decomposed"))
-    assert set(resize(randomise(model), 2).values()) == {0.0}
-
-
-def test_a_resized_adapter_is_saved_and_read(tmp_path):
-    model = DigitsMLP()
-    original = copy.deepcopy(model)
-    inject(model, LoRAConfig(8))
-    resize(randomise(model), 2)
-    save_adapter(model, tmp_path)
-    load_adapter(original, tmp_path)
-    torch.testing.assert_close(original(PIXELS), model(PIXELS))
-
-
-def test_an_adapter_as_low_already_stays_as_it_is():
-    model = DigitsMLP()
-    inject(model, LoRAConfig(4))
-    before = adapter_state(randomise(model))
-    assert set(resize(model, 4).values()) == {0.0}
-    assert all(torch.equal(before[name], value) for name, value in adapter_state(model).items())
-
-
 def test_embeddings_and_convolutions_are_resized():
     model = torch.nn.Sequential(torch.nn.Embedding(20, 12), torch.nn.Flatten(), torch.nn.Conv2d(3, 8, 3))
     model[0], model[2] = LoRAEmbedding(model[0], 6, 6), LoRAConv2d(model[2], 6, 6)
@@ -225,6 +170,7 @@ def test_embeddings_and_convolutions_are_resized():
     for name, error in resize(model, 2).items():
         assert 0 < error < 1
         assert lora_layers(model)[name].rank == 2
+    assert set(resize(model, 2).values()) == {0.0}  # they are as low already
     assert model[2](torch.randn(1, 3, 8, 8)).shape == (1, 8, 6, 6)
     assert model[0](torch.arange(5)).shape == (5, 12)
 
@@ -241,25 +187,6 @@ def test_a_layer_smaller_than_the_rank_gets_all_it_can_hold():
     }
     assert errors["head"] == 0
     torch.testing.assert_close(model.head.delta(), before, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("kind", [PiSSALinear, DoRALinear])
-def test_kinds_whose_update_is_more_than_b_a_are_refused(kind):
-    model = DigitsMLP()
-    inject(model, LoRAConfig(4), layer=kind)
-    before = adapter_state(model)
-    with pytest.raises(ValueError, match=f"of type {kind.__name__}"):
-        resize(model, 2)
-    assert all(torch.equal(before[name], value) for name, value in adapter_state(model).items())
-
-
-def test_bad_ranks_and_models_are_refused():
-    model = DigitsMLP()
-    with pytest.raises(ValueError, match="no adapters"):
-        resize(model, 2)
-    inject(model, LoRAConfig(4))
-    with pytest.raises(ValueError, match="rank"):
-        resize(model, 0)
 
 
 # Read
@@ -393,38 +320,11 @@ def test_what_was_frozen_or_added_by_a_variant_is_so_after_a_switch(rank):
     assert not model.head.lora_A.requires_grad
     assert model.head.lora_B.requires_grad
     assert torch.equal(logits(model, PIXELS), logits(other, PIXELS))
-    model, other = (pictures(seed, r, targets=["head"], layer=DoRALinear) for seed, r in [(1, 2), (2, rank)])
-    switch(model, adapter_state(other))
-    assert torch.equal(model.head.lora_magnitude_vector, other.head.lora_magnitude_vector)
-    assert torch.equal(logits(model, PIXELS), logits(other, PIXELS))
-
-
-STATE = adapter_state(pictures())
-REFUSED = [
-    ({name: value for name, value in STATE.items() if name != "head.lora_B"}, "head.lora_B"),
-    ({name: value for name, value in STATE.items() if name != "head.alpha"}, "head.alpha"),
-    ({}, "head"),
-    (adapter_state(pictures(targets=["head"])), "hidden.alpha"),
-    (adapter_state(pictures(targets=["head"], layer=DoRALinear)), "head.lora_magnitude_vector"),
-    (STATE | {"tail.lora_A": torch.ones(2, 8)}, "tail.lora_A"),
-    (STATE | {5: torch.ones(1)}, "5"),
-    *((STATE | {"head.lora_A": torch.ones(shape)}, "head.lora_A") for shape in ((2, 7), (16,), ())),
-    (STATE | {"head.lora_B": torch.ones(3, 1)}, "head.lora_B"),
-    (STATE | {"patches.lora_A": torch.ones(2, 16)}, "patches.lora_A"),
-    (STATE | {"head.lora_A": torch.ones(0, 8), "head.lora_B": torch.ones(3, 0)}, "rank is 0"),
-    (STATE | {"head.lora_A": torch.full((2, 8), torch.inf)}, "head.lora_A"),
-    *((STATE | {"head.alpha": torch.tensor(alpha)}, "head.alpha") for alpha in (torch.nan, -1.0)),
-    *((STATE | {"head.scaling": scaling}, "head.scaling") for scaling in (torch.ones(2), None)),
-]
-
-
-@pytest.mark.parametrize(("state", "named"), REFUSED)
-def test_a_state_that_does_not_fit_is_refused_and_the_adapter_stays(state, named):
-    model = pictures(5)
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=re.escape(named)):
-        switch(model, state)
-    assert snapshot(model) == before
+    for kind, its_rank in ((DoRALinear, rank), (PiSSALinear, 2)):
+        model, other = (pictures(seed, r, targets=["head"], layer=kind) for seed, r in [(1, 2), (2, its_rank)])
+        switch(model, adapter_state(other))
+        assert all(torch.equal(getattr(model.head, part), getattr(other.head, part)) for part in model.head.parts)
+        assert torch.equal(logits(model, PIXELS), logits(other, PIXELS))
 
 
 @pytest.mark.parametrize("rank", [2, 3], ids=["same rank", "other rank"])
@@ -437,26 +337,6 @@ def test_a_state_keeps_its_scaling_in_layers_that_make_another_of_the_same_alpha
     assert model.head.scaling == pytest.approx(other.head.scaling, rel=1e-15)
     assert model.head.alpha != pytest.approx(other.head.alpha)  # with the same alpha it would be another function
     torch.testing.assert_close(logits(model, PIXELS), logits(other, PIXELS), rtol=1e-6, atol=1e-6)
-
-
-def test_pissa_is_switched_with_its_start():
-    def pissa(seed, rank=2, alpha=3.0):
-        return pictures(seed, rank, alpha, targets=["head"], layer=PiSSALinear)
-
-    model = pissa(1)
-    switch(model, adapter_state(pissa(2, alpha=4.0)))
-    assert torch.equal(logits(model, PIXELS), logits(pissa(2, alpha=4.0), PIXELS))
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=r"head\.start_A has shape \(1, 8\), but the model expects \(2, 8\)"):
-        switch(model, adapter_state(pissa(3, rank=1)))
-    assert snapshot(model) == before
-
-
-def test_a_model_without_adapters_has_nothing_to_switch_or_take_off():
-    with pytest.raises(ValueError, match="no adapters; call inject"):
-        switch(Pictures(), adapter_state(pictures()))
-    with pytest.raises(ValueError, match="no adapters to turn off; call inject"), off(Pictures()):
-        pass
 
 
 # off
@@ -472,6 +352,8 @@ def test_off_is_bitwise_the_base_and_then_the_adapter_again(training):
         assert torch.equal(model(PIXELS), base_out)
         assert not model(PIXELS).requires_grad
         assert lora_layers(model) == {}
+    with pytest.raises(KeyError, match="inside"), off(model):
+        raise KeyError("inside")
     assert torch.equal(model(PIXELS), adapted_out)
     assert not torch.equal(adapted_out, base_out)
     assert snapshot(model) == before
@@ -493,14 +375,6 @@ def test_off_reaches_weights_that_are_read_and_never_called():
         assert not torch.equal(adapted_out, base(x))
 
 
-def test_off_puts_the_adapters_back_after_an_error():
-    model = pictures()
-    before = snapshot(model)
-    with pytest.raises(KeyError, match="inside"), off(model):
-        raise KeyError("inside")
-    assert snapshot(model) == before
-
-
 @pytest.mark.parametrize("training", [True, False], ids=["to train", "to eval"])
 def test_a_mode_that_is_changed_while_adapters_are_off_holds_for_them_too(training):
     model = DigitsMLP(width=16)
@@ -514,14 +388,6 @@ def test_a_mode_that_is_changed_while_adapters_are_off_holds_for_them_too(traini
     with off(model):
         model.head.train(training)
     assert [layer.dropout.training for layer in lora_layers(model).values()] == [not training, not training, training]
-
-
-def test_off_within_off_is_refused_and_the_adapters_come_back():
-    model = pictures()
-    before = snapshot(model)
-    with off(model), pytest.raises(ValueError, match="do not nest off within off"), off(model):
-        pass
-    assert snapshot(model) == before
 
 
 # strength
@@ -614,23 +480,79 @@ def test_strengths_within_one_another_multiply_and_end_one_by_one():
     assert alphas(model) == start
 
 
-@pytest.mark.parametrize("factor", [float("nan"), float("inf"), -float("inf")])
-def test_a_factor_that_is_not_finite_is_refused(factor):
-    model = pictures()
-    before = alphas(model)
-    with pytest.raises(ValueError, match=r"factor is -?(nan|inf), but it must be a finite"), strength(model, factor):
-        pass
-    assert alphas(model) == before
+# What is refused, and leaves the model as it was
 
 
-@pytest.mark.parametrize("factor", [0, 0.5])
-def test_models_without_adapters_and_dora_have_no_strength(factor):
-    with pytest.raises(ValueError, match="no adapters"), strength(Pictures(), factor):
-        pass
-    model = pictures(targets=["head"], layer=DoRALinear)
-    before = alphas(model)
-    with pytest.raises(ValueError, match="'head' has an adapter of type DoRALinear"), strength(model, factor):
-        pass
-    with strength(model, 1):  # changes nothing, so DoRA may have it
-        assert alphas(model) == before
-    assert alphas(model) == before
+def enter(*contexts):
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+
+
+def inside_off(model):
+    with off(model):
+        enter(off(model))
+
+
+def of(kind, rank=2):
+    return pictures(5, rank, targets=["head"], layer=kind)
+
+
+def adapted():
+    return pictures(5)
+
+
+STATE = adapter_state(pictures())
+STATES = [
+    ({name: value for name, value in STATE.items() if name != "head.lora_B"}, "head.lora_B"),
+    ({name: value for name, value in STATE.items() if name != "head.alpha"}, "head.alpha"),
+    ({}, "head"),
+    (adapter_state(pictures(targets=["head"])), "hidden.alpha"),
+    (adapter_state(of(DoRALinear)), "head.lora_magnitude_vector"),
+    (STATE | {"tail.lora_A": torch.ones(2, 8)}, "tail.lora_A"),
+    *((STATE | {"head.lora_A": torch.ones(shape)}, "lora_A of 'head'") for shape in ((2, 7), (16,), ())),
+    (STATE | {"head.lora_B": torch.ones(3, 1)}, "lora_B of 'head'"),
+    (STATE | {"patches.lora_A": torch.ones(2, 16)}, "lora_A of 'patches'"),
+    (STATE | {"head.lora_A": torch.ones(0, 8), "head.lora_B": torch.ones(3, 0)}, "rank is 0"),
+    (STATE | {"head.lora_A": torch.full((2, 8), torch.inf)}, "head.lora_A"),
+    *((STATE | {"head.alpha": torch.tensor(alpha)}, "head.alpha") for alpha in (torch.nan, -1.0)),
+    *((STATE | {"head.scaling": scaling}, "head.scaling") for scaling in (torch.ones(2), torch.zeros(()))),
+]
+REFUSED = [  # a model, what is done with it, and what must be named
+    (DigitsMLP, lambda base: extract(base, tuned(base)), "rank is None and energy None"),
+    (DigitsMLP, lambda base: extract(base, tuned(base), 4, energy=0.5), "rank is 4 and energy 0.5"),
+    (DigitsMLP, lambda base: extract(base, tuned(base), 0), "rank is 0"),
+    (DigitsMLP, lambda base: extract(base, tuned(base), energy=1.5), "share is 1.5"),
+    (DigitsMLP, lambda base: extract(base, copy.deepcopy(base), 4), "nothing to extract"),
+    (DigitsMLP, lambda base: extract(base, DigitsMLP(32), 4), "hidden1.weight"),
+    (DigitsMLP, lambda base: extract(base, {}, 4), "hidden1.weight is missing"),
+    (adapted, lambda base: extract(base, pictures(), 4), "already has adapters"),
+    *((partial(of, kind), lambda model: resize(model, 1), kind.__name__) for kind in (PiSSALinear, DoRALinear)),
+    (DigitsMLP, lambda model: resize(model, 2), "no adapters"),
+    (adapted, lambda model: resize(model, 0), "rank is 0"),
+    *((adapted, partial(switch, state=state), named) for state, named in STATES),
+    (partial(of, PiSSALinear), partial(switch, state=adapter_state(of(PiSSALinear, 1))), "start_A of 'head'"),
+    (Pictures, partial(switch, state=STATE), "no adapters"),
+    (Pictures, lambda model: enter(off(model)), "no adapters"),
+    (adapted, inside_off, "off within off"),
+    *((adapted, lambda model, x=x: enter(strength(model, x)), f"factor is {x}") for x in (torch.nan, -torch.inf)),
+    (Pictures, lambda model: enter(strength(model, 0.5)), "no adapters"),
+    *((partial(of, DoRALinear), lambda model, x=x: enter(strength(model, x)), "DoRALinear") for x in (0, 0.5)),
+]
+
+
+@pytest.mark.parametrize(("make", "call", "named"), REFUSED)
+def test_what_is_refused_leaves_the_model_as_it_was(make, call, named):
+    model = make()
+    before = snapshot(model), alphas(model), [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(ValueError, match=re.escape(named)):
+        call(model)
+    after = snapshot(model), alphas(model), [parameter.requires_grad for parameter in model.parameters()]
+    assert after == before
+
+
+def test_a_strength_of_1_changes_nothing_so_dora_may_have_it():
+    model = of(DoRALinear)
+    before = logits(model, PIXELS)
+    with strength(model, 1):
+        assert torch.equal(logits(model, PIXELS), before)

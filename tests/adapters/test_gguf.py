@@ -335,7 +335,7 @@ def test_what_no_file_holds_is_refused_before_the_weights_are_read(relative_fold
         save_gguf(folder, path, merged=True)
     settings = json.loads((base / "tokenizer.json").read_text())
     (base / "tokenizer.json").write_text(json.dumps(settings | {"normalizer": {"type": "Lowercase"}}))
-    refuse(folder, path, r"^The tokenizer changes a text .*Lowercase.*convert_hf_to_gguf\.py reads", merged=True)
+    refuse(folder, path, r"tokenizer.*convert_hf_to_gguf\.py", merged=True)
     save_gguf(folder, path)  # the adapter alone holds none
 
 

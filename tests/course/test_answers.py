@@ -11,10 +11,14 @@ from torch.nn import functional as F
 
 import lora_lab.course.exercises
 import lora_lab.course.grading  # noqa: F401
+from lora_lab.costs.memory import saved_bytes
 from lora_lab.course.exercise import EXERCISES, close
+from lora_lab.course.exercises.memory import TARGETS
 from lora_lab.course.grading.invariant import hidden_tests, points
 from lora_lab.course.judge import judge
+from lora_lab.inject import LoRAConfig, inject
 from lora_lab.models.digits import DigitsMLP
+from lora_lab.models.llama import MLP, LlamaConfig
 
 SEEDS = (1, 2, 3)
 SOLUTIONS = {name: exercise.solution for name, exercise in EXERCISES.items()}
@@ -172,6 +176,15 @@ def test_the_solution_never_needs_more_terms_than_there_are():
     rng = np.random.default_rng(0)
     spectra = [np.sort(rng.uniform(0, 1, 12))[::-1] for _ in range(500)]
     assert max(SOLUTIONS["terms_for"](S, 1.0) for S in spectra) == 12
+
+
+@pytest.mark.parametrize("targets", TARGETS, ids=lambda targets: "-".join(sorted(targets)))
+def test_the_saved_values_are_those_that_autograd_saves(targets):
+    d, m, r, tokens = 5, 11, 2, 3
+    mlp = MLP(LlamaConfig(8, d, m, 1, 1, 1, 2))
+    inject(mlp, LoRAConfig(r, 2 * r, targets=[f"{name}_proj" for name in sorted(targets)]))
+    x = torch.ones(tokens, d, requires_grad=True)
+    assert saved_bytes(lambda: mlp(x), mlp) == 4 * tokens * SOLUTIONS["saved_values"](d, m, r, targets)
 
 
 FAULTS = {

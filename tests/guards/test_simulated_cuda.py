@@ -18,13 +18,13 @@ import torch
 
 import lora_lab as ll
 import tests.simulated_cuda as simulation
-from lora_lab import Lean, memory, quantize, rank, speed
+from lora_lab import Lean, memory, rank, speed
 from lora_lab.ablation import Grid, studies
 from lora_lab.ablation.packed import Run, fit_packed
 from lora_lab.costs import cost_model, fake, flops, timing
 from lora_lab.costs import microbench as replay
 from lora_lab.costs.setup import Setup
-from lora_lab.models import shapes
+from lora_lab.models import quantize, shapes
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.models.llama import Llama, LlamaConfig
 from lora_lab.system.distributed import Processes
@@ -88,7 +88,7 @@ def losses(history):
 
 def waits_of_a_step(gpu, model, method, lean=None, **options):
     """What the host waits for in the second step on a batch that is on the device."""
-    step = ll.train.make_step(model, TASK.loss, method, ll.TrainConfig(steps=2, lr=1e-3, lean=lean, **options))
+    step = ll.train.make_step(model, TASK.loss, method, ll.train.TrainConfig(steps=2, lr=1e-3, lean=lean, **options))
     step.read_targets([TASK.train.targets])  # as fit does
     batch = [(TASK.train.inputs[:4].to("cuda"), TASK.train.targets[:4].to("cuda"))]
     step(batch, [1.0])
@@ -111,8 +111,8 @@ def test_this_torch_has_all_private_names_that_the_simulation_is_built_on(monkey
 def test_the_device_is_there_in_the_block_alone():
     before = torch.cuda.is_available()
     with simulated_cuda():
-        assert ll.pick_device()[0].type == "cpu"  # LORA_LAB_DEVICE asks for it in tests
-        device, _ = ll.pick_device("cuda")
+        assert ll.device.pick_device()[0].type == "cpu"  # LORA_LAB_DEVICE asks for it in tests
+        device, _ = ll.device.pick_device("cuda")
         assert (device.type, torch.cuda.is_available()) == ("cuda", True)
         assert torch.zeros(2, device="cuda").device == torch.device("cuda", 0)
         with torch.device("cuda"):

@@ -32,7 +32,6 @@ from lora_lab import (
     load_pretrained,
     lora_layers,
     merge,
-    quantize,
     save_adapter,
 )
 from lora_lab.costs.memory import saved_bytes
@@ -42,6 +41,7 @@ from lora_lab.lean.linear import _fuse_is_cheaper, _GatedLoRALinear, linear
 from lora_lab.lean.loss import cross_entropy, token_losses
 from lora_lab.lean.optim import FlatAdamW, ThreadedStep
 from lora_lab.lean.step import LeanStep, apply_lean
+from lora_lab.models import quantize
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama, LlamaConfig
 from lora_lab.models.quantize import BlockEmbedding, BlockLinear, quantize_nf4

@@ -30,12 +30,11 @@ from lora_lab import (
     lora_layers,
     memory,
     merge,
-    quantize,
     save_adapter,
 )
 from lora_lab.adapters.edit import off
 from lora_lab.inject import replace
-from lora_lab.layers import QuantizedLayer
+from lora_lab.models import quantize
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.models.quantize import (
     BLOCK,
@@ -120,20 +119,6 @@ def test_the_blocks_are_left_as_they_were():
     before = blocks.clone()
     dequantize(blocks, "Q4_1").zero_()
     assert torch.equal(blocks, before)
-
-
-@pytest.mark.parametrize(
-    ("kind", "row_bytes", "says"),
-    [
-        ("Q4_0", 18, r"'Q4_0' are not read here.*Q4_1.*Q8_0"),
-        ("q8_0", 34, r"'q8_0' are not read here.*Q4_1.*Q8_0"),
-        ("Q4_1", 34, "row of 34 bytes is not a whole number of Q4_1 blocks of 20 bytes"),
-        ("Q8_0", 20, "row of 20 bytes is not a whole number of Q8_0 blocks of 34 bytes"),
-    ],
-)
-def test_other_kinds_and_broken_rows_are_refused(kind, row_bytes, says):
-    with pytest.raises(ValueError, match=says):
-        dequantize(torch.zeros(2, row_bytes, dtype=torch.uint8), kind)
 
 
 # NF4
@@ -330,18 +315,6 @@ def test_a_default_of_double_precision_changes_nothing():
     assert torch.equal(steps, nf4(weight)[1])
 
 
-@pytest.mark.parametrize("block", [0, -64, 63, 1, 2**16 + 2, 64.0, True, "64"])
-def test_a_block_that_is_no_even_number_is_refused(block):
-    says = rf"block is {block!r}, but it must be an even whole number from 2 to 65,536, such as 64\."
-    with pytest.raises(ValueError, match=says):
-        nf4(torch.zeros(4, 64), block)
-    net = DigitsMLP(width=16)
-    before = snapshot(net)
-    with pytest.raises(ValueError, match=says):
-        quantize_nf4(net, block)
-    assert snapshot(net) == before
-
-
 # Layers
 
 
@@ -477,21 +450,16 @@ def test_a_large_matrix_is_dequantised_in_slices(kind, at_once, monkeypatch):
     assert max(part.numel() for part in made) <= max(at_once, 96)
 
 
-def test_slices_cover_the_rows_in_pieces_of_a_few_megabytes():
-    head = BlockLinear(torch.empty(49152 * 18, 34, dtype=torch.uint8, device="meta"), "Q8_0", (49152, 576))
-    starts, stops = zip(*head.slices(), strict=True)
-    assert (starts[0], stops[-1]) == (0, 49152)
+@pytest.mark.parametrize(("rows", "columns", "count"), [(49152, 576, None), (28672, 8192, 32), (57344, 8192, 32)])
+def test_slices_cover_the_rows_in_few_pieces(rows, columns, count):
+    blocks = torch.empty(rows * columns // 32, 34, dtype=torch.uint8, device="meta")
+    starts, stops = zip(*(slices := BlockLinear(blocks, "Q8_0", (rows, columns)).slices()), strict=True)
+    assert (starts[0], stops[-1]) == (0, rows)
     assert starts[1:] == stops[:-1]
-    assert max(stop - start for start, stop in head.slices()) * 576 * 4 <= 2**23
-    assert in_blocks(WEIGHT, "Q8_0").slices() == [(0, 48)]
-
-
-def test_a_very_large_matrix_has_thirty_two_slices_whatever_its_size():
-    for rows in (28672, 57344):
-        blocks = torch.empty(rows * 8192 // 32, 34, dtype=torch.uint8, device="meta")
-        slices = BlockLinear(blocks, "Q8_0", (rows, 8192)).slices()
-        assert len(slices) == 32
-        assert sum(stop - start for start, stop in slices) == rows
+    if count is None:  # of a few megabytes each
+        assert max(stop - start for start, stop in slices) * columns * 4 <= 2**23
+    else:
+        assert len(slices) == count
 
 
 CASTS = {
@@ -577,38 +545,6 @@ def test_copies_pickles_and_states_keep_the_blocks(kind):
         in_blocks(normal(48, 64), kind, BIAS).load_state_dict(layer.state_dict())
 
 
-def test_the_printed_layer_names_its_kind_and_bits():
-    text = "BlockLinear(in_features=96, out_features=48, bias=True, kind=Q4_1, bits_per_weight=5)"
-    assert repr(in_blocks(WEIGHT, "Q4_1", BIAS)) == text
-    packed = in_blocks(WEIGHT, "Q8_0").packed
-    assert repr(BlockEmbedding(packed, "Q8_0", (48, 96))) == "BlockEmbedding(48, 96, kind=Q8_0)"
-
-
-@pytest.mark.parametrize(
-    ("kind", "blocks", "shape", "steps", "says"),
-    [
-        ("Q4_0", (3, 18), (1, 96), None, r"'Q4_0' are not known here, only \['Q4_1', 'Q8_0', 'NF4', 'NF4-double'\]"),
-        ("Q4_1", (3, 34), (1, 96), None, r"uint8 tensor of \(3, 34\) is not the blocks of .*\(1, 96\) in Q4_1"),
-        ("Q8_0", (3, 34), (1, 97), None, r"not the blocks of a matrix of \(1, 97\) in Q8_0"),
-        ("Q8_0", (4, 34), (1, 96), None, r"not the blocks of a matrix of \(1, 96\) in Q8_0"),
-        ("NF4", (2, 36), (1, 200), None, r"not the blocks of a matrix of \(1, 200\) in NF4"),
-        ("NF4", (2, 4), (1, 200), None, r"not the blocks of a matrix of \(1, 200\) in NF4"),
-        ("NF4", (2, 36), (1, 128), (2, 4), r"steps is of shape \(2, 4\), but 2 blocks of NF4 need None"),
-        ("NF4-double", (2, 33), (1, 128), None, r"steps is of shape None, but 2 blocks of NF4-double need \(2, 4\)"),
-        ("NF4-double", (257, 33), (257, 64), (2, 4), r"but 257 blocks of NF4-double need \(3, 4\)"),
-    ],
-)
-def test_blocks_that_are_not_those_of_the_matrix_are_refused(kind, blocks, shape, steps, says):
-    steps = None if steps is None else torch.zeros(steps, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=says):
-        BlockLinear(torch.zeros(blocks, dtype=torch.uint8), kind, shape, steps=steps)
-
-
-def test_bytes_with_a_sign_are_refused():
-    with pytest.raises(ValueError, match=r"A torch.int8 tensor of \(3, 20\) is not the blocks"):
-        BlockLinear(torch.zeros(3, 20, dtype=torch.int8), "Q4_1", (1, 96))
-
-
 # Embeddings
 
 
@@ -630,12 +566,31 @@ def test_an_embedding_looks_up_the_rows_of_its_table(kind):
             embedding(torch.tensor([wrong]))
 
 
-def test_an_embedding_whose_blocks_lie_in_two_rows_is_refused():
-    with pytest.raises(ValueError, match=r"\(4, 16\) in Q8_0 has blocks that lie in two rows; .*multiple of 32"):
-        BlockEmbedding(torch.zeros(2, 34, dtype=torch.uint8), "Q8_0", (4, 16))
-    packed, _ = nf4(normal(48, 128), double=False)
-    with pytest.raises(ValueError, match=r"\(48, 128\) in NF4 .*use one of \['Q4_1', 'Q8_0'\]"):
-        BlockEmbedding(packed, "NF4", (48, 128))
+def zeros(*shape, dtype=torch.uint8):
+    return torch.zeros(shape, dtype=dtype)
+
+
+REFUSED = [
+    (lambda: dequantize(zeros(2, 18), "Q4_0"), "'Q4_0'"),
+    (lambda: dequantize(zeros(2, 34), "q8_0"), "'q8_0'"),
+    (lambda: dequantize(zeros(2, 34), "Q4_1"), "34 bytes"),
+    (lambda: dequantize(zeros(2, 20), "Q8_0"), "20 bytes"),
+    *((lambda n=block: nf4(torch.zeros(4, 64), n), f"block is {block},") for block in (0, -64, 63, 1, 2**16 + 2, True)),
+    (lambda: BlockLinear(zeros(3, 34), "Q4_1", (1, 96)), r"\(1, 96\) in Q4_1"),
+    (lambda: BlockLinear(zeros(3, 34), "Q8_0", (1, 97)), r"\(1, 97\)"),
+    (lambda: BlockLinear(zeros(4, 34), "Q8_0", (1, 96)), r"\(4, 34\)"),
+    (lambda: BlockLinear(zeros(2, 36), "NF4", (1, 200)), r"\(1, 200\)"),
+    (lambda: BlockLinear(zeros(2, 4), "NF4", (1, 200)), r"\(2, 4\)"),
+    (lambda: BlockLinear(zeros(3, 20, dtype=torch.int8), "Q4_1", (1, 96)), "int8"),
+    (lambda: BlockEmbedding(zeros(2, 34), "Q8_0", (4, 16)), r"\(4, 16\) in Q8_0"),
+    (lambda: BlockEmbedding(nf4(WEIGHT, double=False)[0], "NF4", (48, 96)), "in NF4"),
+]
+
+
+@pytest.mark.parametrize(("call", "named"), REFUSED)
+def test_blocks_that_mean_nothing_are_refused_by_name(call, named):
+    with pytest.raises(ValueError, match=named):
+        call()
 
 
 # Whole models
@@ -732,17 +687,13 @@ class Twins(nn.Module):
 @pytest.mark.parametrize(
     ("make", "exclude", "says"),
     [
-        (Twins, (), r"'one' is shared with another module, which would keep it dense; exclude \['one'\]"),
-        (lambda: Twins(whole=True), (), "'one' is shared with another module"),
-        (lambda: DigitsMLP(width=16), ["hidden1", "hidden2", "head"], r"DigitsMLP has no nn.Linear inside it .*'head'"),
-        (lambda: DigitsMLP(width=16), "head", r"exclude is 'head', but it must be a list of names; write \['head'\]"),
-        (
-            lambda: DigitsMLP(width=16),
-            ["head", "heat"],
-            "exclude has 'heat', which matches no module; names here end in",
-        ),
-        (lambda: nn.Linear(64, 64), (), "Linear has no nn.Linear inside it to quantise"),
-        (lambda: adapted(DigitsMLP(width=16)), (), r"already has adapters on 3 layers; merge them with merge\(model\)"),
+        (Twins, (), "'one'"),
+        (lambda: Twins(whole=True), (), "'one'"),
+        (lambda: DigitsMLP(width=16), ["hidden1", "hidden2", "head"], "DigitsMLP .*'head'"),
+        (lambda: DigitsMLP(width=16), "head", "'head'"),
+        (lambda: DigitsMLP(width=16), ["head", "heat"], "'heat'"),
+        (lambda: nn.Linear(64, 64), (), "Linear"),
+        (lambda: adapted(DigitsMLP(width=16)), (), "3 layers"),
     ],
 )
 def test_models_that_cannot_be_quantised_are_refused_and_left_as_they_were(make, exclude, says):
@@ -750,6 +701,14 @@ def test_models_that_cannot_be_quantised_are_refused_and_left_as_they_were(make,
     before = snapshot(net)
     with pytest.raises(ValueError, match=says):
         quantize_nf4(net, exclude=exclude)
+    assert snapshot(net) == before
+
+
+def test_a_block_that_cannot_be_leaves_the_model_as_it_was():
+    net = DigitsMLP(width=16)
+    before = snapshot(net)
+    with pytest.raises(ValueError, match="block is 63"):
+        quantize_nf4(net, 63)
     assert snapshot(net) == before
 
 
@@ -1050,18 +1009,6 @@ def test_a_rounded_matrix_is_what_a_layer_in_blocks_holds(kind):
     torch.testing.assert_close(rounded(weight, kind), weight, rtol=0.02, atol=0.02)  # it is on the grid already
 
 
-def test_blocks_to_round_to_must_be_known():
-    with pytest.raises(ValueError, match="'Q5_0' are not known here"):
-        rounded(WEIGHT, "Q5_0")
-
-
-def test_a_kind_of_quantised_layer_must_say_how_it_is_read_and_written():
-    with pytest.raises(NotImplementedError, match="QuantizedLayer must define weight, the dequantised matrix"):
-        QuantizedLayer().weight  # noqa: B018
-    with pytest.raises(NotImplementedError, match="QuantizedLayer must define requantized"):
-        QuantizedLayer().requantized(WEIGHT)
-
-
 def sum_by_hand(layer, weight):
     """The weight of an adapted layer over another frozen one, in float64, from the formulas of the papers."""
     scaling = layer.alpha / math.sqrt(layer.rank) if isinstance(layer, RsLoRALinear) else layer.alpha / layer.rank
@@ -1225,23 +1172,23 @@ def is_quantised(model):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    "change",
     [
-        (lambda model: nn.Sequential(model), "'hidden1' is missing in it"),
-        (lambda model: without(model, "hidden1"), "'hidden1' is a Identity there, which cannot take its place"),
-        (is_adapted, "'hidden1' is adapted there too"),
-        (is_quantised, "'hidden1' is quantised there too"),
-        (lambda _: DigitsMLP(width=8), r"'hidden1' has shape \(8, 64\) there, but \(16, 64\) in the model"),
-        (with_another(nn.Linear(64, 16, bias=False)), "'hidden1' has a bias in only one of the two"),
-        (with_another(nn.Embedding(16, 64)), "'hidden1' is a Embedding there, which cannot take its place"),
+        nn.Sequential,
+        lambda model: without(model, "hidden1"),
+        is_adapted,
+        is_quantised,
+        lambda _: DigitsMLP(width=8),
+        with_another(nn.Linear(64, 16, bias=False)),
+        with_another(nn.Embedding(16, 64)),
     ],
 )
-def test_a_base_that_does_not_fit_is_refused_and_nothing_is_merged(change, says):
+def test_a_base_that_does_not_fit_is_refused_and_nothing_is_merged(change):
     model = DigitsMLP(width=16)
     quantize_nf4(model)
     inject(model, LoRAConfig(rank=2, targets=["hidden2", "hidden1"]))
     before = snapshot(model)
-    with pytest.raises(ValueError, match=f"base does not fit the model: {says}; pass the model before it was quant"):
+    with pytest.raises(ValueError, match="'hidden1'"):
         merge(model, into="full-precision", base=change(DigitsMLP(width=16)))
     assert snapshot(model) == before
 
@@ -1252,7 +1199,7 @@ def test_a_quantised_layer_without_an_adapter_is_checked_too():
     inject(model, LoRAConfig(rank=2, targets=["hidden1"]))
     full.hidden2 = nn.Linear(16, 17)
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"'hidden2' has shape \(17, 16\) there, but \(16, 16\)"):
+    with pytest.raises(ValueError, match="'hidden2'"):
         merge(model, into="full-precision", base=full)
     assert snapshot(model) == before
     head = model.head  # neither adapted nor quantised
@@ -1261,27 +1208,19 @@ def test_a_quantised_layer_without_an_adapter_is_checked_too():
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    "options",
     [
-        ({"into": "dequantized"}, "into is 'dequantized', but it must be one of 'dequantised', 'blocks', 'full-precis"),
-        ({"into": DigitsMLP()}, "into is a DigitsMLP, but it must be one of"),
-        ({"into": "full-precision"}, "into is 'full-precision' and base is missing; pass the model before it was quan"),
-        (
-            {"base": DigitsMLP()},
-            "into is 'dequantised' and base is a DigitsMLP; pass .* with into='full-precision', and",
-        ),
-        ({"into": "blocks", "base": DigitsMLP()}, "into is 'blocks' and base is a DigitsMLP"),
-        (
-            {"into": "blocks"},
-            r"none of the model's 3 adapted layers is in blocks; call merge\(model\), and then quanti",
-        ),
+        {"into": "dequantized"},
+        {"into": "full-precision"},
+        {"base": DigitsMLP()},
+        {"into": "blocks", "base": DigitsMLP()},
     ],
 )
-def test_a_merge_that_makes_no_sense_is_refused(options, says):
+def test_a_merge_that_makes_no_sense_is_refused(options):
     model = DigitsMLP(width=16)
     inject(model, LoRAConfig(rank=2))
     before = snapshot(model)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=options.get("into", "dequantised")):
         merge(model, **options)
     assert snapshot(model) == before
     with pytest.raises(ValueError, match="no adapters; call inject"):

@@ -129,22 +129,3 @@ def test_a_probe_sees_the_training_examples_of_the_trial_with_its_seed(whole, se
         assert (learned == [labels[row] for row in order]) is not control
     assert torch.equal(seen[0][0], seen[3][0])
     assert not torch.equal(seen[0][0], seen[1][0])
-
-
-def test_what_is_printed_is_a_line_for_each_row(whole):
-    record, printed = whole
-    for row in record.rows:
-        assert elicitation.line(row) in printed
-    row = {"about": "result", "setup": "few-shot", "k": 8, "calibration": "content-free", "control": True, "seed": 1}
-    scores = {"accuracy": 0.5, "lower": 0.4, "upper": 0.61, "validation": 0.25}
-    assert elicitation.line(row | scores) == (
-        "  few-shot, 8 examples, calibrated on content-free, control, seed 1: accuracy 0.500  validation 0.250 "
-        "(0.400 to 0.610)"
-    )
-
-
-def test_the_record_states_how_it_was_made(whole):
-    record, _ = whole
-    assert record.settings["shots"] == {task: list(numbers) for task, numbers in PLAN.shots.items()}
-    assert record.settings["draws"] == {"sentiment": 2, "translate-fr": 2}
-    assert record.settings["content_free"] == ["N/A", "[MASK]", ""]

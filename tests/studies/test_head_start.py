@@ -2,8 +2,10 @@
 
 import dataclasses
 import io
+import re
 from contextlib import redirect_stdout
 from functools import partial
+from pathlib import Path
 
 import pandas
 import pytest
@@ -51,8 +53,8 @@ def record(small_world, tiny_config):
     with redirect_stdout(io.StringIO()) as printed:
         assert cli.main(["record", "head_start", "--device", "cpu", "--out", "records"]) == 0
     (record,) = records.load_all("head_start", "records").values()
-    assert "Planned: about 0.0 hours, and some minutes for the digits" in printed.getvalue()
-    assert "inverted     MLP           40 examples  from scratch, longer lr 0.00" in printed.getvalue()
+    assert "Planned: about 0.0 hours" in printed.getvalue()
+    assert re.search(r"inverted +MLP +40 +from scratch, longer +lr 0.00", printed.getvalue())
     return record
 
 
@@ -72,7 +74,7 @@ def test_rates_are_chosen_by_the_loss_after_the_last_step_which_may_be_above_tha
     lrs = dict.fromkeys((FINE_TUNED, FROM_SCRATCH), tuple(after))
     trials = {setup: REAL_PLAN(CPU)[0].trials[setup] for setup in lrs}
     case = head_start.Case("moved", "MLP", 10, trials, lrs, choosing=(0, 1), judging=(2, 3), widen=0)
-    rows = pandas.DataFrame(case.rows(CPU, "unused"))
+    rows = pandas.DataFrame(case.rows(CPU, Path("unused")))
     assert set(rows[rows["stage"] == "judging"]["lr"]) == {3e-3}
     assert set(rows["edge"].fillna("")) == {""}
 

@@ -10,7 +10,7 @@ import torch
 from lora_lab import LoRA, fit, merge, quantize_nf4
 from lora_lab.ablation import studies
 from lora_lab.ablation.blocks import BlockLosses
-from lora_lab.ablation.compare import compare_losses, last_rows
+from lora_lab.ablation.compare import compare_losses
 from lora_lab.adapters.edit import off
 from lora_lab.models.llama import Llama
 from lora_lab.models.quantize import FORMATS, BlockLinear, nf4
@@ -88,15 +88,8 @@ def test_steps_are_timed_in_turn(rows):
     assert (table["rounds"] == 2).all()
 
 
-def test_every_row_is_a_line(rows):
-    lines = [quantised.line_of(row) for row in rows]
-    assert all(lines)
-    assert any("s a step" in line for line in lines)
-    assert any("with the update" in line for line in lines)
-
-
 def test_a_stopped_record_goes_on(rows, no_trial_runs):
-    again = [row for row in quantised._TUNED.rows(CPU) if "score_test" in row]
+    again = [row for row in quantised.RECORDER.rows(CPU) if "score_test" in row]
     assert [row["score_test"] for row in again] == [row["score_test"] for row in rows if "score_test" in row]
 
 
@@ -222,8 +215,3 @@ def test_layers_count_together():
     V, D = on_grid(), torch.full((8, 32), 0.3)
     both = rounding([(V, D), (on_grid(1), 0 * D)], Q4_1)
     assert rounding([(V, D)], Q4_1)["update"] > both["update"] > 0
-
-
-def test_last_rows_are_all_rows_of_a_form(rows):
-    frame = frame_of(rows, "NF4, merged")
-    assert len(last_rows(frame)) == len(frame) == 3 * len(forms_of("NF4"))

@@ -22,21 +22,8 @@ def test_full_fine_tuning_and_seven_ranks_under_two_rules_are_tuned(device):
         assert all(len(grid) == 5 for grid in study.lrs.values())
 
 
-def test_each_first_grid_has_the_centre_of_its_setup():
-    lrs = rates.plan(CPU)["docs"].study.lrs
-    assert lrs["full"][2] == rates.CENTRES["docs"]["full"][0]
-    assert lrs["r=1, alpha = 2r"][2] == rates.CENTRES["docs"]["alpha = 2r"][0]
-    assert lrs["r=64, alpha = 32"][2] == rates.CENTRES["docs"]["alpha = 32"][-1]
-
-
 def test_the_base_is_in_half_precision_for_lora_on_the_language_model_alone():
     plan = rates.plan(CPU)
     assert plan["docs"].study.setups["r=1, alpha = 2r"].lean.base_dtype == torch.bfloat16
     assert plan["docs"].study.setups["full"].lean is None
     assert plan["digits"].study.setups["r=1, alpha = 2r"].lean is None
-
-
-def test_a_gpu_does_more():
-    small, large = (rates.plan(device)["docs"].study for device in (CPU, CUDA))
-    assert len(large.choosing) > len(small.choosing)
-    assert large.setups["full"].steps > small.setups["full"].steps

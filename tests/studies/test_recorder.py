@@ -3,12 +3,14 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lora_lab import records
-from lora_lab.studies import rates
-from lora_lab.studies.recorder import take_over
+from lora_lab.studies import planning, rates, registry
+from lora_lab.studies.recorder import take_over, tell_trial
 from tests.helpers import command
 
 
@@ -56,3 +58,21 @@ def test_the_command_goes_on_from_them_and_says_so(begun, monkeypatch, tmp_path,
     assert command("record", "rates", "--device", "cpu", "--out", tmp_path / "out") == 0
     assert sorted(seen) == ["a.json", "b.json"]
     assert "2 trials of a record that was begun earlier need not be run again." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", registry.NAMES)
+def test_a_record_can_hold_the_settings_of_every_study(name, device, monkeypatch):  # or hours would end in an error
+    costs = SimpleNamespace(predict=lambda *arguments: SimpleNamespace(total_s=lambda label: 1.0))
+    monkeypatch.setattr(planning, "cost_model", lambda device: costs)
+    settings = registry.recorder(name).settings(torch.device(device))
+    record = records.new(name, [{"a": 1}], settings, "a test", torch.device("cpu"), "unknown")
+    assert record.settings == json.loads(json.dumps(settings))
+
+
+def test_a_trials_last_row_is_told_in_a_line():
+    row = {"setup": "r=1", "lr": 1e-3, "seed": 2, "outcome": "done", "step": 8, "steps": 8}
+    row |= {"validation_loss": 3.0, "test_loss": None}
+    assert tell_trial(row, ["setup"]).split() == ["r=1", "lr", "0.001", "seed", "2:", "validation_loss", "3.0000"]
+    assert tell_trial(row | {"outcome": "failed", "reason": "It diverged."}, ["setup"]).endswith("2: It diverged.")
+    assert tell_trial(row | {"step": 7}, ["setup"]) is None

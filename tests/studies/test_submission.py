@@ -49,8 +49,8 @@ def without(column):
         ({"settings": {"setups": {"full": {}, "IA3": {}}}}, "no row of IA3", "its settings name", "edit it by hand"),
         ({"settings": {"docs": {"setups": {"full": {}}}}}, "no row of full on docs", "its settings name", "by hand"),
         (without("model"), "lacks what decides the claim", "(KeyError: 'model')", "run lora-lab record memory again"),
-        ({"rows": []}, "rows are []", "a list of at least one dict", "measure it anew"),
-        ({"schema": 2}, "schema is 2", "not 1", "measure it anew"),
+        ({"rows": []}, "rows", "at least 1 item", "measure it anew"),
+        ({"schema": 2}, "schema", "should be 1", "measure it anew"),
     ],
 )
 def test_a_broken_record_is_refused_in_one_sentence(tmp_path, changes, given, expected, to_do):

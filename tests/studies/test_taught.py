@@ -90,7 +90,9 @@ def record(small_world, tiny_config, chatter):
     for module in (planning, taught):
         small_world.setattr(module, "cost_model", lambda device: Costs())
     small_world.setattr(speed, "random_model", lambda name: Llama(tiny_config, seed=3))
-    small_world.setattr(taught, "_TUNED", tuned.recorder("taught", small))
+    about = {"line": taught.RECORDER.line, "sources": taught.SOURCES, "changed": taught.CHANGED}
+    recorder = tuned.recorder("taught", small, after=taught.times, **about)
+    small_world.setattr(taught, "RECORDER", recorder)
     small_world.setattr(taught, "plan", small)
     assert command("record", "taught", "--device", "cpu", "--out", "records") == 0
     (record,) = records.load_all("taught", "records").values()

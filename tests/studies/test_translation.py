@@ -56,7 +56,8 @@ def record(small_world, tiny_config, chatter):
     small_world.setattr(studies, "language_model", lambda device, model=None: Llama(tiny_config, seed=3))
     small_world.setattr(studies, "_named_task", lambda name, model: tasks[name])
     small_world.setattr(planning, "cost_model", lambda device: Costs())
-    small_world.setattr(translation, "_TUNED", tuned.recorder("translation", small))
+    recorder = tuned.recorder("translation", small, after=translation.all_examples, line=lambda row: None)
+    small_world.setattr(translation, "RECORDER", recorder)
     assert command("record", "translation", "--device", "cpu", "--out", "records") == 0
     (record,) = records.load_all("translation", "records").values()
     return record
@@ -96,7 +97,3 @@ def test_sentences_are_marked_by_what_training_shows_and_by_their_grammar(record
     assert (table["share"] == 0).all()  # of an untrained model
     features = right_by(record, "sentences-fr", "LoRA r=8", "features").set_index("features")
     assert {"feminine", "plural", "adjective after the noun", "elision"} <= set(features.index)
-
-
-def test_a_line_is_printed_for_trials_alone():
-    assert translation.RECORDER.line({"stage": "example"}) is None

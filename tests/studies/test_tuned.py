@@ -129,14 +129,6 @@ def test_a_stopped_record_goes_on_where_it_was(record, tiny, no_trial_runs, caps
     assert f"Planned: about {record.settings['planned_hours']} hours" in capsys.readouterr().out
 
 
-def test_a_row_is_told_in_a_line():
-    row = {"data": "docs", "stage": "judging", "setup": "r=1", "lr": 1e-3, "seed": 2, "outcome": "done"}
-    row |= {"validation_loss": 3.0, "test_loss": None}
-    assert tuned.line(row) == "docs   judging   r=1                    lr 0.001     seed 2: validation 3.0000"
-    assert tuned.line(row | {"test_loss": 2.5}).endswith("validation 3.0000  test 2.5000")
-    assert tuned.line(row | {"outcome": "failed", "reason": "It diverged."}).endswith("seed 2: It diverged.")
-
-
 def test_hours_are_planned_for_one_batch_size_at_a_time():
     trials = [Trial(LoRA(), 1e-3, steps=1, batch_size=size) for size in (8, 32)]
     with pytest.raises(ValueError, match=r"the batch sizes \[8, 32\]"):

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_lab import pick_device, seed_everything
-from lora_lab.system.device import effort
+from lora_lab.system.device import effort, pick_device, seed_everything
 from lora_lab.system.provenance import machine_info
 
 

@@ -3,12 +3,11 @@
 import math
 from decimal import Decimal
 
-import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora_lab.system.numbers import check_finite, is_list, plain
+from lora_lab.system.numbers import check_finite, plain
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -48,10 +47,3 @@ def test_tensors_without_values_and_whole_numbers_pass():
 def test_a_number_of_decimal_is_pythons():
     assert type(plain(Decimal("0.5"))) is float
     assert plain(Decimal("0.5")) == 0.5
-
-
-def test_what_is_a_list_and_what_is_not():
-    for value in ([], (1,), {1}, {"a": 1}.values(), np.zeros(2), torch.zeros(2), range(3)):
-        assert is_list(value)
-    for value in (None, 1, "ab", b"ab", {"a": 1}, np.array(1), torch.tensor(1), iter([1])):
-        assert not is_list(value)

@@ -50,36 +50,41 @@ def test_a_text_is_no_conversation_and_other_keys_are_ignored_by_name():
     assert parse({"prompt": "a", "answer": "b", "group": None}).group == ""
 
 
-@pytest.mark.parametrize(
-    ("entry", "says"),
-    [
-        ("text", "a str, not an object"),
-        ({}, r"has the keys \[\], which match no known form"),
-        ({"content": "x"}, r"has the keys \['content'\], which match no known form"),
-        ({"prompt": "a"}, "has 'prompt', but lacks 'answer' or 'completion' or 'response'"),
-        ({"instruction": "a"}, "has 'instruction', but lacks 'output'"),
-        ({"prompt": "a", "answer": None}, "'answer' is a NoneType, not a string"),
-        ({"prompt": "a", "answer": " "}, "'answer' is empty"),
-        ({"text": ""}, "'text' is empty"),
-        ({"prompt": "a", "answer": "b", "group": 3}, "'group' is a int, not a string"),
-        ({"messages": "hello"}, "'messages' is a str, not a list"),
-        ({"messages": []}, "no answer to learn"),
-        ({"messages": [{"role": "user"}]}, "turn 1 of 'messages' lacks 'role' or 'content'"),
-        ({"messages": chat([USER])}, "the last turn is not the assistant's"),
-        ({"messages": chat([USER, ASSISTANT, USER])}, "the last turn is not the assistant's"),
-        ({"messages": chat([ASSISTANT])}, "user and assistant do not take turns"),
-        ({"messages": chat([USER, USER, ASSISTANT])}, "user and assistant do not take turns"),
-        ({"messages": chat([USER, SYSTEM, ASSISTANT])}, "a system turn is not the first"),
-        ({"messages": chat([("tool", "x"), ASSISTANT])}, "turn 1 is of 'tool', not of one of system, user, assistant"),
-        ({"messages": chat([("user", " "), ASSISTANT])}, "turn 1 is empty"),
-        ({"messages": [{"role": "user", "content": ["x"]}]}, "turn 1 is a list, not a string"),
-        ({"conversations": sharegpt([USER, ASSISTANT])[:1]}, "the last turn is not the assistant's"),
-        ({"conversations": [{"from": 3, "value": "x"}]}, "turn 1 is of 3, not of one of human, gpt"),
-    ],
-    ids=str,
-)
-def test_what_is_malformed_is_named_in_a_few_words(entry, says):
-    with pytest.raises(ValueError, match=says):
+REFUSED = [
+    ("text", "text"),
+    ({}, r"keys \[\]"),
+    ({"content": "x"}, "'content'"),
+    ({"prompt": "a"}, "'prompt'.*prompt and completion"),
+    ({"prompt": "a", "answer": None}, "answer is None"),
+    ({"prompt": "a", "answer": " "}, "answer is empty"),
+    ({"instruction": " ", "output": "a", "input": "b"}, "instruction"),
+    ({"text": ""}, "text is empty"),
+    ({"prompt": "a", "answer": "b", "group": 3}, "group is 3"),
+    ({"prompt": "a", "answer": "b", "part": "dev"}, "part is 'dev'"),
+    ({"messages": "hello"}, "messages is 'hello'"),
+    ({"messages": [{"role": "user"}]}, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": ["x"]}]}, "content is .'x'."),
+    ({"conversations": [{"from": 3, "value": "x"}]}, "from is 3"),
+    ({"messages": chat([("tool", "x"), ASSISTANT])}, "role is 'tool'"),
+    ({"messages": chat([("user", " "), ASSISTANT])}, "messages is empty"),
+    ({"conversations": sharegpt([USER])}, "are of user,"),
+    *(
+        ({"messages": chat(turns)}, f"are of {', '.join(role for role, _ in turns) or 'nobody'}, but")
+        for turns in (
+            [],
+            [SYSTEM],
+            [USER, ASSISTANT, USER],
+            [ASSISTANT],
+            [USER, USER, ASSISTANT],
+            [USER, SYSTEM, ASSISTANT],
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("entry", "named"), REFUSED, ids=str)
+def test_what_is_malformed_is_named(entry, named):
+    with pytest.raises(ValueError, match=named):
         parse(entry)
 
 
@@ -108,14 +113,6 @@ def test_every_turn_of_the_assistant_is_learned_to_its_end_and_nothing_else(chat
     whole = chatter.chat(chat(LONGER), add_generation_prompt=False).rstrip("\n")
     assert chatter.decode([*inputs, targets[-1]]) == whole
     assert all(target in (IGNORE, following) for target, following in zip(targets, inputs[1:], strict=False))
-
-
-def test_a_pair_without_earlier_turns_is_encoded_as_before(chatter):
-    inputs, targets = encode(chatter, Pair("What is 2 + 2?", "4"))
-    prompt = chatter.encode(chatter.chat(chat([USER])))
-    assert inputs[: len(prompt)] == prompt
-    assert targets[: len(prompt) - 1] == [IGNORE] * (len(prompt) - 1)
-    assert chatter.decode(targets[len(prompt) - 1 :]) == "4" + chatter.decode([chatter.eos_id])
 
 
 def conversations(count=30):

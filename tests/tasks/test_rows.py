@@ -300,30 +300,19 @@ def test_answers_and_scores_are_of_the_pairs(chatter, texts, tiny_config):
 # What is refused
 
 
-@pytest.mark.parametrize(
-    ("make", "says"),
-    [
-        (
-            digits,
-            r"Task 'digits-adapt' is a Task, but only the examples of a PairTask, prompts and answers, can share rows",
-        ),
-        (lambda: docs(ByteTokenizer(), seq_len=64), r"Task 'docs' is a Task, but only the examples of a PairTask"),
-        (lambda: share_rows(unshared()), r"The rows of task 'numbers' hold several examples already"),
-        (
-            lambda: dataclasses.replace(unshared(), loss=by_hand),
-            r"The loss of task 'numbers' is 'by_hand', but rows of several examples need lora_lab.tasks.cross_entropy",
-        ),
-    ],
-    ids=["images", "texts", "twice", "loss"],
-)
-def test_tasks_that_cannot_share_rows_are_refused(make, says):
-    with pytest.raises(ValueError, match=says):
-        share_rows(make())
+REFUSED = [
+    (lambda: share_rows(digits()), "'digits-adapt'"),
+    (lambda: share_rows(docs(ByteTokenizer(), seq_len=64)), "'docs'"),
+    (lambda: share_rows(share_rows(unshared())), "'numbers'"),
+    (lambda: share_rows(dataclasses.replace(unshared(), loss=by_hand)), "'by_hand'"),
+    (lambda: share_rows(unshared(), 11), "length is 11, .* 12 tokens"),
+]
 
 
-def test_an_example_longer_than_a_row_is_refused():
-    with pytest.raises(ValueError, match=r"length is 11, but an example of the train part has 12 tokens; use at least"):
-        share_rows(unshared(), 11)
+@pytest.mark.parametrize(("call", "named"), REFUSED)
+def test_tasks_that_cannot_share_rows_are_refused(call, named):
+    with pytest.raises(ValueError, match=named):
+        call()
 
 
 class Leaky(nn.Module):
@@ -349,14 +338,11 @@ class Plain(nn.Module):
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: fresh(t5), r"A T5ForConditionalGeneration takes no position_ids"),
-        (
-            Plain,
-            r"A Plain takes no position_ids, by which a causal language model keeps the examples of a row separate",
-        ),
-        (lambda: Leaky(fresh(llama)), r"In a Leaky the examples of a row change each other's logits"),
-        (lambda: Leaky(fresh(llama).bfloat16()), r"In a Leaky the examples of a row change each other's logits"),
-        (lambda: Bidirectional(), r"In a Bidirectional the examples of a row change each other's logits"),
+        (lambda: fresh(t5), "T5ForConditionalGeneration takes no position_ids"),
+        (Plain, "Plain takes no position_ids"),
+        (lambda: Leaky(fresh(llama)), "Leaky the examples of a row change"),
+        (lambda: Leaky(fresh(llama).bfloat16()), "Leaky the examples of a row change"),
+        (lambda: Bidirectional(), "Bidirectional the examples of a row change"),
     ],
     ids=["encoder-decoder", "no positions", "positions not read", "in half precision", "looks ahead"],
 )

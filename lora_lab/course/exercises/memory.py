@@ -2,54 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+import numpy as np  # noqa: F401  # for an edit
 
-import numpy as np
-import torch
+from lora_lab.course.exercise import Exercise, Reflection
 
-from lora_lab.costs.memory import saved_bytes
-from lora_lab.course.exercise import exercises_of
-from lora_lab.inject import LoRAConfig, inject
-from lora_lab.models.llama import MLP, LlamaConfig
-
-exercise = exercises_of("04_memory")
+LESSON = "04_memory"
 
 
 # Static memory
 
 
-def frozen_and_trained(rng: np.random.Generator) -> tuple[int, int]:
+def frozen_and_trained(rng):
     """Numbers of frozen parameters and of trained ones."""
     return int(rng.integers(10**6, 10**9)), int(rng.integers(10**4, 10**6))
 
 
-@exercise(
+FOUR_NUMBERS = "4 + 4 + 8"  # a weight, a gradient and two averages
+static_bytes = Exercise(
     "static_bytes",
+    LESSON,
     inputs=frozen_and_trained,
-    mistakes={
-        "The frozen weights are missing. They take 4 bytes each.": lambda frozen, trained: 16 * trained,
+    wrong={
+        "The frozen weights are missing. They take 4 bytes each.": ("4 * frozen + ", ""),
         "Frozen parameters cost too much. They have no gradient and no AdamW state, so 4 bytes each.": (
-            lambda frozen, trained: 16 * (frozen + trained)
+            ("4 * frozen", "16 * frozen")
         ),
         "4 bytes are missing for each trained parameter: weight 4, gradient 4, two averages of 4 each.": (
-            lambda frozen, trained: 4 * frozen + 12 * trained
+            (FOUR_NUMBERS, "4 + 8")
         ),
-        "8 bytes are missing for each trained parameter. AdamW keeps two averages of 4 bytes.": (
-            lambda frozen, trained: 4 * frozen + 8 * trained
-        ),
+        "8 bytes are missing for each trained parameter. AdamW keeps two averages of 4 bytes.": (FOUR_NUMBERS, "4 + 4"),
         "These are the weights alone. Trained parameters have a gradient and two averages as well.": (
-            lambda frozen, trained: 4 * (frozen + trained)
+            (FOUR_NUMBERS, "4")
         ),
-        "A trained parameter's weight is counted twice. Its 16 bytes hold it already.": (
-            lambda frozen, trained: 4 * (frozen + trained) + 16 * trained
-        ),
-        "A frozen parameter has no gradient. It costs the 4 bytes of its weight.": (
-            lambda frozen, trained: 8 * frozen + 16 * trained
-        ),
-        "These are half of the bytes. A number in float32 has 4 bytes, not 2.": (
-            lambda frozen, trained: 2 * frozen + 8 * trained
-        ),
+        "A trained parameter's weight is counted twice. Its 16 bytes hold it already.": (FOUR_NUMBERS, "4 + 4 + 4 + 8"),
+        "A frozen parameter has no gradient. It costs the 4 bytes of its weight.": ("4 * frozen", "8 * frozen"),
+        "These are half of the bytes. A number in float32 has 4 bytes, not 2.": "return 2 * frozen + 8 * trained",
     },
     hints=[
         "A number in float32 has 4 bytes.",
@@ -57,18 +44,27 @@ def frozen_and_trained(rng: np.random.Generator) -> tuple[int, int]:
         "That is 4 bytes for each frozen parameter, and four numbers of 4 bytes for each trained one.",
     ],
     minutes=5,
-    difficulty=1,
     praise="This is the part of a step that does not depend on the batch, and the part that LoRA shrinks.",
 )
-def static_bytes(frozen, trained):
-    """The result is 4 bytes for each frozen parameter and 16 for each trained one."""
-    return 4 * frozen + 16 * trained
+
+
+@static_bytes.must()
+def a_frozen_parameter_is_its_weight(static_bytes, rng):
+    """Where nothing is trained, each parameter takes 4 bytes."""
+    return all(static_bytes(count, 0) == 4 * count for count in rng.integers(10**3, 10**9, 8).tolist())
+
+
+@static_bytes.must()
+def a_trained_parameter_takes_four_numbers(static_bytes, rng):
+    """Each trained parameter adds 16 bytes: weight, gradient, and the two averages of AdamW."""
+    pairs = rng.integers(10**3, 10**8, (8, 2)).tolist()
+    return all(static_bytes(frozen, trained) - static_bytes(frozen, 0) == 16 * trained for frozen, trained in pairs)
 
 
 # The peak
 
 
-def allocations_and_releases(rng: np.random.Generator) -> tuple[list[tuple[int, int]]]:
+def allocations_and_releases(rng):
     """Eight operations; each releases some of what is allocated, and the first allocates most."""
     events, now = [], 0
     for low, high in [(60, 90), *[(5, 50)] * 7]:
@@ -78,27 +74,25 @@ def allocations_and_releases(rng: np.random.Generator) -> tuple[list[tuple[int, 
     return (events,)
 
 
-def _levels(events):
-    return np.cumsum([allocated - released for allocated, released in events])
-
-
-@exercise(
+peak = Exercise(
     "peak",
+    LESSON,
     inputs=allocations_and_releases,
-    mistakes={
+    wrong={
         "This is the memory at the end. The peak is the highest level on the way there.": (
-            lambda events: int(_levels(events)[-1])
+            "return highest",
+            "return now",
         ),
-        "Nothing was ever released. Subtract what each operation releases.": (
-            lambda events: sum(allocated for allocated, _ in events)
-        ),
+        "Nothing was ever released. Subtract what each operation releases.": ("now -= released", ""),
         "This is the largest single allocation. What was allocated earlier exists at the same time.": (
-            lambda events: max(allocated for allocated, _ in events)
+            ("max(highest, now)", "max(highest, allocated)")
         ),
         "The release comes too early. While an operation runs, what it will release is still there.": (
-            lambda events: int(_levels(events).max())
+            ("now -= released", "", "now += allocated", "now += allocated - released")
         ),
-        "This is the mean level. The peak is the highest one.": lambda events: float(_levels(events).mean()),
+        "This is the mean level. The peak is the highest one.": (
+            "return float(np.mean(np.cumsum([allocated - released for allocated, released in events])))"
+        ),
     },
     hints=[
         "Go through the operations one by one, and keep two numbers: what is allocated now, and the most so far.",
@@ -106,87 +100,77 @@ def _levels(events):
         "Only after that comparison, subtract what the operation releases.",
     ],
     minutes=6,
-    difficulty=1,
     praise="A step that needs 1 byte more than the card at a single moment fails, however little it needs elsewhere.",
     draws=14,
 )
-def peak(events):
-    """The result is the highest level of memory, with each operation's release after its allocation."""
-    now = highest = 0
-    for allocated, released in events:
-        highest = max(highest, now + allocated)
-        now += allocated - released
-    return highest
+
+
+@peak.must()
+def one_operation(peak, rng):
+    """With a single operation the peak is what that allocates, whatever it releases afterwards."""
+    sizes = rng.integers(10, 10**6, 6).tolist()
+    return all(peak([(size, released)]) == size for size in sizes for released in (0, size // 3, size))
+
+
+@peak.must()
+def earlier_memory_is_still_there(peak, rng):
+    """With many operations it is the largest of the levels, each taken before the operation's own release."""
+    for _ in range(20):
+        events = [(a, int(rng.integers(0, a + 1))) for a in rng.integers(1, 90, 9).tolist()]
+        levels = [sum(a for a, _ in events[: i + 1]) - sum(r for _, r in events[:i]) for i in range(9)]
+        if peak(list(events)) != max(levels):
+            return False
+    return True
+
+
+@peak.must()
+def is_not_at_the_end(peak, rng):
+    """Nor is it the memory that is left at the end, or the largest allocation alone."""
+    return all(peak([(a, 0), (b, a), (1, b)]) == a + b for a, b in rng.integers(5, 99, (9, 2)).tolist())
 
 
 # What is saved
 
-
 TARGETS = ({"gate"}, {"up"}, {"down"}, {"gate", "up"}, {"gate", "down"}, {"up", "down"}, {"gate", "up", "down"})
 
 
-def mlp_and_targets(rng: np.random.Generator) -> tuple[int, int, int, set[str]]:
+def mlp_and_targets(rng):
     """Width, inner width and rank, all different, and the layers with adapters."""
     d, m, r = (int(rng.choice(sizes)) for sizes in ((5, 7), (11, 13), (2, 3)))
     return d, m, r, set(TARGETS[int(rng.integers(len(TARGETS)))])
 
 
-@cache
-def _count(d: int, m: int, r: int, targets: frozenset[str]) -> int:
-    """What autograd saves in such an MLP, by its own account: values for each of three tokens."""
-    mlp = MLP(LlamaConfig(8, d, m, 1, 1, 1, 2))
-    inject(mlp, LoRAConfig(r, 2 * r, targets=[f"{name}_proj" for name in sorted(targets)]))
-    x = torch.ones(3, d, requires_grad=True)
-    return saved_bytes(lambda: mlp(x), mlp) // (4 * 3)
-
-
-def _by_formula(
-    inputs: int | None = None, silu: int = 3, product: bool | None = None, narrow: bool = True
-) -> Callable[[int, int, int, set[str]], int]:
-    """The count by hand, in which each argument changes one term."""
-
-    def count(d: int, m: int, r: int, targets: set[str]) -> int:
-        reads = bool({"gate", "up"} & targets) if inputs is None else inputs
-        down = "down" in targets if product is None else product
-        return d * reads + silu * m + m * down + r * len(targets) * narrow
-
-    return count
-
-
-@exercise(
+READS_X, DOWN, A_OUT = "{'gate', 'up'} & set(targets)", " if 'down' in targets else 0", " + r * len(targets)"
+saved_values = Exercise(
     "saved_values",
+    LESSON,
     inputs=mlp_and_targets,
-    mistakes={
-        "The input x is missing. The weights are frozen, but A reads x too, and A's gradient needs it.": (
-            _by_formula(inputs=0)
-        ),
+    wrong={
+        "The input x is missing. The weights are frozen, but A reads x too, and A's gradient needs it.": ("x + 3", "3"),
         "x is counted once for each adapter. gate and up read one tensor, which is stored once.": (
-            lambda d, m, r, targets: (
-                d * len({"gate", "up"} & targets) + 3 * m + m * ("down" in targets) + r * len(targets)
-            )
+            (f"d if {READS_X} else 0", "d * len({'gate', 'up'} & targets)")
         ),
         "x is counted although neither gate nor up has an adapter. A frozen weight does not need its input.": (
-            _by_formula(inputs=1)
+            (READS_X, "True")
         ),
-        "x is stored as soon as one of gate and up has an adapter, whichever of the two.": (
-            lambda d, m, r, targets: _by_formula(inputs={"gate", "up"} <= targets)(d, m, r, targets),
-            lambda d, m, r, targets: _by_formula(inputs="gate" in targets)(d, m, r, targets),
-        ),
+        "x is stored as soon as one of gate and up has an adapter, whichever of the two.": [
+            (READS_X, "{'gate', 'up'} <= targets"),
+            (READS_X, "'gate' in targets"),
+            (READS_X, "'up' in targets"),
+        ],
         "m values are missing. silu's own backward pass needs its input, and the product needs both factors.": (
-            _by_formula(silu=2)
+            ("3 * m", "2 * m")
         ),
         "The activations inside are missing. silu and the product of two activations store what they multiply.": (
-            _by_formula(silu=0)
+            (" + 3 * m", "")
         ),
-        "The outputs of A are missing. B's gradient needs them: r values for each adapter.": _by_formula(narrow=False),
-        "down's input is counted although down has no adapter. A frozen weight does not need it.": (
-            _by_formula(product=True)
-        ),
-        "down's input is missing where down has an adapter. Its A reads it.": _by_formula(product=False),
-        "The weights are counted. They are in memory in any case, and autograd stores no copy of them.": (
-            lambda d, m, r, targets: _by_formula()(d, m, r, targets) + 3 * d * m,
-            lambda d, m, r, targets: _by_formula()(d, m, r, targets) + r * (d + m) * len(targets),
-        ),
+        "The outputs of A are missing. B's gradient needs them: r values for each adapter.": (A_OUT, ""),
+        "down's input is counted although down has no adapter. A frozen weight does not need it.": (DOWN, ""),
+        "down's input is missing where down has an adapter. Its A reads it.": (" + product", ""),
+        "The weights are counted. They are in memory in any case, and autograd stores no copy of them.": [
+            (A_OUT, f"{A_OUT} + 3 * d * m"),
+            (A_OUT, " + r * (1 + d + m) * len(targets)"),
+        ],
     },
     hints=[
         "Ask of each operation: which values does its gradient need? A frozen matrix needs its weight alone.",
@@ -198,15 +182,44 @@ def _by_formula(
     praise="You have counted what autograd counts. Most of it does not depend on the rank at all.",
     draws=128,
 )
-def saved_values(d, m, r, targets):
-    """The result is the number of values for each token that autograd saves when such an MLP runs."""
-    return _count(d, m, r, frozenset(targets))
+
+
+def mlps():
+    """Widths, inner widths and ranks."""
+    return [(d, m, r) for d in (5, 9) for m in (11, 17) for r in (2, 4)]
+
+
+@saved_values.must()
+def with_an_adapter_on_down(saved_values, rng):
+    """With an adapter on down alone, what the activations need is stored, down's input, and A's output."""
+    return all(saved_values(d, m, r, {"down"}) == 3 * m + m + r for d, m, r in mlps())
+
+
+@saved_values.must()
+def with_adapters_on_gate_and_up(saved_values, rng):
+    """With one on gate, on up or on both, x is stored, once for both, and down's input is not."""
+    targets = ({"gate"}, {"up"}, {"gate", "up"})
+    return all(saved_values(d, m, r, set(t)) == d + 3 * m + len(t) * r for d, m, r in mlps() for t in targets)
+
+
+@saved_values.must()
+def with_adapters_on_down_and_others(saved_values, rng):
+    """With adapters on all three, or on down and one of the others, x and down's input are both stored."""
+    targets = ({"gate", "down"}, {"up", "down"}, {"gate", "up", "down"})
+    return all(saved_values(d, m, r, set(t)) == d + 4 * m + len(t) * r for d, m, r in mlps() for t in targets)
+
+
+@saved_values.must()
+def grows_with_the_rank(saved_values, rng):
+    """A rank that is higher by one adds one value for each adapter."""
+    grown = [[saved_values(7, 13, r + 1, set(t)) - saved_values(7, 13, r, set(t)) for r in (2, 3)] for t in TARGETS]
+    return grown == [[len(t)] * 2 for t in TARGETS]
 
 
 # Does it fit?
 
 
-def budget_and_costs(rng: np.random.Generator) -> tuple[int, int, int]:
+def budget_and_costs(rng):
     """A budget in GiB, static bytes, and bytes for each token.
 
     One time in four the static bytes do not fit, and another one in four a whole number of tokens fits exactly.
@@ -220,27 +233,21 @@ def budget_and_costs(rng: np.random.Generator) -> tuple[int, int, int]:
     return budget_gib, static, per_token
 
 
-@exercise(
+longest = Exercise(
     "longest",
+    LESSON,
     inputs=budget_and_costs,
-    mistakes={
-        "A GiB is too small. It has 2**30 bytes, not 10**9.": (
-            lambda budget_gib, static, per_token: max(0, (budget_gib * 10**9 - static) // per_token)
-        ),
-        "The static bytes are left out. Weights and AdamW's state come first.": (
-            lambda budget_gib, static, per_token: budget_gib * 2**30 // per_token
-        ),
-        "There is one token too many. Round down, because a part of a token does not fit.": (
-            lambda budget_gib, static, per_token: max(0, -(-(budget_gib * 2**30 - static) // per_token)),
-        ),
-        "There is one token too few where a step needs exactly the budget. It fits then.": (
-            lambda budget_gib, static, per_token: max(0, (budget_gib * 2**30 - static - 1) // per_token)
-        ),
-        "The result is not a whole number of tokens. Round it down.": (
-            lambda budget_gib, static, per_token: max(0, (budget_gib * 2**30 - static) / per_token)
-        ),
+    wrong={
+        "A GiB is too small. It has 2**30 bytes, not 10**9.": ("2 ** 30", "10 ** 9"),
+        "The static bytes are left out. Weights and AdamW's state come first.": (" - static", ""),
+        "There is one token too many. Round down, because a part of a token does not fit.": [
+            ("static)", "static + per_token - 1)"),
+            ("// per_token", "// per_token + 1"),
+        ],
+        "There is one token too few where a step needs exactly the budget. It fits then.": ("static)", "static - 1)"),
+        "The result is not a whole number of tokens. Round it down.": ("//", "/"),
         "The result is negative where the static bytes do not fit. Then no token fits, so return 0.": (
-            lambda budget_gib, static, per_token: (budget_gib * 2**30 - static) // per_token
+            "return (budget_gib * 2**30 - static) // per_token"
         ),
     },
     hints=[
@@ -249,10 +256,46 @@ def budget_and_costs(rng: np.random.Generator) -> tuple[int, int, int]:
         "// rounds down, and max(0, ...) takes care of a model that does not fit at all.",
     ],
     minutes=5,
-    difficulty=1,
     praise="That is the question before every run, and you can answer it without a card.",
     draws=80,
 )
-def longest(budget_gib, static, per_token):
-    """static + tokens * per_token fits the budget at the result, and no longer so with one token more."""
-    return max(0, (budget_gib * 2**30 - static) // per_token)
+
+
+@longest.must()
+def fits_and_one_more_does_not(longest, rng):
+    """So many tokens fit into the budget, and one more does not."""
+    cases = [(b, int(share * b * 2**30), p) for b, share, p in ((4, 0.3, 10**5), (9, 0.7, 3333333), (24, 0.5, 999))]
+    counts = [(longest(b, static, p), b * 2**30 - static, p) for b, static, p in cases]
+    return all(count == int(count) and count * p <= room < (count + 1) * p for count, room, p in counts)
+
+
+@longest.must()
+def an_exact_fit_fits(longest, rng):
+    """Where some number of tokens needs exactly the budget, that number fits."""
+    cases = zip((4, 8, 16), rng.integers(9, 99, 3).tolist(), (101, 4096, 777), strict=True)
+    return all(longest(b, b * 2**30 - k * p, p) == k for b, k, p in cases)
+
+
+@longest.must()
+def nothing_fits_beside_too_much(longest, rng):
+    """Where the static bytes alone exceed the budget, the result is 0, and with room for one token it is 1."""
+    excess = rng.integers(1, 10**9, 5).tolist()
+    return all(longest(4, 4 * 2**30 + x, 1000) == 0 for x in excess) and longest(4, 4 * 2**30 - 1500, 1000) == 1
+
+
+Reflection(
+    LESSON,
+    question="A model does not fit onto your card with full fine-tuning. A friend says: *Take LoRA with a small "
+    "rank, it needs ten times less memory.* In five to eight sentences: which parts of the memory does "
+    "LoRA shrink, which not, and what would you measure or change next if it still does not fit?",
+    rubric=(
+        "The answer names gradients and the optimiser's state as what shrinks, and the frozen weights as what stays.",
+        "It says that activations stay too, and gives a reason why a frozen layer's input is stored.",
+        "It says why a smaller rank hardly helps.",
+        "It names a next step that fits the part of the memory which is largest.",
+    ),
+    expected="LoRA takes away the gradients and AdamW's averages of the frozen weights; the weights stay, 4 of 16 "
+    "bytes in float32. Activations stay: A's gradient needs the input that the frozen layer reads. A "
+    "smaller rank only shrinks the adapters, which are small. Next: weights in 4 bits if they are "
+    "largest, checkpointing or shorter sequences if activations are, sliced logits if these are.",
+)

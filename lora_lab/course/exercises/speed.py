@@ -2,70 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from statistics import mean, median
-from typing import Any
-
 import numpy as np
 
-from lora_lab.course.exercise import Probe, exercises_of
+from lora_lab.course.exercise import Exercise, Reflection
 
-exercise = exercises_of("05_speed")
+LESSON = "05_speed"
 
 
 # FLOPs
 
 
-def sizes_and_method(rng: np.random.Generator) -> tuple[int, int, int, int, str]:
+def sizes_and_method(rng):
     """Weights of the layers and of the head, multiply-adds of attention and of adapters a token, and a method."""
     M, E, T, P = (int(rng.integers(low, 2 * low)) for low in (10**8, 3 * 10**7, 4 * 10**6, 2 * 10**6))
     return M, E, T, P, str(rng.choice(["full", "LoRA"]))
 
 
-def _in_steps(
-    forward: int = 1, inputs: int = 1, weights: int = 1, attention: int = 2, adapters: int = 3, head: int = 1
-) -> Callable[[int, int, int, int, str], int]:
-    """The count in which each argument changes one term: how often the frozen or trained weights are multiplied."""
-
-    def count(M: int, E: int, T: int, P: int, method: str) -> int:
-        lora = method == "LoRA"
-        matrices = M + E * head
-        passes = (forward + inputs) * matrices + (0 if lora and weights == 1 else weights > 0) * matrices
-        return passes + T * (forward + attention * inputs) + adapters * P * lora
-
-    return count
-
-
-@exercise(
+LORA, BACKWARD = "forward + P + inputs + P + P", "+ P + P"
+multiply_adds = Exercise(
     "multiply_adds",
+    LESSON,
     inputs=sizes_and_method,
-    mistakes={
+    wrong={
         "This is the forward pass alone. The backward pass multiplies as well, for inputs and for weights.": (
-            _in_steps(inputs=0, weights=0, adapters=1)
+            (LORA, "forward + P", "forward + inputs + M + E", "forward")
         ),
         "The gradients of the inputs are missing. The layers below wait for them, with both methods.": (
-            lambda M, E, T, P, method: M + E + T + (2 * P if method == "LoRA" else M + E)
+            (LORA, "forward + P + P", "forward + inputs", "forward")
         ),
         "With LoRA you count one weight gradient too many. Nothing needs the gradient of a frozen weight.": (
-            _in_steps(weights=2)
+            (BACKWARD, "+ P + P + M + E")
         ),
         "T is counted twice. Attention has two inputs, so its backward pass multiplies 2 T and its forward pass T.": (
-            _in_steps(attention=1)
+            ("2 * T", "T")
         ),
-        "The adapters are missing. With LoRA they multiply P forward and 2 P backward.": _in_steps(adapters=0),
-        "The adapters are counted in the forward pass alone. Backward they multiply 2 P.": _in_steps(adapters=1),
+        "The adapters are missing. With LoRA they multiply P forward and 2 P backward.": (LORA, "forward + inputs"),
+        "The adapters are counted in the forward pass alone. Backward they multiply 2 P.": (" + P + P", ""),
         "The adapters are counted twice, but they multiply P three times. Backward it is for inputs and for weights.": (
-            _in_steps(adapters=2)
+            (BACKWARD, "+ P")
         ),
         "The adapters are counted four times, but they multiply P three times. Forward it is once, backward twice.": (
-            _in_steps(adapters=4)
+            (BACKWARD, "+ P + P + P")
         ),
         "With LoRA the head's weight gradient is too much. The head is frozen like the layers.": (
-            lambda M, E, T, P, method: 3 * (M + E + T) - (M - 3 * P) * (method == "LoRA")
+            (BACKWARD, "+ P + P + E")
         ),
-        "The head is missing. Its E weights multiply as those of the layers do.": _in_steps(head=0),
+        "The head is missing. Its E weights multiply as those of the layers do.": (" + E", ""),
         "The method makes no difference in your count. LoRA skips the weight gradients of M and E.": (
-            lambda M, E, T, P, method: 3 * (M + E + T)
+            "return 3 * (M + E + T)"
         ),
     },
     hints=[
@@ -78,14 +62,33 @@ def _in_steps(
     praise="One of three terms of about equal size is gone, so two thirds stay: the bound of the next section.",
     draws=28,
 )
-def multiply_adds(M, E, T, P, method):
-    """The result is the number of multiply-adds for each token in a training step, for both methods."""
-    if method == "full":
-        return 3 * M + 3 * E + 3 * T
-    return 2 * M + 2 * E + 3 * T + 3 * P
 
 
-def sizes_for_a_rank(rng: np.random.Generator) -> tuple[int, int, int]:
+@multiply_adds.must()
+def of_full_fine_tuning(multiply_adds, rng):
+    """Full fine-tuning multiplies M, E and T three times: once forward and twice backward."""
+    cases = rng.integers(10**5, 10**9, (8, 4)).tolist()
+    return all(multiply_adds(M, E, T, P, "full") == 3 * (M + E + T) for M, E, T, P in cases)
+
+
+@multiply_adds.must()
+def of_frozen_weights(multiply_adds, rng):
+    """With LoRA and adapters of no size, only the weight gradients of M and E are missing."""
+    cases = rng.integers(10**5, 10**9, (8, 3)).tolist()
+    return all(multiply_adds(M, E, T, 0, "LoRA") == 2 * M + 2 * E + 3 * T for M, E, T in cases)
+
+
+@multiply_adds.must()
+def of_the_adapters(multiply_adds, rng):
+    """With LoRA the adapters add 3 P, and with full fine-tuning nothing."""
+    for M, E, T, P in rng.integers(10**5, 10**9, (8, 4)).tolist():
+        lora, full = (multiply_adds(M, E, T, P, each) - multiply_adds(M, E, T, 0, each) for each in ("LoRA", "full"))
+        if (lora, full) != (3 * P, 0):
+            return False
+    return True
+
+
+def sizes_for_a_rank(rng):
     """Weights of the layers, of the head, and adapters' multiply-adds per unit of rank; half of the cases are ties."""
     M, E, per_rank = (int(rng.integers(*span)) for span in ((10**8, 10**9), (2 * 10**7, 10**8), (2 * 10**5, 10**6)))
     if rng.random() < 0.5:
@@ -93,27 +96,20 @@ def sizes_for_a_rank(rng: np.random.Generator) -> tuple[int, int, int]:
     return M, E, per_rank
 
 
-@exercise(
+break_even = Exercise(
     "break_even",
+    LESSON,
     inputs=sizes_for_a_rank,
-    mistakes={
-        "E is missing. LoRA skips the weight gradient of the head as well.": (
-            lambda M, E, per_rank: M // (3 * per_rank)
-        ),
-        "The adapters cost too little. They multiply in the forward pass and twice in the backward pass.": (
-            lambda M, E, per_rank: (M + E) // per_rank
-        ),
-        "The adapters' forward pass is missing. They multiply three times in a step, not twice.": (
-            lambda M, E, per_rank: (M + E) // (2 * per_rank)
-        ),
-        "At this rank LoRA already needs more multiplications. Round down.": (
-            lambda M, E, per_rank: -(-(M + E) // (3 * per_rank)),
-            lambda M, E, per_rank: (M + E) // (3 * per_rank) + 1,
-        ),
-        "At the break-even rank itself LoRA needs no more. Count it.": (
-            lambda M, E, per_rank: (M + E - 1) // (3 * per_rank)
-        ),
-        "A rank is a whole number. Round down.": lambda M, E, per_rank: (M + E) / (3 * per_rank),
+    wrong={
+        "E is missing. LoRA skips the weight gradient of the head as well.": (" + E", ""),
+        "The adapters cost too little. They multiply in the forward pass and twice in the backward pass.": ("3 * ", ""),
+        "The adapters' forward pass is missing. They multiply three times in a step, not twice.": ("3 * ", "2 * "),
+        "At this rank LoRA already needs more multiplications. Round down.": [
+            ("M + E", "M + E + 3 * per_rank - 1"),
+            ("(3 * per_rank)", "(3 * per_rank) + 1"),
+        ],
+        "At the break-even rank itself LoRA needs no more. Count it.": ("M + E", "M + E - 1"),
+        "A rank is a whole number. Round down.": ("//", "/"),
     },
     hints=[
         "Write down both counts and subtract what they share. T drops out too.",
@@ -125,9 +121,21 @@ def sizes_for_a_rank(rng: np.random.Generator) -> tuple[int, int, int]:
     praise="Far below this rank LoRA needs up to a third fewer FLOPs, and above it more than full fine-tuning.",
     draws=28,
 )
-def break_even(M, E, per_rank):
+
+
+@break_even.must()
+def no_more_and_at_the_next_rank_more(break_even, rng):
     """At the result LoRA needs no more multiplications than full fine-tuning, and at the next rank it does."""
-    return (M + E) // (3 * per_rank)
+    sizes = rng.integers(10**6, 10**8, (9, 2)).tolist()
+    cases = [(M, E, p) for (M, E), p in zip(sizes, range(999, 9999, 1000), strict=True) if (M + E) % (3 * p)]
+    ranks = [(break_even(M, E, p), M + E, p) for M, E, p in cases]
+    return all(r == int(r) and 3 * r * p <= skipped < 3 * (r + 1) * p for r, skipped, p in ranks)
+
+
+@break_even.must()
+def a_tie_counts(break_even, rng):
+    """Where both need equally many at some rank, that rank is the result."""
+    return all(break_even(3 * r * p - 1000, 1000, p) == r for r, p in rng.integers(20, 900, (8, 2)).tolist())
 
 
 # A fair stopwatch
@@ -186,126 +194,19 @@ class Device:
         self._now = max(self._now, self._free)
 
 
-def _ratio_of_medians(device: Device) -> float:
-    """Each median is taken at a moment of its own, and one interruption shifts one of them."""
-    times: dict[str, list[float]] = {"full": [], "LoRA": []}
-    for step in ("full", "LoRA") * 10:
-        times[step].append(_timed(device, step))
-    return median(times["LoRA"][1:]) / median(times["full"][1:])
-
-
-def _timed(device: Device, step: str, wait: bool = True) -> float:
-    started = device.clock()
-    device.launch(step)
-    if wait:
-        device.synchronize()
-    return device.clock() - started
-
-
-def _ratio_of_the_steps_before(device: Device) -> float:
-    """It waits for the step before after the clock is read, so that each time is that of the other step."""
-    times: dict[str, list[float]] = {"full": [], "LoRA": []}
-    for step in ("full", "LoRA") * 10:
-        started = device.clock()
-        device.synchronize()
-        device.launch(step)
-        times[step].append(device.clock() - started)
-    return median(lora / full for full, lora in zip(times["full"], times["LoRA"], strict=True))
-
-
-def _ratio(
-    order: Iterable[str] = ("full", "LoRA") * 9,
-    middle: Callable[[list[float]], float] = median,
-    warm: bool = True,
-    wait: bool = True,
-    upside_down: bool = False,
-) -> Callable[[Device], float]:
-    """A stopwatch that is fair unless an argument says otherwise."""
-
-    def measure(device: Device) -> float:
-        times: dict[str, list[float]] = {"full": [], "LoRA": []}
-        for step in ("full", "LoRA") if warm else ():
-            _timed(device, step)
-        for step in order:
-            times[step].append(_timed(device, step, wait))
-        rounds = [lora / full for full, lora in zip(times["full"], times["LoRA"], strict=True)]
-        return 1 / middle(rounds) if upside_down else middle(rounds)
-
-    return measure
-
-
-def _on(**troubles: float) -> Callable[[Callable[[Device], Any], np.random.Generator], bool]:
-    """A probe: the ratio is within 2 % of the true one on a device with these troubles."""
-
-    def within_2_percent(answer: Callable[[Device], Any], rng: np.random.Generator) -> bool:
-        full, true = rng.uniform(0.05, 0.5), rng.choice([rng.uniform(0.4, 0.8), rng.uniform(1.25, 2.5)])
-        measured = answer(Device({"full": full, "LoRA": true * full}, rng, **troubles))
-        return bool(abs(measured / true - 1) < 0.02)
-
-    return within_2_percent
-
-
-def _is_a_number(answer: Callable[[Device], Any], rng: np.random.Generator) -> bool:
-    measured = answer(Device({"full": 0.2, "LoRA": 0.14}, rng))
-    return isinstance(measured, float | np.floating) and bool(measured > 0)
-
-
-def _runs_both(answer: Callable[[Device], Any], rng: np.random.Generator) -> bool:
-    device = Device({"full": 0.2, "LoRA": 0.14}, rng, first=3.0)
-    answer(device)
-    return not any(device._preparation.values())
-
-
-def _is_not_upside_down(answer: Callable[[Device], Any], rng: np.random.Generator) -> bool:
-    full, true = rng.uniform(0.05, 0.5), rng.uniform(0.4, 0.8)
-    measured = answer(Device({"full": full, "LoRA": true * full}, rng))
-    return bool(abs(measured * true - 1) > 0.02)
-
-
-@exercise(
+WAIT, LAUNCH = "device.synchronize()", "device.launch(step)"
+ROUNDS = "for _ in range(10):\n        seconds = {}\n        for step in ('full', 'LoRA'):"
+RATIO, MEDIAN = "seconds['LoRA'] / seconds['full']", "median(rounds[1:])"
+OF_THE_MEDIANS = "median(s['LoRA'] for s in rounds[1:]) / median(s['full'] for s in rounds[1:])"
+ONE_AFTER_THE_OTHER = (
+    *(ROUNDS, "times = {'full': [], 'LoRA': []}\n    for step in times:\n        for _ in range(10):"),
+    *("seconds[step] = device.clock() - started", "times[step].append(device.clock() - started)"),
+    *(f"rounds.append({RATIO})", "pass"),
+    *(MEDIAN, "median(times['LoRA'][1:]) / median(times['full'][1:])"),
+)
+fair_ratio = Exercise(
     "fair_ratio",
-    probes=[
-        Probe(
-            _is_a_number,
-            "The result is no positive number. Return the time of LoRA divided by the time of full.",
-            (lambda device: (_timed(device, "full"), _timed(device, "LoRA")), lambda device: None),
-        ),
-        Probe(
-            _runs_both,
-            "One of the steps was never launched. Time both on this device.",
-            (lambda device: _timed(device, "full") / 0.2, lambda device: 0.7),
-        ),
-        Probe(
-            _is_not_upside_down,
-            "The ratio is upside down. Divide LoRA's time by full's. If you do, you timed the step before: "
-            "synchronize before you read the clock.",
-            (_ratio(upside_down=True), _ratio_of_the_steps_before),
-        ),
-        Probe(
-            _on(),
-            "You timed the launch, not the work. Synchronize before you read the clock, at the start and at the end.",
-            (_ratio(wait=False),),
-        ),
-        Probe(
-            _on(first=4.0),
-            "The first steps count, and they are slow. Run each step once before you start the clock.",
-            (_ratio(warm=False, middle=mean), _ratio(("full", "LoRA"), warm=False)),
-        ),
-        Probe(
-            _on(drift=0.01),
-            "The device became slower in between. Take turns instead of timing all of one and then all of the other.",
-            (
-                _ratio(["full"] * 9 + ["LoRA"] * 9),
-                _ratio(["LoRA"] * 5 + ["full"] * 5),
-                _ratio(["full"] * 9 + ["LoRA"] * 9, middle=mean),
-            ),
-        ),
-        Probe(
-            _on(first=4.0, drift=0.01, interruption=8.0),
-            "Interruptions and drift moved your result. Divide within each round, and take the median of these ratios.",
-            (_ratio(middle=mean), _ratio(("full", "LoRA")), _ratio_of_medians),
-        ),
-    ],
+    LESSON,
     hints=[
         "launch returns before the work is done: read the clock, launch, synchronize, read the clock again.",
         "Run each step once first. Then time full, LoRA, full, LoRA and so on, for nine rounds.",
@@ -313,19 +214,105 @@ def _is_not_upside_down(answer: Callable[[Device], Any], rng: np.random.Generato
     ],
     minutes=15,
     difficulty=3,
-    draws=20,
     praise="Asynchronous launches, slow first steps, drift and interruptions: your stopwatch survives all four.",
+    draws=1,
 )
-def fair_ratio(device):
-    """The result is within 2 % of the true ratio on a device that starts slowly, drifts and is interrupted."""
-    rounds = []
-    for _ in range(10):
-        seconds = {}
-        for step in ("full", "LoRA"):
-            device.synchronize()
-            started = device.clock()
-            device.launch(step)
-            device.synchronize()
-            seconds[step] = device.clock() - started
-        rounds.append(seconds["LoRA"] / seconds["full"])
-    return median(rounds[1:])  # the first round warms up
+
+
+@fair_ratio.must(
+    "The result is no positive number. Return the time of LoRA divided by the time of full.",
+    (MEDIAN, "(seconds['LoRA'], seconds['full'])"),
+    (f"return {MEDIAN}", "return None"),
+)
+def is_a_number(fair_ratio, rng):
+    measured = fair_ratio(Device({"full": 0.2, "LoRA": 0.14}, rng))
+    return isinstance(measured, float | np.floating) and measured > 0
+
+
+@fair_ratio.must(
+    "One of the steps was never launched. Time both on this device.",
+    ("('full', 'LoRA')", "('full',)", "seconds['LoRA']", "0.14"),
+    ("rounds = []", "return 0.7"),
+)
+def runs_both(fair_ratio, rng):
+    device = Device({"full": 0.2, "LoRA": 0.14}, rng, first=3.0)
+    fair_ratio(device)
+    return not any(device._preparation.values())
+
+
+@fair_ratio.must(
+    "The ratio is upside down. Divide LoRA's time by full's. If you do, you timed the step before: "
+    "synchronize before you read the clock.",
+    (RATIO, "seconds['full'] / seconds['LoRA']"),
+    (WAIT, "pass", LAUNCH, f"{WAIT}\n            {LAUNCH}"),
+)
+def is_not_upside_down(fair_ratio, rng):
+    full, true = rng.uniform(0.05, 0.5), rng.uniform(0.4, 0.8)
+    return abs(fair_ratio(Device({"full": full, "LoRA": true * full}, rng)) * true - 1) > 0.02
+
+
+def is_right(fair_ratio, rng, **troubles):
+    """Whether the ratio is within 2 % of the true one on each of 20 devices with these troubles."""
+    for true in (0.5, 0.8, 1.4, 2.2) * 5:
+        full = rng.uniform(0.05, 0.5)
+        if not abs(fair_ratio(Device({"full": full, "LoRA": true * full}, rng, **troubles)) / true - 1) < 0.02:
+            return False
+    return True
+
+
+@fair_ratio.must(
+    "You timed the launch, not the work. Synchronize before you read the clock, at the start and at the end.",
+    (WAIT, "pass"),
+)
+def waits_for_the_work(fair_ratio, rng):
+    """On a steady device the ratio is right, so the work was timed and not its launch."""
+    return is_right(fair_ratio, rng)
+
+
+@fair_ratio.must(
+    "The first steps count, and they are slow. Run each step once before you start the clock.",
+    ("rounds[1:]", "rounds", "median", "mean"),
+    ("rounds[1:]", "rounds", "range(10)", "range(1)"),
+)
+def warms_up(fair_ratio, rng):
+    """It is right where the first step of each kind takes long."""
+    return is_right(fair_ratio, rng, first=4.0)
+
+
+@fair_ratio.must(
+    "The device became slower in between. Take turns instead of timing all of one and then all of the other.",
+    ONE_AFTER_THE_OTHER,
+    (*ONE_AFTER_THE_OTHER, "'full': [], 'LoRA': []", "'LoRA': [], 'full': []", "range(10)", "range(6)"),
+    (*ONE_AFTER_THE_OTHER, "median", "mean"),
+)
+def takes_turns(fair_ratio, rng):
+    return is_right(fair_ratio, rng, drift=0.01)
+
+
+@fair_ratio.must(
+    "Interruptions and drift moved your result. Divide within each round, and take the median of these ratios.",
+    ("median", "mean"),
+    ("range(10)", "range(2)"),
+    (f"append({RATIO})", "append(seconds)", MEDIAN, OF_THE_MEDIANS),
+)
+def takes_turns_and_the_median(fair_ratio, rng):
+    """It is right where the device becomes slower, and another program interrupts it now and then."""
+    return is_right(fair_ratio, rng, first=4.0, drift=0.01, interruption=8.0)
+
+
+Reflection(
+    LESSON,
+    question="A blog says: *LoRA trains three times as fast as full fine-tuning.* In five to eight sentences: "
+    "which conditions must be stated before this can be checked, how would you time the two, and which "
+    "result would surprise you after this lesson?",
+    rubric=(
+        "The answer names at least three of: model, rank, tokens per step, device, threads, optimiser.",
+        "The timing waits for the device and warms up.",
+        "The timing takes turns, and the answer says why.",
+        "The surprising result is compared with the share of multiplications that LoRA skips.",
+    ),
+    expected="A ratio belongs to a model, a rank, tokens per step, a device and its threads. One runs each step "
+    "once, synchronises before reading the clock, takes turns so that drift meets both, and takes the "
+    "median of the ratios. By multiplications alone LoRA skips a third, so a factor above 1.5 needs "
+    "another reason, such as the optimiser's work, a baseline that swaps memory, or another batch.",
+)

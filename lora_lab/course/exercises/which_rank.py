@@ -3,69 +3,49 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
-import numpy as np
-from scipy.stats import norm, t
+from scipy import stats
+from scipy.stats import norm, t  # noqa: F401  # for the solutions
 
-from lora_lab.course.exercise import exercises_of
+from lora_lab.course.exercise import Exercise, Reflection, close
 
-exercise = exercises_of("06_which_rank")
+LESSON = "06_which_rank"
 
 
-def paired_losses(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def paired_losses(rng):
     """Test losses of two ranks over the same 5 to 8 seeds, which move both up and down together."""
     seeds = int(rng.integers(5, 9))
     shared = rng.normal(1, 0.3, seeds)
     return shared + rng.normal(0.05, 0.02, seeds), shared + rng.normal(0, 0.02, seeds)
 
 
-def t_quantile(n: int) -> float:
-    """Student's t with n - 1 degrees of freedom: 95 % lie below."""
-    return float(t.ppf(0.95, n - 1))
-
-
-def bound(mean: Any, sd: Any, n: int) -> float:
-    """The upper bound from the mean difference and its standard deviation over n seeds."""
-    return float(mean + t_quantile(n) * sd / math.sqrt(n))
-
-
-@exercise(
+QUANTILE, SPREAD = "t.ppf(0.95, len(d) - 1)", "d.std(ddof=1)"
+BOTH_SPREADS = "math.sqrt(a.var(ddof=1) + b.var(ddof=1))"
+upper_bound = Exercise(
     "upper_bound",
+    LESSON,
     inputs=paired_losses,
-    mistakes={
-        "The quantile is the normal distribution's. With few seeds take Student's t with n - 1 degrees of freedom.": (
-            lambda a, b: float(np.mean(a - b) + 1.645 * np.std(a - b, ddof=1) / math.sqrt(len(a))),
-            lambda a, b: float(np.mean(a - b) + norm.ppf(0.95) * np.std(a - b, ddof=1) / math.sqrt(len(a))),
-        ),
-        "The bound is two-sided. A one-sided bound of 95 % takes the quantile 0.95, not 0.975.": (
-            lambda a, b: float(np.mean(a - b) + t.ppf(0.975, len(a) - 1) * np.std(a - b, ddof=1) / math.sqrt(len(a)))
-        ),
-        "The degrees of freedom are n - 1, one fewer than there are seeds.": (
-            lambda a, b: float(np.mean(a - b) + t.ppf(0.95, len(a)) * np.std(a - b, ddof=1) / math.sqrt(len(a)))
-        ),
+    wrong={
+        "The quantile is the normal distribution's. With few seeds take Student's t with n - 1 degrees of freedom.": [
+            (QUANTILE, "1.645"),
+            (QUANTILE, "norm.ppf(0.95)"),
+        ],
+        "The bound is two-sided. A one-sided bound of 95 % takes the quantile 0.95, not 0.975.": ("0.95", "0.975"),
+        "The degrees of freedom are n - 1, one fewer than there are seeds.": ("len(d) - 1", "len(d)"),
         "This is the spread of one seed. The mean of n seeds scatters less: divide by the square root of n.": (
-            lambda a, b: float(np.mean(a - b) + t_quantile(len(a)) * np.std(a - b, ddof=1))
+            (" / math.sqrt(len(d))", "")
         ),
         "The standard deviation divides by n. With an estimated mean it divides by n - 1: ddof=1.": (
-            lambda a, b: bound(np.mean(a - b), np.std(a - b), len(a))
+            ("ddof=1", "ddof=0")
         ),
-        "The spreads of a and b were taken separately. The seeds pair them: take the differences first.": (
-            lambda a, b: bound(np.mean(a - b), math.sqrt(np.var(a, ddof=1) + np.var(b, ddof=1)), len(a)),
-            lambda a, b: float(
-                np.mean(a - b)
-                + t.ppf(0.95, 2 * len(a) - 2) * math.sqrt((np.var(a, ddof=1) + np.var(b, ddof=1)) / len(a))
-            ),
-        ),
-        "This is the mean difference alone. The upper bound adds t times sd / sqrt(n).": (
-            lambda a, b: float(np.mean(a - b))
-        ),
-        "This is the lower bound. The upper one adds to the mean difference.": (
-            lambda a, b: float(2 * np.mean(a - b) - bound(np.mean(a - b), np.std(a - b, ddof=1), len(a)))
-        ),
+        "The spreads of a and b were taken separately. The seeds pair them: take the differences first.": [
+            (SPREAD, BOTH_SPREADS),
+            (SPREAD, BOTH_SPREADS, "len(d) - 1", "2 * len(d) - 2"),
+        ],
+        "This is the mean difference alone. The upper bound adds t times sd / sqrt(n).": "return (a - b).mean()",
+        "This is the lower bound. The upper one adds to the mean difference.": ("d.mean() +", "d.mean() -"),
         "The difference has the wrong sign. It is positive where the first rank has the higher loss.": (
-            lambda a, b: bound(np.mean(b - a), np.std(a - b, ddof=1), len(a))
+            ("a - b", "b - a")
         ),
     },
     hints=[
@@ -74,88 +54,79 @@ def bound(mean: Any, sd: Any, n: int) -> float:
         "t.ppf(0.95, n - 1) from scipy.stats is the quantile that goes with n seeds.",
     ],
     minutes=8,
-    difficulty=1,
     praise="With this bound a rank is enough because the data say so, and not because one seed was lucky.",
 )
-def upper_bound(a, b):
-    """The result is the one-sided 95 % upper bound of the mean of a - b, for any number of paired seeds."""
-    d = a - b
-    return float(d.mean() + t.ppf(0.95, len(d) - 1) * d.std(ddof=1) / math.sqrt(len(d)))
 
 
-def ranks_and_bounds(rng: np.random.Generator) -> tuple[dict[int, tuple[float, float]], float]:
+@upper_bound.must()
+def uses_the_pairs(upper_bound, rng):
+    """A number added to both losses of a seed changes nothing; one added to all first losses is added to the bound."""
+    a, b, shared = rng.normal(size=(3, 6))
+    bound = upper_bound(a, b)
+    return close(upper_bound(a + shared, b + shared), bound) and close(upper_bound(a + 0.7, b), bound + 0.7)
+
+
+@upper_bound.must()
+def is_that_of_a_table(upper_bound, rng):
+    """It is the mean plus t * sd / sqrt(n), with t of 95 % from a printed table for n - 1 degrees of freedom."""
+    for n, quantile in ((3, 2.9200), (5, 2.1318), (8, 1.8946), (10, 1.8331)):
+        d, b = rng.normal(0.2, 1, n), rng.normal(size=n)
+        sd = math.sqrt(sum((each - d.mean()) ** 2 for each in d) / (n - 1))
+        if not abs(upper_bound(b + d, b) - d.mean() - quantile * sd / math.sqrt(n)) < 1e-3 * sd:
+            return False
+    return True
+
+
+def ranks_and_bounds(rng):
     """rank -> (mean, upper bound) of its loss above the largest rank's, ranks in any order; and the margin.
 
-    The mean of one rank is below the margin and its bound above it. Sometimes no rank is enough, and sometimes a rank
-    above the smallest that is enough is not shown to be. Among ranks that are enough, the losses come in any order.
+    The mean of one rank is below the margin and its bound is not, half the time by nothing. Sometimes no rank is
+    enough, and sometimes one above the smallest that is enough is open. Those that are enough come in any order of
+    their losses, and one of them is better than the largest rank by more than the margin.
     """
-    margin = float(rng.choice([0.01, 0.02, 0.05]))
-    lucky = float(rng.uniform(0.2, 0.8))
-    table = {
-        1: (4 * margin, 5 * margin),
-        2: (lucky * margin, (1 + lucky) * margin),
-        4: (0.3 * margin, 0.8 * margin),
-        8: (0.25 * margin, 0.7 * margin),
-        16: (0.1 * margin, 0.4 * margin),
-    }
-    case = rng.random()
+    lucky, case = rng.uniform(0.2, 0.8), rng.random()
+    table = {1: (4, 5), 2: (lucky, rng.choice([1, 1 + lucky])), 4: (0.3, 0.8), 8: (0.25, 0.7), 16: (-1.5, -1.2)}
     if case < 0.35:  # none is enough
-        table |= {4: (0.9 * margin, 1.2 * margin), 8: (0.7 * margin, 1.3 * margin), 16: (0.6 * margin, 1.1 * margin)}
+        table |= {4: (0.9, 1.2), 8: (0.7, 1.3), 16: (0.6, 1.1)}
     elif case < 0.7:  # a rank between two that are enough is open
-        table |= {8: (0.35 * margin, 1.2 * margin)}
-    enough = [rank for rank, (_, upper) in table.items() if upper < margin]
+        table |= {8: (0.35, 1.2)}
+    enough = [rank for rank, (_, upper) in table.items() if upper < 1]
     table |= {rank: table[int(other)] for rank, other in zip(enough, rng.permutation(enough), strict=True)}
-    return {int(rank): table[int(rank)] for rank in rng.permutation(list(table))}, margin
+    margin = float(rng.choice([0.01, 0.02, 0.05]))
+    return {int(r): tuple(margin * float(x) for x in table[int(r)]) for r in rng.permutation(list(table))}, margin
 
 
-def first_that_is_enough(table: Any, margin: float) -> int | None:
-    """The first in the order of the table."""
-    return next((rank for rank, (_, upper) in table.items() if upper < margin), None)
-
-
-def down_from_the_largest(table: Any, margin: float) -> int | None:
-    """The last before a rank that is not shown to be enough, from the largest down."""
-    smallest = None
-    for rank in sorted(table, reverse=True):
-        if table[rank][1] >= margin:
-            break
-        smallest = rank
-    return smallest
-
-
-@exercise(
+ENOUGH = "(rank for rank, (_, upper) in table.items() if upper < margin)"
+smallest_enough = Exercise(
     "smallest_enough",
+    LESSON,
     inputs=ranks_and_bounds,
-    mistakes={
+    wrong={
         "A mean below the margin may be one lucky seed. The upper bound must be below it.": (
-            lambda table, margin: min(rank for rank, (mean, _) in table.items() if mean < margin)
+            ("(_, upper)", "(upper, _)")
         ),
         "If no rank is shown to be enough, the answer is None: more seeds are needed, and not the largest rank.": (
-            lambda table, margin: min(
-                (rank for rank, (_, upper) in table.items() if upper < margin), default=max(table)
-            )
+            ("default=None", "default=max(table)")
         ),
-        "This is the largest rank that is enough. You pay for each rank, so take the smallest.": (
-            lambda table, margin: max((rank for rank, (_, upper) in table.items() if upper < margin), default=None)
-        ),
+        "This is the largest rank that is enough. You pay for each rank, so take the smallest.": ("min(", "max("),
         "This is the rank with the lowest loss. A rank need not win: its upper bound must be below the margin.": (
-            lambda table, margin: min(table, key=lambda rank: table[rank][0])
+            "return min(table, key=lambda rank: table[rank][0])"
         ),
         "This is the rank whose bound is nearest to the margin. Take the smallest rank, whatever its bound.": (
-            lambda table, margin: max(
-                (rank for rank, (_, upper) in table.items() if upper < margin),
-                key=lambda rank: table[rank][1],
-                default=None,
-            )
+            ("min(", "max(", "default", "key=lambda rank: table[rank][1], default")
         ),
         "This is the first in the table that is enough. The ranks come in any order: take the smallest.": (
-            first_that_is_enough
+            ("min(", "next(", "default=", "")
         ),
         "From the largest rank down you stopped at one that is open. A smaller rank may still be enough.": (
-            down_from_the_largest
+            ("upper < margin", "all(table[other][1] < margin for other in table if other >= rank)")
         ),
         "The comparison has the other direction. A rank is enough if its bound is below the margin.": (
-            lambda table, margin: min((rank for rank, (_, upper) in table.items() if upper > margin), default=None)
+            ("upper < margin", "upper > margin")
+        ),
+        "A bound of exactly the margin is not below it: write < in place of <=.": ("upper < margin", "upper <= margin"),
+        "A rank that is better than the largest by more than the margin is enough as well. Take no absolute values.": (
+            ("upper < margin", "abs(upper) < margin")
         ),
     },
     hints=[
@@ -166,65 +137,72 @@ def down_from_the_largest(table: Any, margin: float) -> int | None:
     minutes=10,
     difficulty=2,
     praise="Your rule can say that it does not know.",
-    draws=60,
+    draws=80,
 )
-def smallest_enough(table, margin):
-    """The result is the smallest rank whose upper bound is below the margin, or None if there is none."""
-    return min((rank for rank, (_, upper) in table.items() if upper < margin), default=None)
 
 
-def spread_and_margin(rng: np.random.Generator) -> tuple[float, float]:
+@smallest_enough.must()
+def is_the_smallest(smallest_enough, rng):
+    """Of the ranks whose bound is below the margin it is the smallest, in whatever order they come."""
+    ranks, results = [1, 2, 4, 8, 16, 32], []
+    for first in (1, 2, 3, 4):
+        margin = rng.uniform(0.01, 0.1)
+        bounds = [(0.0, margin * (rng.uniform(0.2, 0.9) if place >= first else 1.2)) for place in range(6)]
+        tables = [{ranks[i]: bounds[i] for i in rng.permutation(6)} for _ in range(3)]
+        results += [smallest_enough(table, margin) == ranks[first] for table in tables]
+    return all(results)
+
+
+@smallest_enough.must()
+def can_say_none(smallest_enough, rng):
+    """If no bound is below the margin the result is None, even if means are below it; otherwise it is a rank."""
+    tables = [{1: (0.5, 1.4), 4: (0.2, 1.1), 8: (-0.1, 1.0)}, {2: (1.3, 1.6), 16: (1.2, 1.5)}]
+    tables += [{4: (0.1, 0.9)}, {1: (3.0, 4.0), 4: (-5.0, -4.0)}]
+    return [smallest_enough(table, 1.0) for table in tables] == [None, None, 4, 4]
+
+
+@smallest_enough.must()
+def may_lie_below_an_open_rank(smallest_enough, rng):
+    """A rank may be enough although the next larger one is open."""
+    one = {8: (0.1, 0.8), 1: (0.4, 1.3), 2: (0.3, 0.9), 4: (0.2, 1.2)}
+    other = {16: (0, 0.5), 4: (0.6, 0.9), 8: (0.7, 1.3)}
+    return smallest_enough(one, 1.0) == 2 and smallest_enough(other, 1.0) == 4
+
+
+def spread_and_margin(rng):
     """The standard deviation of a paired difference, and a margin, that need between 2 and about 45 seeds."""
     margin = float(rng.uniform(0.01, 0.05))
     ratio = rng.uniform(0.05, 0.18) if rng.random() < 0.3 else rng.uniform(0.3, 2.5)  # below 0.18 two are enough
     return float(margin * ratio), margin
 
 
-def both(n: int, power: float = 0.8) -> float:
-    """The sum of the quantiles of Student's t that a bound of 95 % and a power need."""
-    return t_quantile(n) + float(t.ppf(power, n - 1))
-
-
-def seeds_until(margin: float, reach: Callable[[int], float]) -> int:
-    """The smallest number of seeds at which ``reach`` is below the margin."""
-    return next(n for n in range(2, 10_000) if reach(n) < margin)
-
-
-@exercise(
+SUM, NORMAL = "t.ppf(0.95, n - 1) + t.ppf(0.8, n - 1)", "norm.ppf(0.95) + norm.ppf(0.8)"
+seeds_needed = Exercise(
     "seeds_needed",
+    LESSON,
     inputs=spread_and_margin,
-    mistakes={
+    wrong={
         "The power is ignored. At this number only about half of all sweeps decide: add the quantile 0.80.": (
-            lambda sd, margin: seeds_until(margin, lambda n: t_quantile(n) * sd / math.sqrt(n))
+            (" + t.ppf(0.8, n - 1)", "")
         ),
-        "The quantiles are the normal distribution's, which asks for too few seeds where they are few.": (
-            lambda sd, margin: math.ceil(((norm.ppf(0.95) + norm.ppf(0.8)) * sd / margin) ** 2)
-        ),
-        "The spread of a mean falls with the square root of n, not with n itself.": (
-            lambda sd, margin: seeds_until(margin, lambda n: both(n) * sd / n)
-        ),
+        "The quantiles are the normal distribution's, which asks for too few seeds where they are few.": [
+            (SUM, NORMAL),
+            f"return math.ceil((({NORMAL}) * sd / margin) ** 2)",
+            "return math.ceil(((1.96 + 0.84) * sd / margin) ** 2)",
+        ],
+        "The spread of a mean falls with the square root of n, not with n itself.": ("math.sqrt(n)", "n"),
         "The quantiles change with the number of seeds: n - 1 degrees of freedom, also while n grows.": (
-            lambda sd, margin: seeds_until(margin, lambda n: both(10) * sd / math.sqrt(n))
+            (", n - 1)", ", 9)")
         ),
-        "The bound of the lesson is one-sided: its quantile is 0.95, not 0.975.": (
-            lambda sd, margin: seeds_until(
-                margin, lambda n: float(t.ppf(0.975, n - 1) + t.ppf(0.8, n - 1)) * sd / math.sqrt(n)
-            )
-        ),
-        "The quantile of the power is subtracted. A higher power takes more seeds.": (
-            lambda sd, margin: seeds_until(margin, lambda n: both(n, 0.2) * sd / math.sqrt(n))
-        ),
+        "The bound of the lesson is one-sided: its quantile is 0.95, not 0.975.": ("0.95", "0.975"),
+        "The quantile of the power is subtracted. A higher power takes more seeds.": ("+ t.ppf", "- t.ppf"),
         "This number of seeds is one too few: at the result itself the sum must be below the margin.": (
-            lambda sd, margin: seeds_until(margin, lambda n: both(n) * sd / math.sqrt(n)) - 1
+            ("return n", "return n - 1")
         ),
-        "This is one seed more than needed.": (
-            lambda sd, margin: seeds_until(margin, lambda n: both(n) * sd / math.sqrt(n)) + 1
-        ),
-        "This starts too late: two seeds may be enough, so begin at n = 2.": (
-            lambda sd, margin: max(3, seeds_until(margin, lambda n: both(n) * sd / math.sqrt(n))),
-            lambda sd, margin: max(5, seeds_until(margin, lambda n: both(n) * sd / math.sqrt(n))),
-            lambda sd, margin: max(8, seeds_until(margin, lambda n: both(n) * sd / math.sqrt(n))),
-        ),
+        "This is one seed more than needed.": ("return n", "return n + 1"),
+        "This starts too late: two seeds may be enough, so begin at n = 2.": [
+            ("n = 2", f"n = {late}") for late in (3, 5, 8)
+        ],
     },
     hints=[
         "The two quantiles are t.ppf(0.95, n - 1) and t.ppf(0.8, n - 1).",
@@ -236,51 +214,59 @@ def seeds_until(margin: float, reach: Callable[[int], float]) -> int:
     praise="Half the margin costs up to four times the seeds, so choose the margin before you pay.",
     draws=60,
 )
-def seeds_needed(sd, margin):
-    """The result is the smallest number of seeds with which a sweep over two equal ranks has a power of about 80 %."""
-    n = 2
-    while (t.ppf(0.95, n - 1) + t.ppf(0.8, n - 1)) * sd / math.sqrt(n) >= margin:
-        n += 1
-    return n
 
 
-def ranks_and_rule(rng: np.random.Generator) -> tuple[int, int, float, str]:
+@seeds_needed.must()
+def so_many_and_no_fewer(seeds_needed, rng):
+    """With so many seeds the sum of both quantiles times sd / sqrt(n) is below the margin; with one less it is not."""
+    for ratio in (0.4, 0.6, 1.0, 1.5, 2.2, 3.1, 9.5):
+        n = seeds_needed(0.02 * ratio, 0.02)
+        sums = [stats.t.ppf(0.95, k - 1) + stats.t.ppf(0.8, k - 1) for k in (n, n - 1)]
+        if not sums[0] * ratio / math.sqrt(n) < 1 <= sums[1] * ratio / math.sqrt(n - 1):
+            return False
+    return True
+
+
+@seeds_needed.must()
+def two_can_be_enough(seeds_needed, rng):
+    """Where the seeds hardly scatter two are enough, and where they scatter twice the margin it is more than 20."""
+    return [seeds_needed(0.05 * margin, margin) for margin in (0.01, 0.3)] == [2, 2] and seeds_needed(2.0, 1.0) > 20
+
+
+def ranks_and_rule(rng):
     """A new rank, the rank and alpha that were tuned, and the rule by which the update is scaled."""
     r0, r = rng.choice([2, 4, 8, 16, 64], size=2, replace=False)
     return int(r), int(r0), float(rng.choice([3, 12, 24])), str(rng.choice(["alpha / r", "alpha / sqrt(r)"]))
 
 
-def by_rule(over_r, over_root):
-    """An answer that takes one formula under each rule."""
-    return lambda r, r0, alpha0, rule: float(alpha0 * (over_r(r / r0) if rule == "alpha / r" else over_root(r / r0)))
-
-
-@exercise(
+FIRST, SECOND = "alpha0 if", "math.sqrt(r0 / r)"  # what is right under each rule
+alpha_for = Exercise(
     "alpha_for",
+    LESSON,
     inputs=ranks_and_rule,
-    mistakes={
-        "Under alpha / r the rank drops out already, so alpha stays. Under alpha / sqrt(r) it must shrink.": (
-            by_rule(math.sqrt, lambda ratio: 1 / math.sqrt(ratio)),
-            by_rule(lambda ratio: ratio, lambda ratio: 1 / math.sqrt(ratio)),
-        ),
-        "The step now shrinks with the rank: under alpha / r the rank drops out, and alpha stays as it was.": (
-            by_rule(lambda ratio: 1 / ratio, lambda ratio: 1 / math.sqrt(ratio)),
-            by_rule(lambda ratio: 1 / math.sqrt(ratio), lambda ratio: 1 / math.sqrt(ratio)),
-        ),
-        "Under alpha / sqrt(r) the first step grows with sqrt(r) if alpha stays, so alpha must shrink.": (
-            by_rule(lambda ratio: 1, lambda ratio: 1)
-        ),
-        "Under alpha / sqrt(r) alpha must shrink where you let it grow.": (
-            by_rule(lambda ratio: 1, math.sqrt),
-            by_rule(lambda ratio: 1, lambda ratio: ratio),
-        ),
-        "Under alpha / sqrt(r) this shrinks too fast: the step grows with sqrt(r), not with r.": (
-            by_rule(lambda ratio: 1, lambda ratio: 1 / ratio)
-        ),
+    wrong={
+        "Under alpha / r the rank drops out already, so alpha stays. Under alpha / sqrt(r) it must shrink.": [
+            (FIRST, "alpha0 * math.sqrt(r / r0) if"),
+            (FIRST, "alpha0 * r / r0 if"),
+        ],
+        "The step now shrinks with the rank: under alpha / r the rank drops out, and alpha stays as it was.": [
+            (FIRST, "alpha0 * r0 / r if"),
+            (FIRST, "alpha0 * math.sqrt(r0 / r) if"),
+        ],
+        "Under alpha / sqrt(r) the first step grows with sqrt(r) if alpha stays, so alpha must shrink.": (SECOND, "1"),
+        "Under alpha / sqrt(r) alpha must shrink where you let it grow.": [
+            (SECOND, "math.sqrt(r / r0)"),
+            (SECOND, "r / r0"),
+        ],
+        "Under alpha / sqrt(r) this shrinks too fast: the step grows with sqrt(r), not with r.": (SECOND, "r0 / r"),
         "You kept the factor. The first step is r times the factor, so keep that product.": (
-            by_rule(lambda ratio: ratio, math.sqrt)
+            (SECOND, "math.sqrt(r / r0)", FIRST, "alpha0 * r / r0 if")
         ),
-        "The two rules are mixed up.": by_rule(lambda ratio: 1 / math.sqrt(ratio), lambda ratio: 1),
+        "The two rules are mixed up.": (SECOND, "1", FIRST, "alpha0 * math.sqrt(r0 / r) if"),
+        "Alpha grows with the rank under both rules, as in the habit alpha = 2r. Then the first step grows with it.": [
+            "return alpha0 * r / r0",
+            "return 2.0 * r",
+        ],
     },
     hints=[
         "Adam moves each of the r columns of B by about the learning rate, so the first step is r times the scaling.",
@@ -292,6 +278,42 @@ def by_rule(over_r, over_root):
     praise="A rule for alpha is first of all a rule for where the best learning rate lies.",
     draws=32,
 )
-def alpha_for(r, r0, alpha0, rule):
-    """r times the scaling, and so the length of Adam's first step, is the same at rank r as at rank r0."""
-    return float(alpha0 if rule == "alpha / r" else alpha0 * math.sqrt(r0 / r))
+
+
+def ranks_and_alphas(rng):
+    """New ranks, ranks that were tuned, and their alphas."""
+    return list(zip((2, 8, 64), (16, 4, 8), map(float, rng.integers(3, 40, 3)), strict=True))
+
+
+@alpha_for.must()
+def stays_under_the_first_rule(alpha_for, rng):
+    """Under alpha / r it stays as it was, and under alpha / sqrt(r) it does not."""
+    cases = ranks_and_alphas(rng)
+    stays = [[close(alpha_for(*case, rule), case[2]) for case in cases] for rule in ("alpha / r", "alpha / sqrt(r)")]
+    return all(stays[0]) and not any(stays[1])
+
+
+@alpha_for.must()
+def keeps_the_first_step_under_the_second(alpha_for, rng):
+    """Under alpha / sqrt(r), alpha times sqrt(r) stays."""
+    cases = ranks_and_alphas(rng)
+    return all(close(alpha_for(r, r0, a, "alpha / sqrt(r)") ** 2 * r, a**2 * r0) for r, r0, a in cases)
+
+
+Reflection(
+    LESSON,
+    question="Somebody has trained ranks 4, 16 and 64 at one learning rate, with one seed each, and reports that "
+    "rank 64 has the lowest loss, so that *high ranks are needed for this task*. In five to eight "
+    "sentences: what else could explain the result, and what would you run to find out which rank is "
+    "enough?",
+    rubric=(
+        "The answer names the common learning rate as another explanation, and says how it would favour a rank.",
+        "It names chance, and says what several seeds, the same for each rank, make of it.",
+        "It states what enough means: a margin, which is chosen before the runs.",
+        "It says when the answer would be that nothing is decided.",
+    ),
+    expected="At one low rate the higher rank gets further in the same steps. One seed names a winner by chance; "
+    "with the same seeds for all ranks the differences pair up, and an upper bound of their mean can be "
+    "compared with a margin. If the bound of no smaller rank is below it, nothing is decided, and more "
+    "seeds are needed. If the largest rank is best, larger ones have to be tried.",
+)

@@ -1,19 +1,8 @@
-"""Sheets for nbgrader: exercises with hidden tests, and a question that a person grades. The import registers them.
+"""Sheets for nbgrader: exercises with hidden tests, and a question that a person grades.
 
 invariant          a hidden test: a property that every right answer has, a point each
-memory             those of lesson 04
-speed              those of lesson 05
-which_rank         those of lesson 06
-overfitting        those of lesson 07
 sheets             the exercises of a lesson as a sheet, and a course of such sheets
 
 Nothing that a learner imports imports this folder, and it is not among the names of ``lora_lab.course``: what is in
 it reaches a learner's notebook only where a sheet has it, and nbgrader takes it out of what is handed out.
 """
-
-from lora_lab.course.grading import (  # noqa: F401, I001  # in the order of the lessons
-    memory,
-    speed,
-    which_rank,
-    overfitting,
-)

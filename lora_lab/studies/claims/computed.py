@@ -20,7 +20,7 @@ from lora_lab.inject import LoRAConfig, inject, merge
 from lora_lab.lora import LoRALinear
 from lora_lab.models.llama import Llama, LlamaConfig
 from lora_lab.models.quantize import FORMATS, nf4
-from lora_lab.studies.claims.deciding import FALLS, STANDS, Result, decides, near, over_cases, turned_by
+from lora_lab.studies.claims.deciding import Result, decides, near, over_cases, over_conditions, yes_or_no
 from lora_lab.studies.claims.facts import Claim
 
 IDS = torch.arange(32).view(2, 16)  # two sequences of 16 tokens
@@ -29,16 +29,7 @@ PRECISIONS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": to
 
 def tiny_llama(dtype: torch.dtype = torch.float64) -> nn.Module:
     """A Llama of two blocks, with random weights."""
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-    )
-    return Llama(config).to(dtype).eval()
+    return Llama(LlamaConfig(64, 32, 48, 2, 2, 1, 16)).to(dtype).eval()
 
 
 def random_matrix(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -51,11 +42,6 @@ def adapted_linear(width: int, r: int, alpha: float, dtype: torch.dtype = torch.
     base = nn.Linear(width, width, bias=False, dtype=dtype)
     base.weight.data = random_matrix(width, width, seed=seed, dtype=dtype) / math.sqrt(width)
     return LoRALinear(base, r, alpha, generator=torch.Generator().manual_seed(seed))
-
-
-def yes_or_no(holds: bool, measured: str) -> Result:
-    """The verdict on a statement without conditions that was tried in one case."""
-    return Result(STANDS if holds else FALLS, measured)
 
 
 # At the start, and merged
@@ -259,7 +245,7 @@ def merged_into_nf4(claim: Claim) -> Result:
     """
     W = random_matrix(256, 512, dtype=torch.float32)
     B, A = random_matrix(256, 8, seed=1, dtype=torch.float32), random_matrix(8, 512, seed=2, dtype=torch.float32)
-    cases, conditions = [], []
+    cases = []
     before, _ = nf4(W, double=False)
     levels = FORMATS["NF4"].decode(before)
     for (base, weights), size in product({"any weights": W, "weights on the grid": levels.view_as(W)}.items(), SIZES):
@@ -272,11 +258,10 @@ def merged_into_nf4(claim: Claim) -> Result:
         for which, norm in norms.items():
             words = f"{base}, {100 * size:.0f} % of the weight's norm: {share:.0f} % of the codes stay, "
             words += f"{which} {norm:.2f} times the update"
-            answer = near(share, claim.stated) and near(norm, 1)
-            cases.append((answer, words))
             case = {"which norm is meant": which, "the size of the update beside the weight": size}
-            conditions.append((answer, {**case, "whether the base lies on the grid already": base}))
-    return over_cases(cases, turned_by(conditions))
+            case |= {"whether the base lies on the grid already": base}
+            cases.append((near(share, claim.stated) and near(norm, 1), words, case))
+    return over_conditions(cases)
 
 
 def _codes(blocks: Tensor) -> Tensor:

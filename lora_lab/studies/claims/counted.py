@@ -19,7 +19,16 @@ from lora_lab.inject import LoRAConfig, inject, last_blocks, lora_layers
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.models import shapes
 from lora_lab.models.llama import Llama, LlamaConfig
-from lora_lab.studies.claims.deciding import FALLS, STANDS, UNTESTABLE, Result, decides, near, over_cases, turned_by
+from lora_lab.studies.claims.deciding import (
+    STANDS,
+    UNTESTABLE,
+    Result,
+    decides,
+    near,
+    over_cases,
+    over_conditions,
+    yes_or_no,
+)
 from lora_lab.studies.claims.facts import Claim
 
 QV, ATTENTION = ("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -27,25 +36,10 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 ALL = (*ATTENTION, *MLP)
 ADAPTED = {"all layers": ALL, "query and value matrices": QV}
 # Touvron et al. 2023, arXiv 2307.09288, and the model's config.json; Llama 1's 7B has the same matrices.
-LLAMA_2_7B = LlamaConfig(
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=32,
-    head_dim=128,
-)
+# (vocabulary, width, the MLP's width, layers, heads, heads of keys and values, a head's width)
+LLAMA_2_7B = LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128)
 # Touvron et al. 2023, arXiv 2302.13971, table 2; the feed-forward's width is in its config.json.
-LLAMA_65B = LlamaConfig(
-    vocab_size=32000,
-    hidden_size=8192,
-    intermediate_size=22016,
-    num_hidden_layers=80,
-    num_attention_heads=64,
-    num_key_value_heads=64,
-    head_dim=128,
-)
+LLAMA_65B = LlamaConfig(32000, 8192, 22016, 80, 64, 64, 128)
 # GPT-3's parameters: Hu et al. 2021, table 4; its width and layers: Brown et al. 2020, arXiv 2005.14165, table 2.1.
 GPT3_PARAMETERS, GPT3_WIDTH, GPT3_LAYERS = 175_255_800_000, 12288, 96
 HALF, FLOAT32 = 2, 4  # bytes of a weight in 16 bits and in 32
@@ -106,13 +100,11 @@ def gpt3_adapter(rank: int = 4) -> int:
 @decides("two-percent-of-the-parameters")
 def two_percent(claim: Claim) -> Result:
     """Rank 8 on all linear layers and on two, on three shapes."""
-    cases, conditions = [], []
+    cases = []
     for (layers, targets), name in product(ADAPTED.items(), ("smollm2-135m", "llama-3-8b", "llama-3-70b")):
-        share = _share(name, targets, 8)
-        answer = near(share, claim.stated, 0.25)
-        cases.append((answer, f"{layers}: {share:.2f} % of {name}"))
-        conditions.append((answer, {"the adapted layers": layers, "the width of the model": name}))
-    return over_cases(cases, turned_by(conditions))
+        share, case = _share(name, targets, 8), {"the adapted layers": layers, "the width of the model": name}
+        cases.append((near(share, claim.stated, 0.25), f"{layers}: {share:.2f} % of {name}", case))
+    return over_conditions(cases)
 
 
 def _share(name: str, targets: Sequence[str], rank: int) -> float:
@@ -136,13 +128,12 @@ def parameter_formula(claim: Claim) -> Result:
 @decides("adapters-are-small")
 def adapters_are_small(claim: Claim) -> Result:
     """The share of the model that an adapter adds, by rank, adapted layers and model."""
-    cases, conditions = [], []
+    cases = []
     for name, (layers, targets), rank in product(("smollm2-135m", "llama-3-8b"), ADAPTED.items(), (8, 64, 192)):
         share = _share(name, targets, rank)
-        answer = share < claim.stated
-        cases.append((answer, f"{layers} of {name}, rank {rank}: {share:.1f} %"))
-        conditions.append((answer, {"the rank": rank, "the adapted layers": layers, "the width of the model": name}))
-    return over_cases(cases, turned_by(conditions))
+        case = {"the rank": rank, "the adapted layers": layers, "the width of the model": name}
+        cases.append((share < claim.stated, f"{layers} of {name}, rank {rank}: {share:.1f} %", case))
+    return over_conditions(cases)
 
 
 @decides("attention-256-mlp-128")
@@ -163,7 +154,7 @@ def parameters_of_targets(claim: Claim) -> Result:
 def lora_beside_vera(claim: Claim) -> Result:
     """Rank 64 on all linear layers of Llama 7B."""
     count = 64 * adapter_size(LLAMA_2_7B, ALL) / 1e6
-    return Result(STANDS if near(count, claim.stated, 0.005) else FALLS, f"{count:.1f} million, counted")
+    return yes_or_no(near(count, claim.stated, 0.005), f"{count:.1f} million, counted")
 
 
 # Bytes
@@ -173,30 +164,26 @@ def lora_beside_vera(claim: Claim) -> Result:
 def checkpoint_size(claim: Claim) -> Result:
     """The ratio of two files in one precision is that of their parameters."""
     ratio = GPT3_PARAMETERS / gpt3_adapter()
-    return Result(
-        STANDS if near(ratio, claim.stated) else FALLS,
-        f"{ratio:,.0f} times: {gpt3_adapter():,} parameters of {GPT3_PARAMETERS:,}; it holds for GPT-3's width only",
-    )
+    text = f"{ratio:,.0f} times: {gpt3_adapter():,} parameters of {GPT3_PARAMETERS:,}; it holds for GPT-3's width only"
+    return yes_or_no(near(ratio, claim.stated), text)
 
 
 @decides("checkpoint-ratio-elsewhere")
 def checkpoint_elsewhere(claim: Claim) -> Result:
     """The paper's settings, rank 4 on q and v, and rank 8 on all layers, on models that are in use."""
-    cases, conditions = [], []
-    for rank, layers in ((4, "query and value matrices"), (8, "all layers")):
-        for name in ("smollm2-135m", "llama-3-8b", "llama-3-70b"):
-            ratio = 100 / _share(name, ADAPTED[layers], rank)
-            answer = ratio >= claim.stated
-            cases.append((answer, f"{name}, rank {rank} on {layers}, {ratio:,.0f} times"))
-            conditions.append((answer, {"the rank with the adapted layers": layers, "the width of the model": name}))
-    return over_cases(cases, turned_by(conditions))
+    cases, models = [], ("smollm2-135m", "llama-3-8b", "llama-3-70b")
+    for (rank, layers), name in product(((4, "query and value matrices"), (8, "all layers")), models):
+        ratio = 100 / _share(name, ADAPTED[layers], rank)
+        case = {"the rank with the adapted layers": layers, "the width of the model": name}
+        cases.append((ratio >= claim.stated, f"{name}, rank {rank} on {layers}, {ratio:,.0f} times", case))
+    return over_conditions(cases)
 
 
 @decides("hundred-models-354-gb")
 def hundred_models(claim: Claim) -> Result:
     """One base in 16 bits and a hundred adapters of rank 4."""
     total = HALF * (GPT3_PARAMETERS + 100 * gpt3_adapter()) / 1e9
-    return Result(STANDS if near(total, claim.stated, 0.02) else FALLS, f"{total:.0f} GB, and 35 TB as full copies")
+    return yes_or_no(near(total, claim.stated, 0.02), f"{total:.0f} GB, and 35 TB as full copies")
 
 
 @decides("gpt3-needs-1-2-tb")
@@ -220,27 +207,23 @@ def memory_of_7b(claim: Claim) -> Result:
     full, lora = ADAM * base / 1e9, (HALF + ADAM / 100) * base / 1e9
     ranks = ", ".join(f"rank {rank} {(HALF * base + ADAM * rank * each) / 1e9:.1f} GB" for rank in (16, 64, 256))
     (stated_full,) = claim.values
-    return Result(
-        STANDS if near(full, stated_full) and near(lora, claim.stated) else FALLS,
-        f"Llama 2 7B: {full:.1f} and {lora:.1f} GB; 1 % is rank {base / 100 / each:.0f} on all linear layers; {ranks}",
-    )
+    text = f"{full:.1f} and {lora:.1f} GB; 1 % is rank {base / 100 / each:.0f} on all linear layers; {ranks}"
+    return yes_or_no(near(full, stated_full) and near(lora, claim.stated), f"Llama 2 7B: {text}")
 
 
 @decides("quiz-8b-in-6-gb")
 def quiz_8b(claim: Claim) -> Result:
     """The frozen weights alone, before adapters, gradients and activations."""
     base = HALF * parameters(shapes.config("llama-3-8b")) / 1e9
-    return Result(
-        STANDS if base <= claim.stated else FALLS,
-        f"the frozen weights alone take {base:.1f} GB in 16 bits; 6 GB needs 4 bits, which is QLoRA",
-    )
+    text = f"the frozen weights alone take {base:.1f} GB in 16 bits; 6 GB needs 4 bits, which is QLoRA"
+    return yes_or_no(base <= claim.stated, text)
 
 
 @decides("double-quantisation-0-37-bits")
 def double_quantisation(claim: Claim) -> Result:
     """The bits that a block's scale takes for each weight, before and after."""
     saved = 4 + 32 / 64 - NF4_BITS
-    return Result(STANDS if near(saved, claim.stated, 0.02) else FALLS, f"{saved:.3f} bits a parameter")
+    return yes_or_no(near(saved, claim.stated, 0.02), f"{saved:.3f} bits a parameter")
 
 
 @decides("qlora-65b-in-48-gb")
@@ -270,26 +253,26 @@ def qlora_65b(claim: Claim) -> Result:
 def qlora_against_lora(claim: Claim) -> Result:
     """Weights and adapters alone: activations are the same in both and only make the ratio less."""
     models = {name: shapes.config(name) for name in ("llama-3.2-1b", "llama-3-8b", "llama-3-70b")}
-    cases, conditions = [], []
+    cases = []
     for (name, config), rank in product({**models, "llama-65b": LLAMA_65B}.items(), (1, 16)):
         adapters = ADAM * rank * adapter_size(config, ALL)
         ratio = (HALF * parameters(config) + adapters) / (_nf4_bytes(config) + adapters)
-        cases.append((near(ratio, claim.stated), f"{name} rank {rank} {ratio:.2f} times"))
-        conditions.append((cases[-1][0], {"the model": name, "the rank": rank}))
-    return over_cases(cases, turned_by(conditions))
+        words, case = f"{name} rank {rank} {ratio:.2f} times", {"the model": name, "the rank": rank}
+        cases.append((near(ratio, claim.stated), words, case))
+    return over_conditions(cases)
 
 
 def _nf4_bytes(config: LlamaConfig) -> float:
     """Bytes of the weights under QLoRA: its linear layers in NF4, all else in 16 bits."""
-    linear = _linear_weights(config)
+    linear = linear_weights(config)
     return HALF * (parameters(config) - linear) + NF4_BITS / 8 * linear
 
 
-def _linear_weights(config: LlamaConfig) -> int:
+def linear_weights(config: LlamaConfig) -> int:
     """The weights of the layers that QLoRA quantises: all linear ones but the output layer."""
-    width, inner, heads = config.hidden_size, config.intermediate_size, config.head_dim
-    attention = 2 * width * heads * (config.num_attention_heads + config.num_key_value_heads)
-    return config.num_hidden_layers * (attention + 3 * width * inner)
+    width, heads = config.hidden_size, config.num_attention_heads + config.num_key_value_heads
+    each = 2 * width * config.head_dim * heads + 3 * width * config.intermediate_size
+    return config.num_hidden_layers * each
 
 
 # FLOPs
@@ -299,28 +282,25 @@ def _linear_weights(config: LlamaConfig) -> int:
 def two_percent_of_compute(claim: Claim) -> Result:
     """A step at rank 8, whose adapters are about 2 % of SmolLM2-135M."""
     ratio = 100 * flop_ratio("smollm2-135m", 8)
-    return Result(STANDS if near(ratio, claim.stated, 0.5) else FALLS, f"{ratio:.0f} % of the FLOPs, 512 tokens")
+    return yes_or_no(near(ratio, claim.stated, 0.5), f"{ratio:.0f} % of the FLOPs, 512 tokens")
 
 
 @decides("two-thirds-of-the-flops")
 def two_thirds(claim: Claim) -> Result:
     """By rank and tokens in a sequence, on a narrow and a wide model."""
-    cases, conditions = [], []
+    cases = []
     for name, tokens, rank in product(("smollm2-135m", "llama-3-8b"), (512, 2048), (1, 16, 64, 256)):
         ratio = flop_ratio(name, rank, tokens)
-        answer = 2 / 3 <= ratio < 0.75
-        cases.append((answer, f"{name} rank {rank}, {tokens:,} tokens {ratio:.2f}"))
-        conditions.append((answer, {"the rank": rank, "the model's shape": name, "the length of the text": tokens}))
-    return over_cases(cases, turned_by(conditions))
+        case = {"the rank": rank, "the model's shape": name, "the length of the text": tokens}
+        cases.append((2 / 3 <= ratio < 0.75, f"{name} rank {rank}, {tokens:,} tokens {ratio:.2f}", case))
+    return over_conditions(cases)
 
 
 @decides("never-more-flops-than-full")
 def never_more(claim: Claim) -> Result:
     """Where 3 P = M + E: the rank above which LoRA has more FLOPs than full fine-tuning."""
-    cases = []
-    for rank in (8, 64, 146, 148, 256):
-        ratio = flop_ratio("smollm2-135m", rank)
-        cases.append((ratio <= 1, f"rank {rank} {ratio:.3f}"))
+    ratios = {rank: flop_ratio("smollm2-135m", rank) for rank in (8, 64, 146, 148, 256)}
+    cases = [(ratio <= 1, f"rank {rank} {ratio:.3f}") for rank, ratio in ratios.items()]
     return over_cases(cases, "the rank", always=True)
 
 
@@ -349,20 +329,14 @@ def checkpointing(claim: Claim) -> Result:
             again = counts[flops.LAYERS] / passes + others / 3
             more = 100 * again / sum(counts.values())
             cases.append((near(more, claim.stated, 0.2), f"{name}, {label} +{more:.0f} %"))
-    return over_cases(
-        cases, "method and width: LoRA has no weight gradients that the second pass would be small beside"
-    )
+    why = "LoRA has no weight gradients that the second pass would be small beside"
+    return over_cases(cases, f"method and width: {why}")
 
 
 @decides("25-percent-faster-gpt3")
 def speedup_of_gpt3(claim: Claim) -> Result:
     """Footnote 5's two throughputs, as time and as throughput."""
     full, lora = claim.values  # tokens/s on a V100
-    time, throughput = 100 * (1 - full / lora), 100 * (lora / full - 1)
-    return over_cases(
-        [
-            (near(time, claim.stated, 0.05), f"{time:.1f} % less time a token"),
-            (near(throughput, claim.stated, 0.05), f"{throughput:.1f} % more tokens a second"),
-        ],
-        "what is called a speedup",
-    )
+    gains = {"% less time a token": 100 * (1 - full / lora), "% more tokens a second": 100 * (lora / full - 1)}
+    cases = [(near(gain, claim.stated, 0.05), f"{gain:.1f} {words}") for words, gain in gains.items()]
+    return over_cases(cases, "what is called a speedup")

@@ -232,6 +232,23 @@ def over_cases(cases: Iterable[tuple[bool | None, str]], on: str, always: bool =
     return Result(FALLS if fails else STANDS if holds and not unclear else OPEN, text)
 
 
+def over_conditions(cases: Iterable[tuple[bool | None, str, Mapping[str, Any]]]) -> Result:
+    """Return the verdict of :func:`over_cases` where each case has its conditions, for :func:`turned_by`."""
+    cases = list(cases)
+    on = turned_by((answer, conditions) for answer, _, conditions in cases)
+    return over_cases([(answer, words) for answer, words, _ in cases], on)
+
+
+def yes_or_no(holds: bool | None, measured: str) -> Result:
+    """Return the verdict on a statement that was tried in one case; None: the measurement cannot tell."""
+    return Result({True: STANDS, False: FALLS, None: OPEN}[holds], measured)
+
+
+def excludes_zero(lower: float, upper: float) -> bool | None:
+    """Return whether bounds lie above zero, or (False) below it; None if they hold it."""
+    return None if lower <= 0 <= upper else bool(lower > 0)
+
+
 def turned_by(cases: Iterable[tuple[bool | None, Mapping[str, Any]]]) -> str:
     """The conditions whose change alone turns the answer, in words, such as "the rank and the model".
 

@@ -13,7 +13,7 @@ from lora_lab.ablation.compare import compare_by_seed
 from lora_lab.ablation.overfitting import at_equal_learning, compare_over_rates, summarise_trials
 from lora_lab.ablation.prediction import rank_correlations
 from lora_lab.ablation.stats import t_bounds
-from lora_lab.studies.claims.deciding import FALLS, OPEN, STANDS, Result, decides, over_cases
+from lora_lab.studies.claims.deciding import Result, decides, excludes_zero, over_cases, yes_or_no
 from lora_lab.studies.claims.facts import Claim
 from lora_lab.studies.claims.measured import MIN_SEEDS
 from lora_lab.studies.records import Record
@@ -65,12 +65,10 @@ def forgets_more_at_defaults(claim: Claim, record: Record) -> Result:
     """What both have forgotten after the last step, at the rates of PEFT's benchmark; at equal learning beside it."""
     lora, full = "LoRA r=32, PEFT's rate", "full, PEFT's rate"
     trials = summarise_trials(_frame(record, (lora, full)))
-    table = compare_by_seed(trials, "forgotten_at_last", full)
-    row = next(row for row in table.to_dict("records") if row["setup"] == lora)
+    row = compare_by_seed(trials, "forgotten_at_last", full).set_index("setup").to_dict("index")[lora]
     text = f"after the last step {row['difference']:+.4f} ({row['lower']:+.4f} to {row['upper']:+.4f}) nats"
     beside = "; ".join(words for _, _, words in _at_equal_learning(record, [lora], full))
-    verdict = STANDS if row["lower"] > 0 else FALLS if row["upper"] < 0 else OPEN
-    return Result(verdict, f"{text}; at equal learning: {beside}")
+    return yes_or_no(excludes_zero(row["lower"], row["upper"]), f"{text}; at equal learning: {beside}")
 
 
 @decides("kl-predicts-forgetting", record="remedies")
@@ -83,10 +81,10 @@ def divergence_predicts(claim: Claim, record: Record) -> Result:
     names = {"score_divergence": "KL on the new task", "score_size": "size of the update", "lr": "rate"}
     cases = []
     for row in table.to_dict("records"):
-        name, first = names.get(row["predictor"], row["predictor"]), row["predictor"] == predictors[0]
-        answer = row["difference_lower"] > 0 or (None if row["difference_upper"] >= 0 else False)
-        if first:
-            answer = row["lower"] > 0 or (None if row["upper"] >= 0 else False)
+        name, prefix = names.get(row["predictor"], row["predictor"]), "difference_"
+        if row["predictor"] == predictors[0]:  # what the others are compared with
+            prefix = ""
+        answer = excludes_zero(row[f"{prefix}lower"], row[f"{prefix}upper"])
         cases.append((answer, f"{name} {row['correlation']:+.2f} ({row['lower']:+.2f} to {row['upper']:+.2f})"))
     return over_cases(cases, "what KL is compared with")
 
@@ -139,4 +137,4 @@ def inverse_to_the_loss(claim: Claim, record: Record) -> Result:
     row = table.iloc[0]
     text = f"rank correlation of forgetting with the loss {row['correlation']:+.2f}"
     text = f"{text} ({row['lower']:+.2f} to {row['upper']:+.2f}), {len(plain)} setups"
-    return Result(STANDS if row["upper"] < 0 else FALLS if row["lower"] > 0 else OPEN, text)
+    return yes_or_no(excludes_zero(-row["upper"], -row["lower"]), text)

@@ -15,7 +15,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, cast
 
 from lora_lab.ablation.stats import CONFIDENCE, t_bounds
-from lora_lab.studies.claims.deciding import OPEN, Result, decides, over_cases, turned_by
+from lora_lab.studies.claims.deciding import OPEN, Result, decides, excludes_zero, over_cases, turned_by
 from lora_lab.studies.claims.facts import Claim
 from lora_lab.studies.claims.measured import MIN_SEEDS
 from lora_lab.studies.records import Record
@@ -62,7 +62,7 @@ class Gain:
         That is so if the bounds hold zero or a rate is at an edge, or if the one that has the lower loss answers worse.
         """
         _, lower, upper = self.bounds(cases)
-        return None if self.at_edge or lower <= 0 <= upper or self.contradicted(cases) else lower > 0
+        return None if self.at_edge or self.contradicted(cases) else excludes_zero(lower, upper)
 
     def contradicted(self, cases: int) -> bool:
         """Whether the one that has the lower loss answers worse, with bounds clear of zero.

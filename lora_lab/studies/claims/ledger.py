@@ -26,29 +26,9 @@ from lora_lab.studies.claims import (  # noqa: F401  # they register themselves
 )
 from lora_lab.studies.claims.deciding import DECIDERS, FALLS, OPEN, UNTESTABLE, VERDICTS, Result, judge
 from lora_lab.studies.claims.facts import NONE_GIVEN, Claim, read_claims
-from lora_lab.system.schema import check
+from lora_lab.studies.registry import HOURS
 
 WIDTH = 100
-# Kind of a record -> how long it takes on two cores, as records/README.md has it.
-HOURS = {
-    "memory": "half an hour",
-    "speed": "half an hour",
-    "ablation": "an hour",
-    "spectra": "half an hour",
-    "overfitting": "six hours",
-    "head_start": "an hour",
-    "downstream": "three hours",
-    "elicitation": "half an hour",
-    "rates": "three hours",
-    "quality": "eleven hours",
-    "targets": "an hour",
-    "taught": "at most five hours",
-    "remedies": "two hours",
-    "variants": "three hours",
-    "quantised": "an hour and a half",
-    "rank_advice": "two hours",
-    "translation": "three hours",
-}
 
 
 @dataclass(frozen=True)
@@ -159,7 +139,7 @@ def verdict(claim_id: str, folder: str | Path | None = None, lessons: str | Path
         ValueError: there is no such claim.
     """
     every = read_claims()
-    if check(claim_id, str, "claim_id") not in every:
+    if claim_id not in every:
         near = difflib.get_close_matches(claim_id, every, n=3, cutoff=0) or list(every)[:3]
         raise ValueError(f"There is no claim {claim_id!r}; the nearest are {', '.join(near)}.")
     return Entry(every[claim_id], judge(every[claim_id], folder, lessons))

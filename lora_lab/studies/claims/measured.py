@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import chain, combinations, pairwise, product
+from functools import partial
+from itertools import combinations, pairwise, product
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -35,8 +36,9 @@ from lora_lab.studies.claims.deciding import (
     decides,
     near,
     over_cases,
-    turned_by,
+    over_conditions,
     within,
+    yes_or_no,
 )
 from lora_lab.studies.claims.facts import Claim
 from lora_lab.studies.records import Published, Record
@@ -77,13 +79,6 @@ ALSO = ("", ", checkpointing")
 FULL_AND_LORA = [(f"full{also}", f"LoRA r=8{also}") for also in ALSO]
 
 
-@decides("memory-a-third", record="memory")
-def memory_a_third(claim: Claim, record: Record) -> Result:
-    """Measured peaks of full fine-tuning and LoRA, both in float32."""
-    cases = [(ratio >= claim.stated, words) for ratio, words in _memory_ratios(record, FULL_AND_LORA)]
-    return over_cases(cases, "the tokens in a step and checkpointing")
-
-
 @decides("memory-as-few-as-parameters", record="memory")
 def memory_as_parameters(claim: Claim, record: Record) -> Result:
     """The memory that LoRA saves, in per cent of full fine-tuning's peak."""
@@ -91,96 +86,98 @@ def memory_as_parameters(claim: Claim, record: Record) -> Result:
     savings = sorted(100 * (1 - 1 / ratio) for ratio, _ in _memory_ratios(record, pairs))
     if not savings:
         return Result(OPEN, "the record has no pair of full fine-tuning and LoRA")
-    stands = savings[0] >= 0.9 * claim.stated
-    return Result(STANDS if stands else FALLS, f"saves {savings[0]:.0f} to {savings[-1]:.0f} % in {len(savings)} cases")
+    text = f"saves {savings[0]:.0f} to {savings[-1]:.0f} % in {len(savings)} cases"
+    return yes_or_no(savings[0] >= 0.9 * claim.stated, text)
 
 
 @decides("fewer-gradients-lower-the-peak", record="memory")
 def gradients_at_the_peak(claim: Claim, record: Record) -> Result:
     """Whether the peak of full fine-tuning holds gradients of its parameters, in each setup with AdamW."""
-    cases, conditions = [], []
+    cases = []
     for row in record.rows:
         name, *options = row["setup"].split(", ")
         if name == "full" and "SGD" not in options:
             held = row.get("gradients", 0)
             words = f"{row['model']}, {row['batch']} x {row['length']} tokens, {row['setup']}: {held / MIB:,.0f} MiB"
-            cases.append((held > 0, words))
             case = {"the model": row["model"], "the tokens in a step": (row["batch"], row["length"])}
             case |= {"the precision": "bf16" in options, "checkpointing": "checkpointing" in options}
-            conditions.append((held > 0, case))
-    return over_cases(cases, turned_by(conditions))
+            cases.append((held > 0, words, case))
+    return over_conditions(cases)
 
 
 @decides("lora-needs-less-memory", record="memory")
 def less_memory(claim: Claim, record: Record) -> Result:
     """Measured peaks of full fine-tuning in units of LoRA's of several ranks, all in float32; and a rank too high."""
-    pairs = [(f"full{also}", f"LoRA r={rank}{also}") for also in ALSO for rank in (1, 8, 64)]
     cases: list[tuple[bool | None, str]] = []
-    for pair in pairs:
-        for ratio, words in _memory_ratios(record, [pair]):
-            cases.append((ratio > 1, f"rank {pair[1].partition('=')[2].partition(',')[0]} {words}"))
-    config = shapes.config("smollm2-135m")
-    without, with_gradients = (rank_of_equal_memory(config, held) for held in (False, True))
-    counted_case = (
-        f"counting SmolLM2-135M's weights and Adam's moments alone, from rank {without} upwards; with gradients, "
-        f"which the peak holds with few tokens, from {with_gradients}"
-    )
-    return over_cases([*cases, (False, counted_case)] if cases else [], "the rank and the tokens in a step")
+    for also, rank in product(ALSO, (1, 8, 64)):
+        ratios = _memory_ratios(record, [(f"full{also}", f"LoRA r={rank}{also}")])
+        cases += [(ratio > 1, f"rank {rank} {words}") for ratio, words in ratios]
+    without, with_gradients = (rank_of_equal_memory(shapes.config("smollm2-135m"), held) for held in (False, True))
+    text = f"counting SmolLM2-135M's weights and Adam's moments alone, from rank {without} upwards; with gradients, "
+    text += f"which the peak holds with few tokens, from {with_gradients}"
+    return over_cases([*cases, (False, text)] if cases else [], "the rank and the tokens in a step")
 
 
 @decides("memory-gap-closes", record="memory")
 def memory_and_context(claim: Claim, record: Record) -> Result:
     """LoRA's peak in units of full fine-tuning's, along the lengths of one sequence."""
-    peaks: dict[str, dict[int, tuple[int, int]]] = {}  # model -> length -> LoRA's and full fine-tuning's
+    ratios: dict[str, list[float]] = {}  # by model, in ascending order of the length
+    texts: dict[str, list[str]] = {}
     for (model, batch, length), setups in sorted(_peaks(record).items()):
         if batch == 1 and {"LoRA r=8", "full"} <= setups.keys():
-            pair = setups["LoRA r=8"]["measured_bytes"], setups["full"]["measured_bytes"]
-            peaks.setdefault(model, {})[length] = pair
-    cases = []
-    for model, by_length in peaks.items():
-        if len(by_length) >= 3:
-            rising = all(a[0] / a[1] < b[0] / b[1] for a, b in pairwise(by_length.values()))
-            texts = [
-                f"{lora / full:.2f} at {length} ({(full - lora) / MIB:,.0f} MiB less)"
-                for length, (lora, full) in by_length.items()
-            ]
-            cases.append((rising, f"{model}: {', '.join(texts)}"))
-    return over_cases(cases, "the model")
+            lora, full = (setups[name]["measured_bytes"] for name in ("LoRA r=8", "full"))
+            ratios.setdefault(model, []).append(lora / full)
+            words = f"{lora / full:.2f} at {length} ({(full - lora) / MIB:,.0f} MiB less)"
+            texts.setdefault(model, []).append(words)
+    long = [model for model in ratios if len(ratios[model]) >= 3]
+    rising = {model: all(low < high for low, high in pairwise(ratios[model])) for model in long}
+    return over_cases([(rising[model], f"{model}: {', '.join(texts[model])}") for model in long], "the model")
 
 
-@decides("frozen-layers-store-nothing", record="memory")
-def stored_activations(claim: Claim, record: Record) -> Result:
-    """What autograd has saved after the forward pass, LoRA's in units of full fine-tuning's."""
-    pairs = [("LoRA r=8", "full"), ("LoRA r=8, bf16", "full, bf16")]
-    cases = [(ratio < 0.5, words) for ratio, words in _memory_ratios(record, pairs, "saved_bytes")]
-    return over_cases(cases, "the model and the precision")
-
-
+# Claims on the ratio of two setups' bytes: pairs, column, whether it holds, and on what it may depend.
 LORA_AND_LORA_FA = [(f"LoRA r=8{also}", f"LoRA-FA r=8{also}") for also in ("", ", bf16", ", checkpointing")]
+_STORED = [("LoRA r=8", "full"), ("LoRA r=8, bf16", "full, bf16")]
+_DORA = [("DoRA r=8", "LoRA r=8")]
+RATIOS: dict[str, tuple[Any, str, Callable[[float, Claim], bool], str]] = {
+    "memory-a-third": (
+        FULL_AND_LORA,
+        "measured_bytes",
+        lambda ratio, claim: ratio >= claim.stated,
+        "the tokens in a step and checkpointing",
+    ),
+    # What autograd has saved after the forward pass.
+    "frozen-layers-store-nothing": (
+        _STORED,
+        "saved_bytes",
+        lambda ratio, claim: ratio < 0.5,
+        "the model and the precision",
+    ),
+    "lora-fa-less-memory": (LORA_AND_LORA_FA, "measured_bytes", lambda ratio, claim: ratio > 1, "the setup"),
+    "lora-fa-saves-up-to-1-4-times": (
+        LORA_AND_LORA_FA,
+        "measured_bytes",
+        lambda ratio, claim: near(ratio, claim.stated),
+        "the precision of base and adapters",
+    ),
+    "dora-costs-little-memory": (_DORA, "measured_bytes", lambda ratio, claim: ratio < 1.1, "the model"),
+}
 
 
-@decides("lora-fa-less-memory", record="memory")
-def lora_fa(claim: Claim, record: Record) -> Result:
-    """LoRA's peak in units of LoRA-FA's."""
-    ratios = ((ratio > 1, words) for ratio, words in _memory_ratios(record, LORA_AND_LORA_FA))
-    result = over_cases(ratios, "the setup")
-    return replace(result, measured=f"LoRA's peak divided by LoRA-FA's. {result.measured}")
-
-
-@decides("lora-fa-saves-up-to-1-4-times", record="memory")
-def lora_fa_at_most(claim: Claim, record: Record) -> Result:
-    """The same ratios: in which setups they come within a tenth of what is claimed."""
-    cases = [(near(ratio, claim.stated), words) for ratio, words in _memory_ratios(record, LORA_AND_LORA_FA)]
-    return over_cases(cases, "the precision of base and adapters")
-
-
-@decides("dora-costs-little-memory", record="memory")
-def dora_memory(claim: Claim, record: Record) -> Result:
-    """DoRA's peak in units of LoRA's, of two models or more."""
-    cases = [(ratio < 1.1, words) for ratio, words in _memory_ratios(record, [("DoRA r=8", "LoRA r=8")])]
-    result = over_cases(cases, "the model")
+def memory_ratio(claim: Claim, record: Record) -> Result:
+    """Return the verdict on a claim in :data:`RATIOS`, from all cells of the record."""
+    pairs, column, holds, on = RATIOS[claim.id]
+    cases = [(holds(ratio, claim), words) for ratio, words in _memory_ratios(record, pairs, column)]
+    result = over_cases(cases, on)
+    if claim.id == "lora-fa-less-memory":
+        return replace(result, measured=f"LoRA's peak divided by LoRA-FA's. {result.measured}")
     models = {model for (model, _, _), setups in _peaks(record).items() if "DoRA r=8" in setups}
-    return result if len(models) > 1 else Result(OPEN, f"{result.measured}; fewer than two models have DoRA")
+    if pairs is _DORA and len(models) < 2:
+        return Result(OPEN, f"{result.measured}; fewer than two models have DoRA")
+    return result
+
+
+for _id in RATIOS:
+    decides(_id, record="memory")(memory_ratio)
 
 
 # Time
@@ -205,14 +202,16 @@ def _timed(record: Record, setups: Sequence[str], model: str | None = None):
 def trains_faster(claim: Claim, record: Record) -> Result:
     """What the record says of LoRA's time in units of full fine-tuning's."""
     ranks = ("LoRA r=1", "LoRA r=8", "LoRA r=64", "LoRA r=256")
-    timed = [(_is_faster(row), row, words) for row, _, words in _timed(record, ranks)]
-    cases = [(answer, words) for answer, _, words in timed]
-    answers = [answer for answer, _ in cases]
+    cases = [(_is_faster(row), words, _conditions(row)) for row, _, words in _timed(record, ranks)]
+    answers = [answer for answer, *_ in cases]
     counts = f"faster in {answers.count(True)}, slower in {answers.count(False)}, undecided in {answers.count(None)}"
-    slower = "; ".join(words for answer, words in cases if answer is False)
-    turns = turned_by((answer, _conditions(row)) for answer, row, _ in timed)
-    result = over_cases(cases, f"{turns}, and outside this record on the model (lesson 05)")
-    return Result(result.verdict, f"{counts} of {len(cases)} cases. Slower: {slower or 'none'}", result.on)
+    slower = "; ".join(words for answer, words, _ in cases if answer is False)
+    return _outside_too(over_conditions(cases), f"{counts} of {len(cases)} cases. Slower: {slower or 'none'}")
+
+
+def _outside_too(result: Result, measured: str) -> Result:
+    on = f"{result.on}, and outside this record on the model (lesson 05)" if result.on else ""
+    return Result(result.verdict, measured, on)
 
 
 def _is_faster(row: dict[str, Any]) -> bool | None:
@@ -246,16 +245,16 @@ def _as_fast_as_stated(claim: Claim, record: Record, setup: str) -> list[tuple[b
 @decides("time-ratio-is-flop-ratio", record="speed")
 def time_and_flops(claim: Claim, record: Record) -> Result:
     """Whether the ratio of the times is that of the FLOPs within the margin, from 512 tokens on."""
-    full, cases, conditions = _flops_of_full(record), [], []
+    full, cases = _flops_of_full(record), []
     for row in record.rows:
         interval = time_interval(row)
         if row["setup"].startswith("LoRA r=") and row["tokens"] >= 512 and interval:
             flops = row["flops"] / full[row["model"], row["tokens"]]
             same = within(*interval, flops - TIME_MARGIN, flops + TIME_MARGIN)
             words = f"{row['model']}, {row['tokens']} tokens, {row['setup'].partition(' ')[2]}: FLOPs {flops:.2f}"
-            cases.append((same, f"{words}, time {interval[0]:.2f} to {interval[1]:.2f}"))
-            conditions.append((same, _conditions(row)))
-    return over_cases(cases, turned_by(conditions))
+            words += f", time {interval[0]:.2f} to {interval[1]:.2f}"
+            cases.append((same, words, _conditions(row)))
+    return over_conditions(cases)
 
 
 def _flops_of_full(record: Record) -> dict[tuple[str, int], int]:
@@ -267,24 +266,21 @@ def _flops_of_full(record: Record) -> dict[tuple[str, int], int]:
 def time_predicted(claim: Claim, record: Record) -> Result:
     """Whether the cost model, and FLOPs alone, say which is faster, in the cases whose interval excludes 1."""
     full = _flops_of_full(record)
-    cases: dict[str, list[tuple[bool, str]]] = {"the cost model": [], "FLOPs alone": []}
-    conditions = []
-    for row, _, words in _timed(record, [row["setup"] for row in record.rows if row["setup"] != "full"]):
-        answer = _is_faster(row)
-        if answer is not None:
-            ratios = row["predicted_ratio"], row["flops"] / full[row["model"], row["tokens"]]
-            for (name, of_name), ratio in zip(cases.items(), ratios, strict=True):
-                right = (ratio < 1) == answer
-                of_name.append((right, f"{words}, predicted {ratio:.2f}"))
-                conditions.append((right, {"the prediction": name, **_conditions(row)}))
-    texts = []
-    for name, of_name in cases.items():
-        wrong = [words for right, words in of_name if not right]
-        text = f"{name}: right in {len(of_name) - len(wrong)} of {len(of_name)} decided cases"
+    cases, texts = [], []
+    timed = [*_timed(record, [row["setup"] for row in record.rows if row["setup"] != "full"])]
+    decided = [(row, words) for row, _, words in timed if _is_faster(row) is not None]
+    for name in ("the cost model", "FLOPs alone"):
+        wrong = []
+        for row, words in decided:
+            flops = row["flops"] / full[row["model"], row["tokens"]]
+            ratio = flops if name == "FLOPs alone" else row["predicted_ratio"]
+            words = f"{words}, predicted {ratio:.2f}"
+            right = (ratio < 1) == _is_faster(row)
+            wrong += [] if right else [words]
+            cases.append((right, words, {"the prediction": name, **_conditions(row)}))
+        text = f"{name}: right in {len(decided) - len(wrong)} of {len(decided)} decided cases"
         texts.append(f"{text}. Wrong: {'; '.join(wrong)}" if wrong else text)
-    on = f"{turned_by(conditions)}, and outside this record on the model (lesson 05)"
-    result = over_cases(chain.from_iterable(cases.values()), on)
-    return Result(result.verdict, ". ".join(texts), result.on)
+    return _outside_too(over_conditions(cases), ". ".join(texts))
 
 
 @decides("fewer-blocks-shorter-steps", record="speed")
@@ -331,7 +327,8 @@ def _best_inside(record: Record, wider: Sequence[Record], rank: int, rate: float
     return False
 
 
-def _rank_is_enough(record: Record, rank: int, wider: Sequence[Record]) -> Result:
+def rank_is_enough(rank: int, claim: Claim, record: Record, wider: Sequence[Record]) -> Result:
+    """Return whether a rank is enough beside the largest one, each at its own rate."""
     results, edges, seeds = _rank_results(record)
     largest = max(results)
     if rank not in results or rank == largest:
@@ -353,16 +350,8 @@ def _rank_is_enough(record: Record, rank: int, wider: Sequence[Record]) -> Resul
     return Result({"enough": STANDS, "too small": FALLS}.get(result.status, OPEN), text)
 
 
-@decides("rank-one-suffices", record="ablation", beside="rates")
-def rank_one(claim: Claim, record: Record, wider: Sequence[Record]) -> Result:
-    """Rank 1 beside the largest rank, each at its own rate."""
-    return _rank_is_enough(record, 1, wider)
-
-
-@decides("loss-flat-from-rank-16", record="ablation", beside="rates")
-def rank_sixteen(claim: Claim, record: Record, wider: Sequence[Record]) -> Result:
-    """Rank 16 beside the largest rank, each at its own rate."""
-    return _rank_is_enough(record, 16, wider)
+decides("rank-one-suffices", record="ablation", beside="rates")(partial(rank_is_enough, 1))
+decides("loss-flat-from-rank-16", record="ablation", beside="rates")(partial(rank_is_enough, 16))
 
 
 # Overfitting
@@ -577,7 +566,7 @@ def _compared(
 @decides("qlora-matches-16-bits", record="quantised")
 def qlora_matches(claim: Claim, record: Record) -> Result:
     """LoRA's test loss over a base in NF4, less that over float32 and over bfloat16, each at its own rate."""
-    pairs = [("NF4", "float32"), ("NF4", "bfloat16")]
+    pairs = [("NF4", base) for base in ("float32", "bfloat16")]
     answers = {"lower": True, "equal": True, "higher": False}
     return over_cases(_compared(record, ["float32", "bfloat16", "NF4"], pairs, answers), "the base it is compared with")
 
@@ -599,7 +588,7 @@ def spectrum_predicts_rank(claim: Claim, record: Record) -> Result:
         for row in advice.judged.to_dict("records")
     )
     text += f"; not decided by the sweep: {', '.join(advice.undecided)}" if advice.undecided else ""
-    return Result({True: STANDS, False: FALLS, None: OPEN}[advice.works], text)
+    return yes_or_no(advice.works, text)
 
 
 def right_by(record: Record, data: str, setup: str, column: str = "kind") -> pandas.DataFrame:
@@ -632,9 +621,10 @@ def right_by(record: Record, data: str, setup: str, column: str = "kind") -> pan
     return pandas.DataFrame(table)
 
 
-def _translates(record: Record, data: Sequence[str]) -> list[tuple[bool | None, str]]:
-    """Whether half of the translations that no baseline gets right are exact, by data, setup and kind."""
-    cases = []
+def translates(claim: Claim, record: Record) -> Result:
+    """Return whether half of the translations that no baseline gets right are exact, by data, setup and kind."""
+    cases: list[tuple[bool | None, str]] = []
+    data, on = TRANSLATED[claim.id]
     for name, setup in product(data, sorted({row["setup"] for row in record.rows if row["stage"] == "judging"})):
         for row in right_by(record, name, setup).to_dict("records"):
             if row["kind"] == "right by a baseline":
@@ -645,20 +635,18 @@ def _translates(record: Record, data: Sequence[str]) -> list[tuple[bool | None, 
             if row["edge"]:
                 text += ", rate at the edge of its grid"
             cases.append((None if row["edge"] or row["seeds"] < MIN_SEEDS else answer, text))
-    return cases
+    return over_cases(cases, on)
 
 
-@decides("135m-learns-to-translate", record="translation")
-def translates_names(claim: Claim, record: Record) -> Result:
-    """Exact translations of names that no baseline gets right."""
-    return over_cases(_translates(record, ["translate-fr"]), "the method")
-
-
-@decides("135m-learns-a-grammar", record="translation")
-def translates_sentences(claim: Claim, record: Record) -> Result:
-    """Exact translations of sentences, in both directions, by what training shows of them."""
-    cases = _translates(record, ["sentences-en", "sentences-fr"])
-    return over_cases(cases, "the direction, and on whether training shows every word")
+TRANSLATED = {  # claim -> the data, and on what it may depend
+    "135m-learns-to-translate": (["translate-fr"], "the method"),
+    "135m-learns-a-grammar": (
+        ["sentences-en", "sentences-fr"],
+        "the direction, and on whether training shows every word",
+    ),
+}
+for _id in TRANSLATED:
+    decides(_id, record="translation")(translates)
 
 
 # Courses
@@ -732,7 +720,7 @@ def full_rank_update(claim: Claim, record: Record) -> Result:
     text = f"median {ratio:.0f} times rank 8 over {len(_layers(record, 'full'))} layers, {counted(seeds, 'seed')}"
     if seeds < MIN_SEEDS:
         return Result(OPEN, f"{text}; fewer than {MIN_SEEDS} seeds")
-    return Result(STANDS if 10 <= ratio <= 100 else FALLS, text)
+    return yes_or_no(10 <= ratio <= 100, text)
 
 
 # What others published
@@ -756,7 +744,7 @@ def torchtune_speed(claim: Claim, published: Published) -> Result:
 
     Its row with checkpointing, which LoRA's has too, is stated beside it.
     """
-    cases, conditions = [], []
+    cases = []
     for card, model in sorted({(row["card"], row["model"]) for row in published.rows}):
         rows = [row for row in published.rows if (row["card"], row["model"]) == (card, model)]
         lora = max(row["tokens_per_second"] for row in rows if row["method"] == "LoRA")
@@ -764,34 +752,24 @@ def torchtune_speed(claim: Claim, published: Published) -> Result:
         fastest = min(full, key=full.__getitem__)
         text = f"{model} on {card}: {full[fastest]:.2f} times full's fastest row ({fastest})"
         text += "".join(f", {full[name]:.2f} times its row with {name}" for name in full if name == "checkpointing")
-        answer = near(full[fastest], claim.stated)
-        cases.append((answer, text))
-        conditions.append((answer, {"the model": model, "the card": card}))
-    return over_cases(cases, turned_by(conditions))
+        cases.append((near(full[fastest], claim.stated), text, {"the model": model, "the card": card}))
+    return over_conditions(cases)
 
 
 @decides("qlora-takes-more-time", published="litgpt")
-def qlora_time(claim: Claim, published: Published) -> Result:
-    """The time of an iteration in NF4 beside bfloat16, on the source's model; the other models are stated beside it."""
-    slower = _in_nf4(published, "iteration_s")
-    texts = ", ".join(f"{model} {percent:+.0f} %" for model, percent in slower.items())
-    return Result(STANDS if slower["Llama 2 7B"] > 0 else FALLS, f"time with NF4 beside bfloat16: {texts}")
-
-
 @decides("qlora-33-percent-less-memory", published="litgpt")
-def qlora_memory(claim: Claim, published: Published) -> Result:
-    """The peak in NF4 beside bfloat16, on the source's model; the other models are stated beside it."""
-    more = _in_nf4(published, "peak_bytes")
-    texts = ", ".join(f"{model} {percent:+.0f} %" for model, percent in more.items())
-    verdict = STANDS if near(-more["Llama 2 7B"], claim.stated, 0.25) else FALLS
-    return Result(verdict, f"peak with NF4 beside bfloat16: {texts}")
+def qlora_beside_bfloat16(claim: Claim, published: Published) -> Result:
+    """By how many per cent time or peak is higher in NF4 than in bfloat16, with one sequence in a micro-batch.
 
-
-def _in_nf4(published: Published, column: str) -> dict[str, float]:
-    """Model -> by how many per cent a column is higher in NF4 than in bfloat16, with one sequence in a micro-batch."""
-    higher = {}
+    It is judged on the source's model; the other models are stated beside it.
+    """
+    of_time = claim.id == "qlora-takes-more-time"
+    column, higher = "iteration_s" if of_time else "peak_bytes", {}
     for model in dict.fromkeys(row["model"] for row in published.rows):
         single = (row for row in published.rows if row["model"] == model and row["micro_batch_size"] == 1)
         values = {row["quantization"]: row[column] for row in single}
         higher[model] = 100 * (values["nf4"] / values[None] - 1)
-    return higher
+    judged = higher["Llama 2 7B"]
+    texts = ", ".join(f"{model} {percent:+.0f} %" for model, percent in higher.items())
+    answer = judged > 0 if of_time else near(-judged, claim.stated, 0.25)
+    return yes_or_no(answer, f"{'time' if of_time else 'peak'} with NF4 beside bfloat16: {texts}")

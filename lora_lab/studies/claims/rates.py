@@ -18,7 +18,17 @@ import pandas
 
 from lora_lab.ablation.learning_rate import best_rate, losses_by_rate, powers, ratio_interval, sample_vertices, slope
 from lora_lab.ablation.stats import CONFIDENCE, outer_bounds
-from lora_lab.studies.claims.deciding import FALLS, OPEN, STANDS, Result, decides, over_cases, within
+from lora_lab.studies.claims.deciding import (
+    FALLS,
+    OPEN,
+    STANDS,
+    Result,
+    decides,
+    excludes_zero,
+    over_cases,
+    within,
+    yes_or_no,
+)
 from lora_lab.studies.claims.facts import Claim
 from lora_lab.studies.records import Record
 
@@ -48,9 +58,8 @@ def _on_language_model(answers: Mapping[str, tuple[bool | None, str]]) -> Result
     """The verdict from data -> (whether the claim holds there, words), where the language model's answer counts."""
     if "docs" not in answers:
         return Result(OPEN, "the record has no language model")
-    verdict = {True: STANDS, False: FALLS, None: OPEN}[answers["docs"][0]]
     texts = (f"{'' if data == 'docs' else 'not judged, '}{DATA[data]}: {words}" for data, (_, words) in answers.items())
-    return Result(verdict, "; ".join(texts))
+    return yes_or_no(answers["docs"][0], "; ".join(texts))
 
 
 def _mean_of_ranks(frame: pandas.DataFrame) -> tuple[np.ndarray, str]:
@@ -61,20 +70,13 @@ def _mean_of_ranks(frame: pandas.DataFrame) -> tuple[np.ndarray, str]:
 
 
 @decides("lora-rate-ten-times-full", record="rates")
-def ten_times(claim: Claim, record: Record) -> Result:
-    """:func:`_times_full` in runs of 100 steps or more."""
-    return _times_full(claim, record, in_short_runs=False)
-
-
 @decides("lora-rate-15-times-full-early", record="rates")
-def fifteen_times(claim: Claim, record: Record) -> Result:
-    """:func:`_times_full` in runs of fewer than 100 steps."""
-    return _times_full(claim, record, in_short_runs=True)
+def times_full(claim: Claim, record: Record) -> Result:
+    """The best rates of the ranks from 4 on (their geometric mean), in units of full's, under alpha = 32.
 
-
-def _times_full(claim: Claim, record: Record, in_short_runs: bool) -> Result:
-    """The best rates of the ranks from 4 on (their geometric mean), in units of full's, under alpha = 32."""
-    answers = {}
+    The second claim is of runs of fewer than 100 steps, the first of longer ones.
+    """
+    answers, in_short_runs = {}, claim.id.endswith("early")
     for data, frame in _of_data(record).items():
         full = losses_by_rate(frame[frame["setup"] == FULL])
         samples, each = _mean_of_ranks(frame)
@@ -200,8 +202,12 @@ def gains_at_high_rates(claim: Claim, record: Record) -> Result:
         for low, high in pairs:
             growth = (small[high] - large[high]) - (small[low] - large[low])  # (seeds, blocks)
             lower, upper = outer_bounds(growth, 1 - (1 - CONFIDENCE) / len(pairs))
-            answer = True if lower > 0 else False if upper < 0 else None
-            cases.append((answer, f"{low:g} to {high:g} {growth.mean():+.4f} ({lower:+.4f} to {upper:+.4f})"))
+            cases.append(
+                (
+                    excludes_zero(lower, upper),
+                    f"{low:g} to {high:g} {growth.mean():+.4f} ({lower:+.4f} to {upper:+.4f})",
+                )
+            )
         result = over_cases(cases, "the rates", always=True)
         words = f"growth of what rank {max(of_rank)} gains on rank 4, in nats, from rate to rate. {result.measured}"
         answers[data] = {STANDS: True, FALLS: False}.get(result.verdict), words

@@ -6,10 +6,9 @@ import re
 import pytest
 
 from lora_lab import claims, records
-from lora_lab.studies.claims import ledger
 from lora_lab.studies.claims.deciding import DECIDERS, VERDICTS
 from lora_lab.studies.claims.facts import read_claims
-from lora_lab.studies.registry import NAMES
+from lora_lab.studies.registry import HOURS, NAMES
 from tests.helpers import command, printed_json
 
 KEYS = [
@@ -49,11 +48,11 @@ def test_no_claim_waits_for_a_record_that_is_there():
 
 def test_the_time_of_every_record_is_known_and_as_the_records_page_has_it(request):
     named = {claim.record for claim in read_claims().values()} | {each.record for each in DECIDERS.values()}
-    assert (named | set(NAMES)) - {""} <= set(ledger.HOURS)
+    assert (named | set(NAMES)) - {""} <= set(HOURS)
     page = (request.config.rootpath / "records/README.md").read_text(encoding="utf-8")
     hours = dict(re.findall(r"^\| `(\w+)` \|.*\| ([^,|]*?)(?:, planned|, estimated)? \|$", page, re.MULTILINE))
     assert set(NAMES) <= set(hours)
-    assert {name: ledger.HOURS[name] for name in NAMES} == {name: hours[name] for name in NAMES}
+    assert {name: HOURS[name] for name in NAMES} == {name: hours[name] for name in NAMES}
 
 
 def test_each_record_is_read_once(monkeypatch):

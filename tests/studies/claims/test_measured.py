@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lora_lab import claims, records
-from lora_lab.ablation import overfitting, rank_advice
+from lora_lab.ablation import compare, overfitting, rank_advice
 from lora_lab.ablation.stats import t_bounds
 from lora_lab.studies.claims.measured import right_by
 from lora_lab.system.files import write_json
@@ -378,7 +378,7 @@ def test_joint_bounds_change_the_verdict_only_for_both_kinds_together(monkeypatc
 def with_bounds_for(cases, compared, monkeypatch):
     def jointly(*args, **options):
         with monkeypatch.context() as patch:
-            patch.setattr(overfitting, "t_bounds", partial(t_bounds, confidence=1 - 0.05 / cases))
+            patch.setattr(compare, "t_bounds", partial(t_bounds, confidence=1 - 0.05 / cases))
             return compared(*args, **options)
 
     return jointly
