@@ -13,16 +13,13 @@ import io
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 
-from lora_lab.course.exercise import EXERCISES, Reflection, close  # noqa: F401
+from lora_lab.course.exercise import EXERCISES
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-INVARIANTS: dict[str, list[Callable[..., bool]]] = {}  # of lessons that have not been ported, by the exercise's name
-PROVIDED: dict[str, list[Callable[..., Any]]] = {}
 # Learners may have given a name such as sum to something else.
 PREAMBLE = """from builtins import *
 import contextlib, copy, io, math, warnings
@@ -30,30 +27,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F"""
-
-
-def invariant_of(exercise: str) -> Callable[[Function], Function]:
-    """Register the decorated function as an invariant of an exercise.
-
-    It takes the answer and a numpy Generator, and returns whether the answer has the property; its docstring says the
-    property in one sentence, which learners see.
-    """
-
-    def register(function: Function) -> Function:
-        INVARIANTS.setdefault(exercise, []).append(function)
-        return function
-
-    return register
-
-
-def provided_for(exercise: str) -> Callable[[Function], Function]:
-    """Register the decorated function as one that answers to this exercise call: a mistake there costs nothing here."""
-
-    def register(function: Function) -> Function:
-        PROVIDED.setdefault(exercise, []).append(function)
-        return function
-
-    return register
 
 
 def points(answer, invariants, seed):
@@ -76,7 +49,7 @@ def points(answer, invariants, seed):
 
 def hidden_tests(exercise: str) -> list[Callable[..., Any]]:
     """Return the hidden tests of an exercise."""
-    return INVARIANTS.get(exercise) or EXERCISES[exercise].points
+    return EXERCISES[exercise].points
 
 
 def hidden_cell(exercise: str, seed: int) -> str:
@@ -89,7 +62,7 @@ def hidden_cell(exercise: str, seed: int) -> str:
     each = EXERCISES[exercise]
     tests = hidden_tests(exercise)
     texts: dict[str, str] = {}
-    for function in [close, *PROVIDED.get(exercise, []), *tests, points]:
+    for function in [*tests, points]:
         _collect(function.__name__, function, texts)
     given = [EXERCISES[name].source for name in each.uses]  # a mistake in these costs nothing here
     names = ", ".join(test.__name__ for test in tests)
