@@ -277,9 +277,9 @@ def switches_there_and_back(switch_adapter, rng):
     ("A.clone()", "(A + layer.lora_A.mean(0)) / 2", "B.clone()", "(B + layer.lora_B.mean(1)[:, None]) / 2"),
 )
 def replaces_the_factors(switch_adapter, rng):
-    layer, (A, B, alpha), _ = to_be_switched(rng)
-    switch_adapter(layer, A, B, alpha)
-    return torch.equal(layer.lora_A, A) and torch.equal(layer.lora_B, B)
+    layer, new, _ = to_be_switched(rng)
+    switch_adapter(layer, *new)
+    return torch.equal(layer.lora_A, new[0]) and torch.equal(layer.lora_B, new[1])
 
 
 @switch_adapter.must("The scaling is still of the former alpha. Set layer.alpha as well.", (SET_ALPHA, "pass"))
@@ -295,8 +295,9 @@ def replaces_alpha(switch_adapter, rng):
 )
 def computes_with_the_new_one(switch_adapter, rng):
     """The layer computes its base plus the new adapter, of another rank and another alpha."""
-    layer, (A, B, alpha), x = to_be_switched(rng)
-    switch_adapter(layer, A, B, alpha)
+    layer, new, x = to_be_switched(rng)
+    switch_adapter(layer, *new)
+    A, B, alpha = new
     return close(layer(x), layer.base(x) + alpha / 3 * x @ A.T @ B.T)
 
 
@@ -317,9 +318,10 @@ def makes_parameters(switch_adapter, rng):
 )
 def can_be_trained_afterwards(switch_adapter, rng):
     """The new factors are parameters that are trained, and training them does not change what was passed."""
-    layer, (A, B, alpha), _ = to_be_switched(rng)
+    layer, new, _ = to_be_switched(rng)
+    A, B, _ = new
     stored = A.clone(), B.clone()
-    switch_adapter(layer, A, B, alpha)
+    switch_adapter(layer, *new)
     for factor in (layer.lora_A, layer.lora_B):
         if not (isinstance(factor, nn.Parameter) and factor.requires_grad):
             return False

@@ -39,7 +39,7 @@ def factors(rng):
     return normal(rng, out, rank), normal(rng, rank, inp)
 
 
-def largest_formed(svd_of_product, B, A):
+def largest_formed(answer, B, A):
     """The number of entries of the largest tensor that is formed; infinite if numbers leave torch, where none sees."""
     sizes = [0.0]
 
@@ -52,7 +52,7 @@ def largest_formed(svd_of_product, B, A):
             return result
 
     with Watch():
-        svd_of_product(B, A)
+        answer(B, A)
     return max(sizes)
 
 
