@@ -42,6 +42,7 @@ from lora_lab.system.files import (
     as_path,
     atomic_files,
     atomic_folder,
+    carried_json,
     read_json,
     repair,
     write_json,
@@ -311,6 +312,9 @@ def _write_blocks(stored: StoredModel, folder: Path) -> None:
 
 def _read_folder(folder: Path, entries: dict[str, Any]) -> StoredModel:
     config = config_from_hf(entries, folder / "config.json")
+    saved = carried_json(folder / "model.safetensors", "config.json")  # None if another program wrote the folder
+    if saved is not None and config_from_hf(saved, folder / "model.safetensors") != config:
+        raise ValueError(f"{folder}: its config.json is not the one that its weights were saved with; copy both again.")
     stored = StoredModel(config, {}, {}, Tokenizer.load(folder))
     for path in _weight_files(folder):
         try:

@@ -863,6 +863,18 @@ def test_saving_over_the_folder_that_it_came_from_keeps_the_new_weights(tiny, ti
     assert not same_weights(model, tiny())
 
 
+def test_a_config_of_another_save_is_refused(tiny, tiny_tokenizer, tmp_path):
+    for name, theta in (("one", 1e4), ("other", 5e5)):
+        save_model(tiny(rope_theta=theta), tmp_path / name, tiny_tokenizer)
+    path = tmp_path / "one" / "config.json"
+    own = json.loads(path.read_text())
+    path.write_text(json.dumps(own | {"architectures": ["Mine"]}))  # which changes no number
+    assert same_weights(load_pretrained(tmp_path / "one", device="cpu")[0], tiny())
+    path.write_text((tmp_path / "other" / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"config\.json"):
+        load_pretrained(tmp_path / "one", device="cpu")
+
+
 def test_saving_over_shards_of_another_model_leaves_none_of_it(tiny, tiny_hf, hf_folder, tiny_tokenizer):
     folder = hf_folder(tiny_hf(seed=5), max_shard_size="20KB")
     model = tiny()
