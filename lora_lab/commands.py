@@ -289,7 +289,7 @@ def memory(
     built = built_on_meta(architecture(model))
     length = _length(built, seq, 512)
     budget_bytes = memory_report.parse_bytes(budget) if budget else None
-    rows: list[memory_report.Row] = []
+    rows: list[memory_report.SetupRow] = []
     memory_report.report(
         built,
         model,

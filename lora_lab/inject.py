@@ -386,4 +386,5 @@ def _warn_of_unadapted_weights(modules: dict[str, nn.Module]) -> None:
                 weights.append(f"{name}.{parameter_name}")
     if weights:
         names = shortened(", ".join(weights))
-        warnings.warn(f"'all-linear' does not reach weights outside the layers it can adapt: {names}.", stacklevel=4)
+        message = f"'all-linear' does not reach these weights, so they stay frozen: {names}."
+        warnings.warn(message, stacklevel=4)

@@ -288,7 +288,10 @@ def test_a_refused_command_prints_no_json(monkeypatch, capsys):
 def test_keys_that_json_may_have_are_documented():
     documented = {name: set(re.findall(r"``(\w+)``", each.__doc__)) for name, each in cli.COMMANDS.items()}
     for name, keys in (
-        ("memory", memory_report.Row("LoRA", Bill({Part.FROZEN: 5}, "forward pass", "predicted", "a model")).to_dict()),
+        (
+            "memory",
+            memory_report.SetupRow("LoRA", Bill({Part.FROZEN: 5}, "forward pass", "predicted", "a model")).to_dict(),
+        ),
         ("speed", Flops({("layers", "forward"): 4}, 2, "a model").to_dict()),
         ("speed", Prediction({"full": {"Python": 1.0}}, {}, 2).to_dict()),
         ("speed", Times({"full": [1.0, 2.0]}, 2).to_dict()),

@@ -39,7 +39,7 @@ def training_setups(rank: int = 8, dtype: torch.dtype | None = None, lean: bool 
 
 
 @dataclass(frozen=True)
-class Row:
+class SetupRow:
     """A row of the table: a training setup and what it needs.
 
     Args:
@@ -92,7 +92,7 @@ def report(
     budget_bytes: int | None = None,
     look_for: str | None = None,
     with_bills: bool = False,
-    on_row: Callable[[Row], None] | None = None,
+    on_row: Callable[[SetupRow], None] | None = None,
 ) -> dict[str, Bill]:
     """Print which training setups fit on a card, each row as soon as it is computed, and return the bills.
 
@@ -126,7 +126,7 @@ def report(
             if look_for and budget_bytes is not None:
                 fixed = {"seq_len": seq_len} if look_for == "batch" else {"batch_size": batch_size}
                 most = largest(model, setup, budget_bytes, device=device, **fixed)[0]
-            row = Row(label, bill, budget_bytes, look_for, most)
+            row = SetupRow(label, bill, budget_bytes, look_for, most)
             with bar.external_write_mode():
                 print(row, flush=True)
             if on_row is not None:

@@ -1221,9 +1221,9 @@ REFUSED = [
     *[(DigitsMLP, LoRA(2), DIGITS, options, "DigitsMLP") for options in (CKPT, {"lean": Lean()})],
     *[(lambda: Llama(ONE), FullFineTuning(), text(ONE), options, says) for says, options in CUT.items()],
     (lambda: Llama(ONE), EIGHT, text(ONE), {"lean": Lean(threads=2)}, "lean.threads is 2"),
-    (lambda: Llama(ONE), EIGHT, text(ONE), {"lean": Lean(), **CKPT}, r"Lean\(checkpoint=True\)"),
+    (lambda: Llama(ONE), EIGHT, text(ONE), {"lean": Lean(), **CKPT}, "gradient_checkpointing"),
     (lambda: Llama(ONE), EIGHT, text(ONE), {"accumulate": 5}, "accumulate is 5, but the batch has only 4 examples"),
-    (lambda: DigitsMLP().requires_grad_(False), AsItIs(), DIGITS, {}, "No parameter.*requires a gradient"),
+    (lambda: DigitsMLP().requires_grad_(False), AsItIs(), DIGITS, {}, "no parameter"),
     (lambda: LoRA(2).prepare(model := DigitsMLP(), 0) or model, LoRA(2), DIGITS, {}, "already has adapters"),
 ]
 

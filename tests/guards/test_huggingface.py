@@ -136,7 +136,7 @@ def test_a_traced_module_and_a_tuple_with_named_entries_are_read_too():
 
 
 def test_a_model_without_a_head_is_refused_in_one_sentence():
-    with pytest.raises(TypeError, match=r"^A LlamaModel returned a BaseModelOutputWithPast, but .* head, or"):
+    with pytest.raises(TypeError, match=r"^A LlamaModel returned a BaseModelOutputWithPast"):
         evaluate(fresh(llama).model, TASK)
 
 

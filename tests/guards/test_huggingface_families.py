@@ -264,9 +264,7 @@ def test_a_model_in_bfloat16_trains(family):
 def test_whisper_which_has_no_rule_for_what_its_decoder_reads_trains_with_a_loss_of_ones_own():
     inputs, targets = torch.randn(8, 8, 20, generator=generator(1)), counting(8, 1).targets
     part = Examples(inputs, targets)
-    with pytest.raises(
-        ValueError, match=r"^A Whisper\w+ is an encoder-decoder without .*; give the task a loss of your"
-    ):
+    with pytest.raises(ValueError, match=r"^A Whisper\w+.* your own loss"):
         evaluate(original(whisper), Task("sounds", part, part, part, part))
 
     def loss(model, inputs, targets):
@@ -282,7 +280,7 @@ def test_whisper_which_has_no_rule_for_what_its_decoder_reads_trains_with_a_loss
 def test_an_encoder_decoder_whose_config_names_no_first_token_is_refused_in_one_sentence():
     model = fresh(t5)
     model.config.decoder_start_token_id = None
-    with pytest.raises(ValueError, match=r"^The config of the T5ForCon\w+ names no decoder_start_token_id or .*; set"):
+    with pytest.raises(ValueError, match="decoder_start_token_id"):
         evaluate(model, FAMILIES["T5"].task)
 
 

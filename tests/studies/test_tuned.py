@@ -54,7 +54,6 @@ def tiny(small_world, tiny_config):
     small_world.setattr(planning, "cost_model", lambda device: Costs())
     recorder = tuned.recorder("rates", plan)
     small_world.setattr(registry, "recorder", lambda name: recorder)
-    small_world.setattr("lora_lab.cli.recorder", lambda name: recorder)
     return recorder
 
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from functools import partial
 
 import psutil
@@ -425,7 +424,6 @@ def test_of_several_errors_the_first_is_reported_and_without_a_store_each(monkey
 
 def test_other_commands_are_not_for_torchrun(monkeypatch, capsys):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    monkeypatch.setattr("lora_lab.cli._process_group", nullcontext)
     assert command("doctor") == 1
     assert "torchrun is for lora-lab finetune" in error_line(capsys)
 
