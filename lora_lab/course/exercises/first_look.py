@@ -21,6 +21,7 @@ one_line = Exercise(
     "one_line",
     LESSON,
     inputs=layer_and_dial,
+    draws=20,  # that all of them have a dial of one sign happens once in a million checks
     wrong={
         "The shapes do not fit. x meets A first, and then B: B @ (A @ x).": ("(B @ (A @ x))", "(A @ B @ x)"),
         "x meets B first, or A is left out. x has as many numbers as A has columns, so it goes through A first.": (
