@@ -213,7 +213,7 @@ def table(results: list[Result]) -> DataFrame:
 def draw(results: list[Result], path: Path) -> Path:
     """Draw the validation curves and the parts of the memory."""
     from lora_lab import plots
-    from lora_lab.costs.memory import PARTS, Part
+    from lora_lab.costs.bill import PARTS, Part
 
     plots.use_style()
     figure, (left, right) = plots.plt.subplots(1, 2, figsize=(12, 4.6))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,8 @@ from lora_lab.train import Batch
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-_TIMING_S = 0.05  # the shortest timing
+_TIMING_S = 0.05  # the shortest timing of steps
+_SAMPLE_S = 1e-3  # the same of a single operation
 _TOO_WIDE = 0.2  # an interval of ratios that shows nothing
 
 
@@ -259,13 +260,25 @@ class _Run:
             self.count = math.ceil(_TIMING_S / self.seconds())
 
     def seconds(self) -> float:
-        """Return the mean over ``count`` steps; the clock waits for the device before it starts and before it stops."""
-        synchronize(self.device)
-        started = time.perf_counter()
-        for _ in range(self.count):
-            self.step(self.parts, self.weights)
-        synchronize(self.device)
-        return (time.perf_counter() - started) / self.count
+        """Return the mean over ``count`` steps."""
+        return mean_seconds(lambda: self.step(self.parts, self.weights), self.count, self.device)
+
+
+def mean_seconds(function: Callable[[], Any], count: int, device: torch.device) -> float:
+    """Return the mean of ``count`` calls; the clock waits for the device before it starts and before it stops."""
+    synchronize(device)
+    started = time.perf_counter()
+    for _ in range(count):
+        function()
+    synchronize(device)
+    return (time.perf_counter() - started) / count
+
+
+def median_seconds(function: Callable[[], Any], device: torch.device) -> float:
+    """Return the median of five samples of a call; a quick call is repeated until a sample lasts a millisecond."""
+    function()  # allocates memory and loads code
+    count = math.ceil(_SAMPLE_S / max(mean_seconds(function, 1, device), 1e-6))
+    return statistics.median(mean_seconds(function, count, device) for _ in range(5))
 
 
 def synchronize(device: torch.device) -> None:

@@ -10,9 +10,8 @@ from torch import nn
 
 from lora_lab import DoRA, FullFineTuning, Lean, Llama, LlamaConfig, LoRA, LoRAFA, PiSSA
 from lora_lab.costs import memory, repeated
-from lora_lab.costs.bill import Part
+from lora_lab.costs.bill import Part, RecordedOperation, Recording
 from lora_lab.costs.memory import predict
-from lora_lab.costs.recording import RecordedOperation, Recording
 from lora_lab.costs.repeated import extend, longest_run
 from lora_lab.costs.setup import Setup
 from lora_lab.inject import last_blocks

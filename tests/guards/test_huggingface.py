@@ -234,7 +234,7 @@ def test_steps_are_timed_and_priced(make):
     times = step_time(original(make), ways, BATCH, LENGTH, rounds=1, progress=False)
     assert all(times.median_s(name) > 0 for name in ways)
     assert times.tokens == BATCH * LENGTH
-    price = CostModel(lambda _: 1e-6, {"forward": (0.0, 1e-6), "backward": (0.0, 1e-6)})
+    price = CostModel(lambda _: 1e-6)
     predicted = price.predict(original(make), ways, BATCH, LENGTH)
     assert predicted.ratio("LoRA") > 1  # where all operations cost the same, it has more of them
     assert predicted.seconds["LoRA"]["adapters"] > 0

@@ -366,7 +366,7 @@ def test_steps_are_timed_and_priced(name):
     ways, batch = {"full": FullFineTuning(), "LoRA": family.method}, tuple(part[:BATCH] for part in family.batch)
     times = step_time(original(family.make), ways, batch=batch, rounds=1, progress=False)
     assert all(times.median_s(name) > 0 for name in ways)
-    price = CostModel(lambda _: 1e-6, {"forward": (0.0, 1e-6), "backward": (0.0, 1e-6)})
+    price = CostModel(lambda _: 1e-6)
     predicted = price.predict(original(family.make), ways, batch=batch)
     assert predicted.seconds["LoRA"]["adapters"] > 0
     assert predicted.ratio("LoRA") != 1
