@@ -406,13 +406,11 @@ class CostModel:
         count, most = max(1, math.ceil(between[0] / fixed)), between[1] // fixed
         low = point(count)
         while count < most:
-            further = min(4 * count, most)
-            high = point(further)
+            count = min(2 * count, most)
+            high = point(count)
             if low[1] * high[1] < 0:
-                middle = point(round(math.sqrt(count * further)))
-                low, high = (middle, high) if low[1] * middle[1] > 0 else (low, middle)
                 return round(low[0] * (high[0] / low[0]) ** (low[1] / (low[1] - high[1])))
-            low, count = high, further
+            low = high
         return None
 
     def __str__(self) -> str:

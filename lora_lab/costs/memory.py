@@ -50,7 +50,7 @@ from lora_lab.system.device import own_randomness, pick_device
 from lora_lab.system.progress import progress_bar
 from lora_lab.system.schema import NotNegative, check
 from lora_lab.system.wording import short_repr
-from lora_lab.train import Batch, TrainingStep
+from lora_lab.train import Batch
 
 _LARGEST_SIZE = 2**20  # the largest batch or context that is considered
 _BLOCK = 512  # bytes: CUDA's allocator returns multiples of this
@@ -109,32 +109,24 @@ class _Rehearsal:
         """Return the bill of a step on such a batch, as from :func:`predict`."""
 
         def record(model: nn.Module) -> tuple[nn.Module, Recording]:
-            with self._prepared(model) as step:
-                return step.model, self._record(step, batch_for(step.model, batch_size, seq_len, batch))
+            with ExitStack() as stack:
+                twin = stack.enter_context(fake_copy(model, self.device, self.setup.dtype))
+                stack.enter_context(own_randomness(torch.device("cpu"), 0))
+                step = self.setup.step(twin)
+                fake_batch = batch_for(twin, batch_size, seq_len, batch)
+                if self.estimated:
+                    stack.enter_context(_cuda_attention())
+                    stack.enter_context(_fused_norms())
+                log = StorageLog(step)
+                stack.enter_context(_dequantised_once(log))
+                log.run_second(*self.setup.batches(fake_batch))
+                return step.model, log.recording(setting_of(self.setup, step.model, fake_batch))
 
         recording = (self.run and record_short(self.model, self.run, record)) or record(self.model)[1]
         if not self.estimated and self.device.type != "cuda":
             return recording.bill("predicted")
         bill = recording.bill("estimated for CUDA, not measured" if self.estimated else "predicted", _BLOCK)
         return bill.plus(Part.WORKSPACE, _workspace_bytes(None if self.estimated else self.device))
-
-    @contextmanager
-    def _prepared(self, model: nn.Module) -> Iterator[TrainingStep]:
-        """The step of a copy of the model. All tensors that are made meanwhile are fake."""
-        with fake_copy(model, self.device, self.setup.dtype) as twin, own_randomness(torch.device("cpu"), 0):
-            yield self.setup.step(twin)
-
-    def _record(self, step: TrainingStep, batch: Batch) -> Recording:
-        """Record the second step on a batch."""
-        parts, weights = self.setup.batches(batch)
-        with ExitStack() as stack:
-            if self.estimated:
-                stack.enter_context(_cuda_attention())
-                stack.enter_context(_fused_norms())
-            log = StorageLog(step)
-            stack.enter_context(_dequantised_once(log))
-            log.run_second(parts, weights)
-            return log.recording(setting_of(self.setup, step.model, batch))
 
 
 @contextmanager

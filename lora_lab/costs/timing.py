@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,9 +34,6 @@ from lora_lab.system.schema import Size, check
 from lora_lab.system.wording import counted
 from lora_lab.task import padding_id
 from lora_lab.train import Batch
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 _TIMING_S = 0.05  # the shortest timing of steps
 _SAMPLE_S = 1e-3  # the same of a single operation
@@ -114,39 +111,19 @@ class Times:
             return f"inconclusive, because the times vary too much: {between}"
         return f"no significant difference: {between}"
 
-    def frame(self) -> DataFrame:
-        """Return a pandas DataFrame, one row a variant."""
-        import pandas
-
-        return pandas.DataFrame(self.to_dict()["variants"]).fillna({"verdict": ""})
-
     def to_dict(self) -> dict[str, Any]:
         """Return one entry a variant and what holds for all of them, in values of JSON."""
         first, *_ = self.seconds
-        variants = []
-        for name in self.seconds:
-            low, high = self.quartiles_s(name)
-            ratio_low, ratio_high = self.interval(name) or (None, None)
-            variants.append(
-                {
-                    "variant": name,
-                    "seconds": self.median_s(name),
-                    "lower_quartile_seconds": low,
-                    "upper_quartile_seconds": high,
-                    "tokens_per_second": self.tokens_per_second(name),
-                    "ratio": self.ratio(name),
-                    "ratio_low": ratio_low,
-                    "ratio_high": ratio_high,
-                    "verdict": None if name == first else self.verdict(name),
-                }
-            )
-        return {
-            "setting": self.setting,
-            "tokens": self.tokens,
-            "rounds": len(self.seconds[first]),
-            "variants": variants,
-            "disturbance": self.disturbance or None,
-        }
+        variants = [
+            {"variant": name, "seconds": self.median_s(name)}
+            | dict(zip(("lower_quartile_seconds", "upper_quartile_seconds"), self.quartiles_s(name), strict=True))
+            | {"tokens_per_second": self.tokens_per_second(name), "ratio": self.ratio(name)}
+            | dict(zip(("ratio_low", "ratio_high"), self.interval(name) or (None, None), strict=True))
+            | {"verdict": None if name == first else self.verdict(name)}
+            for name in self.seconds
+        ]
+        facts = {"setting": self.setting, "tokens": self.tokens, "rounds": len(self.seconds[first])}
+        return {**facts, "variants": variants, "disturbance": self.disturbance or None}
 
     def __str__(self) -> str:
         width = max(len(name) for name in self.seconds) + 2

@@ -1,6 +1,5 @@
 """Step times predicted from prices that the tests set, and how prices are measured."""
 
-import math
 import re
 from collections import Counter
 from dataclasses import replace
@@ -276,24 +275,10 @@ def test_no_tokens_are_found_where_the_sign_stays(even):
     assert (costs.asked[0], costs.asked[-1]) == ((1, 32), (128, 32))
 
 
-@pytest.mark.parametrize(("middle", "expected"), [(0.9, (256, 512)), (1.2, (128, 256))])
-def test_the_place_is_looked_for_between_the_two_nearest_sizes(monkeypatch, middle, expected):
-    ratios = {32: 0.5, 128: 0.6, 256: middle, 512: 1.5}
-
-    def predict(self, model, variants, batch_size, seq_len, **options):
-        return Prediction({"first": {"x": 1.0}, "second": {"x": ratios[batch_size * seq_len]}}, {}, 1)
-
-    monkeypatch.setattr(CostModel, "predict", predict)
-    found = FREE.break_even_tokens(None, FullFineTuning(), LoRA(4), batch_size=1)
-    low, high = (math.log(ratios[size]) for size in expected)
-    assert found == round(expected[0] * 2 ** (-low / (high - low)))
-    assert expected[0] < found < expected[1]
-
-
 def test_sizes_that_cannot_be_are_replaced_by_the_nearest():
     costs = Line(700)
     assert costs.break_even_tokens(None, FullFineTuning(), LoRA(4), seq_len=100, between=(32, 6000)) == 700
-    assert costs.asked == [(1, 100), (4, 100), (16, 100), (8, 100)]
+    assert costs.asked == [(1, 100), (2, 100), (4, 100), (8, 100)]
 
 
 @pytest.mark.parametrize("fixed", [400, 768, 1000, 4096])

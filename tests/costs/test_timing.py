@@ -30,8 +30,8 @@ def test_statistics_by_hand():
     assert found.ratios("LoRA") == [2.0, 1.0, 0.5, 2.0]
     assert found.ratio("LoRA") == 1.5  # of the medians it would be 0.8
     assert found.ratio("full") == 1.0
-    assert found.frame().verdict[0] == ""
-    row = found.frame().set_index("variant").loc["LoRA"]
+    full, row = found.to_dict()["variants"]
+    assert (full["verdict"], row["verdict"]) == (None, "inconclusive after 4 rounds; take 6 or more")
     assert (row["seconds"], row["ratio"], row["tokens_per_second"]) == (2.0, 1.5, 256.0)
 
 
