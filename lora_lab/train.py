@@ -323,7 +323,7 @@ def fit(
     history = new_history(task, method, config, model)
     start = check_checkpoints(checkpoint_dir, checkpoint_every, model, history)
     leads = processes.rank == 0  # this process shows the bar, writes checkpoints and reports
-    advice = checkpoint.advice_if_a_process_ends(checkpoint_dir)
+    advice = checkpoint.advise(checkpoint_dir)
     with restore_switches(model), own_randomness(device, config.seed), advice:
         step = make_step(model, task.loss, method, config)
         step.processes = processes
