@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from lora_lab import FullFineTuning, Lean, Llama, LoRA, PartialFineTuning, checkpoint, fit
+from lora_lab import FullFineTuning, LoRA, PartialFineTuning, checkpoint, fit
 from lora_lab.history import DivergedError
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.tasks import Examples, Task
@@ -313,63 +313,6 @@ def test_a_checkpoint_is_one_safetensors_file_with_json_and_no_pickle(tmp_path):
     trained = {name for name in header if name.startswith("parameter.")}
     assert len(trained) == 2 * 8
     assert all(name.endswith(("lora_A", "lora_B")) for name in trained)  # the frozen base is not stored
-
-
-@pytest.mark.parametrize(
-    "way",
-    [{"lean": Lean()}, {"gradient_checkpointing": True}, {"autocast": torch.bfloat16}],
-    ids=["lean", "checkpointing", "autocast"],
-)
-def test_a_checkpoint_of_another_kind_of_step_is_refused_both_ways(tmp_path, tiny_config, way):
-    ids = torch.randint(0, 260, (9, 10), generator=torch.Generator().manual_seed(2))
-    rows = Examples(ids[:, :-1], ids[:, 1:])
-    data = Task("text", rows[:6], rows[6:7], rows[7:8], rows[8:], unit="tokens")
-    options = {"steps": 2, "lr": 0.01, "batch_size": 3, "checkpoint_every": 1}
-    for name, first, then in (("with", way, {}), ("without", {}, way)):
-        fit(Llama(tiny_config), data, LoRA(rank=2), checkpoint_dir=tmp_path / name, **options, **first)
-        with pytest.raises(ValueError, match=rf"from another run: its settings\.{next(iter(way))} is "):
-            fit(Llama(tiny_config), data, LoRA(rank=2), checkpoint_dir=tmp_path / name, **options, **then)
-        history = fit(Llama(tiny_config), data, LoRA(rank=2), checkpoint_dir=tmp_path / name, **options, **first)
-        assert history.rows[-1]["step"] == 2
-
-
-@pytest.mark.parametrize(("first", "then"), [("cuda", "cuda"), ("cuda", "cpu"), ("cpu", "cuda"), ("cpu", "cpu")])
-def test_the_gpus_random_state_is_stored_and_put_back_on_a_gpu_only(tmp_path, monkeypatch, first, then):
-    """On no GPU: the run is told that it has one, and what it would ask of it is noted."""
-    state, given = torch.arange(16, dtype=torch.uint8), []
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: state)
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda value, device: given.append(value))
-
-    class Elsewhere:
-        """The model, whose parameters are said to be on another device."""
-
-        def __init__(self, model, device):
-            self.model, self.device = model, torch.device(device)
-
-        def __getattr__(self, name):
-            return getattr(self.model, name)
-
-        def parameters(self):
-            return iter([self])
-
-    save, resume = checkpoint.save, checkpoint.resume
-
-    def on(device):
-        for name, function in (("save", save), ("resume", resume)):
-
-            def told(folder, model, *rest, function=function, **hashes):
-                return function(folder, Elsewhere(model, device), *rest, **hashes)
-
-            monkeypatch.setattr(checkpoint, name, told)
-
-    on(first)
-    interrupt("lora", tmp_path, 6)
-    on(then)
-    ended = run("lora", tmp_path)
-    monkeypatch.undo()
-    assert len(given) == (first == then == "cuda")
-    assert all(torch.equal(value, state) for value in given)
-    assert_same_end(ended, run("lora"))
 
 
 def test_targets_given_as_a_tuple_are_the_same_run(tmp_path):
