@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from lora_lab.layers import QuantizedLayer, is_linear, lora_class
 from lora_lab.lora import LoRALayer
-from lora_lab.system.numbers import check_finite
-from lora_lab.system.schema import Dropout, Positive, Size, check_fields
+from lora_lab.system.schema import Dropout, Positive, Size, check_fields, check_finite
 from lora_lab.system.wording import shortened
 
 MERGED_FORMS = ("dequantised", "blocks", "full-precision")

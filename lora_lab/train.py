@@ -29,9 +29,8 @@ from lora_lab.methods import ContinueLoRA, Method
 from lora_lab.system.device import own_randomness, randomness_restored
 from lora_lab.system.distributed import ALONE, Processes, current_processes
 from lora_lab.system.files import check_writable
-from lora_lab.system.progress import progress_bar
 from lora_lab.system.schema import Count, NotNegative, Positive, Seed, Size, check, check_bfloat16, check_fields
-from lora_lab.system.wording import short_repr
+from lora_lab.system.wording import progress_bar, short_repr
 from lora_lab.task import Batch, Examples, Loss, Task, modes_restored
 
 EVALUATED = ("validation", "off_domain")  # the parts of which a history has losses

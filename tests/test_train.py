@@ -2,11 +2,9 @@
 
 import copy
 import dataclasses
-import io
 import math
 import random
 import re
-import sys
 import warnings
 from contextlib import nullcontext
 
@@ -43,7 +41,6 @@ from lora_lab.train import (
     DataOrder,
     LengthOrder,
     TrainConfig,
-    TrainingStep,
     enable_checkpointing,
     make_step,
 )
@@ -445,14 +442,6 @@ def test_evaluation_of_a_batch_without_counted_targets_does_not_spoil_the_mean()
         evaluate(model, task, "train", 1, limit=1)
 
 
-def test_evaluation_takes_only_as_many_examples_as_asked():
-    model, task = DigitsMLP(width=16), small_task()
-    first = Examples(task.test.inputs[:3], task.test.targets[:3])
-    expected = float(task.loss(model, first.inputs, first.targets))
-    assert evaluate(model, task, "test", batch_size=2, limit=3) == pytest.approx(expected, rel=1e-6)
-    assert evaluate(model, task, "test", batch_size=2) != pytest.approx(expected, rel=1e-4)
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_evaluation_ignores_dropout_and_keeps_mode_and_gradients(training):
     model = nn.Sequential(nn.Linear(64, 32), nn.Dropout(0.5), nn.Linear(32, 10)).train(training)
@@ -592,32 +581,6 @@ def test_a_run_stores_no_checkpoint_of_weights_that_are_no_numbers(tmp_path):
     assert not list(tmp_path.glob("checkpoint*"))
 
 
-# A step reads no tensor's value
-
-
-@pytest.mark.parametrize("method", [FullFineTuning(), LoRA(rank=3, dropout=0.1)], ids=["full", "lora"])
-@pytest.mark.parametrize("fused", [True, False])
-def test_a_training_step_runs_on_tensors_that_have_no_values(tiny_config, method, fused):
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-
-    task_loss = token_task().loss
-    with FakeTensorMode():
-        model = Llama(tiny_config)
-        method.prepare(model, seed=0)
-        optimizer = torch.optim.AdamW(method.groups(model), lr=1e-3, fused=fused)
-        ids = torch.zeros(2, 5, dtype=torch.long)
-        loss, norm = TrainingStep(model, task_loss, optimizer, 1.0)([(ids, ids), (ids, ids)], [0.5, 0.5])
-    assert isinstance(loss, FakeTensor)
-    assert isinstance(norm, FakeTensor)
-    assert loss.shape == norm.shape == ()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    assert len(trainable) == (len(list(model.parameters())) if method.name == "full" else 2 * 14)
-    for parameter in trainable:
-        state = optimizer.state[parameter]
-        assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape
-        assert isinstance(parameter.grad, FakeTensor)
-
-
 # Learning
 
 
@@ -633,60 +596,7 @@ def test_lora_finds_a_planted_update_if_its_rank_is_high_enough():
     assert final[4] < 0.3 * final[1]
 
 
-# The progress bar
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-@pytest.mark.parametrize(
-    ("progress", "watched", "variable", "shown"),
-    [
-        (True, False, "0", True),
-        (True, True, "0", True),
-        (False, True, None, False),
-        (None, True, None, True),
-        (None, True, "0", False),
-        (None, False, None, False),
-    ],
-)
-def test_a_bar_is_shown_on_request_or_to_somebody_who_looks(monkeypatch, progress, watched, variable, shown):
-    stream = Terminal() if watched else io.StringIO()
-    monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
-    monkeypatch.delenv("LORA_LAB_PROGRESS", raising=False)
-    if variable is not None:
-        monkeypatch.setenv("LORA_LAB_PROGRESS", variable)
-    run(LoRA(rank=1), steps=2, progress=progress)
-    if shown:
-        assert "lora" in stream.getvalue()
-        assert "/2" in stream.getvalue()
-        assert "loss " in stream.getvalue()
-    else:
-        assert stream.getvalue() == ""
-
-
 # The step by itself
-
-
-def test_fit_repeats_the_step_that_make_step_makes():
-    task = small_task(n_train=4)
-    fitted, history = run(LoRA(2, dropout=0.2), task=task, steps=3, schedule="constant", warmup=0, clip=0.1)
-    model = DigitsMLP(width=16)
-    step = make_step(model.train(), task.loss, LoRA(2, dropout=0.2), TrainConfig(steps=3, lr=0.01, clip=0.1))
-    assert isinstance(step, TrainingStep)
-    rows = []
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for at in range(3):
-            order = torch.randperm(4, generator=torch.Generator().manual_seed(1_000_003 * at))
-            rows.append(
-                [float(number) for number in step([(task.train.inputs[order], task.train.targets[order])], [1.0])]
-            )
-    assert rows == [[row["train_loss"], row["grad_norm"]] for row in history.rows[1:]]
-    assert all(map(torch.equal, model.parameters(), fitted.parameters()))
 
 
 def test_make_step_hands_rates_and_decay_to_the_optimiser():
@@ -730,21 +640,6 @@ def test_checkpointing_changes_no_result(tiny_config, method, dtype):
     assert all(map(torch.equal, plain.state_dict().values(), model.state_dict().values()))
     assert losses(history)[1] != losses(history)[2]
     assert history.optimizer_bytes == again.optimizer_bytes
-
-
-@pytest.mark.parametrize("method", [LoRA(2), FullFineTuning()], ids=["lora", "full"])
-def test_blocks_are_computed_again_in_steps_and_not_in_evaluation(tiny_config, method, monkeypatch):
-    from lora_lab.models import llama
-
-    calls, plain = [], llama.checkpoint
-    monkeypatch.setattr(llama, "checkpoint", lambda *args, **more: calls.append(args[0]) or plain(*args, **more))
-    model, _ = fit_llama(tiny_config, method, steps=3, eval_every=1, gradient_checkpointing=True)
-    assert calls == list(model.model.layers) * 3  # one micro-batch a step; four evaluations of two parts
-    evaluate(model.train(), llama_task())
-    model.generate(torch.tensor([1, 2, 3]), 2)
-    assert len(calls) == 2 * 3
-    fit_llama(tiny_config, method, steps=3)
-    assert len(calls) == 2 * 3
 
 
 def checkpointing(model):

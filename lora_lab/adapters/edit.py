@@ -22,8 +22,7 @@ from lora_lab.inject import (
 from lora_lab.layers import LoRAConv1D
 from lora_lab.lora import LoRALayer
 from lora_lab.rank import energy_rank, product_svd, svd, truncate
-from lora_lab.system.numbers import check_finite
-from lora_lab.system.schema import Number, Positive, Size, check
+from lora_lab.system.schema import Number, Positive, Size, check, check_finite
 from lora_lab.variants import DoRALinear, PiSSALinear
 
 

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
 import lora_lab as ll
-from lora_lab import FullFineTuning, LoRA, evaluate, fit, inject, lora_layers, memory, merge, spectra
+from lora_lab import FullFineTuning, LoRA, evaluate, fit, inject, lora_layers, memory, merge
 from lora_lab.ablation import Trial, ablate
 from lora_lab.costs.cost_model import CostModel
 from lora_lab.costs.flops import flops
@@ -477,17 +477,6 @@ def test_two_ranks_are_packed_and_end_as_fit_does_or_are_refused_with_the_reason
 
 
 # What comes of it
-
-
-@EVERY
-def test_what_was_trained_is_diagnosed_and_its_spectra_reported(family):
-    model, _ = trained(family)
-    found = ll.diagnose(model, base=original(family.make))
-    assert found.ok
-    assert [finding.status for finding in found.findings if finding.check in ("update", "base")] == ["ok", "ok"]
-    table = spectra.report(None, model)
-    assert table["layer"].tolist() == list(lora_layers(model))
-    assert table["norm"].tolist() == pytest.approx([float(x.delta().norm()) for x in lora_layers(model).values()])
 
 
 @EVERY
