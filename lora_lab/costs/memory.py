@@ -47,9 +47,8 @@ from lora_lab.lean.step import Lean
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.models.quantize import BlockWeight
 from lora_lab.system.device import own_randomness, pick_device
-from lora_lab.system.progress import progress_bar
 from lora_lab.system.schema import NotNegative, check
-from lora_lab.system.wording import short_repr
+from lora_lab.system.wording import progress_bar, short_repr
 from lora_lab.train import Batch
 
 _LARGEST_SIZE = 2**20  # the largest batch or context that is considered
