@@ -38,7 +38,7 @@ from lora_lab.models.llama import Llama, LlamaConfig
 from lora_lab.system.device import own_randomness, pick_device
 from lora_lab.system.process import BusyCores
 from lora_lab.system.wording import counted
-from lora_lab.train import Batch, TrainingStep, state_bytes
+from lora_lab.train import Batch, state_bytes
 
 MEMORY, UPDATE = "passes over memory", "clipping and optimiser"
 CAUSES = (FORWARD, INPUT, WEIGHT, AGAIN, HEAD, ATTENTION, ADAPTERS, MEMORY, UPDATE)
@@ -519,6 +519,5 @@ def _measure_call(device: torch.device) -> float:
         launches = trace_work(setup, twin, batch_for(twin, 1, 4, None)).launches()
     with own_randomness(device, 0):
         model = build_model(factory, device)
-        step: TrainingStep = setup.step(model)
-        batch = batch_for(model, 1, 4, None)
+        step, batch = setup.step(model), batch_for(model, 1, 4, None)
         return median_seconds(lambda: step([batch], [1.0]), device) / launches

@@ -36,6 +36,7 @@ from lora_lab.costs.fake import (
     build_model,
     built_on_meta,
     device_of,
+    device_to_run,
     fake_copy,
     on_each,
     storage_of,
@@ -179,9 +180,7 @@ def measure(
     """
     setup = as_setup(method, options)
     setup.check_watchable()
-    device = device_of(model) if isinstance(model, nn.Module) else pick_device(device)[0]
-    if device.type == "meta":
-        raise ValueError("The model is on the meta device, where nothing is ever allocated; use predict.")
+    device = device_to_run(model, device)
     with own_randomness(device, 0):
         twin = build_model(model, device, setup.dtype)
         # Held until the meter stops: otherwise the step's own tensors could reuse a freed address.

@@ -17,7 +17,7 @@ from lora_lab.costs.fake import (
     Source,
     batch_for,
     build_model,
-    device_of,
+    device_to_run,
     on_each,
     shape_of,
     storage_of,
@@ -27,7 +27,7 @@ from lora_lab.costs.flops import size_of
 from lora_lab.costs.setup import Setup, as_setup
 from lora_lab.costs.trace import output_width
 from lora_lab.methods import Method
-from lora_lab.system.device import own_randomness, pick_device
+from lora_lab.system.device import own_randomness
 from lora_lab.system.process import BusyCores
 from lora_lab.system.schema import Size, check
 from lora_lab.system.wording import counted, progress_bar
@@ -180,7 +180,7 @@ def step_time(
         raise ValueError("variants is empty, so there is nothing to time; give at least one, as {'LoRA': LoRA(8)}.")
     rounds = check(rounds, Size, "rounds")
     models = model if isinstance(model, Mapping) else dict.fromkeys(variants, model)
-    device = _device_to_time(models[next(iter(variants))], device)
+    device = device_to_run(models[next(iter(variants))], device)
     with own_randomness(device, 0), BusyCores(thread_count(device)) as busy:
         runs = {name: _Run(models[name], as_setup(method, options), device) for name, method in variants.items()}
         twin = next(iter(runs.values())).step.model
@@ -261,13 +261,6 @@ def synchronize(device: torch.device) -> None:
     """Wait until a GPU has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _device_to_time(model: Source, device: torch.device | str | None) -> torch.device:
-    device = device_of(model) if isinstance(model, nn.Module) else pick_device(device)[0]
-    if device.type == "meta":
-        raise ValueError("The model is on the meta device, where nothing is ever computed; use flops, or a factory.")
-    return device
 
 
 def _random_batch(model: nn.Module, batch_size: int | None, seq_len: int | None) -> Batch:

@@ -92,14 +92,6 @@ def output_width(model: nn.Module) -> int | None:
 # Steps
 
 
-def update_once(step: TrainingStep) -> None:
-    """Leave behind what a first step does, gradients and the optimiser's state, without taking it."""
-    for group in step.optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    step.optimizer.step()
-
-
 class StepTracer(TorchDispatchMode, ABC):
     """Passes every operation of a step to :meth:`on_operation`, and knows its phase and module.
 
@@ -165,8 +157,11 @@ class StepTracer(TorchDispatchMode, ABC):
 
     def run_second(self, batches: Sequence[Batch], weights: Sequence[float]) -> None:
         """Trace the second step: the first lacks the optimiser's state."""
-        if type(self.step) is TrainingStep:
-            update_once(self.step)
+        if type(self.step) is TrainingStep:  # what it leaves behind is known without taking it
+            for group in self.step.optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = torch.zeros_like(parameter)
+            self.step.optimizer.step()
         else:  # a lean step keeps more than its optimiser does
             self.run(batches, weights)
         self.run(batches, weights)
