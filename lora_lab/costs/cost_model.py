@@ -114,7 +114,7 @@ def describe_call(
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested lists and tuples; torch's own ``tree_leaves`` takes several times as long."""
+    """Yield all tensors in nested lists and tuples; torch's own ``tree_leaves`` takes several times as long."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple):
@@ -475,12 +475,17 @@ class ProductRates:
 
     def _rate(self, dtype: torch.dtype, factors: tuple[Factor, ...]) -> float:
         if (dtype, factors) not in self._known:
-            left, right = (torch.empty_strided(*each, dtype=dtype, device=self.device).fill_(1) for each in factors)
+            left, right = (_ones(*factor, dtype, self.device) for factor in factors)
             flops = 2 * left.numel() * right.shape[-1]
             with torch.no_grad():
                 seconds = median_seconds(lambda: torch.matmul(left, right), self.device)
             self._known[dtype, factors] = flops / seconds
         return self._known[dtype, factors]
+
+
+def _ones(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    extent = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    return torch.ones(extent, dtype=dtype, device=device).as_strided(shape, stride)
 
 
 def cost_model(device: torch.device | str | None = None) -> CostModel:

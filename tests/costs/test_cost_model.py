@@ -313,7 +313,7 @@ def test_each_product_is_timed_once_at_its_shape_and_large_ones_count_at_the_rat
     monkeypatch.setattr(cost_model, "median_seconds", lambda function, device: timed.append(function().shape) or 0.5)
     rates = ProductRates(CPU)
     rates._side = 32
-    factors = ((8, 16), (16, 1)), ((16, 4), (1, 16))
+    factors = ((8, 16), (0, 1)), ((16, 4), (1, 16))  # of the first one row is expanded
     call = OperatorCall("mm", 0, 2 * 8 * 16 * 4, factors=factors)
     assert [rates(call), rates(replace(call, name="addmm_"))] == [2 * 8 * 16 * 4 / 0.5] * 2
     batched = replace(call, factors=(((3, 8, 16), (128, 16, 1)), ((3, 16, 4), (64, 4, 1))))

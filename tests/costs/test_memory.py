@@ -36,20 +36,9 @@ from lora_lab import (
     quantize_nf4,
     speed,
 )
-from lora_lab.costs.bill import Recording
+from lora_lab.costs.bill import MIB, Bill, Moment, Recording
 from lora_lab.costs.cost_model import CostModel
-from lora_lab.costs.memory import (
-    MIB,
-    Bill,
-    Moment,
-    largest,
-    measure,
-    parse_bytes,
-    predict,
-    report,
-    saved_bytes,
-    training_setups,
-)
+from lora_lab.costs.memory import largest, measure, parse_bytes, predict, report, saved_bytes, training_setups
 from lora_lab.costs.setup import Setup
 from lora_lab.methods import AsItIs
 from lora_lab.models.digits import DigitsMLP
