@@ -541,7 +541,7 @@ def test_the_lesson_on_speed_times_and_predicts_there(lesson, monkeypatch):
     timed = speed.step_time
     monkeypatch.setattr(speed, "step_time", lambda *args, **options: timed(*args, **{**options, "rounds": 1}))
     monkeypatch.setattr(cost_model, "_WEIGHTS", 64)
-    monkeypatch.setattr(timing, "_SAMPLE_S", 0.0)
+    monkeypatch.setattr(timing, "_SAMPLE_S", 1e-9)
     plain = cost_model.ProductRates.__init__
     monkeypatch.setattr(
         cost_model.ProductRates, "__init__", lambda rates, device: plain(rates, device) or setattr(rates, "_side", 64)
