@@ -25,9 +25,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 import lora_lab as ll
 from lora_lab import FullFineTuning, LoRA, evaluate, fit, inject, lora_layers, memory, merge
 from lora_lab.ablation import Trial, ablate
-from lora_lab.costs.cost_model import CostModel
 from lora_lab.costs.flops import flops
-from lora_lab.costs.timing import step_time
 from lora_lab.inject import LoRAConfig
 from lora_lab.methods import AsItIs
 from lora_lab.task import logits
@@ -441,19 +439,6 @@ def test_each_expert_more_has_the_products_of_its_three_matrices_in_both_dtypes(
     inner = getattr(config, "moe_intermediate_size", config.intermediate_size)
     # Two FLOPs for each multiply-add, in two layers, in the forward pass and for the gradient of the input.
     assert two.total - one.total == 2 * batch[0].numel() * 2 * 2 * 3 * config.hidden_size * inner
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["BERT", "ViT", "T5", "Mixtral", "Mamba"])
-def test_steps_are_timed_and_priced(name):
-    family = FAMILIES[name]
-    ways, batch = {"full": FullFineTuning(), "LoRA": family.method}, tuple(part[:BATCH] for part in family.batch)
-    times = step_time(original(family.make), ways, batch=batch, rounds=1, progress=False)
-    assert all(times.median_s(name) > 0 for name in ways)
-    price = CostModel(lambda _: 1e-6, {"forward": (0.0, 1e-6), "backward": (0.0, 1e-6)})
-    predicted = price.predict(original(family.make), ways, batch=batch)
-    assert predicted.seconds["LoRA"]["adapters"] > 0
-    assert predicted.ratio("LoRA") != 1
 
 
 # Ablations
