@@ -248,11 +248,21 @@ def run_killed(function, moment):
 
 
 def legend(ax):
-    return [text.get_text() for text in ax.get_legend().get_texts()]
+    return said(ax.get_legend().get_texts())
 
 
 def points(line):
     return list(zip(line.get_xdata(), line.get_ydata(), strict=True))
+
+
+def said(artists):
+    return [each.get_text() for each in artists]
+
+
+def bounds(container):
+    """The points of a line with bars: x, y, and both ends."""
+    line, _, (bars,) = container.lines
+    return [(*point, *segment[:, 1].tolist()) for point, segment in zip(points(line), bars.get_segments(), strict=True)]
 
 
 def bill(timeline=(), **parts):
