@@ -520,7 +520,7 @@ class PackedHistory:
                 optimizer_bytes=2 * trainable * adapters.values.element_size() + 4 * len(factors),
             )
             if paused is None:
-                self.live[k].start()
+                self.live[k].add(0, seconds=0.0, tokens=0)
             else:
                 self.live[k].rows = [dict(row) for row in paused[k].rows]
 
