@@ -5,8 +5,10 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas
@@ -219,6 +221,27 @@ def run_python(code, *arguments, **environment):
     done = subprocess.run(call, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done
+
+
+def run_killed(function, moment):
+    """Call the function in a process that is killed at a moment: before one of its renames, or after seconds."""
+    if (pid := os.fork()) == 0:
+        renames = 0
+
+        def hook(event, _):
+            nonlocal renames
+            if event == "os.rename" and isinstance(moment, int):
+                renames += 1
+                if renames == moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        function()
+        os._exit(0)
+    if isinstance(moment, float):
+        time.sleep(moment)
+        os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 # Figures
