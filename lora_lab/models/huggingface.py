@@ -13,8 +13,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lora_lab.models.configs import read_entries
-from lora_lab.system.files import repair
 from lora_lab.system.wording import shortened
 
 ADAPTER_CONFIG = "adapter_config.json"  # of peft; where transformers finds it, it puts the adapter on the model
@@ -28,12 +26,7 @@ _HEADS = (
 )
 
 
-def require_transformers() -> Any:
-    """The module transformers.
-
-    Raises:
-        ModuleNotFoundError: it is not installed.
-    """
+def _transformers() -> Any:
     try:
         import transformers
     except ModuleNotFoundError:
@@ -43,20 +36,17 @@ def require_transformers() -> Any:
     return transformers
 
 
-def read_config(path: str | Path) -> Any:
-    """The config of transformers in a folder's config.json, or in a JSON file of another name.
+def read_config(path: Path) -> Any:
+    """Return the config of transformers in a folder's config.json, or in a JSON file of another name.
+
+    Args:
+        path: of which :func:`lora_lab.models.shapes.read_entries` has limited the sizes.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: transformers does not know the architecture, or cannot read the file.
         ModuleNotFoundError: transformers is not installed.
     """
-    transformers = require_transformers()
-    path = Path(path)
-    if path.is_dir():
-        repair(path)
-        path = path / "config.json"
-    read_entries(path)  # which limits the sizes
+    transformers = _transformers()
     try:
         return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the entries of the file lead to
@@ -64,12 +54,12 @@ def read_config(path: str | Path) -> Any:
 
 
 def model_class(config: Any) -> Any:
-    """The class of a config's model, with a head: the first architecture that the config names, or the usual one.
+    """Return the class of a config's model, with a head: the first architecture that it names, or the usual one.
 
     Raises:
         ValueError: transformers has no such class.
     """
-    transformers = require_transformers()
+    transformers = _transformers()
     bare = transformers.MODEL_MAPPING.get(type(config), None)
     named = [getattr(transformers, name, None) for name in config.architectures or ()]
     usual = [getattr(transformers, name).get(type(config), None) for name in _HEADS]
@@ -77,13 +67,12 @@ def model_class(config: Any) -> Any:
         if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and kind is not bare:
             return kind
     raise ValueError(
-        f"transformers {transformers.__version__} has no model with a head for a config of type "
-        f"{config.model_type!r}; use another model."
+        f"transformers {transformers.__version__} has no model with a head for a config of type {config.model_type!r}."
     )
 
 
 def build(config: Any) -> nn.Module:
-    """A model with random weights, or without any on torch's meta device.
+    """Return a model with random weights, or without any on torch's meta device.
 
     Args:
         config: from :func:`read_config`; it is not changed.
@@ -98,8 +87,8 @@ def build(config: Any) -> nn.Module:
         raise _not_possible(f"transformers cannot build a {kind.__name__} of this config", error) from None
 
 
-def load(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """The model of a folder, in evaluation mode.
+def load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """Return the model of a folder, in evaluation mode.
 
     Args:
         folder: with config.json and safetensors.
@@ -107,23 +96,19 @@ def load(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Any:
         device: where they go.
 
     Raises:
-        FileNotFoundError: the folder has no config.json.
         ValueError: transformers does not know the architecture, or a weight is missing or of another shape, or the
             weights are quantised, or an adapter is in the same folder.
         ModuleNotFoundError: transformers is not installed.
     """
-    folder = Path(folder)
     config = read_config(folder)
     if (quantised := getattr(config, "quantization_config", None)) is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise ValueError(
-            f"{folder} holds weights that are quantised ({method}), which are not read here; load the original weights "
-            "and quantise them with lora_lab.quantize_nf4(model)."
+            f"{folder} holds quantised weights ({method}); load the original ones, and quantize_nf4(model) afterwards."
         )
     if (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(
-            f"{folder} holds an adapter beside the model, which transformers would put on it; move the adapter's files "
-            "to another folder."
+            f"{folder} holds an adapter beside the model, which transformers would put on it; move it elsewhere."
         )
     try:
         model, report = model_class(config).from_pretrained(
@@ -155,15 +140,11 @@ def check_separate(folder: Path, new: Literal["model", "adapter"]) -> None:
     Raises:
         ValueError: the folder holds the other.
     """
-    try:
-        repair(folder)
-        if new == "model":
-            held = "an adapter" if (folder / ADAPTER_CONFIG).is_file() else None
-        else:
-            weights = (*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin"))
-            held = "a model" if weights and (folder / "config.json").is_file() else None
-    except OSError:  # the folder cannot be written to either, and the save says why
-        return
+    if new == "model":
+        held = "an adapter" if (folder / ADAPTER_CONFIG).is_file() else None
+    else:
+        weights = (*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin"))
+        held = "a model" if weights and (folder / "config.json").is_file() else None
     if held is not None:
         raise ValueError(
             f"{folder} holds {held}, and transformers loads a model with the adapter that is in its folder; name "

@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 
-from lora_lab.models.gguf_header import read_header
+from lora_lab.models.gguf import read_header
 
 UINT32, BOOL, TEXT, ARRAY = 4, 7, 8, 9
 F32, Q8_0 = 0, 8
@@ -73,22 +73,24 @@ def test_every_type_is_read_as_by_the_gguf_library(tmp_path):
     expected = {name: field.contents() for name, field in theirs.fields.items() if not name.startswith("GGUF.")}
     assert header == expected
     assert len(header) == 17
-    assert [(each.name, each.kind) for each in tensors] == [(t.name, t.tensor_type.name) for t in theirs.tensors]
-    for ours, other in zip(tensors, theirs.tensors, strict=True):
+    assert [(name, each.kind) for name, each in tensors.items()] == [
+        (t.name, t.tensor_type.name) for t in theirs.tensors
+    ]
+    for ours, other in zip(tensors.values(), theirs.tensors, strict=True):
         assert np.array_equal(ours.data, other.data.view(np.uint8))
 
 
 def test_the_smallest_files_are_read(read):
-    assert read(content(size=0)) == ({}, [])
-    header, (only,) = read(content([entry("a", BOOL, b"\1"), entry("b", TEXT, text("c"))], [tensor()]))
+    assert read(content(size=0)) == ({}, {})
+    header, tensors = read(content([entry("a", BOOL, b"\1"), entry("b", TEXT, text("c"))], [tensor()]))
     assert header == {"a": True, "b": "c"}
-    assert (only.name, only.kind, only.data.shape) == ("a", "F32", (2, 16))
+    assert [(name, each.kind, each.data.shape) for name, each in tensors.items()] == [("a", "F32", (2, 16))]
 
 
 def test_alignment_moves_the_tensors(read):
     aligned = [entry("general.alignment", UINT32, struct.pack("<I", 8))]
     _, tensors = read(content(aligned, [tensor("a", (3,)), tensor("b", (2,), offset=16)], size=32))
-    assert [each.data.shape for each in tensors] == [(12,), (8,)]
+    assert [each.data.shape for each in tensors.values()] == [(12,), (8,)]
 
 
 def test_m1_an_array_of_2_to_the_60_items_in_49_bytes_is_refused_at_once(read):

@@ -67,10 +67,6 @@ def test_a_published_config_has_its_published_number_of_parameters_and_a_bill(pa
     assert bill.peak_bytes > bill.static_bytes > bill.parts["frozen weights"]
 
 
-def test_at_least_six_families_are_among_the_configs():
-    assert len({json.loads(path.read_text())["model_type"] for path in CONFIGS}) >= 6
-
-
 @pytest.mark.slow
 def test_a_bill_of_a_config_is_that_of_the_model_with_weights(folder):
     options = {"batch_size": 2, "seq_len": 16, "device": "cpu"}
@@ -182,7 +178,7 @@ def test_a_folder_of_our_family_is_a_llama_which_is_said_too(tiny_config, chatte
         (
             lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
             FileNotFoundError,
-            "holds no file .*safetensors",
+            "lacks the file model.safetensors",
         ),
         (lambda folder: (folder / "tokenizer.json").unlink(), FileNotFoundError, "lacks the file tokenizer.json; make"),
         (lambda folder: (folder / "config.json").unlink(), FileNotFoundError, "config.json"),
@@ -196,12 +192,12 @@ def test_a_folder_of_our_family_is_a_llama_which_is_said_too(tiny_config, chatte
         (
             lambda folder: (folder / "adapter_config.json").write_text("{}"),
             ValueError,
-            "holds an adapter beside the model, which transformers would put on it; move the adapter's files",
+            "holds an adapter beside the model, which transformers would put on it; move it",
         ),
         (
             lambda folder: changed(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
             ValueError,
-            r"quantised \(.*bitsandbytes.*quantize_nf4",
+            r"quantised weights \(.*bitsandbytes.*quantize_nf4",
         ),
     ],
     ids=["weights", "tokenizer", "config", "too few layers", "another shape", "damaged", "adapter", "quantised"],
@@ -234,7 +230,7 @@ def test_a_model_of_transformers_is_saved_and_read_again(folder, chatter, tiny_c
     assert not (saved / "generation_config.json").exists()  # it was the other model's
     with pytest.raises(ValueError, match=r"^A Linear is neither a lora_lab.Llama nor a model of transformers"):
         save_model(torch.nn.Linear(2, 2), tmp_path / "layer")
-    with pytest.raises(ValueError, match=r"^The model is a GPT2LMHeadModel, but lora_lab writes GGUF files only for"):
+    with pytest.raises(ValueError, match=r"^The model is a GPT2LMHeadModel, but GGUF files are written of"):
         save_model(fresh(gpt2), tmp_path / "x.gguf", chatter, format="gguf")
 
 

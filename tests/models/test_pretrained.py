@@ -20,14 +20,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_lab import Llama, LoRAConfig, inject, load_pretrained, lora_layers, merge, save_model
-from lora_lab.models import download as fetch
+from lora_lab import Llama, LoRAConfig, inject, load_pretrained, lora_layers, save_model
 from lora_lab.models import pretrained
 from lora_lab.models.llama import RopeScaling
 from lora_lab.models.pretrained import load_tokenizer
-from lora_lab.models.quantize import BlockEmbedding, BlockLinear, BlockWeight, quantize_nf4
+from lora_lab.models.quantize import BlockEmbedding, BlockLinear, BlockWeight
 from lora_lab.tasks import cross_entropy
-from tests.helpers import logits, names, random_ids, randomise, randomise_all
+from tests.helpers import logits, names, random_ids, randomise_all
 
 ENTRY = "smollm2-135m-v1"
 TEXTS = ["Once upon a time", "in  2024, 3.14 and 1 000 000", "<|im_start|>user\nGrüße 😀<|im_end|>"]
@@ -183,7 +182,7 @@ def loaded(killed, raced):
     """What a process has imported that loaded the entry alone, in blocks and then in full, and the peak after each."""
     cache, _ = killed
     gone = cache / "elsewhere"
-    (cache / fetch.FILE).rename(gone)
+    (cache / pretrained.FILE).rename(gone)
     try:
         process = child(
             """
@@ -201,7 +200,7 @@ print(json.dumps([imported, *peaks]))
         )
         output, errors = process.communicate()
     finally:
-        gone.rename(cache / fetch.FILE)
+        gone.rename(cache / pretrained.FILE)
     assert process.returncode == 0, errors
     return json.loads(output)
 
@@ -351,16 +350,6 @@ def test_the_tokenizer_of_a_gguf_file_is_read_without_its_model(tiny_hf, write_g
     assert (tokenizer.eos_id, tokenizer.chat_template) == (whole.eos_id, whole.chat_template)
 
 
-def test_the_rows_of_queries_and_keys_are_put_in_order(tiny_hf, write_gguf):
-    theirs = tiny_hf()
-    ours, _ = load_pretrained(write_gguf(theirs), device="cpu")
-    for name in ("q_proj", "k_proj"):
-        weight = getattr(ours.model.layers[0].self_attn, name).weight.detach()
-        heads = 4 if name == "q_proj" else 2
-        assert torch.equal(weight, getattr(theirs.model.layers[0].self_attn, name).weight)
-        assert not torch.equal(weight, torch.from_numpy(interleaved(weight.numpy(), heads).copy()))
-
-
 def test_gguf_entries_that_may_be_absent_have_the_formats_defaults(tiny_hf, write_gguf):
     theirs = tiny_hf(num_key_value_heads=4)
     absent = ("attention.head_count_kv", "attention.key_length", "rope.freq_base")
@@ -416,7 +405,7 @@ def test_other_factors_in_a_gguf_file_are_refused(tiny_hf, write_gguf, factors):
     theirs = tiny_hf(head_dim=64, rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
     path = write_gguf(theirs, extra=rope_tensor(factors))
     with pytest.raises(
-        ValueError, match=r"rope_freqs do not follow Llama 3's rule.*load the model's Hugging Face folder"
+        ValueError, match=r"rope_freqs of .* do not follow Llama 3's rule.*load the model's Hugging Face folder"
     ):
         load_pretrained(path)
 
@@ -431,21 +420,21 @@ REFUSED_HEADERS = [  # an entry, its value (None: it is left out), and what must
     ("tokenizer.ggml.tokens", None, "tokenizer.ggml.tokens"),
     ("llama.block_count", None, "llama.block_count"),
     ("llama.block_count", 10**9, "num_hidden_layers is 1000000000"),
-    ("llama.block_count", 3, "lacks the tensor model.layers.2"),
+    ("llama.block_count", 3, "tensor model.layers.2.* is missing"),
     ("llama.embedding_length", "32", "hidden_size|str"),
     ("llama.attention.head_count", 0, "num_attention_heads is 0"),
     ("llama.attention.head_count", 5, "num_attention_heads is 5"),
-    ("llama.attention.key_length", 6, "proj.weight has shape"),
+    ("llama.attention.key_length", 6, "proj.weight is numbers of shape"),
     ("llama.rope.freq_base", -1.0, "rope_theta is -1.0"),
     ("llama.rope.freq_base", math.nan, "rope_theta is nan"),
     ("llama.rope.scaling.type", 5, "positions by 5"),
     ("llama.rope.scaling.type", "yarn", "yarn"),
-    ("llama.feed_forward_length", 47, "has shape .*48.*requires .*47"),
+    ("llama.feed_forward_length", 47, "of shape .*48.*requires .*47"),
     ("tokenizer.ggml.merges", ["zz q"], "zz"),
     ("tokenizer.ggml.merges", ["z" * 10_000 + " q"], "zz"),
     ("tokenizer.ggml.merges", ["t h e"], "tokenizer cannot be built"),
     ("tokenizer.ggml.token_type", [1] * 259, "tokenizer cannot be built"),
-    ("tokenizer.ggml.token_type", "text", "token_type"),
+    ("tokenizer.ggml.token_type", "text", "tokenizer cannot be built"),
     ("tokenizer.ggml.bos_token_id", 260, "tokenizer cannot be built"),
 ]
 REFUSED_TENSORS = [
@@ -470,12 +459,6 @@ def test_gguf_files_that_are_not_built_here_are_refused(tiny_hf, write_gguf, opt
     with pytest.raises(ValueError, match=named) as caught:
         load_pretrained(write_gguf(tiny_hf(), **options))
     assert len(str(caught.value)) < 500
-
-
-def test_a_gguf_file_without_stretching_may_say_so(tiny_hf, write_gguf):
-    theirs = tiny_hf()
-    ours, _ = load_pretrained(write_gguf(theirs, header={"llama.rope.scaling.type": "none"}), device="cpu")
-    assert same_logits(ours, theirs)
 
 
 def test_norms_in_blocks_are_dequantised(tiny_hf, write_gguf):
@@ -533,12 +516,6 @@ def test_shards_load_as_one_file_does(tiny_hf, hf_folder):
     assert same_weights(ours, theirs)
     assert same_logits(ours, theirs)
     assert not same_logits(ours, tiny_hf(seed=1, num_hidden_layers=3))
-
-
-def test_a_folders_tokenizer_comes_with_it(tiny_hf, hf_folder, tiny_tokenizer):
-    _, tokenizer = load_pretrained(hf_folder(tiny_hf()), device="cpu")
-    assert (tokenizer.bos_id, tokenizer.eos_id) == (258, 259)
-    assert tokenizer.encode("the <s>Grüße 😀") == tiny_tokenizer.encode("the <s>Grüße 😀")
 
 
 @pytest.mark.parametrize("lacking", ["config.json", "tokenizer.json", "shard"])
@@ -600,7 +577,7 @@ REFUSED_CONFIGS = [
     ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
     ({"hidden_size": None}, "hidden_size"),
     ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
-    ({"num_hidden_layers": 900}, "lacks the tensor model.layers."),
+    ({"num_hidden_layers": 900}, "tensor model.layers.* is missing"),
     ({"vocab_size": 2**40}, "vocab_size is 1099511627776"),
     ({"head_dim": 2**30}, "head_dim is 1073741824"),
     ({"rope_parameters": {"rope_theta": 0}}, "rope_theta is 0"),
@@ -697,22 +674,6 @@ def test_configs_of_older_transformers_are_read_alike(tiny_hf, hf_folder):
     for scaling, equal in ((rope, True), (None, False)):
         (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 5000.0, "rope_scaling": scaling}))
         assert same_logits(load_pretrained(folder, device="cpu")[0], theirs) is equal
-
-
-def test_a_loaded_model_changes_neither_its_folder_nor_another_load(tiny_hf, hf_folder):
-    theirs = tiny_hf()
-    folder = hf_folder(theirs)
-    before = (folder / "model.safetensors").read_bytes()
-    ours, _ = load_pretrained(folder, device="cpu")
-    again, _ = load_pretrained(folder, device="cpu")
-    assert not ours.training
-    assert all(parameter.requires_grad for parameter in ours.parameters())
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            parameter.add_(1.0)
-    assert (folder / "model.safetensors").read_bytes() == before
-    assert same_weights(again, theirs)
-    assert not same_weights(ours, theirs)
 
 
 def test_a_loaded_model_does_not_change_when_its_file_is_written_over(tiny_hf, hf_folder):
@@ -820,14 +781,6 @@ def test_the_real_model_survives_saving(smollm2):
     assert (hf_tokenizer.eos_token_id, hf_tokenizer.bos_token_id, hf_tokenizer.pad_token_id) == (2, 1, 2)
 
 
-@pytest.fixture
-def adapted(tiny):
-    """A tiny model with adapters that have learned something."""
-    model = tiny()
-    inject(model, LoRAConfig(rank=2, alpha=6.0))
-    return randomise(model)
-
-
 @pytest.mark.parametrize("format", ["safetensors", "gguf"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_l11_a_weight_that_is_not_finite_is_not_saved(tiny, tiny_tokenizer, tmp_path, format, value):
@@ -840,17 +793,6 @@ def test_l11_a_weight_that_is_not_finite_is_not_saved(tiny, tiny_tokenizer, tmp_
     with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj.weight holds numbers that are NaN or infinite"):
         save_model(model, path, tiny_tokenizer, format)
     assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before
-
-
-def test_a_merged_model_is_saved_with_what_it_learned(tiny, adapted, tiny_tokenizer, tmp_path):
-    ids = random_ids(2, 20)
-    with_adapters = logits(adapted, ids)
-    merge(adapted)
-    theirs = hf_load(save_model(adapted, tmp_path, tiny_tokenizer))
-    assert same_logits(theirs, adapted)
-    torch.testing.assert_close(logits(theirs, ids), with_adapters, rtol=0, atol=1e-3)
-    assert (logits(theirs, ids) - logits(tiny(), ids)).abs().max() > 0.1
-    assert same_logits(load_pretrained(tmp_path, device="cpu")[0], adapted)
 
 
 def test_saving_over_the_folder_that_it_came_from_keeps_the_new_weights(tiny, tiny_tokenizer, tmp_path):
@@ -1062,27 +1004,3 @@ def test_a_model_in_blocks_is_saved_as_the_dense_one_it_stands_for(tiny_hf, writ
     assert same_weights(load_pretrained(folder, device="cpu")[0], theirs)
     assert ("lm_head.weight" in load_file(folder / "model.safetensors")) is not tied
     assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())
-
-
-@pytest.mark.parametrize("double", [False, True])
-def test_a_model_in_nf4_is_saved_dense_with_what_its_adapters_learned(tiny, tiny_tokenizer, tmp_path, double):
-    model = tiny()
-    before = logits(model, random_ids(2, 20))
-    quantize_nf4(model, double=double)
-    quantised = {name: module.weight for name, module in model.named_modules() if isinstance(module, BlockLinear)}
-    inject(model, LoRAConfig(rank=2, targets=["q_proj"]))
-    for layer in lora_layers(model).values():
-        torch.nn.init.constant_(layer.lora_B, 0.3)
-    merge(model)
-    theirs = hf_load(save_model(model, tmp_path, tiny_tokenizer))
-    assert load_file(tmp_path / "model.safetensors").keys() == tiny().state_dict().keys() - {"lm_head.weight"}
-    assert same_weights(load_pretrained(tmp_path, device="cpu")[0], theirs)
-    for name, weight in quantised.items():
-        assert torch.equal(theirs.get_submodule(name).weight, weight) == ("q_proj" not in name)
-    torch.testing.assert_close(
-        logits(theirs, random_ids(2, 20)), logits(model, random_ids(2, 20)), rtol=1e-5, atol=1e-4
-    )
-    assert (logits(theirs, random_ids(2, 20)) - before).abs().max() > 0.1
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-    }  # fmt: skip

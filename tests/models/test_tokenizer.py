@@ -1,7 +1,6 @@
 """The tokenizer against transformers' import of the same file, its digit rule, exact round trips, and chats."""
 
 import json
-import math
 import random
 import unicodedata
 from datetime import datetime
@@ -99,11 +98,6 @@ def test_ids_of_1000_varied_texts_equal_those_of_transformers(tokenizer, hf_toke
     assert tokenizer.encode("in  2024") != hf_tokenizer("in  2024")["input_ids"]
 
 
-def test_different_texts_have_different_ids(tokenizer):
-    distinct = set(TEXTS)
-    assert len({tuple(tokenizer.encode(text)) for text in distinct}) == len(distinct)
-
-
 def test_known_tokens_and_their_number_equal_those_of_transformers(tokenizer, hf_tokenizer):
     assert len(tokenizer) == len(hf_tokenizer) == 49152
     assert tokenizer.backend.get_vocab() == hf_tokenizer.get_vocab()
@@ -149,21 +143,6 @@ def bytes_of(piece):
     return bytes(spelling[c] for c in piece)
 
 
-def test_digits_split_first_then_the_byte_level_rule(tokenizer):
-    expected = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    for text in ("a 1", "a  12 b", "v2.0-rc1\n\n10 000", "½ Ⅷ ² ७"):
-        ours = tokenizer.backend.pre_tokenizer.pre_tokenize_str(text)
-        assert ours == expected.pre_tokenize_str(text)
-        assert ours != PRE_TOKENIZERS["gpt-2"].pre_tokenize_str(text)
-
-
-def test_gpt2_texts_are_cut_by_the_byte_level_rule_alone():
-    cut = [piece for piece, _ in PRE_TOKENIZERS["gpt-2"].pre_tokenize_str("in 2024 it's")]
-    assert cut == ["in", "Ġ2024", "Ġit", "'s"]
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -180,14 +159,6 @@ def test_llama3_texts_are_cut_with_numbers_in_groups_of_three(text, expected):
 
 
 # Round trips
-
-
-def test_varied_texts_come_back_exactly(tokenizer):
-    draw = random.Random(1)
-    for text in TEXTS:
-        mixed = "".join(c + (str(draw.randrange(1000)) if draw.random() < 0.1 else "") for c in text)
-        for each in (text, mixed):
-            assert tokenizer.decode(tokenizer.encode(each)) == each
 
 
 # Characters with a byte that the model's vocabulary lacks: six control characters, and those of Unicode's
@@ -257,10 +228,6 @@ def test_templates_of_other_models_read_as_in_transformers(tokenizer, hf_tokeniz
     for messages in CHATS:
         theirs = hf_tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
         assert other.chat(messages, add_generation_prompt=False) == theirs
-
-
-def test_a_chat_asks_for_the_assistants_turn_unless_told_otherwise(tokenizer):
-    assert tokenizer.chat(CHATS[0]).endswith("What is 2 + 2?<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_chatting_without_a_template_says_what_to_do(tiny_tokenizer):
@@ -428,7 +395,8 @@ def header(**changes):
         "tokenizer.ggml.bos_token_id": 259,
         "tokenizer.ggml.eos_token_id": 260,
     }
-    return fields | {f"tokenizer.ggml.{name}": value for name, value in changes.items()}
+    changed = fields | {f"tokenizer.ggml.{name}": value for name, value in changes.items()}
+    return {name: value for name, value in changed.items() if value is not None}
 
 
 def test_a_header_makes_a_tokenizer_with_its_merges_and_special_tokens():
@@ -539,12 +507,6 @@ def test_templates_may_use_what_transformers_offers(tiny_tokenizer, template, ex
     if "fixed" not in expected and expected != "no date":
         theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer.backend, chat_template=template)
         assert theirs.apply_chat_template(messages, tokenize=False) == expected
-
-
-@pytest.mark.parametrize("wrong", [-1, 10**30, math.inf])
-def test_what_is_no_id_is_told(tiny_tokenizer, wrong):
-    with pytest.raises(ValueError, match="ids"):
-        tiny_tokenizer.decode([1, wrong])
 
 
 # Texts that people bring
