@@ -9,7 +9,6 @@ quantize       a frozen base in 4 bits: GGUF's blocks, NF4
 chat_template  conversations to text, by a program of the model's, with limits of time and memory
 tokenizer      text to token ids and back, and conversations to text
 gguf           reads a GGUF file, held against its size, and writes one for llama.cpp and Ollama
-huggingface    models of transformers, of any architecture
 pretrained     loads pre-trained weights into our Llama or by transformers, and saves them to a folder or a GGUF file
 """
 
@@ -22,7 +21,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "decoding",
         "digits",
         "gguf",
-        "huggingface",
         "llama",
         "pretrained",
         "quantize",

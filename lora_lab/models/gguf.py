@@ -363,7 +363,7 @@ def layout_of(model: nn.Module) -> Layout:
     kind = type(model).__name__
     if kind not in _ARCHITECTURES:
         raise ValueError(
-            f"The model is a {kind}, but GGUF files are written of {', '.join(_ARCHITECTURES)}; {_REMEDY}."
+            f"The model is a {kind}, but a GGUF file holds a lora_lab.Llama or {', '.join(_ARCHITECTURES)}; {_REMEDY}."
         )
     architecture, entries = _ARCHITECTURES[kind], model.config.to_dict()  # pyright: ignore
     entries["rope_type"] = positions(entries)[1]
@@ -485,6 +485,6 @@ def _kind(name: str, value: Tensor, dtype: str) -> str:
         dtype = "f16"
     if (largest := float(value.detach().abs().max())) > _LARGEST[dtype]:
         raise ValueError(
-            f"{name} holds {largest:g}, beyond {dtype.upper()}'s largest, {_LARGEST[dtype]:g}; choose dtype='f32'."
+            f"{name} holds a number of magnitude {largest:g}, too large for {dtype.upper()}; choose dtype='f32'."
         )
     return dtype.upper()

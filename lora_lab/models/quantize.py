@@ -361,14 +361,8 @@ class BlockWeight(QuantizedLayer):
             in_place_of[id(self.steps)] = _frozen(steps)
         return copy.deepcopy(self, in_place_of)
 
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits of storage per weight, scales included."""
-        stored = self.packed.numel() + (0 if self.steps is None else self.steps.numel())
-        return 8 * stored / math.prod(self.shape)
-
     def extra_repr(self) -> str:
-        return f"{self.shape}, kind={self.kind}, bits_per_weight={self.bits_per_weight:.4g}"
+        return f"{self.shape}, kind={self.kind}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args, **kwargs) -> BlockWeight:
         super()._apply(fn, *args, **kwargs)

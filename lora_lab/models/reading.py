@@ -139,8 +139,8 @@ def reader_of(model: nn.Module, mask: Tensor | None = None) -> Reader:
     can_generate = getattr(model, "can_generate", None)
     if can_generate is None or not can_generate() or is_encoder_decoder(model):
         raise ValueError(
-            "Only a causal language model can continue a text, a lora_lab.Llama or one of transformers, but this is a "
-            f"{type(model).__name__}."
+            f"Only a causal language model can continue a text, but the model is a {type(model).__name__}; use a "
+            "lora_lab.Llama or one of transformers."
         )
     return Reader(model, mask)
 

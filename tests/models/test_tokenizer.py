@@ -1,10 +1,10 @@
 """The tokenizer against transformers' import of the same file, its digit rule, exact round trips, and chats."""
 
 import json
-import random
 import unicodedata
 from datetime import datetime
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -15,55 +15,32 @@ from tokenizers import Tokenizer as Backend
 
 from lora_lab.models.tokenizer import PRE_TOKENIZERS, Tokenizer
 
-PIECES = [
-    "for (auto& x : xs) { total += x->value; }",
-    "def f(self, *args):\n\treturn {'a': None}",
-    '<div class="x">&amp;</div>',
-    "SELECT name FROM users WHERE id != NULL;",
-    "https://example.org/a_b?c=d&e=%F",
-    "the quick brown fox",
-    "It's they've we'll I'd DON'T o'clock",
-    "camelCaseAndSnake_case_WITH_CAPS",
-    "Grüße, façade, naïve, Øresund, żółw, Šárka",
-    "e\u0301 a\u0308 o\u0302\u0323 Z\u0351\u0352\u0353",  # letters with combining marks
-    "Ελληνικά русский עברית العربية हिन्दी ไทย",
-    "日本語のテキスト、中文文本。한국어 텍스트",
-    "😀 👩‍👩‍👧‍👦 🏳️‍🌈 🇩🇪 👍🏽",
-    "→ ∑ ∫ ≠ ∞ € £ © ™ … — “quotes” «guillemets»",
-    "\u00a0\u2003\u200b\u200d\ufeff\u2028",  # spaces and invisible marks of many kinds
-    "\x00\x01\x07\x1b\x7f",
-    "<|im_start|>user\n",
-    "<|im_end|>",
-    "<|endoftext|>",
-    "<|im_start|",
-    "  <|endoftext|>  ",
-    "<repo_name><file_sep><issue_start>",
+HARD = [
+    *"abT 'sSlRE12\n\r\t.,!_-/éß東京ж٣½①²Ⅷǅʰªªאनि한€😀👍\0\1\xa0\u3000\u2028\x85\u200b\u200d\ufeff\ue000\u0378",
+    *(
+        "'s",
+        "'T",
+        "'re",
+        "'LL",
+        "  ",
+        "\r\n",
+        "the",
+        "<|im_end|>",
+        "<|im_start|",
+        "<tool_call>",
+        "e\u0301",
+        " = {'a': None}",
+    ),
 ]
-GAPS = ["", " ", "  ", "   ", "\n", "\n\n", "\r\n", "\t", "\t\t", " \n ", "\n    ", " " * 17]
-RANGES = [(0x20, 0x7F), (0xA0, 0x250), (0x300, 0x370), (0x400, 0x500), (0x4E00, 0x5000), (0x1F300, 0x1F650)]
 
 
-def varied_texts(count, seed=0):
-    """Texts of many kinds without a character that Unicode calls a number."""
-    draw = random.Random(seed)
-
-    def noise():
-        low, high = draw.choice(RANGES)
-        return "".join(chr(draw.randrange(low, high)) for _ in range(draw.randrange(1, 9)))
-
-    texts = ["", " ", "\n", *PIECES]
-    while len(texts) < count:
-        parts = []
-        for _ in range(draw.randrange(1, 9)):
-            parts += [draw.choice(PIECES) if draw.random() < 0.6 else noise(), draw.choice(GAPS)]
-        text = "".join(parts)
-        if draw.random() < 0.3:
-            text = text[draw.randrange(len(text)) :]
-        texts.append("".join(c for c in text if not unicodedata.category(c).startswith("N")))
-    return texts
+def hard_texts(count=1000):
+    """Texts of pieces that are hard to split."""
+    generator = np.random.default_rng(0)
+    return ["".join(generator.choice(HARD, generator.integers(1, 14))) for _ in range(count)]
 
 
-TEXTS = varied_texts(1000)
+TEXTS = ["".join(c for c in text if not unicodedata.category(c).startswith("N")) for text in hard_texts()]
 
 
 @pytest.fixture(scope="module")
