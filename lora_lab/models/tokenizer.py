@@ -25,18 +25,12 @@ _LLAMA3_WORDS = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2_WORDS = _LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")  # each digit is a word
-_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+_GPT2, _BYTES = (pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex) for regex in (True, False))
 PRE_TOKENIZERS = {
     "gpt-2": _GPT2,
     "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2]),
-} | {
-    name: pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(words), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    for name, words in (("llama-bpe", _LLAMA3_WORDS), ("qwen2", _QWEN2_WORDS))
+    "llama-bpe": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_LLAMA3_WORDS), "isolated"), _BYTES]),
+    "qwen2": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_QWEN2_WORDS), "isolated"), _BYTES]),
 }
 # What is done to a text first, by our own entry in a GGUF file's header, which has none for it. Of Qwen2's files that
 # lack the entry it is Unicode's NFC.
@@ -67,7 +61,7 @@ class _Settings(TypedDict, total=False):
     chat_template: str | list[_NamedTemplate] | None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Tokenizer:
     """A byte-level tokenizer with the few special tokens that training and chatting need.
 

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from lora_lab.models.llama import RopeScaling
 from lora_lab.models.pretrained import load_tokenizer
 from lora_lab.models.quantize import BlockEmbedding, BlockLinear, BlockWeight
 from tests.helpers import logits, names, random_ids, relative_error
+from tests.models.test_gguf import VARIANTS
 
 ENTRY = "smollm2-135m-v1"
 TEXTS = ["Once upon a time", "in  2024, 3.14 and 1 000 000", "<|im_start|>user\nGrüße 😀<|im_end|>"]
@@ -572,21 +572,6 @@ def test_a_loaded_model_does_not_change_when_its_file_is_written_over(tiny_hf, h
 # Saving
 
 
-VARIANTS = [
-    {},
-    {"tie_word_embeddings": False},
-    {"attention_bias": True, "mlp_bias": True},
-    {"head_dim": 20, "num_key_value_heads": 1, "rms_norm_eps": 0.1, "rope_theta": 5000.0},
-    {"head_dim": 64, "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 32)},
-    {
-        "head_dim": 64,
-        "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 32),
-        "tie_word_embeddings": False,
-        "rope_theta": 5000.0,
-    },
-]
-
-
 def variant_name(changes):
     return ", ".join(changes) or "plain"
 
@@ -634,22 +619,17 @@ def test_without_a_tokenizer_the_weights_alone_are_saved(tiny, tmp_path):
         load_pretrained(tmp_path)
 
 
-def test_the_real_model_survives_saving(smollm2):
+def test_transformers_reads_the_real_tokenizer_alike(smollm2, tmp_path):
     from transformers import AutoTokenizer
 
-    model, tokenizer = smollm2
-    with tempfile.TemporaryDirectory() as folder:  # half a gigabyte, so it does not stay
-        save_model(model, folder, tokenizer)
-        theirs = hf_load(folder)
-        hf_tokenizer = AutoTokenizer.from_pretrained(folder)
-        assert same_weights(theirs, model)  # which are those of the file, as the first test shows
-        ids = torch.tensor([tokenizer.encode(TEXTS[0])])
-        assert torch.equal(logits(theirs, ids), logits(model, ids))
+    _, tokenizer = smollm2
+    tokenizer.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
     for text in TEXTS:
-        assert hf_tokenizer(text)["input_ids"] == tokenizer.encode(text)
+        assert theirs(text)["input_ids"] == tokenizer.encode(text)
     messages = [{"role": "user", "content": "Hi"}]
-    assert hf_tokenizer.apply_chat_template(messages, tokenize=False) == tokenizer.chat(messages, False)
-    assert (hf_tokenizer.eos_token_id, hf_tokenizer.bos_token_id, hf_tokenizer.pad_token_id) == (2, 1, 2)
+    assert theirs.apply_chat_template(messages, tokenize=False) == tokenizer.chat(messages, False)
+    assert (theirs.eos_token_id, theirs.bos_token_id, theirs.pad_token_id) == (2, 1, 2)
 
 
 @pytest.mark.parametrize("format", ["safetensors", "gguf"])

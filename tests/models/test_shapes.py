@@ -41,15 +41,7 @@ def hf_config(config):
     """The same shape as a config of transformers: Qwen2's where q, k and v have biases."""
     from transformers import LlamaConfig, Qwen2Config
 
-    values = dataclasses.asdict(config)
-    scaling = values.pop("rope_scaling")
-    rope = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
-    if scaling is not None:
-        scaling["original_max_position_embeddings"] = scaling.pop("original_context")
-        rope |= scaling | {"rope_type": "llama3"}
-    if values.pop("attention_bias"):
-        return Qwen2Config(**values, rope_parameters=rope)
-    return LlamaConfig(**values, rope_parameters=rope)
+    return (Qwen2Config if config.attention_bias else LlamaConfig)(**shapes.config_to_hf(config, torch.float32))
 
 
 def built_by_transformers(config):
