@@ -58,8 +58,7 @@ from lora_lab.system.files import (
     repair,
     write_json,
 )
-from lora_lab.system.numbers import check_finite
-from lora_lab.system.schema import check
+from lora_lab.system.schema import check, check_finite
 from lora_lab.system.wording import shortened
 
 SMOLLM2 = "smollm2-135m"
