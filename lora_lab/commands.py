@@ -214,7 +214,7 @@ def export(source: str, /, *, out: str, merged: bool = False, dtype: str | None 
     from lora_lab.adapters.gguf import save_gguf
     from lora_lab.adapters.merged import save_merged
     from lora_lab.adapters.peft_format import CONFIG
-    from lora_lab.models.gguf_writer import check_target
+    from lora_lab.models.gguf import check_target
     from lora_lab.models.pretrained import load_pretrained, save_model
     from lora_lab.system.files import check_writable, repair
 
@@ -702,8 +702,7 @@ def doctor() -> dict[str, Any]:
 
     import psutil
 
-    from lora_lab.models.download import cache_folder
-    from lora_lab.models.pretrained import is_cached
+    from lora_lab.models.pretrained import cache_folder, is_cached
     from lora_lab.system.device import effort, pick_device
     from lora_lab.system.provenance import machine_info, version
 

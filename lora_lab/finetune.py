@@ -22,8 +22,7 @@ from lora_lab.adapters.peft_format import CONFIG, WEIGHTS, save_adapter
 from lora_lab.history import History
 from lora_lab.inject import lora_layers
 from lora_lab.methods import AsItIs, FullFineTuning, Method, PartialFineTuning
-from lora_lab.models.huggingface import check_separate
-from lora_lab.models.pretrained import FILES, GENERATION, SMOLLM2, load_pretrained, save_model
+from lora_lab.models.pretrained import FILES, GENERATION, SMOLLM2, check_separate, load_pretrained, save_model
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system.device import pick_device
 from lora_lab.system.distributed import current_processes
