@@ -116,17 +116,6 @@ def continuation(model, tokenizer, prompt, n, temperature=0.0, seed=0, penalty=1
     return tokenizer.decode(model.generate(ids, n, tokenizer.eos_id, **vars(sampling)).tolist())
 
 
-def test_plain_chat_continues_the_prompt_with_the_default_model_a_folder_or_an_adapter(tiny_smollm2, tuned, capsys):
-    model, tokenizer = load_pretrained(tiny_smollm2, device="cpu")
-    default = written(capsys, "the dog", "--tokens", 12)
-    assert default == "the dog" + continuation(model, tokenizer, "the dog", 12) + "\n"
-    assert written(capsys, "the dog", "--tokens", 12, "--model", tiny_smollm2) == default
-    adapted, folder = tuned
-    with_adapter = written(capsys, "the dog", "--tokens", 12, "--adapter", folder)
-    assert with_adapter == "the dog" + continuation(adapted, tokenizer, "the dog", 12) + "\n"
-    assert with_adapter != default
-
-
 def test_chat_puts_an_adapter_on_the_model_that_it_was_trained_on(tiny_smollm2, tuned, tmp_path, capsys, tiny_config):
     from lora_lab.models.pretrained import SMOLLM2
 
@@ -221,13 +210,6 @@ def test_what_cannot_be_is_told_in_a_line_before_any_work(monkeypatch, tmp_path,
     assert not any(tmp_path.iterdir())
 
 
-def test_a_rank_given_twice_is_tried_once_and_gives_no_verdict(tmp_path, capsys):
-    options = ("--task", "planted", "--ranks", 1, 1, "--lrs", "0.01", "--seeds", 1, "--steps", 1, "--eval-examples", 4)
-    assert command("ablate", *options, "--out", tmp_path, "--json") == 0
-    document, _ = printed_json(capsys)
-    assert (document["trials"], document["verdict"]) == (1, None)
-
-
 def test_a_model_of_another_number_of_layers_is_not_analysed(tmp_path, capsys, tiny_config, tiny_tokenizer):
     folders = []
     for layers in (1, 2):
@@ -237,13 +219,6 @@ def test_a_model_of_another_number_of_layers_is_not_analysed(tmp_path, capsys, t
         assert command("analyze", tuned, "--base", base, "--out", tmp_path / "out") == 1
         *_, last = capsys.readouterr().err.splitlines()  # after the lines that say how the models are loaded
         assert last.startswith(f"lora-lab: Only one of {tuned} and {base} has model.layers.1.")
-
-
-def test_chat_refuses_a_damaged_adapter(tuned, capsys):
-    _, folder = tuned
-    (folder / "adapter_config.json").write_text("[1]")
-    assert command("chat", "a", "--adapter", folder) == 1
-    assert "adapter_config.json" in error_line(capsys)
 
 
 # The other commands

@@ -77,15 +77,6 @@ def test_demo_fine_tunes_both_ways_and_keeps_what_it_says(small_demo, tmp_path, 
     assert rows["trained parameters"] == [f"{trained:,}", f"{total:,}"]
     files = [out / "lora" / "adapter_model.safetensors", out / "full" / "model.safetensors"]
     assert rows["file to keep, MB"] == [f"{path.stat().st_size / 1e6:.1f}" for path in files]
-    assert list(rows)[4:] == [
-        "peak memory, MiB",
-        "median step, s",
-        "tokens a second",
-        "training loss",
-        "validation loss",
-        "off-domain loss",
-    ]
-
     assert (out / "demo.png").read_bytes().startswith(PNG)
     text = (out / "demo.html").read_text(encoding="utf-8")
     assert "With the adapter off the answer is\nthe same as before." in text
@@ -224,19 +215,3 @@ def test_the_page_escapes_texts_and_says_if_the_base_is_not_back(tmp_path):
     assert "1.2 MB beside a model of\n538 MB" in text
     assert "the answer is\nnot the same as before" in text
     assert "4 steps of 4 x 64 tokens of Python's manual for each method, seed 3" in text
-
-
-def test_picture_of_two_results(tmp_path, monkeypatch):
-    from lora_lab import plots
-
-    drawn = []
-    original = plots.save
-    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure) or original(figure, path))
-    assert demo.draw(RESULTS, tmp_path / "demo.png") == tmp_path / "demo.png"
-    assert (tmp_path / "demo.png").read_bytes().startswith(PNG)
-    left, right = drawn[0].axes
-    assert [line.get_ydata().tolist() for line in left.get_lines()] == [[3.25, 2.75], [3.25, 2.5]]
-    assert left.get_ylabel() == "validation loss (nats per token)"
-    assert right.get_ylabel() == "memory at the peak (MiB)"
-    assert [text.get_text() for text in right.get_xticklabels()] == ["LoRA r=8", "full fine-tuning"]
-    assert [text.get_text() for text in right.texts] == ["1,900", "3,701"]

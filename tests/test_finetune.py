@@ -207,6 +207,7 @@ def test_what_a_folder_holds_is_kept_and_that_is_told_before_the_training(
             ["--model", "model"],
             "model holds the model that is to be trained, which must stay as it is; name",
         ),
+        ("sums.jsonl", [], "sums.jsonl cannot be written to ("),
         ("sums.jsonl/kept", [], "sums.jsonl/kept cannot be written to ("),
     ]
     capsys.readouterr()
@@ -227,6 +228,12 @@ def test_without_a_folder_each_run_gets_one_of_its_own(tiny, tmp_path, capsys):
     assert "Saved in runs/finetune\n" in capsys.readouterr().out
     assert len(read(tmp_path / "runs/finetune/history.json")["rows"]) == 3
     assert names(tmp_path / "runs") == ["finetune", "finetune-2", "finetune-3"]
+
+
+@pytest.mark.parametrize("content", ["?", "[]", '{"method": 5}'])
+def test_nothing_gives_way_by_what_no_run_has_written(tmp_path, content):
+    (tmp_path / "result.json").write_text(content)
+    assert finetune._outdated(tmp_path, "full") == finetune._outdated(tmp_path, "lora") == ()
 
 
 def test_of_two_runs_that_end_in_the_same_folder_the_second_is_saved_elsewhere(tiny, tmp_path, monkeypatch, capsys):
@@ -383,13 +390,6 @@ def test_what_a_full_disk_has_no_room_for_is_kept_elsewhere(tiny, tmp_path, caps
     assert contents(tmp_path / "kept") == before
     assert {path.name for path in spare.iterdir()} == before.keys()
     assert len(read(spare / "history.json")["rows"]) == 3
-
-
-def test_a_preview_trains_nothing(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(finetune, "fit", None)
-    assert finetune_sums("--preview") == 0
-    assert "'<s>user: " in capsys.readouterr().out
-    assert not (tmp_path / "kept").exists()
 
 
 BOOK = "\n\n".join(f"This is paragraph {i}, and it says that {i} is followed by {i + 1}." for i in range(200))

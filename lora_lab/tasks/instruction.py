@@ -129,13 +129,13 @@ class PairTask(Task):
         return "\n".join([super().describe(), *(f"  check: {line}" for line in _suspicions(self))])
 
     def limited(self, n_train: int, seed: int | None = None) -> PairTask:
-        """As for :class:`Task`."""
+        """Return a smaller task, as for :class:`Task`."""
         rows = drawn(self, n_train, seed)  # (n_train,)
         train_pairs = [self.pairs["train"][row] for row in rows.tolist()]
         return replace(self, train=self.train[rows], pairs={**self.pairs, "train": train_pairs})
 
     def pairs_of(self, part: str) -> Sequence[Pair]:
-        """The pairs of "train", "validation" or "test".
+        """Return the pairs of "train", "validation" or "test".
 
         Raises:
             ValueError: the part has no pairs, or there is no such part.
@@ -145,11 +145,11 @@ class PairTask(Task):
         return self.pairs[part]
 
     def prompt_ids(self, pair: Pair) -> list[int]:
-        """The tokens that the model reads before it answers."""
+        """Return the tokens that the model reads before it answers."""
         return self.tokenizer.encode(self.tokenizer.chat(_messages(pair)[:-1]))
 
     def preview(self, count: int = 2, part: str = "train") -> str:
-        """The first examples as the model sees them: the text it reads, the text it learns, and their lengths.
+        """Return the first examples as the model sees them: the text it reads, the text it learns, and their lengths.
 
         Special tokens that stand in the texts themselves are counted, because what is read and learned has those of
         the chat template too.
@@ -191,7 +191,7 @@ def from_pairs(
     about: str = "",
     licence: str = "",
 ) -> PairTask:
-    """A task of your own prompts and answers.
+    """Return a task of your own prompts and answers.
 
     Args:
         tokenizer: of the model that will be trained.
@@ -284,7 +284,7 @@ def _suspicions(task: PairTask) -> Iterator[str]:
 
 
 def _prompt_group(prompt: str) -> str:
-    """The group of all pairs with this prompt; its first character keeps it distinct from the groups of users."""
+    """Return the group of all pairs with this prompt; its first character keeps it distinct from a user's groups."""
     return f"\0{prompt.strip().casefold()}"
 
 
@@ -293,7 +293,7 @@ def _group(pair: Pair) -> str:
 
 
 def _split(pairs: Iterable[Pair], seed: int) -> dict[str, list[Pair]]:
-    """Whole groups, in random order: validation and test get what fits into a tenth of the pairs, training the rest.
+    """Return whole groups in random order: validation and test get what fits into a tenth of the pairs each.
 
     scikit-learn's GroupShuffleSplit counts groups where this counts pairs, and would change every data set.
     """
@@ -336,13 +336,13 @@ def _shuffled(items: Sequence[T], seed: int) -> list[T]:
 
 
 def _messages(pair: Pair) -> list[dict[str, str]]:
-    """The conversation of a pair, its answer included."""
+    """Return the conversation of a pair, its answer included."""
     turns = (*pair.before, ("user", pair.prompt), ("assistant", pair.answer))
     return [{"role": role, "content": content} for role, content in turns]
 
 
 def encode(tokenizer: ChatTokenizer, pair: Pair) -> tuple[list[int], list[int]]:
-    """Inputs and targets of one pair, of equal length; targets of all but the assistant's turns are IGNORE.
+    """Return inputs and targets of one pair, of equal length; targets of all but the assistant's turns are IGNORE.
 
     Raises:
         ValueError: the assistant's turns cannot be found in what the template writes.
@@ -356,7 +356,7 @@ def encode(tokenizer: ChatTokenizer, pair: Pair) -> tuple[list[int], list[int]]:
 
 
 def _turns(tokenizer: ChatTokenizer, messages: Sequence[dict[str, str]]) -> list[tuple[str, str]]:
-    """A conversation as the template writes it, cut after each turn of the assistant: (what is read, what is learned).
+    """Return a conversation as the template writes it, in a piece for each answer: (what is read, what is learned).
 
     What is learned is the assistant's text and the token that ends the turn, with what the template puts before the
     text, such as an empty thought. Most templates write a turn alike whatever follows. Those of reasoning models drop
@@ -387,7 +387,7 @@ def _turns(tokenizer: ChatTokenizer, messages: Sequence[dict[str, str]]) -> list
 
 
 def _turn_end(tokenizer: ChatTokenizer) -> str:
-    """What the template writes after the text of an assistant's turn, up to the end of the line."""
+    """Return what the template writes after the text of an assistant's turn, up to the end of the line."""
     text = tokenizer.chat(
         [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _SAMPLE}], add_generation_prompt=False
     )
@@ -395,7 +395,7 @@ def _turn_end(tokenizer: ChatTokenizer) -> str:
 
 
 def stop_token(tokenizer: ChatTokenizer) -> int | None:
-    """The token at which an answer ends: the one with which the chat template closes an assistant's turn.
+    """Return the token at which an answer ends: the one with which the chat template closes an assistant's turn.
 
     In some models it is not the one that ends a text, ``eos_id``, which is returned where the template closes no turn
     with a single token.
@@ -410,7 +410,7 @@ def stop_token(tokenizer: ChatTokenizer) -> int | None:
 def _encode_part(
     tokenizer: ChatTokenizer, part: str, pairs: Sequence[Pair], max_tokens: int, skip_long: bool
 ) -> tuple[list[Pair], Padded]:
-    """The pairs of a part that are short enough, and their examples, padded to the longest of them."""
+    """Return the pairs of a part that are short enough, and their examples, padded to the longest of them."""
     short: list[Pair] = []
     inputs: list[Tensor] = []
     targets: list[Tensor] = []

@@ -359,7 +359,7 @@ def _task_of_pairs(
 def _task_of_texts(
     tokenizer: ChatTokenizer, path: Path, texts: Sequence[str], unit: str, name: str, about: str, seq_len: int = 128
 ) -> Task:
-    """Next-token prediction on texts that stay whole: of every ten, the ninth goes to validation, the tenth to test."""
+    """Return the task of texts that stay whole: of every ten, the ninth goes to validation, the tenth to test."""
     split = {  # the large part last, so that too few texts are refused at once
         "validation": texts[8::10],
         "test": texts[9::10],

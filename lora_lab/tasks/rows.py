@@ -72,7 +72,7 @@ class RowTask(PairTask):
     length: int = field(kw_only=True)
 
     def describe(self) -> str:
-        """As for the examples in rows of their own, and a line on the rows of each part."""
+        """Return a summary as for the examples in rows of their own, and a line on the rows of each part."""
         lines = [self.source.describe(), f"  in rows of up to {self.length} tokens, which examples share:"]
         for part, rows in self.parts.items():
             columns, tokens = rows.targets.numel(), sum(_lengths(self.source.parts[part]))
@@ -81,17 +81,17 @@ class RowTask(PairTask):
         return "\n".join([*lines, f"  fingerprint {self.fingerprint}"])
 
     def preview(self, count: int = 2, part: str = "train") -> str:
-        """The first examples as the model sees them, and how many rows all of them share."""
+        """Return the first examples as the model sees them, and how many rows all of them share."""
         rows = self.part(part)
         last = f"in {len(rows)} rows of up to {self.length} tokens, none of which attends to another example"
         return f"{self.source.preview(count, part)}\n{last}"
 
     def limited(self, n_train: int, seed: int | None = None) -> RowTask:
-        """As for :class:`lora_lab.tasks.Task`; examples are counted, not rows."""
+        """Return a smaller task, as for :class:`lora_lab.tasks.Task`; examples are counted, not rows."""
         return share_rows(self.source.limited(n_train, seed), self.length)
 
     def check_model(self, model: nn.Module) -> None:
-        """As for :class:`Task`; and check on the first two examples of a row that a model keeps them separate.
+        """Check a model as for :class:`Task`, and that it keeps the first two examples of a row separate.
 
         Raises:
             ValueError: as for :class:`Task`; or it takes no positions, as one with an encoder and a decoder, or its

@@ -110,15 +110,15 @@ class Sentence(NamedTuple):
     object: Phrase
 
     def english(self) -> str:
-        """In English."""
+        """Return the sentence in English."""
         return _written([*_english(self.subject), *_english_verb(self), *_english(self.object)])
 
     def french(self) -> str:
-        """In French."""
+        """Return the sentence in French."""
         return _written([*_french(self.subject), *_french_verb(self), *_french(self.object)])
 
     def looked_up(self, target: str) -> str:
-        """Its translation by a dictionary that knows all words and verb forms, and no other grammar.
+        """Return its translation by a dictionary that knows all words and verb forms, and no other grammar.
 
         Into French, determiners and adjectives are masculine; into English, the words have the order of French.
         """
@@ -128,7 +128,7 @@ class Sentence(NamedTuple):
         return _written([*subject, *_english_verb(self), *thing])
 
     def features(self) -> tuple[str, ...]:
-        """What of French grammar it needs, in words."""
+        """Return what of French grammar it needs, in words."""
         phrases = (self.subject, self.object)
         needs = {
             "feminine": any(each.noun.feminine and (each.adjective or not each.plural) for each in phrases),
@@ -142,7 +142,7 @@ class Sentence(NamedTuple):
 
 
 def sentences(tokenizer: ChatTokenizer, target: str = "fr", max_tokens: int = 96) -> PairTask:
-    """Sentences to translate from English into French, or from French into English.
+    """Return a task of sentences to translate from English into French, or from French into English.
 
     Args:
         tokenizer: of the model.
@@ -172,13 +172,13 @@ def _pair(sentence: Sentence, target: str) -> Pair:
 
 
 def kinds(target: str) -> dict[str, tuple[str, Sentence]]:
-    """Prompt -> the kind of a sentence of the test part, and the sentence."""
+    """Return prompt -> the kind of a sentence of the test part, and the sentence."""
     return {_pair(sentence, target).prompt: (kind, sentence) for kind, sentence in corpus(target)["test"]}
 
 
 @cache
 def corpus(target: str) -> dict[str, list[tuple[str, Sentence]]]:
-    """part -> (kind, sentence) of each of its sentences; the kind is "" in training. The same on every call."""
+    """Return part -> (kind, sentence) of each of its sentences, the same on every call; the kind is "" in training."""
     generator = random.Random(0)
     used: set[str] = set()
     parts: dict[str, list[tuple[str, Sentence]]] = {part: [] for part in SIZES}
@@ -197,7 +197,7 @@ def corpus(target: str) -> dict[str, list[tuple[str, Sentence]]]:
 
 
 def _draw(generator: random.Random, kind: str) -> Iterator[Sentence]:
-    """Sentences of a kind, without end."""
+    """Yield sentences of a kind, without end."""
     things = _nouns(_NEW_THINGS if kind == WORD else _THINGS)
     people, verbs = _nouns(_PEOPLE), [Verb(*entry) for entry in _entries(_VERBS)]
     while True:
@@ -269,7 +269,7 @@ def _french(phrase: Phrase) -> list[str]:
 
 
 def _looked_up(phrase: Phrase) -> list[str]:
-    """French words in the order of English, without gender or elision; noun and determiner have their number."""
+    """Return French words in the order of English, without gender or elision, but with the number."""
     adjective = [phrase.adjective.masculine] if phrase.adjective else []
     if phrase.plural:
         return [_MANY[phrase.determiner], *adjective, _french_plural(phrase.noun.french)]
@@ -295,7 +295,7 @@ def _french_verb(sentence: Sentence) -> list[str]:
 
 
 def _is_vowel(word: str) -> bool:
-    """Whether the word before it is elided; every h of this lexicon is mute."""
+    """Return whether the word before it is elided; every h of this lexicon is mute."""
     return word[0] in "aeiouhéèêœ"
 
 
@@ -304,11 +304,11 @@ def _french_plural(word: str) -> str:
 
 
 def _with_s(word: str) -> str:
-    """The plural of a noun, the third person of a verb."""
+    """Return the plural of a noun, the third person of a verb."""
     return word + ("es" if word.endswith(("s", "x", "sh", "ch")) else "s")
 
 
 def _written(words: Sequence[str]) -> str:
-    """A sentence: joined, nothing after an apostrophe, with a capital and a full stop."""
+    """Return a sentence: joined, nothing after an apostrophe, with a capital and a full stop."""
     text = " ".join(words).replace("' ", "'")
     return f"{text[0].upper()}{text[1:]}."

@@ -1,6 +1,5 @@
 """Tasks of prompts and responses: what counts, how batches are cut, what is split and what is refused."""
 
-import copy
 import dataclasses
 
 import numpy as np
@@ -22,11 +21,6 @@ from tests.helpers import sums
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def model(tiny_config):
-    return Llama(tiny_config, seed=3)
-
-
 # What a model sees
 
 
@@ -44,20 +38,6 @@ def test_only_the_answer_and_the_end_of_its_turn_count(chatter):
         assert torch.equal(examples.inputs[:, 1:][behind], examples.targets[:, :-1][behind])
 
 
-def test_padding_changes_no_loss(chatter, model):
-    short, long = Pair("a?", "b"), Pair("a very much longer question than the other one?", "a longer answer")
-    pairs = {"train": [short, long], "validation": [Pair("x?", "y")], "test": [Pair("z?", "w")]}
-    task = from_pairs(chatter, pairs)
-    row = task.pairs["train"].index(short)
-    inputs, targets = task.train.inputs[row : row + 1], task.train.targets[row : row + 1]
-    end = int((targets != IGNORE).nonzero()[-1, 1]) + 1
-    assert end < inputs.shape[1]
-    with torch.no_grad():
-        padded = cross_entropy(model, inputs, targets)
-        bare = cross_entropy(model, inputs[:, :end], targets[:, :end])
-    torch.testing.assert_close(padded, bare)
-
-
 def test_the_preview_shows_what_is_read_and_what_is_learned(chatter):
     task = from_pairs(chatter, sums())
     shown = task.preview(1)
@@ -67,18 +47,6 @@ def test_the_preview_shows_what_is_read_and_what_is_learned(chatter):
     assert f"{len(task.train)} examples, padded to {task.train.inputs.shape[1]} tokens" in shown
     with pytest.raises(ValueError, match="part is 'off_domain', but the pairs of task 'pairs' are in"):
         task.preview(1, "off_domain")
-
-
-@pytest.mark.slow
-def test_a_task_can_be_fitted_and_limited(chatter, model):
-    task = from_pairs(chatter, sums()).limited(8, seed=1)
-    assert [pair.answer for pair in task.pairs["train"]] == [
-        chatter.decode(t[t != IGNORE].tolist()).removesuffix("</s>") for t in task.train.targets
-    ]
-    assert len(task.train) == 8
-    history = fit(copy.deepcopy(model), task, LoRA(4, 8), steps=30, lr=3e-2, batch_size=8, progress=False)
-    losses = history.curve("train_loss")[1]
-    assert losses[-1] < losses[0] - 0.2
 
 
 # Batches as long as they need to be
