@@ -233,7 +233,7 @@ def _train(
     print(f"{method}: {config.steps} steps of {config.batch_size} examples at learning rate {config.lr:g}")
     if (step := checkpoint.step_of(checkpoints)) is not None:
         print(f"Going on from step {step}, with the checkpoint in {checkpoints}")
-    with checkpoint.advice_if_interrupted(checkpoints):
+    with checkpoint.advise(checkpoints):
         history = fit(net, data, method, config, checkpoint_dir=checkpoints, checkpoint_every=every)
         if dtype is not None:
             _round_adapters(net, dtype)

@@ -43,7 +43,7 @@ from lora_lab.lean import Lean, apply_lean
 from lora_lab.lean import cross_entropy as lean_cross_entropy
 from lora_lab.lora import LoRALinear
 from lora_lab.system.device import own_randomness
-from lora_lab.system.progress import progress_bar
+from lora_lab.system.wording import progress_bar
 from lora_lab.task import Examples, Loss, Task, cross_entropy, modes_restored
 from lora_lab.train import (
     EVALUATED,

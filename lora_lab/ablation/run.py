@@ -46,11 +46,9 @@ from lora_lab.history import DivergedError, History
 from lora_lab.inject import adapter_state, lora_layers
 from lora_lab.system.device import own_randomness
 from lora_lab.system.files import as_path, check_writable, write_json
-from lora_lab.system.numbers import plain
-from lora_lab.system.progress import progress_bar
 from lora_lab.system.provenance import commit, device_name, machine_info, version
-from lora_lab.system.schema import NotNegative, check
-from lora_lab.system.wording import short_repr
+from lora_lab.system.schema import NotNegative, as_number, check
+from lora_lab.system.wording import progress_bar, short_repr
 from lora_lab.task import Task, bytes_of
 from lora_lab.train import evaluate, fit, make_step
 
@@ -512,7 +510,7 @@ def _tested(job: _Job, trial: Trial, model: nn.Module, task: Task, history: Hist
         return _Ended(trial, device, reason=f"The test loss is {loss} after the last step.")
     if job.judge is None:
         return _Ended(trial, device, history, loss)
-    scores = {name: plain(value) for name, value in job.judge(model, task).items()}  # JSON cannot hold numpy's
+    scores = {name: as_number(value) for name, value in job.judge(model, task).items()}  # JSON cannot hold numpy's
     return _Ended(trial, device, history, loss, check(scores, Scores, "what the judge gave"))
 
 

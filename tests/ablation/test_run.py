@@ -41,7 +41,7 @@ from lora_lab.ablation.grid import Grid, Trial
 from lora_lab.ablation.results import load
 from lora_lab.ablation.run import ablate, fingerprint
 from lora_lab.models.digits import DigitsMLP
-from lora_lab.system.progress import progress_bar
+from lora_lab.system.wording import progress_bar
 from lora_lab.tasks import Examples, Pair, Task, from_pairs, mean_squared_error
 from tests.helpers import small_task
 
