@@ -14,13 +14,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 
 from lora_lab.lean.step import Lean
 from lora_lab.methods import LoRA, Method
+from lora_lab.system.numbers import plain
 from lora_lab.system.schema import Positive, Seed, Size, check
 from lora_lab.system.wording import short_repr, shortened
 from lora_lab.train import TrainConfig, check_options
@@ -105,7 +105,7 @@ class Trial(TrainConfig, Run):  # the last base's fields come first: Trial(metho
         return hash(self.key)
 
     def bound(self, task: str, model: str) -> Trial:
-        """The same trial on the task and the model of these fingerprints.
+        """Return the same trial on the task and the model of these fingerprints.
 
         Raises:
             ValueError: it is bound to others already.
@@ -120,7 +120,7 @@ class Trial(TrainConfig, Run):  # the last base's fields come first: Trial(metho
         return replace(self, task=task, model=model)
 
     def to_dict(self) -> dict[str, Any]:
-        """The content in values of JSON, each in one form only."""
+        """Return the content in values of JSON, each in one form only."""
         content = {"method": self.method.settings(), **self.options, "task": self.task, "model": self.model}
         if isinstance(self.lean, Lean) and self.lean.base_dtype is not None:  # the keys of earlier trials have none
             content[BASE_DTYPE] = str(self.lean.base_dtype)
@@ -130,21 +130,21 @@ class Trial(TrainConfig, Run):  # the last base's fields come first: Trial(metho
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Trial:
-        """The trial of which :meth:`to_dict` gave the content.
+        """Return the trial of which :meth:`to_dict` gave the content.
 
         Raises:
             ValueError: an entry is missing or unknown, or the method is not known here.
         """
         try:
-            settings = {**content["method"]}  # a TypeError where it is no mapping
+            settings = {**content["method"]}
             name, methods = settings.pop("name"), _methods()
             if name not in methods:
                 raise ValueError(f"The method {name!r} is not known here; import the module that defines it first.")
             options = {**content, "method": methods[name](**settings)}
             if BASE_DTYPE in options:
-                options["lean"] = Lean(_dtype(BASE_DTYPE, options.pop(BASE_DTYPE)))
+                options["lean"] = Lean(_dtype(options.pop(BASE_DTYPE)))
             if AUTOCAST in options:
-                options[AUTOCAST] = _dtype(AUTOCAST, options[AUTOCAST])
+                options[AUTOCAST] = _dtype(options[AUTOCAST])
             return cls(**options)
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             reason = shortened(str(error))
@@ -154,8 +154,8 @@ class Trial(TrainConfig, Run):  # the last base's fields come first: Trial(metho
 _VARIED = ("method", "lr", "seed")  # by a grid
 
 
-class Grid(Sequence[Trial]):
-    """All combinations of methods, ranks, learning rates and seeds, as a sequence of trials without repeats.
+class Grid(list[Trial]):
+    """All combinations of methods, ranks, learning rates and seeds, as a list of trials without repeats.
 
         Grid(ranks=[1, 2, 4, 8], lrs=[3e-3, 1e-2], seeds=range(5), steps=200, alpha_per_rank=2)
 
@@ -210,32 +210,22 @@ class Grid(Sequence[Trial]):
             for lr in lrs
             for seed in seeds
         )
-        self._trials = tuple(dict.fromkeys(trials))
-
-    def __len__(self) -> int:
-        return len(self._trials)
-
-    def __getitem__(self, position: Any) -> Any:
-        return self._trials[position]
+        super().__init__(dict.fromkeys(trials))
 
     def __repr__(self) -> str:
         return f"Grid of {len(self)} trials"
 
 
-def _dtype(entry: str, name: str) -> torch.dtype:
-    """The dtype of which ``str`` gave the name, which is an entry of a trial's content.
-
-    Raises:
-        ValueError: there is none.
-    """
+def _dtype(name: str) -> torch.dtype:
+    """Return the dtype of which ``str`` gave the name."""
     dtype = getattr(torch, str(name).removeprefix("torch."), None)
     if str(dtype) != name or not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{entry} is {name!r}, but it must be a dtype's name, such as 'torch.bfloat16'.")
+        raise ValueError(f"{name!r} is no dtype's name, such as 'torch.bfloat16'.")
     return dtype
 
 
 def _methods() -> dict[str, type[Method]]:
-    """The classes of methods by name, users' own included; where two share a name, the later one counts."""
+    """Return the classes of methods by name, users' own included; where two share a name, the later one counts."""
 
     def family(parent: type[Method]) -> list[type[Method]]:
         return [parent, *itertools.chain.from_iterable(map(family, parent.__subclasses__()))]
@@ -244,21 +234,15 @@ def _methods() -> dict[str, type[Method]]:
 
 
 def _address(method: type[Method] | None) -> tuple[str, str] | None:
-    """Where a class is defined: running a notebook's cell again makes a new class with the same address."""
+    """Return where a class is defined: running a notebook's cell again makes a new class with the same address."""
     return method and (method.__module__, method.__qualname__)
 
 
 def _plain(value: Any) -> Any:
-    """A value in JSON's types, and equal values in one form: 16.0 is 16, -0.0 is 0, a tuple is a list."""
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, Integral):
+    """Return a value in JSON's types, and equal values in one form: 16.0 is 16, -0.0 is 0, a tuple is a list."""
+    value = plain(value)
+    if isinstance(value, float) and value.is_integer():
         return int(value)
-    if isinstance(value, Real) and math.isfinite(value):
-        number = float(value)
-        return int(number) if number.is_integer() else number
     if isinstance(value, Mapping):
-        return {str(name): _plain(entry) for name, entry in value.items()}
-    if isinstance(value, Sequence):
-        return [_plain(entry) for entry in value]
-    raise ValueError(f"{value!r} has no place in a trial; its values are texts, finite numbers, lists and dicts.")
+        return {name: _plain(entry) for name, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value

@@ -24,9 +24,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora_lab.ablation.blocks import losses_by_seed
 from lora_lab.ablation.compare import last_rows
-from lora_lab.ablation.stats import CONFIDENCE, RESAMPLES, interval, resampled_means
+from lora_lab.ablation.stats import CONFIDENCE, RESAMPLES, interval, losses_by_seed, resampled_means
 
 if TYPE_CHECKING:
     import pandas
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 def losses_by_rate(frame: pandas.DataFrame) -> dict[float, np.ndarray]:
     """rate -> the validation losses of one setup's trials after the last step, (seeds, blocks of examples).
 
-    There are several blocks if the trials were judged by :class:`lora_lab.ablation.blocks.BlockLosses`. Only rates that
+    There are several blocks if the trials were judged by :class:`lora_lab.ablation.stats.BlockLosses`. Only rates that
     have a result for every seed are there.
 
     Raises:

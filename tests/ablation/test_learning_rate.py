@@ -8,7 +8,6 @@ import pytest
 
 from lora_lab import FullFineTuning, LoRA
 from lora_lab.ablation import Trial, ablate
-from lora_lab.ablation.blocks import BlockLosses
 from lora_lab.ablation.compare import choose_rate, last_rows, rates_around, tune
 from lora_lab.ablation.learning_rate import (
     best_rate,
@@ -18,6 +17,7 @@ from lora_lab.ablation.learning_rate import (
     sample_vertices,
     slope,
 )
+from lora_lab.ablation.stats import BlockLosses
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.tasks import digits
 

