@@ -487,10 +487,10 @@ class Study:
         judging: other seeds, which train at the rate that was chosen; none, if the rates are all that is asked for.
         chosen_on: how many validation examples choose, from the first.
         judged_on: of each part, how many examples judge.
-        block: neighbouring examples that are drawn together (:mod:`lora_lab.ablation.blocks`).
+        block: neighbouring examples that are drawn together (:mod:`lora_lab.ablation.stats`).
         widen, beyond: how many rates may be added to a grid, and shall lie on either side of its best.
         answered: whether the answers to the prompts of the test part judge, too (as for
-            :class:`lora_lab.ablation.blocks.BlockLosses`).
+            :class:`lora_lab.ablation.stats.BlockLosses`).
 
     Raises:
         ValueError: a setup has no rates or a rate no setup, or a seed both chooses and judges.
@@ -674,7 +674,6 @@ def each_size(frame: pandas.DataFrame) -> Iterator[tuple[dict[str, Any], pandas.
 
 # Which rank is enough
 
-_NEEDED = ("method", "rank", "lr", "seed", "steps", "outcome", "step", "validation_loss", "test_loss")
 # All else is a setting, and settings must be equal for a comparison to be one.
 _MAY_VARY = ("key", "rank", "alpha", "lr", "seed", *OUTCOME, *PROVENANCE)
 _STATUS = {"lower": "enough", "equal": "enough", "higher": "too small", "open": "open"}
@@ -769,7 +768,7 @@ def smallest_sufficient_rank(frame: pandas.DataFrame, margin: float = 0.01, meth
         method: which method, where the frame has several with ranks.
 
     Raises:
-        ValueError: the margin is not positive; or the frame lacks columns, mixes settings, holds a trial twice, has
+        ValueError: the margin is not positive; or the frame mixes settings, holds a trial twice, has
             fewer than two ranks, or has several methods and none was named.
     """
     margin = check(margin, Positive, "margin")
@@ -799,8 +798,6 @@ def smallest_sufficient_rank(frame: pandas.DataFrame, margin: float = 0.01, meth
 
 def _comparable(frame: pandas.DataFrame, method: str | None) -> pandas.DataFrame:
     """Return the last row of each trial of the method, after a check that they can be compared with each other."""
-    if missing := [name for name in _NEEDED if name not in frame]:
-        raise ValueError(f"The frame lacks the columns {missing}; give what ablate or load returns.")
     with_ranks = frame[frame["rank"].notna()]
     methods = sorted(with_ranks["method"].unique())
     method = methods[0] if method is None and len(methods) == 1 else method

@@ -13,8 +13,6 @@ from torch import nn
 from lora_lab import FullFineTuning, LoRA, fit
 from lora_lab.ablation import Trial
 from lora_lab.ablation.compare import (
-    RankResult,
-    RankVerdict,
     Study,
     Verdict,
     choose_rate,
@@ -309,27 +307,6 @@ def test_notes_tell_of_rates_at_the_edge_and_untuned_ones():
     )
 
 
-def test_it_prints_as_a_table():
-    ranks = (
-        RankResult(1, "too small", 0.03, 0.6, 0.61234, 0.1, 0.08, 0.12),
-        RankResult(4, "not judged", note="all failed"),
-        RankResult(16, "reference", 0.01, 0.5, 0.51234),
-    )
-    verdict = RankVerdict(None, "more seeds needed.", "lora", 0.01, (0, 1), ranks, ("a note.",))
-    assert str(verdict).splitlines() == [
-        "lora: undecided: more seeds needed.",
-        "2 seeds, margin 0.01; losses on the test part; differences from the largest rank, with one-sided 95% bounds",
-        "  rank      rate      loss  difference     lower     upper  status",
-        "     1      0.03    0.6123     +0.1000   +0.0800   +0.1200  too small",
-        "     4         -         -           -         -         -  not judged: all failed",
-        "    16      0.01    0.5123           -         -         -  reference",
-        "Note: a note.",
-    ]
-    assert str(smallest_sufficient_rank(frame_of(PLANTED))).startswith(
-        "lora: rank 4: with 95% confidence its loss is less than 0.01"
-    )
-
-
 def test_results_of_several_machines_are_no_mixture():
     frame = frame_of(PLANTED)
     assert frame["device"].nunique() == 5
@@ -598,7 +575,6 @@ REFUSED = [  # the call, and what must be named
     (lambda: smallest_sufficient_rank(METHODS, method="full"), "method is 'full'"),
     (lambda: smallest_sufficient_rank(pandas.concat([SMALL, SMALL])), r"rank 1, lr 0\.003, seed 0 twice"),
     (lambda: smallest_sufficient_rank(frame_of({4: 0.0})), "only rank 4"),
-    (lambda: smallest_sufficient_rank(SMALL.drop(columns="test_loss")), r"lacks the columns \['test_loss'\]"),
     (lambda: compare_losses(judged({"full": [[1.0]]}), "LoRA"), "'LoRA' has no results for all seeds"),
     (lambda: study(judging=[1, 2]), r"The seeds \[1\] both choose and judge"),
     (lambda: study(lrs={"full": (1e-3, 1e-2)}), r"\['r=2'\] are only in one"),

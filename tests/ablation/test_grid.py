@@ -106,14 +106,6 @@ def test_every_part_of_the_content_changes_the_key():
     assert dataclasses.replace(trial(), lr=0.02) != trial()
 
 
-def test_batches_are_in_the_content_only_if_they_are_not_random():
-    by_length = trial(batches="by_length")
-    assert by_length.to_dict() == {**trial().to_dict(), "batches": "by_length"}
-    assert "batches" not in trial(batches="random").to_dict()
-    assert trial(batches="random").key == trial().key != by_length.key
-    assert Trial.from_dict(json.loads(json.dumps(by_length.to_dict()))) == by_length
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -134,22 +126,25 @@ def test_how_a_step_is_computed_is_no_part_of_the_content(options):
     assert all(getattr(each, name) == value for each in Grid([1], [0.1], [0], steps=3, **options) for name in options)
 
 
-def test_autocast_makes_another_trial():
-    rounded = trial(autocast=torch.bfloat16)
-    assert rounded.to_dict() == {**trial().to_dict(), "autocast": "torch.bfloat16"}
-    assert rounded.key not in (trial().key, trial(lean=Lean(torch.bfloat16)).key)
-    back = Trial.from_dict(json.loads(json.dumps(rounded.to_dict())))
-    assert back == rounded
-    assert back.bound("t", "m").autocast is torch.bfloat16
+BFLOAT16 = Lean(torch.bfloat16, checkpoint=True, threads=2)
 
 
-def test_a_base_in_bfloat16_is_another_trial():
-    rounded = trial(lean=Lean(torch.bfloat16))
-    assert rounded.to_dict() == {**trial().to_dict(), "base_dtype": "torch.bfloat16"}
-    assert rounded.key == trial(lean=Lean(torch.bfloat16, checkpoint=True, threads=2)).key != trial(lean=Lean()).key
-    back = Trial.from_dict(json.loads(json.dumps(rounded.to_dict())))
-    assert back == rounded
-    assert back.lean == Lean(torch.bfloat16)
+@pytest.mark.parametrize(
+    ("options", "content"),
+    [
+        ({"batches": "by_length"}, {"batches": "by_length"}),
+        ({"autocast": torch.bfloat16}, {"autocast": "torch.bfloat16"}),
+        ({"lean": BFLOAT16}, {"base_dtype": "torch.bfloat16"}),
+    ],
+)
+def test_what_changes_a_result_is_in_the_content_where_it_is_not_the_default(options, content):
+    one = trial(**options)
+    assert one.to_dict() == trial().to_dict() | content
+    assert one.key != trial().key
+    back = Trial.from_dict(json.loads(json.dumps(one.to_dict())))
+    assert back == one
+    assert back.options == one.bound("t", "m").options == one.options
+    assert back.lean == (Lean(torch.bfloat16) if "lean" in options else None)
 
 
 def test_methods_of_the_same_numbers_differ_in_key():
@@ -298,19 +293,8 @@ REFUSED = [  # the call, and what must be named
     (lambda: trial().bound("t", "m").bound("u", "m"), "belongs to the task t, but this sweep's is u"),
     (lambda: trial().bound("t", "m").bound("t", "n"), "belongs to the model m, but this sweep's is n"),
     (changed(lr=-1.0), "lr is -1.0"),
-    (changed(lr=float("nan")), "lr is nan"),
-    (changed(steps=0), "steps is 0"),
-    (changed(batch_size=0), "batch_size is 0"),
-    (changed(schedule="linear"), "schedule is 'linear'"),
     (changed(warmup=101), "warmup is 101, but it must be at most steps, 100"),
-    (changed(weight_decay=-0.1), "weight_decay is -0.1"),
-    (changed(clip=0), "clip is 0"),
-    (changed(eval_every=0), "eval_every is 0"),
-    (changed(eval_examples=0), "eval_examples is 0"),
     (changed(seed=1.5), "seed is 1.5"),
-    (changed(eval_examples=np.float32(3)), "eval_examples is 3.0"),
-    (changed(accumulate=9), "accumulate is 9, but it must be at most batch_size, 8"),
-    (changed(gradient_checkpointing=True, lean=Lean()), "lean excludes gradient_checkpointing"),
     (grid(ranks=[1.5]), "rank is 1.5"),
     (grid(ranks=[10**20]), "rank is 100000000000000000000"),
     (grid(seeds=[10**20]), "seed is 100000000000000000000"),

@@ -523,17 +523,6 @@ def test_a_model_that_gives_nan_from_the_start_ends_every_trial_before_training(
     assert "at step 0 " in str(results[0].error)
 
 
-def test_a_part_in_which_nothing_counts_is_refused_as_by_fit(tiny_config):
-    model, task = Llama(tiny_config, seed=3), sentences()
-    task.off_domain.targets[:2] = IGNORE
-    for train in (
-        lambda: fit_packed(model, task, RUNS[:3], eval_examples=2, **OPTIONS),
-        lambda: separate(model, task, RUNS[0], eval_examples=2, **OPTIONS),
-    ):
-        with pytest.raises(ValueError, match="No target of the first 2 examples of the off_domain part of task"):
-            train()
-
-
 # What is left behind
 
 
@@ -575,16 +564,6 @@ def test_the_model_is_left_as_it_was_and_so_are_the_random_numbers():
     again = fit_packed(model, pictures(), RUNS, **OPTIONS)
     assert all(map(same_bits, results, again))
     fit(model, pictures(), LoRA(rank=2), steps=1, lr=1e-3)  # it bears no mark
-
-
-def test_the_model_is_left_as_it_was_after_an_error_too(monkeypatch):
-    task, model = sentences(vocabulary=11), nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 11))
-    before, random = facts(model), torch.get_rng_state()
-    monkeypatch.setattr(packed, "join_batches", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        fit_packed(model, task, RUNS, **OPTIONS)
-    assert_untouched(model, before)
-    assert torch.equal(torch.get_rng_state(), random)
 
 
 # Refusals
@@ -632,10 +611,17 @@ def mixed_net():
     return model
 
 
-def test_autocast_cannot_be_packed():
-    model, task = DigitsMLP(width=16), pictures()
-    sentence = refusal(model, task, RUNS[0].method, torch.bfloat16)
-    assert_refused(model, task, RUNS, sentence, "without autocast; use fit, or Lean", autocast=torch.bfloat16)
+@pytest.mark.parametrize(
+    ("runs", "options", "named"),
+    [
+        ([], {}, "runs is empty"),
+        (RUNS, {"autocast": torch.bfloat16}, "without autocast"),
+        (RUNS, {"clip": 0}, "clip is 0"),
+    ],
+)
+def test_what_is_no_pack_is_refused(runs, options, named):
+    with pytest.raises(ValueError, match=named):
+        fit_packed(DigitsMLP(width=16), pictures(), runs, **OPTIONS | options)
 
 
 def assert_refused(model, task, runs, sentence, reason, **options):
@@ -828,22 +814,6 @@ def test_runs_of_one_pack_adapt_the_same_layers():
     assert len(fit_packed(DigitsMLP(width=16), pictures(), same, **OPTIONS)) == 2
 
 
-@pytest.mark.parametrize(
-    ("runs", "options", "reason"),
-    [
-        ([], {}, "runs is empty"),
-        ([Run(LoRA(rank=2), lr=-1.0)], {}, "lr is -1.0"),
-        (RUNS, {"steps": 0}, "steps is 0"),
-        (RUNS, {"batch_size": 0}, "batch_size is 0"),
-        (RUNS, {"schedule": "linear"}, "schedule is 'linear'"),
-        (RUNS, {"clip": 0.0}, "clip is 0.0"),
-    ],
-)
-def test_bad_numbers_are_named(runs, options, reason):
-    with pytest.raises(ValueError, match=reason):
-        fit_packed(DigitsMLP(width=16), pictures(), runs, **(OPTIONS | options))
-
-
 # Shares, and the loss in slices
 
 
@@ -876,17 +846,6 @@ def test_the_logits_of_a_pack_never_exist_whole_where_the_loss_can_be_sliced(tin
         assert_as_separate(result, *expected, rtol=0.02 if "half precision" in head else 1e-4)
     assert bool(slices) == (not whole) == (head in ("linear", "blocks"))
     assert set(slices) <= {7}
-
-
-def test_shares_are_of_equal_work_and_neighbours_in_rank():
-    model = DigitsMLP(width=128)
-    runs = [Run(LoRA(rank), 1e-2, seed) for seed in range(4) for rank in (1, 16, 4, 2, 8)]
-    halves = share_work(model, runs, 2, 20)
-    assert [len(half) for half in halves] == [9, 11]
-    assert [run.method.rank for half in halves for run in half] == [rank for rank in (16, 8, 4, 2, 1) for _ in range(4)]
-    assert sorted(str(run) for half in halves for run in half) == sorted(map(str, runs))
-    # Of a wide layer the adapter is a small part, so the shares are equal in number.
-    assert [len(half) for half in share_work(DigitsMLP(width=1024), runs, 2, 20)] == [10, 10]
 
 
 @pytest.mark.parametrize(("rank", "first"), [(8, [8, 1]), (9, [9])])
