@@ -25,12 +25,8 @@ from lora_lab.system.schema import Positive, Seed, Size, check
 from lora_lab.system.wording import short_repr, shortened
 from lora_lab.train import TrainConfig, check_options
 
-# What decides a run's result, in the order of a trial's file.
-_OPTIONS = (
-    *("lr", "seed", "steps", "batch_size", "schedule", "warmup", "weight_decay", "clip"),
-    *("eval_every", "eval_examples"),
-)
-BASE_DTYPE, AUTOCAST = "base_dtype", "autocast"  # and these, the first of the lean step, if they are in use
+BASE_DTYPE, AUTOCAST = "base_dtype", "autocast"  # entries of a trial's content that are there only if in use
+_NO_CHANGE = ("accumulate", "gradient_checkpointing", "lean")  # of a result
 _MOST = 1_000_000  # trials of a grid
 _KEY_LENGTH = 16  # hexadecimal digits: among a million trials, two share a key with probability 3e-8
 
@@ -81,17 +77,6 @@ class Trial(TrainConfig, Run):  # the last base's fields come first: Trial(metho
         for name, value in {"warmup": self.warmup_steps, "eval_every": self.evaluation_interval}.items():
             object.__setattr__(self, name, value)
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """The keywords of :func:`lora_lab.fit`, all of them but those that change no result.
-
-        ``batches`` and ``autocast`` are included only if they are not the default, because the keys of earlier trials
-        have no such entries. The lean step is left out, even if its ``base_dtype`` rounds.
-        """
-        options = {name: getattr(self, name) for name in _OPTIONS}
-        later = {"batches": self.batches, AUTOCAST: self.autocast}
-        return options | {name: value for name, value in later.items() if value != getattr(TrainConfig, name)}
-
     @cached_property
     def key(self) -> str:
         """The trial's identity: 16 hexadecimal digits of the SHA-256 of its content as canonical JSON."""
@@ -121,11 +106,10 @@ class Trial(TrainConfig, Run):  # the last base's fields come first: Trial(metho
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content in values of JSON, each in one form only."""
-        content = {"method": self.method.settings(), **self.options, "task": self.task, "model": self.model}
-        if isinstance(self.lean, Lean) and self.lean.base_dtype is not None:  # the keys of earlier trials have none
+        settings = {name: value for name, value in self.settings().items() if name not in _NO_CHANGE}
+        content = {"method": self.method.settings(), **settings, "task": self.task, "model": self.model}
+        if isinstance(self.lean, Lean) and self.lean.base_dtype is not None:
             content[BASE_DTYPE] = str(self.lean.base_dtype)
-        if self.autocast is not None:
-            content[AUTOCAST] = str(self.autocast)  # in place of the dtype
         return {name: _plain(value) for name, value in content.items()}
 
     @classmethod

@@ -123,10 +123,7 @@ def fit_packed(
     names = _common_layers(model, task, runs, configs)
     config = configs[0]  # all but lr and seed are the same for all
     check_evaluated(task, config)
-    by_seed = {each.seed: data_order(task, each) for each in configs}
-    for each in configs:
-        check_batches(task, by_seed[each.seed], each)
-    orders = [by_seed[each.seed] for each in configs]
+    orders = _data_orders(task, configs)
     model = copy_sharing_weights(model)
     for buffer in model.buffers():
         buffer.data = buffer.clone()  # a forward pass may change it
@@ -146,11 +143,7 @@ def fit_packed(
             for name, layer in adapters[0].items():
                 replace(model, name, layer)
             apply_lean(model, lean)
-        at_start = None
-        if lean is not None and paused is None:
-            loss = partial(lean_cross_entropy, rows=lean.loss_rows) if task.loss is cross_entropy else task.loss
-            base = dataclasses.replace(task, loss=cast(Loss, loss))  # all updates are zero
-            at_start = _evaluate(model, base, config, len(runs))
+        at_start = None if lean is None or paused else _evaluate_base(model, task, config, len(runs))
         step = PackedStep(model, task.loss, adapters, configs, threads, pool)
         model.train()
         if lean is None:  # the blocks of the lean step do not mix trials
@@ -227,6 +220,21 @@ def _evaluate(model: nn.Module, task: Task, config: TrainConfig, trials: int) ->
     """Return the losses of each trial by part; a loss that is one number, as before training, is that of all trials."""
     sizes = config.batch_size, config.eval_examples, config.by_length
     return {part: mean_loss(model, task, part, *sizes).expand(trials).tolist() for part in EVALUATED}
+
+
+def _evaluate_base(model: nn.Module, task: Task, config: TrainConfig, trials: int) -> dict[str, list[float]]:
+    """Return the losses before training of a lean model, in which all updates are zero: the same for all trials."""
+    rows = cast(Lean, config.lean).loss_rows
+    loss = partial(lean_cross_entropy, rows=rows) if task.loss is cross_entropy else task.loss
+    return _evaluate(model, dataclasses.replace(task, loss=cast(Loss, loss)), config, trials)
+
+
+def _data_orders(task: Task, configs: Sequence[TrainConfig]) -> list[DataOrder]:
+    """Return the data order of each trial, of which those of one seed share theirs."""
+    by_seed = {config.seed: data_order(task, config) for config in configs}
+    for config in configs:
+        check_batches(task, by_seed[config.seed], config)
+    return [by_seed[config.seed] for config in configs]
 
 
 def join_batches(

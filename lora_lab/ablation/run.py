@@ -52,7 +52,7 @@ from lora_lab.system.files import as_path, check_writable, write_json
 from lora_lab.system.numbers import plain
 from lora_lab.system.progress import progress_bar
 from lora_lab.system.provenance import commit, device_name, machine_info, version
-from lora_lab.system.schema import NotNegative, check
+from lora_lab.system.schema import Size, check
 from lora_lab.task import Examples, Task, bytes_of
 from lora_lab.train import evaluate, fit, make_step, to_device
 
@@ -104,15 +104,11 @@ def ablate(
             without it runs them to the end. Paused trials have checkpoints in ``folder/paused``, for all workers.
 
     Raises:
-        ValueError: an unknown or empty value, a task or trials that do not fit the model, a damaged file, a backend of
-            threads, a trial that cannot be packed or halved though it must be.
+        ValueError: a wrong value, a damaged file, a backend of threads, or trials that fit no model, pack or halving.
         RuntimeError: a worker makes another model or task, was ended by the system, or did not answer in time.
     """
     check(engine, Literal["auto", "separate", "packed"], "engine")
-    check(budget_bytes, NotNegative | None, "budget_bytes")
-    check(timeout_s, NotNegative, "timeout_s")
-    if len(trials) == 0:
-        raise ValueError("There are no trials to run; give a Grid or a list with at least one Trial.")
+    check(len(trials), Size, "The number of trials")
     folder = None if folder is None else as_path(folder, "folder")
     make = functools.partial(copy.deepcopy, model_factory) if isinstance(model_factory, nn.Module) else model_factory
     model, data = make(), _task(task)
