@@ -39,22 +39,19 @@ from lora_lab.train import evaluate
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize(
-    ("lower", "upper", "verdict"),
-    [
-        (0.2, 0.3, "higher"),
-        (-0.3, -0.2, "lower"),
-        (-0.1, 0.1, "equal"),
-        (-0.1, 0.2, "open"),
-        (-0.2, 0.1, "open"),
-        (0.1, 0.2, "open"),
-        (None, None, "open"),
-        (np.nan, np.nan, "open"),
-    ],
-)
-def test_a_verdict_is_where_the_bounds_lie_beside_the_margin(lower, upper, verdict):
-    assert judge(lower, upper, margin=0.1) == Verdict(verdict)
-    assert judge(lower, upper, margin=0.1, why="edge") == Verdict("open", "edge")
+BOUNDS = {  # beside a margin of 0.1
+    "higher": [(0.2, 0.3)],
+    "lower": [(-0.3, -0.2)],
+    "equal": [(-0.1, 0.1)],
+    "open": [(-0.1, 0.2), (-0.2, 0.1), (0.1, 0.2), (None, None), (np.nan, np.nan)],
+}
+
+
+@pytest.mark.parametrize("verdict", BOUNDS)
+def test_a_verdict_is_where_the_bounds_lie_beside_the_margin(verdict):
+    for bounds in BOUNDS[verdict]:
+        assert judge(*bounds, margin=0.1) == Verdict(verdict)
+        assert judge(*bounds, margin=0.1, why="edge") == Verdict("open", "edge")
 
 
 # Which rank is enough
@@ -354,21 +351,11 @@ def test_a_linear_teachers_rank_is_found_live(planted_rank, answer):
 def judged(losses, edges=(), outcome="done"):
     """Rows as compare_tuned yields them: setup -> losses (seeds, blocks)."""
     rows = [
-        {
-            "setup": setup,
-            "stage": "judging",
-            "lr": 1e-3,
-            "edge": "largest" if setup in edges else "",
-            "seed": seed,
-            "outcome": outcome,
-            "step": 4,
-            "steps": 4,
-            "score_test": json.dumps(list(blocks)),
-        }
+        {"setup": setup, "seed": seed, "score_test": json.dumps(list(blocks)), "edge": "largest" * (setup in edges)}
         for setup, by_seed in losses.items()
         for seed, blocks in enumerate(by_seed)
     ]
-    return pandas.DataFrame(rows)
+    return pandas.DataFrame(rows).assign(stage="judging", lr=1e-3, outcome=outcome, step=4, steps=4)
 
 
 def planted_losses(shift, noise, seeds=4, blocks=20, draw=0):

@@ -197,15 +197,12 @@ def test_grids_are_widened_until_the_best_rate_is_inside(tmp_path):
 
 def rows_of(outcomes):
     """(rate, seed) -> validation loss, or the reason of a failure, as rows of a table."""
-    return pandas.DataFrame(
-        {"lr": lr, "seed": seed, "step": 4, "steps": 4, "test_loss": 1.0}
-        | (
-            {"outcome": "failed", "reason": value, "validation_loss": math.nan}
-            if isinstance(value, str)
-            else {"outcome": "done", "reason": None, "validation_loss": value}
-        )
-        for (lr, seed), value in outcomes.items()
-    )
+    rows = []
+    for (lr, seed), value in outcomes.items():
+        failed = isinstance(value, str)
+        how = {"outcome": "failed", "reason": value} if failed else {"outcome": "done", "reason": None}
+        rows.append({"lr": lr, "seed": seed, **how, "validation_loss": math.nan if failed else value})
+    return pandas.DataFrame(rows).assign(step=4, steps=4, test_loss=1.0)
 
 
 def test_what_is_missing_or_did_not_fit_says_nothing_of_what_lies_beyond():
@@ -236,9 +233,8 @@ def test_as_many_rates_as_asked_for_lie_beyond_the_best():
 
 
 def test_a_grid_is_widened_only_so_far():
-    frame = tune(
-        DigitsMLP(), digits(), {"a": template(FullFineTuning())}, {"a": (1e-5, 2e-5)}, [0], widen=1, progress=False
-    )
+    setups, lrs = {"a": template(FullFineTuning())}, {"a": (1e-5, 2e-5)}
+    frame = tune(DigitsMLP(), digits(), setups, lrs, [0], widen=1, progress=False)
     assert sorted(frame["lr"].unique()) == [1e-5, 2e-5, 4e-5]
     assert best_rate(losses_by_rate(frame)).edge == "largest"
 

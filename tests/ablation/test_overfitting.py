@@ -38,19 +38,9 @@ MODEL = partial(DigitsMLP, width=16)
 def curve(setup, lr, seed, validation, off_domain=None, gap=None, **columns):
     """The rows of one trial, evaluated every ten steps."""
     count = len(validation)
-    return pandas.DataFrame(
-        {
-            "setup": setup,
-            "lr": lr,
-            "seed": seed,
-            "outcome": "done",
-            "step": [10.0 * i for i in range(count)],
-            "validation_loss": validation,
-            "off_domain_loss": off_domain or [1.0] * count,
-            "gap": gap or [math.nan] + [0.0] * (count - 1),
-            **columns,
-        }
-    )
+    own = {"off_domain_loss": off_domain or [1.0] * count, "gap": gap or [math.nan] + [0.0] * (count - 1), **columns}
+    trial = {"setup": setup, "lr": lr, "seed": seed, "outcome": "done", "step": [10.0 * i for i in range(count)]}
+    return pandas.DataFrame({**trial, "validation_loss": validation, **own})
 
 
 def failed(setup, lr, seed, **columns):

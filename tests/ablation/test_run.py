@@ -442,7 +442,7 @@ def test_out_of_memory_is_recorded_and_the_others_go_on(exhaust, tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    "error", [KeyboardInterrupt(), TimeoutError("the disk is slow"), ValueError("another")], ids=repr
+    "error", [KeyboardInterrupt("Ctrl-C"), TimeoutError("the disk is slow"), ValueError("another")], ids=repr
 )
 def test_what_stops_a_sweep_leaves_a_folder_that_goes_on(error, tmp_path, monkeypatch):
     whole = apart(grid())
