@@ -154,23 +154,6 @@ def test_each_trial_equals_its_own_run_after_fifty_steps(make, options):
         assert not np.allclose(column(results[0], "train_loss"), alone[other][0].curve("train_loss")[1], rtol=1e-3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("targets", ["all-linear", ["v_proj", "down_proj"]], ids=str)
-def test_each_trial_equals_its_own_run_on_a_llama_whose_batches_count_unequally(tiny_config, targets):
-    model, task = Llama(tiny_config, seed=3).double(), sentences()
-    runs = [Run(LoRA(run.method.rank, run.method.alpha, targets=targets), run.lr, run.seed) for run in RUNS[:3]]
-    options = {"steps": 50, "batch_size": 2, "weight_decay": 0.01, "eval_every": 25}
-    results = fit_packed(model, task, runs, **options)
-    for run, result in zip(runs, results, strict=True):
-        history, adapter = separate(model, task, run, **options)
-        assert_as_separate(result, history, adapter, rtol=1e-9)
-        assert moved(result) > 1e-2
-        assert [row["tokens"] for row in result.history.rows] == [row["tokens"] for row in history.rows]
-    tokens = [[row["tokens"] for row in result.history.rows] for result in results]
-    assert tokens[0] != tokens[1]  # other seeds, other batches
-    assert tokens[1] == tokens[2]
-
-
 def unequal_sentences():
     """Rows of 2 to 25 tokens, padded on the right; 14 of them, so that batches of 4 cross epochs."""
     parts = {}
@@ -181,20 +164,6 @@ def unequal_sentences():
             targets[row, 2 + (row * 7) % 24 :] = IGNORE
         parts[part] = Padded(inputs, targets)
     return Task("unequal", **parts, unit="tokens")
-
-
-def test_each_trial_equals_its_own_run_on_batches_by_length(tiny_config):
-    model, task = Llama(tiny_config, seed=3).double(), unequal_sentences()
-    options = {"steps": 10, "batch_size": 4, "eval_every": 5, "batches": "by_length"}
-    results = fit_packed(model, task, RUNS, **options)
-    for run, result in zip(RUNS, results, strict=True):
-        assert_as_separate(result, *separate(model, task, run, **options), rtol=1e-9)
-        assert moved(result) > 1e-3
-        assert result.history.settings["batches"] == "by_length"
-    at_random = fit_packed(model, task, RUNS, **options | {"batches": "random"})
-    assert not np.allclose(column(results[0], "train_loss"), column(at_random[0], "train_loss"), rtol=1e-3)
-    with pytest.raises(ValueError, match="all examples of task 'pictures' have the same length"):
-        fit_packed(*digits_net(), RUNS, **options)
 
 
 @pytest.mark.parametrize("batches", ["random", "by_length"])
@@ -253,7 +222,13 @@ def in_units(unit, config):
     return Llama(config, seed=3), replace(sentences(), unit=unit)
 
 
+def in_double(task, config):
+    return Llama(config, seed=3).double(), task()
+
+
 PACKS = {  # what makes the model and the task, the runs, options, and how near to the separate runs
+    "llama": (functools.partial(in_double, sentences), RUNS[:3], {"weight_decay": 0.01}, 1e-9),
+    "by length": (functools.partial(in_double, unequal_sentences), RUNS, {"batches": "by_length"}, 1e-9),
     "of one": (lambda _: digits_net(), RUNS[:1], {}, 1e-12),
     "LoRA and RsLoRA": (lambda _: digits_net(), [Run(kind(4, 8), 1e-2, 1) for kind in (LoRA, RsLoRA)], {}, 1e-9),
     "half precision": (lambda _: (DigitsMLP(width=16).bfloat16(), pictures(torch.bfloat16)), RUNS, {}, 0.02),
@@ -271,7 +246,9 @@ def test_each_trial_equals_its_own_run_in_every_pack(tiny_config, pack):
     model, task = make(tiny_config)
     results = fit_packed(model, task, runs, **OPTIONS | options)
     for run, result in zip(runs, results, strict=True):
-        assert_as_separate(result, *separate(model, task, run, **OPTIONS | options), rtol=rtol)
+        history, adapter = separate(model, task, run, **OPTIONS | options)
+        assert_as_separate(result, history, adapter, rtol=rtol)
+        assert [row["tokens"] for row in result.history.rows] == [row["tokens"] for row in history.rows]
         assert moved(result) > 1e-3
     for other in results[1:]:
         assert not np.allclose(column(results[0], "train_loss"), column(other, "train_loss"), rtol=1e-3)

@@ -552,7 +552,7 @@ def test_joblib_processes_give_the_same_numbers_as_this_one(tmp_path):
     assert_frame_equal(load(tmp_path / "runs"), frame)
     assert list(tmp_path.glob("pid*"))
     with joblib.parallel_config(backend="loky", n_jobs=2):
-        same(apart(trials, task=make), expected)
+        same(apart(trials, task=make, judge=told), expected)
 
 
 def test_a_worker_computes_with_one_thread_and_this_process_with_its_own():
