@@ -414,7 +414,7 @@ def analyze(tuned: str, /, base: str | None = None, out: str = "runs/analyze") -
     from lora_lab.analysis import spectra
     from lora_lab.models.pretrained import load_pretrained
     from lora_lab.system.files import check_replaceable, check_writable, repair
-    from lora_lab.system.json_text import rows_of
+    from lora_lab.system.schema import rows_of
 
     repair(tuned)
     is_adapter = (Path(tuned) / CONFIG).is_file()
@@ -504,8 +504,7 @@ def ablate(
     from lora_lab import plots
     from lora_lab.ablation import ablate, studies
     from lora_lab.system.files import check_replaceable, check_writable
-    from lora_lab.system.json_text import rows_of
-    from lora_lab.system.schema import Positive, Size, check
+    from lora_lab.system.schema import Positive, Size, check, rows_of
 
     check(margin, Positive | None, "--margin")
     folder = Path(out)

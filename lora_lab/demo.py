@@ -223,7 +223,7 @@ def draw(results: list[Result], path: Path) -> Path:
     parts = [*(part for part in PARTS if part in present), *sorted(present.difference(PARTS))]
     bars = {result.label: {part: result.memory.get(part, 0) / MIB for part in parts} for result in results}
     looks = {part: plots.PART_LOOKS.get(part, plots.PART_LOOKS[Part.REST]) for part in parts}
-    plots.stacked_bars(bars, "memory at the peak (MiB)", right, looks)
+    plots.stacked_bars(bars, "memory at the peak (MiB)", looks=looks, ax=right)
     right.set_title("What the memory is for, at the peak of a step")
     plots.save(figure, path)
     plots.plt.close(figure)

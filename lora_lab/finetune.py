@@ -273,7 +273,7 @@ def _resumable(checkpoints: Path | None) -> Iterator[None]:
     """Print from which step the block goes on, if it does; a KeyboardInterrupt says how the run can go on later."""
     if (step := checkpoint.step_of(checkpoints)) is not None:
         print(f"Going on from step {step}, with the checkpoint in {checkpoints}")
-    with checkpoint.advice_if_interrupted(checkpoints):
+    with checkpoint.advise(checkpoints):
         yield
 
 

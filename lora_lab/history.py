@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -169,12 +168,6 @@ class History:
             if missing or row["step"] != step or len(row) > len(COLUMNS):
                 raise ValueError(f"Row {step} is {short_repr(row)}, but it must be that of step {step}.")
         return history
-
-
-def is_number(value: Any) -> bool:
-    """Return whether a value read from JSON is a finite number within the range of a float, and not a bool."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and abs(value) <= sys.float_info.max
 
 
 def stop_if_diverged(what: str, loss: float, row: dict[str, Any]) -> None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.layers import QuantizedLayer, is_linear, lora_class
-from lora_lab.lora import LoRALayer, check_numbers
-from lora_lab.system.numbers import check_finite
+from lora_lab.lora import LoRALayer
+from lora_lab.system.schema import Dropout, Positive, Size, check_fields, check_finite
 from lora_lab.system.wording import shortened
 
 MERGED_FORMS = ("dequantised", "blocks", "full-precision")
@@ -37,21 +37,18 @@ class LoRAConfig:
         ValueError: a value is out of range, or a list of names is empty.
     """
 
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
+    rank: Size = 8
+    alpha: Positive = 16.0
+    dropout: Dropout = 0.0
     targets: str | Sequence[str] = "all-linear"
     exclude: Sequence[str] = ()
     layer: ClassVar[type[LoRALayer] | None] = None  # the class of the adapters, as for :func:`inject`
 
     def __post_init__(self) -> None:
-        rank, alpha, dropout = check_numbers(self.rank, self.alpha, self.dropout)
-        values: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout}
         if not (isinstance(self.targets, str) and self.targets == "all-linear"):
-            values["targets"] = check_names("targets", self.targets)
-        values["exclude"] = check_names("exclude", self.exclude)
-        for name, value in values.items():
-            object.__setattr__(self, name, value)  # of Python, which JSON can hold
+            object.__setattr__(self, "targets", check_names("targets", self.targets))
+        object.__setattr__(self, "exclude", check_names("exclude", self.exclude))
+        check_fields(self)
         if not self.targets:
             raise ValueError("targets is empty, so nothing would be adapted; name at least one layer or 'all-linear'.")
 

@@ -29,9 +29,8 @@ from lora_lab.methods import ContinueLoRA, Method
 from lora_lab.system.device import own_randomness, randomness_restored
 from lora_lab.system.distributed import ALONE, Processes, current_processes
 from lora_lab.system.files import check_writable
-from lora_lab.system.progress import progress_bar
 from lora_lab.system.schema import Count, NotNegative, Positive, Seed, Size, check, check_bfloat16, check_fields
-from lora_lab.system.wording import short_repr
+from lora_lab.system.wording import progress_bar, short_repr
 from lora_lab.task import Batch, Examples, Loss, Task, modes_restored
 
 EVALUATED = ("validation", "off_domain")  # the parts of which a history has losses
@@ -323,7 +322,7 @@ def fit(
     history = new_history(task, method, config, model)
     start = check_checkpoints(checkpoint_dir, checkpoint_every, model, history)
     leads = processes.rank == 0  # this process shows the bar, writes checkpoints and reports
-    advice = checkpoint.advice_if_a_process_ends(checkpoint_dir)
+    advice = checkpoint.advise(checkpoint_dir)
     with restore_switches(model), own_randomness(device, config.seed), advice:
         step = make_step(model, task.loss, method, config)
         step.processes = processes

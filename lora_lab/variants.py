@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from lora_lab.inject import lora_layers
 from lora_lab.lora import LoRALinear
 from lora_lab.methods import LoRA
-from lora_lab.system.schema import Positive, check_fields
+from lora_lab.system.schema import Positive
 
 
 class RsLoRALinear(LoRALinear):
@@ -215,10 +215,6 @@ class LoRAPlus(LoRA):
 
     ratio: Positive = 4.0
     name: ClassVar[str] = "lora+"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_fields(self)
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Return two groups: every A, and every B with ``ratio`` as its ``lr_factor``."""

@@ -20,8 +20,7 @@ import torch
 
 from lora_lab.lean.step import Lean
 from lora_lab.methods import LoRA, Method
-from lora_lab.system.numbers import plain
-from lora_lab.system.schema import Positive, Seed, Size, check
+from lora_lab.system.schema import Positive, Seed, Size, as_number, check
 from lora_lab.system.wording import short_repr, shortened
 from lora_lab.train import TrainConfig, check_options
 
@@ -224,7 +223,7 @@ def _address(method: type[Method] | None) -> tuple[str, str] | None:
 
 def _plain(value: Any) -> Any:
     """Return a value in JSON's types, and equal values in one form: 16.0 is 16, -0.0 is 0, a tuple is a list."""
-    value = plain(value)
+    value = as_number(value)
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, Mapping):

@@ -43,7 +43,7 @@ from lora_lab.lora import LoRALinear
 from lora_lab.methods import LoRA, Method, require_unmarked
 from lora_lab.models.quantize import BlockLinear
 from lora_lab.system.device import own_randomness
-from lora_lab.system.progress import progress_bar
+from lora_lab.system.wording import progress_bar
 from lora_lab.task import Examples, Loss, Task, cross_entropy, described
 from lora_lab.train import (
     EVALUATED,

@@ -49,10 +49,9 @@ from lora_lab.lean.step import Lean
 from lora_lab.methods import LoRA
 from lora_lab.system.device import own_randomness
 from lora_lab.system.files import as_path, check_writable, write_json
-from lora_lab.system.numbers import plain
-from lora_lab.system.progress import progress_bar
 from lora_lab.system.provenance import commit, device_name, machine_info, version
-from lora_lab.system.schema import Size, check
+from lora_lab.system.schema import Size, as_number, check
+from lora_lab.system.wording import progress_bar
 from lora_lab.task import Examples, Task, bytes_of
 from lora_lab.train import evaluate, fit, make_step, to_device
 
@@ -570,6 +569,6 @@ def _judge(job: _Job, trial: Trial, model: nn.Module, task: Task, history: Histo
         return _file(trial, model, "failed", reason=f"The test loss is {loss} after the last step.")
     if job.judge is None:
         return _file(trial, model, "done", history, test_loss=loss)
-    scores = {name: plain(value) for name, value in job.judge(model, task).items()}  # JSON cannot hold numpy's
+    scores = {name: as_number(value) for name, value in job.judge(model, task).items()}  # JSON cannot hold numpy's
     scores = check(scores, Scores, "what the judge gave")
     return _file(trial, model, "done", history, test_loss=loss, scores=scores)

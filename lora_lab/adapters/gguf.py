@@ -28,7 +28,7 @@ from lora_lab.models import pretrained
 from lora_lab.models.gguf_writer import Layout, check_target, gguf_name, in_gguf_order, layout_of, write_file
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system.files import as_path
-from lora_lab.system.numbers import check_finite
+from lora_lab.system.schema import check_finite
 from lora_lab.variants import PiSSALinear
 
 

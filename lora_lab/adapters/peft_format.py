@@ -40,8 +40,7 @@ from lora_lab.system.files import (
     repair,
     write_json,
 )
-from lora_lab.system.numbers import check_finite
-from lora_lab.system.schema import Count, Dropout, Number, Positive, Size, check
+from lora_lab.system.schema import Count, Dropout, Number, Positive, Size, check, check_finite
 from lora_lab.system.wording import counted, short_repr, shortened
 from lora_lab.variants import LORA_METHODS, PiSSALinear
 

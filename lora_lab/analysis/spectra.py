@@ -49,8 +49,8 @@ from lora_lab.rank import (
     svd,
 )
 from lora_lab.rank import singular_values as matrix_singular_values
-from lora_lab.system.progress import progress_bar
 from lora_lab.system.schema import Size, check
+from lora_lab.system.wording import progress_bar
 from lora_lab.variants import DoRALinear, PiSSALinear
 
 if TYPE_CHECKING:

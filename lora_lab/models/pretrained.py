@@ -47,8 +47,7 @@ from lora_lab.system.files import (
     repair,
     write_json,
 )
-from lora_lab.system.numbers import check_finite
-from lora_lab.system.schema import check
+from lora_lab.system.schema import check, check_finite
 
 SMOLLM2 = "smollm2-135m"
 # Raise the number when what is written to the cache changes, so that old entries are not read.

@@ -39,7 +39,7 @@ from lora_lab.models.pretrained import SMOLLM2, load_pretrained
 from lora_lab.models.quantize import quantize_nf4, rounded
 from lora_lab.studies import tuned
 from lora_lab.studies.tuned import ON_TEST, Planned, Source, processes, recorder, template
-from lora_lab.system.json_text import plain
+from lora_lab.system.schema import plain
 from lora_lab.task import Task
 
 NF4, Q4_1 = "NF4-double", "Q4_1"  # the blocks, of which the first is QLoRA's and the second that of the model's file

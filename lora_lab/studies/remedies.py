@@ -39,7 +39,7 @@ from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.studies.planning import planned_hours
 from lora_lab.studies.recorder import Row, read_rows, record_trials, tell_trial
-from lora_lab.system.json_text import plain
+from lora_lab.system.schema import plain
 from lora_lab.task import Task
 from lora_lab.tasks.base_text import base_replies, on_base_text, with_replay
 from lora_lab.train import evaluate

@@ -29,8 +29,8 @@ from typing_extensions import TypedDict
 
 from lora_lab.models.llama import Llama
 from lora_lab.system.files import read_json, write_json
-from lora_lab.system.progress import progress_bar
 from lora_lab.system.schema import Count, check
+from lora_lab.system.wording import progress_bar
 from lora_lab.task import IGNORE, Examples, Task
 from lora_lab.tasks.instruction import ChatTokenizer, Padded, stop_token
 
