@@ -9,7 +9,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from lora_lab import Llama, LoRA, evaluate, fit, reply
-from lora_lab.ablation import packing
+from lora_lab.ablation import run
 from lora_lab.ablation.grid import Trial
 from lora_lab.costs.memory import predict
 from lora_lab.models.tokenizer import Tokenizer
@@ -190,7 +190,7 @@ def test_packs_are_planned_for_the_longest_batch(chatter, tiny_config):
     assert first.inputs.shape[1] < 0.4 * whole.inputs.shape[1]  # the long one is not among them
     budget = frozen + int(3.5 * own(whole))
     assert (budget - frozen) // own(first) > 4  # as many as that would be too many, when the long one comes
-    plan = packing.plan(net, task, trials, "auto", budget, 1)
+    plan = run.plan(net, task, trials, "auto", budget, 1)
     assert max(len(job) for job, _ in plan) == 3
     assert sum(len(job) for job, _ in plan) == 8
 
