@@ -99,11 +99,11 @@ def finetune(
         folder = as_path(out, "--out")
     else:
         folder = finetune.OUT if overwrite else finetune.unused_folder(checkpoint_every is not None)
-    options: dict[str, Any] = {"steps": steps, "lr": lr, "batch_size": batch, "by_length": by_length, "seed": seed}
-    options |= {"model": model, "device": device, "eval_examples": eval_examples, "allow_special": allow_special}
-    options |= {"checkpoint_every": checkpoint_every, "half": half, "overwrite": overwrite}
-    result = finetune.run(task, chosen, folder, **options)
-    return {"folder": str(folder), **finetune.document(result)}
+    training = {"steps": steps, "batch_size": batch, "seed": seed, "eval_examples": eval_examples}
+    options: dict[str, Any] = {**training, "lr": lr, "batches": "by_length" if by_length else "random"}
+    options |= {"model": model, "device": device, "allow_special": allow_special, "overwrite": overwrite}
+    result = finetune.run(task, chosen, folder, half=half, checkpoint_every=checkpoint_every, **options)
+    return {"folder": str(folder), **result}
 
 
 def _preview(task: str, model: str, allow_special: bool) -> None:

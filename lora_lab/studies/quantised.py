@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.ablation import studies
-from lora_lab.ablation.blocks import BlockLosses, block_losses_of
 from lora_lab.ablation.compare import Study, last_rows, rates_around
 from lora_lab.ablation.results import SCORE
 from lora_lab.ablation.run import ablate
+from lora_lab.ablation.stats import BlockLosses, block_losses_of
 from lora_lab.adapters.edit import off, switch
 from lora_lab.costs.fake import Factory
 from lora_lab.costs.setup import Setup
@@ -107,7 +107,7 @@ class Merges:
         merged into float32, then Q   Q(W + D)
 
     Its scores are the losses of blocks of test examples by form, as those of
-    :class:`lora_lab.ablation.blocks.BlockLosses`; and "rounding", a text: for each kind of blocks what :func:`rounding`
+    :class:`lora_lab.ablation.stats.BlockLosses`; and "rounding", a text: for each kind of blocks what :func:`rounding`
     says of Q(V) and Q(V + D).
 
     Args:

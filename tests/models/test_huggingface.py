@@ -240,7 +240,7 @@ def test_a_newcomers_model_is_tuned_talked_to_swept_and_analysed(folder, chat_fi
     options = ["--task", chat_file, "--model", folder, "--device", "cpu"]
     assert command("finetune", *options, "--steps", 30, "--lr", 1e-2, "--batch", 4, "--rank", 4, "--out", "run") == 0
     losses = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert losses["after"]["validation loss"] < losses["before"]["validation loss"] - 0.1
+    assert losses["after"]["validation_loss"] < losses["before"]["validation_loss"] - 0.1
     assert str(folder) in (tmp_path / "run" / "README.md").read_text()
     capsys.readouterr()
     assert command("chat", "7?", *GREEDY, "--adapter", "run", "--tokens", 6, "--device", "cpu") == 0
