@@ -17,7 +17,7 @@ import pytest
 
 from lora_lab.course import copies
 from lora_lab.studies.claims.facts import read_claims
-from lora_lab.studies.registry import NAMES
+from lora_lab.studies.records import KINDS
 from tests import lab
 from tests.helpers import ROOT, solutions, words
 
@@ -177,7 +177,7 @@ def test_pictures_are_described_for_those_who_cannot_see_them(pages):
 
 def test_the_board_has_every_study_and_tables_that_sort(site, pages):
     board = pages["records/index.html"]
-    assert {f"study-{name.replace('_', '-')}" for name in NAMES} <= board.anchors
+    assert {f"study-{name.replace('_', '-')}" for name in KINDS} <= board.anchors
     assert len(board.pictures) > 9
     assert (site / "records" / "index.html").read_text(encoding="utf-8").count('class="sortable') == 3
     assert any(address.partition("?")[0].endswith("_static/sort.js") for address in board.loaded)
