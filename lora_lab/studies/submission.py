@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 
 from lora_lab.studies import records
-from lora_lab.studies.claims.deciding import DECIDERS
-from lora_lab.studies.claims.facts import read_claims
+from lora_lab.studies.claims.deciding import DECIDERS, read_claims
 from lora_lab.studies.records import KINDS, Record
 from lora_lab.system.provenance import machine_info
 

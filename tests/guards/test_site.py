@@ -16,7 +16,7 @@ import nbformat
 import pytest
 
 from lora_lab.course import copies
-from lora_lab.studies.claims.facts import read_claims
+from lora_lab.studies.claims.deciding import read_claims
 from lora_lab.studies.records import KINDS
 from tests import lab
 from tests.helpers import ROOT, solutions, words

@@ -24,8 +24,18 @@ from lora_lab.studies.claims import (  # noqa: F401  # they register themselves
     quality,
     rates,
 )
-from lora_lab.studies.claims.deciding import DECIDERS, FALLS, OPEN, UNTESTABLE, VERDICTS, Result, judge
-from lora_lab.studies.claims.facts import NONE_GIVEN, Claim, read_claims
+from lora_lab.studies.claims.deciding import (
+    DECIDERS,
+    FALLS,
+    NONE_GIVEN,
+    OPEN,
+    UNTESTABLE,
+    VERDICTS,
+    Claim,
+    Result,
+    judge,
+    read_claims,
+)
 from lora_lab.studies.records import KINDS
 
 WIDTH = 100

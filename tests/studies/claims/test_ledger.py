@@ -6,8 +6,7 @@ import re
 import pytest
 
 from lora_lab import claims, records
-from lora_lab.studies.claims.deciding import DECIDERS, VERDICTS
-from lora_lab.studies.claims.facts import read_claims
+from lora_lab.studies.claims.deciding import DECIDERS, VERDICTS, read_claims
 from lora_lab.studies.records import KINDS
 from tests.helpers import command, printed_json
 
