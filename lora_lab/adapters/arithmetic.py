@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from lora_lab.adapters.peft_format import from_state, read_adapter
-from lora_lab.lora import check_numbers
 from lora_lab.rank import SVD, product_svd, truncate
-from lora_lab.system.schema import Number, check
+from lora_lab.system.schema import Number, Size, check
 from lora_lab.system.wording import short_repr
 
 RULES = ("cat", "linear", "svd")
@@ -72,7 +71,7 @@ def combine(
     if (rank is not None) != (how == "svd"):
         raise ValueError(f"how is {how!r} and rank is {rank}; a rank is for 'svd', which needs one.")
     if rank is not None:
-        rank, *_ = check_numbers(rank)
+        rank = check(rank, Size, "rank")
     states = [adapter if isinstance(adapter, dict) else read_adapter(adapter) for adapter in adapters]
     names = dict.fromkeys(name for state in states for name in _layers(state))  # in the order of the first that has it
     for state in states:

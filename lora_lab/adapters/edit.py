@@ -20,10 +20,9 @@ from lora_lab.inject import (
     uncompiled,
 )
 from lora_lab.layers import LoRAConv1D
-from lora_lab.lora import LoRALayer, check_numbers
+from lora_lab.lora import LoRALayer
 from lora_lab.rank import energy_rank, product_svd, svd, truncate
-from lora_lab.system.numbers import check_finite
-from lora_lab.system.schema import Number, Positive, Size, check
+from lora_lab.system.schema import Number, Positive, Size, check, check_finite
 from lora_lab.variants import DoRALinear, PiSSALinear
 
 
@@ -54,7 +53,7 @@ def switch(model: nn.Module, state: dict[str, Tensor]) -> None:
     for name, layer in layers.items():
         tensors = {part: state[f"{name}.{part}"] for part in layer.parts}
         check_finite(((f"{name}.{part}", tensor) for part, tensor in tensors.items()), "The state")
-        rank, *_ = check_numbers(len(tensors["lora_A"]) if tensors["lora_A"].ndim else layer.rank)
+        rank = check(len(tensors["lora_A"]) if tensors["lora_A"].ndim else layer.rank, Size, "rank")
         check_fit(name, layer, tensors, rank, "The state")
     for name, layer in layers.items():
         set_factors(layer, {part: state[f"{name}.{part}"] for part in layer.parts}, alphas[name])
@@ -194,7 +193,7 @@ def resize(model: nn.Module, rank: int) -> dict[str, float]:
         ValueError: the rank is below 1, the model has no adapters, they are of a kind whose update is more than
             scaling * B A (PiSSA, DoRA), or a number of theirs is NaN or infinite. The model is then left unchanged.
     """
-    rank, *_ = check_numbers(rank)
+    rank = check(rank, Size, "rank")
     layers = lora_layers(model, required=True)
     check_finite(adapter_state(model).items())
     for name, layer in layers.items():

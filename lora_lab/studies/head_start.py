@@ -31,7 +31,7 @@ from lora_lab.models.pretrained import SMOLLM2
 from lora_lab.studies.claims.head_start import DOCS, FINE_TUNED, FROM_SCRATCH, LONGER, SIZES
 from lora_lab.studies.recorder import Case, record_cases, tell_trial
 from lora_lab.task import Task
-from lora_lab.tasks.digits import CHANGES
+from lora_lab.tasks.arrays import CHANGES
 from lora_lab.train import fit
 
 NETS: dict[str, Callable[..., nn.Module]] = {"transformer": DigitsTransformer, "MLP": DigitsMLP}

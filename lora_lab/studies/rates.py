@@ -33,7 +33,7 @@ from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.studies.recorder import ON_TEST, Planned, Row, plan_trial, record_tuned
-from lora_lab.system.json_text import plain
+from lora_lab.system.schema import plain
 from lora_lab.task import Task
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)

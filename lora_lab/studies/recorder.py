@@ -23,11 +23,11 @@ import torch
 from torch import nn
 
 from lora_lab.ablation import studies
-from lora_lab.ablation.blocks import block_losses_of
-from lora_lab.ablation.compare import Grids, Study, compare_tuned, labelled, last_rows, tune_by_seed
+from lora_lab.ablation.compare import Grids, Study, compare_tuned, label_setups, last_rows, tune_by_seed
 from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.results import SCORE
 from lora_lab.ablation.run import ablate
+from lora_lab.ablation.stats import block_losses_of
 from lora_lab.costs.cost_model import cost_model
 from lora_lab.costs.fake import Factory
 from lora_lab.costs.setup import Setup
@@ -38,7 +38,7 @@ from lora_lab.models.llama import Llama
 from lora_lab.studies import records
 from lora_lab.studies.records import KINDS
 from lora_lab.system.files import read_json, write_json
-from lora_lab.system.json_text import plain
+from lora_lab.system.schema import plain
 from lora_lab.task import Task
 
 if TYPE_CHECKING:
@@ -281,7 +281,7 @@ class Case:
             trials = {setup: [self.trial(setup, lr, seed) for lr in lrs[setup] for seed in seeds] for setup in setups}
             every, options = [*chain(*trials.values())], {"n_jobs": studies.processes(device), **self.options}
             table = ablate(start(first, device), partial(self.task, first), every, folder, **options)
-            frames.append(labelled(table, trials))
+            frames.append(label_setups(table, trials))
         return pandas.concat(frames, ignore_index=True)
 
 
@@ -401,7 +401,7 @@ def plan_trial(
     """Return a setup's trial, whose rate and seed are to be filled in; ``options`` are further ones of a Trial.
 
     It is evaluated on few examples, and on fewer still where its curve is not looked at, because the losses that decide
-    are those of :class:`lora_lab.ablation.blocks.BlockLosses`.
+    are those of :class:`lora_lab.ablation.stats.BlockLosses`.
     """
     every, examples = (steps, 4) if eval_every is None else (eval_every, 16)
     options |= {"steps": steps, "batch_size": batch_size, "eval_every": every, "eval_examples": examples, "lean": lean}

@@ -34,8 +34,7 @@ from lora_lab.models import shapes
 from lora_lab.models.llama import Llama, LlamaConfig
 from lora_lab.studies.recorder import Recorder, Row
 from lora_lab.system.process import peak_bytes, run_in_subprocess
-from lora_lab.system.progress import progress_bar
-from lora_lab.system.wording import counted
+from lora_lab.system.wording import counted, progress_bar
 from lora_lab.variants import DoRA, LoRAFA, PiSSA
 
 SMALL, SMOLLM2 = "small", "smollm2-135m"  # the first is a Llama for runs of seconds

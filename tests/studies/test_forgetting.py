@@ -18,7 +18,7 @@ from lora_lab import FullFineTuning, LoRA, PartialFineTuning, cli, evaluate, fit
 from lora_lab.ablation import studies
 from lora_lab.ablation.halving import Halving
 from lora_lab.ablation.overfitting import by_stopping_point, by_training_loss, compare_over_rates, summarise_trials
-from lora_lab.ablation.prediction import rank_correlations
+from lora_lab.ablation.stats import rank_correlations
 from lora_lab.models.llama import Llama
 from lora_lab.models.shapes import config
 from lora_lab.studies import forgetting, recorder

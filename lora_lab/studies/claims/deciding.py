@@ -193,8 +193,7 @@ class Decider:
         if isinstance(found, Result):
             return found
         if isinstance(found, tuple):
-            holds, measured = found
-            return Result({True: STANDS, False: FALLS, None: OPEN}[holds], measured)
+            return Result({True: STANDS, False: FALLS, None: OPEN}[found[0]], str(found[1]))
         return over_cases(found, self.on, self.always) if self.on else over_conditions(found)
 
     def of_record(self, claim: Claim, record: records.Record, beside: Sequence[records.Record] = ()) -> Result:
