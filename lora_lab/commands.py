@@ -99,11 +99,11 @@ def finetune(
         folder = as_path(out, "--out")
     else:
         folder = finetune.OUT if overwrite else finetune.unused_folder(checkpoint_every is not None)
-    options: dict[str, Any] = {"steps": steps, "lr": lr, "batch_size": batch, "by_length": by_length, "seed": seed}
-    options |= {"model": model, "device": device, "eval_examples": eval_examples, "allow_special": allow_special}
-    options |= {"checkpoint_every": checkpoint_every, "half": half, "overwrite": overwrite}
-    result = finetune.run(task, chosen, folder, **options)
-    return {"folder": str(folder), **finetune.document(result)}
+    training = {"steps": steps, "batch_size": batch, "seed": seed, "eval_examples": eval_examples}
+    options: dict[str, Any] = {**training, "lr": lr, "batches": "by_length" if by_length else "random"}
+    options |= {"model": model, "device": device, "allow_special": allow_special, "overwrite": overwrite}
+    result = finetune.run(task, chosen, folder, half=half, checkpoint_every=checkpoint_every, **options)
+    return {"folder": str(folder), **result}
 
 
 def _preview(task: str, model: str, allow_special: bool) -> None:
@@ -214,7 +214,7 @@ def export(source: str, /, *, out: str, merged: bool = False, dtype: str | None 
     from lora_lab.adapters.gguf import save_gguf
     from lora_lab.adapters.merged import save_merged
     from lora_lab.adapters.peft_format import CONFIG
-    from lora_lab.models.gguf_writer import check_target
+    from lora_lab.models.gguf import check_target
     from lora_lab.models.pretrained import load_pretrained, save_model
     from lora_lab.system.files import check_writable, repair
 
@@ -562,8 +562,7 @@ def record(
     from dataclasses import asdict
 
     from lora_lab.studies import records, submission
-    from lora_lab.studies.recorder import take_over
-    from lora_lab.studies.registry import OF_MODELS, recorder
+    from lora_lab.studies.recorder import find_recorder, take_over
     from lora_lab.system.device import pick_device
     from lora_lab.system.files import check_writable, rescued
     from lora_lab.system.provenance import commit as current_commit
@@ -574,12 +573,12 @@ def record(
         rows = counted(len(found.rows), "row")
         print(f"{what} is whole: {found.what!r} on {found.device}, {found.date}, {rows}")
         return None
-    if models and what not in OF_MODELS:
-        names = " and ".join(OF_MODELS)
+    if models and what not in records.OF_MODELS:
+        names = " and ".join(records.OF_MODELS)
         raise ValueError(f"--models is for {names}, but {what} is about SmolLM2-135M only; leave it out.")
     if models and not out:
         raise ValueError("A record of some models would replace that of all models; name another folder with --out.")
-    chosen = recorder(what)
+    chosen = find_recorder(what)
     where, why = pick_device(device)
     print(f"Device: {why}")
     command = f"lora-lab record {what}"
@@ -593,7 +592,7 @@ def record(
     if begun := take_over(what):
         print(f"{counted(begun, 'trial')} of a record that was begun earlier need not be run again.")
     rows = []
-    for row in chosen.rows(where, list(models) or None) if what in OF_MODELS else chosen.rows(where):
+    for row in chosen.rows(where, list(models) or None) if what in records.OF_MODELS else chosen.rows(where):
         rows.append(row)
         if text := chosen.line(row):
             print(text, flush=True)
@@ -624,7 +623,7 @@ def claims(id: str | None = None, /, records: str | None = None, lessons: str | 
 
     from lora_lab.studies import claims
     from lora_lab.studies.claims.ledger import WIDTH
-    from lora_lab.studies.registry import NAMES
+    from lora_lab.studies.records import KINDS
 
     for name, folder in (("records", records), ("lessons", lessons)):
         if folder and not Path(folder).is_dir():
@@ -634,7 +633,7 @@ def claims(id: str | None = None, /, records: str | None = None, lessons: str | 
         print(claims.table(entries, max(WIDTH, shutil.get_terminal_size((WIDTH, 0)).columns)))
         return [entry.to_dict() for entry in entries.values()]
     entry = claims.verdict(id, records, lessons)
-    print(f"{entry.explained()}\n\n{entry.how_to_run(NAMES)}")
+    print(f"{entry.explained()}\n\n{entry.how_to_run(KINDS)}")
     return [entry.to_dict()]
 
 
@@ -700,8 +699,7 @@ def doctor() -> dict[str, Any]:
 
     import psutil
 
-    from lora_lab.models.download import cache_folder
-    from lora_lab.models.pretrained import is_cached
+    from lora_lab.models.pretrained import cache_folder, is_cached
     from lora_lab.system.device import effort, pick_device
     from lora_lab.system.provenance import machine_info, version
 

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import nn
 from typing_extensions import TypedDict  # typing's own suits pydantic from Python 3.12 on
 
-from lora_lab.system.files import as_path, check_file, read_json, write_json
+from lora_lab.system.files import read_json, write_json
 from lora_lab.system.schema import Count, NotNegative, Number, check, check_fields
 from lora_lab.system.wording import short_repr
 
@@ -66,18 +66,15 @@ class History:
         self.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.total_parameters = count_parameters(model)
 
-    def start(self) -> None:
-        """Append row 0, the model before training."""
-        self.rows.append({**dict.fromkeys(COLUMNS), "step": 0, "seconds": 0.0, "tokens": 0})
-
     def add(self, step: int, **values: float) -> None:
-        """Append the row of a step.
+        """Append the row of a step; row 0 is the model before training.
 
         Raises:
             DivergedError: the training loss is NaN or infinite.
         """
         row = {**dict.fromkeys(COLUMNS), "step": step, **values}
-        stop_if_diverged("loss", row["train_loss"], row)
+        if step > 0:
+            stop_if_diverged("loss", row["train_loss"], row)
         self.rows.append(row)
 
     def add_evaluation(self, part: str, loss: float) -> None:
@@ -98,7 +95,7 @@ class History:
         )
 
     def curve(self, column: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a column, without the steps where it is None; or of "gap", the generalisation gap.
+        """Return steps and values of a column where it is not None; or of "gap", the generalisation gap.
 
         The gap is the validation loss minus the mean training loss over the steps since the previous evaluation. A
         training loss is computed before its step, so the gap lags behind: a gap of 0 does not prove that there is none.
@@ -143,7 +140,6 @@ class History:
             FileNotFoundError: the file does not exist.
             ValueError: the file is damaged, or holds something else.
         """
-        check_file(as_path(path, "path"), "a History that History.save wrote")
         stored = read_json(path)
         try:
             return cls.from_dict(stored)

@@ -242,8 +242,8 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the adapters' tensors: ``<layer>.lora_A`` (rank, in), ``<layer>.lora_B`` (out, rank), a variant's
-    further ones, and the scalars ``<layer>.alpha`` and ``<layer>.scaling``.
+    """Return copies of the adapters' tensors: ``<layer>.lora_A`` (rank, in), ``<layer>.lora_B`` (out, rank), those of
+    a variant, and the scalars ``<layer>.alpha`` and ``<layer>.scaling``.
 
     Raises:
         ValueError: the model has no adapters.
@@ -257,7 +257,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """What ``model.get_output_embeddings()`` returns, as in transformers; None if the model has no such method."""
+    """Return ``model.get_output_embeddings()``, as transformers calls the head; None without such a method."""
     method = getattr(model, "get_output_embeddings", None)
     return None if method is None else method()
 
@@ -336,7 +336,7 @@ def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def last_blocks(model: nn.Module, count: int) -> list[str]:
-    """The linear layers of the last ``count`` blocks, for use as ``targets``: no gradient is computed below them.
+    """Return the linear layers of the last ``count`` blocks, as ``targets``: no gradient is computed below them.
 
     Raises:
         ValueError: the model has fewer blocks, or none.

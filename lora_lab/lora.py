@@ -90,7 +90,7 @@ class LoRALayer(nn.Module):
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """The update of the weight, ``scaling * B @ A``, in the weight's shape (out, in), outside autograd's graph.
+        """Return the update of the weight, ``scaling * B @ A``, (out, in), outside autograd's graph.
 
         A subclass with a different update overrides ``_delta``, which is part of the graph.
         """

@@ -191,7 +191,7 @@ def cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def mean_cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
-    """As :func:`cross_entropy`, of logits (batch, classes) or (batch, length, vocabulary)."""
+    """Return the same of logits (batch, classes) or (batch, length, vocabulary)."""
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # half precision would round the sum
     return F.cross_entropy(scores.flatten(0, -2), targets.flatten(), ignore_index=IGNORE)  # ()
 
@@ -261,7 +261,7 @@ class Task:
         return digest.hexdigest()[:16]
 
     def counted(self, examples: Examples) -> int:
-        """The number of targets that the mean loss of a batch is taken over, which is the weight of that mean."""
+        """Return how many targets the mean loss of a batch is taken over, which is the weight of that mean."""
         return int(examples.counts.sum())
 
     def size(self, examples: Examples) -> int:
@@ -278,7 +278,7 @@ class Task:
         Raises:
             ValueError: all their targets are ``IGNORE``.
         """
-        if self.counted(self.parts[part][:limit]) == 0:
+        if self.counted(self.part(part)[:limit]) == 0:
             examples = "" if limit is None else f"first {counted(limit, 'example')} of the "
             of_part = f"the {examples}{part} part of task {self.name!r}"
             raise ValueError(f"No target of {of_part} counts in the loss: there is none, or all are {IGNORE}.")
@@ -364,8 +364,6 @@ def described(value: Any) -> str:
         return f"{{{', '.join(sorted(f'{key!r}: {described(entry)}' for key, entry in value.items()))}}}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(described, value))}]"
-    if isinstance(value, set | frozenset):
-        return described(sorted(value, key=repr))
     if isinstance(value, np.ndarray):
         return f"{value.dtype} {described(value.tolist())}"
     if isinstance(value, Tensor):  # the repr of a large tensor omits values
@@ -376,5 +374,5 @@ def described(value: Any) -> str:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor's values in row-major order, without a copy if the tensor is contiguous and on the CPU."""
+    """Return the bytes of a tensor's values in row-major order, without a copy where that is possible."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

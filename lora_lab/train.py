@@ -214,7 +214,7 @@ class TrainingStep:
         return self.loss(self.model, inputs, targets)  # ()
 
     def read_targets(self, targets: Sequence[Tensor]) -> None:
-        """Called before each new batch, with the targets of its micro-batches while they are still on the CPU.
+        """Look at the targets of the next batch, while they are still on the CPU.
 
         The plain step ignores them. The lean step checks whether all of them count, which on a GPU would make Python
         wait for the device.
@@ -241,26 +241,17 @@ def autocast_loss(dtype: torch.dtype, loss: Loss, model: nn.Module, inputs: Tens
         return loss(model, inputs, targets)
 
 
-def enable_checkpointing(model: nn.Module) -> None:
-    """Let a model save only the input of each block, and compute the block again in the backward pass.
+def enable_checkpointing(model: nn.Module, to: Literal["enable", "disable"] = "enable") -> None:
+    """Let a model save only the input of each block, and compute the block again in the backward pass; or no longer.
 
     Raises:
         ValueError: it has no method for that.
     """
-    if not hasattr(model, "gradient_checkpointing_enable"):
-        raise ValueError(
-            f"A {type(model).__name__} has no method gradient_checkpointing_enable; leave gradient_checkpointing out."
-        )
-    _switch_checkpointing(model, "enable")
-
-
-def _switch_checkpointing(model: nn.Module, to: Literal["enable", "disable"]) -> None:
-    """Call the model's method for that, if it has one."""
     # transformers 5 has renamed the methods, and warns of the old names.
     for name in (f"activation_checkpointing_{to}", f"gradient_checkpointing_{to}"):
         if hasattr(model, name):
-            getattr(model, name)()
-            return
+            return getattr(model, name)()
+    raise ValueError(f"A {type(model).__name__} has no method {name}; leave gradient_checkpointing out.")
 
 
 def parameter_groups(model: nn.Module, method: Method, config: TrainConfig) -> list[dict[str, Any]]:
@@ -272,7 +263,7 @@ def parameter_groups(model: nn.Module, method: Method, config: TrainConfig) -> l
 
 
 def make_adamw(groups: list[dict[str, Any]]) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), fused if the device supports it."""
+    """Return AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), fused if the device supports it."""
     # On a CPU, fused AdamW takes a fifth of the time of torch's default for 134 million parameters.
     fused = all(parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"])
     return torch.optim.AdamW(groups, fused=fused)
@@ -335,7 +326,7 @@ def fit(
         with progress_bar(config.steps, method.name, progress if leads else False, done=done) as bar:
             for number in range(len(history.rows), config.steps + 1):
                 if number == 0:
-                    history.start()  # the model before training
+                    history.add(0, seconds=0.0, tokens=0)  # the model before training
                 else:
                     history.add(number, **take_step(step, task, order, config, number))
                     bar.set_postfix_str(f"loss {history.rows[-1]['train_loss']:.3f}")
@@ -405,7 +396,7 @@ def check_checkpoints(folder: str | Path | None, every: int | None, model: nn.Mo
             raise ValueError(f"checkpoint_every is {every}, but there is no folder to write to; give checkpoint_dir.")
         return None
     checkpoint.holds(folder, history, model)
-    if current_processes().rank == 0 and checkpoint.step_of(folder) != history.settings["steps"]:
+    if current_processes().rank == 0:
         check_writable(folder)
     return checkpoint.parameters_hash(model)
 
@@ -462,7 +453,7 @@ def restore_switches(model: nn.Module) -> Iterator[None]:
         finally:
             model.zero_grad()
             if is_on() and not before:
-                _switch_checkpointing(model, "disable")
+                enable_checkpointing(model, "disable")
 
 
 def set_training_mode(model: nn.Module) -> None:
@@ -504,7 +495,7 @@ def check_alike(processes: Processes, model: nn.Module, history: History, done: 
 def micro_batches(
     task: Task, order: DataOrder, step: int, config: TrainConfig, threads: int, processes: Processes
 ) -> tuple[list[Examples], list[float], int]:
-    """The micro-batches of a step that this process computes: ``accumulate`` for each thread of each process, or fewer.
+    """Return the micro-batches of a step for this process: ``accumulate`` for each thread of each process, or fewer.
 
     Returns:
         The micro-batches, the weight of each in the loss of the whole batch, and the size of the whole batch in the
@@ -544,7 +535,6 @@ def evaluate(
             range or of another type.
     """
     task.check_model(model)
-    task.part(part)
     task.check_counted(part, check(limit, Size | None, "limit"))
     return mean_loss(model, task, part, batch_size, limit, by_length).item()
 
@@ -695,6 +685,6 @@ class LengthOrder(DataOrder):
 
 
 def to_device(examples: Examples, model: nn.Module) -> Batch:
-    """Inputs and targets on the model's device."""
+    """Return inputs and targets on the model's device."""
     device = next(model.parameters()).device
     return examples.inputs.to(device), examples.targets.to(device)

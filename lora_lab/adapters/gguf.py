@@ -25,7 +25,7 @@ from lora_lab.adapters.peft_format import load_adapter, read_adapter
 from lora_lab.inject import adapter_state, lora_layers, merge
 from lora_lab.layers import lora_class
 from lora_lab.models import pretrained
-from lora_lab.models.gguf_writer import Layout, check_target, gguf_name, in_gguf_order, layout_of, write_file
+from lora_lab.models.gguf import Layout, check_target, gguf_name, in_gguf_order, layout_of, write_file
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system.files import as_path
 from lora_lab.system.schema import check_finite

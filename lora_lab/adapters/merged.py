@@ -11,7 +11,7 @@ from torch import nn
 from lora_lab.adapters.peft_format import CONFIG, load_adapter, read_config
 from lora_lab.inject import merge
 from lora_lab.models import pretrained
-from lora_lab.models.huggingface import check_separate
+from lora_lab.models.pretrained import check_separate
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system.files import atomic_file, repair
 

@@ -30,7 +30,7 @@ from lora_lab.history import History
 from lora_lab.inject import LoRAConfig, inject, lora_layers, name_matches, require_no_adapters, uncompiled
 from lora_lab.layers import LoRAConv1D, LoRAEmbedding, lora_class
 from lora_lab.lora import LoRALayer
-from lora_lab.models.huggingface import ADAPTER_CONFIG, check_separate
+from lora_lab.models.pretrained import ADAPTER_CONFIG, check_separate
 from lora_lab.system.files import (
     as_path,
     atomic_files,

@@ -8,8 +8,7 @@ judge       right, a known mistake, or what else is wrong, without a trace of th
 learner     check, hint, progress: what is shown, and what is remembered
 figures     what one lesson draws; all other figures are in lora_lab.plots
 copies      the lessons in a folder of the learner's, with or without the solutions
-hidden      hidden tests: a point for each property that an answer has; for teachers, so not among the names below
-sheets      the exercises as sheets for nbgrader, with hidden tests; for teachers too
+sheets      sheets for nbgrader with hidden tests, the properties; for teachers, so not among the names below
 """
 
 import lazy_loader

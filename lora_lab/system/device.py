@@ -18,7 +18,7 @@ from lora_lab.system.wording import counted, shortened
 
 
 def pick_device(device: str | torch.device | None = None) -> tuple[torch.device, str]:
-    """The device to use, and the reason as text.
+    """Return the device to use, and the reason as text.
 
     Args:
         device: such as "cpu" or "cuda:0"; by default the value of LORA_LAB_DEVICE, or else the first CUDA GPU, or else
@@ -48,7 +48,7 @@ def pick_device(device: str | torch.device | None = None) -> tuple[torch.device,
 
 
 def effort() -> str:
-    """How much work a lesson does: "quick" (minutes on two CPU cores) or "full" (for a GPU).
+    """Return how much work a lesson does: "quick" (minutes on two CPU cores) or "full" (for a GPU).
 
     Raises:
         ValueError: LORA_LAB_EFFORT has another value.

@@ -331,7 +331,7 @@ def test_what_no_file_holds_is_refused_before_the_weights_are_read(relative_fold
     base = relative_folder("Qwen2")
     folder = save_adapter(adapted(relative("Qwen2")), tmp_path / "adapter", base=str(base))
     (base / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="holds no file"):
+    with pytest.raises(FileNotFoundError, match="lacks the file"):
         save_gguf(folder, path, merged=True)
     settings = json.loads((base / "tokenizer.json").read_text())
     (base / "tokenizer.json").write_text(json.dumps(settings | {"normalizer": {"type": "Lowercase"}}))

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from lora_lab.costs.memory import saved_bytes
 from lora_lab.course.exercise import EXERCISES, close
 from lora_lab.course.exercises.memory import TARGETS
-from lora_lab.course.hidden import points
 from lora_lab.course.judge import judge
+from lora_lab.course.sheets import points
 from lora_lab.inject import LoRAConfig, inject
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import MLP, LlamaConfig

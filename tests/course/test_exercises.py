@@ -15,8 +15,8 @@ import torch
 from scipy.stats import t
 
 from lora_lab.course.exercise import EXERCISES, REFLECTIONS
-from lora_lab.course.hidden import hidden_cell, points
 from lora_lab.course.judge import SECONDS, call, judge, untouched
+from lora_lab.course.sheets import hidden_cell, points
 from tests.helpers import ROOT, run_python
 
 SAMPLES = 150  # of the inputs, to estimate how often two answers agree

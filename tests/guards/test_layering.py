@@ -103,7 +103,7 @@ def test_an_import_of_what_comes_later_would_be_found():
     good = "import torch\nimport lora_lab.system.files\nfrom lora_lab import checkpoint\nfrom lora_lab.train import fit"
     assert list(faults("models.llama", ast.parse(good))) == []
     bad = ["import lora_lab", "from lora_lab import fit", "from lora_lab import cli", "import lora_lab.studies.records"]
-    for line in [*bad, "from lora_lab.lean.step import Lean", "from lora_lab.models import gguf_writer"]:
+    for line in [*bad, "from lora_lab.lean.step import Lean", "from lora_lab.models import gguf"]:
         assert list(faults("models.llama", ast.parse(f"def f():\n    {line}"))) != [], line
 
 
@@ -111,7 +111,7 @@ def test_an_import_of_what_comes_later_would_be_found():
 def test_what_a_file_must_not_import_or_call(module):
     """Libraries for tests; matplotlib, but for pictures; pickles; and global seeds, which belong to the user."""
     roots = {name.split(".")[0] for name in imports(tree_of(module))}
-    if module == "models.huggingface":  # inside a function, which is called for a model of transformers only
+    if module == "models.pretrained":  # inside a function, which is called for a model of transformers only
         roots.discard("transformers")
     assert not roots & (FOR_TESTS | PICKLES)
     assert "matplotlib" not in roots or module in DRAWING

@@ -5,9 +5,9 @@ from functools import partial
 import pytest
 import torch
 
-from lora_lab.ablation import packing, run, studies
+from lora_lab.ablation import run, studies
 from lora_lab.models.llama import Llama
-from lora_lab.studies import ablation, memory, spectra
+from lora_lab.studies import spectra, steps
 from lora_lab.tasks import Examples, Task
 from tests.helpers import COMMIT
 
@@ -22,8 +22,8 @@ def small_world(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(studies, "processes", lambda device: 1)
         patch.setattr(run, "_commit", lambda: COMMIT)
-        patch.setattr(packing, "_fitting", lambda *_: 4)  # to foresee how many fit takes a second each time
-        patch.setattr(packing, "_check_steps", lambda *_: None)  # of no trial here that could not train
+        patch.setattr(run, "_fitting", lambda *_: 4)  # to foresee how many fit takes a second each time
+        patch.setattr(run, "_check_steps", lambda *_: None)  # of no trial here that could not train
         patch.chdir(tmp_path_factory.mktemp("records"))
         torch.set_num_threads(1)
         yield patch
@@ -43,8 +43,8 @@ def no_trial_runs(monkeypatch):
 @pytest.fixture
 def small_is_tiny(monkeypatch, tiny_config):
     """ "small" is a tiny model, and cases run in this process."""
-    monkeypatch.setattr(memory, "_SMALL", tiny_config)
-    monkeypatch.setattr(memory, "run_in_subprocess", lambda function, *arguments, **options: function(*arguments))
+    monkeypatch.setattr(steps, "_SMALL", tiny_config)
+    monkeypatch.setattr(steps, "run_in_subprocess", lambda function, *arguments, **options: function(*arguments))
 
 
 def sentences(vocabulary):
@@ -73,10 +73,9 @@ def small_study(monkeypatch, tiny_config, tmp_path):
     study = partial(Llama, tiny_config, seed=3), partial(sentences, tiny_config.vocab_size)
     monkeypatch.setattr(studies, "language_model", lambda device, model=None: study[0]())
     monkeypatch.setattr(studies, "docs_task", lambda seq_len, model=None: study[1]())
-    plan = ablation.Plan({1: (1e-3, 1e-2), 4: (1e-3, 1e-2)}, 2, 4, 4, 8, 5)
-    for module in (ablation, spectra):
-        monkeypatch.setattr(module, "plan", lambda device: plan)
-    monkeypatch.setattr(ablation, "ablate", partial(here, ablation.ablate))
+    plan = spectra.Plan({1: (1e-3, 1e-2), 4: (1e-3, 1e-2)}, 2, 4, 4, 8, 5)
+    monkeypatch.setattr(spectra, "plan", lambda device: plan)
+    monkeypatch.setattr(spectra, "ablate", partial(here, spectra.ablate))
     monkeypatch.chdir(tmp_path)
     return study
 
