@@ -567,7 +567,7 @@ def record(
     from lora_lab.studies.recorder import take_over
     from lora_lab.studies.registry import OF_MODELS, recorder
     from lora_lab.system.device import pick_device
-    from lora_lab.system.files import check_writable, rescued
+    from lora_lab.system.files import check_writable, save_or_rescue
     from lora_lab.system.provenance import commit as current_commit
     from lora_lab.system.wording import counted
 
@@ -600,7 +600,7 @@ def record(
         if text := chosen.line(row):
             print(text, flush=True)
     made = records.new(what, rows, settings, command, where, commit)
-    path = rescued(lambda path: records.write(made, path), folder)
+    path = save_or_rescue(lambda path: records.write(made, path), folder)
     print(f"Written: {path}")
     return {"path": path, **asdict(made)}
 
