@@ -15,8 +15,7 @@ import torch
 
 from lora_lab.adapters.card import yield_to
 from lora_lab.adapters.edit import off
-from lora_lab.adapters.peft_format import WEIGHTS, load_adapter, save_adapter
-from lora_lab.adapters.shipped import shipped
+from lora_lab.adapters.peft_format import WEIGHTS, load_adapter, save_adapter, shipped
 from lora_lab.costs.memory import MIB, predict
 from lora_lab.history import History
 from lora_lab.inject import lora_layers
