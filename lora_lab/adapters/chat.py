@@ -30,6 +30,7 @@ from lora_lab.tasks.instruction import stop_token
 if TYPE_CHECKING:
     import ipywidgets
 
+Adapters = Mapping[str, str | Path | Mapping[str, Tensor]]  # name -> a folder, or an adapter in memory
 SAMPLING: dict[str, Any] = {"temperature": 0.5, "repetition_penalty": 1.1}  # of a chat, unless others are given
 
 
@@ -56,10 +57,9 @@ class Conversation:
         self,
         model: nn.Module,
         tokenizer: Tokenizer,
-        adapters: Mapping[str, str | Path | Mapping[str, Tensor]] | None = None,
-        *,
+        adapters: Adapters | None = None,
         max_new_tokens: int = 200,
-        **sampling: Any,
+        **sampling,
     ) -> None:
         require_no_adapters(model)
         reader_of(model)
@@ -194,14 +194,7 @@ _WINDOW = {
 }
 
 
-def chat(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    adapters: Mapping[str, str | Path | Mapping[str, Tensor]] | None = None,
-    *,
-    max_new_tokens: int = 200,
-    **sampling: Any,
-) -> Chat:
+def chat(model: nn.Module, tokenizer: Tokenizer, adapters: Adapters | None = None, **options: Any) -> Chat:
     """Show a conversation with a model in a notebook, whose adapter and strength can be changed between two answers.
 
         ll.chat(model, tokenizer, {"keeper": ll.adapters.shipped("lighthouse-keeper")})
@@ -211,8 +204,8 @@ def chat(
     :func:`lora_lab.load_adapter`. A strength of 0 is the base, 1 the adapter as it was trained.
 
     Args:
-        model, tokenizer, adapters, max_new_tokens, **sampling: as for :class:`Conversation`. The first adapter is
-            selected at the start.
+        model, tokenizer, adapters, **options: as for :class:`Conversation`, such as ``max_new_tokens=100``. The first
+            adapter is selected at the start.
 
     Returns:
         An object whose widgets a program can drive.
@@ -223,7 +216,7 @@ def chat(
     """
     from IPython.display import display
 
-    made = Chat(Conversation(model, tokenizer, adapters, max_new_tokens=max_new_tokens, **sampling))
+    made = Chat(Conversation(model, tokenizer, adapters, **options))
     bundle = made.panel._repr_mimebundle_() or {}
     alt = "A conversation: controls for the adapter and its strength, the messages, and a field to write in."
     display({**bundle, "text/plain": alt}, raw=True)

@@ -225,8 +225,5 @@ class LeanHead(nn.Module):
 class LeanBlockHead(BlockLinear):
     """A :class:`LeanHead` for a head in blocks."""
 
-    def __init__(self, head: BlockLinear) -> None:
-        super().__init__(head.packed, head.kind, head.shape, head.bias, head.steps, head.dtype)
-
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.dtype)).to(x.dtype)  # (4, 128, 49152)

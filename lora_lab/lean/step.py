@@ -164,7 +164,7 @@ def apply_lean(model: nn.Module, lean: Lean) -> None:
     if isinstance(head, LoRALayer):  # called with float32, now and when it is merged
         _raise_to_float32(head.base)
     elif isinstance(head, BlockLinear):
-        replace(model, "lm_head", LeanBlockHead(head))
+        cast(Any, head).__class__ = LeanBlockHead
     elif isinstance(head, nn.Linear):
         replace(model, "lm_head", LeanHead(head))
 
