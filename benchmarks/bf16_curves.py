@@ -42,7 +42,6 @@ def picture(histories: dict[str, dict[int, ll.history.History]], path: str) -> N
     """Both curves of each seed."""
     figure = ll.plots.curves(
         {f"{base}, seed {seed}": history for base, runs in histories.items() for seed, history in runs.items()},
-        columns=("validation_loss",),
     ).figure
     ll.plots.save(figure, path)
 

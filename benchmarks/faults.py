@@ -39,7 +39,7 @@ import lora_lab as ll
 from lora_lab.ablation import Grid, ablate, load
 from lora_lab.ablation.run import fingerprint
 from lora_lab.models.digits import DigitsMLP
-from lora_lab.models.download import FILE, cache_folder
+from lora_lab.models.pretrained import FILE, cache_folder
 from lora_lab.system.files import write_json
 from lora_lab.system.process import peak_bytes, run_in_subprocess
 

@@ -36,8 +36,8 @@ from lora_lab.costs.cost_model import StepWork
 from lora_lab.costs.setup import Setup
 from lora_lab.methods import AsItIs
 from lora_lab.models import shapes
-from lora_lab.models.configs import config_to_hf
 from lora_lab.models.llama import Llama, LlamaConfig
+from lora_lab.models.shapes import config_to_hf
 
 TIME_AIM, MEMORY_AIM = 0.25, 0.05
 BF16 = torch.bfloat16

@@ -7,11 +7,13 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lora_lab.history import History, stop_if_diverged
 from lora_lab.system.distributed import ProcessEndedError
@@ -19,18 +21,21 @@ from lora_lab.system.files import atomic_file
 from lora_lab.system.wording import short_repr, shortened
 from lora_lab.task import bytes_of
 
+Folder = str | Path | None
+Hashes = Mapping[str, str] | None
 _CHECKPOINT = "checkpoint.safetensors"
-_ADVICE = "delete it to restart the run"
-_ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
-def save(
-    folder: str | Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    history: History,
-    hashes: Mapping[str, str] | None = None,
-) -> None:
+class _Saved(NamedTuple):
+    """What a checkpoint holds: its tensors, the hashes of weights in its header, and the history so far."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    hashes: dict[str, str]
+    history: History
+
+
+def save(folder: str | Path, model: nn.Module, optimizer: Optimizer, history: History, hashes: Hashes = None) -> None:
     """Write all that a run needs to continue, into one file, so that weights and history are always of the same step.
 
     Args:
@@ -43,8 +48,7 @@ def save(
         DivergedError: a trained parameter is NaN or infinite; the previous checkpoint stays.
         OSError: the file cannot be written.
     """
-    device = next(model.parameters()).device
-    tensors = trained(model)
+    device, tensors = next(model.parameters()).device, _trained(model)
     for name, parameter in model.named_parameters():  # a buffer may be infinite, such as a causal mask
         if parameter.requires_grad and not bool((finite := torch.isfinite(parameter.detach())).all()):
             stop_if_diverged(f"parameter {name!r}", parameter.detach()[~finite][0].item(), history.rows[-1])
@@ -58,13 +62,7 @@ def save(
     save_tensors(Path(folder) / _CHECKPOINT, tensors, hashes or {"frozen": frozen_hash(model)})
 
 
-def resume(
-    folder: str | Path | None,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    history: History,
-    hashes: Mapping[str, str] | None = None,
-) -> int:
+def resume(folder: Folder, model: nn.Module, optimizer: Optimizer, history: History, hashes: Hashes = None) -> int:
     """Restore a run from its checkpoint, and return the number of steps done (0 without a checkpoint).
 
     The whole checkpoint is checked before anything is changed. The states of torch's global random generators are
@@ -76,58 +74,33 @@ def resume(
     Raises:
         ValueError: the file is damaged, or belongs to another run, to other frozen weights or to another start.
     """
-    if (path := _path(folder)) is None:
+    if (saved := _read(folder)) is None:
         return 0
-    tensors, note, stored = _read(path)
-    _check_same_run(path, history, stored)
-    for name, value in (hashes or {"frozen": frozen_hash(model)}).items():
-        _check_hash(path, note, name, value)
-    device = next(model.parameters()).device
-    random_state = tensors.pop("random.cpu", torch.empty(0, dtype=torch.uint8))  # which torch refuses
-    gpu_state = tensors.pop("random.cuda", None)
-    state = _state(model, optimizer, tensors)
-    if difference := mismatch(tensors, state):
-        raise ValueError(f"{path} does not fit this model: {difference}; use another folder, or delete it.")
+    _check_run(saved, history, hashes or {"frozen": frozen_hash(model)})
+    device, tensors = next(model.parameters()).device, saved.tensors
+    cpu_state, gpu_state = tensors.pop("random.cpu", torch.empty(0)), tensors.pop("random.cuda", None)
+    state = _trained(model)
+    for name, parameter in model.named_parameters():
+        # The optimiser has no state for a parameter that took no part in the loss.
+        if parameter.requires_grad and f"optimizer.{name}.step" in tensors:
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                new = torch.zeros((), device=parameter.device) if key == "step" else torch.zeros_like(parameter)
+                state[f"optimizer.{name}.{key}"] = optimizer.state[parameter].setdefault(key, new)
+    if different := _forms(tensors).items() ^ _forms(state).items():
+        raise ValueError(f"{saved.path} does not fit this model: they differ in {min(different)}; use another folder.")
     try:  # first, because these may raise; own_randomness restores the previous states
-        torch.set_rng_state(random_state)
+        torch.set_rng_state(cpu_state)
         if device.type == "cuda" and gpu_state is not None:  # a run may be resumed on a machine without a GPU
             torch.cuda.set_rng_state(gpu_state, device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); {_ADVICE}.") from None
+        raise _damaged(saved.path, error) from None
     for name, value in state.items():
         value.copy_(tensors[name])
-    history.rows, history.optimizer_bytes = stored.rows, stored.optimizer_bytes
+    history.rows, history.optimizer_bytes = saved.history.rows, saved.history.optimizer_bytes
     return len(history.rows) - 1
 
 
-def remove(folder: str | Path | None) -> None:
-    """Remove the checkpoint of a run that has ended, and its folder if nothing else is in it."""
-    if folder is not None:
-        (Path(folder) / _CHECKPOINT).unlink(missing_ok=True)
-        with suppress(OSError):
-            Path(folder).rmdir()
-
-
-def step_of(folder: str | Path | None) -> int | None:
-    """Return the step of the checkpoint in a folder; None without a checkpoint.
-
-    Raises:
-        ValueError: the checkpoint is damaged.
-    """
-    stored = stored_history(folder)
-    return None if stored is None else len(stored.rows) - 1
-
-
-def stored_history(folder: str | Path | None) -> History | None:
-    """Return the history of the run whose checkpoint is in a folder; None without a checkpoint.
-
-    Raises:
-        ValueError: the checkpoint is damaged.
-    """
-    return None if (path := _path(folder)) is None else _read(path)[2]
-
-
-def holds(folder: str | Path | None, history: History, model: nn.Module) -> bool:
+def holds(folder: Folder, history: History, model: nn.Module) -> bool:
     """Return whether a folder holds a checkpoint of this run.
 
     Args:
@@ -138,100 +111,54 @@ def holds(folder: str | Path | None, history: History, model: nn.Module) -> bool
     Raises:
         ValueError: the file is damaged, or the checkpoint is of another run.
     """
-    if (path := _path(folder)) is None:
-        return False
-    _, note, stored = _read(path)
-    _check_same_run(path, history, stored)
-    if "start" in note:
-        _check_hash(path, note, "start", parameters_hash(model))
-    return True
+    if (saved := _read(folder)) is not None:
+        _check_run(saved, history, {"start": parameters_hash(model)})
+    return saved is not None
 
 
-@contextmanager
-def advice_if_a_process_ends(folder: str | Path | None) -> Iterator[None]:
-    """Let a ProcessEndedError from the block say from which step the run can go on."""
-    try:
-        yield
-    except ProcessEndedError as error:
-        raise ProcessEndedError(error.reason, _advice(folder)) from None
+def stored_history(folder: Folder) -> History | None:
+    """Return the history of the run whose checkpoint is in a folder; None without a checkpoint.
 
-
-@contextmanager
-def advice_if_interrupted(folder: str | Path | None) -> Iterator[None]:
-    """The same for a KeyboardInterrupt."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(_advice(folder)) from None
-
-
-def _advice(folder: str | Path | None) -> str:
-    """How a run that has ended early can go on."""
-    if folder is None:
-        return "the run cannot be resumed, because it writes no checkpoints"
-    if (step := step_of(folder)) is None:
-        return f"{folder} holds no checkpoint yet, so start the same command again from the beginning"
-    return f"the checkpoint in {folder} is whole, at step {step}: start the same command again to go on"
-
-
-def _path(folder: str | Path | None) -> Path | None:
-    """The checkpoint in a folder; None without one."""
-    path = None if folder is None else Path(folder) / _CHECKPOINT
-    return path if path and path.is_file() else None
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str], History]:
-    """Return a checkpoint's tensors, the note in its header, and its history, if the checksum is right."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            note = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        if note.pop("sha256", None) != _checksum(tensors, note) or "frozen" not in note:
-            raise ValueError("its content does not match the checksum in its header")
-        history = History.from_dict(json.loads(bytes(bytes_of(tensors.pop("history")))))
-        if len(history.rows) < 2:
-            raise ValueError("it has no step")
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({shortened(str(error)).removesuffix('.')}); {_ADVICE}.") from None
-    return tensors, note, history
-
-
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The run's own tensors that a checkpoint fills, by its names; the optimiser's are made where it has none yet."""
-    state = trained(model)
-    for name, parameter in model.named_parameters():
-        # The optimiser has no state for a parameter that took no part in the loss.
-        if parameter.requires_grad and any(f"optimizer.{name}.{key}" in tensors for key in _ADAMW_STATE):
-            for key in _ADAMW_STATE:
-                new = parameter.new_zeros((), dtype=torch.float32) if key == "step" else torch.zeros_like(parameter)
-                state[f"optimizer.{name}.{key}"] = optimizer.state[parameter].setdefault(key, new)
-    return state
-
-
-def trained(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors that training changes, trainable parameters and buffers, by their names in a checkpoint.
-
-    Non-persistent buffers, those that are not in ``model.state_dict()``, are left out: the model computes them itself.
+    Raises:
+        ValueError: the checkpoint is damaged.
     """
-    parameters = {f"parameter.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    persistent = model.state_dict().keys()
-    return parameters | {f"buffer.{name}": buffer for name, buffer in model.named_buffers() if name in persistent}
+    saved = _read(folder)
+    return saved and saved.history
 
 
-def mismatch(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
-    """The first difference from the expected tensors in names, shapes and dtypes, as text; None if there is none."""
+def step_of(folder: Folder) -> int | None:
+    """Return the step of the checkpoint in a folder; None without a checkpoint.
 
-    def form(tensor: Tensor) -> str:
-        return f"shape {tuple(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
+    Raises:
+        ValueError: the checkpoint is damaged.
+    """
+    history = stored_history(folder)
+    return history and len(history.rows) - 1
 
-    for name, value in expected.items():
-        if name not in tensors:
-            return f"{name} is missing"
-        if form(tensors[name]) != form(value):
-            return f"{name} has {form(tensors[name])}, not {form(value)}"
-    if unknown := tensors.keys() - expected.keys():
-        return f"the model has no {min(unknown)}"
-    return None
+
+def remove(folder: Folder) -> None:
+    """Remove the checkpoint of a run that has ended, and its folder if nothing else is in it."""
+    if folder is not None:
+        (Path(folder) / _CHECKPOINT).unlink(missing_ok=True)
+        with suppress(OSError):
+            Path(folder).rmdir()
+
+
+@contextmanager
+def advise(folder: Folder) -> Iterator[None]:
+    """Let a Ctrl-C in the block, or the end of another process, say from which step the run can go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, ProcessEndedError) as error:
+        if folder is None:
+            advice = "the run cannot be resumed, because it writes no checkpoints"
+        elif (step := step_of(folder)) is None:
+            advice = f"{folder} holds no checkpoint yet, so start the same command again from the beginning"
+        else:
+            advice = f"the checkpoint in {folder} is whole, at step {step}: start the same command again to go on"
+        if isinstance(error, ProcessEndedError):
+            raise ProcessEndedError(error.reason, advice) from None
+        raise KeyboardInterrupt(advice) from None
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, str]) -> None:
@@ -244,45 +171,81 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, s
         save_file(copies, temporary, metadata={**note, "sha256": _checksum(copies, note)})
 
 
-def _checksum(tensors: Mapping[str, Tensor], note: Mapping[str, str]) -> str:
-    """SHA-256 of the note and of each tensor's name, dtype, shape and values."""
-    forms = {name: f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in tensors.items()}
-    values = tensors_hash(dict(sorted(tensors.items())))
-    return hashlib.sha256(json.dumps([note, forms, values], sort_keys=True).encode()).hexdigest()
-
-
-def _check_same_run(path: Path, history: History, stored: History) -> None:
-    for group in ("task", "method", "settings"):
-        there = getattr(stored, group)
-        here = json.loads(json.dumps(getattr(history, group)))  # tuples become lists, as in the file
-        for name in here | there:  # some settings are stored only if they are in use
-            if there.get(name) != here.get(name):
-                raise ValueError(
-                    f"{path} is from another run: its {group}.{name} is {short_repr(there.get(name))}, "
-                    f"not {short_repr(here.get(name))}; use another folder, or delete it."
-                )
-
-
-def _check_hash(path: Path, note: Mapping[str, str], name: str, value: str) -> None:
-    if note.get(name) != value:
-        weights = "has other frozen weights" if name == "frozen" else "is of a run that started from other weights"
-        raise ValueError(f"{path} {weights}; load the same model, or use another folder.")
-
-
 def parameters_hash(model: nn.Module) -> str:
-    """A hash of all parameters."""
+    """Return a hash of all parameters."""
     return tensors_hash(dict(model.named_parameters()))
 
 
 def frozen_hash(model: nn.Module) -> str:
-    """A hash of the frozen parameters: an adapter must be resumed on the base that it was trained on."""
+    """Return a hash of the frozen parameters: an adapter must be resumed on the base that it was trained on."""
     return tensors_hash({name: p for name, p in model.named_parameters() if not p.requires_grad})
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """The SHA-256 of names and values, as hexadecimal digits."""
+    """Return the SHA-256 of names and values, as hexadecimal digits."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(name.encode())
         digest.update(bytes_of(tensor))
     return digest.hexdigest()
+
+
+def _read(folder: Folder) -> _Saved | None:
+    """Return what the checkpoint in a folder holds, if its checksum is right; None without a checkpoint."""
+    path = None if folder is None else Path(folder) / _CHECKPOINT
+    if path is None or not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            hashes = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        if hashes.pop("sha256", None) != _checksum(tensors, hashes) or "frozen" not in hashes:
+            raise ValueError("its content does not match the checksum in its header")
+        history = History.from_dict(json.loads(bytes(bytes_of(tensors.pop("history")))))
+        if len(history.rows) < 2:
+            raise ValueError("it has no step")
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(path, error) from None
+    return _Saved(path, tensors, hashes, history)
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    reason = shortened(str(error)).removesuffix(".")
+    return ValueError(f"{path} is damaged ({reason}); delete it to restart the run.")
+
+
+def _check_run(saved: _Saved, history: History, hashes: Mapping[str, str]) -> None:
+    """Raise ValueError if a checkpoint is of another task, method or settings, or of other weights."""
+    for group in ("task", "method", "settings"):
+        there = getattr(saved.history, group)
+        here = json.loads(json.dumps(getattr(history, group)))  # tuples become lists, as in the file
+        for name in here | there:  # some settings are stored only if they are in use
+            if there.get(name) != here.get(name):
+                raise ValueError(
+                    f"{saved.path} is from another run: its {group}.{name} is {short_repr(there.get(name))}, "
+                    f"not {short_repr(here.get(name))}; use another folder, or delete it."
+                )
+    for name in hashes.keys() & saved.hashes.keys():  # a pack of runs knows no start
+        if saved.hashes[name] != hashes[name]:
+            weights = "has other frozen weights" if name == "frozen" else "is of a run that started from other weights"
+            raise ValueError(f"{saved.path} {weights}; load the same model, or use another folder.")
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that training changes, trainable parameters and buffers, by their names in a checkpoint.
+
+    Non-persistent buffers, those that are not in ``model.state_dict()``, are left out: the model computes them itself.
+    """
+    parameters = {f"parameter.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    persistent = model.state_dict().keys()
+    return parameters | {f"buffer.{name}": buffer for name, buffer in model.named_buffers() if name in persistent}
+
+
+def _forms(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in tensors.items()}
+
+
+def _checksum(tensors: Mapping[str, Tensor], note: Mapping[str, str]) -> str:
+    """Return the SHA-256 of the note and of each tensor's name, dtype, shape and values."""
+    values = tensors_hash(dict(sorted(tensors.items())))
+    return hashlib.sha256(json.dumps([note, _forms(tensors), values], sort_keys=True).encode()).hexdigest()

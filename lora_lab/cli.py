@@ -68,7 +68,7 @@ def run(command: Callable[..., Any], options: dict[str, Any]) -> None:
     with processes, redirect_stdout(sys.stderr) if as_json else nullcontext():
         result = command(*first, **options)
     if as_json:
-        from lora_lab.system.json_text import json_text
+        from lora_lab.system.schema import json_text
 
         print(json_text(result))
 

@@ -99,11 +99,11 @@ def finetune(
         folder = as_path(out, "--out")
     else:
         folder = finetune.OUT if overwrite else finetune.unused_folder(checkpoint_every is not None)
-    options: dict[str, Any] = {"steps": steps, "lr": lr, "batch_size": batch, "by_length": by_length, "seed": seed}
-    options |= {"model": model, "device": device, "eval_examples": eval_examples, "allow_special": allow_special}
-    options |= {"checkpoint_every": checkpoint_every, "half": half, "overwrite": overwrite}
-    result = finetune.run(task, chosen, folder, **options)
-    return {"folder": str(folder), **finetune.document(result)}
+    training = {"steps": steps, "batch_size": batch, "seed": seed, "eval_examples": eval_examples}
+    options: dict[str, Any] = {**training, "lr": lr, "batches": "by_length" if by_length else "random"}
+    options |= {"model": model, "device": device, "allow_special": allow_special, "overwrite": overwrite}
+    result = finetune.run(task, chosen, folder, half=half, checkpoint_every=checkpoint_every, **options)
+    return {"folder": str(folder), **result}
 
 
 def _preview(task: str, model: str, allow_special: bool) -> None:
@@ -213,7 +213,7 @@ def export(source: str, /, *, out: str, merged: bool = False, dtype: str | None 
     """
     from lora_lab.adapters.export import save_gguf, save_merged
     from lora_lab.adapters.peft_format import CONFIG
-    from lora_lab.models.gguf_writer import check_target
+    from lora_lab.models.gguf import check_target
     from lora_lab.models.pretrained import load_pretrained, save_model
     from lora_lab.system.files import check_writable, repair
 
@@ -413,7 +413,7 @@ def analyze(tuned: str, /, base: str | None = None, out: str = "runs/analyze") -
     from lora_lab.analysis import spectra
     from lora_lab.models.pretrained import load_pretrained
     from lora_lab.system.files import check_replaceable, check_writable, repair
-    from lora_lab.system.json_text import rows_of
+    from lora_lab.system.schema import rows_of
 
     repair(tuned)
     is_adapter = (Path(tuned) / CONFIG).is_file()
@@ -503,8 +503,7 @@ def ablate(
     from lora_lab import plots
     from lora_lab.ablation import ablate, studies
     from lora_lab.system.files import check_replaceable, check_writable
-    from lora_lab.system.json_text import rows_of
-    from lora_lab.system.schema import Positive, Size, check
+    from lora_lab.system.schema import Positive, Size, check, rows_of
 
     check(margin, Positive | None, "--margin")
     folder = Path(out)
@@ -702,8 +701,7 @@ def doctor() -> dict[str, Any]:
 
     import psutil
 
-    from lora_lab.models.download import cache_folder
-    from lora_lab.models.pretrained import is_cached
+    from lora_lab.models.pretrained import cache_folder, is_cached
     from lora_lab.system.device import effort, pick_device
     from lora_lab.system.provenance import machine_info, version
 

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_lab.adapters.card import yield_to
 from lora_lab.adapters.edit import off
-from lora_lab.adapters.peft_format import WEIGHTS, load_adapter, save_adapter, shipped
-from lora_lab.costs.memory import MIB, predict
+from lora_lab.adapters.peft_format import WEIGHTS, load_adapter, shipped
+from lora_lab.costs.memory import MIB, PARTS, Part, predict
+from lora_lab.finetune import save_run
 from lora_lab.history import History
 from lora_lab.inject import lora_layers
 from lora_lab.methods import AsItIs, FullFineTuning, LoRA, Method
 from lora_lab.models.llama import Llama
-from lora_lab.models.pretrained import SMOLLM2, load_pretrained, save_model
+from lora_lab.models.pretrained import load_pretrained
 from lora_lab.models.tokenizer import Tokenizer
+from lora_lab.system import files
 from lora_lab.system.device import pick_device
-from lora_lab.system.files import atomic_file, atomic_files, check_replaceable, check_writable, rescued, write_json
 from lora_lab.system.process import peak_bytes, run_in_subprocess
 from lora_lab.system.provenance import machine_info
 from lora_lab.system.schema import Seed, Size, check
@@ -69,7 +69,7 @@ class Voice:
 
 
 def before_training(device: str | None) -> tuple[str, Voice]:
-    """How the model continues the prompt before any training, and what an adapter makes of its voice."""
+    """Return how the model continues the prompt before any training, and what an adapter makes of its voice."""
     model, tokenizer = load_pretrained(device=device)
     continuation = _continuation(model, tokenizer)
     model_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -86,32 +86,16 @@ def train(label: str, method: Method, lr: float, steps: int, seed: int, device: 
     """Load a fresh model, fine-tune it, save what was trained, and measure."""
     model, tokenizer = load_pretrained(device=device)
     task = docs(tokenizer, seq_len=SEQ_LEN)
-
     before = evaluate(model, task, "train", BATCH_SIZE, EVAL_EXAMPLES)
-    options: dict[str, Any] = {
-        "batch_size": BATCH_SIZE,
-        "eval_every": max(1, steps // 4),
-        "eval_examples": EVAL_EXAMPLES,
-    }
-    history = fit(model, task, method, steps=steps, lr=lr, seed=seed, **options)
+    options: dict[str, Any] = {"batch_size": BATCH_SIZE, "eval_every": max(1, steps // 4)}
+    history = fit(model, task, method, steps=steps, lr=lr, seed=seed, eval_examples=EVAL_EXAMPLES, **options)
     peak = peak_bytes(next(model.parameters()).device)  # now, because what follows is not part of training
     bill = predict(model, AsItIs(), BATCH_SIZE, SEQ_LEN)  # fit has prepared the model already
     memory = {**bill.parts, "the rest: torch, Python, the heap": max(0, peak - bill.peak_bytes)}
     after = evaluate(model, task, "train", BATCH_SIZE, EVAL_EXAMPLES)
-    weights = WEIGHTS if lora_layers(model) else "model.safetensors"
-
-    def save(folder: Path) -> None:
-        with atomic_files(folder) as temporary:
-            if lora_layers(model):
-                save_adapter(model, temporary, base=SMOLLM2, history=history)
-                yield_to(folder, temporary)
-            else:
-                save_model(model, temporary, tokenizer)
-            history.save(temporary / "history.json")
-
-    rescued(save, out)
-    text = _continuation(model, tokenizer)
-    return Result(label, history, before, after, memory, peak, (out / weights).stat().st_size, text)
+    files.rescued(lambda folder: save_run(folder, model, tokenizer, history), out)
+    size = (out / (WEIGHTS if lora_layers(model) else "model.safetensors")).stat().st_size
+    return Result(label, history, before, after, memory, peak, size, _continuation(model, tokenizer))
 
 
 def run(
@@ -143,8 +127,8 @@ def run(
         ("full fine-tuning", FullFineTuning(), 2e-4, out / "full"),
     ]
     for folder in (out, *(run[3] for run in runs)):
-        check_writable(folder)
-    check_replaceable(out / "demo.json", ("machine", "results"))
+        files.check_writable(folder)
+    files.check_replaceable(out / "demo.json", ("machine", "results"))
     print(f"Device: {why}")
     print("\n[1/4] SmolLM2-135M-Instruct, before any training")
     before, voice = run_in_subprocess(before_training, device)
@@ -164,8 +148,13 @@ def run(
     print(table(results).to_string(col_space=17))
     picture = draw(results, out / "demo.png")
     machine = machine_info(chosen)
-    write_json(out / "demo.json", {"machine": machine, "results": [_plain(result) for result in results]})
-    report = page(results, before, voice, picture, machine, steps, seed, out / "demo.html")
+    files.write_json(
+        out / "demo.json",
+        {"machine": machine, "results": [vars(result) | {"history": vars(result.history)} for result in results]},
+    )
+    report = out / "demo.html"
+    with files.atomic_file(report) as temporary:
+        temporary.write_text(page(results, before, voice, picture, machine, steps, seed), encoding="utf-8")
     allocator = " (torch's allocator)" if chosen.type == "cuda" else ""
     print(CLOSING.format(allocator=allocator, prompt=PROMPT, page=report, picture=picture, out=out))
     return out
@@ -189,7 +178,7 @@ Try next:
 
 
 def table(results: list[Result]) -> DataFrame:
-    """The results as texts, one column per method."""
+    """Return the results as texts, one column per method."""
     import pandas
 
     columns = {}
@@ -212,7 +201,6 @@ def table(results: list[Result]) -> DataFrame:
 def draw(results: list[Result], path: Path) -> Path:
     """Draw the validation curves and the parts of the memory."""
     from lora_lab import plots
-    from lora_lab.costs.memory import PARTS, Part
 
     plots.use_style()
     figure, (left, right) = plots.plt.subplots(1, 2, figsize=(12, 4.6))
@@ -222,7 +210,7 @@ def draw(results: list[Result], path: Path) -> Path:
     parts = [*(part for part in PARTS if part in present), *sorted(present.difference(PARTS))]
     bars = {result.label: {part: result.memory.get(part, 0) / MIB for part in parts} for result in results}
     looks = {part: plots.PART_LOOKS.get(part, plots.PART_LOOKS[Part.REST]) for part in parts}
-    plots.stacked_bars(bars, "memory at the peak (MiB)", right, looks)
+    plots.stacked_bars(bars, "memory at the peak (MiB)", looks=looks, ax=right)
     right.set_title("What the memory is for, at the peak of a step")
     plots.save(figure, path)
     plots.plt.close(figure)
@@ -230,59 +218,42 @@ def draw(results: list[Result], path: Path) -> Path:
 
 
 def page(
-    results: list[Result],
-    before: str,
-    voice: Voice,
-    picture: Path,
-    machine: dict[str, str],
-    steps: int,
-    seed: int,
-    path: Path,
-) -> Path:
-    """Write the run as one HTML file that needs no other: texts, table and picture."""
+    results: list[Result], before: str, voice: Voice, picture: Path, machine: dict[str, str], steps: int, seed: int
+) -> str:
+    """Return the run as one HTML file that needs no other: texts, table and picture."""
     from jinja2 import Template
 
     from lora_lab import plots
 
     template = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"), autoescape=True)
-    same = voice.off == voice.base
     answers = {"base": voice.base, "with the adapter": voice.adapted, "adapter off": voice.off}
     samples = {"before training": before, **{result.label: result.sample for result in results}}
     styles = plots.line_styles([*answers, *samples])
-    html = template.render(
+    answers, samples = (
+        [(who, text, styles[who]["color"]) for who, text in said.items()] for said in (answers, samples)
+    )
+    return template.render(
         model="SmolLM2-135M-Instruct",
         steps=steps,
         seed=seed,
         batch_size=BATCH_SIZE,
         seq_len=SEQ_LEN,
-        voice={
-            "prompt": STORY,
-            "answers": [(who, text, styles[who]["color"]) for who, text in answers.items()],
-            "adapter": VOICE,
-            "megabytes": f"{voice.adapter_bytes / 1e6:.1f}",
-            "model_megabytes": f"{voice.model_bytes / 1e6:.0f}",
-            "off": f"With the adapter off the answer is {'the same as' if same else 'not the same as'} before.",
-        },
+        prompt=STORY,
+        adapter=VOICE,
+        voice=voice,
+        answers=answers,
         table=table(results),
         picture=base64.b64encode(picture.read_bytes()).decode(),
-        samples=[(who, text, styles[who]["color"]) for who, text in samples.items()],
+        samples=samples,
         machine=machine,
     )
-    with atomic_file(path) as temporary:
-        temporary.write_text(html, encoding="utf-8")
-    return path
 
 
 def _continuation(model: Llama, tokenizer: Tokenizer) -> str:
-    """The prompt and how the model continues it."""
+    """Return the prompt and how the model continues it."""
     prompt = torch.tensor(tokenizer.encode(PROMPT, add_special_tokens=True), device=next(model.parameters()).device)
     return PROMPT + tokenizer.decode(model.generate(prompt, SAMPLE_TOKENS, stop=tokenizer.eos_id).tolist())
 
 
 def _quote(text: str) -> str:
     return "\n".join(f"    | {line}" for line in text.splitlines())
-
-
-def _plain(result: Result) -> dict[str, Any]:
-    """The result in values of JSON."""
-    return {name: vars(value) if isinstance(value, History) else value for name, value in vars(result).items()}

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,22 +21,11 @@ from lora_lab.adapters.peft_format import CONFIG, WEIGHTS, save_adapter
 from lora_lab.history import History
 from lora_lab.inject import lora_layers
 from lora_lab.methods import AsItIs, FullFineTuning, Method, PartialFineTuning
-from lora_lab.models.huggingface import check_separate
-from lora_lab.models.pretrained import FILES, GENERATION, SMOLLM2, load_pretrained, save_model
+from lora_lab.models.pretrained import FILES, GENERATION, SMOLLM2, check_separate, load_pretrained, save_model
 from lora_lab.models.tokenizer import Tokenizer
+from lora_lab.system import files
 from lora_lab.system.device import pick_device
 from lora_lab.system.distributed import current_processes
-from lora_lab.system.files import (
-    as_path,
-    atomic_files,
-    check_replaceable,
-    check_writable,
-    claimed,
-    is_claimed,
-    read_json,
-    rescued,
-    write_json,
-)
 from lora_lab.system.provenance import machine_info
 from lora_lab.system.schema import Size, check
 from lora_lab.system.wording import counted, shortened
@@ -56,7 +44,7 @@ _SAVED = ("result.json", "history.json", *FILES, CONFIG, WEIGHTS)  # a folder wi
 
 
 def method_of(name: str, rank: int, alpha: float | None = None) -> Method:
-    """A method by name, with alpha twice the rank by default.
+    """Return a method by name, with alpha twice the rank by default.
 
     Raises:
         ValueError: there is no method of that name, or ``rank`` or ``alpha`` is invalid.
@@ -70,12 +58,12 @@ def method_of(name: str, rank: int, alpha: float | None = None) -> Method:
 
 
 def saves_adapter(method: str) -> bool:
-    """Whether a run with the method of this name saves an adapter; otherwise it saves the whole model."""
+    """Return whether a run with the method of this name saves an adapter; otherwise it saves the whole model."""
     return method not in (FullFineTuning.name, PartialFineTuning.name, AsItIs.name)
 
 
 def unused_folder(checkpoints: bool) -> Path:
-    """The first of runs/finetune, runs/finetune-2 and so on that holds no results and that no run is using.
+    """Return the first of runs/finetune, runs/finetune-2 and so on that holds no results and that no run is using.
 
     Of several processes, all get the one of rank 0.
 
@@ -90,7 +78,7 @@ def unused_folder(checkpoints: bool) -> Path:
         for folder in folders
         if _saved_before(folder) is None
         and (checkpoints or not (folder / CHECKPOINTS).exists())
-        and not is_claimed(folder)
+        and not files.is_claimed(folder)
     )
     return processes.from_first(next(free) if processes.rank == 0 else OUT)
 
@@ -102,37 +90,31 @@ def run(
     *,
     steps: int = 200,
     lr: float | None = None,
-    batch_size: int = 8,
-    seed: int = 0,
     model: str = SMOLLM2,
     device: str | None = None,
-    eval_examples: int | None = 64,
     half: bool = False,
-    by_length: bool = False,
     checkpoint_every: int | None = None,
     allow_special: bool = False,
     overwrite: bool = False,
+    **training: Any,
 ) -> dict[str, Any]:
     """Train, print progress, save the results in ``out``, and return the content of its ``result.json``.
 
     All files appear at once: the adapter (or the whole model, if the method trains weights of its own),
-    ``history.json``, and ``result.json`` with losses and scores before and after. Of several processes
-    (:func:`lora_lab.system.distributed.process_group`) rank 0 saves.
+    ``history.json``, and ``result.json`` with losses and scores before and after. Of several processes rank 0 saves.
 
     Args:
         task, allow_special: as for :func:`lora_lab.tasks.task_of`.
         method: what is trained.
         out: a folder without a model, an adapter or results of an earlier run.
-        steps, batch_size, seed: as for :func:`lora_lab.fit`.
         lr: peak learning rate; defaults to 1e-4 for full fine-tuning and 1e-3 otherwise.
         model, device: as for :func:`lora_lab.load_pretrained`.
-        eval_examples: of each part, for losses and scores; None takes all.
         half: save the adapter in float16, which halves the file; what is scored after training is the rounded adapter.
-        by_length: make batches of examples of similar length, which pad each other less.
         checkpoint_every: steps between checkpoints in ``out``/checkpoint, from which the same call goes on if it was
             stopped; the last one is removed when the results are saved. None for no checkpoints.
         overwrite: replace what an earlier run has saved in ``out``, and begin anew where the checkpoint is damaged, or
             of another run or model. A checkpoint of this run is continued all the same.
+        steps, **training: as for :class:`lora_lab.train.TrainConfig`; 64 examples of each part are evaluated.
 
     Raises:
         ValueError: an argument has a wrong value, ``out`` is in no state for this run, or its checkpoint is not of it.
@@ -144,57 +126,76 @@ def run(
         raise ValueError(f"{method.name!r} saves a whole model, but half precision is for adapters; leave --half out.")
     check_name(task)
     lr = lr if lr is not None else 1e-4 if isinstance(method, FullFineTuning) else 1e-3
-    batches: Literal["random", "by_length"] = "by_length" if by_length else "random"
-    config = TrainConfig(steps=steps, lr=lr, batch_size=batch_size, batches=batches, seed=seed)
-    config = replace(config, eval_every=max(1, steps // 4), eval_examples=eval_examples)  # as slow as several steps
-    check(checkpoint_every, Size | None, "checkpoint_every")
-    out, dtype = as_path(out, "out"), torch.float16 if half else None
-    checkpoints = None if checkpoint_every is None else out / CHECKPOINTS
+    often: dict[str, Any] = {
+        "eval_every": max(1, steps // 4),
+        "eval_examples": 64,
+    }  # an evaluation is as slow as several steps
+    config = TrainConfig(steps=steps, lr=lr, **(often | training))
+    every, out = check(checkpoint_every, Size | None, "checkpoint_every"), files.as_path(out, "out")
+    dtype, checkpoints = torch.float16 if half else None, out / CHECKPOINTS if every else None
     with _hold(out, model, method, overwrite):
         chosen, why = pick_device(device)
         net, tokenizer = load_pretrained(model, device=chosen)
         data = task_of(task, tokenizer, allow_special)
         print(_heading(why, data))
         _check_checkpoint(checkpoints, new_history(data, method, config, net), net, overwrite)
-        history, before, after = _train(net, data, method, config, checkpoints, checkpoint_every, dtype)
-        result = _describe(data, history, machine_info(chosen), before, after)
+        history, losses = _train(net, data, method, config, checkpoints, every, dtype)
+        about = {"name": data.name, "fingerprint": data.fingerprint, "about": data.about}
+        result = {"task": about, "method": history.method, "settings": history.settings}
+        result |= {"machine": machine_info(chosen)} | losses
         print(f"\n{table(result)}")
         if current_processes().rank == 0:
-            base = base_name(model)
-            rescued(lambda folder: _save(folder, net, tokenizer, base, dtype, history, result, overwrite), out)
+            saved = net, tokenizer, history, base_name(model), dtype, result, overwrite
+            files.rescued(lambda folder: save_run(folder, *saved), out)
             checkpoint.remove(checkpoints)
     print(f"\nSaved in {out}")
     return result
 
 
-def _describe(
-    data: Task, history: History, machine: dict[str, str], before: dict[str, Any], after: dict[str, Any]
-) -> dict[str, Any]:
-    """Return the content of result.json."""
-    result = {
-        "task": {"name": data.name, "fingerprint": data.fingerprint, "about": data.about},
-        "method": history.method,
-        "settings": history.settings,
-        "machine": machine,
-        "before": before,
-        "after": after,
-    }
-    if isinstance(data, PairTask) and data.metric in METRICS:
-        result["trivial"] = score(data, trivial(data)[: history.settings["eval_examples"]])
-    return result
+def save_run(
+    folder: Path,
+    net: nn.Module,
+    tokenizer: Tokenizer,
+    history: History,
+    base: str = SMOLLM2,
+    dtype: torch.dtype | None = None,
+    result: dict[str, Any] | None = None,
+    overwrite: bool = True,
+) -> None:
+    """Save the adapter, or the whole model, with the history of its training and a result.json, in one transaction.
+
+    Args:
+        folder: where to.
+        net, tokenizer, history: what was trained, and how.
+        base: what an adapter's config says of its base.
+        dtype: of an adapter's tensors; None keeps theirs.
+        result: the content of result.json.
+        overwrite: whether the folder may hold an earlier run's results; they are replaced.
+    """
+    if not overwrite:
+        _check_unused(folder)  # again, because something else may have been saved there in the meantime
+    with files.atomic_files(folder, remove=_outdated(folder, history.method["name"])) as temporary:
+        if lora_layers(net):
+            save_adapter(net, temporary, base=base, dtype=dtype, history=history)
+            yield_to(folder, temporary)
+        else:
+            save_model(net, temporary, tokenizer)
+        history.save(temporary / "history.json")
+        if result:
+            files.write_json(temporary / "result.json", result)
 
 
 @contextmanager
 def _hold(out: Path, model: str, method: Method, overwrite: bool) -> Iterator[None]:
     """Hold the folder of the results for the block, if they can be saved there and nothing would be lost."""
-    if as_path(model, "model").is_dir() and Path(model).resolve() == out.resolve():
+    if files.as_path(model, "model").is_dir() and Path(model).resolve() == out.resolve():
         raise ValueError(f"{out} holds the model that is to be trained, which must stay as it is; name another folder.")
     if current_processes().rank != 0:
         yield
         return
-    with claimed(out):
-        check_writable(out)
-        check_replaceable(out / "result.json", ("method", "settings", "before", "after"))
+    with files.claimed(out):
+        files.check_writable(out)
+        files.check_replaceable(out / "result.json", ("method", "settings", "before", "after"))
         if not overwrite:
             _check_unused(out)
         saved = _earlier_method(out) or method.name  # what an earlier run saved is removed, if this one saves the other
@@ -222,59 +223,32 @@ def _train(
     method: Method,
     config: TrainConfig,
     checkpoints: Path | None,
-    checkpoint_every: int | None,
+    every: int | None,
     dtype: torch.dtype | None,
-) -> tuple[History, dict[str, Any], dict[str, Any]]:
+) -> tuple[History, dict[str, Any]]:
     """Train the model, in place, and round its adapters to ``dtype``: the history, and evaluations before and after."""
-    before = _evaluate(net, data, config.eval_examples)
+    limit = config.eval_examples
+    result = {"before": _evaluate(net, data, limit)}
     print(f"{method}: {config.steps} steps of {config.batch_size} examples at learning rate {config.lr:g}")
-    with _resumable(checkpoints):
-        history = fit(net, data, method, config, checkpoint_dir=checkpoints, checkpoint_every=checkpoint_every)
+    if (step := checkpoint.step_of(checkpoints)) is not None:
+        print(f"Going on from step {step}, with the checkpoint in {checkpoints}")
+    with checkpoint.advise(checkpoints):
+        history = fit(net, data, method, config, checkpoint_dir=checkpoints, checkpoint_every=every)
         if dtype is not None:
             _round_adapters(net, dtype)
-        after = _evaluate(net, data, config.eval_examples)
-    return history, before, after
-
-
-def _save(
-    folder: Path,
-    net: nn.Module,
-    tokenizer: Tokenizer,
-    base: str,
-    dtype: torch.dtype | None,
-    history: History,
-    result: dict[str, Any],
-    overwrite: bool,
-) -> None:
-    """Save the adapter, or the whole model, with the history and the result, in one transaction."""
-    if not overwrite:
-        _check_unused(folder)  # again, because something else may have been saved there in the meantime
-    with atomic_files(folder, remove=_outdated(folder, history.method["name"])) as temporary:
-        if lora_layers(net):
-            save_adapter(net, temporary, base=base, dtype=dtype, history=history)
-            yield_to(folder, temporary)
-        else:
-            save_model(net, temporary, tokenizer)
-        history.save(temporary / "history.json")
-        write_json(temporary / "result.json", result)
+        result["after"] = _evaluate(net, data, limit)
+    if isinstance(data, PairTask) and data.metric in METRICS:
+        result["trivial"] = score(data, trivial(data)[:limit])
+    return history, result
 
 
 def _heading(why: str, data: Task) -> str:
-    """The device and the reason for it, how many processes there are, and the data."""
+    """Return the device and the reason for it, how many processes there are, and the data."""
     text, processes = f"Device: {why}\n", current_processes().world_size
     if processes > 1:
         text += f"{processes} processes, {counted(torch.get_num_threads(), 'thread')} each\n"
     text += f"\n{data.describe()}\n"
     return f"{text}\n{data.preview(1)}\n" if isinstance(data, PairTask) else text
-
-
-@contextmanager
-def _resumable(checkpoints: Path | None) -> Iterator[None]:
-    """Print from which step the block goes on, if it does; a KeyboardInterrupt says how the run can go on later."""
-    if (step := checkpoint.step_of(checkpoints)) is not None:
-        print(f"Going on from step {step}, with the checkpoint in {checkpoints}")
-    with checkpoint.advice_if_interrupted(checkpoints):
-        yield
 
 
 @torch.no_grad()
@@ -287,12 +261,12 @@ def _round_adapters(net: nn.Module, dtype: torch.dtype) -> None:
 
 
 def base_name(model: str) -> str:
-    """What an adapter's config says of its base: the absolute path of a folder or a file, or else the name."""
+    """Return what an adapter's config says of its base: the absolute path of a folder or a file, or else the name."""
     return str(Path(model).resolve()) if model != SMOLLM2 and Path(model).exists() else model
 
 
 def _saved_before(folder: Path) -> str | None:
-    """The name of a file in the folder that belongs to results, a model or an adapter; None if there is none."""
+    """Return the name of a file in the folder that belongs to results, a model or an adapter; None if there is none."""
     return next((name for name in _SAVED if (folder / name).exists()), None)
 
 
@@ -305,30 +279,25 @@ def _check_unused(folder: Path) -> None:
 
 
 def _earlier_method(folder: Path) -> str | None:
-    """The name of the method of the run whose results the folder holds, by its result.json; None if there is none."""
+    """Return the name of the method of the run whose result.json the folder holds; None if there is none."""
     try:
-        return read_json(folder / "result.json")["method"]["name"]
+        return files.read_json(folder / "result.json")["method"]["name"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 
 def _outdated(folder: Path, method: str) -> tuple[str, ...]:
-    """Files that an earlier run saved in the folder, by its result.json, and that a method's run would not overwrite.
-
-    Everything that no run saved stays.
-    """
-    if (earlier := _earlier_method(folder)) is None:
-        return ()
+    """Return the files that an earlier run saved in the folder, by its result.json, and that would be left over."""
+    earlier = _earlier_method(folder) or method
     if saves_adapter(earlier) == saves_adapter(method):
         return ()
     return (CONFIG, WEIGHTS, *([CARD] if is_free(folder) else [])) if saves_adapter(earlier) else (*FILES, GENERATION)
 
 
 def _evaluate(net: nn.Module, data: Task, limit: int | None) -> dict[str, Any]:
-    """Losses in nats; for prompts and answers also scores on the test part, and some of the predictions."""
-    result: dict[str, Any] = {}
-    for part in ("validation", "test", "off_domain"):
-        result[f"{part} loss"] = evaluate(net, data, part, limit=limit)
+    """Return losses in nats; for prompts and answers also scores on the test part, and some of the predictions."""
+    parts = ("validation", "test", "off_domain")
+    result: dict[str, Any] = {f"{part}_loss": evaluate(net, data, part, limit=limit) for part in parts}
     if isinstance(data, PairTask):
         predictions = answers(net, data, limit=limit if data.metric in METRICS else SHOWN)
         if data.metric in METRICS:
@@ -341,27 +310,16 @@ def _evaluate(net: nn.Module, data: Task, limit: int | None) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Losses and scores before and after, and some predictions, as text."""
+    """Return losses and scores before and after, and some predictions, as text."""
     import pandas
 
-    before, after = dict(result["before"]), dict(result["after"])
-    samples = zip(before.pop("samples", []), after.pop("samples", []), strict=True)
-    columns = {"before": before, "after": after} | ({"trivial": result["trivial"]} if "trivial" in result else {})
-    frame = pandas.DataFrame(columns, index=pandas.Index(list(before)))
+    columns = {column: dict(result[column]) for column in ("before", "after", "trivial") if column in result}
+    before, after = (columns[column].pop("samples", []) for column in ("before", "after"))
+    frame = pandas.DataFrame(columns, index=pandas.Index(list(columns["before"])))
+    frame.index = frame.index.str.replace("_loss", " loss")
     lines = [frame.to_string(float_format="{:.3f}".format, na_rep="", col_space=9)]
-    for sample_before, sample_after in samples:
-        lines += [
-            f"\nprompt     {shortened(sample_before['prompt'])}",
-            f"reference  {shortened(sample_before['reference'])}",
-            f"before     {shortened(sample_before['prediction'])}",
-            f"after      {shortened(sample_after['prediction'])}",
-        ]
+    for old, new in zip(before, after, strict=True):
+        texts = {"prompt": old["prompt"], "reference": old["reference"]}
+        texts |= {"before": old["prediction"], "after": new["prediction"]}
+        lines += ["", *(f"{name:<11}{shortened(text)}" for name, text in texts.items())]
     return "\n".join(lines)
-
-
-def document(result: dict[str, Any]) -> dict[str, Any]:
-    """The content of result.json for ``--json``: names of losses and scores with an underscore for a space."""
-    columns = [column for column in ("before", "after", "trivial") if column in result]
-    return result | {
-        column: {name.replace(" ", "_"): value for name, value in result[column].items()} for column in columns
-    }

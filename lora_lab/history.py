@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +12,7 @@ from pydantic import Field
 from torch import nn
 from typing_extensions import TypedDict  # typing's own suits pydantic from Python 3.12 on
 
-from lora_lab.system.files import as_path, check_file, read_json, write_json
+from lora_lab.system.files import read_json, write_json
 from lora_lab.system.schema import Count, NotNegative, Number, check, check_fields
 from lora_lab.system.wording import short_repr
 
@@ -99,7 +98,7 @@ class History:
         )
 
     def curve(self, column: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a column, without the steps where it is None; or of "gap", the generalisation gap.
+        """Return steps and values of a column where it is not None; or of "gap", the generalisation gap.
 
         The gap is the validation loss minus the mean training loss over the steps since the previous evaluation. A
         training loss is computed before its step, so the gap lags behind: a gap of 0 does not prove that there is none.
@@ -144,7 +143,6 @@ class History:
             FileNotFoundError: the file does not exist.
             ValueError: the file is damaged, or holds something else.
         """
-        check_file(as_path(path, "path"), "a History that History.save wrote")
         stored = read_json(path)
         try:
             return cls.from_dict(stored)
@@ -169,12 +167,6 @@ class History:
             if missing or row["step"] != step or len(row) > len(COLUMNS):
                 raise ValueError(f"Row {step} is {short_repr(row)}, but it must be that of step {step}.")
         return history
-
-
-def is_number(value: Any) -> bool:
-    """Return whether a value read from JSON is a finite number within the range of a float, and not a bool."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and abs(value) <= sys.float_info.max
 
 
 def stop_if_diverged(what: str, loss: float, row: dict[str, Any]) -> None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.layers import QuantizedLayer, is_linear, lora_class
-from lora_lab.lora import LoRALayer, check_numbers
-from lora_lab.system.numbers import check_finite
+from lora_lab.lora import LoRALayer
+from lora_lab.system.schema import Dropout, Positive, Size, check_fields, check_finite
 from lora_lab.system.wording import shortened
 
 MERGED_FORMS = ("dequantised", "blocks", "full-precision")
@@ -37,21 +37,18 @@ class LoRAConfig:
         ValueError: a value is out of range, or a list of names is empty.
     """
 
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
+    rank: Size = 8
+    alpha: Positive = 16.0
+    dropout: Dropout = 0.0
     targets: str | Sequence[str] = "all-linear"
     exclude: Sequence[str] = ()
     layer: ClassVar[type[LoRALayer] | None] = None  # the class of the adapters, as for :func:`inject`
 
     def __post_init__(self) -> None:
-        rank, alpha, dropout = check_numbers(self.rank, self.alpha, self.dropout)
-        values: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout}
         if not (isinstance(self.targets, str) and self.targets == "all-linear"):
-            values["targets"] = check_names("targets", self.targets)
-        values["exclude"] = check_names("exclude", self.exclude)
-        for name, value in values.items():
-            object.__setattr__(self, name, value)  # of Python, which JSON can hold
+            object.__setattr__(self, "targets", check_names("targets", self.targets))
+        object.__setattr__(self, "exclude", check_names("exclude", self.exclude))
+        check_fields(self)
         if not self.targets:
             raise ValueError("targets is empty, so nothing would be adapted; name at least one layer or 'all-linear'.")
 
@@ -245,8 +242,8 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the adapters' tensors: ``<layer>.lora_A`` (rank, in), ``<layer>.lora_B`` (out, rank), a variant's
-    further ones, and the scalars ``<layer>.alpha`` and ``<layer>.scaling``.
+    """Return copies of the adapters' tensors: ``<layer>.lora_A`` (rank, in), ``<layer>.lora_B`` (out, rank), those of
+    a variant, and the scalars ``<layer>.alpha`` and ``<layer>.scaling``.
 
     Raises:
         ValueError: the model has no adapters.
@@ -260,7 +257,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """What ``model.get_output_embeddings()`` returns, as in transformers; None if the model has no such method."""
+    """Return ``model.get_output_embeddings()``, as transformers calls the head; None without such a method."""
     method = getattr(model, "get_output_embeddings", None)
     return None if method is None else method()
 
@@ -339,7 +336,7 @@ def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def last_blocks(model: nn.Module, count: int) -> list[str]:
-    """The linear layers of the last ``count`` blocks, for use as ``targets``: no gradient is computed below them.
+    """Return the linear layers of the last ``count`` blocks, as ``targets``: no gradient is computed below them.
 
     Raises:
         ValueError: the model has fewer blocks, or none.

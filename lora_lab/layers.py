@@ -123,7 +123,7 @@ class LoRAOutProjection(LoRALinear):
     """
 
     def init_factors(self, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """As for a linear layer."""
+        """Return those of a linear layer."""
         if isinstance(self.dropout, nn.Dropout):
             raise ValueError(
                 f"dropout is {self.dropout.p}, but nn.MultiheadAttention reads the weight of its out_proj and never "

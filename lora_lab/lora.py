@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lab.system.numbers import plain
+from lora_lab.system.schema import Dropout, Positive, Size, check
 
 
 class LoRALayer(nn.Module):
@@ -65,8 +65,8 @@ class LoRALayer(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        rank, self.alpha, dropout = check_numbers(rank, alpha, dropout)
-        self.base = base
+        self.base, self.alpha = base, check(alpha, Positive, "alpha")
+        rank, dropout = check(rank, Size, "rank"), check(dropout, Dropout, "dropout")
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         A, B = self.init_factors(rank, generator)
         device = next(base.parameters()).device
@@ -90,7 +90,7 @@ class LoRALayer(nn.Module):
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """The update of the weight, ``scaling * B @ A``, in the weight's shape (out, in), outside autograd's graph.
+        """Return the update of the weight, ``scaling * B @ A``, (out, in), outside autograd's graph.
 
         A subclass with a different update overrides ``_delta``, which is part of the graph.
         """
@@ -161,15 +161,3 @@ def uniform(rank: int, width: int, dtype: torch.dtype, generator: torch.Generato
     """Return a new A (rank, width), uniform in +-1/sqrt(width), in ``dtype`` or float32, whichever is more precise."""
     A = torch.empty(rank, width, dtype=torch.promote_types(dtype, torch.float32))  # (4, 64)
     return nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)  # (4, 64)
-
-
-def check_numbers(rank: int, alpha: float = 1.0, dropout: float = 0.0) -> tuple[int, float, float]:
-    """Return the three as numbers of Python, or raise ValueError if one of them is out of range."""
-    rank, alpha, dropout = plain(rank), plain(alpha), plain(dropout)
-    if type(rank) is not int or not 1 <= rank < 2**31:
-        raise ValueError(f"rank is {rank}, but it must be a whole number from 1 to {2**31 - 1}, such as 8.")
-    if not 0 < alpha < math.inf:
-        raise ValueError(f"alpha is {alpha}, but it must be a positive number, such as 16.")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout is {dropout}, but it must lie in [0, 1), such as 0.05.")
-    return rank, alpha, dropout

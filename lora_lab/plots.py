@@ -7,7 +7,6 @@ goes with each. A method, and a part of a memory bill, look the same in every fi
 
 from __future__ import annotations
 
-import itertools
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,7 +41,6 @@ DPI = 150
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442")
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", ":", "-.")
-HATCHES = ("", "//", "..", "\\\\", "xx", "--", "++", "oo")
 # By a method's ``name``. Methods of one kind, such as LoRA at several ranks, need colours in turn.
 METHOD_COLOURS = {
     "full": COLOURS[0],
@@ -100,11 +98,6 @@ STATISTICS = {
     "relative_norm": "norm of the update / of the weight",
     "amplification": "amplification factor",
 }
-NAMES = {
-    "train_loss": "training loss",
-    "validation_loss": "validation loss",
-    "off_domain_loss": "off-domain loss",
-}
 
 
 def use_style() -> None:
@@ -128,11 +121,11 @@ def use_style() -> None:
 
 def curves(
     histories: Mapping[str, History],
-    columns: Sequence[str] = ("validation_loss",),
+    column: str = "validation_loss",
     unit: str = "nats per token",
     ax: Axes | None = None,
 ) -> Axes:
-    """Losses against steps: a colour and marker for each run, a line style for each column.
+    """A loss against steps, a line with a colour and a marker for each run.
 
     Runs of different methods have their methods' colours, other runs those of their labels (see :func:`line_styles`).
     """
@@ -142,13 +135,10 @@ def curves(
     # Otherwise by their labels, such as "from scratch" and "fine-tuned", which are both of full fine-tuning.
     styles = line_styles(names if by_method else list(histories)).values()
     for (label, history), style in zip(histories.items(), styles, strict=True):
-        for column, line in zip(columns, itertools.cycle(LINES), strict=False):
-            steps, values = history.curve(column)
-            name = label if len(columns) == 1 else f"{label}: {NAMES.get(column, column)}"
-            marker = style["marker"] if len(steps) <= 25 else None
-            ax.plot(steps, values, line, color=style["color"], marker=marker, label=name)
-    ax.set_xlabel("training step")
-    ax.set_ylabel(f"{NAMES.get(columns[0], columns[0]) if len(columns) == 1 else 'loss'} ({unit})")
+        steps, values = history.curve(column)
+        marker = style["marker"] if len(steps) <= 25 else None
+        ax.plot(steps, values, color=style["color"], marker=marker, label=label)
+    ax.set(xlabel="training step", ylabel=f"{column.replace('_', ' ')} ({unit})")
     ax.legend()
     return ax
 
@@ -178,17 +168,31 @@ def _style(i: int) -> dict[str, Any]:
     return {name: values[i % len(values)] for name, values in cues.items()}
 
 
-def _draw_spread(ax: Axes, x: Any, middle: Any, low: Any, high: Any, **look: Any) -> None:
+def panels(names: Sequence[Any], width: float, height: float, **options: Any) -> tuple[Figure, dict[Any, Axes]]:
+    """Return a figure and a row of Axes, one for each name, which is its title.
+
+    Args:
+        width, height: of the whole figure, in inches.
+        options: of ``plt.subplots``.
+    """
+    figure, axes = plt.subplots(1, len(names), figsize=(width, height), squeeze=False, **options)
+    by_name = dict(zip(names, axes[0], strict=True))
+    for name, ax in by_name.items():
+        ax.set_title(name)
+    return figure, by_name
+
+
+def draw_spread(ax: Axes, x: Any, middle: Any, low: Any, high: Any, **look: Any) -> None:
     """Draw a line with bars from ``low`` to ``high``."""
     ax.errorbar(x, middle, [middle - low, high - middle], **{"capsize": 2, **look})
 
 
-def _set_ticks(ax: Axes, ticks: Sequence[float], xlabel: str, form: str = ",", base: int = 2) -> None:
+def log_axis(ax: Axes, ticks: Sequence[float], xlabel: str, form: str = ",", base: int = 2) -> None:
     """Make x a logarithmic axis with a tick at each of these values, and nowhere else."""
     ax.set_xscale("log", base=base)
+    ax.set_xlabel(xlabel)
     ax.set_xticks(ticks, [f"{tick:{form}}" for tick in ticks])
     ax.minorticks_off()
-    ax.set_xlabel(xlabel)
 
 
 def _draw_seeds(ax: Axes, place: int, values: Series, style: Mapping[str, Any], upright: bool) -> None:
@@ -206,19 +210,17 @@ def _draw_seeds(ax: Axes, place: int, values: Series, style: Mapping[str, Any], 
 def stacked_bars(
     bars: Mapping[str, Mapping[str, float]],
     ylabel: str,
+    looks: Mapping[str, tuple[str, str]],
     ax: Axes | None = None,
-    looks: Mapping[str, tuple[str, str]] | None = None,
 ) -> Axes:
     """One bar a key, its parts stacked in one order, with the total above.
 
     Args:
         bars: bar -> part -> height; all in one unit, which ``ylabel`` names.
-        looks: part -> colour and hatch, such as ``PART_LOOKS``; default all ``COLOURS`` and ``HATCHES`` in turn.
+        looks: part -> colour and hatch, such as ``PART_LOOKS``.
     """
     ax = ax or plt.subplots()[1]
     parts = list(dict.fromkeys(part for heights in bars.values() for part in heights))
-    if looks is None:
-        looks = {part: (COLOURS[i % len(COLOURS)], HATCHES[i % len(HATCHES)]) for i, part in enumerate(parts)}
     positions, bottom = range(len(bars)), np.zeros(len(bars))
     for part in parts:
         heights = np.array([each.get(part, 0.0) for each in bars.values()])
@@ -241,7 +243,7 @@ def bills(bars: Mapping[str, Bill], ax: Axes | None = None, card_bytes: int | No
     """
     parts = _parts(bill.parts for bill in bars.values())
     heights = {label: {str(part): bill.parts.get(part, 0) / MIB for part in parts} for label, bill in bars.items()}
-    ax = stacked_bars(heights, "memory at the peak of a step (MiB)", ax, PART_LOOKS)
+    ax = stacked_bars(heights, "memory at the peak of a step (MiB)", PART_LOOKS, ax)
     if card_bytes is not None:
         name = f"card of {card_bytes / GIB:g} GiB"
         ax.axhline(card_bytes / MIB, color="#000000", linestyle="--", label=name)
@@ -347,7 +349,7 @@ def ratios(
         ax.errorbar(list(values), middle, reach, capsize=3, fillstyle="none", markersize=8, label=label, **style)
     for i, (label, level) in enumerate((lines or {}).items()):
         ax.axhline(level, color="#000000", linewidth=1, linestyle=LINES[(i + 1) % len(LINES)], label=label)
-    _set_ticks(ax, sorted({size for values in series.values() if len(values) <= 12 for size in values}), xlabel)
+    log_axis(ax, sorted({size for values in series.values() if len(values) <= 12 for size in values}), xlabel)
     ax.set_ylabel(ylabel)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return ax
@@ -380,8 +382,7 @@ def spectrum(values: Mapping[str, Sequence[float]], ax: Axes | None = None) -> A
         sizes = np.asarray(sizes, dtype=float)
         every = max(1, len(sizes) // 12)
         ax.plot(np.arange(1, len(sizes) + 1), sizes / sizes[0], markevery=every, label=label, **styles[label])
-    ax.set_yscale("log")
-    ax.set_xlabel("index of the singular value, largest first")
+    ax.set(yscale="log", xlabel="index of the singular value, largest first")
     ax.set_ylabel("singular value / largest (no unit)")
     ax.legend()
     return ax
@@ -399,15 +400,13 @@ def rank_verdict(verdict: RankVerdict, ax: Axes | None = None) -> Axes:
     for status, (colour, marker) in styles.items():
         chosen = [(rank.rank, rank.difference, rank.lower, rank.upper) for rank in judged if rank.status == status]
         if chosen:
-            _draw_spread(ax, *np.array(chosen, dtype=float).T, fmt=marker, color=colour, capsize=3, label=status)
+            draw_spread(ax, *np.array(chosen, dtype=float).T, fmt=marker, color=colour, capsize=3, label=status)
     ax.axhline(0, color="#000000", linewidth=0.8)
     ax.axhline(verdict.margin, color=COLOURS[0], linestyle="--", label=f"margin {verdict.margin:.3g}")
     ticks = [rank.rank for rank in verdict.ranks]
     ax.plot(ticks[-1], 0, "D", color="#000000", label="reference")
     rank_axis(ax, ticks)
-    ax.set_ylabel(f"test loss above that of rank {ticks[-1]}")
-    seeds = len(verdict.seeds)
-    ax.set_title(f"{seeds} seeds: {verdict.answer}")
+    ax.set(ylabel=f"test loss above that of rank {ticks[-1]}", title=f"{len(verdict.seeds)} seeds: {verdict.answer}")
     ax.legend()
     return ax
 
@@ -433,10 +432,10 @@ def loss_by_rate(frame: DataFrame, ax: Axes | None = None, by: str = "rank", unt
         mean = by_rate.mean()
         shifted = mean.index * 1.04 ** (place - (len(names) - 1) / 2)
         look = {"label": names[value], **styles[names[value]]}
-        _draw_spread(ax, shifted, mean, by_rate.min(), by_rate.max(), **look)
+        draw_spread(ax, shifted, mean, by_rate.min(), by_rate.max(), **look)
     if untrained is not None:
         ax.axhline(untrained, color=METHOD_COLOURS["as it is"], linestyle=":", linewidth=1, label="untrained")
-    _set_ticks(ax, sorted(last.reset_index()["lr"].unique()), "peak learning rate", "g", base=10)
+    log_axis(ax, sorted(last.reset_index()["lr"].unique()), "peak learning rate", "g", base=10)
     ax.set_ylabel("validation loss (mean, min and max over seeds)")
     if by == "rank":
         return legend_beside(ax)
@@ -511,7 +510,7 @@ def best_rates(
 
 def rank_axis(ax: Axes, ranks: Sequence[int]) -> None:
     """Make x a logarithmic axis of ranks, with a tick at each of those given."""
-    _set_ticks(ax, ranks, "rank", "")
+    log_axis(ax, ranks, "rank", "")
 
 
 def learning_and_forgetting(frame: DataFrame, ax: Axes | None = None) -> Axes:
@@ -528,8 +527,7 @@ def learning_and_forgetting(frame: DataFrame, ax: Axes | None = None) -> Axes:
     styles = line_styles(labels)
     for label, (_, trials) in zip(labels, groups, strict=True):
         ax.plot(trials.off_domain_loss, trials.test_loss, label=label, **{**styles[label], "linestyle": "none"})
-    ax.set_xlabel("off-domain loss after training (forgetting)")
-    ax.set_ylabel("test loss after training (learning)")
+    ax.set(xlabel="off-domain loss after training (forgetting)", ylabel="test loss after training (learning)")
     return legend_beside(ax)
 
 
@@ -554,8 +552,7 @@ def paths(frame: DataFrame, best: DataFrame, ax: Axes | None = None) -> Axes:
         ax.plot(forgotten, mean.validation_loss, linewidth=1.2, **{**style, "marker": None})
         ax.plot(trials.forgotten.mean(), trials.best_loss.mean(), label=setup, **style)
         ax.plot(forgotten.iloc[-1], mean.validation_loss.iloc[-1], fillstyle="none", **style)
-    ax.set_xlabel("rise of the off-domain loss (forgetting)")
-    ax.set_ylabel("validation loss (learning)")
+    ax.set(xlabel="rise of the off-domain loss (forgetting)", ylabel="validation loss (learning)")
     return legend_beside(ax)
 
 
@@ -567,16 +564,15 @@ def paths_by_size(frame: DataFrame, best: DataFrame, unit: str = "nats", level: 
         unit: of the losses.
         level: where to draw a dotted line, such as the rise at which nothing is known any more.
     """
-    sizes = sorted(best.n_train.unique())
-    figure, axes = plt.subplots(1, len(sizes), figsize=(9.5, 4.2), sharey=True, squeeze=False)
-    for ax, size in zip(axes[0], sizes, strict=True):
+    figure, axes = panels(sorted(best.n_train.unique()), 9.5, 4.2, sharey=True)
+    for size, ax in axes.items():
         paths(frame[frame.n_train == size], best[best.n_train == size], ax)
         if level is not None:
             ax.axvline(level, color="#000000", linestyle=":", linewidth=1)
         ax.set(title=f"{size:,} examples", xlabel=f"rise of the off-domain loss ({unit})", ylabel="")
-        if ax is not axes[0][-1]:
-            ax.get_legend().remove()
-    axes[0][0].set_ylabel(f"validation loss ({unit})")
+    for ax in figure.axes[:-1]:
+        ax.legend().remove()
+    figure.axes[0].set_ylabel(f"validation loss ({unit})")
     return figure
 
 
@@ -591,34 +587,32 @@ def by_size(table: DataFrame, ylabel: str, ax: Axes | None = None) -> Axes:
     styles = line_styles(list(table.setup.unique()))
     for i, (setup, rows) in enumerate(table.groupby("setup", sort=False)):
         shifted = rows.n_train * 1.06**i  # so that error bars do not hide each other
-        _draw_spread(ax, shifted, rows["mean"], rows.least, rows.most, label=setup, **styles[str(setup)])
-    _set_ticks(ax, sorted(table.n_train.unique()), "training examples")
+        draw_spread(ax, shifted, rows["mean"], rows.least, rows.most, label=setup, **styles[str(setup)])
+    log_axis(ax, sorted(table.n_train.unique()), "training examples")
     ax.set_ylabel(ylabel)
     return legend_beside(ax)
 
 
-def gains(table: DataFrame, ylabel: str, column: str = "mean", bounds: tuple[str, str] = ("lower", "upper")) -> Figure:
+def gains(table: DataFrame) -> Figure:
     """By how much one way is better than another, against the size of the training set: a panel for each model.
 
     Args:
-        table: columns ``model``, ``data`` (a line each), ``n_train``, the gain and its bounds.
-        ylabel: the gain, with its unit.
-        column, bounds: the names of those columns.
+        table: columns ``model``, ``data`` (a line each), ``n_train``, and the gain in percentage points with its
+            bounds, ``points``, ``points_lower`` and ``points_upper``.
     """
-    lower, upper = bounds
-    models, data = table["model"].unique(), list(table["data"].unique())
-    figure, axes = plt.subplots(1, len(models), figsize=(4.4 * len(models), 3.6), sharey=True, squeeze=False)
-    for ax, model in zip(axes[0], models, strict=True):
+    models = table["model"].unique()
+    figure, axes = panels(models, 4.4 * len(models), 3.6, sharey=True)
+    for model, ax in axes.items():
         of_model = table[table["model"] == model]
-        for i, name in enumerate(data):
-            rows = of_model[of_model["data"] == name]
-            ends = rows[column], rows[lower], rows[upper]
-            _draw_spread(ax, rows["n_train"] * 1.06**i, *ends, label=name, **_style(i))
+        for i, data in enumerate(table["data"].unique()):
+            rows = of_model[of_model["data"] == data]
+            ends = rows["points"], rows["points_lower"], rows["points_upper"]
+            draw_spread(ax, rows["n_train"] * 1.06**i, *ends, label=data, **_style(i))
         ax.axhline(0, color="#000000", linewidth=0.8)
-        _set_ticks(ax, sorted(of_model["n_train"].unique()), "training examples")
-        ax.set_title(model)
-    axes[0][0].set_ylabel(ylabel)
-    axes[0][0].legend()
+        log_axis(ax, sorted(of_model["n_train"].unique()), "training examples")
+    first = figure.axes[0]
+    first.set_ylabel("percentage points")
+    first.legend()
     return figure
 
 
@@ -658,13 +652,13 @@ def medians_by_depth(frames: Mapping[str, DataFrame], statistic: str = "stable_r
 
 def _against_noise(layers: DataFrame, statistic: str, ax: Axes) -> Series:
     """Return a statistic divided by the middle of its own layer's band, if there are bands; draw the band once."""
-    ax.set_xlabel("block, from the input")
-    ax.set_ylabel(STATISTICS.get(statistic, statistic))
+    name = STATISTICS.get(statistic, statistic)
+    ax.set(xlabel="block, from the input", ylabel=name)
     if f"{statistic}_low" not in layers:
         return layers[statistic]
     low, high = layers[f"{statistic}_low"], layers[f"{statistic}_high"]
     middle = (low + high) / 2
-    ax.set_ylabel(f"{STATISTICS.get(statistic, statistic)}\n/ that of noise of the same shape and rank")
+    ax.set_ylabel(f"{name}\n/ that of noise of the same shape and rank")
     if not ax.patches:
         span = {"facecolor": "#cccccc", "edgecolor": "white", "hatch": "//", "linewidth": 0, "label": "noise, 95 %"}
         ax.axhspan((low / middle).min(), (high / middle).max(), **span)
@@ -689,10 +683,10 @@ def after_truncation(
         for column, line in zip(columns, LINES, strict=False):
             style = {**styles[setup], "linestyle": line, "label": f"{setup}: {column}"}
             if column == columns[0] and "least" in rows:
-                _draw_spread(ax, rows["rank"], rows[column], rows.least, rows.most, capsize=3, **style)
+                draw_spread(ax, rows["rank"], rows[column], rows.least, rows.most, capsize=3, **style)
             else:
                 ax.plot(rows["rank"], rows[column], **{**style, "fillstyle": "none"})
-    _set_ticks(ax, sorted(table["rank"].unique()), "rank to which each update is truncated", "g")
+    log_axis(ax, sorted(table["rank"].unique()), "rank to which each update is truncated", "g")
     ax.set_ylabel(ylabel)
     ax.legend()
     return ax
@@ -812,8 +806,7 @@ def energy(spectra: Mapping[str, Sequence[float]], share: float = 0.9, ax: Axes 
         style = {**styles[label], "markevery": [count - 1]}
         ax.plot(np.arange(1, len(S) + 1), percent, label=f"{label}: {count} of {len(S)} terms", **style)
     ax.axhline(100 * share, color="#000000", linestyle=":", linewidth=0.8)
-    ax.set_xlabel("terms kept, largest first")
-    ax.set_ylabel("energy held (%)")
+    ax.set(xlabel="terms kept, largest first", ylabel="energy held (%)")
     ax.legend(title=f"{share:.0%} of the energy in")
     return ax
 
@@ -826,21 +819,19 @@ def scores(table: DataFrame, baselines: Mapping[str, float], axes_labels: Mappin
         baselines: task -> the best score of a method without training.
         axes_labels: task -> the score and its unit.
     """
-    tasks = list(baselines)
-    figure, axes = plt.subplots(1, len(tasks), figsize=(2.6 * len(tasks), 3.6), squeeze=False)
+    figure, axes = panels(list(baselines), 2.6 * len(baselines), 3.6)
     styles = line_styles(list(table.setup.unique()))
-    for ax, task in zip(axes[0], tasks, strict=True):
+    for task, ax in axes.items():
         rows = table[table.task == task]
         setups = list(rows.setup.unique())
         for i, setup in enumerate(setups):
             _draw_seeds(ax, i, rows.score[rows.setup == setup], styles[setup], upright=True)
         ax.axhline(baselines[task], color="#000000", linestyle=":", linewidth=1.2)
         ax.set_xticks(range(len(setups)), setups, rotation=60)
-        ax.set(title=task, ylabel=axes_labels[task], xlim=(-0.6, len(setups) - 0.4))
         top = 1.12 * max(baselines[task], rows.score.max())
-        ax.set_ylim(-0.03 * top, top)  # a score of 0 shows its mark
+        ax.set(ylabel=axes_labels[task], xlim=(-0.6, len(setups) - 0.4), ylim=(-0.03 * top, top))  # 0 shows its mark
     above: Any = {"xytext": (0, 3), "textcoords": "offset points", "fontsize": "small"}
-    axes[0, 0].annotate("best baseline", (-0.55, baselines[tasks[0]]), **above)
+    figure.axes[0].annotate("best baseline", (-0.55, next(iter(baselines.values()))), **above)
     return figure
 
 

@@ -146,7 +146,7 @@ def truncate(W: Matrix, rank: int) -> Approximation:
 
 
 def effective_rank(S: Tensor) -> Tensor:
-    """exp(entropy) of S / sum(S): k equal values give k (Roy and Vetterli 2007, definition 1)."""
+    """Return exp(entropy) of S / sum(S): k equal values give k (Roy and Vetterli 2007, definition 1)."""
     S = _spectrum(S)  # (192,)
     share = _ratio(S, S.sum(-1, keepdim=True))  # (192,)
     nonzero = S.sum(-1) > 0  # ()
@@ -154,13 +154,13 @@ def effective_rank(S: Tensor) -> Tensor:
 
 
 def stable_rank(S: Tensor) -> Tensor:
-    """Squared Frobenius norm over squared spectral norm: at most the rank, and hardly affected by small values."""
+    """Return ||W||_F^2 over ||W||_2^2: at most the rank, and hardly affected by small values."""
     S = _spectrum(S)  # (192,)
     return _ratio(S, S.amax(-1, keepdim=True)).square().sum(-1)
 
 
 def energy_rank(S: Tensor, share: float = 0.9) -> Tensor:
-    """The smallest number of directions that hold the given share of the energy, the sum of squared singular values.
+    """Return the smallest number of directions that hold a share of the energy, the sum of squared singular values.
 
     Raises:
         ValueError: the share is not above 0 and at most 1.
@@ -192,7 +192,7 @@ def norms(S: Tensor) -> Norms:
 
 
 def subspace_similarity(V1: Tensor, V2: Tensor) -> Tensor:
-    r"""phi(i, j) = ||V1[:, :i]^T V2[:, :j]||_F^2 / min(i, j) for all i and j at once (Hu et al. 2021, equation 4).
+    r"""Return ||V1[:, :i]^T V2[:, :j]||_F^2 / min(i, j) for all i and j at once (Hu et al. 2021, equation 4).
 
     1 if the smaller subspace lies within the larger one, 0 if they are orthogonal, and max(i, j) / n on average for
     random subspaces.
@@ -230,7 +230,7 @@ class Amplification(NamedTuple):
 
 
 def amplification(delta: Matrix, W: Matrix, rank: int, *, generator: torch.Generator | None = None) -> Amplification:
-    """Whether an update amplifies directions that the weight has but does not emphasise (Hu et al. 2021, section 7.3).
+    """Return how much an update amplifies directions that the weight does not emphasise (Hu et al. 2021, section 7.3).
 
     Args:
         delta: the update (..., out, in), or its SVD.
@@ -264,7 +264,7 @@ def amplification_factor(delta: Matrix, W: Matrix, rank: int) -> Tensor:
 
 
 def _size_and_projection(delta: Matrix, W: Matrix, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The norm of the update, the norm of the weight in the update's leading directions, and the weight as a tensor."""
+    """Return the update's norm, that of the weight in the update's leading directions, and the weight as a tensor."""
     U, S, Vh = svd(delta)
     _check_rank(rank, S.shape[-1])
     if isinstance(W, tuple):
@@ -293,7 +293,7 @@ class Intruders(NamedTuple):
 
 
 def intruder_dimensions(before: Matrix, after: Matrix, top: int = 10, epsilon: float = 0.5) -> Intruders:
-    """Leading left singular vectors of the tuned weight similar to none of the old weight's (Shuttleworth et al. 2024).
+    """Return which leading left singular vectors are similar to none of the old weight (Shuttleworth et al. 2024).
 
     Args:
         before: the weight (..., out, in) before training, or its full SVD.
@@ -346,7 +346,7 @@ def gaussian(shape: tuple[int, ...], *, norm: float = 1.0, generator: torch.Gene
 def gaussian_factors(
     shape: tuple[int, int], rank: int, *, norm: float = 1.0, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Noise in the form of an adapter: Gaussian B (out, r) and A (r, in), scaled so that ||B A||_F is ``norm``."""
+    """Return noise in the form of an adapter: Gaussian B (out, r) and A (r, in), with ||B A||_F = ``norm``."""
     B = torch.randn(shape[0], rank, generator=generator, dtype=torch.float64)  # (192, 8)
     A = torch.randn(rank, shape[1], generator=generator, dtype=torch.float64)  # (8, 576)
     size = product_svd(B, A).S.norm()  # ()
@@ -371,7 +371,7 @@ class Band(NamedTuple):
 
 
 def by_chance(draw: Callable[[torch.Generator], Tensor], draws: int = 39, seed: int = 0) -> Band:
-    """The band that contains a statistic with 95 % probability if there is no signal, from draws of the statistic.
+    """Return the band that holds a statistic with 95 % probability if there is no signal, from draws of it.
 
     Another draw lies below or above all of n draws with probability 2 / (n + 1), whatever the distribution. So the
     k-th lowest and the k-th highest of 40 k - 1 draws bound exactly 95 %, and 39 is the smallest number of draws.
@@ -400,7 +400,7 @@ def _work_dtype(W: Tensor) -> torch.dtype:
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """part / whole, or 0 where the whole is 0."""
+    """Return part / whole, or 0 where the whole is 0."""
     return torch.where(whole > 0, part / torch.where(whole > 0, whole, 1), 0)
 
 
@@ -436,7 +436,7 @@ def _check_rank(rank: int, largest: int, name: str = "rank") -> None:
 
 
 def _check_bases(V1: Tensor, V2: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the dtype to compute in, after checks."""
+    """Return both in the dtype to compute in, after checks."""
     for V, name in ((V1, "V1"), (V2, "V2")):
         _check(V, name)
         wide = V.to(_work_dtype(V))  # (576, 8)

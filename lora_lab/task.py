@@ -191,7 +191,7 @@ def cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def mean_cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
-    """As :func:`cross_entropy`, of logits (batch, classes) or (batch, length, vocabulary)."""
+    """Return the same of logits (batch, classes) or (batch, length, vocabulary)."""
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # half precision would round the sum
     return F.cross_entropy(scores.flatten(0, -2), targets.flatten(), ignore_index=IGNORE)  # ()
 
@@ -261,7 +261,7 @@ class Task:
         return digest.hexdigest()[:16]
 
     def counted(self, examples: Examples) -> int:
-        """The number of targets that the mean loss of a batch is taken over, which is the weight of that mean."""
+        """Return how many targets the mean loss of a batch is taken over, which is the weight of that mean."""
         return int(examples.counts.sum())
 
     def size(self, examples: Examples) -> int:
@@ -376,5 +376,5 @@ def described(value: Any) -> str:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor's values in row-major order, without a copy if the tensor is contiguous and on the CPU."""
+    """Return the bytes of a tensor's values in row-major order, without a copy where that is possible."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

@@ -29,9 +29,8 @@ from lora_lab.methods import ContinueLoRA, Method
 from lora_lab.system.device import own_randomness, randomness_restored
 from lora_lab.system.distributed import ALONE, Processes, current_processes
 from lora_lab.system.files import check_writable
-from lora_lab.system.progress import progress_bar
 from lora_lab.system.schema import Count, NotNegative, Positive, Seed, Size, check, check_bfloat16, check_fields
-from lora_lab.system.wording import short_repr
+from lora_lab.system.wording import progress_bar, short_repr
 from lora_lab.task import Batch, Examples, Loss, Task, modes_restored
 
 EVALUATED = ("validation", "off_domain")  # the parts of which a history has losses
@@ -215,7 +214,7 @@ class TrainingStep:
         return self.loss(self.model, inputs, targets)  # ()
 
     def read_targets(self, targets: Sequence[Tensor]) -> None:
-        """Called before each new batch, with the targets of its micro-batches while they are still on the CPU.
+        """Look at the targets of the next batch, while they are still on the CPU.
 
         The plain step ignores them. The lean step checks whether all of them count, which on a GPU would make Python
         wait for the device.
@@ -273,7 +272,7 @@ def parameter_groups(model: nn.Module, method: Method, config: TrainConfig) -> l
 
 
 def make_adamw(groups: list[dict[str, Any]]) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), fused if the device supports it."""
+    """Return AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), fused if the device supports it."""
     # On a CPU, fused AdamW takes a fifth of the time of torch's default for 134 million parameters.
     fused = all(parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"])
     return torch.optim.AdamW(groups, fused=fused)
@@ -323,7 +322,7 @@ def fit(
     history = new_history(task, method, config, model)
     start = check_checkpoints(checkpoint_dir, checkpoint_every, model, history)
     leads = processes.rank == 0  # this process shows the bar, writes checkpoints and reports
-    advice = checkpoint.advice_if_a_process_ends(checkpoint_dir)
+    advice = checkpoint.advise(checkpoint_dir)
     with restore_switches(model), own_randomness(device, config.seed), advice:
         step = make_step(model, task.loss, method, config)
         step.processes = processes
@@ -406,7 +405,7 @@ def check_checkpoints(folder: str | Path | None, every: int | None, model: nn.Mo
             raise ValueError(f"checkpoint_every is {every}, but there is no folder to write to; give checkpoint_dir.")
         return None
     checkpoint.holds(folder, history, model)
-    if current_processes().rank == 0 and checkpoint.step_of(folder) != history.settings["steps"]:
+    if current_processes().rank == 0:
         check_writable(folder)
     return checkpoint.parameters_hash(model)
 
@@ -505,7 +504,7 @@ def check_alike(processes: Processes, model: nn.Module, history: History, done: 
 def micro_batches(
     task: Task, order: DataOrder, step: int, config: TrainConfig, threads: int, processes: Processes
 ) -> tuple[list[Examples], list[float], int]:
-    """The micro-batches of a step that this process computes: ``accumulate`` for each thread of each process, or fewer.
+    """Return the micro-batches of a step for this process: ``accumulate`` for each thread of each process, or fewer.
 
     Returns:
         The micro-batches, the weight of each in the loss of the whole batch, and the size of the whole batch in the
@@ -696,6 +695,6 @@ class LengthOrder(DataOrder):
 
 
 def to_device(examples: Examples, model: nn.Module) -> Batch:
-    """Inputs and targets on the model's device."""
+    """Return inputs and targets on the model's device."""
     device = next(model.parameters()).device
     return examples.inputs.to(device), examples.targets.to(device)

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from lora_lab.inject import lora_layers
 from lora_lab.lora import LoRALinear
 from lora_lab.methods import LoRA
-from lora_lab.system.schema import Positive, check_fields
+from lora_lab.system.schema import Positive
 
 
 class RsLoRALinear(LoRALinear):
@@ -107,7 +107,7 @@ class PiSSALinear(LoRALinear):
         self.register_buffer("start_B", self.lora_B.detach().clone())  # (48, 4)
 
     def init_factors(self, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """As for LoRALinear; the constructor replaces them by the singular directions, which need the scaling."""
+        """Return those of LoRALinear; the constructor replaces them by the singular directions."""
         if rank > (largest := min(self.base.in_features, self.base.out_features)):
             raise ValueError(
                 f"rank is {rank}, but this layer has only {largest} singular directions; choose a smaller rank."
@@ -126,7 +126,7 @@ class PiSSALinear(LoRALinear):
 
     @torch.no_grad()
     def difference(self) -> LoRALinear:
-        """A LoRALinear over the same base that computes the same function, with rank 2 r and the same scaling."""
+        """Return a LoRALinear over the same base, of rank 2 r and the same scaling, that computes the same function."""
         # With its own generator, so that saving a model draws nothing from the global one.
         plain = LoRALinear(self.base, 2 * self.rank, 2 * self.alpha, getattr(self.dropout, "p", 0.0), torch.Generator())
         A, B = self.plain_factors(self.lora_A, self.lora_B, self.start_A, self.start_B)  # (8, 64), (48, 8)
@@ -136,7 +136,7 @@ class PiSSALinear(LoRALinear):
 
     @staticmethod
     def plain_factors(A: Tensor, B: Tensor, start_A: Tensor, start_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors (2 r, in) and (out, 2 r) whose product is B A - start_B start_A."""
+        """Return factors (2 r, in) and (out, 2 r) whose product is B A - start_B start_A."""
         return torch.cat((A, start_A)), torch.cat((B, -start_B), dim=1)  # (8, 64), (48, 8)
 
 
@@ -215,10 +215,6 @@ class LoRAPlus(LoRA):
 
     ratio: Positive = 4.0
     name: ClassVar[str] = "lora+"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_fields(self)
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Return two groups: every A, and every B with ``ratio`` as its ``lr_factor``."""

@@ -14,9 +14,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from lora_lab.models import pretrained
-from lora_lab.models.download import fetch_smollm2
 from lora_lab.models.llama import Llama, LlamaConfig
-from lora_lab.models.pretrained import load_pretrained, save_model
+from lora_lab.models.pretrained import fetch_smollm2, load_pretrained, save_model
 from lora_lab.models.tokenizer import Tokenizer
 from tests.helpers import randomise_all
 

@@ -5,8 +5,10 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas
@@ -221,15 +223,46 @@ def run_python(code, *arguments, **environment):
     return done
 
 
+def run_killed(function, moment):
+    """Call the function in a process that is killed at a moment: before one of its renames, or after seconds."""
+    if (pid := os.fork()) == 0:
+        renames = 0
+
+        def hook(event, _):
+            nonlocal renames
+            if event == "os.rename" and isinstance(moment, int):
+                renames += 1
+                if renames == moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        function()
+        os._exit(0)
+    if isinstance(moment, float):
+        time.sleep(moment)
+        os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
 # Figures
 
 
 def legend(ax):
-    return [text.get_text() for text in ax.get_legend().get_texts()]
+    return said(ax.get_legend().get_texts())
 
 
 def points(line):
     return list(zip(line.get_xdata(), line.get_ydata(), strict=True))
+
+
+def said(artists):
+    return [each.get_text() for each in artists]
+
+
+def bounds(container):
+    """The points of a line with bars: x, y, and both ends."""
+    line, _, (bars,) = container.lines
+    return [(*point, *segment[:, 1].tolist()) for point, segment in zip(points(line), bars.get_segments(), strict=True)]
 
 
 def bill(timeline=(), **parts):

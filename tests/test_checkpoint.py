@@ -4,8 +4,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from lora_lab import FullFineTuning, Lean, Llama, LoRA, PartialFineTuning, checkpoint, fit
+from lora_lab import FullFineTuning, LoRA, PartialFineTuning, checkpoint, fit
 from lora_lab.history import DivergedError
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.tasks import Examples, Task
-from tests.helpers import Stopped, snapshot
+from tests.helpers import Stopped, run_killed, snapshot
 
 CHECKPOINT = "checkpoint.safetensors"
 STEPS, EVERY = 9, 2  # batches of 4 from 10 examples: nine steps cross three ends of an epoch
@@ -161,140 +159,26 @@ def test_how_often_checkpoints_are_written_may_change(tmp_path):
 # Killed
 
 
-SCRIPT = """
-import json, os, signal, sys
-from pathlib import Path
-
-import torch
-import torch._dynamo  # the first step of an optimiser imports it, which takes a second
-
-sys.path.insert(0, sys.argv[1])
-import tests.test_checkpoint as here
-from lora_lab import checkpoint, train
-
-kind = sys.argv[2]
-
-
-def child(folder, point, at):
-    def die():
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def loss(model, inputs, targets):
-        value = here.F.cross_entropy(model(inputs), targets)
-        within = "within the step" if torch.is_grad_enabled() else "within the evaluation"
-        if point == within and steps[-1] == at:
-            die()
-        return value
-
-    def micro_batches(task, order, number, *rest):
-        steps.append(number)
-        return original_batches(task, order, number, *rest)
-
-    def add(history, number, **values):
-        original_add(history, number, **values)
-        if point == "after the step" and number == at:
-            die()
-
-    def save_file(tensors, path, metadata):
-        original_save(tensors, path, metadata=metadata)
-        if point == "within the writing" and steps[-1] == at:
-            data = Path(path).read_bytes()
-            Path(path).write_bytes(data[: len(data) * 2 // 3])
-            die()
-
-    def save(*run):
-        original_checkpoint(*run)
-        if point == "after the writing" and steps[-1] == at:
-            die()
-
-    steps = [0]
-    original_batches, original_add = train.micro_batches, train.History.add
-    train.micro_batches, train.History.add = micro_batches, add
-    original_save, original_checkpoint = checkpoint.save_file, checkpoint.save
-    checkpoint.save_file, checkpoint.save = save_file, save
-    model, history = here.run(kind, folder, loss)
-    history.save(folder / "history.json")
-    original_save(model.state_dict(), folder / "model.safetensors")
-    (folder / "steps.json").write_text(json.dumps(steps[1:]))
-
-
-for line in sys.stdin:  # each line starts one process, which needs no imports of its own
-    process = os.fork()
-    if process == 0:
-        folder, point, at = json.loads(line)
-        child(Path(folder), point, at)
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
-"""
-
-
-@pytest.fixture
-def start():
-    """Runs the training in a process of its own, ended at the point that is asked for; returns the exit status."""
-    servers = {}
-
-    def server(kind):
-        if kind not in servers:
-            command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parents[1]), kind]
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            servers[kind] = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
-        return servers[kind]
-
-    def run_apart(kind, folder, point="never", at=0):
-        folder.mkdir(exist_ok=True)
-        process = server(kind)
-        print(json.dumps([str(folder), point, at]), file=process.stdin, flush=True)
-        return int(process.stdout.readline())
-
-    yield run_apart
-    for process in servers.values():
-        process.stdin.close()
-        process.wait(timeout=60)
-        process.stdout.close()
-
-
-def rows_in(folder):
-    """The rows of the folder's checkpoint, after reading all of it."""
-    if not (folder / CHECKPOINT).exists():
-        return []
-    assert load_file(folder / CHECKPOINT)
-    return content_of(folder / CHECKPOINT)[2]["rows"]
-
-
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_a_run_killed_at_one_point_after_another_ends_bit_identical(start, tmp_path, kind):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert start(kind, whole) == 0
-    expected = without_seconds(rows_in(whole))
-    assert [row["step"] for row in expected] == list(range(STEPS + 1))
-    kills = [
-        ("within the step", 2, 0),
-        ("within the writing", 2, 0),
-        ("after the step", 3, 2),
-        ("within the evaluation", 6, 4),
-        ("within the writing", 6, 4),
-        ("after the writing", 6, 6),
-        ("within the step", 9, 8),
-    ]
-    for point, at, stored in kills:
-        assert start(kind, cut, point, at) == -signal.SIGKILL
-        found = without_seconds(rows_in(cut))
-        assert found == (expected[: stored + 1] if stored else []), f"killed {point} {at}"
-    assert start(kind, cut) == 0
-    assert json.loads((whole / "steps.json").read_text()) == list(range(1, STEPS + 1))
-    assert json.loads((cut / "steps.json").read_text()) == [STEPS]
-    assert without_seconds(rows_in(cut)) == expected
-    ends = [load_file(folder / "model.safetensors") for folder in (whole, cut)]
-    checkpoints = [content_of(folder / CHECKPOINT)[1] for folder in (whole, cut)]  # optimiser and random state too
-    for tensors in checkpoints:
-        del tensors["history"]  # which has the seconds
-    for one, other in (ends, checkpoints):
-        assert one.keys() == other.keys()
-        assert [name for name in one if not torch.equal(one[name], other[name])] == []
-    histories = [json.loads((folder / "history.json").read_text()) for folder in (whole, cut)]
-    assert [without_seconds(history.pop("rows")) for history in histories] == [expected, expected]
-    assert histories[0] == histories[1]
+def test_a_run_killed_at_one_moment_after_another_ends_bit_identical(tmp_path, kind):
+    """Before a checkpoint takes its place, within a step, and again."""
+    expected, steps = run(kind), []
+
+    def die(row):
+        if row["step"] == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for moment, options, step in ((1, {}, None), (2, {}, 2), (9, {"on_row": die}, 4), (1, {}, 4), (0.05, {}, 4)):
+        run_killed(lambda options=options: run(kind, tmp_path, **options), moment)
+        assert checkpoint.step_of(tmp_path) == step or isinstance(moment, float)
+    assert_same_end(run(kind, tmp_path, on_row=lambda row: steps.append(row["step"])), expected)
+    assert steps
+    assert steps[-1] == STEPS
+    assert steps[0] > 4
 
 
 # What a checkpoint holds, and which ones are refused
@@ -313,63 +197,6 @@ def test_a_checkpoint_is_one_safetensors_file_with_json_and_no_pickle(tmp_path):
     trained = {name for name in header if name.startswith("parameter.")}
     assert len(trained) == 2 * 8
     assert all(name.endswith(("lora_A", "lora_B")) for name in trained)  # the frozen base is not stored
-
-
-@pytest.mark.parametrize(
-    "way",
-    [{"lean": Lean()}, {"gradient_checkpointing": True}, {"autocast": torch.bfloat16}],
-    ids=["lean", "checkpointing", "autocast"],
-)
-def test_a_checkpoint_of_another_kind_of_step_is_refused_both_ways(tmp_path, tiny_config, way):
-    ids = torch.randint(0, 260, (9, 10), generator=torch.Generator().manual_seed(2))
-    rows = Examples(ids[:, :-1], ids[:, 1:])
-    data = Task("text", rows[:6], rows[6:7], rows[7:8], rows[8:], unit="tokens")
-    options = {"steps": 2, "lr": 0.01, "batch_size": 3, "checkpoint_every": 1}
-    for name, first, then in (("with", way, {}), ("without", {}, way)):
-        fit(Llama(tiny_config), data, LoRA(rank=2), checkpoint_dir=tmp_path / name, **options, **first)
-        with pytest.raises(ValueError, match=rf"from another run: its settings\.{next(iter(way))} is "):
-            fit(Llama(tiny_config), data, LoRA(rank=2), checkpoint_dir=tmp_path / name, **options, **then)
-        history = fit(Llama(tiny_config), data, LoRA(rank=2), checkpoint_dir=tmp_path / name, **options, **first)
-        assert history.rows[-1]["step"] == 2
-
-
-@pytest.mark.parametrize(("first", "then"), [("cuda", "cuda"), ("cuda", "cpu"), ("cpu", "cuda"), ("cpu", "cpu")])
-def test_the_gpus_random_state_is_stored_and_put_back_on_a_gpu_only(tmp_path, monkeypatch, first, then):
-    """On no GPU: the run is told that it has one, and what it would ask of it is noted."""
-    state, given = torch.arange(16, dtype=torch.uint8), []
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: state)
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda value, device: given.append(value))
-
-    class Elsewhere:
-        """The model, whose parameters are said to be on another device."""
-
-        def __init__(self, model, device):
-            self.model, self.device = model, torch.device(device)
-
-        def __getattr__(self, name):
-            return getattr(self.model, name)
-
-        def parameters(self):
-            return iter([self])
-
-    save, resume = checkpoint.save, checkpoint.resume
-
-    def on(device):
-        for name, function in (("save", save), ("resume", resume)):
-
-            def told(folder, model, *rest, function=function, **hashes):
-                return function(folder, Elsewhere(model, device), *rest, **hashes)
-
-            monkeypatch.setattr(checkpoint, name, told)
-
-    on(first)
-    interrupt("lora", tmp_path, 6)
-    on(then)
-    ended = run("lora", tmp_path)
-    monkeypatch.undo()
-    assert len(given) == (first == then == "cuda")
-    assert all(torch.equal(value, state) for value in given)
-    assert_same_end(ended, run("lora"))
 
 
 def test_targets_given_as_a_tuple_are_the_same_run(tmp_path):

@@ -77,18 +77,9 @@ def test_demo_fine_tunes_both_ways_and_keeps_what_it_says(small_demo, tmp_path, 
     assert rows["trained parameters"] == [f"{trained:,}", f"{total:,}"]
     files = [out / "lora" / "adapter_model.safetensors", out / "full" / "model.safetensors"]
     assert rows["file to keep, MB"] == [f"{path.stat().st_size / 1e6:.1f}" for path in files]
-    assert list(rows)[4:] == [
-        "peak memory, MiB",
-        "median step, s",
-        "tokens a second",
-        "training loss",
-        "validation loss",
-        "off-domain loss",
-    ]
-
     assert (out / "demo.png").read_bytes().startswith(PNG)
     text = (out / "demo.html").read_text(encoding="utf-8")
-    assert "With the adapter off the answer is the same as before." in text
+    assert "With the adapter off the answer is\nthe same as before." in text
     assert base64.b64encode((out / "demo.png").read_bytes()).decode() in text
     assert not re.search(r"(?:src|href)=\"(?!data:)", text)  # one file, which needs no other and no network
     answers = re.findall(r'class="who">(.+?)</div><blockquote>(.*?)</blockquote>', text, re.DOTALL)
@@ -152,12 +143,12 @@ def test_demo_refuses_bad_numbers_before_it_starts(small_demo, tmp_path, capsys,
 
 
 def test_what_the_demo_cannot_keep_in_its_place_is_kept_in_another(small_demo, tmp_path, capsys, monkeypatch):
-    def full(model, folder, base, history):
+    def full(model, folder, base, **_):
         if "results" in folder.parts:
             raise OSError(errno.ENOSPC, "No space left on device")
         return save_adapter(model, folder, base)
 
-    monkeypatch.setattr(demo, "save_adapter", full)
+    monkeypatch.setattr("lora_lab.finetune.save_adapter", full)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert command("demo", "--steps", 1, "--device", "cpu:0", "--out", tmp_path / "results") == 1
     (spare,) = tmp_path.glob("lora_lab-*")
@@ -170,16 +161,6 @@ def test_what_the_demo_cannot_keep_in_its_place_is_kept_in_another(small_demo, t
         "adapter_model.safetensors",
         "history.json",
     ]
-
-
-@pytest.mark.slow
-def test_the_demo_leaves_a_readme_of_the_users(small_demo, tmp_path):
-    folder = tmp_path / "results" / "lora"
-    folder.mkdir(parents=True)
-    (folder / "README.md").write_text("Mine.")
-    assert command("demo", "--steps", 1, "--device", "cpu:0", "--out", tmp_path / "results") == 0
-    assert (folder / "README.md").read_text() == "Mine."
-    assert (folder / "adapter_config.json").is_file()
 
 
 def result(label, lr, trained, before, after, seconds, peak, size):
@@ -228,26 +209,9 @@ def test_the_page_escapes_texts_and_says_if_the_base_is_not_back(tmp_path):
     voice = demo.Voice("<b>", "a & b", "other", 1_200_000, 538_000_000)
     picture = tmp_path / "demo.png"
     picture.write_bytes(PNG)
-    path = demo.page(RESULTS, "before", voice, picture, {"cpu": "x"}, 4, 3, tmp_path / "demo.html")
-    text = path.read_text(encoding="utf-8")
+    text = demo.page(RESULTS, "before", voice, picture, {"cpu": "x"}, 4, 3)
     assert "<blockquote>&lt;b&gt;</blockquote>" in text
     assert "a &amp; b" in text
     assert "1.2 MB beside a model of\n538 MB" in text
-    assert "is not the same as before" in text
+    assert "the answer is\nnot the same as before" in text
     assert "4 steps of 4 x 64 tokens of Python's manual for each method, seed 3" in text
-
-
-def test_picture_of_two_results(tmp_path, monkeypatch):
-    from lora_lab import plots
-
-    drawn = []
-    original = plots.save
-    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure) or original(figure, path))
-    assert demo.draw(RESULTS, tmp_path / "demo.png") == tmp_path / "demo.png"
-    assert (tmp_path / "demo.png").read_bytes().startswith(PNG)
-    left, right = drawn[0].axes
-    assert [line.get_ydata().tolist() for line in left.get_lines()] == [[3.25, 2.75], [3.25, 2.5]]
-    assert left.get_ylabel() == "validation loss (nats per token)"
-    assert right.get_ylabel() == "memory at the peak (MiB)"
-    assert [text.get_text() for text in right.get_xticklabels()] == ["LoRA r=8", "full fine-tuning"]
-    assert [text.get_text() for text in right.texts] == ["1,900", "3,701"]

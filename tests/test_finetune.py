@@ -29,95 +29,104 @@ def tiny(monkeypatch, tmp_path, chatter, tiny_config):
     return chatter
 
 
-def test_it_teaches_a_file_and_keeps_adapter_history_and_result(tiny, tmp_path, tiny_config, capsys):
-    assert command("finetune", "--task", "sums.jsonl", "--rank", 4, "--steps", 20, "--lr", 3e-2, "--out", "kept") == 0
-    printed = capsys.readouterr().out
-    assert "plus one?" in printed
-    assert "reference" in printed
-    result = json.loads((tmp_path / "kept" / "result.json").read_text(encoding="utf-8"))
-    assert result["after"]["validation loss"] < result["before"]["validation loss"]
-    assert result["method"]["rank"] == 4
-    assert result["method"]["alpha"] == 8
+def finetune_sums(*options, out="kept"):
+    """The exit status of ``lora-lab finetune`` on the file of sums; ``out`` None names no folder."""
+    return command("finetune", "--task", "sums.jsonl", *(["--out", out] if out else []), *options)
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def never(monkeypatch):
+    """Makes a function of the command one that must not be called."""
+    return lambda name: monkeypatch.setattr(finetune, name, lambda *_, **__: pytest.fail(f"called {name}"))
+
+
+@pytest.fixture
+def stop(monkeypatch):
+    """Runs the command, and stops it after the training, before anything is saved."""
+
+    def run(*options, **where):
+        with monkeypatch.context() as patch:
+            patch.setattr(finetune, "table", interrupt)
+            assert finetune_sums(*options, **where) == 130
+
+    return run
+
+
+def test_it_teaches_a_file_keeps_adapter_history_and_result_and_prints_the_result_as_json(
+    tiny, tmp_path, tiny_config, capsys
+):
+    assert finetune_sums("--rank", 4, "--steps", 20, "--lr", 3e-2, "--by-length", "--json") == 0
+    document, rest = printed_json(capsys)
+    result = read(tmp_path / "kept" / "result.json")
+    assert document == {"folder": "kept"} | result
+    assert all(text in rest for text in ("plus one?", "reference", "Saved in kept", "validation loss"))
+    assert f"{result['before']['validation_loss']:.3f}" in rest
+    assert result["after"]["validation_loss"] < result["before"]["validation_loss"]
+    assert (result["method"]["rank"], result["method"]["alpha"]) == (4, 8)
+    assert result["settings"]["batches"] == "by_length"
     assert len(result["before"]["samples"]) == finetune.SHOWN
-    history = json.loads((tmp_path / "kept" / "history.json").read_text(encoding="utf-8"))
-    assert history["rows"][-1]["step"] == 20
+    assert read(tmp_path / "kept" / "history.json")["rows"][-1]["step"] == 20
     model = Llama(tiny_config, seed=3)
     load_adapter(model, tmp_path / "kept")
-    task = task_of("sums.jsonl", tiny)
-    assert finetune._evaluate(model, task, 64)["test loss"] == pytest.approx(result["after"]["test loss"], rel=1e-5)
-    assert result["after"]["test loss"] != pytest.approx(result["before"]["test loss"], rel=1e-3)
-
-
-def test_as_json_it_prints_the_result_alone(tiny, tmp_path, capsys):
-    arguments = ["--task", "sums.jsonl", "--rank", 4, "--steps", 5, "--lr", 3e-2, "--out", "kept", "--json"]
-    assert command("finetune", *arguments) == 0
-    document, rest = printed_json(capsys)
-    assert "Saved in kept" in rest
-    stored = json.loads((tmp_path / "kept" / "result.json").read_text(encoding="utf-8"))
-    assert document.pop("folder") == "kept"
-    assert document.keys() == stored.keys()
-    for part in ("before", "after"):
-        names = {"validation_loss": "validation loss", "test_loss": "test loss", "off_domain_loss": "off_domain loss"}
-        assert document[part] == {name: stored[part][names.get(name, name)] for name in (*names, "samples")}
-        assert f"{document[part]['validation_loss']:.3f}" in rest
-    assert document["method"]["rank"] == 4
-    assert document["settings"] == stored["settings"]
-    assert document["after"]["test_loss"] != document["before"]["test_loss"]
+    losses = finetune._evaluate(model, task_of("sums.jsonl", tiny), 64)
+    assert losses["test_loss"] == pytest.approx(result["after"]["test_loss"], rel=1e-5)
+    assert losses["test_loss"] != pytest.approx(result["before"]["test_loss"], rel=1e-3)
 
 
 def test_a_half_precision_adapter_is_half_as_large_and_scored_as_it_is_stored(tiny, tmp_path, tiny_config):
     results = {}
     for name, options in {"whole": [], "half": ["--half"]}.items():
-        arguments = ["--task", "sums.jsonl", "--rank", 4, "--steps", 5, "--lr", 3e-2, *options, "--out", name]
-        assert command("finetune", *arguments) == 0
-        results[name] = json.loads((tmp_path / name / "result.json").read_text(encoding="utf-8"))
+        assert finetune_sums("--rank", 4, "--steps", 5, "--lr", 3e-2, *options, out=name) == 0
+        results[name] = read(tmp_path / name / "result.json")["after"]["test_loss"]
     sizes = [(tmp_path / name / "adapter_model.safetensors").stat().st_size for name in ("whole", "half")]
     assert sizes[1] < 0.7 * sizes[0]  # the header with the names stays
     model = Llama(tiny_config, seed=3)
     load_adapter(model, tmp_path / "half")
-    task = task_of("sums.jsonl", tiny)
-    after = results["half"]["after"]
-    assert finetune._evaluate(model, task, 64)["test loss"] == after["test loss"]
-    assert after["test loss"] != results["whole"]["after"]["test loss"]
-    assert after["test loss"] == pytest.approx(results["whole"]["after"]["test loss"], rel=1e-2)
+    assert finetune._evaluate(model, task_of("sums.jsonl", tiny), 64)["test_loss"] == results["half"]
+    assert results["half"] == pytest.approx(results["whole"], rel=1e-2)
+    assert results["half"] != results["whole"]
 
 
-def test_batches_go_by_length_where_that_is_asked_for(tiny, tmp_path, monkeypatch):
-    lines = [{"prompt": "very " * (i % 7) + f"{i}?", "answer": "yes"} for i in range(40)]
-    (tmp_path / "unequal.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    losses = {}
-    for name, options in {"random": [], "by_length": ["--by-length"]}.items():
-        arguments = ["--task", "unequal.jsonl", "--steps", 3, "--batch", 4, *options, "--out", name]
-        assert command("finetune", *arguments) == 0
-        history = json.loads((tmp_path / name / "history.json").read_text(encoding="utf-8"))
-        assert history["settings"].get("batches", "random") == name
-        losses[name] = [row["train_loss"] for row in history["rows"]]
-    assert losses["random"] != losses["by_length"]
+# Stopped, and gone on
 
 
-def test_a_stopped_run_goes_on_from_its_checkpoint_which_is_removed_at_the_end(tiny, tmp_path, monkeypatch, capsys):
-    def arguments(out):
-        return ["--task", "sums.jsonl", "--steps", 5, "--checkpoint-every", 2, "--out", out]
-
-    def losses(out):
-        rows = json.loads((tmp_path / out / "history.json").read_text(encoding="utf-8"))["rows"]
-        return [row["train_loss"] for row in rows]
-
-    def stopped(*_, **__):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(finetune, "table", stopped)  # after training, before anything is saved
-        assert command("finetune", *arguments("kept")) == 130
+@pytest.mark.parametrize("out", ["kept", None])
+def test_a_stopped_run_goes_on_from_its_checkpoint_which_others_leave_and_which_is_removed_at_the_end(
+    tiny, tmp_path, stop, monkeypatch, capsys, out
+):
+    options, folder = ("--steps", 5, "--checkpoint-every", 2), tmp_path / (out or "runs/finetune-2")
+    if out is None:
+        assert finetune_sums("--steps", 1, out=None) == 0
+    stop(*options, out=out)
     assert "Going on" not in capsys.readouterr().out
-    assert names(tmp_path / "kept") == ["checkpoint"]
+    assert names(folder) == ["checkpoint"]
+    if out is None:
+        assert finetune_sums("--steps", 1, out=None) == 0
+        assert "result.json" in names(tmp_path / "runs/finetune-3")
+        assert names(folder) == ["checkpoint"]
     with monkeypatch.context() as patch:
-        patch.setattr("lora_lab.train.TrainingStep.__call__", stopped)  # no step is left to take
-        assert command("finetune", *arguments("kept")) == 0
-    assert capsys.readouterr().out.count("Going on from step 5, with the checkpoint in kept/checkpoint\n") == 1
-    assert command("finetune", *arguments("another")) == 0
-    assert losses("kept") == losses("another")
-    assert names(tmp_path / "kept") == names(tmp_path / "another") == sorted([*ADAPTER, "history.json", "result.json"])
+        patch.setattr("lora_lab.train.TrainingStep.__call__", interrupt)  # no step is left to take
+        assert finetune_sums(*options, *(["--overwrite"] if out else []), out=out) == 0
+    where = folder.relative_to(tmp_path)
+    assert capsys.readouterr().out.count(f"Going on from step 5, with the checkpoint in {where}/checkpoint\n") == 1
+    assert finetune_sums(*options, out="another") == 0
+    losses = [
+        [row["train_loss"] for row in read(each / "history.json")["rows"]] for each in (folder, tmp_path / "another")
+    ]
+    assert losses[0] == losses[1]
+    assert names(folder) == names(tmp_path / "another") == sorted([*ADAPTER, "history.json", "result.json"])
 
 
 @pytest.mark.parametrize(
@@ -141,121 +150,90 @@ def test_ctrl_c_says_where_the_run_goes_on(tiny, monkeypatch, capsys, options, s
         return step(self, *batch)
 
     monkeypatch.setattr(TrainingStep, "__call__", interrupted)
-    assert command("finetune", "--task", "sums.jsonl", "--steps", 5, "--out", "out", *options) == 130
+    assert finetune_sums("--steps", 5, *options, out="out") == 130
     assert capsys.readouterr().err.startswith(f"lora-lab: stopped; {says}")
+
+
+# Folders
 
 
 @pytest.mark.parametrize("methods", [("lora", "full"), ("full", "dora")])
 def test_another_method_into_the_same_folder_leaves_nothing_of_the_first(tiny, tmp_path, methods):
     for method in (*methods, methods[0]):
-        arguments = ["--task", "sums.jsonl", "--method", method, "--steps", 1, "--out", "kept", "--overwrite"]
-        assert command("finetune", *arguments) == 0
+        assert finetune_sums("--method", method, "--steps", 1, "--overwrite") == 0
         (tmp_path / "kept" / "notes.txt").write_text("mine")
         own = MODEL if method == "full" else ADAPTER
-        assert {path.name for path in (tmp_path / "kept").iterdir()} == {
-            *own,
-            "history.json",
-            "result.json",
-            "notes.txt",
-        }
-        for name in ("history", "result"):
-            assert json.loads((tmp_path / "kept" / f"{name}.json").read_text())["method"]["name"] == method
+        assert names(tmp_path / "kept") == sorted([*own, "history.json", "result.json", "notes.txt"])
+        assert all(
+            read(tmp_path / "kept" / f"{name}.json")["method"]["name"] == method for name in ("history", "result")
+        )
 
 
 def test_a_readme_of_the_users_stays(tiny, tmp_path):
-    arguments = ["--task", "sums.jsonl", "--steps", 1, "--out", "kept", "--overwrite"]
     for _ in range(2):
-        assert command("finetune", *arguments) == 0
+        assert finetune_sums("--steps", 1, "--overwrite") == 0
     card = tmp_path / "kept" / "README.md"
     assert "## Training" in card.read_text()
     card.write_text("Mine.")
-    assert command("finetune", *arguments) == 0
-    assert command("finetune", *arguments, "--method", "full") == 0
+    for options in ([], ["--method", "full"]):
+        assert finetune_sums("--steps", 1, "--overwrite", *options) == 0
     assert card.read_text() == "Mine."
 
 
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def no_training(monkeypatch):
-    monkeypatch.setattr(finetune, "fit", lambda *_, **__: pytest.fail("trained"))
-
-
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_folder_with_results_is_refused_before_the_training(tiny, tmp_path, capsys, monkeypatch, method):
-    arguments = ["--task", "sums.jsonl", "--steps", 1, "--out", "kept"]
-    assert command("finetune", *arguments) == 0
-    before = contents(tmp_path / "kept")
-    capsys.readouterr()
-    no_training(monkeypatch)
-    assert command("finetune", *arguments, "--method", method) == 1
-    assert error_line(capsys) == (
-        "lora-lab: kept holds result.json already; name another folder (--out), or pass --overwrite to replace what an "
-        "earlier run saved there.\n"
-    )
-    assert contents(tmp_path / "kept") == before
-
-
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_model_or_an_adapter_that_no_run_saved_is_kept_too(tiny, tmp_path, tiny_config, capsys, monkeypatch, method):
+def test_what_a_folder_holds_is_kept_and_that_is_told_before_the_training(
+    tiny, tmp_path, tiny_config, capsys, never, method
+):
+    assert finetune_sums("--steps", 1) == 0
     save_model(Llama(tiny_config, seed=5), "model", tiny)
     adapted = Llama(tiny_config, seed=5)
     LoRA(2).prepare(adapted, 0)
     save_adapter(adapted, "adapter")
-    no_training(monkeypatch)
-    for folder, first in (("model", "config.json"), ("adapter", "adapter_config.json")):
-        before = contents(tmp_path / folder)
-        assert command("finetune", "--task", "sums.jsonl", "--method", method, "--out", folder) == 1
-        assert f"{folder} holds {first} already" in error_line(capsys)
-        assert contents(tmp_path / folder) == before
-    beside = "model" if method == "lora" else "adapter"
-    assert command("finetune", "--task", "sums.jsonl", "--method", method, "--out", beside, "--overwrite") == 1
-    assert f"{beside} holds a" in error_line(capsys)
-
-
-def test_a_users_model_beside_an_adapter_of_a_run_is_not_replaced(tiny, tmp_path, tiny_config, capsys, monkeypatch):
-    arguments = ["--task", "sums.jsonl", "--steps", 1, "--out", "kept", "--overwrite"]
-    assert command("finetune", *arguments) == 0
-    save_model(Llama(tiny_config, seed=5), "mine", tiny)
-    shutil.copytree("mine", "kept", dirs_exist_ok=True)
+    shutil.copytree("kept", "beside")
+    shutil.copytree("model", "beside", dirs_exist_ok=True)
+    other = "model" if method == "lora" else "adapter"
+    cases = [
+        (
+            "kept",
+            [],
+            "kept holds result.json already; name another folder (--out), or pass --overwrite to replace what",
+        ),
+        ("model", [], "model holds config.json already"),
+        ("adapter", [], "adapter holds adapter_config.json already"),
+        (other, ["--overwrite"], f"{other} holds a"),
+        ("beside", ["--overwrite"], "beside holds a model"),
+        (
+            "./model",
+            ["--model", "model"],
+            "model holds the model that is to be trained, which must stay as it is; name",
+        ),
+        ("sums.jsonl", [], "sums.jsonl cannot be written to ("),
+        ("sums.jsonl/kept", [], "sums.jsonl/kept cannot be written to ("),
+    ]
     capsys.readouterr()
-    no_training(monkeypatch)
-    assert command("finetune", *arguments, "--method", "full") == 1
-    assert "kept holds a model" in error_line(capsys)
+    never("fit")
+    for out, options, says in cases:
+        before = contents(tmp_path / out) if (tmp_path / out).is_dir() else None
+        assert finetune_sums("--method", method, *options, out=out) == 1
+        assert says in error_line(capsys)
+        assert before is None or contents(tmp_path / out) == before
 
 
 def test_without_a_folder_each_run_gets_one_of_its_own(tiny, tmp_path, capsys):
     for method, folder in (("lora", "runs/finetune"), ("full", "runs/finetune-2"), ("lora", "runs/finetune-3")):
-        assert command("finetune", "--task", "sums.jsonl", "--method", method, "--steps", 1, "--json") == 0
+        assert finetune_sums("--method", method, "--steps", 1, "--json", out=None) == 0
         assert printed_json(capsys)[0]["folder"] == folder
     assert {*MODEL} < {*names(tmp_path / "runs/finetune-2")}
-    for folder in ("runs/finetune", "runs/finetune-3"):
-        assert names(tmp_path / folder) == sorted([*ADAPTER, "history.json", "result.json"])
-    assert command("finetune", "--task", "sums.jsonl", "--steps", 2, "--overwrite") == 0
+    assert finetune_sums("--steps", 2, "--overwrite", out=None) == 0
     assert "Saved in runs/finetune\n" in capsys.readouterr().out
-    assert len(json.loads((tmp_path / "runs/finetune/history.json").read_text())["rows"]) == 3
+    assert len(read(tmp_path / "runs/finetune/history.json")["rows"]) == 3
     assert names(tmp_path / "runs") == ["finetune", "finetune-2", "finetune-3"]
 
 
-def test_without_a_folder_a_stopped_run_goes_on_and_others_leave_its_checkpoint(tiny, tmp_path, monkeypatch, capsys):
-    def stopped(*_, **__):
-        raise KeyboardInterrupt
-
-    arguments = ["--task", "sums.jsonl", "--steps", 5, "--checkpoint-every", 2]
-    assert command("finetune", "--task", "sums.jsonl", "--steps", 1) == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(finetune, "table", stopped)
-        assert command("finetune", *arguments) == 130
-    assert names(tmp_path / "runs/finetune-2") == ["checkpoint"]
-    assert command("finetune", "--task", "sums.jsonl", "--steps", 1) == 0
-    assert names(tmp_path / "runs/finetune-2") == ["checkpoint"]
-    assert "result.json" in names(tmp_path / "runs/finetune-3")
-    capsys.readouterr()
-    assert command("finetune", *arguments) == 0
-    printed = capsys.readouterr().out
-    assert "Going on from step 5, with the checkpoint in runs/finetune-2/checkpoint" in printed
-    assert "Saved in runs/finetune-2\n" in printed
+@pytest.mark.parametrize("content", ["?", "[]", '{"method": 5}'])
+def test_nothing_gives_way_by_what_no_run_has_written(tmp_path, content):
+    (tmp_path / "result.json").write_text(content)
+    assert finetune._outdated(tmp_path, "full") == finetune._outdated(tmp_path, "lora") == ()
 
 
 def test_of_two_runs_that_end_in_the_same_folder_the_second_is_saved_elsewhere(tiny, tmp_path, monkeypatch, capsys):
@@ -265,7 +243,7 @@ def test_of_two_runs_that_end_in_the_same_folder_the_second_is_saved_elsewhere(t
 
     monkeypatch.setattr(finetune, "table", meanwhile)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert command("finetune", "--task", "sums.jsonl", "--steps", 1, "--out", "kept") == 1
+    assert finetune_sums("--steps", 1) == 1
     (spare,) = tmp_path.glob("lora_lab-*")
     assert capsys.readouterr().err.endswith(f"saved there. The files are in {spare} instead.\n")
     assert contents(tmp_path / "kept") == {"result.json": b"of the other run"}
@@ -288,95 +266,69 @@ def while_training(monkeypatch, function):
 def test_a_folder_in_which_another_run_will_save_is_refused_before_a_model_is_loaded(
     tiny, tmp_path, monkeypatch, capsys, options
 ):
-    arguments = ["--task", "sums.jsonl", "--steps", 1, "--out", "kept", *options]
     seen = []
 
     def another():
         with monkeypatch.context() as patch:
             patch.setattr(finetune, "load_pretrained", lambda *_, **__: pytest.fail("loaded"))
-            seen.append(command("finetune", *arguments, "--seed", 1))
+            seen.append(finetune_sums("--steps", 1, *options, "--seed", 1))
 
     while_training(monkeypatch, another)
-    assert command("finetune", *arguments) == 0
+    assert finetune_sums("--steps", 1, *options) == 0
     assert seen == [1]
     assert capsys.readouterr().err == (
         "lora-lab: kept is in use by another run, which has not ended; name another folder (--out), or wait for it.\n"
     )
-    assert json.loads((tmp_path / "kept" / "result.json").read_text())["settings"]["seed"] == 0
-    assert command("finetune", *arguments, "--overwrite", "--seed", 1) == 0
+    assert read(tmp_path / "kept" / "result.json")["settings"]["seed"] == 0
+    assert finetune_sums("--steps", 1, "--overwrite", "--seed", 1) == 0
 
 
 @pytest.mark.parametrize("options", [[], ["--checkpoint-every", 1]])
 def test_without_a_folder_runs_at_the_same_time_get_one_each(tiny, tmp_path, monkeypatch, options):
-    arguments = ["--task", "sums.jsonl", "--steps", 1, *options]
-    while_training(monkeypatch, lambda: command("finetune", *arguments, "--seed", 1))
-    assert command("finetune", *arguments) == 0
-    seeds = [json.loads(path.read_text())["settings"]["seed"] for path in sorted(tmp_path.glob("runs/*/result.json"))]
+    while_training(monkeypatch, lambda: finetune_sums("--steps", 1, *options, "--seed", 1, out=None))
+    assert finetune_sums("--steps", 1, *options, out=None) == 0
+    seeds = [read(path)["settings"]["seed"] for path in sorted(tmp_path.glob("runs/*/result.json"))]
     assert names(tmp_path / "runs") == ["finetune", "finetune-2"]
     assert seeds == [0, 1]
 
 
-@pytest.fixture
-def stopped(tiny, tmp_path, monkeypatch):
-    """The folder of a run that was stopped at its end, at step 5, before anything was saved."""
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(finetune, "table", stop)
-        arguments = ["--task", "sums.jsonl", "--steps", 5, "--checkpoint-every", 2, "--out", "kept"]
-        assert command("finetune", *arguments) == 130
-    return tmp_path / "kept"
-
-
-def test_another_runs_checkpoint_is_refused_before_anything_is_evaluated(stopped, monkeypatch, capsys):
-    capsys.readouterr()
-    monkeypatch.setattr(finetune, "_evaluate", lambda *_: pytest.fail("evaluated"))
-    arguments = ["--task", "sums.jsonl", "--steps", 5, "--checkpoint-every", 2, "--out", "kept", "--lr", 0.5]
-    assert command("finetune", *arguments) == 1
-    said = capsys.readouterr()
-    assert "is from another run: its settings.lr is 0.001, not 0.5; use another folder, or delete it" in said.err
-    assert "Going on" not in said.out
-    assert names(stopped) == ["checkpoint"]
-
-
 @pytest.mark.parametrize("of", ["another rate", "another model", "a damaged file", "a damaged header"])
-def test_overwrite_begins_anew_in_place_of_another_runs_checkpoint(
-    stopped, capsys, monkeypatch, tiny_config, chatter, of
+def test_another_runs_checkpoint_is_refused_before_anything_is_evaluated_and_overwrite_begins_anew(
+    tiny, tmp_path, capsys, monkeypatch, tiny_config, chatter, stop, of
 ):
-    path, options = stopped / "checkpoint" / "checkpoint.safetensors", ["--lr", 0.5] if of == "another rate" else []
+    run = ("--steps", 5, "--checkpoint-every", 2)
+    stop(*run)
+    path = tmp_path / "kept" / "checkpoint" / "checkpoint.safetensors"
     content = path.read_bytes()
-    if of == "a damaged header":
+    if of == "another rate":
+        run = (*run, "--lr", 0.5)
+    elif of == "a damaged header":
         path.write_bytes(b"?")
     elif of == "a damaged file":
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    elif of == "another model":
+    else:
         monkeypatch.setattr(finetune, "load_pretrained", lambda *_, **__: (Llama(tiny_config, seed=4), chatter))
-    arguments = ["--task", "sums.jsonl", "--steps", 5, "--checkpoint-every", 2, "--out", "kept", *options]
     with monkeypatch.context() as patch:
         patch.setattr(finetune, "_evaluate", lambda *_: pytest.fail("evaluated"))
-        assert command("finetune", *arguments) == 1
+        assert finetune_sums(*run) == 1
+    if of == "another rate":
+        assert "is from another run: its settings.lr is 0.001, not 0.5; use" in capsys.readouterr().err
+    assert names(tmp_path / "kept") == ["checkpoint"]
     capsys.readouterr()
-    assert command("finetune", *arguments, "--overwrite") == 0
+    assert finetune_sums(*run, "--overwrite") == 0
     printed = capsys.readouterr().out
     assert "The checkpoint in kept/checkpoint is not of this run, so --overwrite removes it\n" in printed
     assert "Going on" not in printed
-    assert names(stopped) == sorted([*ADAPTER, "history.json", "result.json"])
+    assert names(tmp_path / "kept") == sorted([*ADAPTER, "history.json", "result.json"])
 
 
 def test_full_fine_tuning_does_not_go_on_from_the_checkpoint_of_another_model(
-    tiny, monkeypatch, tiny_config, chatter, capsys
+    tiny, monkeypatch, tiny_config, chatter, capsys, stop
 ):
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    arguments = ["--task", "sums.jsonl", "--method", "full", "--steps", 2, "--checkpoint-every", 1, "--out", "kept"]
-    with monkeypatch.context() as patch:
-        patch.setattr(finetune, "table", stop)
-        assert command("finetune", *arguments) == 130
+    run = ("--method", "full", "--steps", 2, "--checkpoint-every", 1)
+    stop(*run)
     monkeypatch.setattr(finetune, "load_pretrained", lambda *_, **__: (Llama(tiny_config, seed=4), chatter))
-    assert command("finetune", *arguments) == 1
+    assert finetune_sums(*run) == 1
     assert "is of a run that started from other weights; load the same model" in capsys.readouterr().err
 
 
@@ -386,7 +338,7 @@ def test_what_was_trained_is_saved_although_its_last_checkpoint_was_not(tiny, tm
 
     monkeypatch.setattr("lora_lab.checkpoint.save", full)
     with pytest.warns(UserWarning, match="its last checkpoint is missing: The disk is full"):
-        assert command("finetune", "--task", "sums.jsonl", "--steps", 2, "--checkpoint-every", 2, "--out", "kept") == 0
+        assert finetune_sums("--steps", 2, "--checkpoint-every", 2) == 0
     assert names(tmp_path / "kept") == sorted([*ADAPTER, "history.json", "result.json"])
 
 
@@ -400,15 +352,9 @@ def test_a_method_that_trains_a_part_of_the_model_saves_the_whole(tiny, tmp_path
         assert names(tmp_path / "kept") == sorted([*own, "history.json", "result.json"])
 
 
-def test_overwrite_goes_on_from_the_runs_own_checkpoint(stopped, capsys):
-    arguments = ["--task", "sums.jsonl", "--steps", 5, "--checkpoint-every", 2, "--out", "kept", "--overwrite"]
-    assert command("finetune", *arguments) == 0
-    assert "Going on from step 5, with the checkpoint in kept/checkpoint\n" in capsys.readouterr().out
-
-
 def test_an_adapter_finds_its_base_from_any_folder(tiny, tmp_path, tiny_config, monkeypatch):
     save_model(Llama(tiny_config, seed=3), "models/base", tiny)
-    assert command("finetune", "--task", "sums.jsonl", "--steps", 1, "--model", "models/base", "--out", "kept") == 0
+    assert finetune_sums("--steps", 1, "--model", "models/base") == 0
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert find_base("../kept") == str(tmp_path / "models" / "base")
@@ -422,81 +368,43 @@ def test_the_name_of_a_base_stays_a_name(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_the_folder_of_the_model_that_is_trained_is_no_place_for_results(tiny, tmp_path, tiny_config, capsys, method):
-    save_model(Llama(tiny_config, seed=5), "base", tiny)
-    before = (tmp_path / "base" / "model.safetensors").read_bytes()
-    arguments = ["--task", "sums.jsonl", "--method", method, "--model", "base", "--out", "./base"]
-    assert command("finetune", *arguments) == 1
-    assert "base holds the model that is to be trained, which must stay as it is; name another" in error_line(capsys)
-    assert {path.name for path in (tmp_path / "base").iterdir()} == MODEL
-    assert (tmp_path / "base" / "model.safetensors").read_bytes() == before
-
-
-def test_what_an_earlier_run_kept_gives_way_to_what_another_method_saves(tmp_path):
-    (tmp_path / "result.json").write_text(json.dumps({"method": {"name": "full"}}))
-    assert set(finetune._outdated(tmp_path, "lora")) == {*MODEL, "generation_config.json"}
-
-
-@pytest.mark.parametrize("content", [None, "?", "[]", "{}", '{"method": 5}'])
-def test_without_a_result_of_a_run_nothing_gives_way(tmp_path, content):
-    if content is not None:
-        (tmp_path / "result.json").write_text(content)
-    assert finetune._outdated(tmp_path, "full") == ()
-
-
-@pytest.mark.parametrize("out", ["sums.jsonl", "sums.jsonl/kept"])
-def test_a_folder_that_cannot_be_written_to_is_told_before_the_training(tiny, capsys, monkeypatch, out):
-    monkeypatch.setattr(finetune, "fit", lambda *_, **__: pytest.fail("trained"))
-    assert command("finetune", "--task", "sums.jsonl", "--out", out) == 1
-    told = capsys.readouterr().err
-    assert told.startswith(f"lora-lab: {out} cannot be written to (")
-    assert told.count("\n") == 1
-
-
-@pytest.mark.parametrize("method", ["lora", "full"])
 def test_what_a_full_disk_has_no_room_for_is_kept_elsewhere(tiny, tmp_path, capsys, monkeypatch, method):
-    assert command("finetune", "--task", "sums.jsonl", "--method", method, "--steps", 1, "--out", "kept") == 0
-    before = {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()}
+    assert finetune_sums("--method", method, "--steps", 1) == 0
+    before = contents(tmp_path / "kept")
     capsys.readouterr()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    write = finetune.write_json
+    write = finetune.files.write_json
 
     def full(path, value):
         if path.parent.parent.name == "kept":
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, value)
 
-    monkeypatch.setattr(finetune, "write_json", full)
-    arguments = ["--task", "sums.jsonl", "--method", method, "--steps", 2, "--out", "kept", "--overwrite"]
-    assert command("finetune", *arguments) == 1
+    monkeypatch.setattr(finetune.files, "write_json", full)
+    assert finetune_sums("--method", method, "--steps", 2, "--overwrite") == 1
     (spare,) = tmp_path.glob("lora_lab-*")
     said = capsys.readouterr()
     assert "kept could not be written (No space left on device)" in said.err
     assert f"The files are in {spare} instead.\n" in said.err
     assert "test loss" in said.out
-    assert {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()} == before
+    assert contents(tmp_path / "kept") == before
     assert {path.name for path in spare.iterdir()} == before.keys()
-    assert len(json.loads((spare / "history.json").read_text())["rows"]) == 3
+    assert len(read(spare / "history.json")["rows"]) == 3
 
 
-def test_a_preview_trains_nothing(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(finetune, "fit", None)
-    assert command("finetune", "--task", "sums.jsonl", "--preview", "--out", "kept") == 0
-    assert "'<s>user: " in capsys.readouterr().out
-    assert not (tmp_path / "kept").exists()
+BOOK = "\n\n".join(f"This is paragraph {i}, and it says that {i} is followed by {i + 1}." for i in range(200))
 
 
 def test_a_text_is_a_task_too(tiny, tmp_path):
-    text = "\n\n".join(f"This is paragraph {i}, and it says that {i} is followed by {i + 1}." for i in range(200))
-    (tmp_path / "book.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "book.txt").write_text(BOOK)
     assert command("finetune", "--task", "book.txt", "--steps", 2, "--out", "kept") == 0
-    assert "samples" not in json.loads((tmp_path / "kept" / "result.json").read_text(encoding="utf-8"))["after"]
+    assert "samples" not in read(tmp_path / "kept" / "result.json")["after"]
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--task", "nothing"], "task is 'nothing', but it must be one of docs, summarise"),
+        (["--task", "cats"], "task is 'cats', but it must be one of docs, summarise"),
         (["--task", "missing.jsonl"], "There is no file missing.jsonl"),
         (["--task", "bad.jsonl"], "bad.jsonl has 1 malformed line: line 1: not JSON"),
         (["--task", "sums.jsonl", "--method", "lorra"], "method is 'lorra', but it must be one of full, lora"),
@@ -509,10 +417,13 @@ def test_a_text_is_a_task_too(tiny, tmp_path):
         (["--task", "text.txt", "--by-length"], "all examples of task 'text' have the same length"),
     ],
 )
-def test_bad_input_is_told_in_one_sentence_and_nothing_is_kept(tiny, tmp_path, capsys, options, says):
+def test_bad_input_is_told_in_one_sentence_if_possible_before_a_model_is_loaded(
+    tiny, tmp_path, capsys, never, options, says
+):
+    if options[1] not in ("bad.jsonl", "text.txt"):  # these are read with the model's tokenizer
+        never("load_pretrained")
     (tmp_path / "bad.jsonl").write_text("?", encoding="utf-8")
-    text = "\n\n".join(f"This is paragraph {i}, and it says that {i} is followed by {i + 1}." for i in range(200))
-    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "text.txt").write_text(BOOK)
     assert command("finetune", *options, "--out", "kept") == 1
     told = capsys.readouterr().err
     assert says in told
@@ -524,10 +435,3 @@ def test_methods_by_name():
     assert finetune.method_of("full", 8) == FullFineTuning()
     assert finetune.method_of("lora", 4) == LoRA(4, 8)
     assert finetune.method_of("rslora", 4, alpha=3.0) == RsLoRA(4, 3.0)
-
-
-@pytest.mark.parametrize(("task", "says"), [("none.jsonl", "There is no file none.jsonl"), ("cats", "task is 'cats'")])
-def test_a_task_that_is_not_there_is_told_before_the_model_is_loaded(tiny, capsys, monkeypatch, task, says):
-    monkeypatch.setattr(finetune, "load_pretrained", lambda *_, **__: pytest.fail("loaded"))
-    assert command("finetune", "--task", task, "--out", "out") == 1
-    assert says in error_line(capsys)

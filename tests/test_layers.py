@@ -1,8 +1,6 @@
 """LoRA on embeddings, convolutions, GPT-2's Conv1D and attention, against torch's own functions and cases by hand."""
 
 import copy
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -10,7 +8,6 @@ import transformers as hf
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from lora_lab import LoRAConfig, LoRALinear, adapter_state, inject
 from lora_lab.adapters.edit import off, switch
@@ -378,44 +375,6 @@ def gradients(model):
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_a_state_dict_comes_back_into_a_model_of_the_same_config():
-    model, other = mixed(1), mixed(2)
-    assert not torch.equal(other(IMAGES), model(IMAGES))
-    assert other.load_state_dict(model.state_dict(), strict=True).missing_keys == []
-    assert torch.equal(other(IMAGES), model(IMAGES))
-    parts = {key.removeprefix("image.") for key in model.state_dict() if key.startswith("image.")}
-    assert parts == {"lora_A", "lora_B", "base.weight", "base.bias"}
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        mixed(rank=3).load_state_dict(model.state_dict())
-
-
-def one_step(model, x):
-    """What a worker does: the output before a step of training, and the adapter after it."""
-    out = model(x)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    out.sin().sum().backward()
-    optimizer.step()
-    return out.detach(), adapter_state(model)
-
-
-@pytest.mark.slow
-def test_a_model_goes_to_another_process_learns_there_and_its_adapter_comes_back():
-    model = mixed(alpha=0.7)
-    before, expected = one_step(copy.deepcopy(model), IMAGES)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        # A copy, for torch gives its tensors to the other process in shared memory.
-        out, state = pool.submit(one_step, copy.deepcopy(model), IMAGES).result(timeout=120)
-    close = {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(out, before, **close)
-    assert state.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(state[name], value, **close)
-    assert all(state[f"{name}.alpha"] == 0.7 for name in NAMES)
-    assert torch.equal(model(IMAGES), before)
-    switch(model, state)
-    assert (model(IMAGES) - before).abs().max() > 1e-3
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_model_computes_and_learns_the_same_and_follows_switch_and_off(backend):
@@ -441,107 +400,3 @@ def test_a_compiled_model_computes_and_learns_the_same_and_follows_switch_and_of
 
 
 # Gradient checkpointing
-
-
-class Stack(nn.Module):
-    """Two blocks and a head; the blocks are recomputed in the backward pass where ``options`` are given."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(4)
-        self.blocks = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x, **options):
-        seen = checkpoint(self.blocks, x, **options) if options else self.blocks(x)
-        return self.head(seen)
-
-
-def learn(x, dropout=0.0, targets=("0", "2", "head"), **options):
-    """The adapters' gradients after one backward pass."""
-    model = Stack()
-    inject(model, LoRAConfig(rank=2, alpha=3, dropout=dropout, targets=list(targets)))
-    randomise(model)
-    torch.manual_seed(9)  # for the dropout
-    model(x, **options).square().sum().backward()
-    return gradients(model)
-
-
-X = torch.randn(5, 6, generator=torch.Generator().manual_seed(7))
-BLOCKS = [f"blocks.{i}.lora_{part}" for i in (0, 2) for part in "AB"]
-HEAD = ["head.lora_A", "head.lora_B"]
-
-
-def test_reentrant_checkpoints_of_a_frozen_input_lose_the_gradients_silently():
-    whole = learn(X)
-    assert sorted(whole) == sorted(BLOCKS + HEAD)
-    assert all(gradient.abs().max() > 0.01 for gradient in whole.values())
-    with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
-        lost = learn(X, use_reentrant=True)
-    assert [name for name, gradient in lost.items() if gradient is None] == BLOCKS
-    for name in HEAD:
-        torch.testing.assert_close(lost[name], whole[name])
-    # Without an adapter behind the checkpoint it is an error.
-    with (
-        pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"),
-        pytest.raises(RuntimeError, match="does not require grad"),
-    ):
-        learn(X, targets=["0", "2"], use_reentrant=True)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize(
-    ("requires_grad", "reentrant"), [(False, False), (True, True)], ids=["not reentrant", "input requires grad"]
-)
-def test_checkpoints_that_are_not_reentrant_or_an_input_with_gradients_keep_them(requires_grad, reentrant, dropout):
-    whole = learn(X, dropout)
-    found = learn(X.clone().requires_grad_(requires_grad), dropout, use_reentrant=reentrant)
-    for name, gradient in whole.items():
-        torch.testing.assert_close(found[name], gradient)
-    assert dropout == 0 or any(not torch.allclose(gradient, whole[name]) for name, gradient in learn(X).items())
-
-
-def llama(targets):
-    config = hf.LlamaConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(6)
-    model = hf.LlamaForCausalLM(config).train()
-    inject(model, LoRAConfig(rank=2, targets=targets))
-    return randomise(model)
-
-
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
-def test_checkpoints_of_transformers_keep_or_lose_gradients_by_the_same_rule():
-    ids = torch.arange(10).view(2, 5)
-    inner = ["q_proj", "down_proj"]
-
-    def learnt(more, reentrant=None, inputs=False):
-        model = llama([*inner, more])
-        if reentrant is not None:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-            if inputs:
-                model.enable_input_require_grads()
-            elif hasattr(model, "_require_grads_hook"):  # this version has done so itself
-                model.disable_input_require_grads()
-        model(ids, use_cache=False).logits.sin().sum().backward()
-        return gradients(model)
-
-    whole = learnt("lm_head")
-    with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
-        lost = learnt("lm_head", reentrant=True)
-    assert {name.split(".")[-2] for name, gradient in lost.items() if gradient is None} == set(inner)
-    assert lost["lm_head.lora_A"].abs().max() > 0
-    for found in (learnt("lm_head", reentrant=False), learnt("lm_head", reentrant=True, inputs=True)):
-        for name, gradient in whole.items():
-            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
-            assert gradient.abs().max() > 1e-3
-    # An adapted embedding gives a gradient to what the checkpoints are given.
-    whole, found = learnt("embed_tokens"), learnt("embed_tokens", reentrant=True)
-    for name, gradient in whole.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)

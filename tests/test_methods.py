@@ -33,7 +33,7 @@ from lora_lab import (
 from lora_lab.methods import AsItIs
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.models.quantize import quantize_nf4
-from lora_lab.tasks import Examples, Task, mean_squared_error, planted
+from lora_lab.tasks import Task, mean_squared_error, planted
 from lora_lab.train import DataOrder
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
 from tests.helpers import Stopped, snapshot
@@ -91,27 +91,6 @@ def test_a_module_with_two_names_is_one_module():
     model.first = model.second = nn.Linear(3, 2)
     PartialFineTuning(["first"]).prepare(model, seed=0)
     assert trainable(model) == {"first.weight", "first.bias"}
-
-
-def test_lora_trains_the_adapters_and_nothing_else(frozen):
-    method = LoRA(rank=3, alpha=5, dropout=0.1, targets=["q_proj", "v_proj"])
-    method.prepare(frozen, seed=0)
-    assert trainable(frozen) == {
-        f"layers.{i}.{name}_proj.lora_{part}" for i in range(2) for name in "qv" for part in "AB"
-    }
-    for layer in lora_layers(frozen).values():
-        assert (layer.rank, layer.scaling, layer.dropout.p) == (3, 5 / 3, 0.1)
-
-
-def test_lora_equals_inject_with_the_same_numbers_and_seed():
-    ours, reference, other = DigitsMLP(), DigitsMLP(), DigitsMLP()
-    LoRA(rank=2, alpha=4, exclude=["head"]).prepare(ours, seed=7)
-    inject(reference, LoRAConfig(rank=2, alpha=4, exclude=["head"]), seed=7)
-    LoRA(rank=2, alpha=4, exclude=["head"]).prepare(other, seed=8)
-    assert ours.state_dict().keys() == reference.state_dict().keys()
-    assert all(torch.equal(value, reference.state_dict()[name]) for name, value in ours.state_dict().items())
-    assert not torch.equal(ours.hidden1.lora_A, other.hidden1.lora_A)
-    assert type(ours.head) is nn.Linear
 
 
 LAYERS = {
@@ -204,18 +183,6 @@ def test_as_it_is_trains_what_requires_gradients_already_and_changes_nothing(fro
     FullFineTuning().prepare(frozen, seed=0)  # nor does anything keep another method from it
     AsItIs().prepare(frozen, seed=0)
     assert len(trainable(frozen)) == len(list(frozen.parameters()))
-
-
-def test_as_it_is_takes_a_model_with_adapters_and_fits_it():
-    model = DigitsMLP()
-    inject(model, LoRAConfig(rank=2))
-    before = copy.deepcopy(model.state_dict())
-    part = Examples(torch.randn(8, 64), torch.zeros(8, dtype=torch.long))
-    history = fit(model, Task("t", part, part, part, part), AsItIs(), steps=2, lr=0.01)
-    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == trainable(model)
-    assert all("lora_" in name for name in changed)
-    assert history.method == {"name": "as it is"}
 
 
 USUAL = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": "all-linear", "exclude": []}
@@ -318,11 +285,6 @@ def test_a_stopped_run_of_a_variant_goes_on_from_its_checkpoint_bit_for_bit(kind
         assert torch.equal(adapter_state(resumed)[name], value)
 
 
-def test_the_methods_train_differently():
-    losses = {kind: train(kind, steps=3, lr=2e-3)[1].rows[-1]["train_loss"] for kind in LAYERS}
-    assert len(set(losses.values())) == len(losses)
-
-
 # LoRA+
 
 
@@ -339,71 +301,6 @@ def test_learning_rates_of_lora_plus_are_those_of_pefts_optimizer():
         assert found[id(layer.lora_A)] == expected[id(twin.lora_A["default"].weight)] == 0.01
         assert found[id(layer.lora_B)] == expected[id(twin.lora_B["default"].weight)] == 0.04
     assert len(found) == len(expected) == 6
-
-
-def test_an_embeddings_b_takes_the_ratio_too():
-    model = nn.ModuleDict({"words": nn.Embedding(5, 4), "head": nn.Linear(4, 3)})
-    method = LoRAPlus(rank=2, ratio=4.0, targets=["words", "head"])
-    method.prepare(model, seed=0)
-    slow, fast = method.groups(model)
-    assert [id(p) for p in slow["params"]] == [id(model[name].lora_A) for name in ("words", "head")]
-    assert [id(p) for p in fast["params"]] == [id(model[name].lora_B) for name in ("words", "head")]
-    assert (slow.get("lr_factor", 1.0), fast["lr_factor"]) == (1.0, 4.0)
-
-
-def by_hand(steps, rates, betas=(0.9, 0.999), eps=1e-8):
-    """Adam's equations on a frozen weight and scaling * B A, in float64; the rates are those of A and B."""
-    model = small()
-    inject(model, LoRAConfig(2, 4.0))
-    layer, scaling = model.layer, 2.0
-    state = {part: [getattr(layer, part).detach().clone(), 0.0, 0.0] for part in ("lora_A", "lora_B")}
-    x, y = DATA.train.inputs, DATA.train.targets
-    for step in range(1, steps + 1):
-        A, B = state["lora_A"][0], state["lora_B"][0]
-        error = x @ (layer.base.weight.detach() + scaling * B @ A).T + layer.base.bias.detach() - y
-        G = 2 * error.T @ x / error.numel()
-        for part, gradient in (("lora_A", scaling * B.T @ G), ("lora_B", scaling * G @ A.T)):
-            value, mean, square = state[part]
-            mean = betas[0] * mean + (1 - betas[0]) * gradient
-            square = betas[1] * square + (1 - betas[1]) * gradient**2
-            move = mean / (1 - betas[0] ** step) / ((square / (1 - betas[1] ** step)).sqrt() + eps)
-            state[part] = [value - rates[part] * move, mean, square]
-    return {part: value for part, (value, _, _) in state.items()}
-
-
-def small():
-    torch.manual_seed(0)
-    return nn.ModuleDict({"layer": nn.Linear(5, 4, dtype=torch.float64)})
-
-
-def through_layer(model, inputs, targets):
-    return nn.functional.mse_loss(model["layer"](inputs), targets)
-
-
-GENERATOR = torch.Generator().manual_seed(1)
-PART = Examples(
-    torch.randn(6, 5, dtype=torch.float64, generator=GENERATOR),
-    torch.randn(6, 4, dtype=torch.float64, generator=GENERATOR),
-)
-DATA = Task("hand", PART, PART, PART, PART, loss=through_layer)
-
-
-@pytest.mark.parametrize("steps", [1, 2, 5])
-def test_lora_plus_in_fit_equals_adam_by_hand_with_two_rates(steps):
-    model = small()
-    options = {"lr": 0.01, "batch_size": 6, "schedule": "constant", "warmup": 0, "clip": None}
-    fit(model, DATA, LoRAPlus(rank=2, alpha=4.0, ratio=8.0), steps=steps, **options)
-    expected = by_hand(steps, {"lora_A": 0.01, "lora_B": 0.08})
-    with_one_rate = by_hand(steps, {"lora_A": 0.01, "lora_B": 0.01})
-    for part, value in expected.items():
-        torch.testing.assert_close(getattr(model["layer"], part).detach(), value, rtol=0, atol=1e-12)
-    assert not torch.allclose(expected["lora_B"], with_one_rate["lora_B"], rtol=0, atol=1e-3)
-    if steps == 1:
-        # Adam's first step is the rate itself, and A, whose gradient is zero while B is, stays where it was.
-        assert model["layer"].lora_B.detach().abs().min() == pytest.approx(0.08, rel=1e-4)
-        fresh = small()
-        inject(fresh, LoRAConfig(2, 4.0))
-        assert torch.equal(model["layer"].lora_A, fresh["layer"].lora_A)
 
 
 @pytest.mark.parametrize("method", [FullFineTuning(), PartialFineTuning(["head"])], ids=lambda method: method.name)

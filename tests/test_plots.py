@@ -7,7 +7,6 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from matplotlib.axes import Axes
 
 mpl.use("Agg")
 
@@ -16,62 +15,53 @@ from lora_lab.ablation.learning_rate import BestRate
 from lora_lab.costs.memory import MIB, PARTS, SAVED, Bill, Moment, Part
 from lora_lab.history import COLUMNS, History
 from lora_lab.methods import Method
-from tests.helpers import LOSSES, PEAKED, PNG, STEP, bill, legend, moments, points, sweep
+from tests.helpers import LOSSES, PEAKED, PNG, STEP, bill, bounds, legend, moments, points, said, sweep
 
 
-def history(validation, train=None, method="full"):
-    train = train or [None] * len(validation)
+def history(validation, method="full"):
     rows = [
-        {**dict.fromkeys(COLUMNS), "step": step, "train_loss": t, "validation_loss": v}
-        for step, (v, t) in enumerate(zip(validation, train, strict=True))
+        {**dict.fromkeys(COLUMNS), "step": step, "train_loss": step, "validation_loss": v}
+        for step, v in enumerate(validation)
     ]
     return History({"name": "t"}, {"name": method}, {}, 1, 1, rows=rows)
 
 
-RUNS = {
-    "LoRA r=8": history([3.0, None, 2.0, 1.5], [None, 2.9, 2.2, 1.4]),
-    "full": history([3.0, None, 1.0, 1.25], [None, 2.8, 2.1, 0.9]),
-}
+RUNS = {"LoRA r=8": history([3.0, None, 2.0, 1.5]), "full": history([3.0, None, 1.0, 1.25])}
 
 
 def test_curves_draw_each_run_where_it_has_values():
     ax = plots.curves(RUNS)
-    assert isinstance(ax, Axes)
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("training step", "validation loss (nats per token)")
-    assert legend(ax) == ["LoRA r=8", "full"]
+    assert (ax.get_ylabel(), legend(ax)) == ("validation loss (nats per token)", ["LoRA r=8", "full"])
     first, second = ax.get_lines()
-    assert (first.get_xdata().tolist(), first.get_ydata().tolist()) == ([0, 2, 3], [3.0, 2.0, 1.5])
-    assert (second.get_xdata().tolist(), second.get_ydata().tolist()) == ([0, 2, 3], [3.0, 1.0, 1.25])
+    assert points(first) == [(0, 3.0), (2, 2.0), (3, 1.5)]
+    assert points(second) == [(0, 3.0), (2, 1.0), (3, 1.25)]
+    assert (first.get_color(), first.get_marker()) != (second.get_color(), second.get_marker())
+    other = plots.curves(RUNS, "train_loss", "mean squared error")
+    assert (other.get_ylabel(), other.get_lines()[0].get_ydata().tolist()) == (
+        "train loss (mean squared error)",
+        [0, 1, 2, 3],
+    )
 
 
-def test_runs_differ_by_colour_and_marker_and_columns_by_line_style():
-    ax = plots.curves(RUNS, columns=("train_loss", "validation_loss"), unit="mean squared error")
-    assert ax.get_ylabel() == "loss (mean squared error)"
-    assert legend(ax) == [f"{run}: {loss} loss" for run in ("LoRA r=8", "full") for loss in ("training", "validation")]
-    lines = ax.get_lines()
-    assert [line.get_ydata().tolist() for line in lines[:2]] == [[2.9, 2.2, 1.4], [3.0, 2.0, 1.5]]
-    looks = [(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines]
-    assert len(set(looks)) == 4
-    assert looks[0][:2] == looks[1][:2] != looks[2][:2] == looks[3][:2]
-    assert looks[0][0] != looks[2][0]
-    assert looks[0][1] != looks[2][1]
-    assert looks[0][2] == looks[2][2] != looks[1][2] == looks[3][2]
+@pytest.mark.parametrize(
+    ("methods", "expected"),
+    [
+        ({"b": "lora", "a": "full"}, {"a": "full", "b": "lora"}),
+        ({"a": "full", "b": "lora"}, {"a": "full", "b": "lora"}),
+        ({"from scratch": "full", "fine-tuned": "full"}, {"from scratch": "scratch", "fine-tuned": "full"}),
+    ],
+)
+def test_curves_have_the_colours_of_different_methods_or_else_of_their_labels(methods, expected):
+    lines = plots.curves({label: history([1.0], method) for label, method in methods.items()}).get_lines()
+    assert {line.get_label(): line.get_color() for line in lines} == {
+        label: plots.METHOD_COLOURS[method] for label, method in expected.items()
+    }
 
 
-def test_curves_of_different_methods_have_the_methods_colours_whatever_their_order():
-    runs = {"b": history([1.0], method="lora"), "a": history([2.0], method="full")}
-    for order in (runs, dict(reversed(runs.items()))):
-        colours = {line.get_label(): line.get_color() for line in plots.curves(order).get_lines()}
-        assert colours == {"a": plots.METHOD_COLOURS["full"], "b": plots.METHOD_COLOURS["lora"]}
-    for others in ({"c": history([3.0], method="lora")}, {"d": history([3.0], method="unknown")}):
-        lines = plots.curves(runs | others).get_lines()
-        assert [line.get_color() for line in lines] == list(plots.COLOURS[:3])  # one method twice, or one without one
-
-
-def test_curves_of_one_method_have_the_colours_of_their_labels():
-    runs = {"from scratch": history([3.0]), "fine-tuned": history([1.0])}
-    colours = {line.get_label(): line.get_color() for line in plots.curves(runs).get_lines()}
-    assert colours == {"from scratch": plots.METHOD_COLOURS["scratch"], "fine-tuned": plots.METHOD_COLOURS["full"]}
+@pytest.mark.parametrize("third", ["lora", "unknown"])
+def test_where_methods_do_not_tell_runs_apart_colours_come_in_turn(third):
+    runs = {label: history([1.0], method) for label, method in {"b": "lora", "a": "full", "c": third}.items()}
+    assert [line.get_color() for line in plots.curves(runs).get_lines()] == list(plots.COLOURS[:3])
 
 
 def test_every_method_has_a_colour_of_its_own():
@@ -85,25 +75,19 @@ def test_every_method_has_a_colour_of_its_own():
 
 def test_labels_of_one_method_share_its_colour_and_ranks_are_a_ramp_from_light_to_dark():
     styles = plots.line_styles(
-        ["full", "LoRA r=1", "LoRA r=8", "LoRA r=64", "head", "last blocks", "zero-shot", "mine"]
+        ["full", "LoRA r=1", "LoRA r=8", "LoRA r=64", "rank 256", "head", "linear probe", "zero-shot", "few-shot"]
     )
     colour = {label: style["color"] for label, style in styles.items()}
     assert colour["full"] == plots.METHOD_COLOURS["full"]
-    assert colour["head"] == colour["last blocks"] == plots.METHOD_COLOURS["partial"]
-    assert styles["head"]["marker"] != styles["last blocks"]["marker"]
-    light = [sum(mpl.colors.to_rgb(colour[f"LoRA r={rank}"])) for rank in (1, 8, 64)]
-    assert light == sorted(light, reverse=True)
-    assert len({colour[f"LoRA r={rank}"] for rank in (1, 8, 64)}) == 3
-    assert colour["zero-shot"] == plots.METHOD_COLOURS["as it is"]
-    asked = plots.line_styles(["zero-shot", "few-shot", "calibrated", "linear probe"])
-    assert {asked[label]["color"] for label in list(asked)[:3]} == {colour["zero-shot"]}
-    assert asked["linear probe"]["color"] == colour["head"]
-    assert len({style["marker"] for style in asked.values()}) == 4
-    assert plots.line_styles(["LoRA r=8"])["LoRA r=8"]["color"] == plots.line_styles(["LoRA"])["LoRA"]["color"]
-    assert plots.line_styles(["rank 4", "rank 1"])["rank 1"]["color"] == colour["LoRA r=1"]
-    pair = plots.line_styles(["rank 8", "rank 64"])  # a rank looks the same whatever other ranks are drawn
-    assert [pair[label]["color"] for label in pair] == [colour["LoRA r=8"], colour["LoRA r=64"]]
-    assert plots.line_styles(["rank 256"])["rank 256"]["color"] != colour["LoRA r=64"]
+    assert colour["head"] == colour["linear probe"] == plots.METHOD_COLOURS["partial"]
+    assert colour["zero-shot"] == colour["few-shot"] == plots.METHOD_COLOURS["as it is"]
+    for one, other in (("head", "linear probe"), ("zero-shot", "few-shot")):
+        assert styles[one]["marker"] != styles[other]["marker"]
+    light = [sum(mpl.colors.to_rgb(colour[label])) for label in ("LoRA r=1", "LoRA r=8", "LoRA r=64", "rank 256")]
+    assert light == sorted(set(light), reverse=True)
+    # A rank looks the same whatever others are drawn, and LoRA's own colour is that of rank 8.
+    alone = plots.line_styles(["rank 64", "LoRA", "rank 1"])
+    assert [style["color"] for style in alone.values()] == [colour[f"LoRA r={rank}"] for rank in (64, 8, 1)]
 
 
 def test_answers_are_bubbles_in_the_colours_of_their_methods_and_no_word_is_lost():
@@ -132,42 +116,16 @@ def test_the_matrices_of_a_layer_are_drawn_with_their_numbers():
     assert [ax.get_title() for ax in plots.matrices(like_a_learners).axes if ax.get_title()] == list(axes)
 
 
-def test_bars_are_stacked_in_one_order_with_the_total_above():
-    bars = {"LoRA": {"weights": 500.0, "gradients": 20.0}, "full": {"weights": 510.0, "gradients": 490.0, "rest": 7.0}}
-    ax = plots.stacked_bars(bars, "memory (MiB)")
-    assert ax.get_ylabel() == "memory (MiB)"
-    assert [text.get_text() for text in ax.get_xticklabels()] == ["LoRA", "full"]
-    assert legend(ax) == ["rest", "gradients", "weights"]  # in the order of the stack, from the top
-    drawn = {c.get_label(): [(bar.get_y(), bar.get_height()) for bar in c] for c in ax.containers}
-    assert drawn == {
-        "weights": [(0.0, 500.0), (0.0, 510.0)],
-        "gradients": [(500.0, 20.0), (510.0, 490.0)],
-        "rest": [(520.0, 0.0), (1000.0, 7.0)],
-    }
-    assert [(text.get_text(), text.get_position()[1]) for text in ax.texts] == [("520", 520.0), ("1,007", 1007.0)]
-    assert len({c[0].get_facecolor() for c in ax.containers}) == 3
-    assert len({c[0].get_hatch() for c in ax.containers}) == 3
-
-
-def test_spectrum_is_divided_by_the_largest_value_on_a_logarithmic_scale():
+def test_a_spectrum_is_divided_by_its_largest_value():
     ax = plots.spectrum({"weight": [8.0, 4.0, 1.0], "noise": np.array([2.0, 1.0])})
-    assert ax.get_yscale() == "log"
-    assert ax.get_xlabel() == "index of the singular value, largest first"
-    assert ax.get_ylabel() == "singular value / largest (no unit)"
-    assert legend(ax) == ["weight", "noise"]
-    first, second = ax.get_lines()
-    assert (first.get_xdata().tolist(), first.get_ydata().tolist()) == ([1, 2, 3], [1.0, 0.5, 0.125])
-    assert second.get_ydata().tolist() == [1.0, 0.5]
-    assert first.get_linestyle() != second.get_linestyle()
-    assert first.get_marker() != second.get_marker()
+    assert (ax.get_yscale(), legend(ax)) == ("log", ["weight", "noise"])
+    assert [points(line) for line in ax.get_lines()] == [[(1, 1.0), (2, 0.5), (3, 0.125)], [(1, 1.0), (2, 0.5)]]
 
 
 def test_bills_are_stacked_in_mebibytes_in_the_order_of_the_parts_with_the_peak_above():
     found = {"LoRA": bill(frozen=512, mlp=64, norms=16), "full": bill(state=2048, mlp=64.5)}
     ax = plots.bills(found)
-    assert isinstance(ax, Axes)
-    assert ax.get_ylabel() == "memory at the peak of a step (MiB)"
-    assert [text.get_text() for text in ax.get_xticklabels()] == ["LoRA", "full"]
+    assert said(ax.get_xticklabels()) == ["LoRA", "full"]
     assert legend(ax) == ["saved: norms", "saved: MLP", "optimiser state", "frozen weights"]  # from the top
     drawn = {c.get_label(): [(bar.get_y(), bar.get_height()) for bar in c] for c in ax.containers}
     assert drawn == {
@@ -217,8 +175,6 @@ def test_every_part_of_a_bill_has_a_look_of_its_own_the_same_in_every_figure(tmp
 
 def test_a_step_is_drawn_from_its_first_operation_to_its_last_with_phases_and_peak():
     ax = plots.memory_of_a_step(bill(STEP, frozen=10, mlp=4))
-    assert ax.get_xlabel() == "operations done (% of the step)"
-    assert ax.get_ylabel() == "memory (MiB)"
     assert legend(ax) == ["logits and loss", "saved: MLP", "frozen weights"]
     places = [0.0, 20.0, 40.0, 60.0, 80.0, 100.0]
     edges = {
@@ -233,24 +189,22 @@ def test_a_step_is_drawn_from_its_first_operation_to_its_last_with_phases_and_pe
         assert corners >= {*zip(places, low, strict=True), *zip(places, high, strict=True)}
     (mark,) = [line for line in ax.get_lines() if line.get_marker() == "v"]
     assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([60.0], [17.0])
-    assert [text.get_text() for text in ax.texts] == ["peak 17", "before", "forward", "backward", "optimiser step"]
+    assert said(ax.texts) == ["peak 17", "before", "forward", "backward", "optimiser step"]
     assert [text.get_position()[0] for text in ax.texts[1:]] == pytest.approx([0.6, 20.6, 60.6, 100.6])
     borders = [line.get_xdata()[0] for line in ax.get_lines() if line.get_linestyle() == ":"]
     assert borders == [20.0, 60.0, 100.0]
-    assert ax.get_ylim()[0] == 0
-    assert ax.get_ylim()[1] > 1.1 * 17  # room for the names of the phases
+    assert ax.get_ylim() == pytest.approx((0, 1.25 * 17))  # room for the names of the phases
 
 
 def test_phases_too_narrow_for_their_names_have_a_line_alone():
     rows = [("forward", {"frozen": 1})] * 20 + [("clipping", {"frozen": 1})] + [("optimiser step", {"frozen": 1})] * 20
     ax = plots.memory_of_a_step(bill(moments(*rows), frozen=1))
-    assert [text.get_text() for text in ax.texts] == ["peak 1", "forward", "optimiser step"]
+    assert said(ax.texts) == ["peak 1", "forward", "optimiser step"]
     assert [line.get_xdata()[0] for line in ax.get_lines() if line.get_linestyle() == ":"] == [50.0, 52.5]
 
 
 def test_around_the_peak_each_operation_is_drawn():
     ax = plots.memory_of_a_step(PEAKED, around_peak=20)
-    assert ax.get_xlabel() == "operations from the peak"
     assert legend(ax) == ["logits and loss", "frozen weights"]
     drawn = ax.collections[0].get_paths()[0].vertices[:, 0]
     assert (drawn.min(), drawn.max()) == (-20, 20)
@@ -269,11 +223,10 @@ def test_bills_beside_a_card_state_which_of_them_fit():
 
 def test_what_a_step_skips_is_drawn_to_the_left_and_what_it_adds_to_the_right():
     ax = plots.changes({"weight gradients": -0.25, "adapters": 0.125})
-    assert [text.get_text() for text in ax.get_yticklabels()] == ["weight gradients", "adapters"]
+    assert said(ax.get_yticklabels()) == ["weight gradients", "adapters"]
     widths = {c.get_label(): [bar.get_width() for bar in c] for c in ax.containers}
     assert widths == {"skipped": [-250, 0], "added": [0, 125]}
     assert [text.get_text().strip() for text in ax.texts] == ["-250", "+125"]
-    assert ax.get_xlabel() == "ms per step, compared with full fine-tuning"
     for sizes, texts in [((-0.25, 0.0001234), ["-250", "+0"]), ((-0.0025, 0.0001234), ["-2.5", "+0.123"])]:
         ax = plots.changes(dict(zip("ab", sizes, strict=True)))
         assert [text.get_text().strip() for text in ax.texts] == texts  # no more digits than the largest one bears
@@ -281,19 +234,17 @@ def test_what_a_step_skips_is_drawn_to_the_left_and_what_it_adds_to_the_right():
 
 def test_ratios_have_intervals_lines_to_compare_with_and_markers_alone_beside_a_curve():
     ax = plots.ratios({"here": {32: (0.5, 0.4, 0.7), 128: (0.8, 0.8, 0.8)}, "record": {32: 0.6}}, "ratio", {"equal": 1})
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("tokens per step", "ratio")
     assert set(legend(ax)) == {"here", "record", "equal"}
-    assert [text.get_text() for text in ax.get_xticklabels()] == ["32", "128"]
-    (bars,) = [bars for container in ax.containers[:1] for bars in container[2]]
-    assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [[0.4, 0.7], [0.8, 0.8]]
+    assert said(ax.get_xticklabels()) == ["32", "128"]
+    assert bounds(ax.containers[0]) == [(32, 0.5, 0.4, 0.7), (128, 0.8, 0.8, 0.8)]
     assert ax.containers[0][0].get_linestyle() == "-"
     ax = plots.ratios({"by hand": {n: 1 / n for n in range(1, 20)}, "measured": {4: 0.3}}, "ratio")
     assert ax.get_lines()[0].get_marker() == "None"
     assert ax.containers[0][0].get_linestyle() == "None"
 
 
-def test_colours_markers_and_hatches_stay_apart():
-    assert len(set(plots.COLOURS)) == len(set(plots.MARKERS)) == len(set(plots.HATCHES)) == 8
+def test_colours_and_markers_stay_apart():
+    assert len(set(plots.COLOURS)) == len(set(plots.MARKERS)) == 8
     assert set(plots.COLOURS) == {  # Okabe and Ito 2008
         "#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7",
     }  # fmt: skip
@@ -323,8 +274,7 @@ def test_a_statistic_over_depth_is_divided_by_the_null_of_its_own_layer():
     assert drawn["v_proj"] == pytest.approx([0.2, 0.3, 0.4])
     (band,) = ax.patches
     assert (band.get_y(), band.get_y() + band.get_height()) == pytest.approx((0.9, 1.1))  # of the widest, v_proj's
-    assert ax.get_xlabel() == "block, from the input"
-    assert ax.get_ylabel() == "stable rank of the update\n/ that of noise of the same shape and rank"
+    assert "noise" in ax.get_ylabel()
     plain = plots.by_depth(REPORT.drop(columns=["stable_rank_low", "stable_rank_high"]))
     assert not plain.patches
     assert plain.get_lines()[0].get_ydata().tolist() == [50.0, 51.0, 52.0]
@@ -352,14 +302,15 @@ def test_what_cuts_leave_has_a_line_for_each_setup_and_column_and_bars_where_the
     table = pandas.DataFrame(rows, columns=["setup", "rank", "gain", "energy", "least", "most"])
     ax = plots.after_truncation(table, "left (%)")
     assert set(legend(ax)) == {f"{setup}: {column}" for setup in ("full", "LoRA r=8") for column in ("gain", "energy")}
-    gain = ax.containers[0]
-    assert (gain.lines[0].get_xdata().tolist(), gain.lines[0].get_ydata().tolist()) == ([1, 4], [30.0, 80.0])
-    assert [segment[:, 1].tolist() for segment in gain.lines[2][0].get_segments()] == [[10.0, 40.0], [70.0, 85.0]]
-    energy = next(line for line in ax.get_lines() if line.get_label() == "full: energy")
+    assert bounds(ax.containers[0]) == [(1, 30.0, 10.0, 40.0), (4, 80.0, 70.0, 85.0)]
+    gain, energy = (
+        ax.containers[0].lines[0],
+        next(line for line in ax.get_lines() if line.get_label() == "full: energy"),
+    )
     assert energy.get_ydata().tolist() == [20.0, 50.0]
-    assert energy.get_color() == gain.lines[0].get_color()
-    assert energy.get_linestyle() != gain.lines[0].get_linestyle()
-    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["1", "4"]
+    assert energy.get_color() == gain.get_color()
+    assert energy.get_linestyle() != gain.get_linestyle()
+    assert said(ax.get_xticklabels()) == ["1", "4"]
     assert not plots.after_truncation(table.drop(columns=["least", "most"]), "left (%)", ["gain"]).containers
 
 
@@ -387,35 +338,23 @@ BEST = pandas.DataFrame(
 )
 
 
-def test_a_path_leads_from_the_start_through_the_mean_of_the_chosen_trials():
-    ax = plots.paths(WALKS, BEST)
-    assert isinstance(ax, Axes)
-    assert ax.get_xlabel() == "rise of the off-domain loss (forgetting)"
-    assert ax.get_ylabel() == "validation loss (learning)"
-    whole = [line for line in ax.get_lines() if len(line.get_xdata()) > 1]
+def test_a_path_leads_from_the_start_to_the_hollow_end_past_a_filled_mark_where_early_stopping_stops():
+    lines = plots.paths(WALKS, BEST).get_lines()
+    whole = [line for line in lines if len(line.get_xdata()) > 1]
     assert [points(line) for line in whole] == [
         [(0.0, 5.0), (0.5, 3.0), (1.0, 2.0), (2.5, 1.5)],
         [(0.0, 5.0), (2.0, 2.0), (4.0, 2.0), (7.0, 4.0)],
     ]
-    assert whole[0].get_color() != whole[1].get_color()
-    assert whole[0].get_linestyle() != whole[1].get_linestyle()
-
-
-def test_on_a_path_a_filled_marker_is_where_early_stopping_stops_and_a_hollow_one_at_the_end():
-    ax = plots.paths(WALKS, BEST)
-    points_of = [line for line in ax.get_lines() if len(line.get_xdata()) == 1]
-    starts = [line for line in points_of if line.get_marker() == "*"]
-    assert [points(line) for line in starts] == [[(0, 5.0)], [(0, 5.0)]]
-    marks = [line for line in points_of if line not in starts]
-    filled = [line for line in marks if line.get_fillstyle() == "full"]
-    hollow = [line for line in marks if line.get_fillstyle() == "none"]
+    stars = [line for line in lines if line.get_marker() == "*"]
+    assert [points(line) for line in stars] == [[(0, 5.0)], [(0, 5.0)]]
+    marks = [line for line in lines if line not in stars + whole]
+    filled, hollow = ([line for line in marks if line.get_fillstyle() == style] for style in ("full", "none"))
     # The means of the trials at their own best steps, which are no points of the paths.
     assert [points(line) for line in filled] == [[(1.5, 1.0)], [(2.5, 1.5)]]
     assert [points(line) for line in hollow] == [[(2.5, 1.5)], [(7.0, 4.0)]]
-    assert len(marks) == 4
-    for one, other in zip(filled, hollow, strict=True):
-        assert (one.get_marker(), one.get_color()) == (other.get_marker(), other.get_color())
-    assert filled[0].get_marker() != filled[1].get_marker()
+    looks = [[(line.get_marker(), line.get_color()) for line in some] for some in (filled, hollow)]
+    assert looks[0] == looks[1]
+    assert looks[0][0] != looks[0][1]
 
 
 def test_paths_of_each_size_have_a_panel_and_one_legend():
@@ -423,7 +362,6 @@ def test_paths_of_each_size_have_a_panel_and_one_legend():
     best = pandas.concat([BEST.assign(n_train=1024), BEST.assign(n_train=64)])
     left, right = plots.paths_by_size(both, best, "bits", level=2.5).axes
     assert [ax.get_title() for ax in (left, right)] == ["64 examples", "1,024 examples"]
-    assert left.get_xlabel() == right.get_xlabel() == "rise of the off-domain loss (bits)"
     assert (left.get_ylabel(), right.get_ylabel()) == ("validation loss (bits)", "")
     assert left.get_legend() is None
     assert set(legend(right)) >= {"full", "LoRA"}
@@ -447,37 +385,36 @@ SIZES = pandas.DataFrame(
 
 def test_a_number_over_the_size_of_the_training_set_has_a_line_a_way_and_reaches_from_least_to_most():
     ax = plots.by_size(SIZES, "overfitting (nats per token)")
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("training examples", "overfitting (nats per token)")
-    assert ax.get_xscale() == "log"
-    assert [(tick.get_text(), place) for tick, place in zip(ax.get_xticklabels(), ax.get_xticks(), strict=True)] == [
-        ("16", 16),
-        ("1,024", 1024),
-    ]
+    assert (ax.get_xscale(), ax.get_ylabel()) == ("log", "overfitting (nats per token)")
+    assert list(zip(said(ax.get_xticklabels()), ax.get_xticks(), strict=True)) == [("16", 16), ("1,024", 1024)]
     assert len(ax.xaxis.get_minorticklocs()) == 0
-    assert [container.get_label() for container in ax.containers] == ["full", "LoRA"]
     assert legend(ax) == ["LoRA", "full"]
     for i, (container, setup) in enumerate(zip(ax.containers, ("full", "LoRA"), strict=True)):
-        line, _, (bars,) = container.lines
         own = SIZES[SIZES.setup == setup]
-        assert line.get_ydata().tolist() == own["mean"].tolist()
-        assert line.get_xdata().tolist() == pytest.approx((own.n_train * 1.06**i).tolist())
-        ends = [(low[1], high[1]) for low, high in bars.get_segments()]
-        assert ends == list(zip(own.least, own.most, strict=True))
-    one, other = (container.lines[0] for container in ax.containers)
-    assert one.get_color() != other.get_color()
-    assert one.get_marker() != other.get_marker()
-    assert one.get_linestyle() != other.get_linestyle()
+        expected = zip(own.n_train * 1.06**i, own["mean"], own.least, own.most, strict=True)
+        assert [*map(pytest.approx, expected)] == bounds(container)
+
+
+def test_gains_have_a_panel_for_each_model_and_a_line_for_each_kind_of_data():
+    rows = [("A", "x", 10, 1.0, 0.5, 2.0), ("A", "y", 10, -1.0, -2.0, 0.0), ("B", "x", 100, 3.0, 2.0, 4.0)]
+    columns = ["model", "data", "n_train", "points", "points_lower", "points_upper"]
+    first, second = plots.gains(pandas.DataFrame(rows, columns=columns)).axes
+    assert [ax.get_title() for ax in (first, second)] == ["A", "B"]
+    assert [bounds(container) for container in first.containers] == [
+        [(10, 1.0, 0.5, 2.0)],
+        [pytest.approx((10.6, -1.0, -2.0, 0.0))],
+    ]
+    assert bounds(second.containers[0]) == [(100, 3.0, 2.0, 4.0)]
 
 
 def test_lines_by_rank_and_what_they_are_compared_with():
     lines = {"all at 0.01": {1: 3.0, 4: 2.0}, "each at its own": {1: 2.5, 4: 1.0, 16: 0.5}}
     ax = plots.by_rank(lines, "test loss (MSE)")
     first, second = ax.get_lines()
-    assert (list(first.get_xdata()), list(first.get_ydata())) == ([1, 4], [3.0, 2.0])
+    assert points(first) == [(1, 3.0), (4, 2.0)]
     assert (list(second.get_xdata()), second.get_color()) == ([1, 4, 16], "#000000")
     assert first.get_color() != second.get_color()
-    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["1", "4", "16"]
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("rank", "test loss (MSE)")
+    assert said(ax.get_xticklabels()) == ["1", "4", "16"]
 
 
 def test_losses_by_rate_have_a_line_for_each_method_in_the_frames_order():
@@ -508,13 +445,11 @@ def test_pictures_share_a_scale_and_stand_in_rows():
 def test_energy_is_marked_where_it_reaches_the_share():
     ax = plots.energy({"weight": [2, 1, 1, 1, 1], "noise": torch.ones(5)}, share=0.6)
     weight, noise, share = ax.get_lines()
-    assert weight.get_ydata().tolist() == pytest.approx([50, 62.5, 75, 87.5, 100])
-    assert weight.get_xdata().tolist() == [1, 2, 3, 4, 5]
+    assert points(weight) == [(1, 50), (2, 62.5), (3, 75), (4, 87.5), (5, 100)]
     assert (weight.get_markevery(), noise.get_markevery()) == ([1], [2])
     assert share.get_ydata()[0] == 60
     assert legend(ax) == ["weight: 2 of 5 terms", "noise: 3 of 5 terms"]
     assert noise.get_color() == plots.METHOD_COLOURS["chance"] != weight.get_color()
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("terms kept, largest first", "energy held (%)")
 
 
 def test_scores_have_a_mark_for_each_seed_their_mean_and_the_best_baseline():
@@ -525,16 +460,14 @@ def test_scores_have_a_mark_for_each_seed_their_mean_and_the_best_baseline():
     left, right = figure.axes
     assert [ax.get_title() for ax in (left, right)] == ["names", "style"]
     assert [ax.get_ylabel() for ax in (left, right)] == ["chrF (0 to 100)", "share"]
-    assert [label.get_text() for label in left.get_xticklabels()] == ["LoRA r=8", "full"]
+    assert said(left.get_xticklabels()) == ["LoRA r=8", "full"]
     assert [list(line.get_ydata()) for line in right.get_lines()] == [[0.0], [0.5, 1.0], [0.75, 0.75]]
     assert [line.get_ydata()[0] for line in left.get_lines()] == [40.0, 30.0, 41.0]
     means = [bar.get_segments()[0][0][1] for bar in left.collections]
     assert means == [40.0, 33.0]
     assert left.get_lines()[1].get_color() == right.get_lines()[1].get_color() == plots.METHOD_COLOURS["full"]
-    assert right.get_lines()[-1].get_linestyle() == ":"
     assert right.get_ylim()[0] < 0 < 1 < right.get_ylim()[1]
     assert left.get_ylim()[1] > 41
-    assert [text.get_text() for text in left.texts] == ["best baseline"]
 
 
 def best(vertex, lower=None, upper=None, edge=""):
@@ -563,20 +496,16 @@ def test_what_no_other_beats_is_the_pareto_front():
 
 
 def test_a_trade_off_has_a_mark_for_each_seed_the_means_and_a_line_through_the_front():
-    points = {"full": [(4.0, 1.0), (6.0, 3.0)], "LoRA r=8": [(1.0, 4.0), (1.0, 2.0)], "head": [(7.0, 7.0)]}
-    ax = plots.trade_off(points, "memory (MiB)", "loss (nats)")
+    runs = {"full": [(4.0, 1.0), (6.0, 3.0)], "LoRA r=8": [(1.0, 4.0), (1.0, 2.0)], "head": [(7.0, 7.0)]}
+    ax = plots.trade_off(runs, "memory (MiB)", "loss (nats)")
     front, *marks = ax.get_lines()
-    assert list(zip(*front.get_data(), strict=True)) == [(1.0, 3.0), (5.0, 2.0)]  # without the head
+    assert points(front) == [(1.0, 3.0), (5.0, 2.0)]  # without the head
     seeds, means = marks[::2], marks[1::2]
     assert [len(line.get_xdata()) for line in seeds] == [2, 2, 1]
-    assert [(*map(float, line.get_xdata()), *map(float, line.get_ydata())) for line in means] == [
-        (5, 2),
-        (1, 3),
-        (7, 7),
-    ]
-    assert [line.get_color() for line in means[:1]] == [plots.METHOD_COLOURS["full"]]
+    assert [points(line) for line in means] == [[(5, 2)], [(1, 3)], [(7, 7)]]
+    assert means[0].get_color() == plots.METHOD_COLOURS["full"]
     assert len({line.get_marker() for line in means}) == 3
-    assert (ax.get_xlabel(), ax.get_ylabel(), legend(ax)) == ("memory (MiB)", "loss (nats)", [*points])
+    assert (ax.get_xlabel(), ax.get_ylabel(), legend(ax)) == ("memory (MiB)", "loss (nats)", [*runs])
 
 
 def test_losses_by_setup_have_a_panel_for_each_kind_of_data():
@@ -585,17 +514,16 @@ def test_losses_by_setup_have_a_panel_for_each_kind_of_data():
     figure = plots.by_setup(pandas.DataFrame(rows, columns=["data", "setup", "value"]), "test loss (nats)")
     docs, digits = figure.axes
     assert [ax.get_title() for ax in (docs, digits)] == ["docs", "digits"]
-    assert [label.get_text() for label in docs.get_yticklabels()] == ["full, 60 steps", "LoRA r=8"]
+    assert said(docs.get_yticklabels()) == ["full, 60 steps", "LoRA r=8"]
     assert [list(line.get_xdata()) for line in docs.get_lines()] == [[3.0, 4.0], [3.25]]
     assert [bar.get_segments()[0][0][0] for bar in docs.collections] == [3.5, 3.25]
     assert docs.get_lines()[0].get_color() == digits.get_lines()[0].get_color() == plots.METHOD_COLOURS["full"]
-    assert digits.get_xlabel() == "test loss (nats)"
     assert docs.get_ylim()[0] > docs.get_ylim()[1]  # the first setup on top
 
 
 ON_AXES = {
     "curves": lambda ax: plots.curves(RUNS, ax=ax),
-    "bars": lambda ax: plots.stacked_bars({"a": {"x": 1.0}}, "MiB", ax=ax),
+    "bars": lambda ax: plots.stacked_bars({"a": {"x": 1.0}}, "MiB", {"x": ("#000000", "")}, ax),
     "bills": lambda ax: plots.bills({"a": bill(frozen=1)}, ax=ax),
     "step": lambda ax: plots.memory_of_a_step(bill(STEP, frozen=10), ax=ax),
     "spectrum": lambda ax: plots.spectrum({"a": [1.0, 0.5]}, ax=ax),

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lora_lab import LoRA, fit, memory, speed
+from lora_lab import LoRA, fit
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.task import accepts
-from lora_lab.tasks import IGNORE, Examples, Task, cross_entropy, digits, docs, mean_squared_error
-from tests.helpers import ROOT, ByteTokenizer, run_python
+from lora_lab.tasks import IGNORE, Examples, Task, cross_entropy, digits, mean_squared_error
+from tests.helpers import ROOT, run_python
 
 PARTS = ("train", "validation", "test", "off_domain")
 
@@ -83,18 +83,6 @@ def test_fingerprint_is_that_of_the_values_not_of_their_layout_in_memory():
         for each in (inputs, inputs.clone(memory_format=torch.contiguous_format))
     )
     assert one.fingerprint == other.fingerprint
-
-
-def test_fingerprint_is_the_same_in_every_build_and_process():
-    script = (
-        "from lora_lab.tasks import digits, docs\n"
-        "class Bytes:\n    encode = lambda self, text: list(text.encode())\n"
-        "print(docs(Bytes(), 64).fingerprint, digits('adapt', seed=3).fingerprint)"
-    )
-    done = run_python(script, PYTHONHASHSEED="7")
-    torch.manual_seed(8)
-    for _ in range(2):
-        assert done.stdout.split() == [docs(ByteTokenizer(), 64).fingerprint, digits("adapt", seed=3).fingerprint]
 
 
 def test_description_gives_sizes_shapes_units_source_and_fingerprint():
@@ -282,15 +270,6 @@ def test_any_callable_trains_as_a_loss(loss, tmp_path):
     assert all(map(torch.equal, model.state_dict().values(), twin.state_dict().values()))
     assert run(loss, checkpoint_dir=tmp_path)[1] == history  # it knows its checkpoint again
     assert f"fingerprint {history.task['fingerprint']}" in dataclasses.replace(classes(), loss=loss).describe()
-
-
-@EACH
-@pytest.mark.slow
-def test_any_callable_serves_where_memory_and_time_are_asked_for(loss):
-    model, batch = DigitsMLP(width=8), (classes().train.inputs, classes().train.targets)
-    assert memory.predict(model, LoRA(rank=2), batch=batch, loss=loss).peak_bytes > 0
-    times = speed.step_time(model, {"lora": LoRA(rank=2)}, batch=batch, loss=loss, rounds=3, progress=False)
-    assert times.median_s("lora") > 0
 
 
 # What is refused

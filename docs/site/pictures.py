@@ -107,7 +107,7 @@ def head_start(record: Record) -> Picture:
     each = [
         f"{row['data']}, {row['model']}, {row['n_train']} {row['points']:+.0f}" for row in digits.to_dict("records")
     ]
-    figure = plots.gains(digits, "percentage points", "points", ("points_lower", "points_upper"))
+    figure = plots.gains(digits)
     figure.suptitle("Right answers: fine-tuned minus from scratch")
     return (
         figure,

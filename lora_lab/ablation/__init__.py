@@ -4,19 +4,16 @@ In reading order:
 
     grid           what a trial is, as data with an identity; products of ranks, rates, seeds and methods
     packed_layer   one frozen weight with many adapters beside it, and the losses, trial by trial
-    packing        which trials may share a pass, and how many
-    packed         many adapters over one frozen base in one pass
+    packed         many adapters over one frozen base in one pass, and which runs can share one
     results        a trial's file, and the table of all results
-    blocks         losses by blocks of examples, for intervals
-    stats          bounds on a mean of paired differences
+    stats          losses by blocks of examples; bounds, intervals and rank correlations
     halving        stop trials that validation rules out
-    run            run trials here, in processes or on a cluster; stop and go on
+    run            run trials here, in processes or on a cluster, in packs that fit; stop and go on
     studies        models and tasks to begin with
     compare        choose each setup's rate, compare in pairs with bounds, judge; which rank is enough
     learning_rate  the best rate between those tried, with an interval
     rank_advice    the rank that is enough, predicted from one run at a high rank
     overfitting    what was learned, overfitted and forgotten, read off the curves
-    prediction     what predicts a result of many runs: rank correlations with intervals over setups
 """
 
 import lazy_loader
@@ -41,4 +38,4 @@ __all__ = [
 ]
 
 # The other files are loaded already.
-__getattr__, _, _ = lazy_loader.attach(__name__, ["blocks", "learning_rate", "overfitting", "rank_advice", "studies"])
+__getattr__, _, _ = lazy_loader.attach(__name__, ["learning_rate", "overfitting", "rank_advice", "stats", "studies"])

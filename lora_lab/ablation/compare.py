@@ -44,15 +44,23 @@ from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from torch import nn
 
-from lora_lab.ablation.blocks import BlockLosses, block_losses_of, losses_by_seed
 from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.results import OUT_OF_MEMORY, OUTCOME, PROVENANCE, SCORE, STOPPED
 from lora_lab.ablation.run import ablate
-from lora_lab.ablation.stats import CONFIDENCE, RESAMPLES, outer_interval, t_bounds
+from lora_lab.ablation.stats import (
+    CONFIDENCE,
+    RESAMPLES,
+    BlockLosses,
+    block_losses_of,
+    losses_by_seed,
+    outer_bounds,
+    t_bounds,
+)
 from lora_lab.costs.fake import Factory
-from lora_lab.system.schema import Positive, check
+from lora_lab.system.schema import NotNegative, Positive, check
 from lora_lab.task import Task
 
 if TYPE_CHECKING:
@@ -137,14 +145,11 @@ def choose_rate(rows: pandas.DataFrame, seeds: Sequence[int]) -> Choice:
         seeds: which a rate needs to count.
     """
     judged = (rows["outcome"] == "done") & rows["test_loss"].notna()
-    losses = [
-        fmean(block_losses_of(row, "validation")) if counts else math.nan
-        for row, counts in zip(rows.to_dict("records"), judged, strict=True)
-    ]
-    return _choices(rows.assign(loss=losses), seeds)[0]
+    losses = [fmean(block_losses_of(row, "validation")) for row in rows.to_dict("records")]
+    return _choose_rates(rows.assign(loss=np.where(judged, losses, math.nan)), seeds)[0]
 
 
-def _choices(trials: pandas.DataFrame, seeds: Sequence[int], slack: float = 0.0) -> list[Choice]:
+def _choose_rates(trials: pandas.DataFrame, seeds: Sequence[int], slack: float = 0.0) -> list[Choice]:
     """Return the best rate of one setup, or with a ``slack`` all that are at most so much worse, ascending.
 
     Args:
@@ -160,7 +165,7 @@ def _choices(trials: pandas.DataFrame, seeds: Sequence[int], slack: float = 0.0)
         if failures.empty and (rows["outcome"] == STOPPED).any():  # validation has ruled it out already
             stopped.append(lr)
         elif losses.isna().any():
-            lacking = ", ".join(str(seed) for seed in losses.index[losses.isna()])
+            lacking = ", ".join(map(str, losses.index[losses.isna()]))
             notes.append(f"lr {lr:g} does not count (no result for seed {lacking})")
         else:
             means[lr] = fmean(losses)
@@ -168,16 +173,18 @@ def _choices(trials: pandas.DataFrame, seeds: Sequence[int], slack: float = 0.0)
         return [Choice(None, None, trials[:0], ", ".join(notes))]
     known, lowest, highest = sorted({*means, *stopped, *diverged}), min(means), max(means)
     best = min(means, key=lambda lr: (means[lr], lr))
-    for lr, name in ((trials["lr"].min(), "smallest"), (trials["lr"].max(), "largest")):
-        if lr in stopped and best == (lowest if name == "smallest" else highest):
+    tried = trials["lr"]
+    for lr, name, last in ((tried.min(), "smallest", lowest), (tried.max(), "largest", highest)):
+        if lr in stopped and best == last:
             notes.append(f"lr {lr:g}, the {name} tried, was stopped early")
     choices = []
     for lr in sorted(lr for lr in means if means[lr] <= means[best] + slack) if slack else [best]:
         edge = "only" if len(known) == 1 else {known[0]: "smallest", known[-1]: "largest"}.get(lr, "")
-        above = min((each for each in diverged if each > lr == highest), default=None)
-        below = max((each for each in diverged if each < lr == lowest), default=None)
-        rows = trials[trials["lr"] == lr].sort_values("seed")
-        choices.append(Choice(float(lr), means[lr], rows, ", ".join(notes), edge, above or below))
+        above = [each for each in diverged if each > lr == highest]
+        below = [each for each in diverged if each < lr == lowest]
+        beside = [*above, *reversed(below), None][0]
+        rows = trials[tried == lr].sort_values("seed")
+        choices.append(Choice(float(lr), means[lr], rows, ", ".join(notes), edge, beside))
     return choices
 
 
@@ -208,13 +215,9 @@ def best_rates(frame: pandas.DataFrame, slack: float = 0.0, by: str = "best_loss
     """
     import pandas
 
-    if not slack >= 0:
-        raise ValueError(f"slack is {slack}, but it must be 0 or a positive loss.")
-    rows = [
-        {**setup, "lr": choice.lr, "edge": choice.edge}
-        for setup, choices in _choices_of_setups(frame, slack, by)
-        for choice in choices
-    ]
+    slack = check(slack, NotNegative, "slack")
+    found = _choices_of_setups(frame, slack, by)
+    rows = [{**setup, "lr": choice.lr, "edge": choice.edge} for setup, choices in found for choice in choices]
     if not rows:
         raise ValueError("There is no trial that ended well, so no rate can be chosen; try lower rates.")
     return pandas.DataFrame(rows)
@@ -223,24 +226,19 @@ def best_rates(frame: pandas.DataFrame, slack: float = 0.0, by: str = "best_loss
 def _choices_of_setups(frame: pandas.DataFrame, slack: float, by: str) -> Iterator[tuple[dict[str, Any], list[Choice]]]:
     """Yield each setup (at each size) of which a trial ended well, and its choices."""
     shared = [name for name in ("n_train", "setup") if name in frame]
-    trials = _trial_losses(frame, [*shared, "lr", "seed"], by)
-    for values, of_setup in trials.groupby(shared, sort=False):
-        stopped = of_setup.loc[of_setup["outcome"] == STOPPED, "lr"]
-        left = of_setup[(of_setup["outcome"] == "done") & ~of_setup["lr"].isin(stopped)]
-        if left.empty:
-            continue
-        seeds = set.intersection(*(set(of_rate["seed"]) for _, of_rate in left.groupby("lr")))
-        if not seeds:
-            raise ValueError(f"The rates of {values} have no seed in common; run each of them with one seed at least.")
-        yield dict(zip(shared, values, strict=True)), _choices(of_setup, sorted(seeds), slack)
-
-
-def _trial_losses(frame: pandas.DataFrame, identity: list[str], by: str) -> pandas.DataFrame:
-    """Return a row for each trial, with the loss that counts."""
+    identity = [*shared, "lr", "seed"]
     curves = frame.sort_values("step", kind="stable").groupby(identity)["validation_loss"]
     trials = frame.assign(reason=frame.get("reason", "")).drop_duplicates(identity).set_index(identity)
     trials = trials.assign(loss={"best_loss": curves.min, "last_loss": curves.last}[by]()).reset_index()
-    return trials.assign(loss=trials["loss"].where(trials["outcome"] == "done"))
+    trials["loss"] = trials["loss"].where(trials["outcome"] == "done")
+    for values, of_setup in trials.groupby(shared, sort=False):
+        stopped = of_setup.loc[of_setup["outcome"] == STOPPED, "lr"]
+        left = of_setup[(of_setup["outcome"] == "done") & ~of_setup["lr"].isin(stopped)]
+        if len(left):
+            seeds = set.intersection(*(set(of_rate["seed"]) for _, of_rate in left.groupby("lr")))
+            if not seeds:
+                raise ValueError(f"The rates of {values} have no seed in common; run each of them with one at least.")
+            yield dict(zip(shared, values, strict=True)), _choose_rates(of_setup, sorted(seeds), slack)
 
 
 # Grids that are widened until the best rate is inside
@@ -328,7 +326,7 @@ def tune(
             setup: [replace(template, lr=lr, seed=seed) for lr in grids[setup] for seed in seeds]
             for setup, template in setups.items()
         }
-        frame = labelled(ablate(model_factory, task, [*chain(*trials.values())], place, **options), trials)
+        frame = _ablate_setups(model_factory, task, trials, place, **options)
         return frame, _choices_by_setup(frame, seeds)
 
     with nullcontext(folder) if folder is not None else TemporaryDirectory() as place:
@@ -339,7 +337,18 @@ def _choices_by_setup(frame: pandas.DataFrame, seeds: Sequence[int]) -> dict[str
     return {str(setup): choose_rate(last_rows(rows), seeds) for setup, rows in frame.groupby("setup")}
 
 
-def labelled(table: pandas.DataFrame, trials: Mapping[str, Sequence[Trial]]) -> pandas.DataFrame:
+def _ablate_setups(
+    model_factory: nn.Module | Factory,
+    task: Task | Callable[[], Task],
+    trials: Mapping[str, Sequence[Trial]],
+    folder: str | Path | None,
+    **options: Any,
+) -> pandas.DataFrame:
+    """Return the table of :func:`ablate` for the trials of several setups, with a column ``setup``."""
+    return label_setups(ablate(model_factory, task, [*chain(*trials.values())], folder, **options), trials)
+
+
+def label_setups(table: pandas.DataFrame, trials: Mapping[str, Sequence[Trial]]) -> pandas.DataFrame:
     """Return a sweep's table with a column ``setup``, setup after setup; trials that two setups share are there twice.
 
     Args:
@@ -429,8 +438,7 @@ def by_size(
 
     def run(size: int, seed: int, lrs: Grids) -> pandas.DataFrame:
         trials = {setup: [trial_of(setup, lr, seed, size) for lr in rates] for setup, rates in lrs.items()}
-        table = ablate(model_factory, task_of(size, seed), [*chain(*trials.values())], folder, **options)
-        return labelled(table, trials).assign(n_train=size)
+        return _ablate_setups(model_factory, task_of(size, seed), trials, folder, **options).assign(n_train=size)
 
     for size in sizes:
         frames, best = tune_by_seed(partial(run, size), lrs, seeds[:choose], widen)
@@ -479,10 +487,10 @@ class Study:
         judging: other seeds, which train at the rate that was chosen; none, if the rates are all that is asked for.
         chosen_on: how many validation examples choose, from the first.
         judged_on: of each part, how many examples judge.
-        block: neighbouring examples that are drawn together (:mod:`lora_lab.ablation.blocks`).
+        block: neighbouring examples that are drawn together (:mod:`lora_lab.ablation.stats`).
         widen, beyond: how many rates may be added to a grid, and shall lie on either side of its best.
         answered: whether the answers to the prompts of the test part judge, too (as for
-            :class:`lora_lab.ablation.blocks.BlockLosses`).
+            :class:`lora_lab.ablation.stats.BlockLosses`).
 
     Raises:
         ValueError: a setup has no rates or a rate no setup, or a seed both chooses and judges.
@@ -564,8 +572,7 @@ def compare_tuned(
         judge = BlockLosses(study.judged_on, study.block, study.answered)
         parts = "-".join(f"{part}-{examples}" for part, examples in study.judged_on.items())
         place = Path(folder) / f"judging-{parts}-{study.block}{'-answered' * study.answered}"
-        table = ablate(model_factory, task, [*chain(*trials.values())], place, judge=judge, **options)
-        judged = labelled(table, trials)
+        judged = _ablate_setups(model_factory, task, trials, place, judge=judge, **options)
         yield judged.assign(stage="judging", edge=judged["setup"].map(edges))
 
 
@@ -582,7 +589,7 @@ def compare_losses(
 ) -> pandas.DataFrame:
     """Compare each setup's loss with the reference's, after the last step of the judging trials.
 
-    The interval is that of :func:`lora_lab.ablation.stats.outer_interval`. It does not include the uncertainty in the
+    The interval is that of :func:`lora_lab.ablation.stats.outer_bounds`. It does not include the uncertainty in the
     choice of the rates.
 
     Args:
@@ -614,7 +621,7 @@ def compare_losses(
         why = "failed"
         if setup in losses:
             paired = losses[setup] - losses[reference]
-            lower, upper = outer_interval(paired, resamples, seed)
+            lower, upper = outer_bounds(paired, (1 + CONFIDENCE) / 2, resamples, seed)
             row |= {"loss": losses[setup].mean(), "difference": paired.mean(), "lower": lower, "upper": upper}
             why = "edge" if first["edge"][setup] or first["edge"][reference] else ""
             why = "reference" if setup == reference else why
@@ -648,13 +655,11 @@ def compare_by_seed(best: pandas.DataFrame, column: str, reference: str = "full"
         table = of_size.pivot(index="seed", columns="setup", values=column)
         for setup in of_size["setup"].unique():
             values = table[setup].dropna()
-            row = size | {"setup": setup, "mean": values.mean()}
-            row |= {"least": values.min(), "most": values.max(), "seeds": len(values)}
-            if setup != reference and reference in table:
-                paired = (table[setup] - table[reference]).dropna().tolist()
-                if paired:
-                    row |= dict(zip(("difference", "lower", "upper"), t_bounds(paired), strict=True))
-            rows.append(row)
+            row = {"mean": values.mean(), "least": values.min(), "most": values.max(), "seeds": len(values)}
+            paired = (table[setup] - table[reference]).dropna().tolist() if reference in table else []
+            if paired and setup != reference:
+                row |= dict(zip(("difference", "lower", "upper"), t_bounds(paired), strict=True))
+            rows.append({**size, "setup": setup, **row})
     return pandas.DataFrame(rows)
 
 
@@ -669,7 +674,6 @@ def each_size(frame: pandas.DataFrame) -> Iterator[tuple[dict[str, Any], pandas.
 
 # Which rank is enough
 
-_NEEDED = ("method", "rank", "lr", "seed", "steps", "outcome", "step", "validation_loss", "test_loss")
 # All else is a setting, and settings must be equal for a comparison to be one.
 _MAY_VARY = ("key", "rank", "alpha", "lr", "seed", *OUTCOME, *PROVENANCE)
 _STATUS = {"lower": "enough", "equal": "enough", "higher": "too small", "open": "open"}
@@ -714,14 +718,9 @@ class RankVerdict:
     notes: tuple[str, ...] = ()
 
     @property
-    def decided(self) -> bool:
-        """Whether there is an answer."""
-        return self.rank is not None
-
-    @property
     def answer(self) -> str:
         """The verdict in a few words."""
-        return f"rank {self.rank} is enough" if self.decided else "undecided"
+        return "undecided" if self.rank is None else f"rank {self.rank} is enough"
 
     @property
     def losses(self) -> dict[int, float]:
@@ -740,18 +739,18 @@ class RankVerdict:
         return {"answer": self.answer, **asdict(self)}
 
     def __str__(self) -> str:
-        formats = {"lr": "10.3g", "test_loss": "10.4f", "difference": "+12.4f", "lower": "+10.4f", "upper": "+10.4f"}
+        def show(value: float | None, width: int, form: str) -> str:
+            return f"{'-' if value is None else format(value, form):>{width}}"
+
         lines = [
-            f"{self.method}: {f'rank {self.rank}' if self.decided else 'undecided'}: {self.reason}",
-            f"{len(self.seeds)} seed{'s' if len(self.seeds) != 1 else ''}, margin {self.margin:g}; losses on the test "
+            f"{self.method}: {'undecided' if self.rank is None else f'rank {self.rank}'}: {self.reason}",
+            f"{len(self.seeds)} seed{'s' * (len(self.seeds) != 1)}, margin {self.margin:g}; losses on the test "
             f"part; differences from the largest rank, with one-sided {CONFIDENCE:.0%} bounds",
             f"{'rank':>6}{'rate':>10}{'loss':>10}{'difference':>12}{'lower':>10}{'upper':>10}  status",
         ]
         for one in self.ranks:
-            line = f"{one.rank:>6}"
-            for name, form in formats.items():
-                value = getattr(one, name)
-                line += f"{'-':>{form.strip('+').partition('.')[0]}}" if value is None else format(value, form)
+            line = f"{one.rank:>6}{show(one.lr, 10, '.3g')}{show(one.test_loss, 10, '.4f')}"
+            line += show(one.difference, 12, "+.4f") + show(one.lower, 10, "+.4f") + show(one.upper, 10, "+.4f")
             lines.append(f"{line}  {one.status}{f': {one.note}' if one.note else ''}")
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
@@ -769,7 +768,7 @@ def smallest_sufficient_rank(frame: pandas.DataFrame, margin: float = 0.01, meth
         method: which method, where the frame has several with ranks.
 
     Raises:
-        ValueError: the margin is not positive; or the frame lacks columns, mixes settings, holds a trial twice, has
+        ValueError: the margin is not positive; or the frame mixes settings, holds a trial twice, has
             fewer than two ranks, or has several methods and none was named.
     """
     margin = check(margin, Positive, "margin")
@@ -799,20 +798,21 @@ def smallest_sufficient_rank(frame: pandas.DataFrame, margin: float = 0.01, meth
 
 def _comparable(frame: pandas.DataFrame, method: str | None) -> pandas.DataFrame:
     """Return the last row of each trial of the method, after a check that they can be compared with each other."""
-    if missing := [name for name in _NEEDED if name not in frame]:
-        raise ValueError(f"The frame lacks the columns {missing}; give what ablate or load returns.")
     with_ranks = frame[frame["rank"].notna()]
     methods = sorted(with_ranks["method"].unique())
     method = methods[0] if method is None and len(methods) == 1 else method
     if method not in methods:
         raise ValueError(f"method is {method!r}, but the methods with ranks in this frame are {methods}; name one.")
     rows = last_rows(with_ranks[with_ranks["method"] == method])
-    for name in map(str, rows):
-        if name not in _MAY_VARY and not name.startswith(SCORE):
-            _one_value(rows, name, "")
-    if "alpha" in rows:
-        for rank, of_rank in rows.groupby("rank"):
-            _one_value(of_rank, "alpha", f" for rank {rank:g}")
+    fixed = [name for name in map(str, rows) if name not in _MAY_VARY and not name.startswith(SCORE)]
+    by_rank = [(of_rank, ["alpha"], f" for rank {rank:g}") for rank, of_rank in rows.groupby("rank") if "alpha" in rows]
+    for part, names, where in [(rows, fixed, ""), *by_rank]:
+        for name in names:
+            if len(values := part[name].drop_duplicates().tolist()) > 1:
+                raise ValueError(
+                    f"The frame mixes {name} {values[0]!r} and {values[1]!r}{where}, which cannot be compared; select "
+                    f"one with frame[frame[{name!r}] == ...]."
+                )
     if (repeated := rows.duplicated(["rank", "lr", "seed"])).any():
         first = rows[repeated].iloc[0]
         raise ValueError(
@@ -820,15 +820,6 @@ def _comparable(frame: pandas.DataFrame, method: str | None) -> pandas.DataFrame
             "drop_duplicates removes repeated rows."
         )
     return rows
-
-
-def _one_value(rows: pandas.DataFrame, name: str, where: str) -> None:
-    values: list[Any] = rows[name].drop_duplicates().tolist()
-    if len(values) > 1:
-        raise ValueError(
-            f"The frame mixes {name} {values[0]!r} and {values[1]!r}{where}, which cannot be compared; select one "
-            f"with frame[frame[{name!r}] == ...]."
-        )
 
 
 def _ranks(ranks: Sequence[int]) -> str:

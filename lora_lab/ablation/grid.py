@@ -14,23 +14,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 
 from lora_lab.lean.step import Lean
 from lora_lab.methods import LoRA, Method
-from lora_lab.system.schema import Positive, Seed, Size, check
+from lora_lab.system.schema import Positive, Seed, Size, as_number, check
 from lora_lab.system.wording import short_repr, shortened
 from lora_lab.train import TrainConfig, check_options
 
-# What decides a run's result, in the order of a trial's file.
-_OPTIONS = (
-    *("lr", "seed", "steps", "batch_size", "schedule", "warmup", "weight_decay", "clip"),
-    *("eval_every", "eval_examples"),
-)
-BASE_DTYPE, AUTOCAST = "base_dtype", "autocast"  # and these, the first of the lean step, if they are in use
+BASE_DTYPE, AUTOCAST = "base_dtype", "autocast"  # entries of a trial's content that are there only if in use
+_NO_CHANGE = ("accumulate", "gradient_checkpointing", "lean")  # of a result
 _MOST = 1_000_000  # trials of a grid
 _KEY_LENGTH = 16  # hexadecimal digits: among a million trials, two share a key with probability 3e-8
 
@@ -81,17 +76,6 @@ class Trial(TrainConfig, Run):  # the last base's fields come first: Trial(metho
         for name, value in {"warmup": self.warmup_steps, "eval_every": self.evaluation_interval}.items():
             object.__setattr__(self, name, value)
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """The keywords of :func:`lora_lab.fit`, all of them but those that change no result.
-
-        ``batches`` and ``autocast`` are included only if they are not the default, because the keys of earlier trials
-        have no such entries. The lean step is left out, even if its ``base_dtype`` rounds.
-        """
-        options = {name: getattr(self, name) for name in _OPTIONS}
-        later = {"batches": self.batches, AUTOCAST: self.autocast}
-        return options | {name: value for name, value in later.items() if value != getattr(TrainConfig, name)}
-
     @cached_property
     def key(self) -> str:
         """The trial's identity: 16 hexadecimal digits of the SHA-256 of its content as canonical JSON."""
@@ -105,7 +89,7 @@ class Trial(TrainConfig, Run):  # the last base's fields come first: Trial(metho
         return hash(self.key)
 
     def bound(self, task: str, model: str) -> Trial:
-        """The same trial on the task and the model of these fingerprints.
+        """Return the same trial on the task and the model of these fingerprints.
 
         Raises:
             ValueError: it is bound to others already.
@@ -120,31 +104,30 @@ class Trial(TrainConfig, Run):  # the last base's fields come first: Trial(metho
         return replace(self, task=task, model=model)
 
     def to_dict(self) -> dict[str, Any]:
-        """The content in values of JSON, each in one form only."""
-        content = {"method": self.method.settings(), **self.options, "task": self.task, "model": self.model}
-        if isinstance(self.lean, Lean) and self.lean.base_dtype is not None:  # the keys of earlier trials have none
+        """Return the content in values of JSON, each in one form only."""
+        settings = {name: value for name, value in self.settings().items() if name not in _NO_CHANGE}
+        content = {"method": self.method.settings(), **settings, "task": self.task, "model": self.model}
+        if isinstance(self.lean, Lean) and self.lean.base_dtype is not None:
             content[BASE_DTYPE] = str(self.lean.base_dtype)
-        if self.autocast is not None:
-            content[AUTOCAST] = str(self.autocast)  # in place of the dtype
         return {name: _plain(value) for name, value in content.items()}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Trial:
-        """The trial of which :meth:`to_dict` gave the content.
+        """Return the trial of which :meth:`to_dict` gave the content.
 
         Raises:
             ValueError: an entry is missing or unknown, or the method is not known here.
         """
         try:
-            settings = {**content["method"]}  # a TypeError where it is no mapping
+            settings = {**content["method"]}
             name, methods = settings.pop("name"), _methods()
             if name not in methods:
                 raise ValueError(f"The method {name!r} is not known here; import the module that defines it first.")
             options = {**content, "method": methods[name](**settings)}
             if BASE_DTYPE in options:
-                options["lean"] = Lean(_dtype(BASE_DTYPE, options.pop(BASE_DTYPE)))
+                options["lean"] = Lean(_dtype(options.pop(BASE_DTYPE)))
             if AUTOCAST in options:
-                options[AUTOCAST] = _dtype(AUTOCAST, options[AUTOCAST])
+                options[AUTOCAST] = _dtype(options[AUTOCAST])
             return cls(**options)
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             reason = shortened(str(error))
@@ -154,8 +137,8 @@ class Trial(TrainConfig, Run):  # the last base's fields come first: Trial(metho
 _VARIED = ("method", "lr", "seed")  # by a grid
 
 
-class Grid(Sequence[Trial]):
-    """All combinations of methods, ranks, learning rates and seeds, as a sequence of trials without repeats.
+class Grid(list[Trial]):
+    """All combinations of methods, ranks, learning rates and seeds, as a list of trials without repeats.
 
         Grid(ranks=[1, 2, 4, 8], lrs=[3e-3, 1e-2], seeds=range(5), steps=200, alpha_per_rank=2)
 
@@ -210,32 +193,22 @@ class Grid(Sequence[Trial]):
             for lr in lrs
             for seed in seeds
         )
-        self._trials = tuple(dict.fromkeys(trials))
-
-    def __len__(self) -> int:
-        return len(self._trials)
-
-    def __getitem__(self, position: Any) -> Any:
-        return self._trials[position]
+        super().__init__(dict.fromkeys(trials))
 
     def __repr__(self) -> str:
         return f"Grid of {len(self)} trials"
 
 
-def _dtype(entry: str, name: str) -> torch.dtype:
-    """The dtype of which ``str`` gave the name, which is an entry of a trial's content.
-
-    Raises:
-        ValueError: there is none.
-    """
+def _dtype(name: str) -> torch.dtype:
+    """Return the dtype of which ``str`` gave the name."""
     dtype = getattr(torch, str(name).removeprefix("torch."), None)
     if str(dtype) != name or not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{entry} is {name!r}, but it must be a dtype's name, such as 'torch.bfloat16'.")
+        raise ValueError(f"{name!r} is no dtype's name, such as 'torch.bfloat16'.")
     return dtype
 
 
 def _methods() -> dict[str, type[Method]]:
-    """The classes of methods by name, users' own included; where two share a name, the later one counts."""
+    """Return the classes of methods by name, users' own included; where two share a name, the later one counts."""
 
     def family(parent: type[Method]) -> list[type[Method]]:
         return [parent, *itertools.chain.from_iterable(map(family, parent.__subclasses__()))]
@@ -244,21 +217,15 @@ def _methods() -> dict[str, type[Method]]:
 
 
 def _address(method: type[Method] | None) -> tuple[str, str] | None:
-    """Where a class is defined: running a notebook's cell again makes a new class with the same address."""
+    """Return where a class is defined: running a notebook's cell again makes a new class with the same address."""
     return method and (method.__module__, method.__qualname__)
 
 
 def _plain(value: Any) -> Any:
-    """A value in JSON's types, and equal values in one form: 16.0 is 16, -0.0 is 0, a tuple is a list."""
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, Integral):
+    """Return a value in JSON's types, and equal values in one form: 16.0 is 16, -0.0 is 0, a tuple is a list."""
+    value = as_number(value)
+    if isinstance(value, float) and value.is_integer():
         return int(value)
-    if isinstance(value, Real) and math.isfinite(value):
-        number = float(value)
-        return int(number) if number.is_integer() else number
     if isinstance(value, Mapping):
-        return {str(name): _plain(entry) for name, entry in value.items()}
-    if isinstance(value, Sequence):
-        return [_plain(entry) for entry in value]
-    raise ValueError(f"{value!r} has no place in a trial; its values are texts, finite numbers, lists and dicts.")
+        return {name: _plain(entry) for name, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value

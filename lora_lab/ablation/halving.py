@@ -69,7 +69,7 @@ class GroupSteps:
 
     @classmethod
     def of(cls, trial: Trial) -> GroupSteps:
-        """A trial's plan."""
+        """Return those of a trial's group."""
         evaluated = [step for step in range(1, trial.steps + 1) if trial.evaluates(step)]
         return cls(trial.steps, trial.warmup_steps, evaluated, trial.schedule != "constant")
 
@@ -133,11 +133,11 @@ class Halving:
                 )
 
     def choosing(self, seeds: Iterable[int]) -> list[int]:
-        """Those of a group's seeds that choose the rate, ascending."""
+        """Return those of a group's seeds that choose the rate, ascending."""
         return sorted(set(seeds))[: self.choose]
 
     def rungs_at(self, plan: GroupSteps) -> list[tuple[int, int | None]]:
-        """The steps of the rungs, each with the evaluation from which the trend is followed."""
+        """Return the steps of the rungs, each with the evaluation from which the trend is followed."""
         rungs = {}
         for share in self.rungs:
             step = next((each for each in plan.evaluated if each >= share * plan.steps), plan.steps)
@@ -147,7 +147,7 @@ class Halving:
         return list(rungs.items())
 
     def decide(self, curves: Curves, plan: GroupSteps, failed: Collection[float] = ()) -> Decision:
-        """Which rates are stopped; the same answer for the same curves, however far they go beyond the rungs.
+        """Decide which rates are stopped: the same answer for the same curves, however far they go beyond the rungs.
 
         Args:
             curves: of the seeds that choose, as far as they are known.
@@ -212,7 +212,7 @@ class Halving:
 def next_round(
     halving: Halving, trials: Iterable[Trial], results: Mapping[str, Mapping[str, Any]]
 ) -> tuple[dict[int | None, list[Trial]], dict[Trial, str]]:
-    """What a sweep does next: the trials that must train, by the step to which (None is the end), and those stopped.
+    """Return what a sweep does next: the trials to train, by the step to which (None is the end), and those stopped.
 
     Args:
         halving: the rule.
@@ -246,7 +246,7 @@ def next_round(
 
 
 def _groups(trials: Iterable[Trial]) -> list[list[Trial]]:
-    """Trials that differ in learning rate and seed alone, together."""
+    """Return trials that differ in learning rate and seed alone, together."""
     groups: dict[Trial, list[Trial]] = {}
     for trial in trials:
         groups.setdefault(replace(trial, lr=1.0, seed=0), []).append(trial)
@@ -254,13 +254,13 @@ def _groups(trials: Iterable[Trial]) -> list[list[Trial]]:
 
 
 def _curve(result: Mapping[str, Any] | None) -> dict[int, float]:
-    """The validation losses by step, as far as they are known."""
+    """Return the validation losses by step, as far as they are known."""
     rows = result["history"]["rows"] if result and result["history"] else []
     return {row["step"]: row["validation_loss"] for row in rows if row["validation_loss"] is not None}
 
 
 def replay(frame: pandas.DataFrame, halving: Halving, group: Sequence[str] = ("method", "rank")) -> pandas.DataFrame:
-    """The frame that :func:`lora_lab.ablation.ablate` would have returned with ``halving``, from one without.
+    """Return the frame that :func:`lora_lab.ablation.ablate` would have returned with ``halving``, from one without.
 
     Args:
         frame: what ablate returned, each trial evaluated several times. Without a column ``warmup``, a tenth of the
@@ -275,10 +275,11 @@ def replay(frame: pandas.DataFrame, halving: Halving, group: Sequence[str] = ("m
     parts, rungs = [], 0
     for _, of_group in frame.groupby([*group], sort=False, dropna=False):
         first, seeds = of_group.iloc[0], halving.choosing(of_group["seed"])
-        curves: Any = {  # pandas knows no types of keys
-            lr: {seed: _by_step(rows) for seed, rows in of_rate.groupby("seed") if seed in seeds}
-            for lr, of_rate in of_group[of_group["outcome"] == "done"].groupby("lr")
-        }
+        curves: dict[Any, dict[Any, dict[int, float]]] = {}  # pandas knows no types of keys
+        for (lr, seed), rows in of_group[of_group["outcome"] == "done"].groupby(["lr", "seed"]):
+            at_rate = curves.setdefault(lr, {})
+            if seed in seeds:
+                at_rate[seed] = dict(zip(rows["step"].astype(int), rows["validation_loss"], strict=True))
         steps_of = [set(curve) for by_seed in curves.values() for curve in by_seed.values()]
         evaluated = sorted(set.intersection(*steps_of)) if steps_of else []
         steps = int(first["steps"])
@@ -290,10 +291,9 @@ def replay(frame: pandas.DataFrame, halving: Halving, group: Sequence[str] = ("m
             if step is not None:  # when a seed failed is not recorded, so the others count in full
                 at_rate = of_group["lr"] == lr
                 begun = of_group["step"] <= of_group["seed"].isin(seeds) * step  # the other seeds' settings alone
-                results = [name for name in map(str, frame) if name == "test_loss" or name.startswith(SCORE)]
-                stopped = of_group[at_rate & begun].assign(
-                    outcome=STOPPED, reason=reason, **dict.fromkeys(results, math.nan)
-                )
+                unknown = [name for name in map(str, frame) if name == "test_loss" or name.startswith(SCORE)]
+                stopped = of_group[at_rate & begun].assign(outcome=STOPPED, reason=reason)
+                stopped[unknown] = math.nan
                 of_group = pandas.concat([of_group[~at_rate], stopped])
         parts.append(of_group)
     if not rungs:
@@ -304,12 +304,8 @@ def replay(frame: pandas.DataFrame, halving: Halving, group: Sequence[str] = ("m
     return pandas.concat(parts, ignore_index=True)
 
 
-def _by_step(rows: pandas.DataFrame) -> dict[int, float]:
-    return dict(zip(rows["step"].astype(int), rows["validation_loss"], strict=True))
-
-
 def share_of_steps(frame: pandas.DataFrame) -> float:
-    """The steps that a frame's trials took, as a share of those that they were to take; failed ones count in full."""
+    """Return the steps that trials took, as a share of those that they were to take; failed ones count in full."""
     last = frame.assign(taken=frame["step"].where(frame["outcome"] == STOPPED, frame["steps"]).fillna(0))
     names = ("key",) if "key" in frame else ("n_train", "setup", "method", "rank", "lr", "seed")
     identity = [name for name in names if name in frame]

@@ -24,18 +24,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora_lab.ablation.blocks import losses_by_seed
 from lora_lab.ablation.compare import last_rows
-from lora_lab.ablation.stats import CONFIDENCE, RESAMPLES, interval, resampled_means
+from lora_lab.ablation.stats import CONFIDENCE, RESAMPLES, interval, losses_by_seed, resampled_means
 
 if TYPE_CHECKING:
     import pandas
 
 
 def losses_by_rate(frame: pandas.DataFrame) -> dict[float, np.ndarray]:
-    """rate -> the validation losses of one setup's trials after the last step, (seeds, blocks of examples).
+    """Return rate -> the validation losses of one setup's trials after the last step, (seeds, blocks of examples).
 
-    There are several blocks if the trials were judged by :class:`lora_lab.ablation.blocks.BlockLosses`. Only rates that
+    There are several blocks if the trials were judged by :class:`lora_lab.ablation.stats.BlockLosses`. Only rates that
     have a result for every seed are there.
 
     Raises:
@@ -84,15 +83,12 @@ class BestRate:
 
 
 def best_rate(losses: Mapping[float, np.ndarray], resamples: int = RESAMPLES, seed: int = 0) -> BestRate:
-    """The vertex of the parabola around the rate of the lowest mean loss, with its interval.
+    """Return the vertex of the parabola around the rate of the lowest mean loss, with its interval.
 
     Args:
         losses: rate -> losses (seeds, blocks), the same seeds and examples for all rates.
         resamples: of the bootstrap.
         seed: of the resampling.
-
-    Raises:
-        ValueError: the losses of two rates differ in shape, or there is no rate.
     """
     rates, values = _stacked(losses)
     means = values.mean(axis=(1, 2))  # (rates,)
@@ -113,7 +109,7 @@ def best_rate(losses: Mapping[float, np.ndarray], resamples: int = RESAMPLES, se
 
 
 def sample_vertices(losses: Mapping[float, np.ndarray], resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """log(lr*) in each sample of the bootstrap, (resamples,); infinite where the lowest mean is at an edge.
+    """Return log(lr*) in each sample of the bootstrap, (resamples,); infinite where the lowest mean is at an edge.
 
     Setups that were trained on the same seeds and judged on the same examples, and are resampled by the same ``seed``,
     share their samples, so that differences of these numbers are paired.
@@ -123,13 +119,13 @@ def sample_vertices(losses: Mapping[float, np.ndarray], resamples: int = RESAMPL
 
 
 def slope(samples: Mapping[int, np.ndarray] | Mapping[float, np.ndarray]) -> tuple[float, float, float]:
-    """How the best rate goes with a size x, such as the rank: p in lr* ~ x^p, as :func:`powers` with one size."""
+    """Return how the best rate goes with one size, such as the rank: p in lr* ~ x^p, as :func:`powers`."""
     (power,) = powers({(x,): of_size for x, of_size in samples.items()})
     return power
 
 
 def powers(samples: Mapping[tuple[float, ...], np.ndarray]) -> list[tuple[float, float, float]]:
-    """How the best rate goes with several sizes, such as alpha and rank: p and q in lr* ~ x^p y^q.
+    """Return how the best rate goes with several sizes, such as alpha and rank: p and q in lr* ~ x^p y^q.
 
     By least squares in logarithms. Where a best rate is beyond its grid it may be anywhere there, and so may the power.
 
@@ -158,7 +154,7 @@ def powers(samples: Mapping[tuple[float, ...], np.ndarray]) -> list[tuple[float,
 
 
 def ratio_interval(above: np.ndarray, below: np.ndarray) -> tuple[float, float]:
-    """The two-sided 95 % interval of a ratio of best rates, 0 or infinite where a grid does not bound it.
+    """Return the two-sided 95 % interval of a ratio of best rates, 0 or infinite where a grid does not bound it.
 
     Args:
         above, below: what :func:`sample_vertices` returned for the two, with equal samples.
@@ -169,25 +165,20 @@ def ratio_interval(above: np.ndarray, below: np.ndarray) -> tuple[float, float]:
 
 
 def _bounds(samples: np.ndarray) -> tuple[float, float]:
-    """The interval of samples of which some may be unknown (NaN): those count as the lowest and as the highest."""
+    """Return the interval of samples; those unknown (NaN) count as the lowest and as the highest."""
     lower, _ = interval(np.nan_to_num(samples, nan=-math.inf, posinf=math.inf, neginf=-math.inf))
     _, upper = interval(np.nan_to_num(samples, nan=math.inf, posinf=math.inf, neginf=-math.inf))
     return lower, upper
 
 
 def _stacked(losses: Mapping[float, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Ascending rates, and their losses (rates, seeds, blocks)."""
-    if not losses:
-        raise ValueError("There are no learning rates; give the losses of at least one.")
-    shapes = {np.shape(values) for values in losses.values()}
-    if len(shapes) > 1 or len(next(iter(shapes))) != 2:
-        raise ValueError(f"losses have the shapes {sorted(shapes)}, but all must have one, (seeds, blocks).")
+    """Return ascending rates, and their losses (rates, seeds, blocks)."""
     rates = np.array(sorted(losses))
     return rates, np.array([losses[rate] for rate in rates])
 
 
 def _log_vertices(x: np.ndarray, means: np.ndarray) -> np.ndarray:
-    """Vertices (samples,) from log rates x (rates,) and mean losses (rates, samples); infinite at an edge."""
+    """Return vertices (samples,) from log rates x (rates,) and mean losses (rates, samples); infinite at an edge."""
     lowest = means.argmin(axis=0)  # (samples,)
     vertices = np.where(lowest == 0, -math.inf, math.inf)  # (samples,)
     (inside,) = np.nonzero((lowest > 0) & (lowest < len(x) - 1))

@@ -21,9 +21,9 @@ so it is a little too good; this holds for all methods alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -36,11 +36,10 @@ if TYPE_CHECKING:
 
 _WORDS = {"lower": "less", "higher": "more", "equal": "open", "open": "open"}  # how much a setup overfits or forgets
 _PLACES = (0.5, 0.0, 1.0)  # where in its steps a mean training loss may lie
-_NEEDED = ("setup", "lr", "seed", "outcome", "step", "validation_loss", "off_domain_loss", "gap")
 
 
 def summarise_trials(frame: pandas.DataFrame) -> pandas.DataFrame:
-    """One row for each trial that ended well.
+    """Return one row for each trial that ended well.
 
     Columns: those of the trial (``n_train`` if there is one, ``setup``, ``lr``, ``seed``); ``best_step``, the step
     of the lowest validation loss, where early stopping stops; ``best_loss`` there; ``learned``, how far below the loss
@@ -50,18 +49,15 @@ def summarise_trials(frame: pandas.DataFrame) -> pandas.DataFrame:
     them.
 
     Raises:
-        ValueError: the frame lacks a column, or a trial its evaluation before training.
+        ValueError: a trial lacks its evaluation before training, or has two of one step.
     """
     import pandas
 
-    if missing := [name for name in _NEEDED if name not in frame]:
-        raise ValueError(f"The frame lacks the columns {missing}; give what ablate returns, with a column 'setup'.")
-    by, rows = _identity(frame), []
-    for values, curve in frame[frame["outcome"] == "done"].groupby(by, sort=False):
-        curve = curve.sort_values("step")
+    rows = []
+    for trial, curve in _each_curve(frame[frame["outcome"] == "done"]):
         first, last = curve.iloc[0], curve.iloc[-1]
         if first["step"] != 0 or curve["step"].duplicated().any():
-            raise ValueError(f"The trial {first[by].to_dict()} needs one row for each step, from 0 on.")
+            raise ValueError(f"The trial {trial} needs one row for each step, from 0 on.")
         best = curve.iloc[int(curve["validation_loss"].argmin())]
         row = {
             "best_step": int(best["step"]),
@@ -74,12 +70,12 @@ def summarise_trials(frame: pandas.DataFrame) -> pandas.DataFrame:
             "forgotten_at_last": last["off_domain_loss"] - first["off_domain_loss"],
         }
         row |= {name: last[name] for name in map(str, curve) if name == "test_loss" or name.startswith(SCORE)}
-        rows.append(dict(zip(by, values, strict=True)) | row)
+        rows.append(trial | row)
     return pandas.DataFrame(rows)
 
 
 def at_equal_learning(frame: pandas.DataFrame, best: pandas.DataFrame, share: float = 1.0) -> pandas.DataFrame:
-    """What each method had forgotten when all had learned as much: the price of the same gain.
+    """Return what each method had forgotten when all had learned as much: the price of the same gain.
 
     For each seed the amount is what the method that learned least had learned at its best. Each curve is followed from
     the start to where it first gets there, on straight lines between evaluations. A seed for which some method learned
@@ -105,9 +101,9 @@ def at_equal_learning(frame: pandas.DataFrame, best: pandas.DataFrame, share: fl
         raise ValueError(f"share is {share}, but it must be above 0 and at most 1.")
     by, rows = _identity(frame), []
     common = [name for name in by if name not in ("setup", "lr")]  # what the methods that are compared share
-    frame = frame.merge(best[by].drop_duplicates())  # the other trials' curves are not needed
-    curves = {values: curve.sort_values("step") for values, curve in frame.groupby(by)}
-    for values, compared in best.groupby(common):
+    chosen = frame.merge(best[by].drop_duplicates())  # the other trials' curves are not needed
+    curves = {tuple(trial.values()): curve for trial, curve in _each_curve(chosen)}
+    for _, compared in best.groupby(common):
         amount = share * compared["learned"].min()
         if not amount > 0:
             continue
@@ -115,8 +111,7 @@ def at_equal_learning(frame: pandas.DataFrame, best: pandas.DataFrame, share: fl
             curve = curves[tuple(trial[name] for name in by)]
             learned = (curve["validation_loss"].iloc[0] - curve["validation_loss"]).tolist()
             lost = (curve["off_domain_loss"] - curve["off_domain_loss"].iloc[0]).tolist()
-            row = {**dict(zip(common, values, strict=True)), "setup": trial["setup"], "learned": amount}
-            rows.append({**row, "forgotten": interpolate_at(learned, lost, amount)})
+            rows.append(trial | {"learned": amount, "forgotten": interpolate_at(learned, lost, amount)})
     return pandas.DataFrame(rows, columns=[*common, "setup", "learned", "forgotten"])
 
 
@@ -127,7 +122,7 @@ def compare_over_rates(
     share: float | None = None,
     train_loss: float | None = None,
 ) -> pandas.DataFrame:
-    """Each method compared with one, over all pairs of their rates: does a difference depend on the rate chosen?
+    """Compare each method with one over all pairs of their rates: does a difference depend on the rate chosen?
 
     Args:
         frame: as for :func:`summarise_trials`; each method at the rates that might be chosen, see `best_rates`.
@@ -147,23 +142,25 @@ def compare_over_rates(
     """
     import pandas
 
-    trials, rows = summarise_trials(frame), []
+    trials, by, rows = summarise_trials(frame), _identity(frame), []
     if reference not in set(trials["setup"]):
         raise ValueError(f"There is no method {reference!r} to compare with; there are {sorted(set(trials['setup']))}.")
+
+    def compared(pair: pandas.DataFrame) -> list[pandas.DataFrame]:
+        """Return what two setups at one rate each are compared by."""
+        if share is not None:
+            return [at_equal_learning(frame, pair, share)]
+        if train_loss is not None:
+            return [at_training_loss(frame.merge(pair[by]), [train_loss], place) for place in _PLACES]
+        return [pair]
+
     for size, of_size in each_size(trials):
         references = [at_rate for _, at_rate in of_size[of_size["setup"] == reference].groupby("lr")]
         for setup, of_setup in of_size[of_size["setup"] != reference].groupby("setup", sort=False):
             others = [at_rate for _, at_rate in of_setup.groupby("lr")]
-            pairs = [pandas.concat(pair) for pair in product(references, others)]
+            pairs = [table for pair in product(references, others) for table in compared(pandas.concat(pair))]
             if not pairs:
                 continue
-            if share is not None:
-                curves = frame[frame["setup"].isin([reference, setup])]
-                pairs = [at_equal_learning(curves, pair, share) for pair in pairs]
-            elif train_loss is not None:
-                by = _identity(frame)
-                curves = [frame.merge(pair[by]) for pair in pairs]
-                pairs = [at_training_loss(curve, [train_loss], place) for curve in curves for place in _PLACES]
             complete = all({reference, setup} <= set(pair["setup"]) for pair in pairs)
             tables = [compare_by_seed(pair, column, reference) for pair in pairs if complete]
             bounds = pandas.concat(tables).query("setup == @setup") if complete else pandas.DataFrame()
@@ -172,13 +169,12 @@ def compare_over_rates(
             words = set(_words(bounds))
             verdict = "flips" if {"less", "more"} <= words else words.pop() if len(words) == 1 else "open"
             row = size | {"setup": setup, "pairs": len(references) * len(others)}
-            row |= {"lower": bounds["lower"].min(), "upper": bounds["upper"].max(), "verdict": verdict}
-            rows.append(row)
+            rows.append(row | {"lower": bounds["lower"].min(), "upper": bounds["upper"].max(), "verdict": verdict})
     return pandas.DataFrame(rows)
 
 
 def by_stopping_point(frame: pandas.DataFrame, column: str = "overfit", reference: str = "full") -> pandas.DataFrame:
-    """Each method compared with one as if training had stopped at each evaluation: does the last step decide?
+    """Compare each method with one as if training had stopped at each evaluation: does the last step decide?
 
     The first evaluation after the start is left out: no loss has risen there, unless training did nothing but harm.
 
@@ -204,7 +200,7 @@ def by_stopping_point(frame: pandas.DataFrame, column: str = "overfit", referenc
 
 
 def training_losses(curve: pandas.DataFrame, place: float = 0.5) -> np.ndarray:
-    """A trial's training loss at each of its evaluations, NaN where it is not known: (evaluations,).
+    """Return a trial's training loss at each of its evaluations, NaN where it is not known: (evaluations,).
 
     A history has the mean over the steps since the evaluation before (the validation loss minus the gap). Where in
     these steps the loss has that value, it does not say. Between two such places a straight line is followed.
@@ -224,7 +220,7 @@ def training_losses(curve: pandas.DataFrame, place: float = 0.5) -> np.ndarray:
 
 
 def at_training_loss(frame: pandas.DataFrame, losses: Sequence[float], place: float = 0.5) -> pandas.DataFrame:
-    """The validation loss of each trial where its training loss first comes down to given values.
+    """Return the validation loss of each trial where its training loss first comes down to given values.
 
     Between evaluations a straight line is followed.
 
@@ -239,21 +235,19 @@ def at_training_loss(frame: pandas.DataFrame, losses: Sequence[float], place: fl
     """
     import pandas
 
-    by, rows = _identity(frame), []
-    for values, curve in frame[frame["outcome"] == "done"].groupby(by, sort=False):
-        curve = curve.sort_values("step")
+    rows = []
+    for trial, curve in _each_curve(frame[frame["outcome"] == "done"]):
         known = curve.assign(training=training_losses(curve, place)).dropna(subset="training")
         validation, training = known["validation_loss"].tolist(), known["training"].tolist()
         for loss in losses:
             if training and training[0] > loss >= min(training):
                 there = interpolate_at([-value for value in training], validation, -loss)
-                identity = dict(zip(by, values, strict=True))
-                rows.append({**identity, "train_loss": loss, "validation_loss": there})
-    return pandas.DataFrame(rows, columns=[*by, "train_loss", "validation_loss"])
+                rows.append({**trial, "train_loss": loss, "validation_loss": there})
+    return pandas.DataFrame(rows, columns=[*_identity(frame), "train_loss", "validation_loss"])
 
 
 def by_training_loss(frame: pandas.DataFrame, losses: Sequence[float], reference: str = "full") -> pandas.DataFrame:
-    """The validation loss of each method compared with one's at equal training losses.
+    """Compare the validation loss of each method with one's at equal training losses.
 
     A higher validation loss at the same training loss is a larger generalisation gap, wherever training stops. It is
     decided only if it does not matter where in its steps a mean training loss is placed (:func:`training_losses`):
@@ -292,8 +286,8 @@ def by_training_loss(frame: pandas.DataFrame, losses: Sequence[float], reference
 
 
 def _of_one_rate(rows: pandas.DataFrame) -> pandas.DataFrame:
-    """The rows, after a check that each setup has one rate."""
-    for _, of_setup in rows.groupby(_shared(rows)):
+    """Return the rows, after a check that each setup has one rate."""
+    for _, of_setup in rows.groupby([name for name in ("n_train", "setup") if name in rows]):
         if len(rates := sorted(of_setup["lr"].unique())) > 1:
             raise ValueError(
                 f"The setup {of_setup['setup'].iloc[0]!r} has the rates {', '.join(map('{:g}'.format, rates))}, "
@@ -303,7 +297,7 @@ def _of_one_rate(rows: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def _with_verdicts(parts: Sequence[pandas.DataFrame], reference: str) -> pandas.DataFrame:
-    """Comparisons with one method, together, without that method's own rows and with a verdict for each."""
+    """Return comparisons with one method, together, without that method's own rows and with a verdict for each."""
     import pandas
 
     table = pandas.concat(parts, ignore_index=True) if parts else pandas.DataFrame(columns=["setup"])
@@ -319,7 +313,7 @@ def _words(table: pandas.DataFrame) -> list[str]:
 
 
 def bounds_table(compared: pandas.DataFrame, digits: int = 2) -> pandas.DataFrame:
-    """Bounds and verdicts for reading: a row for each setup, a column for each size of the training set.
+    """Return bounds and verdicts for reading: a row for each setup, a column for each size of the training set.
 
     Args:
         compared: what :func:`compare_over_rates` returns, with sizes.
@@ -333,14 +327,14 @@ def bounds_table(compared: pandas.DataFrame, digits: int = 2) -> pandas.DataFram
 
 
 def interpolate_at(learned: Sequence[float], lost: Sequence[float], amount: float) -> float:
-    """What is lost where ``amount`` is first learned, on straight lines between evaluations.
+    """Return what is lost where ``amount`` is first learned, on straight lines between evaluations.
 
     Raises:
         ValueError: so much is never learned.
     """
-    after = next((i for i, value in enumerate(learned) if value >= amount), None)
-    if after is None:
+    if max(learned) < amount:
         raise ValueError("This run never learned that much; take the smaller amount.")
+    after = next(i for i, value in enumerate(learned) if value >= amount)
     if after == 0:
         return lost[0]
     before = after - 1
@@ -349,10 +343,12 @@ def interpolate_at(learned: Sequence[float], lost: Sequence[float], amount: floa
 
 
 def _identity(frame: pandas.DataFrame) -> list[str]:
-    """The columns that identify a trial."""
+    """Return the columns that identify a trial."""
     return [name for name in ("n_train", "setup", "lr", "seed") if name in frame]
 
 
-def _shared(frame: pandas.DataFrame) -> list[str]:
-    """The columns that the rates and seeds of a method have in common."""
-    return [name for name in _identity(frame) if name not in ("lr", "seed")]
+def _each_curve(frame: pandas.DataFrame) -> Iterator[tuple[dict[str, Any], pandas.DataFrame]]:
+    """Yield each trial, as the columns that identify it, and its rows by step."""
+    by = _identity(frame)
+    for values, curve in frame.groupby(by, sort=False):
+        yield dict(zip(by, values, strict=True)), curve.sort_values("step")

@@ -50,13 +50,13 @@ class PackedLinear(JointLinear):
         return self.project([self], x)[0]  # (640, 64) -> (640, 128)
 
     def project(self, layers: Sequence[PackedLinear], x: Tensor) -> Sequence[Tensor]:
-        """The outputs of several packed layers of one input."""
+        """Return the outputs of several packed layers of one input."""
         self._check_rows(x)
         factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
         return _PackedLinears.apply(x, layers, *factors)  # (640, 64) -> a tuple of (640, 128)
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        """The output for ``silu(gate) * up``, which the backward pass computes again, so that it is not saved."""
+        """Return the output for ``silu(gate) * up``, which is not saved: the backward pass computes it again."""
         self._check_rows(gate)
         return _GatedPackedLinear.apply(gate, up, self, self.lora_A, self.lora_B)  # 2 x (8, 64, 1536) -> (8, 64, 576)
 
@@ -84,7 +84,7 @@ class PackedLinear(JointLinear):
 def _forward(
     x: Tensor, layers: Sequence[PackedLinear], factors: Sequence[Tensor]
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """h_k = W0 x_k + scaling_k * B_k A_k x_k of each layer, x trial by trial, and scaling_k * A_k x_k of all layers."""
+    """Return W0 x_k + scaling_k * B_k A_k x_k of each layer, x trial by trial, and scaling_k * A_k x_k of all."""
     As, Bs = factors[::2], factors[1::2]
     per_trial = x.reshape(len(As[0]), -1, x.shape[-1]).to(As[0].dtype)  # (20, 32, 64): rows come trial by trial
     narrow = torch.bmm(_joined(As), per_trial.mT)  # (20, 16, 64) @ (20, 64, 32) -> (20, 16, 32)
@@ -105,7 +105,7 @@ def _backward(
     factors: Sequence[Tensor],
     needs_dx: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """The gradients of the input, or None, and of A and B of each layer in turn.
+    """Return the gradients of the input, or None, and of A and B of each layer in turn.
 
     Autograd would give the same. By hand the narrow products have their short side first, which takes half the time,
     and updates are added in place.
@@ -203,13 +203,9 @@ def _cross_entropies(model: nn.Module, inputs: Tensor, targets: Tensor, trials: 
 
 
 def _sums_in_full_precision(head: nn.Module) -> bool:
-    """Whether a head has no adapter and its slices are summed in full precision, as losses must be."""
-    if isinstance(head, LeanHead | LeanBlockHead):
-        return True
-    full = (torch.float32, torch.float64)
-    if isinstance(head, BlockLinear):
-        return head.dtype in full
-    return type(head) is nn.Linear and head.weight.dtype in full
+    """Return whether a head has no adapter and its slices are summed in full precision, as losses must be."""
+    dtype = head.dtype if isinstance(head, BlockLinear) else head.weight.dtype if type(head) is nn.Linear else None
+    return isinstance(head, LeanHead | LeanBlockHead) or dtype in (torch.float32, torch.float64)
 
 
 def _squared_errors(model: nn.Module, inputs: Tensor, targets: Tensor, trials: int) -> Tensor:

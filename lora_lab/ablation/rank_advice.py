@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -75,19 +75,18 @@ class UpdateRanks:
 
 
 def truncation_rank(losses: Mapping[int, float], margin: float) -> int:
-    """The smallest rank from which on no truncated loss is more than the margin above that of the largest rank.
+    """Return the smallest rank from which on no truncated loss is more than the margin above that of the largest rank.
 
     Args:
         losses: rank -> loss with every update cut to that rank.
         margin: the difference that does not matter, in the task's unit of loss.
     """
-    ranks = sorted(losses, reverse=True)
-    too_small = [rank for rank in ranks if losses[rank] - losses[ranks[0]] > margin]
-    return min(rank for rank in ranks if rank > max(too_small, default=0))
+    too_small = [rank for rank in losses if losses[rank] - losses[max(losses)] > margin]
+    return min(rank for rank in losses if rank > max(too_small, default=0))
 
 
 def ranks_left(frame: pandas.DataFrame, margin: float) -> tuple[int, int] | None:
-    """The ranks between which the smallest that is enough may lie, as far as a sweep tells.
+    """Return the ranks between which the smallest that is enough may lie, as far as a sweep tells.
 
     A rank is too small if the lower bound of its loss less that of the largest rank
     (:func:`lora_lab.ablation.compare.compare_losses`) is above the margin, and enough if the upper bound is below it.
@@ -114,77 +113,44 @@ def ranks_left(frame: pandas.DataFrame, margin: float) -> tuple[int, int] | None
 
 
 @dataclass(frozen=True)
-class HighRankRun:
-    """One run at a high rank: its statistics, and what the sweep on the same task says of the rank that is enough.
-
-    Args:
-        task: its name.
-        seed: of the run.
-        values: statistic -> value, of all in :data:`SPECTRAL`, :data:`TRUNCATION` and :data:`CONSTANT`.
-        largest: the rank of the run.
-        left: the ranks between which the smallest that is enough may lie (:func:`ranks_left`).
-    """
-
-    task: str
-    seed: int
-    values: Mapping[str, float]
-    largest: int
-    left: tuple[int, int]
-
-
-@dataclass(frozen=True)
 class Rule:
-    """The rank that is enough, predicted as the power of two nearest to a multiple of one statistic."""
+    """The rank that is enough, predicted as the power of two nearest to a multiple of one statistic.
+
+    Runs are a table with a row for each run at a high rank: ``task``, ``rank`` (of the run), ``low`` and ``high``
+    (:func:`ranks_left`), and a column for each statistic in :data:`SPECTRAL`, :data:`TRUNCATION` and :data:`CONSTANT`.
+    """
 
     statistic: str
     factor: float
 
-    def predict(self, values: Mapping[str, float], largest: int) -> int:
-        """The rank, at most the largest.
+    def predict(self, runs: pandas.DataFrame) -> pandas.Series:
+        """Return each run's prediction, at most its rank."""
+        doublings = (self.factor * runs[self.statistic]).map(math.log2).round()
+        return 2.0 ** doublings.clip(lower=0, upper=runs["rank"].map(math.log2).round())
 
-        Args:
-            values: statistic -> value.
-            largest: the rank of the run.
-        """
-        doublings = round(math.log2(self.factor * values[self.statistic]))
-        return 2 ** min(max(doublings, 0), round(math.log2(largest)))
-
-    def errors(self, runs: Iterable[HighRankRun]) -> dict[str, float]:
-        """Task -> mean over its runs of log2(predicted / nearest of the ranks left), in doublings."""
-
-        def error(run: HighRankRun) -> float:
-            predicted, (low, high) = self.predict(run.values, run.largest), run.left
-            return math.log2(predicted / min(max(predicted, low), high))
-
-        return mean_by_task(runs, error)
+    def errors(self, runs: pandas.DataFrame) -> pandas.Series:
+        """Return task -> mean over its runs of log2(predicted / nearest of the ranks left), in doublings."""
+        predicted = self.predict(runs)
+        doublings = (predicted / predicted.clip(lower=runs["low"], upper=runs["high"])).map(math.log2)
+        return doublings.groupby(runs["task"], sort=False).mean()
 
     def __str__(self) -> str:
         return f"{self.factor:.3g} times {self.statistic}"
 
 
-def mean_by_task(runs: Iterable[HighRankRun], number: Callable[[HighRankRun], float]) -> dict[str, float]:
-    """Return task -> mean over its runs of a number of each run."""
-    by_task: dict[str, list[float]] = {}
-    for run in runs:
-        by_task.setdefault(run.task, []).append(number(run))
-    return {task: statistics.fmean(numbers) for task, numbers in by_task.items()}
+def choose_rule(runs: pandas.DataFrame) -> Rule:
+    """Return the rule, of all statistics but the constant, whose mean absolute error on these runs is the smallest.
 
-
-def fit_rule(statistic: str, runs: Sequence[HighRankRun]) -> tuple[Rule, float]:
-    """The rule with the factor that suits most of the runs, and its mean absolute error in doublings, unrounded.
-
-    The factor is the median of (enough rank / statistic), taken over the tasks on a logarithmic scale. Each task counts
-    once. The enough rank is the smallest rank that the sweep shows to be enough.
+    A rule's factor is the median of (enough rank / statistic), taken over the tasks on a logarithmic scale, so that
+    each task counts once. The enough rank is the smallest rank that the sweep shows to be enough.
     """
-    doublings = mean_by_task(runs, lambda run: math.log2(run.left[1] / run.values[statistic])).values()
-    middle = statistics.median(doublings)
-    return Rule(statistic, 2**middle), statistics.fmean(abs(each - middle) for each in doublings)
-
-
-def choose_rule(runs: Sequence[HighRankRun]) -> Rule:
-    """The rule, of all statistics but the constant, whose mean absolute error on these runs is the smallest."""
-    fitted = [fit_rule(statistic, runs) for statistic in (*SPECTRAL, TRUNCATION)]
-    return min(fitted, key=lambda each: each[1])[0]
+    rules = []
+    for statistic in (*SPECTRAL, TRUNCATION):
+        of_runs = (runs["high"] / runs[statistic]).map(math.log2)
+        doublings = of_runs.groupby(runs["task"]).mean()  # (tasks,)
+        middle = doublings.median()
+        rules.append(((doublings - middle).abs().mean(), Rule(statistic, 2**middle)))
+    return min(rules, key=lambda each: each[0])[1]
 
 
 @dataclass(frozen=True)
@@ -231,44 +197,25 @@ def assess(rows: Iterable[Mapping[str, Any]]) -> Assessment:
     """
     import pandas
 
-    frame, runs, undecided = pandas.DataFrame([dict(row) for row in rows]), [], []
+    frame, found, undecided = pandas.DataFrame([*map(dict, rows)]), [], []
     for task, of_task in frame.groupby("data", sort=False):
-        high = of_task[of_task["stage"] == "high rank"]
-        margin = float(high["margin"].max())
-        sweep = of_task[of_task["stage"] != "high rank"]
-        left = ranks_left(sweep, margin) if len(high) else None
+        at_high_rank = of_task["stage"] == "high rank"
+        margin = float(of_task.loc[at_high_rank, "margin"].max())
+        left = ranks_left(of_task[~at_high_rank], margin) if at_high_rank.any() else None
         if left is None:
             undecided.append(str(task))
             continue
-        for row in high[high["outcome"] == "done"].to_dict("records"):
-            values = values_of({name: row[SCORE + name] for name in (*SPECTRAL, _TRUNCATED)}, margin)
-            runs.append(HighRankRun(str(task), int(row["seed"]), values, int(row["rank"]), left))
-    planted = [run for run in runs if is_planted(run.task)]
-    if not planted:
+        for row in of_task[at_high_rank & (of_task["outcome"] == "done")].to_dict("records"):
+            losses = {int(rank): loss for rank, loss in json.loads(row[SCORE + _TRUNCATED]).items()}
+            values = {name: row[SCORE + name] for name in SPECTRAL}
+            values |= {TRUNCATION: truncation_rank(losses, margin), CONSTANT: 1.0}
+            found.append({"task": str(task), "rank": row["rank"], "low": left[0], "high": left[1], **values})
+    runs = pandas.DataFrame(found, columns=["task", "rank", "low", "high", *SPECTRAL, TRUNCATION, CONSTANT])
+    planted = runs["task"].str.startswith("planted")
+    if not planted.any():
         raise ValueError("The sweeps decide no planted task, so no rule can be chosen; run more seeds of those.")
-    rule = choose_rule(planted)
-    errors, constant = rule.errors(runs), Rule(CONSTANT, GUESS).errors(runs)
-    table = []
-    for task, error in errors.items():
-        of_task = [run for run in runs if run.task == task]
-        row = {"task": task, "planted": is_planted(task)} | dict(zip(("low", "high"), of_task[0].left, strict=True))
-        row["predicted"] = [rule.predict(run.values, run.largest) for run in of_task]
-        table.append(row | {"error": error, "constant_error": constant[task]})
-    return Assessment(rule, pandas.DataFrame(table), tuple(undecided))
-
-
-def values_of(scores: Mapping[str, Any], margin: float) -> dict[str, float]:
-    """The values of all statistics from the scores of :class:`UpdateRanks`.
-
-    Args:
-        scores: by name.
-        margin: the difference that does not matter, in the task's unit of loss.
-    """
-    losses = {int(rank): loss for rank, loss in json.loads(scores[_TRUNCATED]).items()}
-    spectral = {name: float(scores[name]) for name in SPECTRAL}
-    return {**spectral, TRUNCATION: float(truncation_rank(losses, margin)), CONSTANT: 1.0}
-
-
-def is_planted(task: str) -> bool:
-    """Whether the rule is chosen on this task, by its name."""
-    return task.startswith("planted")
+    rule = choose_rule(runs[planted])
+    tasks = runs.assign(predicted=rule.predict(runs), planted=planted).groupby("task", sort=False)
+    table = tasks[["planted", "low", "high"]].first().assign(predicted=tasks["predicted"].agg(list))
+    table = table.assign(error=rule.errors(runs), constant_error=Rule(CONSTANT, GUESS).errors(runs))
+    return Assessment(rule, table.reset_index(), tuple(undecided))

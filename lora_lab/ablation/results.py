@@ -48,7 +48,7 @@ class _File(TypedDict):
 
 
 def load(folder: str | Path):
-    """The table of all results in a folder, without running anything.
+    """Return the table of all results in a folder, without running anything.
 
     Returns:
         A pandas DataFrame with one row for each trial and evaluation step, sorted by method, rank, learning rate,
@@ -125,18 +125,15 @@ def _check(result: dict[str, Any], trial: Trial) -> None:
         raise ValueError(f"outcome is {outcome!r}, with {sorted(must)}, but this one has {sorted(held)}")
     if result["history"] is None:
         return
-    rows = History.from_dict(result["history"]).rows
-    if outcome == STOPPED:
-        if not 0 < len(rows) <= trial.steps:
-            raise ValueError(f"the history has {len(rows)} rows, but it was stopped before step {trial.steps}")
-    elif len(rows) != trial.steps + 1:
-        raise ValueError(f"the history has {len(rows)} rows, but {trial.steps} steps make {trial.steps + 1}")
-    elif rows[-1]["validation_loss"] is None:
+    rows, whole = History.from_dict(result["history"]).rows, trial.steps + 1
+    if not (0 < len(rows) < whole if outcome == STOPPED else len(rows) == whole):
+        raise ValueError(f"the history has {len(rows)} rows, but {trial.steps} steps make {whole}")
+    if outcome != STOPPED and rows[-1]["validation_loss"] is None:
         raise ValueError("the last row of the history has no validation_loss")
 
 
 def table(results: Iterable[dict[str, Any]]):
-    """The table that :func:`load` describes."""
+    """Return the table that :func:`load` describes."""
     import pandas
 
     rows = [row for result in results for row in _rows(result)]

@@ -13,50 +13,56 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import itertools
 import math
 import multiprocessing
 import os
 import platform
 import shutil
 import threading
-import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, cast
+from typing import Any, Literal, TypeVar, cast
 
 import joblib
+import psutil
 import torch
 from joblib.externals.loky import BrokenProcessPool
 from joblib.parallel import get_active_backend
-from pydantic import Field
 from torch import nn
 
 from lora_lab import checkpoint
 from lora_lab.ablation import packed
-from lora_lab.ablation.grid import Trial
+from lora_lab.ablation.grid import Run, Trial
 from lora_lab.ablation.halving import PAUSED, Halving, next_round
-from lora_lab.ablation.packing import plan
+from lora_lab.ablation.packed import adapted_layers, lora_of, refusal
 from lora_lab.ablation.results import OUT_OF_MEMORY, SCHEMA, STOPPED, Scores, stored_results, table
-from lora_lab.costs.fake import Factory, copy_sharing_weights
+from lora_lab.costs.fake import Factory, copy_sharing_weights, fake_copy
+from lora_lab.costs.memory import Part, predict, saved_bytes
 from lora_lab.history import DivergedError, History
-from lora_lab.inject import adapter_state, lora_layers
+from lora_lab.inject import adapter_state
+from lora_lab.lean.step import Lean
+from lora_lab.methods import LoRA
 from lora_lab.system.device import own_randomness
 from lora_lab.system.files import as_path, check_writable, write_json
-from lora_lab.system.numbers import plain
-from lora_lab.system.progress import progress_bar
 from lora_lab.system.provenance import commit, device_name, machine_info, version
-from lora_lab.system.schema import NotNegative, check
-from lora_lab.system.wording import short_repr
-from lora_lab.task import Task, bytes_of
-from lora_lab.train import evaluate, fit, make_step
+from lora_lab.system.schema import Size, as_number, check
+from lora_lab.system.wording import progress_bar
+from lora_lab.task import Examples, Task, bytes_of
+from lora_lab.train import evaluate, fit, make_step, to_device
 
 Judge = Callable[[nn.Module, Task], Mapping[str, float | str]]
-_Jobs = Annotated[int, Field(ge=-1000, le=1000)]  # below 0, joblib counts down from the number of cores
+AnyRun = TypeVar("AnyRun", bound=Run)
+_File = dict[str, Any]  # the content of a trial's file
+_IN_THREADS = "in threads of one process, which share torch's random generators; use processes"
 _BUSY = threading.Lock()  # held while this process runs a trial
+_MOST_PACKED = 32  # larger packs gain little, and a kill loses the whole pack
+_MOST_STEPS = 3000  # of all trials of a pack on the CPU, unless the model is small: an hour or less for SmolLM2-135M
+_commit = functools.cache(commit)  # asked once: the code that runs does not change with the folder
 
 
 def ablate(
@@ -97,14 +103,14 @@ def ablate(
             without it runs them to the end. Paused trials have checkpoints in ``folder/paused``, for all workers.
 
     Raises:
-        ValueError: an unknown or empty value, a task or trials that do not fit the model, a damaged file, a backend of
-            threads, a trial that cannot be packed or halved though it must be.
+        ValueError: a wrong value, a damaged file, a backend of threads, or trials that fit no model, pack or halving.
         RuntimeError: a worker makes another model or task, was ended by the system, or did not answer in time.
     """
-    _check_values(trials, engine, n_jobs, budget_bytes, timeout_s)
+    check(engine, Literal["auto", "separate", "packed"], "engine")
+    check(len(trials), Size, "The number of trials")
     folder = None if folder is None else as_path(folder, "folder")
     make = functools.partial(copy.deepcopy, model_factory) if isinstance(model_factory, nn.Module) else model_factory
-    model, data = _module(make()), _task(task)
+    model, data = make(), _task(task)
     data.check_model(model)
     identity = {"task": data.fingerprint, "model": fingerprint(model)}
     requested = dict.fromkeys(trial.bound(**identity) for trial in trials)
@@ -113,14 +119,14 @@ def ablate(
     missing = [trial for trial in requested if trial.key not in results]
     if missing and folder is not None:
         check_writable(folder, leave=True)
-    workers = _workers(n_jobs) if missing else 1
+    workers = _count_workers(n_jobs) if missing else 1
 
     def run(model: nn.Module, trials: Sequence[Trial], pause: _Pause | None = None) -> Generator[_File]:
         planned = plan(model, data, trials, engine, budget_bytes, workers) if trials else []
         jobs = [_Job(make, task, part, together, engine, _here(), judge, pause) for part, together in planned]
         return _run_jobs(jobs, n_jobs, timeout_s if workers > 1 else None)
 
-    ended = run(model, missing) if halving is None else _in_rounds(halving, requested, stored, folder, model, run)
+    ended = run(model, missing) if halving is None else _run_in_rounds(halving, requested, stored, folder, model, run)
     del model  # each process makes its own
     with progress_bar(len(requested), "trials", progress, unit="trial", done=len(results)) as bar, closing(ended):
         for result in ended:
@@ -131,26 +137,8 @@ def ablate(
     return table(results.values())
 
 
-def _module(model: Any) -> nn.Module:
-    """Return what a factory gave, after a check that it is a model."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model_factory gave a {type(model).__name__}, but it must give a torch.nn.Module.")
-    return model
-
-
-def _check_values(trials: Sequence[Trial], engine: str, n_jobs: Any, budget_bytes: Any, timeout_s: Any) -> None:
-    """Raise ValueError if an argument of :func:`ablate` is out of its range."""
-    if engine not in ("auto", "separate", "packed"):
-        raise ValueError(f"engine is {short_repr(engine)}, but it must be 'auto', 'separate' or 'packed'.")
-    if len(trials) == 0:
-        raise ValueError("There are no trials to run; give a Grid or a list with at least one Trial.")
-    check(n_jobs, _Jobs | None, "n_jobs")
-    check(budget_bytes, NotNegative | None, "budget_bytes")
-    check(timeout_s, NotNegative, "timeout_s")
-
-
 def fingerprint(model: nn.Module) -> str:
-    """A hash of a model: its modules' classes and numbers, and its parameters and buffers, bit for bit."""
+    """Return a hash of a model: its modules' classes and numbers, and its parameters and buffers, bit for bit."""
     digest = hashlib.sha256()
     for name, module in model.named_modules():
         # Numbers such as a dropout's p; the mode is left out, because fit sets it.
@@ -163,10 +151,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-_File = dict[str, Any]  # the content of a trial's file
-
-
-def _in_rounds(
+def _run_in_rounds(
     halving: Halving,
     trials: Iterable[Trial],
     stored: Mapping[str, _File],
@@ -200,29 +185,137 @@ def _in_rounds(
                             yield result  # the caller writes it
                             forget(result["key"])
         for trial, reason in stopped.items():
-            so_far = results.get(trial.key) or _Ended(trial, _device(model)).file("not begun", 0.0)
+            so_far = results.get(trial.key) or _file(trial, model, STOPPED)
             yield so_far | {"outcome": STOPPED, "reason": reason}
             forget(trial.key)
 
 
-# Where trials run
+# Which trials go together
 
 
-def _workers(n_jobs: int | None) -> int:
-    """Return how many trials run at a time.
+def plan(
+    model: nn.Module, task: Task, trials: Sequence[Trial], engine: str, budget_bytes: int | None, workers: int
+) -> list[tuple[list[Trial], bool]]:
+    """Return the trials in jobs, and whether each job is a pack.
 
     Raises:
-        ValueError: trials would run in threads of one process.
+        ValueError: ``engine`` is "packed" and a trial cannot be packed, no target counts in the examples of the test
+            part, or as for :func:`_check_steps`.
     """
-    backend, _ = get_active_backend()
-    # On a Dask cluster it waits for the first worker. (Joblib has no annotations: checkers infer narrower ones.)
-    workers: int = joblib.effective_n_jobs(n_jobs)  # pyright: ignore[reportArgumentType]
-    if getattr(backend, "uses_threads", False) and workers > 1:
-        raise ValueError(
-            f"joblib's backend {type(backend).__name__} runs trials in threads of one process, which share torch's "
-            "random generators, so the numbers would be wrong; use processes, such as backend='loky'."
-        )
-    return workers
+    _check_steps(model, task, trials)
+    for limit in dict.fromkeys(trial.eval_examples for trial in trials):
+        task.check_counted("test", limit)  # of which each trial's result is; fit checks the other parts
+    if engine == "separate":
+        return [([trial], False) for trial in trials]
+    groups: dict[Any, list[Trial]] = {}
+    for trial in trials:
+        groups.setdefault(_common_settings(trial), []).append(trial)
+    jobs = []
+    for group in groups.values():
+        reason = refusal(model, task, group[0].method, group[0].autocast)
+        if reason is None:
+            most = min(_fitting(model, task, group, budget_bytes, workers), _MOST_PACKED)
+            packs = share_work(model, group, max(min(workers, len(group)), math.ceil(len(group) / most)), most)
+            jobs += [(pack, engine == "packed" or len(pack) > 1) for pack in packs]
+        elif engine == "packed":
+            raise ValueError(f"engine is 'packed', but {group[0].method} cannot be packed: {reason}")
+        else:
+            jobs += [([trial], False) for trial in group]
+    return jobs
+
+
+def _check_steps(model: nn.Module, task: Task, trials: Sequence[Trial]) -> None:
+    """Find out, before hours of training, whether each kind of trial has the step that it asks for.
+
+    Raises:
+        ValueError: the lean step or gradient checkpointing does not fit the model or a method.
+    """
+    kinds = {(type(trial.method), trial.gradient_checkpointing, trial.lean): trial for trial in trials}
+    for trial in kinds.values():
+        if trial.gradient_checkpointing or trial.lean is not None:
+            with fake_copy(model, next(model.parameters()).device) as twin:
+                make_step(twin, task.loss, trial.method, trial)
+
+
+def _common_settings(trial: Trial) -> tuple[Any, ...]:
+    """Return what the trials of a pack must have in common: all but rank, alpha, learning rate and seed."""
+    method = trial.method
+    method = replace(method, rank=1, alpha=1.0) if isinstance(method, LoRA) else method
+    same = replace(trial, method=method, lr=1.0, seed=0)
+    return same, trial.accumulate, trial.gradient_checkpointing, trial.lean
+
+
+def share_work(model: nn.Module, runs: Sequence[AnyRun], count: int, most: int) -> list[list[AnyRun]]:
+    """Cut runs into packs that take about the same time.
+
+    Runs of similar rank go together, for they pad each other least. What a run costs is counted in multiply-adds for
+    one row of an adapted layer's input: twice in * out for the frozen weight, 3 rank (in + out) for the adapter.
+
+    Args:
+        model: what they are to be trained on.
+        runs: at least one.
+        count: how many packs, at most one for each run.
+        most: the most runs of a pack; ``count`` packs must be able to hold all.
+    """
+    runs = sorted(runs, key=lambda run: lora_of(run).rank, reverse=True)
+    layers = adapted_layers(model, lora_of(runs[0])).values()
+    frozen = sum(2 * layer.out_features * layer.in_features for layer in layers)
+    sides = sum(layer.out_features + layer.in_features for layer in layers)
+    work = [0, *itertools.accumulate(frozen + 3 * lora_of(run).rank * sides for run in runs)]  # of the first 0, 1, ...
+    cuts = [0]
+    for left in range(count - 1, 0, -1):  # packs still to be cut off
+        ideal = min(range(len(work)), key=lambda cut: abs(work[cut] - work[-1] * (count - left) / count))
+        lowest, highest = max(cuts[-1] + 1, len(runs) - left * most), min(cuts[-1] + most, len(runs) - left)
+        cuts.append(min(max(ideal, lowest), highest))
+    return [runs[low:high] for low, high in itertools.pairwise([*cuts, len(runs)])]
+
+
+def _fitting(model: nn.Module, task: Task, trials: Sequence[Trial], budget_bytes: int | None, workers: int) -> int:
+    """Return how many trials fit into the budget; the frozen weights count once, all else for each trial.
+
+    On the CPU they also fit into an hour or so, which is what an interrupted pack loses.
+    """
+    device = next(model.parameters()).device
+    if budget_bytes is None:
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        budget_bytes = int(free) // 2 // workers
+    widest = max(trials, key=lambda trial: lora_of(trial).rank)
+    if _is_small(model, task, widest, budget_bytes):
+        return _MOST_PACKED
+    rows = torch.arange(widest.batch_size) % len(task.train)  # (batch,)
+    lean = cast(Lean | None, widest.lean)
+    bill = predict(
+        model,
+        widest.method,
+        batch=(task.train.inputs[rows], task.train.targets[rows]),  # padded in full: no batch is longer
+        loss=task.loss,
+        clip=widest.clip,
+        accumulate=widest.accumulate,
+        gradient_checkpointing=widest.gradient_checkpointing,
+        lean=None if lean is None else replace(lean, threads=1),  # threads share the pack's trials, not a trial
+    )
+    shared = bill.parts.get(Part.FROZEN, 0)
+    most = (budget_bytes - shared) // (bill.peak_bytes - shared)
+    return max(1, min(most, _MOST_STEPS // widest.steps) if device.type == "cpu" else most)
+
+
+def _is_small(model: nn.Module, task: Task, trial: Trial, budget_bytes: int) -> bool:
+    """Return whether the largest pack is so far below the budget that its bill, which takes a second, need not be made.
+
+    For each trial it counts ten times what its adapter has in numbers and one forward pass of the model saves.
+    """
+    layers, most = adapted_layers(model, lora_of(trial)).values(), budget_bytes // (10 * _MOST_PACKED)
+    sides = sum(layer.in_features + layer.out_features for layer in layers)
+    fixed = torch.float64.itemsize * lora_of(trial).rank * sides + sum(each.nbytes for each in model.parameters())
+    if fixed > most:
+        return False
+    examples = Examples(task.train.inputs[: trial.batch_size], task.train.targets[: trial.batch_size])
+    batch = to_device(examples, model)  # padded in full: no batch is longer
+    with own_randomness(batch[0].device, 0):
+        return fixed + saved_bytes(lambda: task.loss(model, *batch), model) < most
+
+
+# Where trials run
 
 
 def _run_jobs(jobs: Sequence[_Job], n_jobs: int | None, timeout_s: float | None) -> Generator[_File]:
@@ -230,31 +323,40 @@ def _run_jobs(jobs: Sequence[_Job], n_jobs: int | None, timeout_s: float | None)
     # One job at a time: joblib would batch quick ones, and a killed worker would lose more than it is running.
     options: dict[str, Any] = {"return_as": "generator_unordered", "batch_size": 1, "timeout": timeout_s}
     parallel: Any = joblib.Parallel(n_jobs, **options)
-    kept = "What has ended is kept: start the sweep again to go on."
     try:
         with closing(parallel(joblib.delayed(_run)(job) for job in jobs)) as ended:
             for results in ended:
                 yield from results
-    except (TimeoutError, multiprocessing.TimeoutError):
+    except (TimeoutError, multiprocessing.TimeoutError, BrokenProcessPool) as error:
         if timeout_s is None:  # raised by a trial itself
             raise
-        raise RuntimeError(
-            f"No trial ended for {timeout_s:g} s, so a worker may hang; look at the workers, or give a longer "
-            f"timeout_s. {kept}"
-        ) from None
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            "The system ended a worker, most likely for lack of memory; use fewer n_jobs or a smaller budget_bytes. "
-            f"{kept}"
-        ) from error
+        what = f"No trial ended for {timeout_s:g} s, so a worker may hang; look at the workers, or give more timeout_s"
+        if isinstance(error, BrokenProcessPool):
+            what = "The system ended a worker, most likely for lack of memory; use fewer n_jobs or less budget_bytes"
+        raise RuntimeError(f"{what}. What has ended is kept: start the sweep again to go on.") from error
+
+
+def _count_workers(n_jobs: int | None) -> int:
+    """Return how many trials run at a time, after a check that they do not run in threads of one process."""
+    backend, _ = get_active_backend()
+    # On a Dask cluster it waits for the first worker. (Joblib has no annotations: checkers infer narrower ones.)
+    workers: int = joblib.effective_n_jobs(n_jobs)  # pyright: ignore[reportArgumentType]
+    if getattr(backend, "uses_threads", False) and workers > 1:
+        raise ValueError(f"{type(backend).__name__} runs trials {_IN_THREADS}, such as backend='loky'.")
+    return workers
 
 
 def _here() -> tuple[str, int]:
     return platform.node(), os.getpid()
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+def _check_same(what: str, made: str, expected: str | None) -> None:
+    """Raise RuntimeError if what was made here, of that fingerprint, is not the sweep's."""
+    if made != expected:
+        raise RuntimeError(
+            f"The {what} made here ({':'.join(map(str, _here()))}) has the fingerprint {made}, not the sweep's, "
+            f"{expected}; seed what is random in it, and use the same files and versions everywhere."
+        )
 
 
 @dataclass(frozen=True)
@@ -274,20 +376,6 @@ class _Job:
     judge: Judge | None = None
     pause: _Pause | None = None
 
-    def model(self) -> nn.Module:
-        """Return a fresh model.
-
-        Raises:
-            RuntimeError: it is not the sweep's.
-        """
-        model = self.make()
-        if (made := fingerprint(model)) != self.trials[0].model:
-            raise RuntimeError(
-                f"The model made here ({':'.join(map(str, _here()))}) has the fingerprint {made}, not the sweep's, "
-                f"{self.trials[0].model}; seed its weights, and use the same files and versions everywhere."
-            )
-        return model
-
 
 @dataclass(frozen=True)
 class _Pause:
@@ -302,11 +390,11 @@ class _Pause:
     until: int | None
 
     def checkpoint_dir(self, trial: Trial) -> Path:
-        """The folder of a trial's checkpoint."""
+        """Return the folder of a trial's checkpoint."""
         return self.folder / trial.key
 
     def stored(self, trial: Trial) -> History | None:
-        """The history of a trial as far as its checkpoint."""
+        """Return the history of a trial as far as its checkpoint."""
         return checkpoint.stored_history(self.checkpoint_dir(trial))
 
     def on_row(self, row: Mapping[str, Any]) -> None:
@@ -329,78 +417,46 @@ def _task(task: Task | Callable[[], Task]) -> Task:
 
 
 def _run(job: _Job) -> list[_File]:
-    """Run a job in this process, and return its results."""
-    with _alone(None if _here() == job.home else 1):
-        task = _task(job.task)
-        if task.fingerprint != job.trials[0].task:
-            raise RuntimeError(
-                f"The task {task.name!r} made here ({':'.join(map(str, _here()))}) has the fingerprint "
-                f"{task.fingerprint}, not the sweep's, {job.trials[0].task}; use the same versions of Python and "
-                "packages everywhere."
-            )
-        return _attempt(job, task, job.trials, job.together)
-
-
-@contextmanager
-def _alone(threads: int | None) -> Iterator[None]:
-    """Let the block run a trial, the only one of this process, with so many threads of torch, or as many as there are.
-
-    Raises:
-        RuntimeError: another one runs already.
-    """
+    """Run a job in this process, with one thread of torch if it is a worker's, and return its results."""
     if not _BUSY.acquire(blocking=False):
-        raise RuntimeError(
-            "Two trials were started in one process at the same time, in threads that share torch's random "
-            "generators, so the numbers would be wrong; use processes with one trial at a time each."
-        )
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
+        raise RuntimeError(f"Two trials were started at the same time {_IN_THREADS} with one trial at a time each.")
+    threads = torch.get_num_threads()
     try:
-        yield
+        torch.set_num_threads(threads if _here() == job.home else 1)
+        task = _task(job.task)
+        _check_same(f"task {task.name!r}", task.fingerprint, job.trials[0].task)
+        return _attempt(job, task, job.trials, job.together)
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
         _BUSY.release()
 
 
 # Running
 
 
-@dataclass
-class _Ended:
-    """How a trial ended: with a history and a test loss, or early, for a reason; or where it paused."""
-
-    trial: Trial
-    device: torch.device
-    history: History | None = None
-    test_loss: float | None = None
-    scores: Scores | None = None
-    reason: str | None = None
-    paused: bool = False
-
-    def file(self, engine: str, seconds: float) -> _File:
-        """Return what its file holds."""
-        return {
-            "schema": SCHEMA,
-            "key": self.trial.key,
-            "trial": self.trial.to_dict(),
-            "outcome": PAUSED if self.paused else "done" if self.reason is None else "failed",
-            "reason": self.reason,
-            "history": None if self.history is None else dict(vars(self.history)),
-            "test_loss": self.test_loss,
-            "scores": self.scores,
-            "provenance": {
-                **machine_info(self.device),
-                "device": device_name(self.device),
-                "lora_lab": version(),
-                "commit": _commit(),
-                "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                "engine": engine,
-                "seconds": seconds,
-            },
-        }
-
-
-_commit = functools.cache(commit)  # asked once: the code that runs does not change with the folder
+def _file(trial: Trial, model: nn.Module, outcome: str, history: History | None = None, **what: Any) -> _File:
+    """Return what the file of a trial holds: how it ended, and where."""
+    device = next(model.parameters()).device
+    provenance = {
+        **machine_info(device),
+        "device": device_name(device),
+        "lora_lab": version(),
+        "commit": _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "engine": "not begun",
+    }
+    return {
+        "schema": SCHEMA,
+        "key": trial.key,
+        "trial": trial.to_dict(),
+        "outcome": outcome,
+        "reason": None,
+        "history": None if history is None else dict(vars(history)),
+        "test_loss": None,
+        "scores": None,
+        "provenance": provenance,
+        **what,
+    }
 
 
 def _attempt(job: _Job, task: Task, trials: Sequence[Trial], together: bool) -> list[_File]:
@@ -408,8 +464,8 @@ def _attempt(job: _Job, task: Task, trials: Sequence[Trial], together: bool) -> 
 
     A pack that does not fit into memory is split in two; the trials of one that cannot be packed run one by one.
     """
-    started = time.perf_counter()
-    model = job.model()
+    model = job.make()
+    _check_same("model", fingerprint(model), trials[0].model)
     ended, parts = [], []
     try:
         ended = _run_pack(job, model, task, trials) if together else [_run_one(job, model, task, trials[0])]
@@ -418,38 +474,40 @@ def _attempt(job: _Job, task: Task, trials: Sequence[Trial], together: bool) -> 
             raise
         parts, together = [[trial] for trial in trials], False
     except Exception as error:
-        if not _is_out_of_memory(error):
+        # On the CPU torch raises a plain RuntimeError.
+        on_cpu = "DefaultCPUAllocator: can't allocate" in str(error)
+        if not (on_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)):
             raise
-        ended = [_Ended(trials[0], _device(model), reason=f"{OUT_OF_MEMORY}: {error}")]
+        ended = [_file(trials[0], model, "failed", reason=f"{OUT_OF_MEMORY}: {error}")]
         if half := len(trials) // 2:
             parts = [trials[:half], trials[half:]]
     if not parts:
-        engine = f"pack of {len(trials)}" if together else "separate"
-        share = (time.perf_counter() - started) / len(trials)
-        return [each.file(engine, share) for each in ended]
+        for each in ended:
+            each["provenance"]["engine"] = f"pack of {len(trials)}" if together else "separate"
+        return ended
     del model  # the error is gone too, with the tensors that its frames held
     return [result for part in parts for result in _attempt(job, task, part, together)]
 
 
-def _run_one(job: _Job, model: nn.Module, task: Task, trial: Trial) -> _Ended:
-    device, pause, options = _device(model), job.pause, {}
+def _run_one(job: _Job, model: nn.Module, task: Task, trial: Trial) -> _File:
+    pause, options = job.pause, {}
     if pause is not None:
         stored = pause.stored(trial)
         if pause.until is not None and stored is not None and len(stored.rows) > pause.until:
-            return _Ended(trial, device, stored, paused=True)
+            return _file(trial, model, PAUSED, stored)
         options = {"checkpoint_dir": pause.checkpoint_dir(trial), "checkpoint_every": pause.until or trial.steps}
         options["on_row"] = pause.on_row
         pause.folder.mkdir(parents=True, exist_ok=True)  # for all trials: fit removes what it makes to try the folder
     try:
         history = fit(model, task, trial.method, config=trial, progress=False, **options)
     except _PausedError:
-        return _Ended(trial, device, pause and pause.stored(trial), paused=True)
+        return _file(trial, model, PAUSED, pause and pause.stored(trial))
     except DivergedError as error:
-        return _Ended(trial, device, reason=str(error))
-    return _tested(job, trial, model, task, history)
+        return _file(trial, model, "failed", reason=str(error))
+    return _judge(job, trial, model, task, history)
 
 
-def _run_pack(job: _Job, model: nn.Module, task: Task, trials: Sequence[Trial]) -> list[_Ended]:
+def _run_pack(job: _Job, model: nn.Module, task: Task, trials: Sequence[Trial]) -> list[_File]:
     pause, until = job.pause, None if job.pause is None else job.pause.until
     parts: dict[int, list[Trial]] = {}
     for trial in trials:  # after an interrupt some are further than others
@@ -457,66 +515,60 @@ def _run_pack(job: _Job, model: nn.Module, task: Task, trials: Sequence[Trial]) 
         parts.setdefault(0 if stored is None else len(stored.rows) - 1, []).append(trial)
     ended = []
     for done, part in parts.items():
-        results = [_paused_result(pause, model, task, trial) for trial in part] if pause and done else None
+        results = [_read_paused(pause, model, task, trial) for trial in part] if pause and done else None
         if results is None or until is None or done < until:
             options = {"paused": results, "until": until} if pause else {}
             results = packed.fit_packed(model, task, part, config=part[0], progress=False, **options)
-        ended += [_of_pack(job, model, task, *each) for each in zip(part, results, strict=True)]
+        ended += [_end_of_pack(job, model, task, *each) for each in zip(part, results, strict=True)]
     return ended
 
 
-def _of_pack(job: _Job, model: nn.Module, task: Task, trial: Trial, result: packed.PackedResult) -> _Ended:
-    if result.history is None:
-        return _Ended(trial, _device(model), reason=str(result.error))
-    student, optimizer = _student(model, task, trial)
+def _end_of_pack(job: _Job, model: nn.Module, task: Task, trial: Trial, result: packed.PackedResult) -> _File:
+    """Return the file of a packed trial; one that pauses gets the checkpoint that fit would have written."""
+    if result.error is not None:
+        return _file(trial, model, "failed", reason=str(result.error))
+    history, (student, optimizer, parameters) = result.history, _student(model, task, trial)
     with torch.no_grad():
-        for name, layer in lora_layers(student, required=True).items():
-            for part in layer.parts:
-                getattr(layer, part).copy_(result.adapter[f"{name}.{part}"])  # (rank, in) or (out, rank)
+        for name, parameter in parameters.items():
+            parameter.copy_(result.adapter[name])
     if job.pause is None or job.pause.until is None:
-        return _tested(job, trial, student, task, result.history)
-    for name, parameter in _trainable(student):
-        moments = {moment: parts[name] for moment, parts in result.moments.items()}
-        optimizer.state[parameter] = {"step": torch.tensor(float(len(result.rows) - 1)), **moments}
+        return _judge(job, trial, student, task, history)
+    done = torch.tensor(float(len(history.rows) - 1))
+    for name, parameter in parameters.items():
+        optimizer.state[parameter] = {"step": done.clone(), **{key: of[name] for key, of in result.moments.items()}}
     # Without "packed", which fit does not know, so that it can go on from there too.
-    settings = {name: value for name, value in result.history.settings.items() if name != "packed"}
-    checkpoint.save(job.pause.checkpoint_dir(trial), student, optimizer, replace(result.history, settings=settings))
-    return _Ended(trial, _device(model), result.history, paused=True)
+    settings = {name: value for name, value in history.settings.items() if name != "packed"}
+    checkpoint.save(job.pause.checkpoint_dir(trial), student, optimizer, replace(history, settings=settings))
+    return _file(trial, model, PAUSED, history)
 
 
-def _paused_result(pause: _Pause, model: nn.Module, task: Task, trial: Trial) -> packed.PackedResult:
+def _read_paused(pause: _Pause, model: nn.Module, task: Task, trial: Trial) -> packed.PackedResult:
     """Return what a pack, or fit, had reached with a trial."""
     history = cast(History, pause.stored(trial))
-    student, optimizer = _student(model, task, trial)
-    with own_randomness(_device(model), trial.seed):
+    student, optimizer, parameters = _student(model, task, trial)
+    with own_randomness(next(model.parameters()).device, trial.seed):
         checkpoint.resume(pause.checkpoint_dir(trial), student, optimizer, history)
-    parameters = _trainable(student)
-    moments = {m: {name: optimizer.state[parameter][m] for name, parameter in parameters} for m in packed.MOMENTS}
-    return packed.PackedResult(history, adapter_state(student), moments=moments)
+    moments = {key: {name: optimizer.state[each][key] for name, each in parameters.items()} for key in packed.MOMENTS}
+    return packed.PackedResult(history, adapter=adapter_state(student), moments=moments)
 
 
-def _student(model: nn.Module, task: Task, trial: Trial) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Return a model with the trial's adapters over the same frozen weights, and its optimiser, as fit makes them."""
+def _student(
+    model: nn.Module, task: Task, trial: Trial
+) -> tuple[nn.Module, torch.optim.Optimizer, dict[str, nn.Parameter]]:
+    """Return a model with the trial's adapters over the same frozen weights, its optimiser, and what it trains."""
     student = copy_sharing_weights(model)
-    return student, make_step(student, task.loss, trial.method, trial).optimizer
+    optimizer = make_step(student, task.loss, trial.method, trial).optimizer
+    return student, optimizer, {name: each for name, each in student.named_parameters() if each.requires_grad}
 
 
-def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def _tested(job: _Job, trial: Trial, model: nn.Module, task: Task, history: History) -> _Ended:
-    device, task = _device(model), replace(task, loss=trial.computed(task.loss))
+def _judge(job: _Job, trial: Trial, model: nn.Module, task: Task, history: History) -> _File:
+    """Return the file of a trial that has been trained to the end, with its test loss and the judge's scores."""
+    task = replace(task, loss=trial.computed(task.loss))
     loss = evaluate(model, task, "test", trial.batch_size, trial.eval_examples, trial.by_length)
     if not math.isfinite(loss):
-        return _Ended(trial, device, reason=f"The test loss is {loss} after the last step.")
+        return _file(trial, model, "failed", reason=f"The test loss is {loss} after the last step.")
     if job.judge is None:
-        return _Ended(trial, device, history, loss)
-    scores = {name: plain(value) for name, value in job.judge(model, task).items()}  # JSON cannot hold numpy's
-    return _Ended(trial, device, history, loss, check(scores, Scores, "what the judge gave"))
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # On the CPU torch raises a plain RuntimeError.
-    on_cpu = "DefaultCPUAllocator: can't allocate" in str(error)
-    return on_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)
+        return _file(trial, model, "done", history, test_loss=loss)
+    scores = {name: as_number(value) for name, value in job.judge(model, task).items()}  # JSON cannot hold numpy's
+    scores = check(scores, Scores, "what the judge gave")
+    return _file(trial, model, "done", history, test_loss=loss, scores=scores)

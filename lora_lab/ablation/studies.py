@@ -3,6 +3,8 @@
     model, task = study("digits")
     frame = ablate(model, task, grid("digits", "lora", [1, 2, 4], None, range(5), alpha_per_rank=2), "runs/ranks")
 
+"planted" is a small net that imitates itself plus a hidden update of rank 4, so that the answer is known; "digits" is
+one that reads digits and learns to read them moved down by a pixel; in "docs" SmolLM2-135M learns Python's manual.
 Seconds for the small nets; hours for the language model on a CPU. The small nets are in float64, so that a result does
 not depend on the processor: in float32 the order in which it sums decides, at high learning rates, which rate is best.
 """
@@ -28,12 +30,6 @@ from lora_lab.tasks.named import READERS, TASKS, check_name
 from lora_lab.train import fit
 from lora_lab.variants import LORA_METHODS
 
-STUDIES = {
-    "planted": "a small net imitates itself plus a hidden update of rank 4: the answer is known",
-    "digits": "a small net that reads digits learns to read them moved down by a pixel",
-    "docs": "SmolLM2-135M learns Python's reference manual",
-}
-
 
 class Defaults(NamedTuple):
     """Rates to try, steps, batch, and a difference of losses that does not matter (in the task's unit)."""
@@ -54,10 +50,10 @@ DEFAULTS = {
 def study(
     name: str, seq_len: int = 64, device: torch.device | None = None, model: str = SMOLLM2
 ) -> tuple[nn.Module | Callable[[], nn.Module], Task | Callable[[], Task]]:
-    """The model (or what makes it) and the task (or what makes it) of a study.
+    """Return the model (or what makes it) and the task (or what makes it) of a study.
 
     Args:
-        name: in :data:`STUDIES`; or a task for a language model, by name or from a file, as for
+        name: in :data:`DEFAULTS`; or a task for a language model, by name or from a file, as for
             :func:`lora_lab.tasks.task_of`.
         seq_len: tokens an example, for "docs".
         device: where the language model is put; None takes the best there is. The small nets stay on the CPU.
@@ -81,38 +77,30 @@ def study(
 
 def check_study(name: str) -> None:
     """Raise ValueError if :func:`study` has no study of that name."""
-    if name not in STUDIES:
+    if name not in DEFAULTS:
         try:
             check_name(name)
         except ValueError:
             raise ValueError(
-                f"There is no study {name!r}; there are {', '.join([*STUDIES, *(set(TASKS) - set(STUDIES))])}, and "
+                f"There is no study {name!r}; there are {', '.join([*DEFAULTS, *(set(TASKS) - set(DEFAULTS))])}, and "
                 f"files that end in {', '.join(READERS)}."
             ) from None
 
 
 def defaults_of(name: str) -> Defaults:
-    """A study's defaults; those of "docs" for all tasks of language models."""
+    """Return a study's defaults; those of "docs" for all tasks of language models."""
     return DEFAULTS.get(name, DEFAULTS["docs"])
 
 
 def grid(
-    name: str,
-    method: str,
-    ranks: Sequence[int],
-    lrs: Sequence[float] | None,
-    seeds: Sequence[int],
-    *,
-    steps: int | None = None,
-    batch_size: int | None = None,
-    **options: Any,
+    name: str, method: str, ranks: Sequence[int], lrs: Sequence[float] | None, seeds: Sequence[int], **options: Any
 ) -> Grid:
-    """Trials for a study; rates, steps and batch are the study's own where they are None.
+    """Return trials for a study; rates, steps and batch size are the study's own where they are None or not given.
 
     Args:
         name: of the study.
         method: a LoRA method's name, such as "lora" or "dora".
-        ranks, lrs, seeds, steps, batch_size, **options: as for :class:`lora_lab.ablation.grid.Grid`.
+        ranks, lrs, seeds, **options: as for :class:`lora_lab.ablation.grid.Grid`.
 
     Raises:
         ValueError: the study or the method is unknown, or as for Grid.
@@ -121,19 +109,14 @@ def grid(
     if method not in LORA_METHODS:
         raise ValueError(f"There is no method {method!r} with ranks; there are {', '.join(LORA_METHODS)}.")
     defaults = defaults_of(name)
-    return Grid(
-        ranks,
-        defaults.lrs if lrs is None else lrs,
-        seeds,
-        [LORA_METHODS[method]()],
-        steps=defaults.steps if steps is None else steps,
-        batch_size=defaults.batch_size if batch_size is None else batch_size,
-        **options,
-    )
+    for option in ("steps", "batch_size"):
+        if options.get(option) is None:
+            options[option] = getattr(defaults, option)
+    return Grid(ranks, defaults.lrs if lrs is None else lrs, seeds, [LORA_METHODS[method]()], **options)
 
 
 def pretrained_digits(n_train: int = 500) -> nn.Module:
-    """A small net in float64 that has learned the digits as they are, in about a second: the caller's own each time.
+    """Return a small net in float64 that has learned the digits as they are: the caller's own each time.
 
     Args:
         n_train: as for :func:`lora_lab.tasks.digits`: which digits those are.
@@ -143,34 +126,26 @@ def pretrained_digits(n_train: int = 500) -> nn.Module:
 
 @cache
 def _pretrained_digits(n_train: int) -> nn.Module:
-    model = DigitsMLP(dtype=torch.float64)
-    fit(
-        model,
-        tasks.digits("pretrain", n_train=n_train),
-        FullFineTuning(),
-        steps=300,
-        lr=3e-3,
-        batch_size=32,
-        progress=False,
-    )
+    model, task = DigitsMLP(dtype=torch.float64), tasks.digits("pretrain", n_train=n_train)
+    fit(model, task, FullFineTuning(), steps=300, lr=3e-3, batch_size=32, progress=False)
     fresh = DigitsMLP(dtype=torch.float64)
     fresh.load_state_dict(model.state_dict())  # without the mark of the method that trained it
     return fresh
 
 
 def language_model(device: torch.device | None = None, source: str = SMOLLM2) -> nn.Module:
-    """SmolLM2-135M-Instruct or another model, loaded anew, on the best device there is if none is given."""
+    """Return SmolLM2-135M-Instruct or another model, loaded anew, on the best device there is if none is given."""
     return load_pretrained(source, device=device)[0]
 
 
 def random_init(device: torch.device | None = None, seed: int = 0) -> nn.Module:
-    """A model of the same shape that has learned nothing: random weights, the same on every call with that seed."""
+    """Return a model of the same shape that has learned nothing: random weights, the same for the same seed."""
     model = cast(Llama, language_model(device))
     return Llama(model.config, seed=seed).to(next(model.parameters()).device)
 
 
 def docs_task(seq_len: int, n_train: int | None = None, seed: int | None = None, model: str = SMOLLM2) -> Task:
-    """The task "docs" for that model; with ``n_train`` only so many training examples, drawn by the seed."""
+    """Return the task "docs" for that model; with ``n_train`` only so many training examples, drawn by the seed."""
     task = tasks.docs(load_tokenizer(model), seq_len)
     return task if n_train is None else task.limited(n_train, seed)
 
@@ -180,5 +155,5 @@ def _named_task(name: str, model: str) -> Task:
 
 
 def processes(device: torch.device) -> int:
-    """How many trials of the language model run at a time: two on a CPU, each with one thread; one on a GPU."""
+    """Return how many trials of the language model run at a time: two on a CPU, each with one thread; one on a GPU."""
     return 1 if device.type == "cuda" else 2

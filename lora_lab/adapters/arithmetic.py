@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lora_lab.adapters.edit import truncate_product
 from lora_lab.adapters.peft_format import read
-from lora_lab.lora import LoRALayer, check_numbers
-from lora_lab.system.schema import Number, check
+from lora_lab.lora import LoRALayer
+from lora_lab.system.schema import Number, Size, check
 from lora_lab.system.wording import short_repr
 
 RULES = ("cat", "linear", "svd")
@@ -71,7 +71,7 @@ def combine(
     if (rank is not None) != (how == "svd"):
         raise ValueError(f"how is {how!r} and rank is {rank}; a rank is for 'svd', which needs one.")
     if rank is not None:
-        rank, *_ = check_numbers(rank)
+        rank = check(rank, Size, "rank")
     layers: dict[str, list[tuple[float, Tensor, Tensor]]] = {}  # weight * scaling, A (r, in) and B (out, r) of each
     for weight, adapter in zip(weights, adapters, strict=True):
         for name, (tensors, _, scaling) in read(adapter).factors.items():

@@ -20,10 +20,9 @@ from lora_lab.inject import (
     uncompiled,
 )
 from lora_lab.layers import LoRAConv1D
-from lora_lab.lora import LoRALayer, check_numbers
+from lora_lab.lora import LoRALayer
 from lora_lab.rank import energy_rank, product_svd, svd, truncate
-from lora_lab.system.numbers import check_finite
-from lora_lab.system.schema import Number, Positive, Size, check
+from lora_lab.system.schema import Number, Positive, Size, check, check_finite
 from lora_lab.variants import DoRALinear, PiSSALinear
 
 # Adapters without their model
@@ -285,7 +284,7 @@ def resize(model: nn.Module, rank: int) -> dict[str, float]:
         ValueError: the rank is below 1, the model has no adapters, they are of a kind whose update is more than
             scaling * B A (PiSSA, DoRA), or a number of theirs is NaN or infinite. The model is then left unchanged.
     """
-    rank, *_ = check_numbers(rank)
+    rank = check(rank, Size, "rank")
     layers = lora_layers(model, required=True)
     check_finite(adapter_state(model).items())
     for name, layer in layers.items():

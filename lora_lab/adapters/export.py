@@ -21,7 +21,7 @@ from lora_lab.adapters.peft_format import CONFIG, load_adapter, read, read_adapt
 from lora_lab.inject import adapter_state, lora_layers, merge
 from lora_lab.lora import LoRALayer
 from lora_lab.models import pretrained
-from lora_lab.models.gguf_writer import check_target, gguf_name, in_gguf_order, layout_of, write_file
+from lora_lab.models.gguf import check_target, gguf_name, in_gguf_order, layout_of, write_file
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system.files import as_path, atomic_file, repair
 

@@ -29,10 +29,9 @@ from lora_lab.history import History
 from lora_lab.inject import adapter_state, lora_layers, name_matches, require_no_adapters, uncompiled
 from lora_lab.layers import LoRAConv1D, LoRAEmbedding, lora_class
 from lora_lab.lora import LoRALayer
-from lora_lab.models.huggingface import ADAPTER_CONFIG, check_separate
+from lora_lab.models.pretrained import ADAPTER_CONFIG, check_separate
 from lora_lab.system.files import as_path, atomic_files, carried_json, check_folder, read_json, repair, write_json
-from lora_lab.system.numbers import check_finite
-from lora_lab.system.schema import Dropout, Positive, Size, check
+from lora_lab.system.schema import Dropout, Positive, Size, check, check_finite
 from lora_lab.system.wording import counted, short_repr, shortened
 from lora_lab.variants import LORA_METHODS, PiSSALinear
 

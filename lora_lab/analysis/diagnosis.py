@@ -11,6 +11,7 @@ adapter parameters are recognized by their names.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -247,44 +248,46 @@ def _has_stepped(optimizer: torch.optim.Optimizer) -> bool:
     return any(state.get("step", 1) > 0 for state in optimizer.state.values() if state)
 
 
+# What a frozen tensor may be beside the base's: the status of the check, and the text after the count.
+_BESIDE_BASE: dict[str, Result] = {
+    "differ from base": (
+        "problem",
+        "a saved adapter would not reproduce this model, so start again from a freshly loaded base, and merge into "
+        "new layers, never in place.",
+    ),
+    "share base's memory": (
+        "not checked",
+        "a change would not show, so pass a freshly loaded model, or a deep copy made before training.",
+    ),
+    "have no counterpart in base": ("not checked", "pass the model that the adapters were injected into."),
+}
+
+
 def _check_base(model: nn.Module, base_prefix: dict[str, str], base: nn.Module | Mapping[str, Tensor] | None) -> Result:
     if base is None:
         return "not checked", "Pass base= to check that the frozen tensors have its values."
     expected = base.state_dict() if isinstance(base, nn.Module) else base
-    changed, unmatched, shared, equal = ([] for _ in range(4))
+    found: dict[str, list[str]] = defaultdict(list)
     for name, base_name, tensor in _frozen_tensors(model, base_prefix):
         keys = (base_name, name, name.removeprefix(_PEFT_PREFIX))  # base may have been wrapped in place
         value = next((expected[key] for key in keys if key in expected), None)
-        if not isinstance(value, Tensor) or value.is_meta or tensor.is_meta:
-            unmatched.append(base_name)
-        elif value.data_ptr() == tensor.data_ptr() and tensor.numel():
-            shared.append(base_name)
-        elif not torch.equal(tensor, value.to(tensor.device, tensor.dtype)):
-            changed.append(base_name)
-        else:
-            equal.append(base_name)
-    total = len(changed) + len(unmatched) + len(shared) + len(equal)
-    if changed:
-        return "problem", (
-            f"Frozen tensors that differ from base: {_count(changed, total)}; a saved adapter "
-            "would not reproduce this model, so start again from a freshly loaded base, and merge into new layers, "
-            "never in place."
-        )
-    if shared:
-        text = (
-            f"Frozen tensors that share base's memory: {_count(shared, total)}, so a change "
-            "would not show; pass a freshly loaded model, or a deep copy made before training."
-        )
-    elif unmatched:
-        text = (
-            f"Frozen tensors without a counterpart in base: {_count(unmatched, total)}; pass "
-            "the model that the adapters were injected into."
-        )
-    elif not equal:
-        text = "There is no frozen tensor to compare."
-    else:
-        return "ok", f"Frozen tensors equal to base's: {len(equal)} of {total}."
-    return "not checked", text
+        found[_compare_with_base(tensor, value)].append(base_name)
+    total = sum(map(len, found.values()))
+    for state, (status, advice) in _BESIDE_BASE.items():
+        if names := found[state]:
+            return status, f"Frozen tensors that {state}: {_count(names, total)}; {advice}"
+    if not total:
+        return "not checked", "There is no frozen tensor to compare."
+    return "ok", f"Frozen tensors equal to base's: {total} of {total}."
+
+
+def _compare_with_base(tensor: Tensor, value: Tensor | None) -> str:
+    """Return a key of :data:`_BESIDE_BASE`, or "equal"."""
+    if value is None or value.is_meta or tensor.is_meta:
+        return "have no counterpart in base"
+    if value.data_ptr() == tensor.data_ptr() and tensor.numel():
+        return "share base's memory"
+    return "equal" if torch.equal(tensor, value.to(tensor.device, tensor.dtype)) else "differ from base"
 
 
 def _frozen_tensors(model: nn.Module, base_prefix: dict[str, str]) -> Iterator[tuple[str, str, Tensor]]:

@@ -9,26 +9,31 @@ The statistics are those of :mod:`lora_lab.rank`. Each comes with its band for n
 and rank for an adapter, a Gaussian matrix for a difference of two matrices. Where the norm matters, both have the norm
 of the update. Noise sets the scale, but it is not a null model of training: an update from labels drawn from the base's
 own predictions, with nothing to learn, lies below the band, too (lesson 11). :func:`null` makes a task for such a
-training run; a report on that run shows what training alone writes.
+training run; a report on that run shows what training alone writes:
+
+    tuned, control = copy.deepcopy(base), copy.deepcopy(base)
+    settings = {"steps": 60, "lr": 1e-3, "seed": 0}    # the same for both
+    fit(tuned, task, LoRA(rank=8), **settings)
+    fit(control, null(task, base), LoRA(rank=8), **settings)
+    print(table(report(base, tuned)), table(report(base, control)))
 """
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
-from pydantic import InstanceOf
 from torch import Tensor, nn
 
 from lora_lab.adapters.peft_format import read_adapter
-from lora_lab.analysis.null import null as null
 from lora_lab.inject import lora_layers
 from lora_lab.layers import LoRAConv1D, LoRAEmbedding
 from lora_lab.lora import LoRALayer
@@ -49,8 +54,9 @@ from lora_lab.rank import (
     svd,
 )
 from lora_lab.rank import singular_values as matrix_singular_values
-from lora_lab.system.progress import progress_bar
 from lora_lab.system.schema import Size, check
+from lora_lab.system.wording import progress_bar
+from lora_lab.task import IGNORE, Task, logits, mean_cross_entropy
 from lora_lab.variants import DoRALinear, PiSSALinear
 
 if TYPE_CHECKING:
@@ -92,7 +98,6 @@ class _Factors:
 
 
 Weights = nn.Module | Mapping[str, Tensor]
-_State = InstanceOf[Mapping]  # what is no module must be a state dict
 Source = Weights | str | Path | Mapping[str, Update]
 
 
@@ -364,7 +369,7 @@ def _matrices(source: Weights | str | Path) -> dict[str, Tensor]:
     """Return the weights with two dimensions or more, by layer, as matrices; each tensor once."""
     if isinstance(source, str | Path):
         raise ValueError(f"before is {str(source)!r}; load it first, with load_pretrained(...).")
-    state = dict(source.named_parameters()) if isinstance(source, nn.Module) else check(source, _State, "a state")
+    state = dict(source.named_parameters()) if isinstance(source, nn.Module) else source
     return {
         _layer_of(name, state): tensor.detach().flatten(1)
         for name, tensor in state.items()
@@ -400,7 +405,7 @@ def _read_adapter(source: Weights | str | Path) -> dict[str, _Factors | Update]:
     """Return the update of each adapted layer, as factors if it has low rank; empty if the source has no adapters."""
     if isinstance(source, nn.Module):
         return {name: _update_of(layer) for name, layer in lora_layers(source).items()}
-    state = read_adapter(source) if isinstance(source, str | Path) else check(source, _State, "after")
+    state = read_adapter(source) if isinstance(source, str | Path) else source
     factors: dict[str, _Factors | Update] = {}
     for name, tensor in state.items():
         layer, _, part = name.rpartition(".")
@@ -445,3 +450,50 @@ def _decompose(adapter: Mapping[str, _Factors | Update], weights: Mapping[str, T
             result[name] = Update(SVD(U[index], S[index], Vh[index]), factors.A.shape[0], before)
     order = [name for name in weights if name in result]
     return {name: result[name] for name in [*order, *(name for name in adapter if name not in order)]}
+
+
+# The control: a training with nothing to learn
+
+
+@dataclass(frozen=True)
+class DrawnLabels:
+    """A loss on labels that are drawn anew for every batch from the predictions of a frozen model.
+
+    In training they are drawn by torch's global generator, which ``fit`` seeds; without gradients by one that begins
+    anew at every batch, so that an evaluation repeats, and does not change what training draws. Each loss costs a
+    forward pass of the base too, which is a second model in memory.
+
+    Args:
+        base: the model that predicts; in evaluation mode.
+        temperature: its logits are divided by it. At 1 there is nothing to learn; at infinity all labels are equally
+            likely, so a confident base has one thing to learn: to be less confident.
+    """
+
+    base: nn.Module
+    temperature: float = 1.0
+
+    def __call__(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        generator = None if torch.is_grad_enabled() else torch.Generator(inputs.device).manual_seed(0)
+        with torch.no_grad():
+            scores = logits(self.base, inputs, targets).float() / self.temperature  # (32, 10) or (4, 128, 49152)
+            chances = scores.flatten(0, -2).softmax(-1)  # (32, 10) or (4 * 128, 49152)
+            labels = torch.multinomial(chances, 1, generator=generator).view(targets.shape)  # (32,) or (4, 128)
+        labels = labels.where(targets != IGNORE, IGNORE)
+        return mean_cross_entropy(logits(model, inputs, targets), labels)  # ()
+
+
+def null(task: Task, base: nn.Module, temperature: float = 1.0) -> Task:
+    """Return the task with labels from the base's own predictions: with it, training has nothing to learn.
+
+    Args:
+        task: whose targets are classes or next tokens.
+        base: the model from which training starts; it is copied.
+        temperature: as for :class:`DrawnLabels`.
+
+    Raises:
+        ValueError: the temperature is not positive.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature!r}, but it must be positive: 1, or math.inf for equal chances.")
+    frozen = copy.deepcopy(base).eval().requires_grad_(False)
+    return replace(task, name=f"{task.name}, nothing to learn", loss=DrawnLabels(frozen, temperature))

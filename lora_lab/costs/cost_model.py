@@ -48,7 +48,7 @@ from lora_lab.models.digits import PIXELS, DigitsMLP
 from lora_lab.models.llama import Llama, LlamaConfig
 from lora_lab.system.device import own_randomness, pick_device
 from lora_lab.system.process import BusyCores
-from lora_lab.system.progress import progress_bar
+from lora_lab.system.wording import progress_bar
 from lora_lab.train import Batch, TrainingStep, state_bytes
 
 MEMORY, UPDATE, PYTHON = "passes over memory", "clipping and optimiser", "Python and autograd"

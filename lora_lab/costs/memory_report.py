@@ -14,7 +14,7 @@ from lora_lab.costs.memory import GIB, MIB, Bill, device_to_predict, largest, pr
 from lora_lab.costs.setup import Setup
 from lora_lab.lean.step import Lean
 from lora_lab.methods import FullFineTuning, LoRA
-from lora_lab.system.progress import progress_bar
+from lora_lab.system.wording import progress_bar
 
 
 def training_setups(rank: int = 8, dtype: torch.dtype | None = None, lean: bool = True) -> dict[str, Setup]:

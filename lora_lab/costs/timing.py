@@ -29,9 +29,8 @@ from lora_lab.costs.trace import output_width
 from lora_lab.methods import Method
 from lora_lab.system.device import own_randomness, pick_device
 from lora_lab.system.process import BusyCores
-from lora_lab.system.progress import progress_bar
 from lora_lab.system.schema import Size, check
-from lora_lab.system.wording import counted
+from lora_lab.system.wording import counted, progress_bar
 from lora_lab.task import padding_id
 from lora_lab.train import Batch
 

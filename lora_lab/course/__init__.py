@@ -4,19 +4,17 @@ lessons     what the notebooks show: predictions, tables, claims, pictures with 
 exercise    what an exercise is, and all of them by name
 exercises/  the exercises, one file for each lesson: inputs, wrong answers, properties, hints
 values      equal up to rounding, and what differs
-calls       one call of a learner's function: copies, captured output, a time limit
-judge       right, a known mistake, or what else is wrong
+judge       right, a known mistake, or what else is wrong, without a trace of the code that is judged
 learner     check, hint, progress: what is shown, and what is remembered
 figures     what one lesson draws; all other figures are in lora_lab.plots
 copies      the lessons in a folder of the learner's, with or without the solutions
-hidden      hidden tests: a point for each property that an answer has; for teachers, so not among the names below
-sheets      the exercises as sheets for nbgrader, with hidden tests; for teachers too
+sheets      sheets for nbgrader with hidden tests, the properties; for teachers, so not among the names below
 """
 
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    ["calls", "copies", "exercise", "exercises", "figures", "judge", "learner", "lessons", "values"],
+    ["copies", "exercise", "exercises", "figures", "judge", "learner", "lessons", "values"],
     {"learner": ["check", "hint", "progress"]},
 )

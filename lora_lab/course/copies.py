@@ -23,7 +23,6 @@ import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NotRequired
 
 import nbformat
 from nbformat import NotebookNode
@@ -44,14 +43,17 @@ from lora_lab.system.wording import counted
 
 CONFIG = "nbgrader_config.py"  # a folder with this file is a course to grade
 BEGIN, END, STUB = "### BEGIN SOLUTION", "### END SOLUTION", "### STUB "
+SOLUTION = re.compile(
+    rf"^(?P<indent> *){BEGIN}\n(?P<lines>.*?)^ *{END}\n(?P<stub>(?: *{STUB}[^\n]*\n)*)", re.DOTALL | re.MULTILINE
+)
 NOTEBOOK_METADATA, CELL_METADATA = ("kernelspec", "language_info"), ("jupyter", "tags")  # what the learner gets of it
 RAISE = 'raise NotImplementedError("your code here")'
 
 
 class _Manifest(TypedDict):
     solved: bool
-    lessons: dict[str, str]  # the SHA-256 of each file that was written, by its name
-    linked: NotRequired[dict[str, str]]  # of the lesson with all its links, where some were taken out
+    written: dict[str, str]  # the SHA-256 of each file that was written, by its name
+    versions: dict[str, str]  # the SHA-256 of each lesson that was written or offered, with all its links
 
 
 def student(notebook: NotebookNode) -> NotebookNode:
@@ -61,19 +63,18 @@ def student(notebook: NotebookNode) -> NotebookNode:
     that the learner does not need, such as the state of sliders.
 
     Raises:
-        ValueError: markers do not come in pairs, or a stub is not Python or would stop the notebook outside a function.
+        ValueError: markers do not come in pairs or stand outside code, or a stub is not Python or would stop the
+            notebook, because it raises outside a function.
     """
     result = copy.deepcopy(notebook)
     _reduce(result.metadata, NOTEBOOK_METADATA)
     for number, cell in enumerate(result.cells, start=1):
         _reduce(cell.metadata, CELL_METADATA)
-        if cell.cell_type != "code":
-            if BEGIN in cell.source or END in cell.source:
-                raise ValueError(f"Cell {number} is not code, but it has the marker of a solution; remove the marker.")
-            continue
-        if BEGIN in cell.source or END in cell.source:
+        if cell.cell_type == "code":
             cell.source = _without_solutions(cell.source, f"Cell {number}")
-        cell.outputs, cell.execution_count = [], None
+            cell.outputs, cell.execution_count = [], None
+        if BEGIN in cell.source or END in cell.source:
+            raise ValueError(f"Cell {number} has {BEGIN!r} or {END!r} without the other or outside code; mend it.")
     return result
 
 
@@ -83,30 +84,16 @@ def _reduce(metadata: NotebookNode, names: Sequence[str]) -> None:
 
 
 def _without_solutions(source: str, where: str) -> str:
-    lines: list[str] = []
-    begin: int | None = None  # where the solution being read begins, in ``lines``
-    indent = ""
-    source_lines = source.splitlines()
-    for number, line in enumerate(source_lines, start=1):
-        text = line.strip()
-        if text == BEGIN:
-            if begin is not None:
-                raise ValueError(f"{where} has a second {BEGIN!r} in line {number} before {END!r}; end the first one.")
-            begin, indent = len(lines), line[: len(line) - len(line.lstrip())]
-        elif text == END:
-            if begin is None:
-                raise ValueError(f"{where} has {END!r} in line {number} without {BEGIN!r} before it; add that.")
-            begin = None
-            following = source_lines[number].strip() if number < len(source_lines) else ""
-            if not following.startswith(STUB):
-                lines.append(indent + RAISE)
-        elif begin is None and text.startswith(STUB):
-            lines.append(line.replace(STUB, "", 1))
-        elif begin is None:
-            lines.append(line)
-    if begin is not None:
-        raise ValueError(f"{where} has {BEGIN!r} without {END!r}; add it after the last line of the solution.")
-    stub = "\n".join(lines)
+    """Return the code of a cell with stubs in place of its solutions."""
+
+    def stub_of(solution: re.Match[str]) -> str:
+        if BEGIN in solution["lines"]:
+            return solution[0]
+        return solution["stub"].replace(STUB, "") or f"{solution['indent']}{RAISE}\n"
+
+    stub = SOLUTION.sub(stub_of, f"{source}\n").removesuffix("\n")
+    if stub == source:
+        return source
     try:
         tree = ast.parse(stub)
     except SyntaxError as error:
@@ -180,34 +167,30 @@ def copy_lessons(folder: str | Path, solved: bool = False, only: Sequence[str] =
         raise ValueError(f"{folder} is a file; name a folder for the lessons.")
     if (folder / CONFIG).exists():
         raise ValueError(f"{folder} is a course to grade (it holds {CONFIG}); name another folder for the lessons.")
-    before = _manifest(folder / MANIFEST) if (folder / MANIFEST).is_file() else {"solved": solved, "lessons": {}}
+    new = _Manifest(solved=solved, written={}, versions={})
+    before = _manifest(folder / MANIFEST) if (folder / MANIFEST).is_file() else new
     if before["solved"] != solved:
         there, here = ("without", "with") if solved else ("with", "without")
         raise ValueError(f"{folder} has the lessons {there} solutions; name another folder for those {here} solutions.")
-    hashes: dict[str, str] = dict(before["lessons"])
-    linked: dict[str, str] = dict(before.get("linked", {}))
+    hashes, versions = before["written"], before["versions"]
     written: list[str] = []
     beside: list[str] = []
     lessons = chosen_lessons(only)
-    missing = {lesson.name for lesson in chosen_lessons()} - {lesson.name for lesson in lessons}
-    missing = {name for name in missing if not (folder / name).exists()}
+    there = {lesson.name for lesson in lessons} | {path.name for path in folder.glob("*.ipynb")}
+    missing = {lesson.name for lesson in chosen_lessons()} - there
     with atomic_files(folder) as temporary:
         for lesson in lessons:
             whole = lesson.read_bytes() if solved else _student_bytes(lesson)
             content = _without_links(whole, missing)
-            digest, whole_digest = (hashlib.sha256(each).hexdigest() for each in (content, whole))
+            digest, version = (hashlib.sha256(each).hexdigest() for each in (content, whole))
             untouched = _digest(folder / lesson.name) in (None, digest, hashes.get(lesson.name))
-            name = lesson.name if untouched else _free_name(folder, lesson.stem, digest, hashes)
-            offered = linked.get(lesson.name, hashes.get(lesson.name))
-            is_offered = not untouched and offered == whole_digest  # now or by an earlier call
-            if not is_offered and _digest(folder / name) != digest:
-                (temporary / name).write_bytes(content)
-                (written if untouched else beside).append(name)
-            hashes |= {lesson.name: digest} if is_offered else {lesson.name: digest, name: digest}
-            linked.pop(lesson.name, None)
-            linked |= {} if digest == whole_digest else {lesson.name: whole_digest}
-        manifest = {"solved": solved, "lessons": hashes} | ({"linked": linked} if linked else {})
-        write_json(temporary / MANIFEST, manifest)
+            if untouched or versions.get(lesson.name) != version:  # else it was offered before
+                name = lesson.name if untouched else _free_name(folder, lesson.stem, digest, hashes)
+                if _digest(folder / name) != digest:
+                    (temporary / name).write_bytes(content)
+                    (written if untouched else beside).append(name)
+                hashes[name], versions[lesson.name] = digest, version
+        write_json(temporary / MANIFEST, {"solved": solved, "written": hashes, "versions": versions})
     return Copied(tuple(written), tuple(beside), len(lessons) - len(written) - len(beside))
 
 

@@ -19,9 +19,9 @@ The solution stands in its lesson, between ``### BEGIN SOLUTION`` and ``### END 
         delta, z = rng.normal(size=(6, 3)), rng.normal(size=(6, 5))
         return close(gradient(delta, z), gradient(delta[:2], z[:2]) + gradient(delta[2:], z[2:]))
 
-With inputs, an answer is right if it agrees with the solution on all of them. Where there are many right answers
-(classes, scripts, random starts) there are none, and the properties decide, in their order. In a graded sheet each
-property with a docstring is a hidden test and a point.
+With inputs, an answer must agree with the solution on all of them. Where there are many right answers (classes,
+scripts, random starts) there are none. Then the properties decide, in their order. In a graded sheet each property with
+a docstring is a hidden test and a point; so an answer that passes a check has all points.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Property:
     Attributes:
         holds: called with the answer and a numpy Generator; whether the answer has the property. If it has a docstring,
             that is a point on a graded sheet.
-        sentence: what is wrong with an answer without it; empty where the inputs decide.
+        sentence: what is wrong with an answer without it; by default that its docstring is not true.
         wrong: edits of the solution that lack it, and have all properties before it.
     """
 
@@ -122,7 +122,7 @@ class Exercise:
             square or symmetric, so that mistakes do not coincide. None: the properties decide.
         wrong: sentence -> an edit, as in :meth:`answer`, or a list of edits. An answer that agrees with one on all
             inputs gets the sentence, which says what broke, and the likely mistake, in at most 160 characters.
-        draws: number of fresh inputs, or of trials of each property, for one check.
+        draws: number of fresh inputs for one check; without inputs, of trials of each property.
         rtol, atol: tolerance relative to the largest entry of the expected array, and absolute tolerance. Integers,
             booleans and strings are compared exactly.
         uses: names of exercises whose solutions this one calls.

@@ -23,11 +23,14 @@ from lora_lab.plots import (
     LINES,
     MARKERS,
     METHOD_COLOURS,
+    draw_spread,
     filling,
     legend_beside,
     line_styles,
+    log_axis,
     loss_by_rate,
     memory_of_a_step,
+    panels,
     rank_axis,
 )
 
@@ -47,36 +50,32 @@ def numbers(matrices: Mapping[str, Any]) -> Figure:
     """
     arrays = {name: np.asarray(matrix, dtype=float) for name, matrix in matrices.items()}
     limit = max(np.abs(array).max() for array in arrays.values())
-    figure, axes = plt.subplots(1, len(arrays), figsize=(2.3 * len(arrays), 2.9), squeeze=False)
-    for ax, (name, array) in zip(axes.flat, arrays.items(), strict=True):
+    figure, axes = panels(list(arrays), 2.3 * len(arrays), 2.9)
+    for ax, array in zip(axes.values(), arrays.values(), strict=True):
         ax.imshow(array, cmap="PuOr", vmin=-limit, vmax=limit)  # orange is negative
         for (i, j), entry in np.ndenumerate(array):
             ink = "#ffffff" if abs(entry) > 0.7 * limit else "#000000"
             ax.text(j, i, f"{entry:.0f}", ha="center", va="center", color=ink)
-        ax.set(title=name, xticks=range(array.shape[1]), yticks=range(array.shape[0]), xlabel="column")
+        ax.set(xticks=range(array.shape[1]), yticks=range(array.shape[0]), xlabel="column")
         ax.grid(visible=False)
-    axes[0, 0].set_ylabel("row")
+    figure.axes[0].set_ylabel("row")
     return figure
 
 
-def shares_by_rank(shares: Mapping[str, Mapping[int, Sequence[float]]], ylabel: str, ax: Axes | None = None) -> Axes:
+def shares_by_rank(shares: Mapping[str, Mapping[int, Sequence[float]]], ylabel: str) -> Axes:
     """Shares in per cent against the rank: a line through the means of the draws, a band from min to max.
 
     Args:
         shares: label -> rank -> one share for each draw; 1 is the whole.
         ylabel: what the shares are of, with "(%)".
     """
-    ax = ax or plt.subplots(figsize=(9, 4))[1]
+    ax = plt.subplots(figsize=(9, 4))[1]
     styles = line_styles(list(shares))
     for label, by_rank in shares.items():
         draws = 100 * np.array([list(values) for values in by_rank.values()])  # (ranks, draws)
         ax.fill_between(list(by_rank), draws.min(1), draws.max(1), color=styles[label]["color"], alpha=0.25)
         ax.plot(list(by_rank), draws.mean(1), label=label, **styles[label])
-    ticks = sorted({rank for by_rank in shares.values() for rank in by_rank})
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(ticks, [str(rank) for rank in ticks])
-    ax.minorticks_off()
-    ax.set_xlabel("rank")
+    rank_axis(ax, sorted({rank for by_rank in shares.values() for rank in by_rank}))
     ax.set_ylabel(ylabel)
     return legend_beside(ax)
 
@@ -84,24 +83,17 @@ def shares_by_rank(shares: Mapping[str, Mapping[int, Sequence[float]]], ylabel: 
 # Lesson 03, LoRA from scratch
 
 
-def schematic(
-    rank: int = 4,
-    out_features: int = 48,
-    in_features: int = 64,
-    alpha: float = 8,
-    ax: Axes | None = None,
-) -> Axes:
+def schematic(rank: int = 4, alpha: float = 8) -> Axes:
     """LoRA drawn: the input goes through the frozen W0 and through A, then B; the two results are added.
 
     The boxes of A and B are as narrow as the rank is beside the features, and the count of parameters stands below.
 
     Args:
-        rank: r, at most the smaller number of features.
-        out_features: rows of W0 and of B.
-        in_features: columns of W0 and of A.
+        rank: r, at most 48.
         alpha: the update is scaled by alpha / rank.
     """
-    ax = ax or plt.subplots(figsize=(6.4, 4.2))[1]
+    out_features, in_features = 48, 64
+    ax = plt.subplots(figsize=(6.4, 4.2))[1]
     unit = 3.0 / max(in_features, out_features)
     wide, tall, narrow = unit * in_features, unit * out_features, max(unit * rank, 0.06)
     frozen, trained = "#d9d9d9", METHOD_COLOURS["lora"]
@@ -113,14 +105,14 @@ def schematic(
     def arrow(start: tuple[float, float], end: tuple[float, float]) -> None:
         ax.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "#333333", "linewidth": 1.2})
 
-    def label(x: float, y: float, text: str, colour: str = "#000000", side: Literal["left", "center"] = "left") -> None:
+    def label(x: float, y: float, text: str, side: Literal["left", "center"] = "left", colour: str = "#000000") -> None:
         ax.text(x, y, text, ha=side, va="center", fontsize=9.5, color=colour)
 
     left, right, low, high = -2.2, 2.2, -1.0, 1.0
     half = (wide + tall) / 4
     box(left, 0, [(-half, -1.5), (half, -1.5), (half, 1.5), (-half, 1.5)], frozen, "", "#000000")
-    label(left, 0.25, "$W_0$", side="center")
-    label(left, -0.3, f"{out_features} x {in_features}, frozen", side="center")
+    label(left, 0.25, "$W_0$", "center")
+    label(left, -0.3, f"{out_features} x {in_features}, frozen", "center")
     funnel = [(-wide / 2, -0.5), (wide / 2, -0.5), (narrow / 2, 0.5), (-narrow / 2, 0.5)]
     box(right, low, funnel, trained, "$A$", "#ffffff" if narrow > 0.3 else "#000000")
     funnel = [(-narrow / 2, -0.5), (narrow / 2, -0.5), (tall / 2, 0.5), (-tall / 2, 0.5)]
@@ -129,13 +121,13 @@ def schematic(
     label(right + wide / 2 + 0.15, high, f"{out_features} x {rank}, trained\nstarts at zero")
     label(right + narrow / 2 + 0.2, 0, f"{rank} number{'s' * (rank > 1)} pass{'es' * (rank == 1)}")
     arrow((right, low + 0.5), (right, high - 0.5))
-    label(0, -2.75, f"$x$: {in_features} numbers", side="center")
+    label(0, -2.75, f"$x$: {in_features} numbers", "center")
     for x, bottom, top in ((left, -1.5, 1.5), (right, low - 0.5, high + 0.5)):
         arrow((0, -2.5), (x, bottom))
         arrow((x, top), (0.05 * x, 2.2))
-    label(1.55, 2.1, rf"$s$ = {alpha:g} / {rank} = {alpha / rank:.3g}", trained)
-    label(0, 2.17, "+", side="center")
-    label(0, 2.6, rf"$h = W_0\,x + s\,B A\,x$: {out_features} numbers", side="center")
+    label(1.55, 2.1, rf"$s$ = {alpha:g} / {rank} = {alpha / rank:.3g}", colour=trained)
+    label(0, 2.17, "+", "center")
+    label(0, 2.6, rf"$h = W_0\,x + s\,B A\,x$: {out_features} numbers", "center")
     count, whole = rank * (in_features + out_features), in_features * out_features
     ax.set_title(f"LoRA trains {count:,} parameters beside {whole:,} frozen ones ({count / whole:.0%})")
     ax.set(xlim=(-4.1, 6.3), ylim=(-3.1, 3.0), aspect="equal")
@@ -171,7 +163,7 @@ def memory_of_steps(bills: Mapping[str, Bill]) -> Figure:
     return figure
 
 
-def saved_in_a_block(saved: Mapping[str, tuple[str, int, int, int]], ax: Axes | None = None) -> Axes:
+def saved_in_a_block(saved: Mapping[str, tuple[str, int, int, int]]) -> Axes:
     """A transformer block drawn from its input down to its output, with what each layer saves for the backward pass.
 
     Args:
@@ -179,7 +171,7 @@ def saved_in_a_block(saved: Mapping[str, tuple[str, int, int, int]], ax: Axes | 
             methods, with full fine-tuning alone, with LoRA alone. A layer whose name begins with "add" adds the
             residual stream, which has bypassed the layers since the last such layer.
     """
-    ax = ax or plt.subplots(figsize=(10, 0.48 * len(saved) + 1.2))[1]
+    ax = plt.subplots(figsize=(10, 0.48 * len(saved) + 1.2))[1]
     looks = {
         "both": (COLOURS[2], ""),
         "full fine-tuning alone": (METHOD_COLOURS["full"], "//"),
@@ -219,13 +211,13 @@ def saved_in_a_block(saved: Mapping[str, tuple[str, int, int, int]], ax: Axes | 
 # Lesson 05, speed
 
 
-def passes(steps: Mapping[str, Flops], ax: Axes | None = None) -> Axes:
+def passes(steps: Mapping[str, Flops]) -> Axes:
     """The FLOPs of each step, from the forward pass to the weight gradients, and what is gone from the first one.
 
     Args:
         steps: label -> FLOPs of a step; what the first has and another lacks is drawn as an empty box.
     """
-    ax = ax or plt.subplots(figsize=(9, 0.9 * len(steps) + 1.4))[1]
+    ax = plt.subplots(figsize=(9, 0.9 * len(steps) + 1.4))[1]
     looks = {FORWARD: ("#999999", ""), INPUT: ("#999999", ".."), ADAPTERS: (METHOD_COLOURS["lora"], "xx")}
     looks[WEIGHT] = (METHOD_COLOURS["full"], "//")
     reference = next(iter(steps.values()))
@@ -261,14 +253,14 @@ def _without_adapters(step: Flops, name: str) -> int:
     return step.part(ADAPTERS) if name == ADAPTERS else step.in_pass(name) - step.counts.get((ADAPTERS, name), 0)
 
 
-def published(reports: Mapping[str, float], bound: float, ax: Axes | None = None) -> Axes:
+def published(reports: Mapping[str, float], bound: float) -> Axes:
     """Published ratios of times, LoRA's over full fine-tuning's, beside the lowest ratio of FLOPs.
 
     Args:
         reports: source -> ratio.
         bound: no ratio of FLOPs is below it.
     """
-    ax = ax or plt.subplots(figsize=(9, 0.45 * len(reports) + 1.4))[1]
+    ax = plt.subplots(figsize=(9, 0.45 * len(reports) + 1.4))[1]
     ax.plot(list(reports.values()), range(len(reports)), "o", color="#000000", markersize=8)
     for row, ratio in enumerate(reports.values()):
         ax.text(ratio, row - 0.18, f"{ratio:.2f}", ha="center", va="bottom", fontsize="small")
@@ -290,45 +282,36 @@ def published(reports: Mapping[str, float], bound: float, ax: Axes | None = None
 # Lesson 06, which rank
 
 
-def behind_full(
-    gaps: Mapping[str, Mapping[int, tuple[float, float, float]]],
-    margin: float,
-    unit: str = "nats",
-    ax: Axes | None = None,
-) -> Axes:
+def behind_full(gaps: Mapping[str, Mapping[int, tuple[float, float, float]]], margin: float, unit: str) -> Axes:
     """How far the loss of each setup is above full fine-tuning's after several numbers of steps, with bounds.
 
     Args:
         gaps: setup, such as "LoRA r=8" -> steps -> the mean difference, and its lower and upper bounds. At each number
             of steps the setups are drawn side by side.
         margin: up to which a setup counts as as good, drawn as a line.
+        unit: of the loss.
     """
-    ax = ax or plt.subplots()[1]
+    ax = plt.subplots()[1]
     styles = line_styles(list(gaps))
     for i, (setup, by_steps) in enumerate(gaps.items()):
         middle, lower, upper = np.array(list(by_steps.values())).T
         places = np.array(list(by_steps)) * 2 ** (0.15 * (i - (len(gaps) - 1) / 2))
-        reach = [middle - lower, upper - middle]
-        ax.errorbar(places, middle, reach, capsize=3, fillstyle="none", markersize=8, label=setup, **styles[setup])
+        look = {"fillstyle": "none", "markersize": 8, "capsize": 3, "label": setup}
+        draw_spread(ax, places, middle, lower, upper, **look, **styles[setup])
     ax.axhline(0, color=METHOD_COLOURS["full"], linewidth=1, label="full")
     ax.axhline(margin, color="#000000", linewidth=1, linestyle=":", label="margin")
-    ax.set_xscale("log", base=2)
-    budgets = sorted({steps for by_steps in gaps.values() for steps in by_steps})
-    ax.set_xticks(budgets, [f"{steps:,}" for steps in budgets])
-    ax.minorticks_off()
-    ax.set(xlabel="training steps", ylabel=f"loss minus full fine-tuning's ({unit})")
-    legend_beside(ax)
-    return ax
+    log_axis(ax, sorted({steps for by_steps in gaps.values() for steps in by_steps}), "training steps")
+    ax.set_ylabel(f"loss minus full fine-tuning's ({unit})")
+    return legend_beside(ax)
 
 
-def seed_by_seed(losses: DataFrame, unit: str = "nats", ax: Axes | None = None) -> Axes:
+def seed_by_seed(losses: DataFrame) -> Axes:
     """What each seed alone says of the ranks: a grey line and a star at its lowest loss; in colour the mean.
 
     Args:
-        losses: a row for each seed, a column for each rank; test losses.
-        unit: of the losses.
+        losses: a row for each seed, a column for each rank; test losses in nats.
     """
-    ax = ax or plt.subplots()[1]
+    ax = plt.subplots()[1]
     ranks = [int(rank) for rank in losses.columns]
     colour, star = METHOD_COLOURS["lora"], {"marker": "*", "markersize": 11, "linestyle": "none"}
     for i, row in enumerate(losses.to_numpy()):
@@ -336,30 +319,29 @@ def seed_by_seed(losses: DataFrame, unit: str = "nats", ax: Axes | None = None) 
         ax.plot(ranks[row.argmin()], row.min(), color=colour, label=None if i else "its best rank", **star)
     ax.plot(ranks, losses.mean(), "o-", color="#000000", label="mean of all seeds")
     rank_axis(ax, ranks)
-    ax.set_ylabel(f"test loss ({unit})")
+    ax.set_ylabel("test loss (nats)")
     return legend_beside(ax)
 
 
 # Lesson 07, overfitting
 
 
-def training_curve(rows: DataFrame, unit: str = "nats", ax: Axes | None = None) -> Axes:
+def training_curve(rows: DataFrame) -> Axes:
     """How a training curve is read: the lowest validation loss, the rise after it, and the gap at the end.
 
     Args:
-        rows: as for :func:`lora_lab.ablation.overfitting.summarise_trials`, of one setup, rate and size. Seeds are
-            averaged.
-        unit: of the loss.
+        rows: as for :func:`lora_lab.ablation.overfitting.summarise_trials`, of one setup, rate and size, losses in
+            nats. Seeds are averaged.
     """
-    ax = ax or plt.subplots()[1]
+    ax = plt.subplots()[1]
     mean = rows.assign(training=rows.validation_loss - rows.gap).groupby("step")[["training", "validation_loss"]].mean()
-    style = line_styles([str(rows.setup.iloc[0])])[str(rows.setup.iloc[0])]
+    (colour,) = (style["color"] for style in line_styles([str(rows.setup.iloc[0])]).values())
     validation, training = mean.validation_loss, mean.training.dropna()
-    ax.plot(validation, color=style["color"], label="validation loss")
-    ax.plot(training, color=style["color"], linestyle=":", label="training loss")
+    ax.plot(validation, color=colour, label="validation loss")
+    ax.plot(training, color=colour, linestyle=":", label="training loss")
     lowest, last = validation.min(), float(validation.index[-1])
     stop = float(validation.index.to_numpy()[int(validation.to_numpy().argmin())])
-    ax.plot(stop, lowest, "o", color=style["color"])
+    ax.plot(stop, lowest, "o", color=colour)
     note: Any = {"textcoords": "offset points", "va": "center", "fontsize": "small"}
     ax.annotate(f"lowest: {lowest:.2f}, step {stop:.0f}", (stop, lowest), (8, -12), **note)
     ends = {"rise": (last, lowest, validation[last]), "gap": (1.16 * last, training[last], validation[last])}
@@ -367,26 +349,24 @@ def training_curve(rows: DataFrame, unit: str = "nats", ax: Axes | None = None) 
         arrow = {"arrowstyle": "<->", "color": "#333333", "shrinkA": 0, "shrinkB": 0}
         ax.annotate("", (place, high), (place, low), arrowprops=arrow)
         ax.annotate(f"{name} {high - low:.2f}", (place, (low + high) / 2), (5, 0), **note)
-    ax.hlines(
-        [lowest, training[last], validation[last]], [stop, last, last], [last, *[1.16 * last] * 2], "#999999", lw=0.8
-    )
-    ax.set(xlabel="training step", ylabel=f"loss ({unit}, mean of seeds)")
+    for level, start, end in ((lowest, stop, 1), (training[last], last, 1.16), (validation[last], last, 1.16)):
+        ax.hlines(level, start, end * last, "#999999", lw=0.8)
+    ax.set(xlabel="training step", ylabel="loss (nats, mean of seeds)")
     ax.set_xticks([tick for tick in ax.get_xticks() if 0 <= tick <= last])
-    ax.set(xlim=(0, 1.32 * last))
-    ax.set_ylim(bottom=0)
+    ax.set(xlim=(0, 1.32 * last), ylim=(0, None))
     ax.legend()
     return ax
 
 
-def rigged(frame: DataFrame, rates: Mapping[str, float], unit: str = "nats", ax: Axes | None = None) -> Axes:
+def rigged(frame: DataFrame, rates: Mapping[str, float]) -> Axes:
     """Two setups at one rate each, and the headline that their rises after the lowest loss seem to allow.
 
     Args:
-        frame: as for :func:`lora_lab.ablation.overfitting.summarise_trials`, of one size; other setups may be in it.
+        frame: as for :func:`lora_lab.ablation.overfitting.summarise_trials`, of one size, losses in nats; other
+            setups may be in it.
         rates: two setups -> learning rate; the headline is about the second one.
-        unit: of the loss.
     """
-    ax = ax or plt.subplots()[1]
+    ax = plt.subplots()[1]
     styles, rises = line_styles([str(setup) for setup in frame.setup.unique()]), []
     for setup, rate in rates.items():
         rows = frame[(frame.setup == setup) & (frame.lr == rate)]
@@ -398,19 +378,19 @@ def rigged(frame: DataFrame, rates: Mapping[str, float], unit: str = "nats", ax:
     reference, setup = rates
     more = "MORE" if rises[1] > rises[0] else "LESS" if rises[1] < rises[0] else "AS MUCH"
     ax.set_title(f'"{setup} overfits {more}{" as" if more == "AS MUCH" else " than"} {reference}!"')
-    ax.set(xlabel="training step", ylabel=f"validation loss ({unit}, mean of seeds)", yscale="log", ylim=(0.4, 8))
+    ax.set(xlabel="training step", ylabel="validation loss (nats, mean of seeds)", yscale="log", ylim=(0.4, 8))
     ax.set_yticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
     ax.minorticks_off()
     ax.legend(loc="upper right")
     return ax
 
 
-def lowest_and_rise(trials: DataFrame, unit: str = "nats") -> Figure:
+def lowest_and_rise(trials: DataFrame) -> Figure:
     """The lowest validation loss and the rise after it against the learning rate, a line for each setup.
 
     Args:
-        trials: from :func:`lora_lab.ablation.overfitting.summarise_trials`, of one size. Seeds are averaged.
-        unit: of the loss.
+        trials: from :func:`lora_lab.ablation.overfitting.summarise_trials`, of one size, losses in nats.
+            Seeds are averaged.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
     means = trials.groupby(["setup", "lr"], sort=False)[["best_loss", "overfit"]].mean()
@@ -418,14 +398,10 @@ def lowest_and_rise(trials: DataFrame, unit: str = "nats") -> Figure:
     for setup, style in styles.items():
         left.plot(means.best_loss[setup].sort_index(), label=setup, **style)
         right.plot(means.overfit[setup].sort_index(), label=setup, **style)
-    rates = sorted(trials.lr.unique())
     for ax in (left, right):
-        ax.set(xscale="log", xlabel="learning rate")
-        ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
-        ax.minorticks_off()
-    left.set(ylabel=f"lowest validation loss ({unit})")
-    left.set_ylim(bottom=0)
-    right.set(ylabel=f"rise after the lowest ({unit})")
+        log_axis(ax, sorted(trials.lr.unique()), "learning rate", "g", base=10)
+    left.set(ylabel="lowest validation loss (nats)", ylim=(0, None))
+    right.set(ylabel="rise after the lowest (nats)")
     right.set_yscale("symlog", linthresh=0.01)
     right.set_yticks([0, 0.01, 0.1, 1], ["0", "0.01", "0.1", "1"])
     right.set_ylim(0, max(1.0, 1.5 * means.overfit.max()))
@@ -436,7 +412,7 @@ def lowest_and_rise(trials: DataFrame, unit: str = "nats") -> Figure:
     return figure
 
 
-def stopping_points(frame: DataFrame, compared: DataFrame, per_epoch: float = 1, unit: str = "nats") -> Figure:
+def stopping_points(frame: DataFrame, compared: DataFrame, per_epoch: float, unit: str) -> Figure:
     """Validation losses, and beside them how much more each setup had risen than another at each stopping point.
 
     Args:
@@ -451,18 +427,17 @@ def stopping_points(frame: DataFrame, compared: DataFrame, per_epoch: float = 1,
         mean = rows.groupby("step").validation_loss.mean()
         left.plot(mean.index / per_epoch, mean, label=setup, **styles[str(setup)])
     for i, (setup, rows) in enumerate(compared.groupby("setup", sort=False)):
-        reach = [rows.difference - rows.lower, rows.upper - rows.difference]
         places = rows.step / per_epoch + 0.12 * i  # so that bounds do not hide each other
-        right.errorbar(places, rows.difference, reach, capsize=2, label=setup, **styles[str(setup)])
+        draw_spread(right, places, rows.difference, rows.lower, rows.upper, label=setup, **styles[str(setup)])
     right.axhline(0, color="#000000", linewidth=0.8)
     left.set(xlabel="epoch", ylabel=f"validation loss ({unit})")
     right.set(xlabel="if training had stopped after epoch", ylabel=f"rise minus full's ({unit})")
-    left.legend()
-    right.legend()
+    for ax in (left, right):
+        ax.legend()
     return figure
 
 
-def equal_training_loss(frame: DataFrame, compared: DataFrame, unit: str = "nats") -> Figure:
+def equal_training_loss(frame: DataFrame, compared: DataFrame, unit: str) -> Figure:
     """Validation loss against training loss, and beside it how much each setup differs from another at equal ones.
 
     Args:
@@ -479,14 +454,10 @@ def equal_training_loss(frame: DataFrame, compared: DataFrame, unit: str = "nats
         mean = pandas.concat(trials).groupby("step")[["training", "validation_loss"]].mean().dropna()
         left.plot(mean.training, mean.validation_loss, label=setup, **styles[str(setup)])
     for i, (setup, rows) in enumerate(compared.groupby("setup", sort=False)):
-        reach = [rows.difference - rows.lower, rows.upper - rows.difference]
         places = rows.train_loss * 1.03**i  # so that bounds do not hide each other
-        right.errorbar(places, rows.difference, reach, capsize=2, label=setup, **styles[str(setup)])
+        draw_spread(right, places, rows.difference, rows.lower, rows.upper, label=setup, **styles[str(setup)])
     right.axhline(0, color="#000000", linewidth=0.8)
-    right.set_xscale("log")
-    losses = compared.train_loss.unique().tolist()
-    right.set_xticks(losses, [f"{loss:g}" for loss in losses])
-    right.minorticks_off()
+    log_axis(right, compared.train_loss.unique().tolist(), "", "g", base=10)
     for ax in (left, right):
         ax.invert_xaxis()  # training goes from left to right
         ax.set_xlabel(f"training loss ({unit}), falling to the right")
@@ -499,31 +470,30 @@ def equal_training_loss(frame: DataFrame, compared: DataFrame, unit: str = "nats
 # Lesson 08, forgetting
 
 
-def weight_decay(means: DataFrame, unit: str = "nats") -> Figure:
+def weight_decay(means: DataFrame) -> Figure:
     """What stronger and stronger weight decay does to weights, losses and right answers, a colour for each setup.
 
     Args:
         means: columns ``setup``, ``decay``; ``moved`` and ``size``, the norm of the change of the weights and of the
             weights themselves, each over the norm at the start; ``new_loss`` on the new task; ``old_scaled``, the
             loss on the old task after temperature scaling; ``old_right``, the share of right answers on the old task.
-        unit: of the losses.
+            Losses are in nats.
     """
     figure, axes = plt.subplots(1, 3, figsize=(11, 4.2))
-    panels = [
-        ("norm / norm at the start", {"size": "size of the weights", "moved": "distance from the start"}),
-        (f"loss ({unit})", {"new_loss": "new task, lowest", "old_scaled": "old task, scaled, at the end"}),
-        ("share of right answers", {"old_right": "old task, at the end"}),
-    ]
+    drawn = {
+        "norm / norm at the start": {"size": "size of the weights", "moved": "distance from the start"},
+        "loss (nats)": {"new_loss": "new task, lowest", "old_scaled": "old task, scaled, at the end"},
+        "share of right answers": {"old_right": "old task, at the end"},
+    }
     decays = sorted(means.decay.unique())
     styles = line_styles([str(setup) for setup in means.setup.unique()])
-    for ax, (ylabel, columns) in zip(axes, panels, strict=True):
+    for ax, (ylabel, columns) in zip(axes, drawn.items(), strict=True):
         for line, (column, what) in zip(LINES, columns.items(), strict=False):
             for setup, rows in means.groupby("setup", sort=False):
                 values = rows.set_index("decay")[column].loc[decays]
                 ax.plot(values.tolist(), label=f"{setup}: {what}", **{**styles[str(setup)], "linestyle": line})
-        ax.set(xlabel="weight decay (not to scale)", ylabel=ylabel)
+        ax.set(xlabel="weight decay (not to scale)", ylabel=ylabel, ylim=(0, None))
         ax.set_xticks(range(len(decays)), [f"{decay:g}" for decay in decays])
-        ax.set_ylim(bottom=0)
         ax.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.18))
     return figure
 
@@ -531,17 +501,16 @@ def weight_decay(means: DataFrame, unit: str = "nats") -> Figure:
 # Lesson 09, many tasks
 
 
-def copies_and_adapters(model_mb: float, adapter_mb: float, tasks: int = 4, ax: Axes | None = None) -> Axes:
-    """The files that several tasks need, drawn as squares whose areas are to scale.
+def copies_and_adapters(model_mb: float, adapter_mb: float) -> Axes:
+    """The files that four tasks need, drawn as squares whose areas are to scale.
 
     Left full fine-tuning, with a model for each task; right LoRA, with one base and an adapter for each task.
 
     Args:
         model_mb: size of the model, in MB.
         adapter_mb: size of an adapter, in MB.
-        tasks: how many.
     """
-    ax = ax or plt.subplots(figsize=(9.5, 2.6))[1]
+    ax, tasks = plt.subplots(figsize=(9.5, 2.6))[1], 4
     small, full, lora = (adapter_mb / model_mb) ** 0.5, METHOD_COLOURS["full"], METHOD_COLOURS["lora"]
 
     def square(x: float, side: float, colour: str, name: str, hatch: str = "") -> None:
@@ -565,19 +534,18 @@ def copies_and_adapters(model_mb: float, adapter_mb: float, tasks: int = 4, ax: 
     return ax
 
 
-def effect_of_adapters(changes: DataFrame, limit: float = 3.0, ax: Axes | None = None) -> Axes:
+def effect_of_adapters(changes: DataFrame) -> Axes:
     """What each adapter does to the loss of each task: below zero (orange) it helps.
 
     Args:
         changes: the loss with the adapter minus that of the base, in nats per token; a row for each adapter, a column
-            for each task.
-        limit: from this change on, colours are the darkest.
+            for each task. From 3 on, colours are the darkest.
     """
-    ax = ax or plt.subplots(figsize=(7.2, 1.6 + 0.6 * len(changes)))[1]
+    ax = plt.subplots(figsize=(7.2, 1.6 + 0.6 * len(changes)))[1]
     numbers = changes.to_numpy()
-    picture = ax.imshow(numbers, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
+    picture = ax.imshow(numbers, cmap="PuOr", vmin=-3, vmax=3, aspect="auto")
     for (row, column), number in np.ndenumerate(numbers):
-        ink = "white" if abs(number) > 0.6 * limit else "black"
+        ink = "white" if abs(number) > 1.8 else "black"
         ax.text(column, row, f"{number:+.2f}", color=ink, ha="center", va="center")
     ax.set_xticks(range(len(changes.columns)), changes.columns)
     ax.set_yticks(range(len(changes)), changes.index)
@@ -590,8 +558,8 @@ def effect_of_adapters(changes: DataFrame, limit: float = 3.0, ax: Axes | None =
 # Lesson 10, variants
 
 
-def at_common_rate(frame: DataFrame, rate: float, xlabel: str, reference: str = "LoRA") -> Figure:
-    """Validation loss against the learning rate, and beside it the methods ranked at one common rate.
+def at_common_rate(frame: DataFrame, rate: float, xlabel: str) -> Figure:
+    """Validation loss against the learning rate, and beside it the methods ranked, and compared with LoRA, at one rate.
 
     Args:
         frame: as for :func:`lora_lab.plots.loss_by_rate`, of several methods at one rank; ``method`` holds the
@@ -599,7 +567,6 @@ def at_common_rate(frame: DataFrame, rate: float, xlabel: str, reference: str = 
         rate: at which the methods are ranked, by their mean loss over the seeds. Those without a run at it are named
             below, without a bar.
         xlabel: whose learning rate that is.
-        reference: the method that each bar is compared with.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), width_ratios=[3, 2])
     loss_by_rate(frame, left, by="method").legend().remove()
@@ -622,16 +589,15 @@ def at_common_rate(frame: DataFrame, rate: float, xlabel: str, reference: str = 
     right.set_yticks(range(len(styles)), [*absent, *losses.index])
     right.set_ylim(-0.55, len(styles) - 0.45)
     for position, (method, loss) in zip(positions, losses.items(), strict=True):
-        compared = reference in losses and method != reference
-        difference = f" ({loss / losses[reference] - 1:+.0%})" if compared else ""
+        difference = f" ({loss / losses['LoRA'] - 1:+.0%})" if "LoRA" in losses and method != "LoRA" else ""
         right.text(loss, position, f" {loss:.2f}{difference}", va="center")
     right.set(xlim=(0, 1.5 * losses.max()), xlabel="validation loss (mean over seeds)")
-    right.set_title(f"At {rate:g}, {losses.index[-1]} is ahead\n(in brackets: difference from {reference})")
+    right.set_title(f"At {rate:g}, {losses.index[-1]} is ahead\n(in brackets: difference from LoRA)")
     right.grid(axis="y", visible=False)
     return figure
 
 
-def differences(table: DataFrame, xlabel: str, margin: float | None = None, ax: Axes | None = None) -> Axes:
+def differences(table: DataFrame, xlabel: str, margin: float | None = None) -> Axes:
     """Differences from a reference with their bounds, a row for each method and a mark for each rule of comparison.
 
     Args:
@@ -640,7 +606,7 @@ def differences(table: DataFrame, xlabel: str, margin: float | None = None, ax: 
         xlabel: what differs from what, with its unit.
         margin: a difference that does not matter, drawn as a grey band.
     """
-    ax = ax or plt.subplots(figsize=(8, 3.8))[1]
+    ax = plt.subplots(figsize=(8, 3.8))[1]
     setups, rules = list(table.setup.unique()), list(table.rule.unique())
     if margin is not None:
         ax.axvspan(-margin, margin, color="#bbbbbb", alpha=0.5, linewidth=0, label=f"margin: ±{margin:g}")
@@ -650,7 +616,7 @@ def differences(table: DataFrame, xlabel: str, margin: float | None = None, ax: 
         rows = table[table.rule == rule]
         position = [setups.index(setup) + 0.22 * (i - (len(rules) - 1) / 2) for setup in rows.setup]
         reach = [rows.difference - rows.lower, rows.upper - rows.difference]
-        style: dict[str, Any] = {"fmt": MARKERS[i], "color": str(shades[i]), "capsize": 3, "markersize": 7}
+        style: Any = {"fmt": MARKERS[i], "color": str(shades[i]), "capsize": 3, "markersize": 7}
         ax.errorbar(rows.difference, position, xerr=reach, label=rule, **style)
     ax.set(yticks=range(len(setups)), yticklabels=setups, ylim=(len(setups) - 0.5, -0.5), xlabel=xlabel)
     ax.grid(axis="y", visible=False)
@@ -661,28 +627,25 @@ def differences(table: DataFrame, xlabel: str, margin: float | None = None, ax: 
 # Lesson 11, what training wrote
 
 
-def overlaps(similarities: Mapping[str, ArrayLike], width: int, rows: Sequence[int] = (1, 8)) -> Figure:
-    """How much of the leading directions of one update lies among those of another: phi(i, j) against j.
+def overlaps(similarities: Mapping[str, ArrayLike], width: int) -> Figure:
+    """How much of the 1 and the 8 leading directions of one update lies among those of another: phi(i, j) against j.
 
     Args:
         similarities: label -> phi (I, J), from :func:`lora_lab.rank.subspace_similarity`.
         width: of the space in which the directions lie; phi is max(i, j) / width by chance.
-        rows: the i of each panel.
     """
-    figure, axes = plt.subplots(1, len(rows), figsize=(10, 3.9), sharey=True, squeeze=False)
-    styles = line_styles(list(similarities))
-    for ax, i in zip(axes[0], rows, strict=True):
-        longest = 1
-        for label, similarity in similarities.items():
-            values = np.asarray(similarity, dtype=float)[i - 1]
-            longest = max(longest, len(values))
-            ax.plot(np.arange(1, len(values) + 1), values, label=label, **{**styles[label], "markevery": [0, -1]})
-        j = np.arange(1, longest + 1)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.9), sharey=True)
+    phis = {label: np.asarray(similarity, dtype=float) for label, similarity in similarities.items()}
+    styles = line_styles(list(phis))
+    for ax, i in zip(axes, (1, 8), strict=True):
+        for label, phi in phis.items():
+            ax.plot(np.arange(phi.shape[1]) + 1, phi[i - 1], label=label, **styles[label], markevery=[0, -1])
+        j = np.arange(max(phi.shape[1] for phi in phis.values())) + 1
         ax.plot(j, np.maximum(i, j) / width, color=METHOD_COLOURS["chance"], linewidth=3, alpha=0.6, label="chance")
         leading = "the leading direction" if i == 1 else f"the {i} leading directions"
         ax.set(xlabel="j, leading directions of the other update", ylim=(0, 1.05), title=f"Of {leading}: phi({i}, j)")
-    axes[0, 0].set_ylabel("similarity phi (no unit)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(similarities) + 1)
+    axes[0].set_ylabel("similarity phi (no unit)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(phis) + 1)
     return figure
 
 
@@ -692,14 +655,14 @@ def intruders_by_size(table: DataFrame) -> Figure:
     Args:
         table: columns ``layer``, ``setup``, ``size`` (norm of the update / of the weight) and ``intruders``.
     """
-    layers = list(table.layer.unique())
-    figure, axes = plt.subplots(1, len(layers), figsize=(9, 3.9), sharey=True, squeeze=False)
+    figure, axes = panels(table.layer.unique(), 9, 3.9, sharey=True)
     styles = line_styles(list(table.setup.unique()))
-    for ax, layer in zip(axes[0], layers, strict=True):
+    for layer, ax in axes.items():
         for setup, rows in table[table.layer == layer].groupby("setup", sort=False):
             style = styles[str(setup)] if len(rows) > 1 else {**styles[str(setup)], "linestyle": "none"}
             ax.plot(rows["size"], rows.intruders, label=setup, **style)
-        ax.set(title=layer, xscale="log", xlabel="size of the update / of the weight (norms)")
-    axes[0, 0].set_ylabel("intruders among the 10 leading directions")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(styles))
+        ax.set(xscale="log", xlabel="size of the update / of the weight (norms)")
+    first = figure.axes[0]
+    first.set_ylabel("intruders among the 10 leading directions")
+    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=len(styles))
     return figure

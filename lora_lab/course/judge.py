@@ -1,27 +1,151 @@
-"""Is an answer right? If it is not: a known mistake, or the first of some general findings, in one or two sentences."""
+"""Is an answer right? If it is not: a known mistake, or the first of some general findings, in one or two sentences.
+
+A learner's code leaves no trace: arguments are copied, output is captured, errors are values, and time is limited.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import io
 import linecache
+import random
+import signal
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import FrameType
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
-from lora_lab.course.calls import Outcome, TimeUp, call, file_of, limited, untouched
 from lora_lab.course.exercise import Exercise
 from lora_lab.course.values import SHOWN, as_array, difference, factor, same, short_text, size
 
+Value = TypeVar("Value")
 SECONDS = 2.0  # for one check
 HOLE = "____"  # stands in a stub where the learner is to write
 NOT_STARTED = "Not started yet. Write your code, run the cell again, and it is checked."
+REPEAT = 0.02  # seconds until the alarm rings again, in case the code has caught the exception
+
+
+# A call
+
+
+class TimeUp(BaseException):
+    """The time limit has passed."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call did.
+
+    Attributes:
+        value: what it returned; None after an error.
+        error: what it raised, if anything.
+        changed: names of the arguments that it changed in place.
+        printed: what it printed.
+    """
+
+    value: Any
+    error: BaseException | None
+    changed: frozenset[str]
+    printed: str
+
+
+def call(function: Callable[..., Any], arguments: Sequence[Any], names: Sequence[str]) -> Outcome:
+    """Call a function with copies of the arguments.
+
+    Args:
+        names: of the arguments.
+
+    Raises:
+        TimeUp, KeyboardInterrupt: nothing else is raised, SystemExit included.
+    """
+    copies = copy.deepcopy(tuple(arguments))
+    value, error, printed = None, None, io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+            value = function(*copies)
+    except (TimeUp, KeyboardInterrupt):
+        raise
+    except BaseException as raised:
+        error = raised
+    before_and_after = zip(names, arguments, copies, strict=True)
+    changed = frozenset(name for name, before, after in before_and_after if _differs(after, before))
+    return Outcome(value, error, changed, printed.getvalue())
+
+
+def _differs(after: Any, before: Any) -> bool:
+    """Whether an argument was changed; False for objects that do not even equal a copy of themselves."""
+    return not same(after, before, 0.0, 0.0) and same(copy.deepcopy(before), before, 0.0, 0.0)
+
+
+def limited(function: Callable[[], Value], seconds: float) -> Value:
+    """Return ``function()``, or raise :class:`TimeUp` if it takes longer.
+
+    The limit holds for Python code in the main thread on systems with SIGALRM, such as Linux and macOS; elsewhere there
+    is none. A single long call of a compiled library, such as a large matrix multiplication, is interrupted at its end,
+    and a loop that catches every exception in its body is not.
+    """
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        return function()
+    if seconds <= 0:
+        raise TimeUp
+
+    def run() -> Value:
+        return function()
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code is run.__code__:  # otherwise the function has just ended
+                raise TimeUp
+            frame = frame.f_back
+
+    started = time.monotonic()
+    previous = signal.signal(signal.SIGALRM, ring)
+    delay, interval = signal.setitimer(signal.ITIMER_REAL, seconds, REPEAT)
+    try:
+        return run()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL if previous is None else previous)
+        if delay:
+            signal.setitimer(signal.ITIMER_REAL, max(delay - (time.monotonic() - started), 1e-6), interval)
+
+
+@contextlib.contextmanager
+def untouched() -> Iterator[None]:
+    """Restore at the end of the block the state of the global random generators and whether gradients are recorded.
+
+    Warnings are not shown inside it.
+    """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002  # it is the global one
+    try:
+        with warnings.catch_warnings(), np.errstate(all="ignore"), torch.set_grad_enabled(torch.is_grad_enabled()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
+
+
+def file_of(answer: Any) -> str | None:
+    """The file or cell in which a function or class is defined; None if it does not tell."""
+    candidates = [answer, *vars(answer).values()] if isinstance(answer, type) else [answer]
+    # Unwrapped, because the code of a method under a decorator, such as torch.no_grad(), is the decorator's.
+    codes = (getattr(inspect.unwrap(each), "__code__", None) for each in candidates if callable(each))
+    return next((code.co_filename for code in codes if code is not None), None)
+
+
+# The verdict
 
 
 @dataclass(frozen=True)
@@ -45,7 +169,7 @@ def judge(exercise: Exercise, answer: Any) -> Verdict:
     """Judge an answer on fresh inputs.
 
     Global random states are as before, arguments are copied for each call, and what the answer prints is not shown.
-    After :data:`SECONDS` an answer that still runs is stopped, as far as :func:`lora_lab.course.calls.limited` can.
+    After :data:`SECONDS` an answer that still runs is stopped, as far as :func:`limited` can.
 
     Raises:
         KeyboardInterrupt: it is the only exception.
@@ -57,12 +181,14 @@ def judge(exercise: Exercise, answer: Any) -> Verdict:
     rng = np.random.default_rng()  # no seed, so that no answer can be memorised
     try:
         with untouched():
-            return (_by_inputs if exercise.inputs else _by_properties)(exercise, answer, rng)
+            wrong = _by_inputs(exercise, answer, rng) if exercise.inputs else None
+            return wrong or _by_properties(exercise, answer, rng)
     except TimeUp:
         return Verdict(False, f"Your {kind} was still running after {SECONDS:g} s. Is there a loop that never ends?")
 
 
-def _by_inputs(exercise: Exercise, answer: Callable[..., Any], rng: np.random.Generator) -> Verdict:
+def _by_inputs(exercise: Exercise, answer: Callable[..., Any], rng: np.random.Generator) -> Verdict | None:
+    """Compare an answer with the solution on fresh inputs, and return what is wrong, if anything."""
     assert exercise.inputs is not None
     deadline = time.monotonic() + SECONDS
     names = list(inspect.signature(exercise.solution).parameters)
@@ -77,10 +203,7 @@ def _by_inputs(exercise: Exercise, answer: Callable[..., Any], rng: np.random.Ge
     wrong = [number for number, (outcome, right) in enumerate(pairs) if not _agrees(outcome, right, exercise)]
     changed = sorted({name for outcome, right in pairs for name in outcome.changed - right.changed})
     if not wrong and not changed:
-        if name := _without_gradient(pairs):
-            sentence = f"The result is right, but the gradient of {name} is not."
-            return Verdict(False, f"{sentence} Does a detach or no_grad cut it off?")
-        return Verdict(True, exercise.praise)
+        return None
 
     def known_mistake() -> str | None:
         for mistake, sentence in exercise.mistakes:
@@ -101,17 +224,20 @@ def _by_inputs(exercise: Exercise, answer: Callable[..., Any], rng: np.random.Ge
 
 
 def _by_properties(exercise: Exercise, answer: Any, rng: np.random.Generator) -> Verdict:
+    """Judge an answer by the first property that it lacks; they are what a graded sheet asks for, too."""
     _warm_up(exercise)
+    trials = 1 if exercise.inputs else exercise.draws
     printed = io.StringIO()
 
     def first_failure() -> Verdict:
         for each in exercise.properties:
-            for _ in range(exercise.draws):
+            for _ in range(trials):
                 printed.seek(0)
                 printed.truncate()
                 try:
                     if not each.holds(answer, rng):
-                        return Verdict(False, each.sentence, printed=printed.getvalue())
+                        sentence = each.sentence or f"On other inputs this is not true: {each.holds.__doc__}"
+                        return Verdict(False, sentence, printed=printed.getvalue())
                 except (TimeUp, KeyboardInterrupt):
                     raise
                 except BaseException as error:
@@ -141,15 +267,6 @@ def _agrees(outcome: Outcome, reference: Outcome, exercise: Exercise) -> bool:
 
 
 Pairs = Sequence[tuple[Outcome, Outcome]]  # what the answer did, and what the solution did
-
-
-def _without_gradient(pairs: Pairs) -> str | None:
-    """Return the first argument whose gradient is not that of the solution."""
-    for outcome, right in pairs:
-        for name, gradient in right.gradients.items():
-            if not same(outcome.gradients[name], gradient, 1e-4):
-                return name
-    return None
 
 
 def _named_difference(answer: Callable[..., Any], pairs: Pairs, changed: Sequence[str]) -> str | None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import difflib
 import html
-import os
-import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from lora_lab.system.files import read_json, write_json
 MANIFEST = ".lora_lab_course.json"  # a folder with this file is a learner's copy of the lessons
 PROGRESS = "progress.json"
 LINES, LINE = 10, 100  # of what an answer printed: as many lines are shown, of as many characters
+HEADS = ("lesson", "exercise", "state", "minutes")
 GREEN, AMBER, GREY = "#009e73", "#e69f00", "#999999"
 _ICONS = {GREEN: "✓", AMBER: "✗", GREY: "○"}
 
@@ -142,20 +142,18 @@ class Map:
     """A table of exercises with their state."""
 
     def __init__(self, exercises: Sequence[Exercise], done: set[str], tried: set[str]) -> None:
-        self.rows = []
+        self.rows = [HEADS]
         for each in sorted(exercises, key=lambda exercise: exercise.lesson):  # stable: in a lesson, in its order
             state = "✓ done" if each.name in done else "✗ tried" if each.name in tried else "○ open"
-            self.rows.append((each.lesson, each.name, state, each.minutes))
-        open_minutes = sum(minutes for *_, state, minutes in self.rows if state != "✓ done")
-        count = sum(state == "✓ done" for *_, state, _ in self.rows)
-        self.summary = f"{count} of {len(self.rows)} exercises done" + (
-            f"; the others take about {open_minutes} minutes." if open_minutes else "."
-        )
+            self.rows.append((each.lesson, each.name, state, str(each.minutes)))
+        minutes = sum(each.minutes for each in exercises if each.name not in done)
+        count = sum(each.name in done for each in exercises)
+        self.summary = f"{count} of {len(exercises)} exercises done"
+        self.summary += f"; the others take about {minutes} minutes." if minutes else "."
 
     def __repr__(self) -> str:
-        rows = [("lesson", "exercise", "state", "minutes"), *self.rows]
-        widths = [max(len(str(row[column])) for row in rows) for column in range(4)]
-        lines = ["  ".join(f"{cell!s:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+        widths = [max(map(len, column)) for column in zip(*self.rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)) for row in self.rows]
         return "\n".join([self.summary, *(line.rstrip() for line in lines)])
 
     def _repr_html_(self) -> str:
@@ -164,9 +162,9 @@ class Map:
         rows = "".join(
             f'<tr><td style="{left}">{lesson}</td><td style="{left}"><code>{name}</code></td>'
             f'<td style="{left}; border-left: 4px solid {colours[state[0]]}">{state}</td><td>{minutes}</td></tr>'
-            for lesson, name, state, minutes in self.rows
+            for lesson, name, state, minutes in self.rows[1:]
         )
-        heads = "".join(f'<th style="{left}">{head}</th>' for head in ("lesson", "exercise", "state", "minutes"))
+        heads = "".join(f'<th style="{left}">{head}</th>' for head in HEADS)
         return f"<p><b>{self.summary}</b></p><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
 
 
@@ -209,15 +207,13 @@ def _remembered() -> tuple[set[str], set[str], str]:
 
 def _moved_aside() -> str:
     """Move ``progress.json``, which is damaged, to a name that no file has; a sentence that says so."""
+    aside = f"progress-damaged-{time.time_ns()}.json"
     try:
-        handle, aside = tempfile.mkstemp(prefix=f"{Path(PROGRESS).stem}-damaged-", suffix=".json", dir=".")
-        os.close(handle)
         Path(PROGRESS).replace(aside)
     except OSError as error:
         return f"{PROGRESS} is damaged and could not be moved aside ({error.strerror}); delete it, or move it yourself."
     return (
-        f"{PROGRESS} was damaged and is now {Path(aside).name}; a new one starts, so check the exercises that you had "
-        "done again."
+        f"{PROGRESS} was damaged and is now {aside}; a new one starts, so check the exercises that you had done again."
     )
 
 

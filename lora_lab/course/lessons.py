@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
-from itertools import chain
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from IPython.display import display
@@ -145,12 +145,19 @@ def claims(*outcomes: Outcome) -> None:
     display(_table(rows, caption), raw=True, metadata={IN_OUTPUT: stored})
 
 
-class Prediction:
+class Shown(SimpleNamespace):
+    """What has been displayed already, so that a cell may end with it; its attributes can be read and driven."""
+
+    def _ipython_display_(self) -> None:
+        """Nothing."""
+
+
+class Prediction(Shown):
     """A question with options, made by :func:`predict`."""
 
-    def __init__(self, question: str, options: Sequence[str]) -> None:
-        self.question, self.options = question, tuple(options)
-        self.chosen: str | None = None
+    question: str
+    options: tuple[str, ...]
+    chosen: str | None = None
 
     def choose(self, option: str) -> None:
         """Predict one of the options, as a click on its button does.
@@ -186,9 +193,6 @@ class Prediction:
             raise ValueError(f"The answer {option!r} is none of the options: {', '.join(self.options)}.")
         return option
 
-    def _ipython_display_(self) -> None:
-        """Nothing: :func:`predict` has displayed it already."""
-
 
 def predict(question: str, *options: str) -> Prediction:
     """Ask for a prediction, right before the cell that answers it.
@@ -207,7 +211,7 @@ def predict(question: str, *options: str) -> Prediction:
 
     if len(set(options)) < max(2, len(options)):
         raise ValueError(f"predict needs at least two different options, but was given {options}.")
-    prediction = Prediction(question, options)
+    prediction = Prediction(question=question, options=options)
     buttons = [ipywidgets.Button(description=option, layout={"width": "auto"}) for option in options]
 
     def clicked(button: ipywidgets.Button) -> None:
@@ -226,19 +230,9 @@ def predict(question: str, *options: str) -> Prediction:
     return prediction
 
 
-class Explorer:
-    """Controls and what they show, made by :func:`explore`."""
-
-    def __init__(self, controls: dict[str, ipywidgets.ValueWidget], view: ipywidgets.ValueWidget) -> None:
-        self.controls, self.view = controls, view
-
-    def _ipython_display_(self) -> None:
-        """Nothing: :func:`explore` has displayed it already."""
-
-
 def explore(
     draw: Callable[..., Figure | str], alt: str, start: Mapping[str, Any] | None = None, **controls: Sequence[Any]
-) -> Explorer:
+) -> Shown:
     """Show what ``draw`` returns, with a control for each of its arguments.
 
     A page without a kernel shows all texts of a single control; for figures or several controls it shows the start.
@@ -258,8 +252,8 @@ def explore(
     """
     import ipywidgets
 
-    values = {name: dict(start or {}).get(name, choices[0]) for name, choices in controls.items()}
-    for name, value in chain(values.items(), dict(start or {}).items()):
+    values = {name: choices[0] for name, choices in controls.items()} | dict(start or {})
+    for name, value in values.items():
         if value not in controls.get(name, ()):
             raise ValueError(f"start has {name}={value!r}, but {name} is one of {list(controls.get(name, ()))}.")
 
@@ -294,26 +288,10 @@ def explore(
         stories = (f"<b>{next(iter(controls))} {_words(choice)}</b>{_story(str(frame(choice)))}" for choice in shown)
         static = {"text/html": "".join(stories) or _story(first)}
     _display(ipywidgets.VBox([*widgets.values(), view]), static, alt)
-    return Explorer(widgets, view)
+    return Shown(controls=widgets, view=view)
 
 
-class Playground:
-    """A menu, a box for a prompt, a button and an answer, made by :func:`playground`."""
-
-    def __init__(
-        self,
-        menu: ipywidgets.Dropdown,
-        prompt: ipywidgets.Textarea,
-        button: ipywidgets.Button,
-        view: ipywidgets.HTML,
-    ) -> None:
-        self.menu, self.prompt, self.button, self.view = menu, prompt, button, view
-
-    def _ipython_display_(self) -> None:
-        """Nothing: :func:`playground` has displayed it already."""
-
-
-def playground(answer: Callable[[str, str], str], menu: Sequence[str], prompt: str, alt: str) -> Playground:
+def playground(answer: Callable[[str, str], str], menu: Sequence[str], prompt: str, alt: str) -> Shown:
     """A menu and a box for prompts of the reader's; a click on the button shows the answer.
 
     Args:
@@ -346,7 +324,7 @@ def playground(answer: Callable[[str, str], str], menu: Sequence[str], prompt: s
     button.on_click(clicked)
     page = f"<p><b>adapter</b> {html.escape(menu[0])}<br><b>prompt</b> {html.escape(prompt)}</p>{view.value}"
     _display(ipywidgets.VBox([drop_down, box, button, view]), {"text/html": page}, alt)
-    return Playground(drop_down, box, button, view)
+    return Shown(menu=drop_down, prompt=box, button=button, view=view)
 
 
 def _display(widget: ipywidgets.Widget, static: dict[str, Any], alt: str) -> None:
@@ -374,4 +352,4 @@ def _story(text: str) -> str:
 
 
 def _words(choice: Any) -> str:
-    return {True: "yes", False: "no"}.get(choice, str(choice)) if isinstance(choice, bool) else str(choice)
+    return ("no", "yes")[choice] if isinstance(choice, bool) else str(choice)

@@ -3,24 +3,36 @@
 A sheet has the lesson's imports, the text of each exercise with its answer, a locked cell with hidden tests after each,
 and a reflection at the end. So running and grading a sheet takes seconds, and needs neither a model nor the rest of the
 lesson. Learners keep the lesson open while they work on its sheet: each exercise names the section that explains it.
+
+Hidden tests are the properties of an exercise, a point each. The source of a property goes into a cell of the sheet
+with that of the helpers that it calls, and runs there without lora_lab; so these have no annotations. An answer that
+computes nothing has none of the properties.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
+import dis
+import inspect
+import io
 import re
 import secrets
+import types
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nbformat
+import numpy as np
+import torch
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from lora_lab.course.copies import BEGIN, CONFIG, END, RAISE, STUB, chosen_lessons
-from lora_lab.course.exercise import EXERCISES, REFLECTIONS, Answer, Reflection, answers
-from lora_lab.course.hidden import hidden_cell
+from lora_lab.course.exercise import EXERCISES, REFLECTIONS, Answer, Reflection, answers, close
 from lora_lab.course.learner import MANIFEST
 from lora_lab.system.files import atomic_file, atomic_folder
 
@@ -166,6 +178,82 @@ def _nbgrader(name: str, *, solution: bool = False, locked: bool = False, points
     """The metadata of a cell, as nbgrader reads it."""
     entries = {"schema_version": 3, "grade_id": name, "solution": solution, "locked": locked, "task": False}
     return {"nbgrader": entries | {"grade": points is not None} | ({} if points is None else {"points": points})}
+
+
+# Hidden tests
+
+# Learners may have given a name such as sum to something else.
+PREAMBLE = """from builtins import *
+import contextlib, copy, io, math, warnings
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F"""
+
+
+def points(answer, properties, seed):
+    """Return how many of the properties hold for an answer; which of them is printed."""
+    count = 0
+    for number, holds_for in enumerate(properties):
+        quiet = io.StringIO()  # nbgrader takes anything on stderr for a failure
+        try:
+            with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with torch.random.fork_rng(devices=[]):
+                    torch.default_generator.manual_seed(seed + number)
+                    holds = bool(holds_for(answer, np.random.default_rng([seed, number])))  # numpy has its own True
+        except (Exception, SystemExit):
+            holds = False
+        count += holds
+        print("holds:        " if holds else "does not hold:", holds_for.__doc__)
+    return count
+
+
+def hidden_cell(exercise: str, seed: int) -> str:
+    """Return the code that grades an answer; its last line is the number of points, which nbgrader reads.
+
+    Args:
+        exercise: its name.
+        seed: of the inputs.
+    """
+    each = EXERCISES[exercise]
+    texts: dict[str, str] = {}
+    for function in [close, *each.points, points]:
+        _collect(function.__name__, function, texts)
+    given = [EXERCISES[name].source for name in each.uses]  # a mistake in these costs nothing here
+    names = ", ".join(test.__name__ for test in each.points)
+    parts = [PREAMBLE, *given, *texts.values(), f"points({each.function}, [{names}], {seed})"]
+    return "\n\n\n".join(parts)
+
+
+def _collect(name: str, value: Any, texts: dict[str, str]) -> None:
+    """Add to some texts, by name, the source of a function of the course and of what it uses; imports of the rest."""
+    if name in texts:
+        return
+    value = inspect.unwrap(value)  # a cache is not needed there
+    if isinstance(value, types.ModuleType):
+        texts[name] = f"import {value.__name__} as {name}"
+    elif isinstance(value, types.FunctionType) and value.__module__.startswith("lora_lab.course"):
+        source = inspect.getsource(value)
+        texts[name] = source[source.index("def ") :].rstrip()  # without its decorator
+        for used in _globals(value.__code__):
+            if used in value.__globals__:
+                _collect(used, value.__globals__[used], texts)
+    elif callable(value):
+        texts[name] = f"from {value.__module__} import {value.__name__} as {name}"
+    else:
+        texts[name] = f"{name} = {value!r}"
+
+
+def _globals(code: types.CodeType) -> Iterator[str]:
+    """The names that code looks up outside itself, also in what is defined in it."""
+    yield from (each.argval for each in dis.get_instructions(code) if each.opname == "LOAD_GLOBAL")
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _globals(constant)
+
+
+# The course
 
 
 @dataclass(frozen=True)

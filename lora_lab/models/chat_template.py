@@ -2,8 +2,7 @@
 
 Jinja's sandbox denies it everything but text. But two loops in each other never end, ``x + x`` forty times fills the
 memory, and nothing in the same process can interrupt Python within one such operation. So a template is rendered in a
-process of its own, which ends itself. That costs 80 ms once and 45 us for each text, where rendering takes 20. A short
-template that cannot take long, such as SmolLM2's, is rendered here.
+process of its own, which ends itself. That costs 80 ms once and 45 us for each text, where rendering takes 20.
 
 This file is also the program of that process, so it imports nothing of the package.
 """
@@ -22,7 +21,6 @@ from threading import Lock
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -32,13 +30,6 @@ _MEMORY = 2**30  # bytes, for the process
 _PASSED = f"it takes more than {_SECONDS} s or {_MEMORY / 2**30:g} GiB"
 # A text is at most so many letters longer than this many times what it is made from.
 _LETTERS, _TIMES = 2**20, 10
-# A template of these parts alone, whose loops are over the messages and in no other loop, computes each part at most
-# once for each message, and no part is longer than template and messages together.
-_SIMPLE = (
-    nodes.Template, nodes.Output, nodes.TemplateData, nodes.For, nodes.If, nodes.Name, nodes.Const, nodes.Getattr,
-    nodes.Getitem, nodes.Add, nodes.Compare, nodes.Operand, nodes.And, nodes.Or, nodes.Not,
-)  # fmt: skip
-_SHORT = 1_000  # letters of a template
 _one_at_a_time = Lock()
 
 
@@ -47,7 +38,7 @@ class _GenerationTag(Extension):
 
     tags = frozenset({"generation"})  # pyright: ignore[reportAssignmentType]
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
+    def parse(self, parser: Parser) -> Any:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
@@ -62,57 +53,6 @@ def render(template: str, variables: dict[str, Any]) -> str:
         Exception: of any class, with what is wrong with the template or the variables.
         ValueError: the text would take more time, memory or letters than a text can need.
     """
-    return _compiled(template).render(**variables) if _is_simple(template) else _render_apart(template, variables)
-
-
-@cache
-def _is_simple(template: str) -> bool:
-    if len(template) > _SHORT:
-        return False
-    tree = _environment(template).parse(template)
-    loops = list(tree.find_all(nodes.For))
-    return (
-        all(isinstance(part, _SIMPLE) for part in tree.find_all(nodes.Node))
-        and all(isinstance(loop.iter, nodes.Name) and loop.iter.name == "messages" for loop in loops)
-        and not any(inner for loop in loops for inner in loop.find_all(nodes.For))
-    )
-
-
-def _environment(template: str) -> jinja2.Environment:
-    def refuse(reason: str) -> None:
-        raise jinja2.TemplateError(reason)
-
-    def tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, **options)  # Jinja's own escapes for HTML
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
-    )
-    environment.globals["raise_exception"] = refuse
-    environment.filters["tojson"] = tojson
-    if "strftime_now is defined" not in template:
-        environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-    return environment
-
-
-@cache
-def _compiled(template: str) -> jinja2.Template:
-    return _environment(template).from_string(template)  # takes longer than rendering
-
-
-@cache
-def _process(owner: int) -> subprocess.Popen[bytes]:
-    """Return the process that renders for process ``owner``: a fork must not use its parent's."""
-    return subprocess.Popen(
-        [sys.executable, "-P", __file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # so that Ctrl-C in a terminal ends only the program
-    )
-
-
-def _render_apart(template: str, variables: dict[str, Any]) -> str:
     with _one_at_a_time:
         if _process(os.getpid()).poll() is not None:  # somebody has killed it
             _process.cache_clear()
@@ -133,6 +73,36 @@ def _render_apart(template: str, variables: dict[str, Any]) -> str:
     return text
 
 
+@cache
+def _compile(template: str) -> jinja2.Template:
+    def refuse(reason: str) -> None:
+        raise jinja2.TemplateError(reason)
+
+    def tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, **options)  # Jinja's own escapes for HTML
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
+    )
+    environment.globals["raise_exception"] = refuse
+    environment.filters["tojson"] = tojson
+    if "strftime_now is defined" not in template:
+        environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    return environment.from_string(template)
+
+
+@cache
+def _process(owner: int) -> subprocess.Popen[bytes]:
+    """Return the process that renders for process ``owner``: a fork must not use its parent's."""
+    return subprocess.Popen(
+        [sys.executable, "-P", __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # so that Ctrl-C in a terminal ends only the program
+    )
+
+
 def _serve() -> None:
     """Answer requests, one a line, until there are no more; the process ends where a limit is passed."""
     with suppress(ImportError, ValueError, OSError):  # Windows and macOS have no such limit
@@ -143,7 +113,7 @@ def _serve() -> None:
         faulthandler.dump_traceback_later(_SECONDS, exit=True)
         try:
             template, variables = json.loads(line)
-            text, reason = _compiled(template).render(**variables), None
+            text, reason = _compile(template).render(**variables), None
             if len(text) > _LETTERS + _TIMES * len(line):
                 text, reason = None, f"it makes a text of {len(text):,} letters"
         except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated
@@ -11,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lora_lab.system.schema import Count, NotNegative, Seed, check, check_fields
+from lora_lab.system.wording import shortened
 from lora_lab.task import context_length, modes_restored
 
 _LOWEST_TEMPERATURE = 1e-6  # far below it logits / temperature overflows
@@ -40,12 +42,11 @@ class Sampling:
         check_fields(self)
         if 0 < self.temperature < _LOWEST_TEMPERATURE:
             raise ValueError(
-                f"temperature is {self.temperature}, but it must be at least {_LOWEST_TEMPERATURE:f}; for the most "
-                "probable token each time, set it to 0."
+                f"temperature is {self.temperature}, but it must be 0, or at least {_LOWEST_TEMPERATURE:f}."
             )
 
     def choose(self, logits: Tensor, text: Tensor, generator: torch.Generator) -> Tensor:
-        """The next token, a scalar.
+        """Return the next token, a scalar.
 
         Args:
             logits: (vocabulary,), changed in place if there is a penalty.
@@ -60,45 +61,6 @@ class Sampling:
             return logits.argmax()  # ()
         probabilities = torch.softmax(logits.float().cpu() / float(self.temperature), dim=-1)  # (49152,)
         return torch.multinomial(probabilities, 1, generator=generator)[0]  # ()
-
-
-def continued(
-    model: nn.Module,
-    read: Callable[[Tensor], Tensor],
-    ids: Tensor,
-    max_new_tokens: int,
-    stop: int | None,
-    sampling: Sampling,
-) -> Iterator[int]:
-    """The tokens that follow a prompt, one by one, as they are made.
-
-    Args:
-        model: is in evaluation mode meanwhile.
-        read: takes tokens (1, new), which continue those that it took before; returns the logits of the token that
-            follows them, (1, vocabulary).
-        ids: the prompt, (length,), at least one token.
-        max_new_tokens: maximum number of new tokens.
-        stop: a token that ends the text (it is not returned).
-        sampling: how tokens are chosen.
-
-    Raises:
-        ValueError: the prompt is empty, not one-dimensional or holds a token that the model does not know; or prompt
-            and new tokens together may exceed the model's context.
-    """
-    max_new_tokens = check(max_new_tokens, Count, "max_new_tokens")
-    if ids.ndim != 1 or len(ids) == 0:
-        raise ValueError(
-            f"The prompt is of shape {tuple(ids.shape)}, but one non-empty row of token ids is expected; give at least "
-            "one word."
-        )
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
-    if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-        raise ValueError(
-            f"The prompt's token ids range from {int(ids.min())} to {int(ids.max())}, but the model has {vocabulary}; "
-            "encode the prompt with the model's own tokenizer."
-        )
-    check_context(model, len(ids), max_new_tokens)
-    return _continued(model, read, ids, max_new_tokens, stop, sampling)
 
 
 def check_context(model: nn.Module, length: int, max_new_tokens: int) -> None:
@@ -116,7 +78,7 @@ def check_context(model: nn.Module, length: int, max_new_tokens: int) -> None:
 
 
 @torch.no_grad()
-def _continued(
+def continue_text(
     model: nn.Module,
     read: Callable[[Tensor], Tensor],
     ids: Tensor,
@@ -124,6 +86,29 @@ def _continued(
     stop: int | None,
     sampling: Sampling,
 ) -> Iterator[int]:
+    """Return the tokens that follow a prompt, one by one, as they are made.
+
+    Args:
+        model: is in evaluation mode meanwhile.
+        read: takes tokens (1, new), which continue those that it took before; returns the logits of the token that
+            follows them, (1, vocabulary).
+        ids: the prompt, (length,), at least one token.
+        max_new_tokens: maximum number of new tokens.
+        stop: a token that ends the text (it is not returned).
+        sampling: how tokens are chosen.
+
+    Raises:
+        ValueError: the prompt is empty, not one-dimensional or holds a token that the model does not know; or prompt
+            and new tokens together may exceed the model's context.
+    """
+    max_new_tokens = check(max_new_tokens, Count, "max_new_tokens")
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", sys.maxsize)
+    if ids.ndim != 1 or len(ids) == 0 or not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        raise ValueError(
+            f"The prompt is {shortened(str(ids.tolist()), 80)}, but it must be a row of at least one token id, each "
+            f"below {vocabulary}; encode at least one word with the model's own tokenizer."
+        )
+    check_context(model, len(ids), max_new_tokens)
     generator = torch.Generator().manual_seed(sampling.seed)
     new, text = ids[None], ids  # (1, length), then (1, 1); (length,), then longer
     with modes_restored(model):

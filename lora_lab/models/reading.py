@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,13 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lab.models.decoding import Sampling, continued
+from lora_lab.models.decoding import Sampling, continue_text
 from lora_lab.models.llama import KeyValueCache, Llama, rotate
 from lora_lab.task import accepts, is_encoder_decoder
 
 
-class Reader(ABC):
-    """A model and the batch of texts that it has read so far.
+class Reader:
+    """A causal language model of transformers, and the batch of texts that it has read so far.
+
+    A model without a cache of keys and values reads all again, such as a state-space model, whose state is continued by
+    one token at a time only.
 
     Args:
         model: in evaluation mode, with or without adapters.
@@ -32,92 +34,35 @@ class Reader(ABC):
             None if there is no padding.
     """
 
+    cache: Any = None
+    ids: Tensor | None = None  # all that was read, for a model without a cache
+
     def __init__(self, model: Any, mask: Tensor | None = None) -> None:
         self.model, self.mask = model, mask
         self.length = 0  # tokens read so far, padding included
 
     def read(self, ids: Tensor) -> Tensor:
-        """Read (batch, new) tokens that continue the texts; the logits of what follows them: (batch, vocabulary)."""
-        self._extend(ids.shape[1])
+        """Read (batch, new) tokens that continue the texts; return the logits of what follows: (batch, vocabulary)."""
         return self._logits(ids, last=True)[:, -1]  # (16, vocabulary)
 
     def read_each(self, ids: Tensor) -> Tensor:
-        """As :meth:`read`, with the logits of what follows each of the tokens: (batch, new, vocabulary)."""
-        self._extend(ids.shape[1])
+        """Read as :meth:`read`; return the logits of what follows each of the tokens: (batch, new, vocabulary)."""
         return self._logits(ids, last=False)  # (16, new, vocabulary)
 
-    @abstractmethod
     def branch(self) -> Reader:
-        """Another reader of the same texts. What it reads from now on, this one has not read."""
+        """Return another reader of the same texts. What it reads from now on, this one has not read."""
+        other = copy.copy(self)
+        other.cache = copy.deepcopy(self.cache)  # which is extended in place
+        return other
 
-    @abstractmethod
-    def _logits(self, ids: Tensor, last: bool) -> Tensor:
-        """Logits after each of the new tokens, or after the last one alone."""
-
-    def _extend(self, new: int) -> None:
-        self.length += new
+    def _extend(self, ids: Tensor) -> None:
+        self.length += ids.shape[1]
         if self.mask is not None:
             self.mask = F.pad(self.mask, (0, self.length - self.mask.shape[1]), value=1)  # (16, length)
 
-
-class LlamaReader(Reader):
-    """Of a :class:`lora_lab.Llama`.
-
-    Padding on the left shifts positions, but rotary embeddings depend on their differences only.
-    """
-
-    def __init__(self, model: Llama, mask: Tensor | None = None) -> None:
-        super().__init__(model, mask)
-        self.cache = KeyValueCache()
-
-    def branch(self) -> LlamaReader:
-        """As for :class:`Reader`: keys and values are shared, because a cache is extended by new tensors."""
-        other = copy.copy(self)
-        other.cache = KeyValueCache()
-        other.cache.layers = dict(self.cache.layers)
-        return other
-
-    def repeated(self, mask: Tensor) -> LlamaReader:
-        """A reader of a batch of texts that all begin with the one text that this one has read, without padding.
-
-        Padding between that beginning and the rest of a text would move them away from each other. So the keys of the
-        beginning are rotated by the number of padding positions: rotations add up.
-
-        Args:
-            mask: (batch, new) for the tokens that are read next, as for :class:`Reader`.
-        """
-        past = torch.ones(len(mask), self.length, dtype=mask.dtype, device=mask.device)  # (16, past)
-        other = LlamaReader(self.model, torch.cat([past, mask], 1))
-        other.length = self.length
-        padding = (mask == 0).sum(1)[:, None, None, None]  # (16, 1, 1, 1)
-        angles = padding * self.model.model.frequencies_on(mask.device).repeat(2)  # (16, 1, 1, 64)
-        for layer, (key, value) in self.cache.layers.items():  # (1, 3, past, 64) each
-            turned = rotate(key, angles.cos().to(key.dtype), angles.sin().to(key.dtype))  # (16, 3, past, 64)
-            other.cache.layers[layer] = turned, value.expand(len(mask), -1, -1, -1)
-        return other
-
     def _logits(self, ids: Tensor, last: bool) -> Tensor:
-        hidden = self.model.model(ids, self.mask, self.cache)  # (16, new, 576)
-        return self.model.lm_head(hidden[:, -1:] if last else hidden)  # (16, 1 or new, 49152)
-
-
-class TransformersReader(Reader):
-    """Of a causal language model of transformers.
-
-    A model without a cache of keys and values reads all again, such as a state-space model, whose state is continued by
-    one token at a time only.
-    """
-
-    cache: Any = None
-    ids: Tensor | None = None  # all that was read, for a model without a cache
-
-    def branch(self) -> TransformersReader:
-        """As for :class:`Reader`: the cache is copied, because it is extended in place."""
-        other = copy.copy(self)
-        other.cache = copy.deepcopy(self.cache)
-        return other
-
-    def _logits(self, ids: Tensor, last: bool) -> Tensor:
+        """Return the logits after each of the new tokens, or after the last one alone."""
+        self._extend(ids)
         new = ids.shape[1]
         # transformers has renamed the argument, and the field of the outputs.
         name = next((name for name in ("cache", "past_key_values") if accepts(self.model, name)), None)
@@ -138,8 +83,50 @@ class TransformersReader(Reader):
         return outputs.logits[:, -new:]  # (16, 1 or new, vocabulary)
 
 
+class LlamaReader(Reader):
+    """The same of a :class:`lora_lab.Llama`.
+
+    Padding on the left shifts positions, but rotary embeddings depend on their differences only.
+    """
+
+    def __init__(self, model: Llama, mask: Tensor | None = None) -> None:
+        super().__init__(model, mask)
+        self.cache = KeyValueCache()
+
+    def branch(self) -> LlamaReader:
+        """Return another reader, which shares keys and values, because a cache is extended by new tensors."""
+        other = copy.copy(self)
+        other.cache = KeyValueCache()
+        other.cache.layers = dict(self.cache.layers)
+        return other
+
+    def repeated(self, mask: Tensor) -> LlamaReader:
+        """Return a reader of a batch of texts that all begin with the one text that this one has read, without padding.
+
+        Padding between that beginning and the rest of a text would move them away from each other. So the keys of the
+        beginning are rotated by the number of padding positions: rotations add up.
+
+        Args:
+            mask: (batch, new) for the tokens that are read next, as for :class:`Reader`.
+        """
+        past = torch.ones(len(mask), self.length, dtype=mask.dtype, device=mask.device)  # (16, past)
+        other = LlamaReader(self.model, torch.cat([past, mask], 1))
+        other.length = self.length
+        padding = (mask == 0).sum(1)[:, None, None, None]  # (16, 1, 1, 1)
+        angles = padding * self.model.model.frequencies_on(mask.device).repeat(2)  # (16, 1, 1, 64)
+        for layer, (key, value) in self.cache.layers.items():  # (1, 3, past, 64) each
+            turned = rotate(key, angles.cos().to(key.dtype), angles.sin().to(key.dtype))  # (16, 3, past, 64)
+            other.cache.layers[layer] = turned, value.expand(len(mask), -1, -1, -1)
+        return other
+
+    def _logits(self, ids: Tensor, last: bool) -> Tensor:
+        self._extend(ids)
+        hidden = self.model.model(ids, self.mask, self.cache)  # (16, new, 576)
+        return self.model.lm_head(hidden[:, -1:] if last else hidden)  # (16, 1 or new, 49152)
+
+
 def reader_of(model: nn.Module, mask: Tensor | None = None) -> Reader:
-    """A reader that has read nothing yet.
+    """Return a reader that has read nothing yet.
 
     Args:
         model, mask: as for :class:`Reader`.
@@ -152,10 +139,10 @@ def reader_of(model: nn.Module, mask: Tensor | None = None) -> Reader:
     can_generate = getattr(model, "can_generate", None)
     if can_generate is None or not can_generate() or is_encoder_decoder(model):
         raise ValueError(
-            f"Only a causal language model can continue a text here, but the model is a {type(model).__name__}; use "
-            "lora_lab.Llama or a causal model of transformers, or generate with the model's own library."
+            f"Only a causal language model can continue a text, but the model is a {type(model).__name__}; use a "
+            "lora_lab.Llama or one of transformers."
         )
-    return TransformersReader(model, mask)
+    return Reader(model, mask)
 
 
 def stream(
@@ -170,4 +157,4 @@ def stream(
     Raises:
         ValueError: as for :meth:`lora_lab.Llama.generate` and :func:`reader_of`.
     """
-    return continued(model, reader_of(model).read, ids, max_new_tokens, stop, Sampling(**sampling))
+    return continue_text(model, reader_of(model).read, ids, max_new_tokens, stop, Sampling(**sampling))

@@ -1,37 +1,29 @@
-"""Shapes of well-known models, for questions that need no weights: size, memory, FLOPs.
+"""A model's shape: from its config.json and back, and those of well-known models.
 
-A :class:`lora_lab.Llama` of any of them is built in no memory on torch's device "meta".
+The latter are for questions that need no weights: size, memory, FLOPs. A :class:`lora_lab.Llama` of any of them is
+built in no memory on torch's device "meta". Each row is the config.json of the model's card.
 
 References: SmolLM2: Ben Allal et al. 2025, arXiv 2502.02737; Llama 3: Grattafiori et al. 2024, 2407.21783;
-Qwen2.5: Yang et al. 2024, 2412.15115. Each row is the config.json of the card that it names.
+Qwen2.5: Yang et al. 2024, 2412.15115.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import math
+from pathlib import Path
+from typing import Any
 
-from lora_lab.models.llama import LlamaConfig, RopeScaling
+import torch
+from typing_extensions import TypedDict
 
+from lora_lab.models.llama import MOST_LAYERS, LlamaConfig, RopeScaling
+from lora_lab.system.files import read_json, repair
+from lora_lab.system.schema import check
 
-class KnownModel(NamedTuple):
-    """A model's shape, and where to check it.
-
-    Args:
-        config: the shape, as the base model's config.json gives it.
-        parameters: number of parameters of the published model; a tied head is counted once.
-        card: the name of the model's card, where config and count are published.
-    """
-
-    config: LlamaConfig
-    parameters: int
-    card: str
-
-    @property
-    def extra_parameters(self) -> int:
-        """Parameters of our Llama alone: where Qwen2.5 has biases on q, k and v, ours has one on o too."""
-        return self.config.num_hidden_layers * self.config.hidden_size if self.config.attention_bias else 0
-
-
+# Upper limits, above any real model, for config entries whose names end in these words, such as num_hidden_layers.
+_MOST = {"layer": MOST_LAYERS, "layers": MOST_LAYERS, "experts": MOST_LAYERS, "labels": 10**6}
+# The entries of a config.json for the fields of RopeScaling, in order.
+_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _COLUMNS = (
     "hidden_size",
     "intermediate_size",
@@ -43,51 +35,135 @@ _COLUMNS = (
     "rope_theta",
     "tie_word_embeddings",
 )
-_ROWS: dict[str, tuple[Any, ...]] = {  # the columns, then the number of parameters and the card
-    "smollm2-135m": (576, 1536, 30, 9, 3, 49152, 8192, 1e5, True, 134_515_008, "HuggingFaceTB/SmolLM2-135M"),
-    "smollm2-360m": (960, 2560, 32, 15, 5, 49152, 8192, 1e5, True, 361_821_120, "HuggingFaceTB/SmolLM2-360M"),
-    "smollm2-1.7b": (2048, 8192, 24, 32, 32, 49152, 8192, 1.3e5, True, 1_711_376_384, "HuggingFaceTB/SmolLM2-1.7B"),
-    "llama-3.2-1b": (2048, 8192, 16, 32, 8, 128256, 131072, 5e5, True, 1_235_814_400, "meta-llama/Llama-3.2-1B"),
-    "llama-3.2-3b": (3072, 8192, 28, 24, 8, 128256, 131072, 5e5, True, 3_212_749_824, "meta-llama/Llama-3.2-3B"),
-    "llama-3-8b": (4096, 14336, 32, 32, 8, 128256, 8192, 5e5, False, 8_030_261_248, "meta-llama/Meta-Llama-3-8B"),
-    "llama-3-70b": (8192, 28672, 80, 64, 8, 128256, 8192, 5e5, False, 70_553_706_496, "meta-llama/Meta-Llama-3-70B"),
-    "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936, 32768, 1e6, True, 494_032_768, "Qwen/Qwen2.5-0.5B"),
-    "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, 151936, 131072, 1e6, True, 1_543_714_304, "Qwen/Qwen2.5-1.5B"),
-    "qwen2.5-7b": (3584, 18944, 28, 28, 4, 152064, 131072, 1e6, False, 7_615_616_512, "Qwen/Qwen2.5-7B"),
+_ROWS: dict[str, tuple[Any, ...]] = {
+    "smollm2-135m": (576, 1536, 30, 9, 3, 49152, 8192, 1e5, True),
+    "smollm2-360m": (960, 2560, 32, 15, 5, 49152, 8192, 1e5, True),
+    "smollm2-1.7b": (2048, 8192, 24, 32, 32, 49152, 8192, 1.3e5, True),
+    "llama-3.2-1b": (2048, 8192, 16, 32, 8, 128256, 131072, 5e5, True),
+    "llama-3.2-3b": (3072, 8192, 28, 24, 8, 128256, 131072, 5e5, True),
+    "llama-3-8b": (4096, 14336, 32, 32, 8, 128256, 8192, 5e5, False),
+    "llama-3-70b": (8192, 28672, 80, 64, 8, 128256, 8192, 5e5, False),
+    "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936, 32768, 1e6, True),
+    "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, 151936, 131072, 1e6, True),
+    "qwen2.5-7b": (3584, 18944, 28, 28, 4, 152064, 131072, 1e6, False),
 }
 _OF_FAMILY: dict[str, dict[str, Any]] = {
     "llama-3.2": {"rope_scaling": RopeScaling(32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)},
-    "qwen2.5": {"rms_norm_eps": 1e-6, "attention_bias": True},
+    "qwen2.5": {"rms_norm_eps": 1e-6, "attention_bias": True},  # on q, k and v; our Llama has one on o too
 }
 # Llama 3.1 8B and 70B differ from Llama 3 only in their positions: 131072, scaled by a factor of 8.
 TABLE = {
-    name: KnownModel(
-        LlamaConfig(
-            **dict(zip(_COLUMNS, sizes, strict=True)),
-            head_dim=sizes[0] // sizes[3],
-            **_OF_FAMILY.get(name.rpartition("-")[0], {}),
-        ),
-        parameters,
-        card,
+    name: LlamaConfig(
+        **dict(zip(_COLUMNS, sizes, strict=True)),
+        head_dim=sizes[0] // sizes[3],
+        **_OF_FAMILY.get(name.rpartition("-")[0], {}),
     )
-    for name, (*sizes, parameters, card) in _ROWS.items()
+    for name, sizes in _ROWS.items()
 }
 
 
-def names() -> list[str]:
-    """Return the names of the models, by family and then by size."""
-    return list(TABLE)
-
-
 def config(name: str) -> LlamaConfig:
-    """Return the shape of a well-known model.
-
-    Args:
-        name: one of :func:`names`, such as "llama-3-8b".
+    """Return the shape of a well-known model in :data:`TABLE`, such as "llama-3-8b".
 
     Raises:
         ValueError: the table has no such model.
     """
     if name not in TABLE:
         raise ValueError(f"No shape is known by the name {name!r}; use one of: {', '.join(TABLE)}.")
-    return TABLE[name].config
+    return TABLE[name]
+
+
+class _Entries(TypedDict, total=False):
+    """What decides how a config.json is read; LlamaConfig checks the sizes."""
+
+    architectures: list[str] | None
+    rope_parameters: dict[str, Any] | None
+    rope_scaling: dict[str, Any] | None
+
+
+def read_entries(path: Path) -> dict[str, Any]:
+    """Return the entries of a folder's config.json, or of a file of another name.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or counts more layers than any model has, which would take hours to build.
+    """
+    if path.is_dir() or not path.suffix:
+        repair(path)
+        path = path / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path.parent} lacks the file {path.name}, so it is no model's folder; name one, or a .gguf file."
+        )
+    entries = check(read_json(path), _Entries, str(path))
+    parts = [entries]
+    while parts:  # those of parts such as "text_config" too
+        for name, value in parts.pop().items():
+            most = _MOST.get(name.rpartition("_")[2], math.inf)
+            if isinstance(value, dict):
+                parts.append(value)
+            elif isinstance(value, int | float) and value > most:
+                raise ValueError(f"{path}: {name} is {value!r:.20}, but it must be at most {most}; copy it anew.")
+    return entries
+
+
+def config_to_hf(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the entries of a config.json that describe a Llama, and the dtype of its weights."""
+    scaling = config.rope_scaling
+    rope = scaling and dict(zip(_SCALING, vars(scaling).values(), strict=True)) | {"rope_type": "llama3"}
+    return vars(config) | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "rope_scaling": rope,
+    }
+
+
+def misfit(entries: dict[str, Any]) -> str | None:
+    """Return why a config's model is not a :class:`lora_lab.Llama`, or None if it is one."""
+    if (kind := entries.get("model_type")) != "llama":
+        return f"it is of type {kind!r:.80}, and lora_lab builds only 'llama'"
+    if (activation := entries.get("hidden_act", "silu")) != "silu":
+        return f"its activation is {activation!r:.80}, and lora_lab builds only 'silu'"
+    if (scaled := positions(entries)[1]) not in ("default", "llama3"):
+        return f"its positions are scaled by {scaled!r:.80}, and lora_lab builds only 'default' and 'llama3'"
+    if "quantization_config" in entries:
+        return "its weights are quantised in a format that lora_lab does not read"
+    heads = [name for name in entries.get("architectures") or () if not name.endswith(("ForCausalLM", "LlamaModel"))]
+    return f"it is a {heads[0]:.80}, and lora_lab builds only causal language models" if heads else None
+
+
+def positions(entries: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return the settings of rotary positions, and how they are scaled."""
+    # transformers 5 has one entry for all of them, older versions have two.
+    rope = entries.get("rope_parameters") or entries.get("rope_scaling") or {}
+    return rope, rope.get("rope_type", rope.get("type", "default"))
+
+
+def config_from_hf(hf: dict[str, Any], where: str | Path) -> LlamaConfig:
+    """Return the shape that the entries of a config.json describe.
+
+    Args:
+        hf: the entries.
+        where: they stand, for an error's message.
+
+    Raises:
+        ValueError: an entry is missing, is not a number, or is out of its range.
+    """
+    rope, kind = positions(hf)
+    heads = hf.get("num_attention_heads")
+    entries = {name: hf[name] for name in LlamaConfig.__dataclass_fields__ if name in hf}
+    try:
+        entries |= {
+            "rms_norm_eps": hf.get("rms_norm_eps", 1e-6),
+            "num_key_value_heads": hf.get("num_key_value_heads") or heads,
+            "head_dim": hf.get("head_dim") or hf["hidden_size"] // heads,
+            "rope_theta": rope.get("rope_theta", hf.get("rope_theta", 10000.0)),
+            "rope_scaling": None if kind != "llama3" else RopeScaling(*(rope[name] for name in _SCALING)),
+        }
+        return LlamaConfig(**entries)
+    except KeyError as error:
+        raise ValueError(f"{where} lacks the entry {error}; copy it anew, or name another model.") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{where}: {str(error).removesuffix('.')}; copy it anew.") from None

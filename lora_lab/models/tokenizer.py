@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Required
+from typing import Any
 
-from pydantic import Field
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 from typing_extensions import TypedDict
@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 from lora_lab.models.chat_template import render
 from lora_lab.system.files import atomic_files, read_json, repair, write_json
 from lora_lab.system.schema import Count, check
-from lora_lab.system.wording import short_repr, shortened
+from lora_lab.system.wording import shortened
 
 TEMPLATE = "chat_template.jinja"  # of newer folders; it has precedence over the one in tokenizer_config.json
 # How text is split before byte pairs are merged, by the name in a GGUF file (as llama.cpp defines them).
@@ -25,18 +25,12 @@ _LLAMA3_WORDS = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2_WORDS = _LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")  # each digit is a word
-_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+_GPT2, _BYTES = (pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex) for regex in (True, False))
 PRE_TOKENIZERS = {
     "gpt-2": _GPT2,
     "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2]),
-} | {
-    name: pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(words), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    for name, words in (("llama-bpe", _LLAMA3_WORDS), ("qwen2", _QWEN2_WORDS))
+    "llama-bpe": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_LLAMA3_WORDS), "isolated"), _BYTES]),
+    "qwen2": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_QWEN2_WORDS), "isolated"), _BYTES]),
 }
 # What is done to a text first, by our own entry in a GGUF file's header, which has none for it. Of Qwen2's files that
 # lack the entry it is Unicode's NFC.
@@ -44,21 +38,9 @@ _NORMALIZER = "lora_lab.normalizer"
 _GGUF_IDS = {"eos_id": "eos", "bos_id": "bos", "pad_id": "padding"}
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
 _ROLES = ("system", "user", "assistant")
-# What is read of a GGUF file's header.
-_Header = TypedDict(
-    "_Header",
-    {
-        "tokenizer.ggml.tokens": Required[Annotated[list[str], Field(min_length=1)]],
-        "tokenizer.ggml.merges": Required[list[str]],
-        "tokenizer.ggml.token_type": Required[list[int]],
-        "tokenizer.ggml.add_bos_token": bool,
-        "tokenizer.chat_template": str,
-        "tokenizer.ggml.eos_token_id": Count | None,
-        "tokenizer.ggml.bos_token_id": Count | None,
-        "tokenizer.ggml.padding_token_id": Count | None,
-    },
-    total=False,
-)
+# What is checked of a GGUF file's header before the library builds the tokenizer, which checks the rest.
+_IDS = {f"tokenizer.ggml.{long}_token_id": Count for long in _GGUF_IDS.values()}
+_Header: Any = TypedDict("_Header", _IDS | {"tokenizer.chat_template": str}, total=False)  # pyright: ignore
 
 
 class _Word(TypedDict):
@@ -79,6 +61,7 @@ class _Settings(TypedDict, total=False):
     chat_template: str | list[_NamedTemplate] | None
 
 
+@dataclass(eq=False, repr=False)
 class Tokenizer:
     """A byte-level tokenizer with the few special tokens that training and chatting need.
 
@@ -88,17 +71,14 @@ class Tokenizer:
         chat_template: the model's Jinja template for conversations (None: the model has none).
     """
 
-    def __init__(
-        self,
-        backend: Backend,
-        eos_id: int | None = None,
-        bos_id: int | None = None,
-        pad_id: int | None = None,
-        chat_template: str | None = None,
-    ) -> None:
-        self.backend, self.chat_template = backend, chat_template
-        self.eos_id, self.bos_id = eos_id, bos_id
-        self.pad_id = eos_id if pad_id is None else pad_id
+    backend: Backend
+    eos_id: int | None = None
+    bos_id: int | None = None
+    pad_id: int | None = None
+    chat_template: str | None = None
+
+    def __post_init__(self) -> None:
+        self.pad_id = self.eos_id if self.pad_id is None else self.pad_id
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size()
@@ -156,8 +136,8 @@ class Tokenizer:
             if (place := text.find(token)) >= 0:
                 raise ValueError(
                     f"{what} holds {token!r}, which the model reads as a special token and not as text: "
-                    f"{_around(text, place)}; remove or rewrite it (in a text for next-token prediction "
-                    "allow_special=True allows it)."
+                    f"{_around(text, place)}; remove or rewrite it (a text for next-token prediction may hold it with "
+                    "allow_special=True)."
                 )
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -165,17 +145,11 @@ class Tokenizer:
 
         A byte that the vocabulary lacks is lost. SmolLM2 lacks six control characters (04, 06, 13, 14, 16 and
         1D in hexadecimal) and Unicode's planes 4 to 11, in which no character is assigned.
-
-        Raises:
-            ValueError: an id is negative, or too large for any vocabulary.
         """
-        try:
-            return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
-        except OverflowError:
-            raise ValueError(f"ids is {short_repr(ids)}, but it must be a list of token ids.") from None
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text of ``ids`` in parts, each as soon as its letters are complete; together they are ``decode(ids)``."""
+        """Return the text of ``ids`` in parts, each as soon as its letters are complete."""
         read: list[int] = []
         shown = ""
         for token in ids:
@@ -200,8 +174,7 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise ValueError(
-                "This tokenizer has no chat template; pass plain text to the model instead, to train on a .txt file or "
-                'on lines of {"text": ...}.'
+                'This tokenizer has no chat template; pass plain text, a .txt file or lines of {"text": ...}.'
             )
         self.check_text("\n".join(str(text) for message in messages for text in message.values()))
         variables = {
@@ -256,9 +229,9 @@ class Tokenizer:
         config = check(read_json(path) if path.is_file() else {}, _Settings, str(path))
         ids = {}
         for name in _GGUF_IDS:
-            token = config.get(f"{name[:3]}_token")  # a text, or {"content": text}
+            token = config.get(f"{name[:3]}_token") or ""  # a text, or {"content": text}
             text = token["content"] if isinstance(token, dict) else token
-            ids[name] = backend.token_to_id(_whole(text, str(path))) if text else None
+            ids[name] = backend.token_to_id(_whole(text, str(path)))  # None if there is none
         template = config.get("chat_template")
         if isinstance(template, list):  # several named templates
             template = {each["name"]: each["template"] for each in template}.get("default")
@@ -279,8 +252,8 @@ class Tokenizer:
         kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "gpt-2")
         if kind != "gpt2" or pre not in list(PRE_TOKENIZERS):  # a list, because pre may be anything
             raise ValueError(
-                f"lora_lab cannot build the GGUF file's tokenizer ({kind!r:.80}, {pre!r:.80}), only 'gpt2' with one of "
-                f"{list(PRE_TOKENIZERS)}; load the model's Hugging Face folder instead."
+                f"The GGUF file's tokenizer ({kind!r:.80}, {pre!r:.80}) is not 'gpt2' with one of {[*PRE_TOKENIZERS]}; "
+                "load the model's Hugging Face folder instead."
             )
         check(fields, _Header, "The GGUF file's header")
         ids = {name: fields.get(f"tokenizer.ggml.{long}_token_id") for name, long in _GGUF_IDS.items()}
@@ -294,7 +267,7 @@ class Tokenizer:
         return cls(backend, chat_template=fields.get("tokenizer.chat_template"), **ids)
 
     def to_gguf(self, vocab_size: int) -> dict[str, Any]:
-        """The entries of a GGUF file's header from which :meth:`from_gguf` and llama.cpp build the same tokenizer.
+        """Return a GGUF header's entries from which :meth:`from_gguf` and llama.cpp build the same tokenizer.
 
         Qwen2's puts a text into Unicode's NFC first, which :meth:`from_gguf` does too, but llama.cpp does not: of a
         text that is not in NFC, such as a letter and its accent in two characters, llama.cpp's tokens differ.
@@ -310,26 +283,19 @@ class Tokenizer:
         vocabulary = self.backend.get_vocab()
         if (largest := max(vocabulary.values(), default=0)) >= vocab_size:
             raise ValueError(
-                f"The tokenizer has a token of id {largest}, but the model only {vocab_size} tokens; pass the model's "
-                "own tokenizer."
+                f"The tokenizer has token {largest}, but the model {vocab_size} tokens; pass the model's own."
             )
         if self.eos_id is None:
-            raise ValueError(
-                "The tokenizer has no token that ends a text, and llama.cpp would take another one for it; set "
-                "tokenizer.eos_id."
-            )
+            raise ValueError("No token ends a text, and llama.cpp would take another one for it; set tokenizer.eos_id.")
         tokens, types = [f"[PAD{i}]" for i in range(vocab_size)], [_UNUSED] * vocab_size
         for token, i in vocabulary.items():
             tokens[i] = token
             types[i] = _NORMAL if i not in added else _CONTROL if added[i].special else _USER_DEFINED
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in state["model"].get("merges", [])]
         entries: dict[str, Any] = {"model": "gpt2", "tokens": tokens, "token_type": types, "merges": merges}
-        entries["add_space_prefix"] = False
-        entries["add_bos_token"] = self.encode("a", add_special_tokens=True) != self.encode("a")
-        for name, long in _GGUF_IDS.items():
-            if (token := getattr(self, name)) is not None:
-                entries[f"{long}_token_id"] = token
-        header = {f"tokenizer.ggml.{name}": value for name, value in entries.items()}
+        entries |= {"add_space_prefix": False, "add_bos_token": self.encode("a", True) != self.encode("a")}
+        entries |= {f"{long}_token_id": getattr(self, name) for name, long in _GGUF_IDS.items()}
+        header = {f"tokenizer.ggml.{name}": value for name, value in entries.items() if value is not None}
         if self.chat_template:
             header["tokenizer.chat_template"] = self.chat_template
         for pre in PRE_TOKENIZERS:  # the one from which the same tokenizer comes back
@@ -340,9 +306,8 @@ class Tokenizer:
                 if merges and _are_same(Tokenizer.from_gguf(made).backend, self.backend):
                     return made
         raise ValueError(
-            "A GGUF file cannot hold this tokenizer, because another one comes back from it; save the model as a "
-            "Hugging Face folder (lora-lab export ADAPTER --merged --out FOLDER), which llama.cpp's "
-            "convert_hf_to_gguf.py reads."
+            "A GGUF file cannot hold this tokenizer, because another one comes back from it; lora-lab export ADAPTER "
+            "--merged --out FOLDER writes a folder that llama.cpp's convert_hf_to_gguf.py reads."
         )
 
 
@@ -374,8 +339,8 @@ def _try_out(backend: Backend) -> None:
     if len(ids) > 10 * len(letters):
         raise ValueError(f"it makes {len(ids):,} tokens of {len(letters)} letters")
     decoded = backend.decode(ids, skip_special_tokens=False)
-    kept = decoded.lstrip()  # a tokenizer may put a space first, and a normalizer may change capitals on purpose
-    unchanged = kept.lower().startswith(letters.lower()) if backend.normalizer else kept.startswith(letters)
+    # A tokenizer may put a space first, and a normaliser may change capitals on purpose.
+    unchanged = decoded.lstrip().lower().startswith(letters.lower())
     by_bytes = "ByteLevel" in f"{backend.pre_tokenizer!r} {backend.decoder!r}"
     bytes_known = sum(backend.token_to_id(byte) is not None for byte in pre_tokenizers.ByteLevel.alphabet())
     if by_bytes and bytes_known > 128 and not unchanged:

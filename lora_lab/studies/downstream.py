@@ -29,7 +29,7 @@ from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.models.llama import Llama
 from lora_lab.models.pretrained import SMOLLM2, load_pretrained
 from lora_lab.studies.recorder import Row, record_trials
-from lora_lab.system.json_text import plain
+from lora_lab.system.schema import plain
 from lora_lab.task import Task
 from lora_lab.tasks import TASKS
 from lora_lab.tasks.datasets import style

@@ -35,7 +35,7 @@ from lora_lab.studies.overfitting import at_stage
 from lora_lab.studies.planning import planned_hours
 from lora_lab.studies.recorder import Row, read_rows, record_trials, tell_trial
 from lora_lab.task import Task
-from lora_lab.tasks.digits import CHANGES
+from lora_lab.tasks.arrays import CHANGES
 from lora_lab.train import fit
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from lora_lab.models import shapes
 from lora_lab.models.llama import Llama, LlamaConfig
 from lora_lab.studies.recorder import Recorder
 from lora_lab.system.process import peak_bytes, run_in_subprocess
-from lora_lab.system.progress import progress_bar
+from lora_lab.system.wording import progress_bar
 from lora_lab.variants import DoRA, LoRAFA, PiSSA
 
 # The heap returns freed memory: otherwise its holes count as the process's memory, and differ from run to run.

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.ablation import studies
-from lora_lab.ablation.blocks import BlockLosses, block_losses_of
 from lora_lab.ablation.compare import Study, last_rows, rates_around
 from lora_lab.ablation.results import SCORE
 from lora_lab.ablation.run import ablate
+from lora_lab.ablation.stats import BlockLosses, block_losses_of
 from lora_lab.adapters.edit import off, switch
 from lora_lab.costs.fake import Factory
 from lora_lab.costs.setup import Setup
@@ -39,7 +39,7 @@ from lora_lab.models.pretrained import SMOLLM2, load_pretrained
 from lora_lab.models.quantize import quantize_nf4, rounded
 from lora_lab.studies import tuned
 from lora_lab.studies.tuned import ON_TEST, Planned, Source, processes, recorder, template
-from lora_lab.system.json_text import plain
+from lora_lab.system.schema import plain
 from lora_lab.task import Task
 
 NF4, Q4_1 = "NF4-double", "Q4_1"  # the blocks, of which the first is QLoRA's and the second that of the model's file
@@ -107,7 +107,7 @@ class Merges:
         merged into float32, then Q   Q(W + D)
 
     Its scores are the losses of blocks of test examples by form, as those of
-    :class:`lora_lab.ablation.blocks.BlockLosses`; and "rounding", a text: for each kind of blocks what :func:`rounding`
+    :class:`lora_lab.ablation.stats.BlockLosses`; and "rounding", a text: for each kind of blocks what :func:`rounding`
     says of Q(V) and Q(V + D).
 
     Args:

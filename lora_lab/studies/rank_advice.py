@@ -31,7 +31,7 @@ from lora_lab.methods import LoRA
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.studies import rates
 from lora_lab.studies.tuned import ON_TEST, Planned, processes, recorder, template
-from lora_lab.system.json_text import plain
+from lora_lab.system.schema import plain
 from lora_lab.task import Task
 
 RANKS = rates.RANKS

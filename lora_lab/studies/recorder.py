@@ -12,7 +12,7 @@ import torch
 
 from lora_lab.studies import records
 from lora_lab.system.files import read_json, write_json
-from lora_lab.system.json_text import plain
+from lora_lab.system.schema import plain
 
 if TYPE_CHECKING:
     import pandas

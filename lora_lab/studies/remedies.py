@@ -9,7 +9,7 @@ loss on it is KL(base || tuned), which is what is forgotten (:mod:`lora_lab.task
 after the warm-up, so a curve contains all shorter ones, and remedies are compared where they have learned as much:
 
     compare_over_rates(frame, "forgotten", "LoRA r=8", share=0.9)           # lora_lab.ablation.overfitting
-    rank_correlations(runs, "forgotten_at_last", ["score_divergence", ...])  # lora_lab.ablation.prediction
+    rank_correlations(runs, "forgotten_at_last", ["score_divergence", ...])  # lora_lab.ablation.stats
 
 The rows of a setup that ends in "scaled" are the same trials with their adapters at several strengths: ``step`` is the
 strength in per cent.
@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from lora_lab.ablation import studies
-from lora_lab.ablation.compare import labelled
+from lora_lab.ablation.compare import label_setups
 from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.results import SCORE
 from lora_lab.ablation.run import ablate
@@ -39,7 +39,7 @@ from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.studies.planning import planned_hours
 from lora_lab.studies.recorder import Row, read_rows, record_trials, tell_trial
-from lora_lab.system.json_text import plain
+from lora_lab.system.schema import plain
 from lora_lab.task import Task
 from lora_lab.tasks.base_text import base_replies, on_base_text, with_replay
 from lora_lab.train import evaluate
@@ -241,7 +241,7 @@ def rows(device: torch.device, folder: Path) -> Iterator[Row]:
         judge = DistanceFromBase(planned.seq_len, planned.eval_examples, STRENGTHS if change is None else ())
         every, task = [*chain(*trials.values())], partial(planned.task, change)
         table = ablate(model, task, every, folder, judge=judge, n_jobs=studies.processes(device))
-        frame = labelled(table, trials)
+        frame = label_setups(table, trials)
         frame["rank"] = frame["rank"].fillna(FULL_RANK)
         yield from read_rows(frame, _COLUMNS)
         if change is None:

@@ -25,8 +25,8 @@ from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.rank import intruder_dimensions, subspace_similarity
 from lora_lab.studies.ablation import Plan, plan, settings
 from lora_lab.studies.recorder import Recorder
-from lora_lab.system.json_text import plain
-from lora_lab.system.progress import progress_bar
+from lora_lab.system.schema import plain
+from lora_lab.system.wording import progress_bar
 from lora_lab.task import Task
 from lora_lab.train import evaluate, fit
 

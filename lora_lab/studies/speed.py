@@ -19,8 +19,7 @@ from lora_lab.inject import last_blocks
 from lora_lab.methods import FullFineTuning, LoRA
 from lora_lab.studies.memory import BF16, SMALL, case_columns, random_model, report_skipped, select_models
 from lora_lab.studies.recorder import Recorder
-from lora_lab.system.progress import progress_bar
-from lora_lab.system.wording import counted
+from lora_lab.system.wording import counted, progress_bar
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from lora_lab.ablation import studies
-from lora_lab.ablation.blocks import block_losses_of
 from lora_lab.ablation.compare import Study, compare_tuned, last_rows
 from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.results import SCORE
+from lora_lab.ablation.stats import block_losses_of
 from lora_lab.costs.fake import Factory
 from lora_lab.lean import Lean
 from lora_lab.methods import Method
@@ -88,7 +88,7 @@ def template(
     """A setup's trial, whose rate and seed are to be filled in; ``options`` are further ones of a Trial.
 
     It is evaluated on few examples, and on fewer still where its curve is not looked at, because the losses that decide
-    are those of :class:`lora_lab.ablation.blocks.BlockLosses`.
+    are those of :class:`lora_lab.ablation.stats.BlockLosses`.
     """
     every, examples = (steps, 4) if eval_every is None else (eval_every, 16)
     options |= {"steps": steps, "batch_size": batch_size, "eval_every": every, "eval_examples": examples, "lean": lean}

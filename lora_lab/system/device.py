@@ -9,20 +9,16 @@ Two environment variables control every lesson and command:
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
 
 import torch
-from pydantic import Field
 
-from lora_lab.system.schema import check
 from lora_lab.system.wording import counted, shortened
 
 
 def pick_device(device: str | torch.device | None = None) -> tuple[torch.device, str]:
-    """The device to use, and the reason as text.
+    """Return the device to use, and the reason as text.
 
     Args:
         device: such as "cpu" or "cuda:0"; by default the value of LORA_LAB_DEVICE, or else the first CUDA GPU, or else
@@ -52,7 +48,7 @@ def pick_device(device: str | torch.device | None = None) -> tuple[torch.device,
 
 
 def effort() -> str:
-    """How much work a lesson does: "quick" (minutes on two CPU cores) or "full" (for a GPU).
+    """Return how much work a lesson does: "quick" (minutes on two CPU cores) or "full" (for a GPU).
 
     Raises:
         ValueError: LORA_LAB_EFFORT has another value.
@@ -61,22 +57,6 @@ def effort() -> str:
     if level not in ("quick", "full"):
         raise ValueError(f"LORA_LAB_EFFORT is {level!r}, but it must be 'quick' or 'full'.")
     return level
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the global random generators of Python, numpy and torch.
-
-    ``fit`` and ``inject`` do not need this: they seed their own generators.
-
-    Raises:
-        ValueError: the seed is no whole number from 0 to 2^32 - 1, which is all that numpy takes.
-    """
-    import numpy
-
-    seed = check(seed, Annotated[int, Field(ge=0, le=2**32 - 1)], "seed")
-    random.seed(seed)
-    numpy.random.seed(seed)  # noqa: NPY002 - the global generator is the point
-    torch.manual_seed(seed)
 
 
 @contextmanager

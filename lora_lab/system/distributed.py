@@ -67,7 +67,7 @@ class Processes:
                 tensor.copy_(total.view_as(tensor))
 
     def from_first(self, value: T) -> T:
-        """The value that rank 0 calls this with, in every process.
+        """Return, in every process, the value that rank 0 calls this with.
 
         Raises:
             ProcessEndedError: as for :meth:`sum`.
@@ -111,7 +111,7 @@ ALONE = Processes()
 
 
 def current_processes() -> Processes:
-    """The processes of torch's default process group; without one, this process alone."""
+    """Return the processes of torch's default process group; without one, this process alone."""
     grouped = dist.is_available() and dist.is_initialized()
     return Processes(dist.get_rank(), dist.get_world_size()) if grouped else ALONE
 

@@ -185,7 +185,7 @@ def _carry_files(tensors: Path, folder: Path, remove: tuple[str, ...]) -> None:
 
 
 def _hash(path: Path) -> str:
-    """The SHA-256 of a file; "" if it is missing."""
+    """Return the SHA-256 of a file; "" if it is missing."""
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
@@ -300,7 +300,7 @@ def rescued(save: Callable[[Path], Any], folder: str | Path) -> Any:
 
 @contextmanager
 def _workspace(folder: Path) -> Iterator[Path]:
-    """A hidden folder within ``folder`` for the block, and none that a process killed days ago has left."""
+    """Yield a hidden folder within ``folder``, and remove what a process killed days ago has left there."""
     with _made(folder):
         for leftover in folder.glob(f"{_NEW}*"):
             with suppress(OSError):  # another process may have just removed it

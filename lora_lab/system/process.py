@@ -42,7 +42,7 @@ def run_in_subprocess(
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The peak memory of this process, in bytes: of torch's allocator on a CUDA device, resident memory elsewhere."""
+    """Return the peak memory of this process, in bytes: torch's on a CUDA device, resident memory elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
@@ -89,6 +89,6 @@ class BusyCores:
 
 
 def _cpu_seconds() -> tuple[float, float]:
-    """CPU time in seconds, summed over all cores: of all processes, and of this process."""
+    """Return CPU time in seconds, summed over all cores: of all processes, and of this process."""
     system, this = psutil.cpu_times(), psutil.Process().cpu_times()
     return sum(system) - system.idle - getattr(system, "iowait", 0.0), this.user + this.system

@@ -16,12 +16,12 @@ from lora_lab.system.distributed import current_processes
 
 
 def version() -> str:
-    """The version of this lora_lab, which may be a checkout that is not installed."""
+    """Return the version of this lora_lab, which may be a checkout that is not installed."""
     return sys.modules["lora_lab"].__version__  # the package is loaded before any of its modules
 
 
 def machine_info(device: torch.device) -> dict[str, str]:
-    """Descriptions of the machine and its software by name, for reports and records."""
+    """Return descriptions of the machine and its software by name, for reports and records."""
     info = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -47,12 +47,12 @@ def _cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit of this lora_lab, as :func:`commit_of`; to be read when a run begins, before files change."""
+    """Return the commit of this lora_lab, as :func:`commit_of`; to be read when a run begins, before files change."""
     return commit_of(checkout())
 
 
 def device_name(device: torch.device) -> str:
-    """The name of a device of this machine: that of the GPU, or that of the CPU and its number of cores."""
+    """Return the name of a device of this machine: that of the GPU, or that of the CPU and its number of cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpu = machine_info(device)["cpu"].partition(" logical cores")[0] + " cores"  # without the number of threads
@@ -60,13 +60,13 @@ def device_name(device: torch.device) -> str:
 
 
 def slug(name: str) -> str:
-    """A name for files, such as ``nvidia-h100-80gb-hbm3``: lower case, hyphens between words, without (R) and (TM)."""
+    """Return a name for files, such as ``nvidia-h100-80gb-hbm3``: lower case, hyphens, without (R) and (TM)."""
     bare = re.sub(r"\((r|tm|c)\)", " ", name.lower())
     return re.sub(r"[^a-z0-9]+", "-", bare).strip("-")
 
 
 def commit_of(folder: str | Path) -> str:
-    """The git commit of the checkout at ``folder``, with "+changes" if its tracked files differ from the commit.
+    """Return the git commit of the checkout at ``folder``, with "+changes" if its tracked files differ from it.
 
     Changed records do not count, because they do not change the code.
 
@@ -92,18 +92,18 @@ def commit_of(folder: str | Path) -> str:
 
 
 def checkout() -> Path:
-    """The folder that contains the package: the checkout, if it is run from one."""
+    """Return the folder that contains the package: the checkout, if it is run from one."""
     return Path(__file__).parents[2]
 
 
 def shipped_folder(name: str) -> Path:
-    """A folder that comes with lora_lab under the same name in the checkout and in the installed package."""
+    """Return a folder that comes with lora_lab, from the installed package or from the checkout."""
     packaged = Path(__file__).parents[1] / name  # pyproject.toml copies the checkout's folder there
     return packaged if packaged.is_dir() else checkout() / name
 
 
 def driver_version() -> str:
-    """The version of NVIDIA's driver, which torch does not report; "unknown" without nvidia-smi."""
+    """Return the version of NVIDIA's driver, which torch does not report; "unknown" without nvidia-smi."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         versions = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()

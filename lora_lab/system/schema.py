@@ -1,4 +1,6 @@
-"""What a file may say: its content is held against annotated types, by pydantic, before anything is done with it.
+"""What a file may say, what an argument may be, and results as JSON.
+
+The content of a file is held against annotated types, by pydantic, before anything is done with it:
 
     class Settings(TypedDict, total=False):
         r: Required[Size]
@@ -14,17 +16,26 @@ function are checked alike, and there a number of numpy or torch is a number too
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from decimal import Decimal
+from fractions import Fraction
 from functools import cache
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
+import numpy as np
 import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import to_jsonable_python
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from typing_extensions import TypedDict  # typing's own suits pydantic from Python 3.12 on
 
-from lora_lab.system.numbers import plain
 from lora_lab.system.wording import short_repr, shortened
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 # So large that no real size reaches it, and products of two fit into the 64 bits of torch's sizes.
 _LARGEST = 2**31 - 1
@@ -50,7 +61,7 @@ def check(content: Any, schema: Any, where: str = "") -> Any:
     Raises:
         ValueError: an entry is missing, is of another type, or is out of its range. The message names the first one.
     """
-    content = plain(content)
+    content = as_number(content)
     try:
         _validator(schema).validate_python(content, strict=True)
     except ValidationError as error:
@@ -66,7 +77,7 @@ def check_fields(instance: Any) -> None:
     Raises:
         ValueError: as for :func:`check`.
     """
-    content = {field.name: plain(getattr(instance, field.name)) for field in fields(instance)}
+    content = {field.name: as_number(getattr(instance, field.name)) for field in fields(instance)}
     check(content, _fields_of(type(instance)))
     for name, value in content.items():
         object.__setattr__(instance, name, value)  # which a frozen instance allows
@@ -76,6 +87,13 @@ def check_bfloat16(dtype: Any, name: str) -> None:
     """Raise ValueError if an argument is neither ``torch.bfloat16`` nor None."""
     if dtype is not None and dtype is not torch.bfloat16:
         raise ValueError(f"{name} is {short_repr(dtype)}, but it must be torch.bfloat16 or None.")
+
+
+def as_number(value: Any) -> Any:
+    """Return a number of numpy, torch, fractions or decimal as Python's, for JSON; anything else as it is."""
+    if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0:
+        return value.item()
+    return float(value) if isinstance(value, Fraction | Decimal) else value
 
 
 @cache
@@ -114,3 +132,56 @@ def _sentence(error: Mapping[str, Any], where: str) -> str:
         expected = expected.replace(words, ours)
     named = f"{where}: {name}" if where and name else name or where or "The content"
     return f"{named} is {short_repr(error['input'])}, but {expected}."
+
+
+# Tensors
+
+
+# Trained weights are far below it, and products of a few numbers beyond it are infinite in float32.
+_LARGEST_WEIGHT = 1e9
+
+
+def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str = "") -> None:
+    """Check that no number is NaN, infinite or so large that products are, which spreads to all that is computed.
+
+    Args:
+        tensors: each with its name. Integers pass, and so do tensors without values: fake, on the meta device, empty.
+        where: what holds them, such as a path, for the beginning of the message.
+
+    Raises:
+        ValueError: a number is NaN or infinite, or its magnitude is above 1e9. The message names the first tensor that
+            holds one.
+    """
+    for name, tensor in tensors:
+        if not tensor.is_floating_point() or tensor.is_meta or isinstance(tensor, FakeTensor) or tensor.numel() == 0:
+            continue
+        # One pass, in which NaN propagates; numbers of one byte have no order in torch.
+        smallest, largest = (tensor.detach() if tensor.itemsize > 1 else tensor.detach().float()).aminmax()
+        if not (float(smallest) >= -_LARGEST_WEIGHT and float(largest) <= _LARGEST_WEIGHT):
+            named = f"{where}: {name}" if where else name
+            raise ValueError(
+                f"{named} holds numbers that are NaN or infinite, or above {_LARGEST_WEIGHT:g}; training has diverged, "
+                "or the file is damaged, so train or copy it anew."
+            )
+
+
+# Results as JSON
+
+
+def plain(value: Any) -> Any:
+    """Return a value in JSON's types: a tuple is a list, a path its text; NaN and infinity, which JSON lacks, None."""
+    return to_jsonable_python(value, inf_nan_mode="null")
+
+
+def rows_of(frame: DataFrame) -> list[dict[str, Any]]:
+    """Return one dict for each row of the frame, by column; what is missing there is None."""
+    return plain(frame.astype(object).where(frame.notna(), None).to_dict("records"))
+
+
+def json_text(value: Any) -> str:
+    """Return indented JSON of a value, as ``lora-lab ... --json`` prints it.
+
+    Raises:
+        ValueError: it holds something that JSON has no form for.
+    """
+    return json.dumps(plain(value), indent=2, allow_nan=False)

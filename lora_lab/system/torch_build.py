@@ -21,7 +21,7 @@ QUESTION = "The CPU build of torch cannot be reached. Plain pip fetches about 3 
 
 
 def wants_cpu_build() -> bool:
-    """Whether plain pip would fetch a CUDA build here that nothing can use."""
+    """Return whether plain pip would fetch a CUDA build here that nothing can use."""
     if importlib.util.find_spec("torch") or (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         return False
     if shutil.which("nvidia-smi") or Path("/proc/driver/nvidia").exists():
@@ -31,7 +31,7 @@ def wants_cpu_build() -> bool:
 
 
 def requirement() -> str:
-    """What the project needs of torch, such as "torch>=2.9"."""
+    """Return what the project needs of torch, such as "torch>=2.9"."""
     pyproject = Path(__file__).resolve().parents[2] / "pyproject.toml"
     needed = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["dependencies"]
     return next(each for each in needed if each.startswith("torch"))

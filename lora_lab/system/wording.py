@@ -1,28 +1,47 @@
-"""Words for messages: a count with its noun, and a long text or value in short."""
+"""What people are shown: words for messages, and the progress bar."""
 
 from __future__ import annotations
 
+import os
 import reprlib
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 _SHORT = reprlib.Repr()
 _SHORT.maxother = 200  # such as a path
 
 
 def counted(count: int, noun: str) -> str:
-    """A count and its noun, in the plural unless it is one: "1 thread", "1,200 tokens"."""
+    """Return a count and its noun, in the plural unless it is one: "1 thread", "1,200 tokens"."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def shortened(text: str, most: int = 300) -> str:
-    """A text on one line, cut off after ``most`` characters."""
+    """Return a text on one line, cut off after ``most`` characters."""
     text = " ".join(text.split())
     return text if len(text) <= most else text[: most - 4] + " ..."
 
 
 def short_repr(value: Any) -> str:
-    """A value's repr on one line, cut off in the middle if it is long, as that of a model or a tensor."""
+    """Return a value's repr on one line, cut off in the middle if it is long, as that of a model or a tensor."""
     try:
         return shortened(_SHORT.repr(value))
     except ValueError:  # Python refuses to write an integer of thousands of digits
         return "a number of very many digits"
+
+
+def progress_bar(total: int, label: str, progress: bool | None, unit: str = "step", done: int = 0) -> tqdm:
+    """Return a progress bar over ``total`` units, ``done`` of them already done.
+
+    Args:
+        progress: whether to show it; None shows it in a terminal or notebook, unless LORA_LAB_PROGRESS is 0.
+    """
+    from tqdm.auto import tqdm
+
+    if progress is None:
+        interactive = "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())
+        progress = interactive and os.environ.get("LORA_LAB_PROGRESS") != "0"
+    return tqdm(total=total, initial=done, desc=label, unit=unit, disable=not progress, leave=False)

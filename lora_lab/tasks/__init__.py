@@ -8,18 +8,14 @@
 No data is downloaded: it comes with Python, scikit-learn or Babel, was written for this project, or is generated. The
 modules in reading order:
 
-    digits       handwritten digits, for small nets
-    planted      a hidden update of known rank, for small nets
+    arrays       for small nets: digits, planted ranks, from_arrays for numbers of your own
     python_docs  docs: next tokens of Python's manual
-    checks       what is suspicious about prompts and answers
-    formats      the forms of examples that people have: chat messages, ShareGPT, Alpaca, and so on
-    instruction  prompts and answers of your own: from_pairs, from_jsonl; from_text for plain text
+    instruction  prompts and answers: from_pairs
     base_text    replies of the base model itself, on which a loss measures forgetting as a divergence
     rows         share_rows: several examples in one row
-    tables       from_table for CSV, TSV, Parquet and DataFrames; from_arrays for numbers
     datasets     prompts and answers that exist already: summarise, translate, sentiment, style, tweets
     sentences    sentences to translate, from a grammar, with combinations and words that training lacks
-    named        a task by its name, or from a file: what the commands take
+    named        a task by its name, or from a file of yours: from_jsonl, from_table, from_text
     generate     what a model answers
     metrics      scores of answers, and baselines that need no model
     elicitation  baselines that need no training: examples in the prompt, calibration, a linear probe
@@ -31,15 +27,13 @@ its name in :data:`TASKS` (in ``named``) makes it a task of ``lora-lab finetune`
 import lazy_loader
 
 from lora_lab.task import IGNORE, Examples, Loss, Task, TextTokenizer, cross_entropy, mean_squared_error
+from lora_lab.tasks.arrays import digits, from_arrays, planted
 from lora_lab.tasks.datasets import sentiment, style, summarise, translate, tweets
-from lora_lab.tasks.digits import digits
-from lora_lab.tasks.instruction import ChatTokenizer, Pair, PairTask, from_jsonl, from_pairs, from_text
-from lora_lab.tasks.named import TASKS, task_of
-from lora_lab.tasks.planted import planted
+from lora_lab.tasks.instruction import ChatTokenizer, Pair, PairTask, from_pairs
+from lora_lab.tasks.named import TASKS, from_jsonl, from_table, from_text, task_of
 from lora_lab.tasks.python_docs import docs
 from lora_lab.tasks.rows import RowTask, share_rows
 from lora_lab.tasks.sentences import sentences
-from lora_lab.tasks.tables import from_arrays, from_table
 
 __all__ = [
     "IGNORE",

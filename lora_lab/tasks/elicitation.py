@@ -28,7 +28,7 @@ PENALTIES = tuple(10.0**power for power in range(-5, 3))  # inverse strengths of
 
 
 def few_shot(task: PairTask, k: int, seed: int = 0, *, random_answers: bool = False) -> PairTask:
-    """The task with training examples before each prompt of validation and test, as earlier turns of the conversation.
+    """Return the task with training examples before each prompt of validation and test, as turns of the conversation.
 
     Only what :mod:`lora_lab.tasks.generate` reads changes: losses are still those of the prompts alone.
 
@@ -61,14 +61,14 @@ def few_shot(task: PairTask, k: int, seed: int = 0, *, random_answers: bool = Fa
 
 
 def content_free(task: PairTask) -> list[Pair]:
-    """The task's prompt around each of :data:`CONTENT_FREE` instead of a text, in which no label is more likely."""
+    """Return the task's prompt around each of :data:`CONTENT_FREE`, in which no label is more likely."""
     pair = task.pairs["validation"][0]
     instruction = pair.prompt.removesuffix(text_of(pair))
     return [replace(pair, prompt=instruction + text) for text in CONTENT_FREE]
 
 
 def calibrated(scores: Tensor, reference: Tensor) -> Tensor:
-    """Scores of labels, less what each label scores whatever the text says: the logarithm of its mean probability.
+    """Return scores of labels, less what each scores whatever the text says: the logarithm of its mean probability.
 
     With prompts without content as the reference this is contextual calibration (Zhao et al. 2021, "Calibrate Before
     Use", section 5). It needs no text; with ordinary texts, without their labels, as the reference it is batch
@@ -87,7 +87,7 @@ def calibrated(scores: Tensor, reference: Tensor) -> Tensor:
 def linear_probe(
     states: Tensor, labels: Sequence[str], validation_states: Tensor, validation_labels: Sequence[str]
 ) -> Pipeline:
-    """A linear classifier of hidden states: standardised, then scikit-learn's logistic regression.
+    """Return a linear classifier of hidden states: standardised, then scikit-learn's logistic regression.
 
     Its penalty is the one of :data:`PENALTIES` with the lowest loss on the validation examples.
 

@@ -26,7 +26,7 @@ def reply(
     max_new_tokens: int = 80,
     **sampling: Any,
 ) -> str:
-    """The model's answer to one prompt, which is put into the model's chat template.
+    """Return the model's answer to one prompt, which is put into the model's chat template.
 
     Args:
         model: our Llama or a causal language model of transformers, with or without adapters.
@@ -59,7 +59,7 @@ def answers(
     max_new_tokens: int | None = None,
     batch_size: int = 16,
 ) -> list[str]:
-    """The model's answers to the prompts of a part, decoded greedily, many prompts at once.
+    """Return the model's answers to the prompts of a part, decoded greedily, many prompts at once.
 
     For a classification, the answer is the most likely of the task's classes.
 
@@ -83,7 +83,9 @@ def answers(
         check(number, Size | None, name)
     pairs = task.pairs_of(part)[:limit]
     if task.metric == "classification":
-        return most_likely_labels(model, task, pairs, classes(task), batch_size)
+        labels = classes(task)
+        best = log_likelihoods(model, task, pairs, labels, batch_size).argmax(1)  # (n,)
+        return [labels[i] for i in best.tolist()]
     lengths = [len(task.prompt_ids(pair)) for pair in pairs]
     if max_new_tokens is None:
         longest = int((task.train.targets != IGNORE).sum(1).max())
@@ -144,7 +146,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _greedy_continuations(scores: Tensor, reader: Reader, max_new_tokens: int, stop: int | None) -> list[list[int]]:
-    """The most likely next tokens after each prompt, up to the end of the turn.
+    """Return the most likely next tokens after each prompt, up to the end of the turn.
 
     Args:
         scores: the logits after the prompts, (batch, vocabulary).
@@ -167,42 +169,39 @@ def _greedy_continuations(scores: Tensor, reader: Reader, max_new_tokens: int, s
 
 
 def classes(task: PairTask) -> list[str]:
-    """The classes of a classification: the distinct training answers, in alphabetical order."""
+    """Return the classes of a classification: the distinct training answers, in alphabetical order."""
     return sorted({pair.answer for pair in task.pairs["train"]})
-
-
-def most_likely_labels(
-    model: nn.Module, task: PairTask, pairs: Sequence[Pair], labels: Sequence[str], batch_size: int
-) -> list[str]:
-    """The most likely label for each prompt, by the joint probability of its tokens."""
-    best: list[int] = log_likelihoods(model, task, pairs, labels, batch_size).argmax(1).tolist()  # (n,)
-    return [labels[i] for i in best]
 
 
 @torch.no_grad()
 def log_likelihoods(
     model: nn.Module, task: PairTask, pairs: Sequence[Pair], labels: Sequence[str], batch_size: int = 16
 ) -> Tensor:
-    """The log-likelihood of each label as the answer to each prompt, in nats: (n, labels). Each prompt is read once.
+    """Return the log-likelihood of each label as the answer to each prompt, which is read once, in nats: (n, labels).
 
     Raises:
         ValueError: as for :func:`answers`.
     """
-    tokens = {}
-    for label in labels:
-        _, targets = encode(task.tokenizer, Pair(pairs[0].prompt, label))
-        tokens[label] = [token for token in targets if token != IGNORE]
+    encoded = [encode(task.tokenizer, Pair(pairs[0].prompt, label))[1] for label in labels]
+    tokens = [[token for token in targets if token != IGNORE] for targets in encoded]  # at least one token each
     rows: list[Tensor] = []
     with _evaluating(model):
-        for first, reader in _read_batches(model, task, pairs, batch_size, max(map(len, tokens.values()))):
-            scores = [_log_likelihood(reader, tokens[label], first) for label in labels]  # (16,) each
+        for first, reader in _read_batches(model, task, pairs, batch_size, max(map(len, tokens))):
+            scores = []
+            for answer in tokens:
+                logits = first[:, None]  # (16, 1, vocabulary)
+                if len(answer) > 1:
+                    inputs = torch.tensor(answer[:-1], device=first.device).expand(len(first), -1)  # (16, n - 1)
+                    logits = torch.cat([logits, reader.branch().read_each(inputs)], 1)  # (16, n, vocabulary)
+                log_probabilities = logits.float().log_softmax(-1)  # (16, n, vocabulary)
+                scores.append(log_probabilities[:, range(len(answer)), answer].sum(1))  # (16,)
             rows.append(torch.stack(scores, 1).cpu())  # (16, labels)
     return torch.cat(rows)
 
 
 @torch.no_grad()
 def last_states(model: nn.Module, task: PairTask, pairs: Sequence[Pair], batch_size: int = 16) -> Tensor:
-    """The last hidden state at the last token of each prompt, which the head turns into logits: (n, 576).
+    """Return the last hidden state at the last token of each prompt, which the head turns into logits: (n, 576).
 
     Args:
         model: as for :func:`reply`.
@@ -219,19 +218,3 @@ def last_states(model: nn.Module, task: PairTask, pairs: Sequence[Pair], batch_s
             return torch.cat([read["hidden"].float().cpu() for _ in batches])
     finally:
         hook.remove()
-
-
-def _log_likelihood(reader: Reader, answer: list[int], first: Tensor) -> Tensor:
-    """The log-likelihood of one answer after each prompt, in nats: (batch,).
-
-    Args:
-        reader: has read the prompts, and is left as it is.
-        answer: the tokens, at least one.
-        first: the logits after the prompts, (batch, vocabulary).
-    """
-    logits = first[:, None]  # (16, 1, vocabulary)
-    if len(answer) > 1:
-        inputs = torch.tensor(answer[:-1], device=first.device).expand(len(first), -1)  # (16, n - 1)
-        logits = torch.cat([logits, reader.branch().read_each(inputs)], 1)  # (16, n, vocabulary)
-    log_probabilities = logits.float().log_softmax(-1)  # (16, n, vocabulary)
-    return log_probabilities[:, range(len(answer)), answer].sum(1)  # (16,)

@@ -12,33 +12,29 @@ several turns, of all the assistant's. All pairs of a group
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from io import StringIO, TextIOWrapper
 from itertools import groupby
 from operator import itemgetter
-from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lora_lab.system.files import as_path, check_file
 from lora_lab.system.schema import Count, Seed, Size, check
-from lora_lab.system.wording import counted, short_repr, shortened
+from lora_lab.system.wording import counted, short_repr
 from lora_lab.task import IGNORE, Examples, Task, TextTokenizer, check_tokenizer, drawn
-from lora_lab.tasks.checks import suspicions
-from lora_lab.tasks.formats import StoredExample, Turn, parse
 from lora_lab.tasks.python_docs import off_domain_texts, windows
 
 PARTS = ("train", "validation", "test")
 Metric = Literal["", "classification", "style", "summary", "translation"]
+Turn = tuple[str, str]  # role and content
 _SAMPLE = "Good day."  # of an assistant
 _MOST_CHARACTERS = 1000  # per token, more than any token has: a text above this limit is too long without tokenising it
+_MOST_CLASSES, _NEARLY_ALL = 20, 0.9  # distinct answers, with more of which they are no labels; a suspicious share
 T = TypeVar("T")
 
 
@@ -101,6 +97,14 @@ class Padded(Examples):
         return Padded(self.inputs[rows][..., :length], targets[:, :length])
 
 
+def pad(inputs: Sequence[Tensor], targets: Sequence[Tensor], pad_id: int = 0) -> Padded:
+    """Return rows (length, ...) as examples, padded on the right to the longest: (n, longest, ...)."""
+    return Padded(
+        pad_sequence(list(inputs), batch_first=True, padding_value=pad_id),
+        pad_sequence(list(targets), batch_first=True, padding_value=IGNORE),
+    )
+
+
 @dataclass(frozen=True)
 class PairTask(Task):
     """A Task that keeps the texts behind its tensors.
@@ -121,21 +125,17 @@ class PairTask(Task):
     left_out: int = field(default=0, compare=False)
 
     def describe(self) -> str:
-        """As for :class:`Task`, and a line for each thing that is suspicious: see :mod:`lora_lab.tasks.checks`."""
-        texts = {part: [(pair.context, pair.answer) for pair in pairs] for part, pairs in self.pairs.items()}
-        lines = suspicions(self.parts, texts, stop_token(self.tokenizer))
-        if self.left_out:
-            lines.insert(0, f"{self.left_out:,} pairs were left out, because they have too many tokens")
-        return "\n".join([super().describe(), *(f"  check: {line}" for line in lines)])
+        """Return a summary as for :class:`Task`, with a line for each thing that is suspicious."""
+        return "\n".join([super().describe(), *(f"  check: {line}" for line in _suspicions(self))])
 
     def limited(self, n_train: int, seed: int | None = None) -> PairTask:
-        """As for :class:`Task`."""
+        """Return a smaller task, as for :class:`Task`."""
         rows = drawn(self, n_train, seed)  # (n_train,)
         train_pairs = [self.pairs["train"][row] for row in rows.tolist()]
         return replace(self, train=self.train[rows], pairs={**self.pairs, "train": train_pairs})
 
     def pairs_of(self, part: str) -> Sequence[Pair]:
-        """The pairs of "train", "validation" or "test".
+        """Return the pairs of "train", "validation" or "test".
 
         Raises:
             ValueError: the part has no pairs, or there is no such part.
@@ -145,11 +145,11 @@ class PairTask(Task):
         return self.pairs[part]
 
     def prompt_ids(self, pair: Pair) -> list[int]:
-        """The tokens that the model reads before it answers."""
+        """Return the tokens that the model reads before it answers."""
         return self.tokenizer.encode(self.tokenizer.chat(_messages(pair)[:-1]))
 
     def preview(self, count: int = 2, part: str = "train") -> str:
-        """The first examples as the model sees them: the text it reads, the text it learns, and their lengths.
+        """Return the first examples as the model sees them: the text it reads, the text it learns, and their lengths.
 
         Special tokens that stand in the texts themselves are counted, because what is read and learned has those of
         the chat template too.
@@ -159,10 +159,9 @@ class PairTask(Task):
         """
         pairs, examples, lines = self.pairs_of(part), self.part(part), []
         for row in range(min(check(count, Count, "count"), len(examples))):
-            inputs, targets = examples.inputs[row], examples.targets[row]  # (length,), (length,)
-            last = int((targets != IGNORE).nonzero()[-1])
-            ids = [*inputs[: last + 1].tolist(), int(targets[last])]
-            answered = [False, *(targets[: last + 1] != IGNORE).tolist()]  # of each token of the conversation
+            example = examples[row : row + 1]  # without its padding
+            ids = [*example.inputs[0].tolist(), int(example.targets[0, -1])]
+            answered = [False, *(example.targets[0] != IGNORE).tolist()]  # of each token of the conversation
             lines.append(f"{part} {row}: {answered.count(False)} tokens of prompt, {answered.count(True)} of answer")
             for learned, tokens in groupby(zip(answered, ids, strict=True), key=itemgetter(0)):
                 text = self.tokenizer.decode([token for _, token in tokens])
@@ -176,7 +175,7 @@ class PairTask(Task):
             written = re.compile("|".join(map(re.escape, special)))
             texts = (text for pair in pairs for text in (pair.context, pair.answer))
             if counts := Counter(token for text in texts for token in written.findall(text)):
-                lines.append(f"special tokens in the texts: {_listed(counts)}")
+                lines.append(f"special tokens in the texts: {list_counts(counts)}")
         return "\n".join(lines)
 
 
@@ -192,7 +191,7 @@ def from_pairs(
     about: str = "",
     licence: str = "",
 ) -> PairTask:
-    """A task of your own prompts and answers.
+    """Return a task of your own prompts and answers.
 
     Args:
         tokenizer: of the model that will be trained.
@@ -253,182 +252,39 @@ def _as_pair(pair: Pair | tuple[str, str]) -> Pair:
     return Pair(*pair)
 
 
-def from_jsonl(tokenizer: ChatTokenizer, path: str | Path, *, allow_special: bool = False, **options: Any) -> Task:
-    """Return a task from a file of JSON Lines, one example on each line, in any form of :mod:`lora_lab.tasks.formats`.
-
-    Those are chat messages, ShareGPT's conversations, Alpaca's instructions, prompts with their answers (or
-    completions, or responses), questions with their answers, and texts. The task of texts is to predict the next token;
-    all others are a :class:`PairTask`. Keys that are not part of a line's form are ignored, and named in ``about``.
-
-    To decide the split yourself, give every line a "part" as well: "train", "validation" or "test". Lines of one
-    "group" go to the same part.
-
-    Args:
-        tokenizer: of the model that will be trained.
-        path: of the file; empty lines are skipped.
-        allow_special: for a file of texts, as for :func:`from_text`.
-        **options: name and about, which by default name the file; and of a file of texts seq_len, as for
-            :func:`from_text`, of any other the options of :func:`from_pairs`.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: lines are malformed (the first five are named, each with its reason), some are texts and others
-            not, or as for :func:`from_pairs`.
-        TypeError: an option does not apply to the form of the lines.
-    """
-    check_tokenizer(tokenizer, ChatTokenizer)
-    path = as_path(path, "path")
-    check_file(path, "a JSON Lines file")
-    stored = _read_jsonl(tokenizer, path, allow_special)
-    about = f"from the file {path.name}"
-    if ignored := sorted(set().union(*(example.ignored for example in stored))):
-        about += f", without its entries {shortened(', '.join(map(repr, ignored)))}"
-    options = {"name": path.stem, "about": about} | options
-    texts = [example.text for example in stored if example.text]
-    if 0 < len(texts) < len(stored):
-        raise ValueError(f"{path} has {len(texts)} texts and {len(stored) - len(texts)} conversations; split them.")
-    if texts:
-        return _task_of_texts(tokenizer, path, texts, "text", **options)
-    pairs = [Pair(example.turns[-2][1], example.turns[-1][1], example.group, example.turns[:-2]) for example in stored]
-    parts = [example.part for example in stored]
-    if not any(parts):
-        return from_pairs(tokenizer, pairs, **options)
-    if not all(parts):
-        raise ValueError(f'{path} has "part" on {len(parts) - parts.count("")} of {len(parts)} lines; give it on all.')
-    split = {part: [pair for pair, own in zip(pairs, parts, strict=True) if own == part] for part in PARTS}
-    return from_pairs(tokenizer, split, **options)
-
-
-def _read_jsonl(tokenizer: ChatTokenizer, path: Path, allow_special: bool) -> list[StoredExample]:
-    """Return the example on each line.
-
-    Raises:
-        ValueError: the file is empty, holds a JSON array, or has malformed lines, of which the first five are named.
-    """
-    stored, problems = [], []
-    for number, line in _lines(path):
-        if not stored and not problems and line.lstrip().startswith("["):
-            raise ValueError(f"{path} holds a JSON array; write one example per line, without brackets and commas.")
-        try:
-            if line.strip():
-                stored.append(_parsed(line.rstrip(), tokenizer, allow_special))
-        except ValueError as error:
-            problems.append(f"line {number}: {shortened(str(error), 250).removesuffix('.')}")
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise ValueError(f"{path} has {counted(len(problems), 'malformed line')}: {shown}.")
-    if not stored:
-        raise ValueError(f"{path} is empty; write one example per line.")
-    return stored
-
-
-def _parsed(line: str, tokenizer: ChatTokenizer, allow_special: bool) -> StoredExample:
-    """Return the example on a line, whose texts hold no special tokens.
-
-    Raises:
-        ValueError: what is wrong, in a few words.
-    """
-    try:
-        example = parse(json.loads(line))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
-    except RecursionError:
-        raise ValueError("not an example, but lists within lists without end") from None
-    for text in (*(content for _, content in example.turns), example.text):
-        tokenizer.check_text(text, allow_special=allow_special and bool(example.text))
-    return example
-
-
-def from_text(
-    tokenizer: ChatTokenizer,
-    path: str | Path,
-    *,
-    seq_len: int = 128,
-    name: str | None = None,
-    allow_special: bool = False,
-) -> Task:
-    """Next-token prediction on a text file of your own.
-
-    Paragraphs (separated by an empty line) stay whole: of every ten, the ninth goes to validation, the tenth to test.
-
-    Args:
-        tokenizer: of the model.
-        path: of the file.
-        seq_len: tokens per example.
-        name: of the task; defaults to that of the file.
-        allow_special: whether the text may contain the special tokens that structure conversations or end a text, such
-            as ``<|im_end|>``. They are then encoded as these tokens, and ``about`` states how often each occurs.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not UTF-8, holds a special token that is not allowed, or is too short for ``seq_len``.
-    """
-    check_tokenizer(tokenizer, ChatTokenizer)
-    path = as_path(path, "path")
-    check_file(path, "a text file")
-    text = StringIO()
-    for number, line in _lines(path):
-        tokenizer.check_text(line, f"Line {number} of {path}", allow_special)
-        text.write(line)
-    paragraphs = [paragraph for paragraph in text.getvalue().split("\n\n") if paragraph.strip()]
-    about = f"from the file {path.name}"
-    return _task_of_texts(tokenizer, path, paragraphs, "paragraph", name or path.stem, about, seq_len)
-
-
-def _task_of_texts(
-    tokenizer: ChatTokenizer, path: Path, texts: Sequence[str], unit: str, name: str, about: str, seq_len: int = 128
-) -> Task:
-    """Next-token prediction on texts that stay whole: of every ten, the ninth goes to validation, the tenth to test."""
-    split = {  # the large part last, so that too few texts are refused at once
-        "validation": texts[8::10],
-        "test": texts[9::10],
-        "train": [text for i, text in enumerate(texts) if i % 10 < 8],
-    }
-    parts, counts = {}, Counter()
-    for part, part_texts in split.items():
-        parts[part] = examples = windows(tokenizer, part_texts, seq_len)
-        if len(examples) == 0:
-            raise ValueError(
-                f"{path} has {counted(len(texts), unit)}, too few for a {part} part of {seq_len} tokens an "
-                f"example; give more or longer {unit}s, or a smaller seq_len."
-            )
-        tokens = examples.inputs.flatten().bincount()
-        counts.update({token: int(tokens[i]) for token, i in tokenizer.special_tokens.items() if i < len(tokens)})
-    if counts := +counts:  # without those that do not occur
-        about += f", with the special tokens {_listed(counts)}"
-    return Task(
-        name,
-        train=parts["train"],
-        validation=parts["validation"],
-        test=parts["test"],
-        off_domain=windows(tokenizer, off_domain_texts(), seq_len),
-        unit="tokens",
-        about=f"{about}; off-domain: scikit-learn's descriptions of data sets",
-    )
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a file, which end in \\n, and their numbers, from 1.
-
-    Unlike ``str.splitlines`` a file's own lines end at no U+2028, which may stand in a JSON text as it is.
-    """
-    with path.open("rb") as data, TextIOWrapper(data, encoding="utf-8-sig") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                if "\0" in line:
-                    raise ValueError(f"{path} is no text (line {number} holds a zero byte); save it as UTF-8.")
-                yield number, line
-        except UnicodeDecodeError as error:
-            place = data.tell() - len(error.object) + error.start
-            raise ValueError(f"{path} is not UTF-8 (byte {place}); unpack it, or save it as UTF-8.") from None
-
-
-def _listed(counts: Mapping[str, int]) -> str:
+def list_counts(counts: Mapping[str, int]) -> str:
+    """Return how often each special token occurs, in words."""
     return ", ".join(f"{token!r} ({counted(count, 'time')})" for token, count in sorted(counts.items()))
 
 
+def _suspicions(task: PairTask) -> Iterator[str]:
+    """Yield a line for each thing that is suspicious about a task's examples, with a count and an example."""
+    if task.left_out:
+        yield f"{task.left_out:,} pairs were left out, because they have too many tokens"
+    stop = stop_token(task.tokenizer)
+    for part, pairs in task.pairs.items():
+        targets, texts = task.parts[part].targets, [(pair.context, pair.answer) for pair in pairs]  # (n, length)
+        counted = targets != IGNORE  # (n, length)
+        learned, last = counted.any(1), counted.shape[1] - 1 - counted.flip(1).int().argmax(1)  # (n,)
+        ends = targets.gather(1, last[:, None])[:, 0]  # (n,)
+        first = {text: i for i, text in reversed([*enumerate(texts)])}
+        rows = {
+            "train on nothing, because no token counts": ~learned,
+            "do not end with the token that ends a turn, so the model never learns to stop": learned
+            & (ends != (ends if stop is None else stop)),
+            "repeat another example word for word": torch.tensor([first[text] != i for i, text in enumerate(texts)]),
+        }
+        for what, found in rows.items():
+            if found.any():
+                example = texts[int(found.int().argmax())][0]
+                yield f"{part}: {int(found.sum()):,} of {len(texts):,} examples {what}, such as {example!r:.60}"
+        (answer, most), *others = Counter(answer for _, answer in texts).most_common()
+        if 0 < len(others) < _MOST_CLASSES and most > _NEARLY_ALL * len(texts):
+            yield f"{part}: {most:,} of {len(texts):,} answers are {answer!r:.60}; a constant guess scores as much"
+
+
 def _prompt_group(prompt: str) -> str:
-    """The group of all pairs with this prompt; its first character keeps it distinct from the groups of users."""
+    """Return the group of all pairs with this prompt; its first character keeps it distinct from a user's groups."""
     return f"\0{prompt.strip().casefold()}"
 
 
@@ -437,7 +293,7 @@ def _group(pair: Pair) -> str:
 
 
 def _split(pairs: Iterable[Pair], seed: int) -> dict[str, list[Pair]]:
-    """Whole groups, in random order: validation and test get what fits into a tenth of the pairs, training the rest.
+    """Return whole groups in random order: validation and test get what fits into a tenth of the pairs each.
 
     scikit-learn's GroupShuffleSplit counts groups where this counts pairs, and would change every data set.
     """
@@ -480,13 +336,13 @@ def _shuffled(items: Sequence[T], seed: int) -> list[T]:
 
 
 def _messages(pair: Pair) -> list[dict[str, str]]:
-    """The conversation of a pair, its answer included."""
+    """Return the conversation of a pair, its answer included."""
     turns = (*pair.before, ("user", pair.prompt), ("assistant", pair.answer))
     return [{"role": role, "content": content} for role, content in turns]
 
 
 def encode(tokenizer: ChatTokenizer, pair: Pair) -> tuple[list[int], list[int]]:
-    """Inputs and targets of one pair, of equal length; targets of all but the assistant's turns are IGNORE.
+    """Return inputs and targets of one pair, of equal length; targets of all but the assistant's turns are IGNORE.
 
     Raises:
         ValueError: the assistant's turns cannot be found in what the template writes.
@@ -500,7 +356,7 @@ def encode(tokenizer: ChatTokenizer, pair: Pair) -> tuple[list[int], list[int]]:
 
 
 def _turns(tokenizer: ChatTokenizer, messages: Sequence[dict[str, str]]) -> list[tuple[str, str]]:
-    """A conversation as the template writes it, cut after each turn of the assistant: (what is read, what is learned).
+    """Return a conversation as the template writes it, in a piece for each answer: (what is read, what is learned).
 
     What is learned is the assistant's text and the token that ends the turn, with what the template puts before the
     text, such as an empty thought. Most templates write a turn alike whatever follows. Those of reasoning models drop
@@ -531,7 +387,7 @@ def _turns(tokenizer: ChatTokenizer, messages: Sequence[dict[str, str]]) -> list
 
 
 def _turn_end(tokenizer: ChatTokenizer) -> str:
-    """What the template writes after the text of an assistant's turn, up to the end of the line."""
+    """Return what the template writes after the text of an assistant's turn, up to the end of the line."""
     text = tokenizer.chat(
         [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _SAMPLE}], add_generation_prompt=False
     )
@@ -539,7 +395,7 @@ def _turn_end(tokenizer: ChatTokenizer) -> str:
 
 
 def stop_token(tokenizer: ChatTokenizer) -> int | None:
-    """The token at which an answer ends: the one with which the chat template closes an assistant's turn.
+    """Return the token at which an answer ends: the one with which the chat template closes an assistant's turn.
 
     In some models it is not the one that ends a text, ``eos_id``, which is returned where the template closes no turn
     with a single token.
@@ -554,7 +410,7 @@ def stop_token(tokenizer: ChatTokenizer) -> int | None:
 def _encode_part(
     tokenizer: ChatTokenizer, part: str, pairs: Sequence[Pair], max_tokens: int, skip_long: bool
 ) -> tuple[list[Pair], Padded]:
-    """The pairs of a part that are short enough, and their examples, padded to the longest of them."""
+    """Return the pairs of a part that are short enough, and their examples, padded to the longest of them."""
     short: list[Pair] = []
     inputs: list[Tensor] = []
     targets: list[Tensor] = []
@@ -575,7 +431,4 @@ def _encode_part(
     if not short:
         raise ValueError(f"All pairs of the {part} part have more than {max_tokens} tokens; raise max_tokens.")
     pad_id = next((token for token in (tokenizer.pad_id, tokenizer.eos_id) if token is not None), 0)
-    return short, Padded(
-        pad_sequence(inputs, batch_first=True, padding_value=pad_id),  # (n, longest)
-        pad_sequence(targets, batch_first=True, padding_value=IGNORE),  # (n, longest)
-    )
+    return short, pad(inputs, targets, pad_id)

@@ -46,7 +46,7 @@ def score(task: PairTask, predictions: Sequence[str], part: str = "test") -> dic
 
 
 def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Mean F1 of the longest common subsequence of words (Lin 2004), by the package rouge-score."""
+    """Return the mean F1 of the longest common subsequence of words (Lin 2004), by the package rouge-score."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
@@ -56,7 +56,7 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> dict[str, 
 
 
 def translation(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Exact matches, ignoring case, and chrF from 0 to 100 (Popovic 2015), by the package sacrebleu."""
+    """Return exact matches, ignoring case, and chrF from 0 to 100 (Popovic 2015), by the package sacrebleu."""
     from sacrebleu.metrics.chrf import CHRF
 
     pairs = zip(predictions, references, strict=True)
@@ -66,7 +66,7 @@ def translation(predictions: Sequence[str], references: Sequence[str]) -> dict[s
 
 
 def classification(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Accuracy, and F1 averaged over the classes of the references, by scikit-learn."""
+    """Return accuracy, and F1 averaged over the classes of the references, by scikit-learn."""
     from sklearn.metrics import accuracy_score, f1_score
 
     options: dict[str, Any] = {"labels": sorted(set(references)), "average": "macro", "zero_division": 0}
@@ -87,7 +87,7 @@ METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], dict[str, float]]] =
 
 
 def trivial(task: PairTask, part: str = "test") -> list[str]:
-    """Answers of a baseline without a model: the majority class, the text's first sentence, or a dictionary.
+    """Return the answers of a baseline without a model: majority class, the text's first sentence, or a dictionary.
 
     The dictionary translates word by word, as in the training pairs; words that it lacks stay as they are.
 
@@ -107,7 +107,7 @@ def trivial(task: PairTask, part: str = "test") -> list[str]:
 
 
 def text_of(pair: Pair) -> str:
-    """The text in a prompt, without the instruction before it."""
+    """Return the text in a prompt, without the instruction before it."""
     for separator in ("\n\n", ": "):
         if separator in pair.prompt:
             return pair.prompt.partition(separator)[2]
@@ -115,7 +115,7 @@ def text_of(pair: Pair) -> str:
 
 
 def _dictionary(pairs: Sequence[Pair]) -> dict[str, str]:
-    """word -> its most frequent translation, from the pairs that have as many words in both languages."""
+    """Return word -> its most frequent translation, from the pairs that have as many words in both languages."""
     translations: dict[str, Counter[str]] = {}
     for pair in pairs:
         source, target = text_of(pair).split(), pair.answer.split()
@@ -153,5 +153,5 @@ class StyleJudge:
         self.accuracy = float(self.pipeline.score(*texts("test")))
 
     def share(self, stories: Sequence[str]) -> float:
-        """The share of stories that it classifies as in the style, from 0 to 1."""
+        """Return the share of stories that it classifies as in the style, from 0 to 1."""
         return float(self.pipeline.predict(list(stories)).mean())

@@ -1,18 +1,388 @@
-"""A task for a language model by its name, or from a file: what the commands take."""
+"""A task for a language model by its name, or from a file of yours: what the commands take.
+
+An example in JSON has one of these forms, and is recognised by its keys:
+
+    {"messages": [{"role": "system" | "user" | "assistant", "content": "..."}, ...]}
+    {"conversations": [{"from": "system" | "human" | "gpt", "value": "..."}, ...]}      (ShareGPT)
+    {"instruction": "...", "input": "...", "output": "..."}       (Alpaca; input may be missing or empty)
+    {"prompt": "...", "answer" | "completion" | "response": "..."}
+    {"question": "...", "answer": "..."}
+    {"text": "..."}                                               (next-token prediction)
+
+Beside them it may have "group" and "part".
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from typing_extensions import TypedDict
 
 from lora_lab.system.files import check_file
+from lora_lab.system.schema import check
+from lora_lab.system.wording import counted, short_repr, shortened
 from lora_lab.task import Task
 from lora_lab.tasks.datasets import LANGUAGES, sentiment, style, summarise, translate, tweets
-from lora_lab.tasks.instruction import ChatTokenizer, from_jsonl, from_text
-from lora_lab.tasks.python_docs import docs
+from lora_lab.tasks.instruction import PARTS, ChatTokenizer, Pair, PairTask, Turn, from_pairs, list_counts
+from lora_lab.tasks.python_docs import docs, off_domain_texts, windows
 from lora_lab.tasks.sentences import PROMPTS, sentences
-from lora_lab.tasks.tables import TABLES, from_table
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+# Examples in JSON
+
+_FORMS = (  # the keys of each; an entry has the first form whose keys it has
+    ("messages",),
+    ("conversations",),
+    ("instruction", "output", "input"),
+    ("instruction", "output"),
+    ("prompt", "answer"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("text",),
+)
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # ShareGPT's names
+
+
+class _Message(TypedDict):
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+_Said = TypedDict("_Said", {"from": Literal["system", "user", "assistant", "human", "gpt", "chatgpt"], "value": str})
+
+
+class _Entry(TypedDict, total=False):
+    messages: list[_Message]
+    conversations: list[_Said]
+    instruction: str
+    input: str | None
+    output: str
+    prompt: str
+    answer: str
+    completion: str
+    response: str
+    question: str
+    text: str
+    group: str | None
+    part: Literal["", "train", "validation", "test"] | None
+
+
+@dataclass(frozen=True)
+class StoredExample:
+    """One example as a file has it.
+
+    Args:
+        content: a prompt and its answer, or a text for next-token prediction.
+        part: "" if the entry does not name it.
+        ignored: keys of the entry that are not part of its form.
+    """
+
+    content: Pair | str
+    part: str = ""
+    ignored: frozenset[str] = frozenset()
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All texts that a model would read."""
+        pair = self.content
+        return (pair,) if isinstance(pair, str) else (pair.context, pair.answer)
+
+
+def parse(entry: Any) -> StoredExample:
+    """Return the example in an entry of any of the forms: a line of JSON, or what it says.
+
+    Raises:
+        ValueError: what is wrong with it, in a few words.
+    """
+    try:
+        entry = check(json.loads(entry) if isinstance(entry, str) else entry, dict[str, Any], "the line")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("not an example, but lists within lists without end") from None
+    form = next((keys for keys in _FORMS if entry.keys() >= {*keys}), None)
+    if form is None:
+        forms = "; ".join(" and ".join(keys) for keys in _FORMS)
+        raise ValueError(f"has the keys {shortened(str(sorted(entry)), 80)}, but must have those of a form: {forms}")
+    own = {key: entry[key] for key in (*form, "group", "part") if key in entry}
+    check(own, _Entry)
+    turns = _turns(form, own)
+    for key in form:
+        texts = [own[key]] if isinstance(own[key], str) else [text for _, text in turns]
+        if key != "input" and not all(text.strip() for text in texts):
+            raise ValueError(f"{key} has an empty text")
+    content = own["text"] if not turns else Pair(turns[-2][1], turns[-1][1], own.get("group") or "", turns[:-2])
+    return StoredExample(content, own.get("part") or "", frozenset(entry.keys() - own.keys()))
+
+
+def _turns(form: tuple[str, ...], entry: dict[str, Any]) -> tuple[Turn, ...]:
+    """Return the turns of an entry: perhaps a system turn, then user and assistant in turn, the assistant last."""
+    if form == ("text",):
+        return ()
+    if form == ("messages",):
+        turns: list[Turn] = [(turn["role"], turn["content"]) for turn in entry["messages"]]
+    elif form == ("conversations",):
+        turns = [(_ROLES.get(turn["from"]) or turn["from"], turn["value"]) for turn in entry["conversations"]]
+    else:
+        context = entry.get("input") or ""
+        prompt = entry[form[0]] + (f"\n\n{context}" if context.strip() else "")
+        turns = [("user", prompt), ("assistant", entry[form[1]])]
+    roles = [role for role, _ in turns]
+    spoken = roles[1:] if roles[:1] == ["system"] else roles
+    if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
+        raise ValueError(
+            f"the turns are of {shortened(', '.join(roles) or 'nobody', 80)}, but must be of the user and the "
+            "assistant in turn, the assistant last; only the first may be of the system"
+        )
+    return tuple(turns)
+
+
+# Files
+
+
+def from_jsonl(tokenizer: ChatTokenizer, path: str | Path, *, allow_special: bool = False, **options: Any) -> Task:
+    """Return a task from a file of JSON Lines, one example on each line, in any of the forms above.
+
+    The task of texts is to predict the next token; all others are a :class:`PairTask`. Keys that are not part of a
+    line's form are ignored, and named in ``about``.
+
+    To decide the split yourself, give every line a "part" as well: "train", "validation" or "test". Lines of one
+    "group" go to the same part.
+
+    Args:
+        tokenizer: of the model that will be trained.
+        path: of the file; empty lines are skipped.
+        allow_special: for a file of texts, as for :func:`from_text`.
+        **options: name and about, which by default name the file; and of a file of texts seq_len, as for
+            :func:`from_text`, of any other the options of :func:`from_pairs`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: lines are malformed (the first five are named, each with its reason), some are texts and others
+            not, or as for :func:`from_pairs`.
+        TypeError: an option does not apply to the form of the lines.
+    """
+    check_file(path, "a JSON Lines file")
+    path = Path(path)
+    lines = [(number, line.rstrip()) for number, line in enumerate(_read_lines(path), start=1) if line.strip()]
+    if lines and lines[0][1].lstrip().startswith("["):
+        raise ValueError(f"{path} holds a JSON array; write one example per line, without brackets and commas.")
+    stored = _read(tokenizer, str(path), "line", lines, allow_special)
+    about = f"from the file {path.name}"
+    if ignored := sorted(set().union(*(example.ignored for example in stored))):
+        about += f", without its entries {shortened(', '.join(map(repr, ignored)))}"
+    options = {"name": path.stem, "about": about} | options
+    texts = [example.content for example in stored if isinstance(example.content, str)]
+    if 0 < len(texts) < len(stored):
+        raise ValueError(f"{path} has {len(texts)} texts and {len(stored) - len(texts)} conversations; split them.")
+    if texts:
+        return _task_of_texts(tokenizer, path, texts, "text", **options)
+    return _task_of_pairs(tokenizer, str(path), stored, any(example.part for example in stored), options)
+
+
+def from_table(
+    tokenizer: ChatTokenizer,
+    table: Any,
+    *,
+    prompt: str = "prompt",
+    answer: str = "answer",
+    group: str | None = None,
+    part: str | None = None,
+    **options: Any,
+) -> PairTask:
+    """Return a task of prompts and answers from two columns of a table.
+
+    Args:
+        tokenizer, **options: as for :func:`lora_lab.tasks.from_pairs`; the name defaults to that of the file.
+        table: the path of a CSV, TSV or Parquet file (UTF-8; the first line names the columns), a pandas DataFrame, or
+            a ``datasets.Dataset``.
+        prompt, answer: names of the columns. Numbers in them become text.
+        group: name of a column; rows with the same value go to the same part of the task.
+        part: name of a column that decides the split: "train", "validation" or "test" in each row.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is of another kind or cannot be read, a column is missing, rows are malformed (the first
+            five are named, each with its reason), or as for :func:`lora_lab.tasks.from_pairs`.
+    """
+    frame, name = _read_frame(table)
+    columns = {"prompt": prompt, "answer": answer}
+    columns |= {role: column for role, column in {"group": group, "part": part}.items() if column is not None}
+    for role, column in columns.items():
+        if column not in frame.columns:
+            raise ValueError(
+                f"{name} has no column {short_repr(column)}, but {shortened(str([*map(str, frame.columns)]))}; rename "
+                f"the right one, or name it in Python: from_table(tokenizer, table, {role}=...)."
+            )
+    cells = frame[list(columns.values())].itertuples(index=False)
+    rows = (dict(zip(columns, map(_text, row), strict=True)) for row in cells)
+    stored = _read(tokenizer, name, "row", enumerate(rows, start=1))
+    options = {"name": Path(name).stem, "about": f"from {name}"} | options
+    return _task_of_pairs(tokenizer, name, stored, part is not None, options)
+
+
+def from_text(
+    tokenizer: ChatTokenizer,
+    path: str | Path,
+    *,
+    seq_len: int = 128,
+    name: str | None = None,
+    allow_special: bool = False,
+) -> Task:
+    """Return the task of predicting the next token of a text file of your own.
+
+    Paragraphs (separated by an empty line) stay whole: of every ten, the ninth goes to validation, the tenth to test.
+
+    Args:
+        tokenizer: of the model.
+        path: of the file.
+        seq_len: tokens per example.
+        name: of the task; defaults to that of the file.
+        allow_special: whether the text may contain the special tokens that structure conversations or end a text, such
+            as ``<|im_end|>``. They are then encoded as these tokens, and ``about`` states how often each occurs.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not UTF-8, holds a special token that is not allowed, or is too short for ``seq_len``.
+    """
+    check_file(path, "a text file")
+    path = Path(path)
+    lines = _read_lines(path)
+    for number, line in enumerate(lines, start=1):
+        tokenizer.check_text(line, f"Line {number} of {path}", allow_special)
+    paragraphs = [paragraph for paragraph in "\n".join(lines).split("\n\n") if paragraph.strip()]
+    about = f"from the file {path.name}"
+    return _task_of_texts(tokenizer, path, paragraphs, "paragraph", name or path.stem, about, seq_len)
+
+
+def _read_lines(path: Path) -> list[str]:
+    """Return the lines of a text file. Unlike those of ``str.splitlines`` none ends at U+2028, which JSON may hold."""
+    try:
+        text = path.read_bytes().decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}); unpack it, or save it as UTF-8.") from None
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    if (place := next((number for number, line in enumerate(lines, start=1) if "\0" in line), None)) is not None:
+        raise ValueError(f"{path} is no text (line {place} holds a zero byte); save it as UTF-8.")
+    return lines
+
+
+def _read_frame(table: Any) -> tuple[DataFrame, str]:
+    """Return a DataFrame, and what to call it."""
+    import pandas
+
+    if isinstance(table, pandas.DataFrame):
+        return table, "table"
+    if hasattr(table, "to_pandas"):  # as a Dataset of the datasets library has
+        return table.to_pandas(), "dataset"
+    path = Path(table)
+    if path.suffix not in TABLES:
+        raise ValueError(f"{shortened(str(path))} is no table; its name must end in one of {', '.join(TABLES)}.")
+    check_file(path, "a table")
+    try:
+        if path.suffix == ".parquet":
+            return pandas.read_parquet(path), path.name
+        separator = "," if path.suffix == ".csv" else "\t"
+        return pandas.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig"), path.name
+    except ImportError:
+        raise ValueError(f"{path} needs the library pyarrow; install it with pip install pyarrow.") from None
+    except (ValueError, OSError) as error:  # pandas' and pyarrow's errors of format derive from these
+        reason = shortened(str(error)).removesuffix(".")
+        raise ValueError(
+            f"{path} cannot be read as a table ({reason}); save it anew (CSV and TSV: as UTF-8, with as many cells in "
+            "each row as there are columns)."
+        ) from None
+
+
+def _text(cell: Any) -> str:
+    import pandas
+
+    return "" if pandas.api.types.is_scalar(cell) and pandas.isna(cell) else str(cell)
+
+
+def _read(
+    tokenizer: ChatTokenizer, name: str, unit: str, entries: Iterable[tuple[int, Any]], allow_special: bool = False
+) -> list[StoredExample]:
+    """Return the examples in a file or table, whose texts hold no special tokens.
+
+    Args:
+        name: of the file or table, for messages.
+        unit: "line" or "row".
+        entries: the number of each line or row, and what stands there.
+        allow_special: whether texts for next-token prediction may hold special tokens.
+
+    Raises:
+        ValueError: there are no entries, or some are malformed, of which the first five are named.
+    """
+    stored, problems = [], []
+    for number, entry in entries:
+        try:
+            example = parse(entry)
+            for text in example.texts:
+                tokenizer.check_text(text, allow_special=allow_special and isinstance(example.content, str))
+            stored.append(example)
+        except ValueError as error:
+            problems.append(f"{unit} {number}: {shortened(str(error), 250).removesuffix('.')}")
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise ValueError(f"{name} has {counted(len(problems), f'malformed {unit}')}: {shown}.")
+    if not stored:
+        raise ValueError(f"{name} is empty; write one example per {unit}.")
+    return stored
+
+
+def _task_of_pairs(
+    tokenizer: ChatTokenizer, name: str, stored: Sequence[StoredExample], is_split: bool, options: dict[str, Any]
+) -> PairTask:
+    """Return the task of examples which are split already, or not."""
+    pairs: Iterable[Any] = [example.content for example in stored]
+    if not is_split:
+        return from_pairs(tokenizer, pairs, **options)
+    parts = [example.part for example in stored]
+    if not all(parts):
+        raise ValueError(
+            f'{name} has "part" on {len(parts) - parts.count("")} of {len(parts)} examples; give it on all.'
+        )
+    split = {part: [pair for pair, own in zip(pairs, parts, strict=True) if own == part] for part in PARTS}
+    return from_pairs(tokenizer, split, **options)
+
+
+def _task_of_texts(
+    tokenizer: ChatTokenizer, path: Path, texts: Sequence[str], unit: str, name: str, about: str, seq_len: int = 128
+) -> Task:
+    """Return the task of texts that stay whole: of every ten, the ninth goes to validation, the tenth to test."""
+    split = {  # the large part last, so that too few texts are refused at once
+        "validation": texts[8::10],
+        "test": texts[9::10],
+        "train": [text for i, text in enumerate(texts) if i % 10 < 8],
+    }
+    parts = {}
+    for part, own in split.items():
+        parts[part] = windows(tokenizer, own, seq_len)
+        if len(parts[part]) == 0:
+            raise ValueError(
+                f"{path} has {counted(len(texts), unit)}, too few for a {part} part of {seq_len} tokens an "
+                f"example; give more or longer {unit}s, or a smaller seq_len."
+            )
+    tokens = torch.cat([examples.inputs.flatten() for examples in parts.values()]).bincount()  # (vocabulary,)
+    special = {token: int(tokens[i]) for token, i in tokenizer.special_tokens.items() if i < len(tokens) and tokens[i]}
+    if special:
+        about += f", with the special tokens {list_counts(special)}"
+    about += "; off-domain: scikit-learn's descriptions of data sets"
+    off_domain = windows(tokenizer, off_domain_texts(), seq_len)
+    return Task(name, **parts, off_domain=off_domain, unit="tokens", about=about)
+
+
+# Names
 
 TASKS: dict[str, Callable[[ChatTokenizer], Task]] = {
     "docs": docs,
@@ -24,6 +394,7 @@ TASKS: dict[str, Callable[[ChatTokenizer], Task]] = {
     "style": style,
     "style-plain": partial(style, variant="plain"),
 }
+TABLES = (".csv", ".tsv", ".parquet")  # files that from_table reads
 READERS: dict[str, Callable[..., Task]] = {
     ".jsonl": from_jsonl,
     ".txt": from_text,
@@ -49,7 +420,7 @@ def check_name(name: str) -> None:
 
 
 def task_of(name: str, tokenizer: ChatTokenizer, allow_special: bool = False) -> Task:
-    """A task by its name in :data:`TASKS`, or from a file of prompts and answers or of plain text.
+    """Return a task by its name in :data:`TASKS`, or from a file of prompts and answers or of plain text.
 
     Args:
         name: of a task, or a path that ends in ``.jsonl``, ``.txt``, ``.csv``, ``.tsv`` or ``.parquet``.

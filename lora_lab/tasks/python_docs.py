@@ -21,7 +21,7 @@ _WORD_END = re.compile(r"(?<=[^\W_])(?=[\W_])")
 
 
 def docs(tokenizer: TextTokenizer, seq_len: int = 128) -> Task:
-    """Next-token prediction on Python's reference manual (``pydoc_data.topics``, part of CPython).
+    """Return the task of predicting the next token of Python's reference manual (``pydoc_data.topics``).
 
     Pages that quote each other (some repeat whole sections of others) form a group, and a whole group goes to one part,
     so that validation and test repeat nothing from training. Off-domain is prose on flowers, wines, houses and
@@ -53,7 +53,7 @@ def docs(tokenizer: TextTokenizer, seq_len: int = 128) -> Task:
 
 
 def windows(tokenizer: TextTokenizer, texts: Sequence[str], seq_len: int) -> Examples:
-    """Texts joined and cut into sequences of ``seq_len`` tokens, in random order; targets are one token ahead.
+    """Return texts joined and cut into sequences of ``seq_len`` tokens, in random order; targets are one token ahead.
 
     Raises:
         ValueError: ``seq_len`` is below 2.
@@ -70,7 +70,7 @@ def windows(tokenizer: TextTokenizer, texts: Sequence[str], seq_len: int) -> Exa
 
 
 def _chunks(tokenizer: TextTokenizer, text: str) -> Iterator[str]:
-    """Parts of a long text whose tokens, one after another, are those of the text."""
+    """Yield parts of a long text whose tokens, one after another, are those of the text."""
     start = 0
     while len(text) - start > _CHUNK and (end := _cut(tokenizer, text, start + _CHUNK)) < len(text):
         yield text[start:end]
@@ -79,7 +79,7 @@ def _chunks(tokenizer: TextTokenizer, text: str) -> Iterator[str]:
 
 
 def _cut(tokenizer: TextTokenizer, text: str, start: int) -> int:
-    """The first place from ``start`` on at which a cut changes no token; the text's end where that is far away."""
+    """Return the first place from ``start`` on at which a cut changes no token; the text's end if that is far away."""
     for word_end in islice(_WORD_END.finditer(text, start), 100):
         place = word_end.start()
         left, right = text[place - _CONTEXT : place], text[place : place + _CONTEXT]
@@ -89,7 +89,7 @@ def _cut(tokenizer: TextTokenizer, text: str, start: int) -> int:
 
 
 def _related(pages: Sequence[str]) -> list[list[str]]:
-    """Groups of pages, in order: pages that share a paragraph of at least 60 characters are in the same group."""
+    """Return groups of pages, in order: those that share a paragraph of at least 60 characters are in one group."""
     # scipy's DisjointSet forgets the order in which groups were merged, and so the order of the pages, which the data
     # depends on. Its import would also cost every training process half a second and 28 MiB.
     groups: list[tuple[set[str], list[str]]] = []  # paragraphs and pages of each group
@@ -109,7 +109,7 @@ def _related(pages: Sequence[str]) -> list[list[str]]:
 
 
 def off_domain_texts() -> list[str]:
-    """scikit-learn's descriptions of its data sets, one text each: the off-domain part of every text task."""
+    """Return scikit-learn's descriptions of its data sets, one text each: the off-domain part of every text task."""
     # find_spec does not import scikit-learn, which takes most of a second and 100 MB.
     spec = find_spec("sklearn")
     if spec is None or spec.origin is None:

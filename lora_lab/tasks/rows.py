@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.utils.rnn import pad_sequence
 
 from lora_lab.system.schema import Size, check
 from lora_lab.task import (
@@ -34,7 +33,7 @@ from lora_lab.task import (
     mean_cross_entropy,
     modes_restored,
 )
-from lora_lab.tasks.instruction import Padded, PairTask
+from lora_lab.tasks.instruction import Padded, PairTask, pad
 
 # The root mean square difference of logits up to which it is rounding, in their standard deviations.
 _ROUNDING, _ROUNDING_OF_HALF = 1e-3, 0.1
@@ -73,7 +72,7 @@ class RowTask(PairTask):
     length: int = field(kw_only=True)
 
     def describe(self) -> str:
-        """As for the examples in rows of their own, and a line on the rows of each part."""
+        """Return a summary as for the examples in rows of their own, and a line on the rows of each part."""
         lines = [self.source.describe(), f"  in rows of up to {self.length} tokens, which examples share:"]
         for part, rows in self.parts.items():
             columns, tokens = rows.targets.numel(), sum(_lengths(self.source.parts[part]))
@@ -82,59 +81,50 @@ class RowTask(PairTask):
         return "\n".join([*lines, f"  fingerprint {self.fingerprint}"])
 
     def preview(self, count: int = 2, part: str = "train") -> str:
-        """The first examples as the model sees them, and how many rows all of them share."""
+        """Return the first examples as the model sees them, and how many rows all of them share."""
         rows = self.part(part)
         last = f"in {len(rows)} rows of up to {self.length} tokens, none of which attends to another example"
         return f"{self.source.preview(count, part)}\n{last}"
 
     def limited(self, n_train: int, seed: int | None = None) -> RowTask:
-        """As for :class:`lora_lab.tasks.Task`; examples are counted, not rows."""
+        """Return a smaller task, as for :class:`lora_lab.tasks.Task`; examples are counted, not rows."""
         return share_rows(self.source.limited(n_train, seed), self.length)
 
     def check_model(self, model: nn.Module) -> None:
-        """As for :class:`Task`; and check on the first two examples of a row that a model keeps them separate.
+        """Check a model as for :class:`Task`, and that it keeps the first two examples of a row separate.
 
         Raises:
             ValueError: as for :class:`Task`; or it takes no positions, as one with an encoder and a decoder, or its
                 logits are not those of the examples in rows of their own, as for one that looks ahead.
         """
         self.source.check_model(model)
-        name = type(model).__name__
-        if not accepts(model, "position_ids"):
+        shared = (self.train[row : row + 1].inputs for row in range(len(self.train)))  # (1, 2, tokens) each
+        row = next((inputs for inputs in shared if int((inputs[0, 1] == 0).sum()) > 1), None)
+        if not accepts(model, "position_ids") or (row is not None and _mixes(model, row)):
             raise ValueError(
-                f"A {name} takes no position_ids, by which a causal language model keeps the examples of a row "
-                "separate; use the task whose examples have rows of their own, task.source."
-            )
-        if (row := self._first_shared_row()) is None:
-            return
-        device = next(model.parameters()).device
-        (ids,), (positions,) = row.to(device).unbind(1)  # (512,), (512,)
-        starts = (positions == 0).nonzero().flatten().tolist()
-        second, end = starts[1], [*starts, len(ids)][2]
-        with modes_restored(model), torch.no_grad():
-            model.eval()
-            separate = [logits(model, each[None]) for each in (ids[:second], ids[second:end])]
-            expected = torch.cat(separate, 1).double()  # (1, end, vocabulary)
-            shared = logits(model, ids[None, :end], position_ids=positions[None, :end])  # (1, end, vocabulary)
-        rounding = _ROUNDING if shared.dtype in (torch.float32, torch.float64) else _ROUNDING_OF_HALF
-        if (shared.double() - expected).square().mean().sqrt() > rounding * expected.std():
-            raise ValueError(
-                f"In a {name} the examples of a row change each other's logits, because it is not causal or does not "
-                "read position_ids as rows of several examples need; use the task whose examples have rows of their "
-                "own, task.source."
+                f"In a {type(model).__name__} the examples of a row would change each other's logits, because it is "
+                "not causal or does not read position_ids; use the task whose examples have rows of their own, "
+                "task.source."
             )
 
-    def _first_shared_row(self) -> Tensor | None:
-        """The inputs (1, 2, tokens) of the first training row that holds two examples."""
-        for row in range(len(self.train)):
-            inputs = self.train[row : row + 1].inputs  # (1, 2, tokens), without padding
-            if int((inputs[0, 1] == 0).sum()) > 1:
-                return inputs
-        return None
+
+@torch.no_grad()
+def _mixes(model: nn.Module, row: Tensor) -> bool:
+    """Return whether the first two examples of a row (1, 2, tokens) have other logits than each alone."""
+    (ids,), (positions,) = row.to(next(model.parameters()).device).unbind(1)  # (512,), (512,)
+    starts = (positions == 0).nonzero().flatten().tolist()
+    second, end = starts[1], [*starts, len(ids)][2]
+    with modes_restored(model):
+        model.eval()
+        separate = [logits(model, each[None]) for each in (ids[:second], ids[second:end])]
+        shared = logits(model, ids[None, :end], position_ids=positions[None, :end])  # (1, end, vocabulary)
+    expected = torch.cat(separate, 1).double()  # (1, end, vocabulary)
+    rounding = _ROUNDING if shared.dtype in (torch.float32, torch.float64) else _ROUNDING_OF_HALF
+    return bool((shared.double() - expected).square().mean().sqrt() > rounding * expected.std())
 
 
 def share_rows(task: Task, length: int = 512) -> RowTask:
-    """The same examples in rows that hold several each, with the same loss and gradient for each of them.
+    """Return the same examples in rows that hold several each, with the same loss and gradient for each of them.
 
     The batch size of a run, and the number of examples of an evaluation, then count rows. A row is filled with the
     longest example that still fits, so that each part has few rows, and the same examples always share one.
@@ -147,17 +137,10 @@ def share_rows(task: Task, length: int = 512) -> RowTask:
         ValueError: the task is of another kind or has a loss of its own, its rows hold several examples already, or
             an example is longer than a row.
     """
-    if isinstance(task, RowTask):
-        raise ValueError(f"The rows of task {task.name!r} hold several examples already; use share_rows(task.source).")
-    if not isinstance(task, PairTask):
+    if not isinstance(task, PairTask) or task.loss is not cross_entropy:
         raise ValueError(
-            f"Task {task.name!r} is a {type(task).__name__}, but only the examples of a PairTask, prompts and answers, "
-            "can share rows; use it as it is."
-        )
-    if task.loss is not cross_entropy:
-        raise ValueError(
-            f"The loss of task {task.name!r} is {described(task.loss)!r}, but rows of several examples need "
-            "lora_lab.tasks.cross_entropy; use the task as it is."
+            f"Task {task.name!r} is a {type(task).__name__} with the loss {described(task.loss)!r}, but only a "
+            "PairTask with cross_entropy, whose examples have rows of their own, can share rows; use it as it is."
         )
     length = check(length, Size, "length")
     for part, examples in task.parts.items():
@@ -176,7 +159,7 @@ def _lengths(examples: Examples) -> list[int]:
 
 
 def _rows(examples: Examples, length: int) -> Padded:
-    """Examples in rows: inputs (rows, 2, longest), targets (rows, longest)."""
+    """Return examples in rows: inputs (rows, 2, longest), targets (rows, longest)."""
     lengths = _lengths(examples)
     inputs, targets = [], []
     for row in _shared_out(lengths, length):
@@ -184,14 +167,12 @@ def _rows(examples: Examples, length: int) -> Padded:
         positions = torch.cat([torch.arange(lengths[index]) for index in row])  # (tokens,)
         inputs.append(torch.stack([ids, positions], 1))  # (tokens, 2)
         targets.append(torch.cat([examples.targets[index, : lengths[index]] for index in row]))  # (tokens,)
-    return Padded(
-        pad_sequence(inputs, batch_first=True).mT.contiguous(),  # (rows, 2, longest)
-        pad_sequence(targets, batch_first=True, padding_value=IGNORE),  # (rows, longest)
-    )
+    padded = pad(inputs, targets)
+    return Padded(padded.inputs.mT.contiguous(), padded.targets)  # (rows, 2, longest), (rows, longest)
 
 
 def _shared_out(lengths: Sequence[int], length: int) -> list[list[int]]:
-    """The indices of the examples of each row, by the rule of best fit, longest first; rows are in random order."""
+    """Return the indices of each row's examples, by the rule of best fit, longest first; rows are in random order."""
     rows: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (tokens that still fit into a row, the row), sorted
     for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):

@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 from lora_lab.tasks.instruction import ChatTokenizer, Pair, PairTask, from_pairs
 
@@ -41,10 +41,11 @@ clock horloge f, ladder échelle f, plate assiette f, scarf écharpe f, doll pou
 _NEW_THINGS = """umbrella parapluie, glove gant, flag drapeau, drum tambour, candle bougie f, sword épée f,
 dress robe f, needle aiguille f"""
 # English, masculine, feminine, and before a vowel if it differs; those of the first line stand before the noun.
-_BEFORE = {"people": "small petit petite, young jeune jeune, old vieux vieille vieil"}
-_BEFORE["things"] = "small petit petite, big grand grande, pretty joli jolie, old vieux vieille vieil, " + (
-    "new nouveau nouvelle nouvel"
-)
+_BEFORE = {
+    "people": "small petit petite, young jeune jeune, old vieux vieille vieil",
+    "things": "small petit petite, big grand grande, pretty joli jolie, old vieux vieille vieil, "
+    "new nouveau nouvelle nouvel",
+}
 _AFTER = {
     "people": "rich riche riche, famous célèbre célèbre, tired fatigué fatiguée, happy heureux heureuse, "
     "strong fort forte, sad triste triste",
@@ -60,11 +61,10 @@ admire admire admirent admirer"""
 # Determiner -> masculine, feminine, masculine and feminine before a vowel; a single form is for many of either gender.
 _ONE = {"the": "le la l' l'", "this": "ce cette cet cette", "my": "mon ma mon mon", "a": "un une un une"}
 _MANY = {"the": "les", "these": "ces", "my": "mes", "two": "deux"}
-_IRREGULAR = {"man": "men", "woman": "women", "knife": "knives", "scarf": "scarves"}
+_IRREGULAR = {"man": "men", "woman": "women", "knife": "knives", "scarf": "scarves", "lady": "ladies"}
 
 
-@dataclass(frozen=True)
-class Noun:
+class Noun(NamedTuple):
     """A noun: English, French, and whether it is feminine."""
 
     english: str
@@ -72,8 +72,7 @@ class Noun:
     feminine: bool
 
 
-@dataclass(frozen=True)
-class Adjective:
+class Adjective(NamedTuple):
     """An adjective: English, the French forms for one, and whether it stands before the noun."""
 
     english: str
@@ -83,8 +82,7 @@ class Adjective:
     before: bool
 
 
-@dataclass(frozen=True)
-class Verb:
+class Verb(NamedTuple):
     """A verb: English, the French forms for one and for many, and the stem of the future."""
 
     english: str
@@ -93,8 +91,7 @@ class Verb:
     future: str
 
 
-@dataclass(frozen=True)
-class Phrase:
+class Phrase(NamedTuple):
     """A noun with its determiner, an adjective if there is one, and its number."""
 
     determiner: str
@@ -103,8 +100,7 @@ class Phrase:
     plural: bool
 
 
-@dataclass(frozen=True)
-class Sentence:
+class Sentence(NamedTuple):
     """Subject, verb and object."""
 
     subject: Phrase
@@ -114,15 +110,15 @@ class Sentence:
     object: Phrase
 
     def english(self) -> str:
-        """In English."""
+        """Return the sentence in English."""
         return _written([*_english(self.subject), *_english_verb(self), *_english(self.object)])
 
     def french(self) -> str:
-        """In French."""
+        """Return the sentence in French."""
         return _written([*_french(self.subject), *_french_verb(self), *_french(self.object)])
 
     def looked_up(self, target: str) -> str:
-        """Its translation by a dictionary that knows all words and verb forms, and no other grammar.
+        """Return its translation by a dictionary that knows all words and verb forms, and no other grammar.
 
         Into French, determiners and adjectives are masculine; into English, the words have the order of French.
         """
@@ -132,7 +128,7 @@ class Sentence:
         return _written([*subject, *_english_verb(self), *thing])
 
     def features(self) -> tuple[str, ...]:
-        """What of French grammar it needs, in words."""
+        """Return what of French grammar it needs, in words."""
         phrases = (self.subject, self.object)
         needs = {
             "feminine": any(each.noun.feminine and (each.adjective or not each.plural) for each in phrases),
@@ -146,7 +142,7 @@ class Sentence:
 
 
 def sentences(tokenizer: ChatTokenizer, target: str = "fr", max_tokens: int = 96) -> PairTask:
-    """Sentences to translate from English into French, or from French into English.
+    """Return a task of sentences to translate from English into French, or from French into English.
 
     Args:
         tokenizer: of the model.
@@ -176,13 +172,13 @@ def _pair(sentence: Sentence, target: str) -> Pair:
 
 
 def kinds(target: str) -> dict[str, tuple[str, Sentence]]:
-    """Prompt -> the kind of a sentence of the test part, and the sentence."""
+    """Return prompt -> the kind of a sentence of the test part, and the sentence."""
     return {_pair(sentence, target).prompt: (kind, sentence) for kind, sentence in corpus(target)["test"]}
 
 
 @cache
 def corpus(target: str) -> dict[str, list[tuple[str, Sentence]]]:
-    """part -> (kind, sentence) of each of its sentences; the kind is "" in training. The same on every call."""
+    """Return part -> (kind, sentence) of each of its sentences, the same on every call; the kind is "" in training."""
     generator = random.Random(0)
     used: set[str] = set()
     parts: dict[str, list[tuple[str, Sentence]]] = {part: [] for part in SIZES}
@@ -201,9 +197,9 @@ def corpus(target: str) -> dict[str, list[tuple[str, Sentence]]]:
 
 
 def _draw(generator: random.Random, kind: str) -> Iterator[Sentence]:
-    """Sentences of a kind, without end."""
+    """Yield sentences of a kind, without end."""
     things = _nouns(_NEW_THINGS if kind == WORD else _THINGS)
-    people, verbs = _nouns(_PEOPLE), _verbs()
+    people, verbs = _nouns(_PEOPLE), [Verb(*entry) for entry in _entries(_VERBS)]
     while True:
         verb, thing = generator.randrange(len(verbs)), generator.randrange(len(things))
         reserved = (verb + thing) % _RESERVED == 0
@@ -219,36 +215,36 @@ def _draw(generator: random.Random, kind: str) -> Iterator[Sentence]:
 
 def _phrase(generator: random.Random, noun: Noun, kind: str, one: Sequence[str] = tuple(_ONE)) -> Phrase:
     plural = generator.random() < 0.4
-    adjectives = [*_adjectives(_BEFORE[kind], True), *_adjectives(_AFTER[kind], False)]
-    adjective = generator.choice(adjectives) if generator.random() < 0.6 else None
+    adjective = generator.choice(_adjectives(kind)) if generator.random() < 0.6 else None
     return Phrase(generator.choice(tuple(_MANY) if plural else one), noun, adjective, plural)
 
 
 # The lexicon
 
 
+def _entries(text: str) -> list[list[str]]:
+    """Return the words of each entry."""
+    return [entry.split() for entry in text.split(",")]
+
+
 @cache
 def _nouns(text: str) -> list[Noun]:
-    words = [entry.split() for entry in text.split(",")]
-    return [Noun(english, french, bool(feminine)) for english, french, *feminine in words]
+    return [Noun(english, french, bool(feminine)) for english, french, *feminine in _entries(text)]
 
 
 @cache
-def _adjectives(text: str, before: bool) -> list[Adjective]:
-    words = [entry.split() for entry in text.split(",")]
-    return [Adjective(each[0], each[1], each[2], [*each, each[1]][3], before) for each in words]
-
-
-@cache
-def _verbs() -> list[Verb]:
-    return [Verb(*entry.split()) for entry in _VERBS.split(",")]
+def _adjectives(kind: str) -> list[Adjective]:
+    forms = [(each, True) for each in _entries(_BEFORE[kind])] + [(each, False) for each in _entries(_AFTER[kind])]
+    return [Adjective(each[0], each[1], each[2], [*each, each[1]][3], before) for each, before in forms]
 
 
 # The grammar
 
 
 def _english(phrase: Phrase, french_order: bool = False) -> list[str]:
-    noun = _english_plural(phrase.noun.english) if phrase.plural else phrase.noun.english
+    noun = phrase.noun.english
+    if phrase.plural:
+        noun = _IRREGULAR.get(noun) or _with_s(noun)
     words = [noun]
     if adjective := phrase.adjective:
         words = [noun, adjective.english] if french_order and not adjective.before else [adjective.english, noun]
@@ -273,7 +269,7 @@ def _french(phrase: Phrase) -> list[str]:
 
 
 def _looked_up(phrase: Phrase) -> list[str]:
-    """French words in the order of English, without gender or elision; noun and determiner have their number."""
+    """Return French words in the order of English, without gender or elision, but with the number."""
     adjective = [phrase.adjective.masculine] if phrase.adjective else []
     if phrase.plural:
         return [_MANY[phrase.determiner], *adjective, _french_plural(phrase.noun.french)]
@@ -299,7 +295,7 @@ def _french_verb(sentence: Sentence) -> list[str]:
 
 
 def _is_vowel(word: str) -> bool:
-    """Whether the word before it is elided; every h of this lexicon is mute."""
+    """Return whether the word before it is elided; every h of this lexicon is mute."""
     return word[0] in "aeiouhéèêœ"
 
 
@@ -307,16 +303,12 @@ def _french_plural(word: str) -> str:
     return word if word[-1] in "sx" else word + ("x" if word.endswith("eau") else "s")
 
 
-def _english_plural(word: str) -> str:
-    return _IRREGULAR.get(word) or (word[:-1] + "ies" if word == "lady" else _with_s(word))
-
-
 def _with_s(word: str) -> str:
-    """The plural of a noun, the third person of a verb."""
+    """Return the plural of a noun, the third person of a verb."""
     return word + ("es" if word.endswith(("s", "x", "sh", "ch")) else "s")
 
 
 def _written(words: Sequence[str]) -> str:
-    """A sentence: joined, nothing after an apostrophe, with a capital and a full stop."""
+    """Return a sentence: joined, nothing after an apostrophe, with a capital and a full stop."""
     text = " ".join(words).replace("' ", "'")
     return f"{text[0].upper()}{text[1:]}."

@@ -106,14 +106,6 @@ def test_every_part_of_the_content_changes_the_key():
     assert dataclasses.replace(trial(), lr=0.02) != trial()
 
 
-def test_batches_are_in_the_content_only_if_they_are_not_random():
-    by_length = trial(batches="by_length")
-    assert by_length.to_dict() == {**trial().to_dict(), "batches": "by_length"}
-    assert "batches" not in trial(batches="random").to_dict()
-    assert trial(batches="random").key == trial().key != by_length.key
-    assert Trial.from_dict(json.loads(json.dumps(by_length.to_dict()))) == by_length
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -134,22 +126,26 @@ def test_how_a_step_is_computed_is_no_part_of_the_content(options):
     assert all(getattr(each, name) == value for each in Grid([1], [0.1], [0], steps=3, **options) for name in options)
 
 
-def test_autocast_makes_another_trial():
-    rounded = trial(autocast=torch.bfloat16)
-    assert rounded.to_dict() == {**trial().to_dict(), "autocast": "torch.bfloat16"}
-    assert rounded.key not in (trial().key, trial(lean=Lean(torch.bfloat16)).key)
-    back = Trial.from_dict(json.loads(json.dumps(rounded.to_dict())))
-    assert back == rounded
-    assert back.bound("t", "m").autocast is torch.bfloat16
+BFLOAT16 = Lean(torch.bfloat16, checkpoint=True, threads=2)
 
 
-def test_a_base_in_bfloat16_is_another_trial():
-    rounded = trial(lean=Lean(torch.bfloat16))
-    assert rounded.to_dict() == {**trial().to_dict(), "base_dtype": "torch.bfloat16"}
-    assert rounded.key == trial(lean=Lean(torch.bfloat16, checkpoint=True, threads=2)).key != trial(lean=Lean()).key
-    back = Trial.from_dict(json.loads(json.dumps(rounded.to_dict())))
-    assert back == rounded
-    assert back.lean == Lean(torch.bfloat16)
+@pytest.mark.parametrize(
+    ("options", "content"),
+    [
+        ({"batches": "by_length"}, {"batches": "by_length"}),
+        ({"autocast": torch.bfloat16}, {"autocast": "torch.bfloat16"}),
+        ({"lean": BFLOAT16}, {"base_dtype": "torch.bfloat16"}),
+    ],
+)
+def test_what_changes_a_result_is_in_the_content_where_it_is_not_the_default(options, content):
+    one = trial(**options)
+    assert one.to_dict() == trial().to_dict() | content
+    assert one.key != trial().key
+    back = Trial.from_dict(json.loads(json.dumps(one.to_dict())))
+    assert back == one
+    assert back.key == one.key
+    assert one.bound("t", "m").settings() == one.settings()
+    assert back.lean == (Lean(torch.bfloat16) if "lean" in options else None)
 
 
 def test_methods_of_the_same_numbers_differ_in_key():
@@ -167,7 +163,7 @@ def test_a_trial_comes_back_from_json(method):
     back = Trial.from_dict(json.loads(json.dumps(one.to_dict())))
     assert back == one
     assert type(back.method) is type(method)
-    assert back.options == one.options
+    assert back.settings() == one.settings()
     other = Trial.from_dict({**one.to_dict(), "seed": 9})
     assert other != one
     assert other.seed == 9
@@ -191,7 +187,7 @@ def test_a_trial_says_what_fit_would_have_done(steps):
     model = DigitsMLP(width=4)
     task = planted(model, rank=1, n_train=16)
     history = fit(model, task, one.method, steps=steps, lr=0.01)
-    assert {**one.options, "accumulate": 1} == history.settings
+    assert one.settings() == history.settings
 
 
 def test_a_trial_is_a_method_and_a_config():
@@ -204,7 +200,7 @@ def test_a_trial_is_a_method_and_a_config():
     histories = [
         fit(copy.deepcopy(model), task, LoRA(rank=4), each) for each in (small, TrainConfig(**small.settings()))
     ]
-    assert histories[0].settings == histories[1].settings == small.settings() == {**small.options, "accumulate": 1}
+    assert histories[0].settings == histories[1].settings == small.settings()
     assert [row["train_loss"] for row in histories[0].rows] == [row["train_loss"] for row in histories[1].rows]
 
 
@@ -287,30 +283,19 @@ REFUSED = [  # the call, and what must be named
     (content(method={"name": "lora", "rank": 0}), "rank is 0"),
     (content(lr=10**400), "lr is 1000"),
     (content(colour=3), "not a trial's content .*colour"),
-    (content(autocast="half"), "autocast is 'half'"),
+    (content(autocast="half"), "'half' is no dtype"),
     (content(autocast="torch.float16"), "autocast is torch"),
-    (content(base_dtype="bfloat16"), "base_dtype is 'bfloat16'"),
+    (content(base_dtype="bfloat16"), "'bfloat16' is no dtype"),
     (content(base_dtype="torch.float16"), "base_dtype is torch"),
-    (content(base_dtype="torch.nn"), "base_dtype is 'torch.nn'"),
+    (content(base_dtype="torch.nn"), "'torch.nn' is no dtype"),
     (lambda: Trial.from_dict({}), "not a trial's content"),
     (lambda: Trial.from_dict({"method": {"name": "lora"}}), "not a trial's content"),
     (lambda: trial(Nameless(rank=4)), "class Nameless has the name 'lora'"),
     (lambda: trial().bound("t", "m").bound("u", "m"), "belongs to the task t, but this sweep's is u"),
     (lambda: trial().bound("t", "m").bound("t", "n"), "belongs to the model m, but this sweep's is n"),
     (changed(lr=-1.0), "lr is -1.0"),
-    (changed(lr=float("nan")), "lr is nan"),
-    (changed(steps=0), "steps is 0"),
-    (changed(batch_size=0), "batch_size is 0"),
-    (changed(schedule="linear"), "schedule is 'linear'"),
     (changed(warmup=101), "warmup is 101, but it must be at most steps, 100"),
-    (changed(weight_decay=-0.1), "weight_decay is -0.1"),
-    (changed(clip=0), "clip is 0"),
-    (changed(eval_every=0), "eval_every is 0"),
-    (changed(eval_examples=0), "eval_examples is 0"),
     (changed(seed=1.5), "seed is 1.5"),
-    (changed(eval_examples=np.float32(3)), "eval_examples is 3.0"),
-    (changed(accumulate=9), "accumulate is 9, but it must be at most batch_size, 8"),
-    (changed(gradient_checkpointing=True, lean=Lean()), "lean excludes gradient_checkpointing"),
     (grid(ranks=[1.5]), "rank is 1.5"),
     (grid(ranks=[10**20]), "rank is 100000000000000000000"),
     (grid(seeds=[10**20]), "seed is 100000000000000000000"),

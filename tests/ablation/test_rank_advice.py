@@ -1,7 +1,6 @@
 """Which rank is enough, from one run: statistics against numpy's, and rules on planted answers and their opposites."""
 
 import json
-import math
 
 import numpy as np
 import pandas
@@ -14,15 +13,12 @@ from lora_lab.ablation.rank_advice import (
     CONSTANT,
     SPECTRAL,
     TRUNCATION,
-    HighRankRun,
     Rule,
     UpdateRanks,
     assess,
     choose_rule,
-    fit_rule,
     ranks_left,
     truncation_rank,
-    values_of,
 )
 from lora_lab.lean import Lean
 from lora_lab.models.digits import DigitsMLP
@@ -141,42 +137,31 @@ def test_noise_leaves_more_ranks_and_an_edge_all():
 # Rules
 
 
-def values(**others):
-    return dict.fromkeys((*SPECTRAL, TRUNCATION), 3.0) | {CONSTANT: 1.0} | others
+def runs_of(*runs, **statistics):
+    """A table of runs (task, low, high), in which statistics are the same or have a value for each run."""
+    values = dict.fromkeys((*SPECTRAL, TRUNCATION), 3.0) | {CONSTANT: 1.0} | statistics
+    return pandas.DataFrame(runs, columns=["task", "low", "high"]).assign(rank=64, **values)
 
 
 def test_a_rule_predicts_the_nearest_power_of_two_up_to_the_largest():
-    rule = Rule("stable_rank", 2.0)
-    assert [rule.predict(values(stable_rank=value), 64) for value in (0.1, 1.3, 3.0, 6.0, 400.0)] == [1, 2, 8, 16, 64]
+    runs = runs_of(*[("a", 1, 1)] * 5, stable_rank=[0.1, 1.3, 3.0, 6.0, 400.0])
+    assert Rule("stable_rank", 2.0).predict(runs).tolist() == [1, 2, 8, 16, 64]
 
 
 def test_errors_are_in_doublings_and_each_run_of_a_task_counts():
-    runs = [HighRankRun("a", 0, values(), 64, (8, 8)), HighRankRun("a", 1, values(stable_rank=12.0), 64, (8, 8))]
-    runs += [
-        HighRankRun("b", 0, values(), 64, (1, 1)),
-        HighRankRun("c", 0, values(), 64, (2, 16)),
-        HighRankRun("d", 0, values(), 64, (8, 16)),
-    ]
+    runs = runs_of(("a", 8, 8), ("a", 8, 8), ("b", 1, 1), ("c", 2, 16), ("d", 8, 16), stable_rank=[3, 12, 3, 3, 3])
     errors = Rule("stable_rank", 4 / 3).errors(runs)  # predicts 4, 16, 4, 4, 4
-    assert errors == {"a": 0.0, "b": 2.0, "c": 0.0, "d": -1.0}
-
-
-def runs_of(statistic, tasks=("planted 1", "planted 2", "planted 8"), ratio=4, ranks=(1, 4, 16)):
-    """Runs in which one statistic is a multiple of the answer, and all others are the same for all."""
-    return [
-        HighRankRun(task, seed, values(**{statistic: ratio * rank}), 64, (rank, rank))
-        for task, rank in zip(tasks, ranks, strict=True)
-        for seed in range(2)
-    ]
+    assert errors.to_dict() == {"a": 0.0, "b": 2.0, "c": 0.0, "d": -1.0}
 
 
 @pytest.mark.parametrize("statistic", ["stable_rank", "energy_rank_95", TRUNCATION])
 def test_the_statistic_that_follows_the_answer_is_chosen_with_its_factor(statistic):
-    rule = choose_rule(runs_of(statistic))
+    answers = [("planted 1", 1, 1), ("planted 2", 4, 4), ("planted 8", 16, 16)] * 2
+    runs = runs_of(*answers, **{statistic: [4 * rank for _, rank, _ in answers]})
+    rule = choose_rule(runs)
     assert rule == Rule(statistic, pytest.approx(1 / 4))
-    assert set(rule.errors(runs_of(statistic)).values()) == {0.0}
-    _, error = fit_rule(CONSTANT, runs_of(statistic))
-    assert error == pytest.approx(4 / 3)  # doublings: 2, 0 and 2
+    assert set(rule.errors(runs)) == {0.0}
+    assert set(Rule(CONSTANT, 4).errors(runs)) == {2.0, 0.0, -2.0}
 
 
 def record_rows(answers):
@@ -242,12 +227,3 @@ def test_tasks_whose_largest_rank_has_no_result_or_an_edge_do_not_count():
     assert assess(rows + inside).undecided == ("docs",)  # no run at the highest rank has a result
     with pytest.raises(ValueError, match="no planted task"):
         assess(at_edge + high)
-
-
-def test_values_are_read_from_scores():
-    scores = {name: 2.0 for name in SPECTRAL} | {"truncated": '{"64": 1.0, "8": 1.02, "1": 1.5}'}
-    assert values_of(scores, 0.05) == dict.fromkeys(SPECTRAL, 2.0) | {TRUNCATION: 8.0, CONSTANT: 1.0}
-    assert values_of(scores, 0.01)[TRUNCATION] == 64.0
-    assert math.isclose(Rule(TRUNCATION, 1.0).predict(values_of(scores, 0.05), 64), 8)
-    assert rank_advice.is_planted("planted 4")
-    assert not rank_advice.is_planted("digits 100")

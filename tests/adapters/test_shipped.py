@@ -82,8 +82,9 @@ def test_the_command_in_the_readme_is_the_one_that_trained_it(name):
 @ALL
 def test_the_losses_in_the_readme_are_those_of_the_run(name):
     stored = result(name)
-    for key in ("validation loss", "test loss", "off_domain loss"):
-        row = f"| {key.replace('_', '-')}, nats a token | {stored['before'][key]:.3f} | {stored['after'][key]:.3f} |"
+    for key in ("validation_loss", "test_loss", "off_domain_loss"):
+        label = key.removesuffix("_loss").replace("_", "-")
+        row = f"| {label} loss, nats a token | {stored['before'][key]:.3f} | {stored['after'][key]:.3f} |"
         assert row in section(name)
 
 

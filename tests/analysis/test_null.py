@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lora_lab import FullFineTuning, LoRA, evaluate, fit, spectra
 from lora_lab.ablation.studies import pretrained_digits
-from lora_lab.analysis.null import DrawnLabels
+from lora_lab.analysis.spectra import DrawnLabels
 from lora_lab.models.llama import Llama
 from lora_lab.task import IGNORE
 from lora_lab.tasks import digits
@@ -80,11 +80,6 @@ def test_the_base_is_copied_and_a_run_is_repeatable():
         losses.append([row["train_loss"] for row in history.rows[1:]])
     assert losses[0] == losses[1]
     assert not any(parameter.requires_grad for parameter in control.loss.base.parameters())
-
-
-def test_a_temperature_must_be_positive():
-    with pytest.raises(ValueError, match="temperature is 0"):
-        spectra.null(digits(), pretrained_digits(), 0)
 
 
 def test_an_evaluation_repeats_and_takes_nothing_from_what_training_draws():

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from lora_lab.costs.memory import saved_bytes
 from lora_lab.course.exercise import EXERCISES, close
 from lora_lab.course.exercises.memory import TARGETS
-from lora_lab.course.hidden import points
 from lora_lab.course.judge import judge
+from lora_lab.course.sheets import points
 from lora_lab.inject import LoRAConfig, inject
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import MLP, LlamaConfig
@@ -147,7 +147,7 @@ def frozen_without_grad(x, W, A, B, alpha):
     return frozen + alpha / len(A) * (x @ A.T @ B.T)
 
 
-CUT = "the gradient of {} is not"
+CUT = "Look for a detach or a no_grad."
 WRONG = [
     ("saved_values", lambda d, m, r, t: (t != {"down"}) * d + 3 * m + (t == {"down"}) * m + r * len(t), ""),
     ("saved_values", lambda d, m, r, t: (t != {"down"}) * d + (3 + ("down" in t and len(t) != 2)) * m + r * len(t), ""),
@@ -155,10 +155,10 @@ WRONG = [
     ("smallest_enough", lambda table, margin: min((r for r in table if table[r][1] < 1), default=None), ""),
     ("dora_length", lambda x, *others: SOLUTIONS["dora_length"](torch.eye(7), *others), ""),
     *((*one_line(lambda A, B, x, s, f=f: f(s) * (B @ (A @ x))), "") for f in (abs, lambda s: s * s, lambda s: -s)),
-    ("forward", lambda x, *others: SOLUTIONS["forward"]((x + x.detach()) / 2, *others), CUT.format("x")),
-    ("forward", lambda x, W, *rest: SOLUTIONS["forward"](x.detach(), W, *rest), CUT.format("x")),
-    ("forward", lambda x, W, A, B, alpha: SOLUTIONS["forward"](x, W, A, B.detach(), alpha), CUT.format("B")),
-    ("forward", frozen_without_grad, CUT.format("x")),
+    ("forward", lambda x, *others: SOLUTIONS["forward"]((x + x.detach()) / 2, *others), CUT),
+    ("forward", lambda x, W, *rest: SOLUTIONS["forward"](x.detach(), W, *rest), CUT),
+    ("forward", lambda x, W, A, B, alpha: SOLUTIONS["forward"](x, W, A, B.detach(), alpha), CUT),
+    ("forward", frozen_without_grad, CUT),
 ]
 
 

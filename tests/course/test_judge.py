@@ -1,7 +1,11 @@
-"""What is found about an answer, in the order in which it is looked for."""
+"""What is found about an answer, in the order in which it is looked for; and a learner's code leaves no trace."""
 
+import contextlib
+import random
 import re
 import signal
+import sys
+import threading
 import time
 
 import numpy as np
@@ -10,7 +14,9 @@ import torch
 
 from lora_lab.course import judge as module
 from lora_lab.course.exercise import EXERCISES, Exercise
-from lora_lab.course.judge import judge
+from lora_lab.course.judge import TimeUp, call, file_of, judge, limited, untouched
+
+needs_alarm = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no SIGALRM on this system")
 
 
 @pytest.fixture
@@ -128,24 +134,22 @@ def test_an_argument_that_is_changed_is_named_even_if_the_result_is_right(trial)
     assert judge(trial, change).text == "Your function changes its argument x in place. Work on a copy of x."
 
 
-@pytest.mark.parametrize(
-    ("answer", "passed"),
-    [
-        (lambda W, x: (W * x).sum(1), True),
-        (lambda W, x: W.detach() @ x, False),
-        (lambda W, x: torch.from_numpy(W.detach().numpy() @ x.numpy()), False),
-        (lambda W, x: (W @ x).detach() + 0 * W.sum(), False),
-    ],
-    ids=["right", "detached", "numpy", "another gradient"],
-)
-def test_a_gradient_is_compared_where_an_argument_requires_one(register, answer, passed):
-    def trained_weight(rng):
-        return torch.from_numpy(rng.normal(size=(2, 3))).requires_grad_(), torch.from_numpy(rng.normal(size=3))
+def test_an_answer_that_agrees_on_all_inputs_must_have_the_properties_too(register):
+    """By luck no input may show what is wrong, and the points of a graded sheet would."""
 
-    verdict = judge(register(product, inputs=trained_weight), answer)
-    assert verdict.passed == passed
-    sentence = "The result is right, but the gradient of W is not. Does a detach or no_grad cut it off?"
-    assert passed or verdict.text == sentence
+    def follows_the_sign(answer, rng):
+        """The dial may be negative."""
+        return answer(-2) == -4
+
+    def stays_small(answer, rng):
+        return answer(9) < 20
+
+    inputs = {"inputs": lambda rng: (int(rng.integers(1, 5)),)}
+    trial = register((lambda s: 2 * s), properties=[(follows_the_sign, ""), (stays_small, "It explodes.")], **inputs)
+    assert judge(trial, lambda s: s + s).passed
+    assert judge(trial, lambda s: 2 * abs(s)).text == "On other inputs this is not true: The dial may be negative."
+    assert judge(trial, lambda s: 2 * s if s < 5 else 2**s).text == "It explodes."
+    assert judge(trial, lambda s: 2 * s if s > 0 else 1 / 0).text.startswith("Your code stops with ZeroDivisionError")
 
 
 def test_a_mistake_that_is_a_changed_argument(register):
@@ -169,18 +173,13 @@ def test_a_solution_may_change_its_arguments(register):
     assert not judge(trial, lambda W, x: x).passed  # it must, in fact
 
 
-@pytest.mark.parametrize("error", [SystemExit, GeneratorExit, RecursionError, AssertionError, UnicodeError])
-def test_no_exception_gets_out(trial, error):
+def test_no_exception_gets_out_but_an_interruption_by_the_learner(trial):
     def answer(W, x):
         raise error
 
-    assert judge(trial, answer).text.startswith(f"Your code stops with {error.__name__} in line ")
-
-
-def test_an_interruption_by_the_learner_gets_out(trial):
-    def answer(W, x):
-        raise KeyboardInterrupt
-
+    for error in (SystemExit, AssertionError, UnicodeError):
+        assert judge(trial, answer).text.startswith(f"Your code stops with {error.__name__} in line ")
+    error = KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
         judge(trial, answer)
 
@@ -201,8 +200,6 @@ def test_stubs_are_not_started(trial, answer):
 
 
 def test_a_missing_forward_is_an_error_and_not_a_stub(trial):
-    import torch
-
     class Empty(torch.nn.Module):
         pass
 
@@ -211,7 +208,7 @@ def test_a_missing_forward_is_an_error_and_not_a_stub(trial):
     assert judge(trial, lambda W, x: undefined_name).text.startswith("Your code stops with NameError")  # noqa: F821
 
 
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no SIGALRM on this system")
+@needs_alarm
 class TestTimeLimit:
     @pytest.fixture(autouse=True)
     def short(self, monkeypatch):
@@ -346,3 +343,127 @@ def test_properties_are_tried_in_order(register):
 
 def stub_without_arguments():
     raise NotImplementedError
+
+
+# One call
+
+
+def test_a_call_works_on_copies_and_names_what_it_changed():
+    array, tensor, rows, layer = np.ones(3), torch.ones(3), [[1], [2]], torch.nn.Linear(2, 2)
+    generator = torch.Generator().manual_seed(1)
+
+    def change(array, tensor, rows, layer, generator, number):
+        array[0] = np.nan
+        tensor.mul_(2)
+        rows[0].append(3)
+        torch.nn.init.zeros_(layer.bias)
+        return torch.rand(1, generator=generator), number
+
+    names = ["array", "tensor", "rows", "layer", "generator", "number"]
+    outcome = call(change, (array, tensor, rows, layer, generator, 5), names)
+    assert outcome.changed == {"array", "tensor", "rows", "layer"}
+    assert outcome.value[1] == 5
+    assert array.tolist() == tensor.tolist() == [1, 1, 1]
+    assert rows == [[1], [2]]
+    assert layer.bias.any()
+    same_draw = call(lambda g: torch.rand(1, generator=g), (generator,), ["g"]).value
+    assert torch.equal(same_draw, outcome.value[0])  # a copy of the generator draws the same
+
+
+def test_arguments_that_are_only_read_are_not_changed():
+    arguments = (np.array([np.nan, 1]), torch.ones(2, requires_grad=True), {"a": {1}}, object())
+    assert call(lambda *_: None, arguments, list("abcd")).changed == frozenset()
+
+
+def test_output_is_captured_and_errors_are_values_but_for_the_learners_own_interruption(capsys):
+    def talk(error):
+        print("a")
+        print("b", file=sys.stderr)
+        raise error
+
+    for error in (SystemExit(3), GeneratorExit(), MemoryError(), RecursionError(), StopIteration()):
+        outcome = call(talk, (error,), ["error"])
+        assert (type(outcome.error), outcome.value, outcome.printed) == (type(error), None, "a\n")
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(KeyboardInterrupt):
+        call(talk, (KeyboardInterrupt(),), ["error"])
+
+
+def endless():
+    while True:
+        pass
+
+
+def stubborn():
+    """Catches every exception, and goes on."""
+    for _ in range(3):
+        with contextlib.suppress(BaseException):
+            endless()
+    endless()
+
+
+@needs_alarm
+@pytest.mark.parametrize("function", [endless, stubborn, lambda: time.sleep(60)])
+def test_what_does_not_end_is_stopped(function):
+    started = time.monotonic()
+    with pytest.raises(TimeUp):
+        limited(lambda: call(function, (), []), 0.05)
+    assert time.monotonic() - started < 30  # and not at all
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    with pytest.raises(TimeUp):
+        limited(lambda: 1, 0)  # no time is left
+
+
+@needs_alarm
+def test_the_handler_and_the_timer_of_others_come_back():
+    rings = []
+    before = signal.signal(signal.SIGALRM, lambda *_: rings.append(1))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 100, 50)
+        assert limited(lambda: 7, 1) == 7
+        with pytest.raises(TimeUp):
+            limited(endless, 0.05)
+        with pytest.raises(ZeroDivisionError):
+            limited(lambda: 1 / 0, 1)
+        delay, interval = signal.setitimer(signal.ITIMER_REAL, 0)
+        assert 50 < delay < 100
+        assert interval == 50
+        assert rings == []
+        signal.raise_signal(signal.SIGALRM)
+        assert rings == [1]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_in_another_thread_there_is_no_limit():
+    results = []
+    thread = threading.Thread(target=lambda: results.append(limited(lambda: 7, 0.0)))
+    thread.start()
+    thread.join()
+    assert results == [7]
+
+
+def test_random_states_and_gradients_stay_as_they_were():
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
+    with contextlib.suppress(ZeroDivisionError), untouched():
+        random.seed(1)
+        np.random.seed(1)  # noqa: NPY002
+        torch.manual_seed(1)
+        torch.set_grad_enabled(False)
+        1 / 0  # noqa: B018
+    assert states[:2] == (random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002
+    assert torch.equal(states[2], torch.get_rng_state())
+    assert torch.is_grad_enabled()
+
+
+def test_the_file_of_functions_classes_and_other_callables():
+    class Here:
+        def f(self): ...
+
+    class Decorated:
+        @torch.no_grad()
+        def f(self): ...
+
+    assert file_of(endless) == file_of(Here) == file_of(Decorated) == __file__
+    assert file_of(print) is file_of(type("Empty", (), {})) is None

@@ -160,7 +160,7 @@ def test_a_damaged_file_that_cannot_be_moved_is_named(capsys, tmp_path, monkeypa
 
     (tmp_path / MANIFEST).write_text("{}", encoding="utf-8")
     (tmp_path / PROGRESS).write_text("{", encoding="utf-8")
-    monkeypatch.setattr("tempfile.mkstemp", full)
+    monkeypatch.setattr("pathlib.Path.replace", full)
     for call in (lambda: progress("01"), lambda: check("best_rank", RIGHT)):
         call()
         assert "progress.json is damaged and could not be moved aside (No space left on dev" in capsys.readouterr().out

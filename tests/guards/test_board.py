@@ -19,7 +19,6 @@ import board
 import pictures
 
 MEMORY, SPEED = "intel-xeon-processor-2-cores-memory", "amd-epyc-2-cores-speed"
-OVERFITTING = "intel-xeon-processor-2-cores-overfitting"
 LESS = "LoRA needs less memory than full fine-tuning, in the same precision and without dropout on the adapters."
 
 
@@ -34,14 +33,6 @@ def stored(tmp_path_factory):
     """(the page from the records as they are, the folder of its pictures)."""
     source = shutil.copytree(ROOT / "records", tmp_path_factory.mktemp("stored") / "records")
     return page(source), source.parent / "page"
-
-
-def test_trials_of_unfinished_studies_are_no_records(source):
-    before = board.record_files(source)
-    assert {path.parent.name for path in before} == {"records", "published"}
-    (source / "unfinished" / "rates").mkdir(parents=True)
-    (source / "unfinished" / "rates" / "0123.json").write_text("{}")
-    assert board.record_files(source) == before
 
 
 def page(source):
@@ -131,23 +122,6 @@ def test_every_study_is_there_and_every_picture_is_a_file_with_a_description(sto
         assert re.search(r"\d", words), words
         assert (folder / file).read_bytes().startswith(PNG)
     assert "No picture" not in text
-
-
-@pytest.mark.slow
-def test_what_no_record_has_is_named(source):
-    (source / f"{OVERFITTING}.json").unlink()
-    shutil.copy(ROOT / "tests/data/records/amd-epyc-2-cores-overfitting.json", source)
-    text = page(source)
-    assert "Not in any record: last blocks (memory, time)." in text
-    assert (
-        "**The losses support no verdict**: 256 examples, LoRA r=1: the rate of full and LoRA r=1 is at an edge" in text
-    )
-    (source / f"{SPEED}.json").unlink()
-    change(source / f"{MEMORY}.json", lambda row: None if row["setup"] == "LoRA r=8" else row)
-    text = page(source)
-    assert "Time: no record of speed yet." in text
-    assert "LoRA r=8 (memory, time)" in text
-    assert "No picture: the record lacks what it needs (KeyError: 'LoRA r=8')." in text
 
 
 def test_numbers_of_the_trade_off_are_those_of_the_records(stored):

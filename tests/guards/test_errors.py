@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import lora_lab as ll
 from lora_lab import finetune
-from lora_lab.models import download
+from lora_lab.models import pretrained
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.tasks import from_jsonl, from_text
 from tests.helpers import ROOT, small_task
@@ -35,7 +35,7 @@ def train(method, model=None, task=None, **options):
 def _(folder, tokenizer, monkeypatch):
     monkeypatch.setenv("LORA_LAB_CACHE", str(folder))
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: types.SimpleNamespace(returncode=1, stderr="no index"))
-    download.fetch_smollm2()
+    pretrained.fetch_smollm2()
 
 
 @mistake("There is no model")

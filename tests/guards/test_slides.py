@@ -94,11 +94,11 @@ def test_the_first_five_lessons_have_slides(decks):
 
 
 @each_deck
-def test_a_deck_has_eight_to_ten_slides_one_for_each_tag(decks, name):
+def test_a_deck_has_eight_to_twelve_slides_one_for_each_tag(decks, name):
     texts, cells = decks[name].slides, LESSONS[name].cells
     lines = [line for cell in cells if cell.cell_type == "markdown" for line in cell.source.splitlines()]
     untagged = [line for line in lines if line.startswith(slides.ALWAYS)]
-    assert 8 <= len(texts) <= 10
+    assert 8 <= len(texts) <= 12
     assert len(texts) == len(untagged) + sum(map(slides.tagged, cells))
 
 
@@ -120,11 +120,6 @@ def test_every_picture_is_a_stored_figure_with_its_description(decks, name):
 @each_deck
 def test_no_deck_loads_anything(decks, name):
     assert decks[name].loaded == []
-
-
-@pytest.mark.parametrize("text", ["<script src='x.js'>", "<link href='x.css'>", "<style>a {b: url(c)}</style>"])
-def test_what_a_page_loads_would_be_noticed(text):
-    assert len(Deck(text).loaded) == 1
 
 
 @each_deck
@@ -155,33 +150,6 @@ def test_another_run_gives_other_slides():
     before = slides.page(LESSONS[name], name)
     assert old in before
     assert slides.page(rerun, name) == before.replace(old, new)
-
-
-def test_a_title_may_have_any_characters():
-    title = nbformat.v4.new_markdown_cell("# Is 1 % enough, & for 100 %d?")
-    (slide,) = Deck(slides.page(nbformat.v4.new_notebook(cells=[title]), "01_low_rank")).slides
-    assert slide == "Is 1 % enough, & for 100 %d? lora_lab 01: Is 1 % enough, & for 100 %d? 1 / 1"
-
-
-def test_what_a_slide_takes_of_a_text():
-    text = "### A\n\nOne.\n\nTwo [link](x.md):\n\n$$x^2$$\n\nThree.\n\n- four\n\n### B\n\n- five"
-    cell = nbformat.v4.new_markdown_cell(text, metadata={"tags": ["slide"]})
-    (slide,) = slides.slides(nbformat.v4.new_notebook(cells=[cell]))
-    assert re.sub("<[^>]+>|\\s", "", slide) == "AOne.x2"
-    assert "<math" in slide
-
-
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        ("**All of it.** And more.", "**All of it.**"),
-        ("**After 20 steps it is there** (3 seeds). And more.", "**After 20 steps it is there** (3 seeds)."),
-        ("**It is 3.5 of *all*:** some, 3.5 of it. More.", "**It is 3.5 of *all*:** some, 3.5 of it."),
-    ],
-)
-def test_what_a_slide_takes_of_a_paragraph_that_begins_in_bold(text, sentence):
-    assert slides.BOLD_SENTENCE.match(text)[0] == sentence
-    assert not slides.BOLD_SENTENCE.match(f"Here {text}")
 
 
 def shown(**data):

@@ -1,4 +1,4 @@
-"""Chat templates: what a stranger's program may take, and that what is harmless is rendered without another process."""
+"""Chat templates: what a stranger's program may take."""
 
 import os
 import signal
@@ -13,8 +13,7 @@ from tests.helpers import run_python
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Grüße \ud83d \u2028 😀\n"}]
 VARIABLES = {"messages": CHAT, "add_generation_prompt": True, "bos_token": "<s>", "eos_token": ""}
-SIMPLE = "{% for m in messages %}{{ m.role }}: {{ m['content'] }}{% endfor %}{{ bos_token }}"
-OTHER = SIMPLE.replace("m.role", "m.role | upper")
+TEMPLATE = "{% for m in messages %}{{ m.role | upper }}: {{ m['content'] }}{% endfor %}{{ bos_token }}"
 NEVER_ENDING = {
     "M8: two loops in each other": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "a list of itself, twice": "{% set n = namespace(x=[]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}"
@@ -40,20 +39,15 @@ WRONG = {
 }
 
 
-def by_process(template):
-    return chat_template._render_apart(template, VARIABLES)
-
-
-def test_a_process_writes_the_same_text():
-    assert render(SIMPLE, VARIABLES) == by_process(SIMPLE) != by_process(OTHER)
-    assert render(OTHER, VARIABLES) == "USER: hiASSISTANT: Grüße \ud83d \u2028 😀\n<s>"
+def test_a_process_writes_any_text():
+    assert render(TEMPLATE, VARIABLES) == "USER: hiASSISTANT: Grüße \ud83d \u2028 😀\n<s>"
 
 
 def refuse(tokenizer, template):
     with pytest.raises(ValueError, match=r"^The chat template refuses these messages: .*\.$") as caught:
         Tokenizer(tokenizer.backend, chat_template=template).chat([{"role": "user", "content": "hi"}])
     assert len(str(caught.value)) < 400
-    assert render(OTHER, VARIABLES)  # the next one is rendered all the same
+    assert render(TEMPLATE, VARIABLES)  # the next one is rendered all the same
 
 
 @pytest.mark.slow
@@ -67,56 +61,32 @@ def test_m7_whatever_a_template_raises_is_one_sentence(tiny_tokenizer, template)
     refuse(tiny_tokenizer, template)
 
 
-@pytest.mark.parametrize(
-    ("template", "simple"),
-    [
-        (SIMPLE, True),
-        ("{% if add_generation_prompt %}{{ bos_token }}{% endif %}", True),
-        (OTHER, False),
-        ("{{ 'x' * 3 }}", False),
-        ("{{ range(3) }}", False),
-        ("{% set x = 'x' %}{{ x }}", False),
-        ("{% for m in messages %}{% for n in messages %}{% endfor %}{% endfor %}", False),
-        ("{% for c in messages[0].content %}{{ c }}{% endfor %}", False),
-        ("x" * 1_001, False),
-    ],
-)
-def test_only_what_cannot_take_long_is_rendered_here(monkeypatch, template, simple):
-    monkeypatch.setattr(chat_template, "_render_apart", lambda *_: "by the process")
-    assert (render(template, VARIABLES) != "by the process") == simple
-
-
-def test_the_real_template_needs_no_process(smollm2, monkeypatch):
-    monkeypatch.setattr(chat_template, "_render_apart", lambda *_: pytest.fail("a process was asked"))
-    assert smollm2[1].chat([{"role": "user", "content": "x" * 10_000}] * 3)
-
-
 def test_an_interrupt_does_not_leave_the_answer_to_the_next_text():
-    by_process(OTHER)
+    render(TEMPLATE, VARIABLES)
     process = chat_template._process(os.getpid())
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.2)
         with pytest.raises(KeyboardInterrupt):
-            by_process(next(iter(NEVER_ENDING.values())))
+            render(next(iter(NEVER_ENDING.values())), VARIABLES)
     finally:
         signal.signal(signal.SIGALRM, before)
-    assert by_process("{{ 'the next one' | upper }}") == "THE NEXT ONE"
+    assert render("{{ 'the next one' | upper }}", VARIABLES) == "THE NEXT ONE"
     assert process.poll() is not None
 
 
 def test_a_process_that_was_killed_is_replaced():
-    by_process(OTHER)
+    render(TEMPLATE, VARIABLES)
     process = chat_template._process(os.getpid())
     process.kill()
     process.wait()
-    assert by_process("{{ 'x' | upper }}") == "X"
+    assert render("{{ 'x' | upper }}", VARIABLES) == "X"
 
 
 def test_no_process_stays_behind():
     done = run_python(
         "from lora_lab.models import chat_template\n"
-        "chat_template._render_apart('x', {})\n"
+        "chat_template.render('x', {})\n"
         "print(*(chat_template._process(chat_template.os.getpid()).pid,))\n"
     )
     deadline = time.monotonic() + 20

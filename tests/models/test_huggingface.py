@@ -17,11 +17,10 @@ from lora_lab import (
     load_pretrained,
     memory,
     merge,
-    save_adapter,
     save_model,
 )
 from lora_lab.costs.flops import flops
-from lora_lab.models import huggingface
+from lora_lab.models import pretrained
 from lora_lab.models.pretrained import architecture, load_tokenizer
 from lora_lab.tasks.generate import reply
 from tests.helpers import command, error_line, logits, randomise
@@ -67,10 +66,6 @@ def test_a_published_config_has_its_published_number_of_parameters_and_a_bill(pa
     assert bill.peak_bytes > bill.static_bytes > bill.parts["frozen weights"]
 
 
-def test_at_least_six_families_are_among_the_configs():
-    assert len({json.loads(path.read_text())["model_type"] for path in CONFIGS}) >= 6
-
-
 @pytest.mark.slow
 def test_a_bill_of_a_config_is_that_of_the_model_with_weights(folder):
     options = {"batch_size": 2, "seq_len": 16, "device": "cpu"}
@@ -107,17 +102,17 @@ def test_a_name_a_llamas_config_and_another_are_built_by_the_right_library(folde
     ],
 )
 def test_a_config_without_a_head_gets_the_usual_one(kind, names, expected):
-    assert huggingface.model_class(kind(architectures=names)).__name__ == expected
+    assert pretrained.model_class(kind(architectures=names)).__name__ == expected
 
 
 def test_a_config_of_which_nothing_can_be_built_is_refused():
     with pytest.raises(ValueError, match=r"^transformers cannot build a BertForMaskedLM of this config: .*zero"):
-        huggingface.build(hf.BertConfig(num_attention_heads=0))
+        pretrained.build_by_transformers(hf.BertConfig(num_attention_heads=0))
 
 
 def test_a_config_for_which_there_is_no_head_is_refused():
     with pytest.raises(ValueError, match=r"^transformers .* has no model with a head for a config"):
-        huggingface.model_class(hf.CLIPVisionConfig())
+        pretrained.model_class(hf.CLIPVisionConfig())
 
 
 @pytest.mark.parametrize(
@@ -176,39 +171,25 @@ def test_a_folder_of_our_family_is_a_llama_which_is_said_too(tiny_config, chatte
     assert "because its positions are scaled by 'linear'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("spoil", "error", "says"),
-    [
-        (
-            lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
-            FileNotFoundError,
-            "holds no file .*safetensors",
-        ),
-        (lambda folder: (folder / "tokenizer.json").unlink(), FileNotFoundError, "lacks the file tokenizer.json; make"),
-        (lambda folder: (folder / "config.json").unlink(), FileNotFoundError, "config.json"),
-        (
-            lambda folder: changed(folder, num_hidden_layers=3, layer_types=None),
-            ValueError,
-            "lacks the tensor .* and .* more, so it is",
-        ),
-        (lambda folder: changed(folder, intermediate_size=25), ValueError, "cannot be loaded by transformers: "),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"no"), ValueError, "cannot be loaded"),
-        (
-            lambda folder: (folder / "adapter_config.json").write_text("{}"),
-            ValueError,
-            "holds an adapter beside the model, which transformers would put on it; move the adapter's files",
-        ),
-        (
-            lambda folder: changed(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
-            ValueError,
-            r"quantised \(.*bitsandbytes.*quantize_nf4",
-        ),
-    ],
-    ids=["weights", "tokenizer", "config", "too few layers", "another shape", "damaged", "adapter", "quantised"],
-)
-def test_what_is_missing_or_damaged_is_told_in_one_sentence(folder, spoil, error, says, capsys):
+SPOILT = [  # what is done to a folder, and what must be named
+    (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "file model.safetensors"),
+    (lambda folder: (folder / "tokenizer.json").unlink(), "lacks the file tokenizer.json; make"),
+    (lambda folder: (folder / "config.json").unlink(), "config.json"),
+    (
+        lambda folder: changed(folder, num_hidden_layers=3, layer_types=None),
+        "lacks the tensor .* more, so it is",
+    ),
+    (lambda folder: changed(folder, intermediate_size=25), "cannot be loaded by transformers: "),
+    (lambda folder: (folder / "model.safetensors").write_bytes(b"no"), "cannot be loaded"),
+    (lambda folder: (folder / "adapter_config.json").write_text("{}"), "holds an adapter beside the model"),
+    (lambda folder: changed(folder, quantization_config={"quant_method": "fp8"}), "quantised weights.*quantize_nf4"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "named"), SPOILT)
+def test_what_is_missing_or_damaged_is_told_in_one_sentence(folder, spoil, named):
     spoil(folder)
-    with pytest.raises(error, match=says) as caught:
+    with pytest.raises((ValueError, FileNotFoundError), match=named) as caught:
         load_pretrained(folder, device="cpu")
     assert "\n" not in str(caught.value)
 
@@ -234,7 +215,7 @@ def test_a_model_of_transformers_is_saved_and_read_again(folder, chatter, tiny_c
     assert not (saved / "generation_config.json").exists()  # it was the other model's
     with pytest.raises(ValueError, match=r"^A Linear is neither a lora_lab.Llama nor a model of transformers"):
         save_model(torch.nn.Linear(2, 2), tmp_path / "layer")
-    with pytest.raises(ValueError, match=r"^The model is a GPT2LMHeadModel, but lora_lab writes GGUF files only for"):
+    with pytest.raises(ValueError, match=r"^The model is a GPT2LMHeadModel, but a GGUF file holds"):
         save_model(fresh(gpt2), tmp_path / "x.gguf", chatter, format="gguf")
 
 
@@ -259,7 +240,7 @@ def test_a_newcomers_model_is_tuned_talked_to_swept_and_analysed(folder, chat_fi
     options = ["--task", chat_file, "--model", folder, "--device", "cpu"]
     assert command("finetune", *options, "--steps", 30, "--lr", 1e-2, "--batch", 4, "--rank", 4, "--out", "run") == 0
     losses = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert losses["after"]["validation loss"] < losses["before"]["validation loss"] - 0.1
+    assert losses["after"]["validation_loss"] < losses["before"]["validation_loss"] - 0.1
     assert str(folder) in (tmp_path / "run" / "README.md").read_text()
     capsys.readouterr()
     assert command("chat", "7?", *GREEDY, "--adapter", "run", "--tokens", 6, "--device", "cpu") == 0
@@ -309,12 +290,3 @@ def test_what_cannot_answer_is_refused_before_it_is_trained(tmp_path, chat_file,
     assert command("finetune", *arguments) == 1
     assert "lora-lab: Only a causal language model can continue a text" in capsys.readouterr().err
     assert not (tmp_path / "out" / "result.json").exists()
-
-
-def test_an_adapter_of_another_base_is_refused(folder, tiny_config, tmp_path, capsys):
-    other = Llama(tiny_config)
-    inject(other, LoRAConfig(rank=2, targets=["layers.1.mlp.up_proj"]))
-    save_adapter(randomise(other), tmp_path / "adapter", base=str(folder))
-    changed(folder, num_hidden_layers=1, layer_types=None)
-    assert command("chat", "a", "--adapter", tmp_path / "adapter", "--device", "cpu") == 1
-    assert "layers.1.mlp.up_proj" in capsys.readouterr().err

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,7 +12,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from lora_lab import Llama, load_pretrained
 from lora_lab.models import llama
-from lora_lab.models.llama import KeyValueCache, LlamaConfig, RopeScaling, rotary_frequencies
+from lora_lab.models.llama import KeyValueCache, LlamaConfig, rotary_frequencies
 from tests.helpers import enlarge, logits, random_ids
 
 PROMPTS = ["Once upon a time", "def fibonacci(n):\n", "The capital of France is"]
@@ -130,18 +129,6 @@ def test_generation_ends_before_the_stop_token(tiny):
     assert tiny.generate(prompt, 0).tolist() == []
 
 
-def test_prefill_in_chunks_equals_one_pass(tiny):
-    ids = random_ids(3, 20)
-    whole = logits(tiny, ids)
-    cache, read = KeyValueCache(), []
-    for chunk in ids.split([7, 1, 9, 3], dim=1):
-        read.append(logits(tiny, chunk, cache=cache))
-    assert cache.length == 20
-    torch.testing.assert_close(torch.cat(read, dim=1), whole, rtol=0, atol=1e-4)
-    without_past = logits(tiny, ids[:, 7:])
-    assert (without_past - whole[:, 7:]).abs().max() > 0.1
-
-
 def test_prefill_in_chunks_of_a_padded_batch_equals_one_pass(tiny):
     ids, mask = random_ids(2, 12), torch.ones(2, 12)
     mask[0, :5] = 0
@@ -214,9 +201,9 @@ REFUSED = [
     ),
     ({"seed": 10**20}, "seed is 100000000000000000000"),
     ({"max_new_tokens": -1}, "max_new_tokens is -1"),
-    ({"ids": torch.tensor([], dtype=torch.long)}, r"\(0,\)"),
-    ({"ids": torch.tensor([[1, 2]])}, r"\(1, 2\)"),
-    ({"ids": torch.tensor(1)}, r"\(\)"),
+    ({"ids": torch.tensor([], dtype=torch.long)}, r"is \[\]"),
+    ({"ids": torch.tensor([[1, 2]])}, r"is \[\[1, 2\]\]"),
+    ({"ids": torch.tensor(1)}, "is 1,"),
     ({"ids": torch.tensor([1, 260])}, "260"),
     ({"ids": torch.tensor([-1, 2])}, "-1"),
 ]
@@ -236,12 +223,6 @@ def test_impossible_shapes_are_refused(tiny_config, change):
         dataclasses.replace(tiny_config, **change)
 
 
-def test_a_seed_of_numpy_is_pythons(tiny_config):
-    model = Llama(tiny_config, seed=np.int64(3))
-    assert torch.equal(model.lm_head.weight, Llama(tiny_config, seed=3).lm_head.weight)
-    assert not torch.equal(model.lm_head.weight, Llama(tiny_config, seed=4).lm_head.weight)
-
-
 def test_generation_beyond_the_context_is_refused_before_it_begins(tiny):
     context = tiny.config.max_position_embeddings
     prompt = random_ids(1, context)[0]
@@ -250,17 +231,6 @@ def test_generation_beyond_the_context_is_refused_before_it_begins(tiny):
         says = f"^The prompt has {len(ids)} tokens and max_new_tokens is {more}, but the model reads at most {context}"
         with pytest.raises(ValueError, match=says):
             tiny.generate(ids, more)
-        with pytest.raises(ValueError, match=says):
-            tiny.stream(ids, more)  # before the first token is asked for
-
-
-def test_generation_takes_numbers_of_numpy_and_torch(tiny):
-    ids, numbers = torch.tensor([1, 2]), {"temperature": 0.5, "seed": 3, "repetition_penalty": 1.5}
-    expected = tiny.generate(ids, 9, **numbers)
-    for kind in (np.array, torch.tensor):
-        assert torch.equal(
-            tiny.generate(ids, kind(9), **{name: kind(value) for name, value in numbers.items()}), expected
-        )
 
 
 def test_generation_leaves_the_model_and_the_global_generator_as_they_were(tiny):
@@ -287,16 +257,6 @@ def test_an_interrupted_generation_leaves_the_model_in_its_mode(tiny):
 # Names, head, shape, initial weights
 
 
-def test_names_and_shapes_are_those_of_transformers(smollm2, hf_smollm2):
-    model, _ = smollm2
-    ours = {name: value.shape for name, value in model.state_dict().items()}
-    theirs = {name: value.shape for name, value in hf_smollm2.state_dict().items()}
-    assert ours == theirs
-    modules = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    assert modules == {name for name, module in hf_smollm2.named_modules() if isinstance(module, nn.Linear)}
-    assert len(modules) == 7 * 30 + 1
-
-
 def test_output_embeddings_are_the_head(tiny):
     assert tiny.get_output_embeddings() is tiny.lm_head
 
@@ -312,16 +272,6 @@ def test_tied_head_and_embedding_stay_one_tensor(smollm2, tiny):
         copied.model.embed_tokens.weight[7] += 1
     assert (logits(copied, ids)[..., 7] != before[..., 7]).any()
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
-
-
-def test_untied_head_is_a_tensor_of_its_own(tiny_config):
-    model = Llama(dataclasses.replace(tiny_config, tie_word_embeddings=False))
-    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
-    before = model.model.embed_tokens.weight.clone()
-    with torch.no_grad():
-        model.lm_head.weight.zero_()
-    assert torch.equal(model.model.embed_tokens.weight, before)
-    assert torch.equal(logits(model, random_ids(1, 3)), torch.zeros(1, 3, 260))
 
 
 def test_initial_weights_repeat_by_seed(tiny_config):
@@ -414,16 +364,6 @@ def test_each_variant_matters(tiny_hf, hf_folder, changes, undone):
     assert (logits(ours, ids) - logits(theirs, ids)).abs().max() > 1e-3
 
 
-def test_llama3_stretching_keeps_fast_pairs_divides_slow_ones_and_blends_between(tiny_config):
-    plain = dataclasses.replace(tiny_config, head_dim=64)
-    stretched = dataclasses.replace(plain, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 512))
-    divisor = rotary_frequencies(plain) / rotary_frequencies(stretched)
-    assert torch.equal(divisor[0], torch.tensor(1.0))
-    assert divisor[-1].item() == pytest.approx(8.0)
-    assert ((divisor > 1.01) & (divisor < 7.99)).any()
-    assert (divisor.diff() >= -1e-6).all()
-
-
 def test_gradients_equal_those_of_transformers(tiny_hf, hf_folder):
     theirs = tiny_hf(tie_word_embeddings=False, attention_bias=True)
     ours, _ = load_pretrained(hf_folder(theirs), device="cpu")
@@ -436,12 +376,6 @@ def test_gradients_equal_those_of_transformers(tiny_hf, hf_folder):
     for name, parameter in ours.named_parameters():
         assert expected[name].grad.abs().max() > 0
         torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-4, atol=1e-6)
-
-
-def test_config_is_read_only(tiny_config):
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        tiny_config.hidden_size = 1
-    assert isinstance(tiny_config, LlamaConfig)
 
 
 # Several texts in one row
@@ -545,26 +479,6 @@ def test_blocks_are_computed_again_in_training_only(tiny, monkeypatch):
     written = model.generate(ids[0], 3)
     assert counts == [5, 5]
     assert torch.equal(written, tiny.generate(ids[0], 3))
-
-
-def test_checkpointing_is_one_models_and_keeps_less(tiny):
-    plain, model = copy.deepcopy(tiny).train(), copy.deepcopy(tiny).train()
-    model.gradient_checkpointing_enable()
-    assert (plain.model.gradient_checkpointing, model.model.gradient_checkpointing) == (False, True)
-    assert plain.state_dict().keys() == model.state_dict().keys()
-    kept = []
-    for each in (plain, model):
-        sizes = {}
-
-        def pack(tensor, sizes=sizes):
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            result = each(random_ids(2, 30))
-        kept.append(sum(sizes.values()))
-        del result
-    assert kept[1] < kept[0] / 2
 
 
 def test_a_rope_theta_that_is_a_large_whole_number_is_a_number():

@@ -1,16 +1,13 @@
 """Real weights in and out: the cache and its accidents, GGUF files, Hugging Face folders, and what is saved."""
 
 import copy
-import dataclasses
 import filecmp
 import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -20,14 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_lab import Llama, LoRAConfig, inject, load_pretrained, lora_layers, merge, save_model
-from lora_lab.models import download as fetch
+from lora_lab import LoRAConfig, inject, load_pretrained, save_model
 from lora_lab.models import pretrained
 from lora_lab.models.llama import RopeScaling
 from lora_lab.models.pretrained import load_tokenizer
-from lora_lab.models.quantize import BlockEmbedding, BlockLinear, BlockWeight, quantize_nf4
-from lora_lab.tasks import cross_entropy
-from tests.helpers import logits, names, random_ids, randomise, randomise_all
+from lora_lab.models.quantize import BlockEmbedding, BlockLinear, BlockWeight
+from tests.helpers import logits, names, random_ids, relative_error
+from tests.models.test_gguf import VARIANTS
 
 ENTRY = "smollm2-135m-v1"
 TEXTS = ["Once upon a time", "in  2024, 3.14 and 1 000 000", "<|im_start|>user\nGrüße 😀<|im_end|>"]
@@ -77,18 +73,6 @@ def test_all_weights_are_bit_equal_to_the_gguf_librarys(smollm2, gguf_reader):
     assert len(compared) == 272
 
 
-def test_another_dtype_holds_the_same_weights_rounded(smollm2):
-    model, _ = smollm2
-    half, _ = load_pretrained(dtype=torch.bfloat16, device="cpu")
-    whole = dict(model.named_parameters())
-    for name, value in half.named_parameters():
-        assert value.dtype == torch.bfloat16
-        assert torch.equal(value, whole[name].bfloat16())
-    assert half.lm_head.weight is half.model.embed_tokens.weight
-    ids = random_ids(1, 6)
-    assert 0 < (logits(half, ids).float() - logits(model, ids)).abs().max() < 2
-
-
 # The cache
 
 
@@ -105,34 +89,10 @@ def child(code, cache):
 
 
 @pytest.fixture(scope="module")
-def killed(smollm2_gguf):
-    """A cache that holds the GGUF file, and in which a conversion was killed half-way."""
-    with tempfile.TemporaryDirectory() as folder:
-        cache = Path(folder)
-        try:
-            os.link(smollm2_gguf, cache / smollm2_gguf.name)
-        except OSError:  # another file system
-            shutil.copyfile(smollm2_gguf, cache / smollm2_gguf.name)
-        process = child(
-            """
-whole = pretrained.save_file
-def half(tensors, path, **more):
-    whole(dict(list(tensors.items())[:100]), path, **more)
-    os.kill(os.getpid(), signal.SIGKILL)
-pretrained.save_file = half
-pretrained.load_pretrained()
-""",
-            cache,
-        )
-        _, errors = process.communicate()
-        assert process.returncode == -signal.SIGKILL, errors
-        yield cache, names(cache)
-
-
-@pytest.fixture(scope="module")
-def raced(killed):
-    """What two processes said that then loaded the model at the same time."""
-    cache, _ = killed
+def raced(smollm2_gguf, tmp_path_factory):
+    """A cache with the GGUF file, and what two processes said that then loaded the model at the same time."""
+    cache = tmp_path_factory.mktemp("cache")
+    (cache / smollm2_gguf.name).symlink_to(smollm2_gguf)
     code = """
 whole = pretrained.read_gguf
 def told(path):
@@ -146,47 +106,31 @@ print(len(tokenizer), sum(parameter.sum(dtype=torch.float64).item() for paramete
     processes = [child(code, cache) for _ in range(2)]
     said = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
-    return [output.split("\n") for output, _ in said]
+    yield cache, [output.split("\n") for output, _ in said]
+    shutil.rmtree(cache)
 
 
 @pytest.mark.slow
-def test_a_conversion_killed_half_way_leaves_no_half_entry(killed):
-    _, left = killed
-    assert ENTRY not in left
-    assert any(name.startswith(".lora_lab-new-") for name in left)  # so it was killed in the middle
-
-
-@pytest.mark.slow
-def test_two_processes_at_once_both_load_and_only_one_converts(smollm2, in_blocks, raced):
-    _, tokenizer = smollm2
+def test_two_processes_at_once_both_load_and_only_one_converts(smollm2, smollm2_gguf, in_blocks, raced):
+    (_, tokenizer), (cache, said) = smollm2, raced
     total = sum(parameter.sum(dtype=torch.float64).item() for parameter in in_blocks.parameters())
-    assert sum("converts" in lines for lines in raced) == 1
-    for lines in raced:
+    assert sum("converts" in lines for lines in said) == 1
+    for lines in said:
         count, value = lines[-2].split()
         assert int(count) == len(tokenizer)
         assert float(value) == pytest.approx(total, rel=1e-12)
-
-
-def test_they_leave_one_whole_entry_and_nothing_new_beside_it(killed, raced, smollm2_gguf):
-    cache, left = killed
-    assert [name for name in names(cache) if name not in left and not name.endswith(".lock")] == [ENTRY]
-    assert [name for name in names(cache) if not name.endswith(".lock") and name[0] != "."] == [
-        smollm2_gguf.name,
-        ENTRY,
-    ]
+    assert [name for name in names(cache) if name[0] != "."] == [smollm2_gguf.name, ENTRY]
     usual = smollm2_gguf.parent / ENTRY
     assert filecmp.cmpfiles(cache / ENTRY, usual, names(usual), shallow=False) == (names(usual), [], [])
 
 
 @pytest.fixture(scope="module")
-def loaded(killed, raced):
+def loaded(raced):
     """What a process has imported that loaded the entry alone, in blocks and then in full, and the peak after each."""
-    cache, _ = killed
-    gone = cache / "elsewhere"
-    (cache / fetch.FILE).rename(gone)
-    try:
-        process = child(
-            """
+    cache, _ = raced
+    (cache / pretrained.FILE).unlink()
+    process = child(
+        """
 import json, sys, torch
 from lora_lab.system.process import peak_bytes
 peaks = [peak_bytes(torch.device("cpu"))]
@@ -197,11 +141,9 @@ for keep in (True, False):
 imported = sorted({"gguf", "transformers", "peft", "safetensors", "tokenizers"} & set(sys.modules))
 print(json.dumps([imported, *peaks]))
 """,
-            cache,
-        )
-        output, errors = process.communicate()
-    finally:
-        gone.rename(cache / fetch.FILE)
+        cache,
+    )
+    output, errors = process.communicate()
     assert process.returncode == 0, errors
     return json.loads(output)
 
@@ -228,28 +170,9 @@ def test_a_damaged_entry_of_the_cache_says_so(empty_cache, smollm2, smollm2_gguf
 # GGUF files, written here as llama.cpp writes them
 
 
-BLOCKS_OF_256 = {"Q4_K": (0, 2), "Q6_K": (208,)}  # where the float16 scales are; the library cannot quantise to these
-
-
-WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
-
-
 def interleaved(rows, heads):
     """The order in which llama.cpp keeps the rows of q and k."""
     return rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def as_blocks(matrix, kind):
-    if kind not in BLOCKS_OF_256:
-        return gguf.quants.quantize(matrix, gguf.GGMLQuantizationType[kind])
-    rows, columns = matrix.shape
-    draw = np.random.default_rng(rows * columns)
-    blocks = draw.integers(0, 256, (rows, columns // 256, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]))
-    blocks = blocks.astype(np.uint8)
-    for start in BLOCKS_OF_256[kind]:
-        scales = draw.uniform(1e-4, 4e-4, (rows, columns // 256, 1)).astype(np.float16)
-        blocks[..., start : start + 2] = scales.view(np.uint8)
-    return blocks.reshape(rows, -1)
 
 
 @pytest.fixture
@@ -296,8 +219,8 @@ def write_gguf(tmp_path, tiny_tokenizer):
             if ".q_proj." in name or ".k_proj." in name:
                 heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
                 value = interleaved(value, heads)
-            stored = as_blocks(value, kind) if value.ndim == 2 else value
             stored_as = gguf.GGMLQuantizationType[kind if value.ndim == 2 else "F32"]
+            stored = gguf.quants.quantize(value, stored_as)
             tensors[names_in_file.get_name(name, try_suffixes=(".weight", ".bias"))] = (stored, stored_as)
             value = gguf.quants.dequantize(stored, stored_as)
             if heads is not None:
@@ -316,7 +239,8 @@ def write_gguf(tmp_path, tiny_tokenizer):
     return write
 
 
-KINDS_OF_FILES = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K"]
+NARROW = {"hidden_size": 64, "intermediate_size": 96}
+KINDS_OF_FILES = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
 SHAPES = [
     {"tie_word_embeddings": False},
     {"attention_bias": True},
@@ -329,7 +253,7 @@ SHAPES = [
 
 @pytest.mark.parametrize(
     ("kind", "changes"),
-    [*((kind, WIDE) for kind in KINDS_OF_FILES), *(("F32", changes) for changes in SHAPES)],
+    [*((kind, NARROW) for kind in KINDS_OF_FILES), *(("F32", changes) for changes in SHAPES)],
     ids=[*KINDS_OF_FILES, *(", ".join(changes) for changes in SHAPES)],
 )
 def test_gguf_files_of_every_kind_and_shape_load_with_transformers_logits(tiny_hf, write_gguf, kind, changes):
@@ -349,16 +273,6 @@ def test_the_tokenizer_of_a_gguf_file_is_read_without_its_model(tiny_hf, write_g
     tokenizer = load_tokenizer(path)
     assert tokenizer.backend.to_str() == whole.backend.to_str()
     assert (tokenizer.eos_id, tokenizer.chat_template) == (whole.eos_id, whole.chat_template)
-
-
-def test_the_rows_of_queries_and_keys_are_put_in_order(tiny_hf, write_gguf):
-    theirs = tiny_hf()
-    ours, _ = load_pretrained(write_gguf(theirs), device="cpu")
-    for name in ("q_proj", "k_proj"):
-        weight = getattr(ours.model.layers[0].self_attn, name).weight.detach()
-        heads = 4 if name == "q_proj" else 2
-        assert torch.equal(weight, getattr(theirs.model.layers[0].self_attn, name).weight)
-        assert not torch.equal(weight, torch.from_numpy(interleaved(weight.numpy(), heads).copy()))
 
 
 def test_gguf_entries_that_may_be_absent_have_the_formats_defaults(tiny_hf, write_gguf):
@@ -400,25 +314,10 @@ def test_llama3_factors_in_a_gguf_file_are_read_as_the_rule_that_made_them(tiny_
     plain, _ = load_pretrained(write_gguf(theirs), device="cpu")
     assert plain.config.rope_scaling is None
     assert not torch.equal(logits(plain, ids), logits(theirs, ids))
-
-
-@pytest.mark.parametrize(
-    "factors",
-    [
-        llama3_factors(500000.0, 32, 8.0, 4096),
-        llama3_factors(500000.0, 32, 8.0, 8192)[::-1].copy(),
-        llama3_factors(500000.0, 16, 8.0, 8192),
-        np.linspace(1, 8, 32, dtype=np.float32),
-    ],
-    ids=["another context", "reversed", "too few", "another rule"],
-)
-def test_other_factors_in_a_gguf_file_are_refused(tiny_hf, write_gguf, factors):
-    theirs = tiny_hf(head_dim=64, rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
-    path = write_gguf(theirs, extra=rope_tensor(factors))
-    with pytest.raises(
-        ValueError, match=r"rope_freqs do not follow Llama 3's rule.*load the model's Hugging Face folder"
-    ):
-        load_pretrained(path)
+    for half, original in ((32, 4096), (16, 8192)):  # another context, too few
+        other = write_gguf(theirs, extra=rope_tensor(llama3_factors(500000.0, half, factor, original)))
+        with pytest.raises(ValueError, match=r"rope_freqs of .* do not follow Llama 3's rule"):
+            load_pretrained(other)
 
 
 def array(kind, values):
@@ -431,21 +330,21 @@ REFUSED_HEADERS = [  # an entry, its value (None: it is left out), and what must
     ("tokenizer.ggml.tokens", None, "tokenizer.ggml.tokens"),
     ("llama.block_count", None, "llama.block_count"),
     ("llama.block_count", 10**9, "num_hidden_layers is 1000000000"),
-    ("llama.block_count", 3, "lacks the tensor model.layers.2"),
+    ("llama.block_count", 3, "tensor model.layers.2.* is missing"),
     ("llama.embedding_length", "32", "hidden_size|str"),
     ("llama.attention.head_count", 0, "num_attention_heads is 0"),
     ("llama.attention.head_count", 5, "num_attention_heads is 5"),
-    ("llama.attention.key_length", 6, "proj.weight has shape"),
+    ("llama.attention.key_length", 6, "proj.weight is numbers of shape"),
     ("llama.rope.freq_base", -1.0, "rope_theta is -1.0"),
     ("llama.rope.freq_base", math.nan, "rope_theta is nan"),
     ("llama.rope.scaling.type", 5, "positions by 5"),
     ("llama.rope.scaling.type", "yarn", "yarn"),
-    ("llama.feed_forward_length", 47, "has shape .*48.*requires .*47"),
+    ("llama.feed_forward_length", 47, "of shape .*48.*requires .*47"),
     ("tokenizer.ggml.merges", ["zz q"], "zz"),
     ("tokenizer.ggml.merges", ["z" * 10_000 + " q"], "zz"),
     ("tokenizer.ggml.merges", ["t h e"], "tokenizer cannot be built"),
     ("tokenizer.ggml.token_type", [1] * 259, "tokenizer cannot be built"),
-    ("tokenizer.ggml.token_type", "text", "token_type"),
+    ("tokenizer.ggml.token_type", "text", "tokenizer cannot be built"),
     ("tokenizer.ggml.bos_token_id", 260, "tokenizer cannot be built"),
 ]
 REFUSED_TENSORS = [
@@ -472,31 +371,12 @@ def test_gguf_files_that_are_not_built_here_are_refused(tiny_hf, write_gguf, opt
     assert len(str(caught.value)) < 500
 
 
-def test_a_gguf_file_without_stretching_may_say_so(tiny_hf, write_gguf):
-    theirs = tiny_hf()
-    ours, _ = load_pretrained(write_gguf(theirs, header={"llama.rope.scaling.type": "none"}), device="cpu")
-    assert same_logits(ours, theirs)
-
-
 def test_norms_in_blocks_are_dequantised(tiny_hf, write_gguf):
     theirs = tiny_hf()
     kind = gguf.GGMLQuantizationType.Q8_0
     norm = gguf.quants.quantize(theirs.model.norm.weight.detach().numpy(), kind)
     ours, _ = load_pretrained(write_gguf(theirs, extra={"output_norm.weight": (norm, kind)}), device="cpu")
     assert np.array_equal(ours.model.norm.weight.detach().numpy(), gguf.quants.dequantize(norm, kind))
-
-
-def test_a_gguf_file_truncated_anywhere_is_refused(tiny_hf, write_gguf):
-    path = write_gguf(tiny_hf(intermediate_size=64), "Q8_0")
-    whole = path.read_bytes()
-    last = gguf.GGUFReader(path).tensors[-1]
-    end = last.data_offset + last.n_bytes
-    for length in (0, 1, 4, 23, *range(24, end, end // 40), end - 1):
-        path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"not a GGUF file or is truncated.*copy or download it again"):
-            load_pretrained(path)
-    path.write_bytes(whole[:end])
-    load_pretrained(path)
 
 
 # What may be asked for
@@ -535,12 +415,6 @@ def test_shards_load_as_one_file_does(tiny_hf, hf_folder):
     assert not same_logits(ours, tiny_hf(seed=1, num_hidden_layers=3))
 
 
-def test_a_folders_tokenizer_comes_with_it(tiny_hf, hf_folder, tiny_tokenizer):
-    _, tokenizer = load_pretrained(hf_folder(tiny_hf()), device="cpu")
-    assert (tokenizer.bos_id, tokenizer.eos_id) == (258, 259)
-    assert tokenizer.encode("the <s>Grüße 😀") == tiny_tokenizer.encode("the <s>Grüße 😀")
-
-
 @pytest.mark.parametrize("lacking", ["config.json", "tokenizer.json", "shard"])
 def test_a_folder_that_lacks_a_file_names_it(tiny_hf, hf_folder, lacking):
     folder = hf_folder(tiny_hf(), **({"max_shard_size": "20KB"} if lacking == "shard" else {}))
@@ -549,22 +423,6 @@ def test_a_folder_that_lacks_a_file_names_it(tiny_hf, hf_folder, lacking):
     (folder / lacking).unlink()
     with pytest.raises(FileNotFoundError, match=rf"{folder.name} lacks the file {lacking}"):
         load_pretrained(folder)
-
-
-def test_a_folder_that_cannot_be_made_leaves_nothing_behind(tiny, tmp_path):
-    (tmp_path / "data.jsonl").write_text("mine")
-    with pytest.raises(OSError, match="data.jsonl"):  # noqa: RUF043
-        save_model(tiny(), tmp_path / "data.jsonl")
-    assert names(tmp_path) == ["data.jsonl"]
-
-
-def test_a_folder_needs_no_tokenizer_config(tiny_hf, hf_folder):
-    theirs = tiny_hf()
-    folder = hf_folder(theirs)
-    (folder / "tokenizer_config.json").unlink()
-    ours, tokenizer = load_pretrained(folder, device="cpu")
-    assert same_logits(ours, theirs)
-    assert tokenizer.eos_id is None
 
 
 def change_json(path, **changes):
@@ -600,7 +458,7 @@ REFUSED_CONFIGS = [
     ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
     ({"hidden_size": None}, "hidden_size"),
     ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
-    ({"num_hidden_layers": 900}, "lacks the tensor model.layers."),
+    ({"num_hidden_layers": 900}, "tensor model.layers.* is missing"),
     ({"vocab_size": 2**40}, "vocab_size is 1099511627776"),
     ({"head_dim": 2**30}, "head_dim is 1073741824"),
     ({"rope_parameters": {"rope_theta": 0}}, "rope_theta is 0"),
@@ -699,22 +557,6 @@ def test_configs_of_older_transformers_are_read_alike(tiny_hf, hf_folder):
         assert same_logits(load_pretrained(folder, device="cpu")[0], theirs) is equal
 
 
-def test_a_loaded_model_changes_neither_its_folder_nor_another_load(tiny_hf, hf_folder):
-    theirs = tiny_hf()
-    folder = hf_folder(theirs)
-    before = (folder / "model.safetensors").read_bytes()
-    ours, _ = load_pretrained(folder, device="cpu")
-    again, _ = load_pretrained(folder, device="cpu")
-    assert not ours.training
-    assert all(parameter.requires_grad for parameter in ours.parameters())
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            parameter.add_(1.0)
-    assert (folder / "model.safetensors").read_bytes() == before
-    assert same_weights(again, theirs)
-    assert not same_weights(ours, theirs)
-
-
 def test_a_loaded_model_does_not_change_when_its_file_is_written_over(tiny_hf, hf_folder):
     theirs = tiny_hf()
     path = hf_folder(theirs) / "model.safetensors"
@@ -728,31 +570,6 @@ def test_a_loaded_model_does_not_change_when_its_file_is_written_over(tiny_hf, h
 
 
 # Saving
-
-
-@pytest.fixture
-def tiny(tiny_config):
-    """Makes a tiny random Llama of ours, with weights large enough that its attention matters."""
-
-    def make(**changes):
-        return randomise_all(Llama(dataclasses.replace(tiny_config, **changes)).eval())
-
-    return make
-
-
-VARIANTS = [
-    {},
-    {"tie_word_embeddings": False},
-    {"attention_bias": True, "mlp_bias": True},
-    {"head_dim": 20, "num_key_value_heads": 1, "rms_norm_eps": 0.1, "rope_theta": 5000.0},
-    {"head_dim": 64, "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 32)},
-    {
-        "head_dim": 64,
-        "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 32),
-        "tie_word_embeddings": False,
-        "rope_theta": 5000.0,
-    },
-]
 
 
 def variant_name(changes):
@@ -802,30 +619,17 @@ def test_without_a_tokenizer_the_weights_alone_are_saved(tiny, tmp_path):
         load_pretrained(tmp_path)
 
 
-def test_the_real_model_survives_saving(smollm2):
+def test_transformers_reads_the_real_tokenizer_alike(smollm2, tmp_path):
     from transformers import AutoTokenizer
 
-    model, tokenizer = smollm2
-    with tempfile.TemporaryDirectory() as folder:  # half a gigabyte, so it does not stay
-        save_model(model, folder, tokenizer)
-        theirs = hf_load(folder)
-        hf_tokenizer = AutoTokenizer.from_pretrained(folder)
-        assert same_weights(theirs, model)  # which are those of the file, as the first test shows
-        ids = torch.tensor([tokenizer.encode(TEXTS[0])])
-        assert torch.equal(logits(theirs, ids), logits(model, ids))
+    _, tokenizer = smollm2
+    tokenizer.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
     for text in TEXTS:
-        assert hf_tokenizer(text)["input_ids"] == tokenizer.encode(text)
+        assert theirs(text)["input_ids"] == tokenizer.encode(text)
     messages = [{"role": "user", "content": "Hi"}]
-    assert hf_tokenizer.apply_chat_template(messages, tokenize=False) == tokenizer.chat(messages, False)
-    assert (hf_tokenizer.eos_token_id, hf_tokenizer.bos_token_id, hf_tokenizer.pad_token_id) == (2, 1, 2)
-
-
-@pytest.fixture
-def adapted(tiny):
-    """A tiny model with adapters that have learned something."""
-    model = tiny()
-    inject(model, LoRAConfig(rank=2, alpha=6.0))
-    return randomise(model)
+    assert theirs.apply_chat_template(messages, tokenize=False) == tokenizer.chat(messages, False)
+    assert (theirs.eos_token_id, theirs.bos_token_id, theirs.pad_token_id) == (2, 1, 2)
 
 
 @pytest.mark.parametrize("format", ["safetensors", "gguf"])
@@ -840,17 +644,6 @@ def test_l11_a_weight_that_is_not_finite_is_not_saved(tiny, tiny_tokenizer, tmp_
     with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj.weight holds numbers that are NaN or infinite"):
         save_model(model, path, tiny_tokenizer, format)
     assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before
-
-
-def test_a_merged_model_is_saved_with_what_it_learned(tiny, adapted, tiny_tokenizer, tmp_path):
-    ids = random_ids(2, 20)
-    with_adapters = logits(adapted, ids)
-    merge(adapted)
-    theirs = hf_load(save_model(adapted, tmp_path, tiny_tokenizer))
-    assert same_logits(theirs, adapted)
-    torch.testing.assert_close(logits(theirs, ids), with_adapters, rtol=0, atol=1e-3)
-    assert (logits(theirs, ids) - logits(tiny(), ids)).abs().max() > 0.1
-    assert same_logits(load_pretrained(tmp_path, device="cpu")[0], adapted)
 
 
 def test_saving_over_the_folder_that_it_came_from_keeps_the_new_weights(tiny, tiny_tokenizer, tmp_path):
@@ -891,23 +684,6 @@ def test_saving_over_another_model_leaves_none_of_its_template(tiny, tiny_tokeni
     assert load_pretrained(tmp_path, device="cpu")[1].chat_template is None
 
 
-def test_an_error_while_saving_leaves_the_old_model(tiny, tiny_tokenizer, tmp_path, monkeypatch):
-    old = tiny()
-    save_model(old, tmp_path, tiny_tokenizer)
-
-    def fail(*arguments, **options):
-        raise OSError("the disk is full")
-
-    monkeypatch.setattr(pretrained, "save_file", fail)
-    changed = tiny()
-    with torch.no_grad():
-        changed.model.norm.weight.add_(1.0)
-    with pytest.raises(OSError, match="disk is full"):
-        save_model(changed, tmp_path, tiny_tokenizer)
-    assert names(tmp_path) == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-    assert same_weights(load_pretrained(tmp_path, device="cpu")[0], old)
-
-
 # Matrices that stay in their blocks
 
 
@@ -930,44 +706,10 @@ def test_kept_blocks_stand_for_the_same_weights(in_blocks, smollm2):
     assert {module.kind for name, module in kept.items() if "layers" in name} == {"Q4_1"}
     assert {module.kind for name, module in kept.items() if "layers" not in name} == {"Q8_0"}
     assert not in_blocks.training
-
-
-def test_no_matrix_of_numbers_is_in_a_model_in_blocks(in_blocks):
     assert all(parameter.dtype == torch.uint8 for parameter in in_blocks.parameters() if parameter.ndim > 1)
-    assert list(in_blocks.buffers()) == []
-    size = sum(parameter.untyped_storage().nbytes() for parameter in in_blocks.parameters())
-    assert size == 106_168_320 * 5 // 8 + 28_311_552 * 17 // 16 + 61 * 576 * 4  # 5 and 8.5 bits, and the norms
     assert in_blocks.lm_head.packed is in_blocks.model.embed_tokens.packed
-
-
-@pytest.mark.slow
-def test_in_blocks_the_real_model_computes_writes_and_learns_the_same(in_blocks, smollm2):
-    (dense, tokenizer), ids = smollm2, random_ids(2, 16, 49152)
-    expected = logits(dense, ids)
-    assert (logits(in_blocks, ids) - expected).norm() / expected.norm() < 1e-5
-    prompt = torch.tensor(tokenizer.encode(TEXTS[0]))
-    written = in_blocks.generate(prompt, 6)
-    assert torch.equal(written, dense.generate(prompt, 6))
-    assert len(written) == 6
-    gradients = []
-    for model in (copy.deepcopy(in_blocks), copy.deepcopy(dense)):
-        assert len(inject(model, LoRAConfig(rank=2))) == 210
-        with torch.no_grad():
-            for index, layer in enumerate(lora_layers(model).values()):
-                draw = torch.Generator().manual_seed(index)
-                layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=draw) * 0.01)
-        loss = cross_entropy(model, ids[:, :-1], ids[:, 1:])
-        loss.backward()
-        gradients.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}))
-    (loss, found), (wanted_loss, wanted) = gradients
-    assert abs(loss - wanted_loss) < 1e-5 * wanted_loss
-    assert found.keys() == wanted.keys()
-    for name, gradient in found.items():
-        assert gradient.norm() > 0
-        assert (gradient - wanted[name]).norm() < 1e-3 * wanted[name].norm(), name
-
-
-NARROW = {"hidden_size": 64, "intermediate_size": 96}
+    ids = random_ids(2, 16, 49152)
+    assert relative_error(logits(in_blocks, ids), logits(dense, ids)) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q8_0"])
@@ -1041,17 +783,6 @@ def test_l11_scales_of_blocks_must_be_finite(tiny_hf, write_gguf, kind):
             load_pretrained(write_gguf(tiny_hf(), extra=extra), device="cpu", keep_blocks=keep)
 
 
-def test_kept_blocks_do_not_change_when_their_file_is_written_over(empty_cache, smollm2_gguf, in_blocks):
-    shutil.copytree(smollm2_gguf.parent / ENTRY, empty_cache / ENTRY)
-    path = empty_cache / ENTRY / "model.safetensors"
-    ours, _ = load_pretrained(device="cpu", keep_blocks=True)
-    with open(path, "r+b") as file:
-        file.seek(path.stat().st_size // 4)
-        file.write(bytes(path.stat().st_size // 2))
-    assert same_weights(ours, in_blocks)
-    assert not same_weights(load_pretrained(device="cpu", keep_blocks=True)[0], in_blocks)
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_model_in_blocks_is_saved_as_the_dense_one_it_stands_for(tiny_hf, write_gguf, tmp_path, tied):
     theirs = tiny_hf(**NARROW, tie_word_embeddings=tied, attention_bias=True)
@@ -1062,27 +793,3 @@ def test_a_model_in_blocks_is_saved_as_the_dense_one_it_stands_for(tiny_hf, writ
     assert same_weights(load_pretrained(folder, device="cpu")[0], theirs)
     assert ("lm_head.weight" in load_file(folder / "model.safetensors")) is not tied
     assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())
-
-
-@pytest.mark.parametrize("double", [False, True])
-def test_a_model_in_nf4_is_saved_dense_with_what_its_adapters_learned(tiny, tiny_tokenizer, tmp_path, double):
-    model = tiny()
-    before = logits(model, random_ids(2, 20))
-    quantize_nf4(model, double=double)
-    quantised = {name: module.weight for name, module in model.named_modules() if isinstance(module, BlockLinear)}
-    inject(model, LoRAConfig(rank=2, targets=["q_proj"]))
-    for layer in lora_layers(model).values():
-        torch.nn.init.constant_(layer.lora_B, 0.3)
-    merge(model)
-    theirs = hf_load(save_model(model, tmp_path, tiny_tokenizer))
-    assert load_file(tmp_path / "model.safetensors").keys() == tiny().state_dict().keys() - {"lm_head.weight"}
-    assert same_weights(load_pretrained(tmp_path, device="cpu")[0], theirs)
-    for name, weight in quantised.items():
-        assert torch.equal(theirs.get_submodule(name).weight, weight) == ("q_proj" not in name)
-    torch.testing.assert_close(
-        logits(theirs, random_ids(2, 20)), logits(model, random_ids(2, 20)), rtol=1e-5, atol=1e-4
-    )
-    assert (logits(theirs, random_ids(2, 20)) - before).abs().max() > 0.1
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-    }  # fmt: skip

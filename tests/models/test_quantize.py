@@ -9,7 +9,6 @@ import pickle
 import gguf
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 import torch.utils.checkpoint
 from hypothesis import given, settings
@@ -50,7 +49,7 @@ from lora_lab.models.quantize import (
 )
 from lora_lab.tasks import Examples, Task, cross_entropy
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
-from tests.helpers import Stopped, randomise, randomise_all, relative_error, run_python, snapshot
+from tests.helpers import Stopped, randomise, randomise_all, relative_error, snapshot
 
 KINDS = sorted(BYTES_PER_BLOCK)
 
@@ -77,21 +76,6 @@ def test_random_bytes_mean_what_the_library_says(kind, rows, blocks, seed):
     ours = dequantize(torch.from_numpy(raw.copy()), kind)
     assert ours.shape == (rows, blocks * BLOCK)
     assert_same_bits(ours, by_library(raw, kind))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_weights_come_back_within_half_a_step_and_one_changed_byte_shows(kind):
-    weight = np.random.default_rng(0).normal(size=(16, 96)).astype(np.float32)
-    raw = gguf.quants.quantize(weight, gguf.GGMLQuantizationType[kind])
-    ours = dequantize(torch.from_numpy(raw.copy()), kind)
-    assert_same_bits(ours, by_library(raw, kind))
-    largest_step = {"Q4_1": 8 / 15, "Q8_0": 4 / 127}[kind]
-    assert 0 < np.abs(ours.numpy() - weight).max() < largest_step
-    changed = torch.from_numpy(raw.copy())
-    changed[3, -1] ^= 0x55
-    where = (dequantize(changed, kind) != ours).nonzero().tolist()
-    # The last byte of a row: the last number, and in Q4_1 also the one 16 before it.
-    assert where == ([[3, 79], [3, 95]] if kind == "Q4_1" else [[3, 95]])
 
 
 def test_one_block_of_each_kind_by_hand():
@@ -157,16 +141,6 @@ def test_the_levels_are_the_published_ones():
     assert all(low < high for low, high in itertools.pairwise(LEVELS))
 
 
-def test_the_levels_are_steps_of_equal_probability_under_a_normal_curve():
-    largest = scipy.stats.norm.ppf(1 - (1 / 30 + 1 / 32) / 2)
-    up = np.diff(scipy.stats.norm.cdf(np.array(LEVELS[7:]) * largest))
-    down = np.diff(scipy.stats.norm.cdf(np.array(LEVELS[:8]) * largest))
-    np.testing.assert_allclose(up, up[0], rtol=1e-12)
-    np.testing.assert_allclose(down, down[0], rtol=1e-12)
-    assert (len(up), len(down)) == (8, 7)
-    assert down[0] / up[0] == pytest.approx(8 / 7)
-
-
 def test_a_block_of_nf4_by_hand():
     # Divided by 2: 1, -0.5, 0, 0.25, whose nearest levels are number 15, 2 (-0.525), 7 and 10 (0.246).
     packed, steps = nf4(torch.tensor([[2.0, -1.0, 0.0, 0.5]]), block=4, double=False)
@@ -197,28 +171,6 @@ def test_nf4_is_what_its_definition_says_in_every_shape(shape, block):
     assert weight.numel() <= 2 or not torch.equal(layer.weight, matrix)
 
 
-@pytest.mark.parametrize("double", [False, True])
-def test_nf4_errs_by_half_a_gap_at_most_and_zeros_stay_zeros(double):
-    weight = normal(64, 96, size=0.02)
-    weight[5:7] = 0.0  # whole blocks of zeros
-    weight[:, 3] = 0.0
-    weight[40, 40] = 0.5  # so that with double quantisation the scale of zeros is not exact
-    kind = "NF4-double" if double else "NF4"
-    packed, steps = nf4(weight, double=double)
-    found = BlockLinear(packed, kind, weight.shape, steps=steps).weight
-    largest = weight.view(-1, 64).abs().amax(dim=1, keepdim=True)
-    error = (found - weight).view(-1, 64).abs()
-    half_a_gap = np.diff(PUBLISHED).max() / 2
-    assert torch.equal(found[weight == 0], torch.zeros(int((weight == 0).sum())))
-    if not double:
-        assert (error <= half_a_gap * largest * (1 + 1e-6)).all()
-        assert (error / largest).nan_to_num().max() > 0.9 * half_a_gap  # the bound is no empty one
-        assert torch.equal(found.view(-1, 64).abs().amax(dim=1, keepdim=True), largest)  # the ends are levels
-    else:
-        spread = (largest - largest.mean()).abs()
-        assert (error <= half_a_gap * largest + spread / 16 * (1 + 1e-6) + 1e-9).all()
-
-
 def e4m3():
     """The 253 finite numbers of the format: 4 bits of exponent with bias 7, 3 of mantissa, no infinity."""
     low = [m / 8 * 2.0**-6 for m in range(8)]
@@ -246,16 +198,6 @@ def test_double_quantisation_keeps_scales_as_the_mean_and_the_nearest_step_of_e4
         assert off.max() > 1e-3  # 8 bits do round
 
 
-def test_double_quantisation_costs_little_error():
-    weight = normal(512, 576, size=0.03)
-    errors = {}
-    for double in (False, True):
-        packed, steps = nf4(weight, double=double)
-        layer = BlockLinear(packed, "NF4-double" if double else "NF4", weight.shape, steps=steps)
-        errors[double] = float((layer.weight - weight).norm() / weight.norm())
-    assert 0.08 < errors[False] < errors[True] < 1.01 * errors[False]
-
-
 def test_a_scale_below_zero_is_taken_for_zero():
     weight = torch.ones(256, 64)
     weight[0] = 1e-6  # is below the mean by 117.4 steps, which e4m3 rounds to 120
@@ -276,17 +218,6 @@ def test_blocks_that_are_all_alike_or_all_zero_come_back_as_they_are(double):
         packed, steps = nf4(weight, double=double)
         layer = BlockLinear(packed, "NF4-double" if double else "NF4", weight.shape, steps=steps)
         assert torch.equal(layer.weight, weight)
-
-
-def test_weights_that_are_no_numbers_are_no_numbers_afterwards():
-    weight = normal(4, 64)
-    weight[2, 5] = math.nan
-    packed, _ = nf4(weight, double=False)
-    found = BlockLinear(packed, "NF4", weight.shape).weight
-    assert found[2].isnan().all()
-    assert not found[[0, 1, 3]].isnan().any()
-    packed, steps = nf4(weight)
-    assert BlockLinear(packed, "NF4-double", weight.shape, steps=steps).weight.isnan().any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -349,8 +280,7 @@ WEIGHT, BIAS = normal(48, 96, size=0.1), normal(48, seed=1)
 def test_the_bits_of_a_weight_are_those_of_its_storage(kind, bits):
     layer = in_blocks(normal(512, 512, size=0.1), kind)
     stored = sum(parameter.untyped_storage().nbytes() for parameter in layer.parameters())
-    assert layer.bits_per_weight == 8 * stored / 512**2
-    assert layer.bits_per_weight == pytest.approx(bits, abs=2e-4)  # the one mean is spread over all
+    assert 8 * stored / 512**2 == pytest.approx(bits, abs=2e-4)  # the one mean is spread over all
     assert list(layer.buffers()) == []
 
 
@@ -462,32 +392,23 @@ def test_slices_cover_the_rows_in_few_pieces(rows, columns, count):
         assert len(slices) == count
 
 
-CASTS = {
-    torch.bfloat16: lambda layer: layer.bfloat16(),
-    torch.float16: lambda layer: layer.half(),
-    torch.float64: lambda layer: layer.double(),
-}
-
-
 @ALL_KINDS
-@pytest.mark.parametrize("dtype", CASTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_another_precision_changes_no_byte_and_rounds_the_weight(kind, dtype):
     layer = in_blocks(WEIGHT, kind, BIAS)
-    before, weight = {name: p.clone() for name, p in layer.named_parameters()}, layer.weight
-    for cast in (CASTS[dtype], lambda layer: layer.to(dtype)):
-        other = cast(nn.Sequential(copy.deepcopy(layer)))[0]
-        assert other.weight.dtype == other.bias.dtype == other.dtype == dtype
-        assert torch.equal(other.weight, weight.to(dtype))
-        assert torch.equal(other.packed, before["packed"])
-        assert kind != "NF4-double" or torch.equal(other.steps, before["steps"])
-        x = normal(5, 96, seed=2).to(dtype).requires_grad_()
-        twin = dense_twin(other)
-        assert torch.equal(other(x), twin(x))
-        (found,) = torch.autograd.grad(other(x).sum(), x)
-        assert found.dtype == dtype
-        assert torch.equal(found, torch.autograd.grad(twin(x).sum(), x)[0])
-        assert torch.equal(other.float().weight, weight)  # and back, for nothing was lost
-    assert torch.equal(in_blocks(WEIGHT, kind, dtype=dtype).weight, weight.to(dtype))
+    other = nn.Sequential(copy.deepcopy(layer)).to(dtype)[0]
+    assert other.weight.dtype == other.bias.dtype == other.dtype == dtype
+    assert torch.equal(other.weight, layer.weight.to(dtype))
+    assert torch.equal(other.packed, layer.packed)
+    assert kind != "NF4-double" or torch.equal(other.steps, layer.steps)
+    x = normal(5, 96, seed=2).to(dtype).requires_grad_()
+    twin = dense_twin(other)
+    assert torch.equal(other(x), twin(x))
+    (found,) = torch.autograd.grad(other(x).sum(), x)
+    assert found.dtype == dtype
+    assert torch.equal(found, torch.autograd.grad(twin(x).sum(), x)[0])
+    assert torch.equal(other.float().weight, layer.weight)  # and back, for nothing was lost
+    assert torch.equal(in_blocks(WEIGHT, kind, dtype=dtype).weight, layer.weight.to(dtype))
 
 
 def test_autocast_and_automatic_batching_find_the_same_as_in_a_dense_layer():
@@ -576,14 +497,6 @@ REFUSED = [
     (lambda: dequantize(zeros(2, 34), "Q4_1"), "34 bytes"),
     (lambda: dequantize(zeros(2, 20), "Q8_0"), "20 bytes"),
     *((lambda n=block: nf4(torch.zeros(4, 64), n), f"block is {block},") for block in (0, -64, 63, 1, 2**16 + 2, True)),
-    (lambda: BlockLinear(zeros(3, 34), "Q4_1", (1, 96)), r"\(1, 96\) in Q4_1"),
-    (lambda: BlockLinear(zeros(3, 34), "Q8_0", (1, 97)), r"\(1, 97\)"),
-    (lambda: BlockLinear(zeros(4, 34), "Q8_0", (1, 96)), r"\(4, 34\)"),
-    (lambda: BlockLinear(zeros(2, 36), "NF4", (1, 200)), r"\(1, 200\)"),
-    (lambda: BlockLinear(zeros(2, 4), "NF4", (1, 200)), r"\(2, 4\)"),
-    (lambda: BlockLinear(zeros(3, 20, dtype=torch.int8), "Q4_1", (1, 96)), "int8"),
-    (lambda: BlockEmbedding(zeros(2, 34), "Q8_0", (4, 16)), r"\(4, 16\) in Q8_0"),
-    (lambda: BlockEmbedding(nf4(WEIGHT, double=False)[0], "NF4", (48, 96)), "in NF4"),
 ]
 
 
@@ -642,13 +555,6 @@ def test_block_and_double_are_heeded(double, block, size):
     assert net(normal(5, 64)).shape == (5, 10)
 
 
-def test_a_model_in_half_precision_stays_in_it():
-    net = DigitsMLP(width=16).bfloat16()
-    quantize_nf4(net)
-    assert net.hidden1.weight.dtype == torch.bfloat16
-    assert net(normal(5, 64).bfloat16()).dtype == torch.bfloat16
-
-
 def test_models_of_other_libraries_are_quantised_too(tiny_hf):
     theirs = tiny_hf()
     ids = torch.arange(12).view(2, 6)
@@ -685,30 +591,23 @@ class Twins(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("make", "exclude", "says"),
+    ("make", "options", "named"),
     [
-        (Twins, (), "'one'"),
-        (lambda: Twins(whole=True), (), "'one'"),
-        (lambda: DigitsMLP(width=16), ["hidden1", "hidden2", "head"], "DigitsMLP .*'head'"),
-        (lambda: DigitsMLP(width=16), "head", "'head'"),
-        (lambda: DigitsMLP(width=16), ["head", "heat"], "'heat'"),
-        (lambda: nn.Linear(64, 64), (), "Linear"),
-        (lambda: adapted(DigitsMLP(width=16)), (), "3 layers"),
+        (Twins, {}, "'one'"),
+        (lambda: Twins(whole=True), {}, "'one'"),
+        (lambda: DigitsMLP(width=16), {"exclude": ["hidden1", "hidden2", "head"]}, "DigitsMLP .*'head'"),
+        (lambda: DigitsMLP(width=16), {"exclude": "head"}, "'head'"),
+        (lambda: DigitsMLP(width=16), {"exclude": ["head", "heat"]}, "'heat'"),
+        (lambda: DigitsMLP(width=16), {"block": 63}, "block is 63"),
+        (lambda: nn.Linear(64, 64), {}, "Linear"),
+        (lambda: adapted(DigitsMLP(width=16)), {}, "3 layers"),
     ],
 )
-def test_models_that_cannot_be_quantised_are_refused_and_left_as_they_were(make, exclude, says):
+def test_models_that_cannot_be_quantised_are_refused_and_left_as_they_were(make, options, named):
     net = make()
     before = snapshot(net)
-    with pytest.raises(ValueError, match=says):
-        quantize_nf4(net, exclude=exclude)
-    assert snapshot(net) == before
-
-
-def test_a_block_that_cannot_be_leaves_the_model_as_it_was():
-    net = DigitsMLP(width=16)
-    before = snapshot(net)
-    with pytest.raises(ValueError, match="block is 63"):
-        quantize_nf4(net, 63)
+    with pytest.raises(ValueError, match=named):
+        quantize_nf4(net, **options)
     assert snapshot(net) == before
 
 
@@ -776,49 +675,31 @@ def loss_and_gradients(model):
 
 @ALL_KINDS
 @VARIANTS
-def test_adapters_on_blocks_compute_and_learn_what_they_do_on_the_dequantised_model(llama, kind, layer):
+def test_adapters_on_blocks_compute_learn_write_and_merge_as_on_the_dequantised_model(llama, kind, layer):
     model = llama(kind)
     dense = to_dense(model)
-    base = model(IDS)
-    assert adapted(model, layer).lm_head is model.get_output_embeddings()
-    adapted(dense, layer)
+    base, without = model(IDS), model.generate(IDS[0], 16)
+    for one in (model, dense):
+        adapted(one, layer)
+    assert model.lm_head is model.get_output_embeddings()
     assert list(lora_layers(model)) == list(lora_layers(dense))
     assert len(lora_layers(model)) == 14
     torch.testing.assert_close(model(IDS), dense(IDS), rtol=1e-5, atol=1e-5)
     assert (model(IDS) - base).abs().max() > 0.1
+    assert torch.equal(model.generate(IDS[0], 16), dense.generate(IDS[0], 16))
+    with off(model):
+        assert torch.equal(model(IDS), base)
+        assert torch.equal(model.generate(IDS[0], 16), without)
     (loss, gradients), (expected, wanted) = loss_and_gradients(model), loss_and_gradients(dense)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     assert gradients.keys() == wanted.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6)
         assert gradient.abs().max() > 0
-
-
-@ALL_KINDS
-@VARIANTS
-def test_merged_layers_are_dense_and_compute_the_same(llama, kind, layer):
-    model = llama(kind)
-    base = model(IDS)
-    weights = {name: module.weight for name, module in model.named_modules() if isinstance(module, BlockLinear)}
-    adapted(model, layer)
-    deltas = {name: adapter.delta() for name, adapter in lora_layers(model).items()}
     with_adapters = model(IDS)
     for name in merge(model):
-        merged = model.get_submodule(name)
-        assert type(merged) is nn.Linear
-        torch.testing.assert_close(merged.weight, weights[name] + deltas[name], rtol=0, atol=1e-6)
+        assert type(model.get_submodule(name)) is nn.Linear
     torch.testing.assert_close(model(IDS), with_adapters, rtol=1e-4, atol=1e-4)
-    assert (model(IDS) - base).abs().max() > 0.1
-
-
-@ALL_KINDS
-def test_switched_off_the_model_is_the_one_in_blocks(llama, kind):
-    model = llama(kind)
-    base = model(IDS)
-    adapted(model)
-    with off(model):
-        assert torch.equal(model(IDS), base)
-    assert not torch.equal(model(IDS), base)
 
 
 @ALL_KINDS
@@ -834,43 +715,19 @@ def test_an_adapter_saved_on_blocks_loads_on_the_dense_model_and_back(llama, kin
         assert not other(IDS).allclose(base, atol=0.1)
 
 
-@ALL_KINDS
-def test_an_adapted_model_in_blocks_is_copied_pickled_and_restored(llama, kind):
-    model = adapted(llama(kind))
-    restored = adapted(llama(kind))
-    randomise(restored, seed=8)
-    assert not torch.equal(restored(IDS), model(IDS))
-    restored.load_state_dict(model.state_dict())
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), restored):
-        assert torch.equal(twin(IDS), model(IDS))
-        if kind in BYTES_PER_BLOCK:
-            assert twin.lm_head.packed is twin.model.embed_tokens.packed  # still one matrix
-
-
 def test_a_tied_head_shares_the_embeddings_blocks_and_is_not_adapted(llama):
     model = llama("Q8_0")
     bytes_of = {name: p.numel() for name, p in model.named_parameters() if p.dtype == torch.uint8}
     assert "model.embed_tokens.packed" in bytes_of
     assert "lm_head.packed" not in bytes_of  # it is the same parameter, and counted once
+    twin = pickle.loads(pickle.dumps(model))
+    assert twin.lm_head.packed is twin.model.embed_tokens.packed
     norms = sum(4 * p.numel() for p in model.parameters() if p.dtype != torch.uint8)
     assert sum(p.untyped_storage().nbytes() for p in model.parameters()) == sum(bytes_of.values()) + norms
     with pytest.raises(ValueError, match="'lm_head' is shared with another module"):
         inject(model, LoRAConfig(targets=["lm_head"]))
     with pytest.raises(ValueError, match=r"'embed_tokens' matches .*a BlockEmbedding, which cannot be adapted"):
         inject(model, LoRAConfig(targets=["embed_tokens"]))
-
-
-@ALL_KINDS
-def test_generation_writes_what_the_dequantised_model_writes(llama, kind):
-    model = llama(kind)
-    dense = to_dense(model)
-    for one in (model, dense):
-        adapted(one)
-    found = model.generate(IDS[0], 16)
-    assert len(found) == 16
-    assert torch.equal(found, dense.generate(IDS[0], 16))
-    with off(model):
-        assert not torch.equal(found, model.generate(IDS[0], 16))
 
 
 def text_task():
@@ -913,27 +770,6 @@ def test_a_run_over_blocks_is_that_over_the_dense_model_and_goes_on_after_a_stop
     history = fit(resumed, task, LoRA(rank=2), **options)
     assert [row["train_loss"] for row in history.rows[1:]] == losses
     assert torch.equal(resumed(IDS), model(IDS))
-
-
-@pytest.mark.slow
-@ALL_KINDS
-def test_a_checkpoint_meets_its_own_blocks_or_is_refused(llama, kind, tmp_path):
-    options = {"steps": 2, "lr": 0.01, "batch_size": 4, "checkpoint_dir": tmp_path}
-    fit(llama(kind), text_task(), LoRA(rank=2), **options)
-    other = llama(kind)
-    other.model.layers[0].mlp.up_proj.packed[3, 9] ^= 1
-    with pytest.raises(ValueError, match=r"other .*weights"):
-        fit(other, text_task(), LoRA(rank=2), **options)
-
-
-@ALL_KINDS
-def test_a_checkpointed_layer_is_computed_again_from_its_blocks(kind):
-    layer = adapted(nn.Sequential(in_blocks(WEIGHT, kind)))
-    x = normal(5, 96, seed=2).requires_grad_()
-    expected = torch.autograd.grad(layer(x).square().sum(), [x, layer[0].lora_A])
-    again = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
-    for found, wanted in zip(torch.autograd.grad(again.square().sum(), [x, layer[0].lora_A]), expected, strict=True):
-        assert torch.equal(found, wanted)
 
 
 # Quantising again, and merging
@@ -989,15 +825,6 @@ def test_a_requantised_layer_is_one_made_of_the_other_matrix(kind, bias):
     assert bias is None or again.bias.data_ptr() != layer.bias.data_ptr()
     assert not any(parameter.requires_grad for parameter in again.parameters())
     assert not torch.equal(again.weight, layer.weight)
-
-
-def test_a_requantised_layer_keeps_its_size_of_block_and_a_table_is_requantised_too():
-    packed, _ = nf4(WEIGHT, block=32, double=False)
-    again = BlockLinear(packed, "NF4", (48, 96)).requantized(2 * WEIGHT)
-    assert (again.block, again.packed.shape) == (32, packed.shape)
-    table = in_blocks(WEIGHT, "Q8_0").packed
-    again = BlockEmbedding(table, "Q8_0", (48, 96)).requantized(-WEIGHT)
-    assert torch.equal(again(torch.arange(48)), numbers_of(-WEIGHT, "Q8_0"))
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -1139,48 +966,16 @@ def test_a_merge_keeps_precision_and_mode_and_rounds_once(into):
     assert model(torch.ones(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_a_base_in_half_precision_is_summed_in_the_models(llama):
-    full, model = qlora(llama, "NF4")
-    layer = copy.deepcopy(model.model.layers[0].mlp.up_proj)
-    merge(model, "full-precision", full.bfloat16())
-    found = model.model.layers[0].mlp.up_proj.weight
-    assert found.dtype == torch.float32
-    assert relative_error(found, sum_by_hand(layer, full.model.layers[0].mlp.up_proj.weight)) < 1e-6
-
-
-def without(model, name):
-    replace(model, name, nn.Identity())
-    return model
-
-
-def with_another(layer):
-    def change(model):
-        model.hidden1 = layer
-        return model
-
-    return change
-
-
-def is_adapted(model):
-    inject(model, LoRAConfig(rank=1))
-    return model
-
-
-def is_quantised(model):
-    quantize_nf4(model)
-    return model
-
-
 @pytest.mark.parametrize(
     "change",
     [
         nn.Sequential,
-        lambda model: without(model, "hidden1"),
-        is_adapted,
-        is_quantised,
+        lambda model: replace(model, "hidden1", nn.Identity()) or model,
+        lambda model: inject(model, LoRAConfig(rank=1)) and model,
+        lambda model: quantize_nf4(model) and model,
+        lambda model: replace(model, "hidden1", nn.Linear(64, 16, bias=False)) or model,
+        lambda model: replace(model, "hidden1", nn.Embedding(16, 64)) or model,
         lambda _: DigitsMLP(width=8),
-        with_another(nn.Linear(64, 16, bias=False)),
-        with_another(nn.Embedding(16, 64)),
     ],
 )
 def test_a_base_that_does_not_fit_is_refused_and_nothing_is_merged(change):
@@ -1243,30 +1038,6 @@ def test_a_layer_that_cannot_be_merged_leaves_the_others_adapted(into, monkeypat
     assert snapshot(model) == before
     monkeypatch.undo()
     assert merge(model, into) == ["hidden1", "hidden2", "head"]
-
-
-def test_full_precision_over_a_dense_model_takes_the_bases_weights():
-    """Such as after training over a base in bfloat16."""
-    model, full = DigitsMLP(width=16), DigitsMLP(width=16, seed=1)
-    inject(model, LoRAConfig(rank=2))
-    layer = copy.deepcopy(randomise(model).hidden1)
-    merge(model, "full-precision", full)
-    assert relative_error(model.hidden1.weight, sum_by_hand(layer, full.hidden1.weight)) < 1e-6
-    assert torch.equal(model.hidden1.bias, full.hidden1.bias)
-
-
-@pytest.mark.slow
-def test_importing_it_loads_no_more_than_torch():
-    script = """
-import sys
-import torch
-before = set(sys.modules)
-import lora_lab.models.quantize
-new = {name.split(".")[0] for name in set(sys.modules) - before}
-print(*sorted(new - set(sys.stdlib_module_names)))
-"""
-    done = run_python(script)
-    assert done.stdout.split() == ["lazy_loader", "lora_lab"]
 
 
 @pytest.mark.parametrize("shape", [(1, 64), (2, 3, 64), (17, 64)])

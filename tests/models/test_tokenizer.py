@@ -1,11 +1,10 @@
 """The tokenizer against transformers' import of the same file, its digit rule, exact round trips, and chats."""
 
 import json
-import math
-import random
 import unicodedata
 from datetime import datetime
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -16,55 +15,32 @@ from tokenizers import Tokenizer as Backend
 
 from lora_lab.models.tokenizer import PRE_TOKENIZERS, Tokenizer
 
-PIECES = [
-    "for (auto& x : xs) { total += x->value; }",
-    "def f(self, *args):\n\treturn {'a': None}",
-    '<div class="x">&amp;</div>',
-    "SELECT name FROM users WHERE id != NULL;",
-    "https://example.org/a_b?c=d&e=%F",
-    "the quick brown fox",
-    "It's they've we'll I'd DON'T o'clock",
-    "camelCaseAndSnake_case_WITH_CAPS",
-    "Grüße, façade, naïve, Øresund, żółw, Šárka",
-    "e\u0301 a\u0308 o\u0302\u0323 Z\u0351\u0352\u0353",  # letters with combining marks
-    "Ελληνικά русский עברית العربية हिन्दी ไทย",
-    "日本語のテキスト、中文文本。한국어 텍스트",
-    "😀 👩‍👩‍👧‍👦 🏳️‍🌈 🇩🇪 👍🏽",
-    "→ ∑ ∫ ≠ ∞ € £ © ™ … — “quotes” «guillemets»",
-    "\u00a0\u2003\u200b\u200d\ufeff\u2028",  # spaces and invisible marks of many kinds
-    "\x00\x01\x07\x1b\x7f",
-    "<|im_start|>user\n",
-    "<|im_end|>",
-    "<|endoftext|>",
-    "<|im_start|",
-    "  <|endoftext|>  ",
-    "<repo_name><file_sep><issue_start>",
+HARD = [
+    *"abT 'sSlRE12\n\r\t.,!_-/éß東京ж٣½①²Ⅷǅʰªªאनि한€😀👍\0\1\xa0\u3000\u2028\x85\u200b\u200d\ufeff\ue000\u0378",
+    *(
+        "'s",
+        "'T",
+        "'re",
+        "'LL",
+        "  ",
+        "\r\n",
+        "the",
+        "<|im_end|>",
+        "<|im_start|",
+        "<tool_call>",
+        "e\u0301",
+        " = {'a': None}",
+    ),
 ]
-GAPS = ["", " ", "  ", "   ", "\n", "\n\n", "\r\n", "\t", "\t\t", " \n ", "\n    ", " " * 17]
-RANGES = [(0x20, 0x7F), (0xA0, 0x250), (0x300, 0x370), (0x400, 0x500), (0x4E00, 0x5000), (0x1F300, 0x1F650)]
 
 
-def varied_texts(count, seed=0):
-    """Texts of many kinds without a character that Unicode calls a number."""
-    draw = random.Random(seed)
-
-    def noise():
-        low, high = draw.choice(RANGES)
-        return "".join(chr(draw.randrange(low, high)) for _ in range(draw.randrange(1, 9)))
-
-    texts = ["", " ", "\n", *PIECES]
-    while len(texts) < count:
-        parts = []
-        for _ in range(draw.randrange(1, 9)):
-            parts += [draw.choice(PIECES) if draw.random() < 0.6 else noise(), draw.choice(GAPS)]
-        text = "".join(parts)
-        if draw.random() < 0.3:
-            text = text[draw.randrange(len(text)) :]
-        texts.append("".join(c for c in text if not unicodedata.category(c).startswith("N")))
-    return texts
+def hard_texts(count=1000):
+    """Texts of pieces that are hard to split."""
+    generator = np.random.default_rng(0)
+    return ["".join(generator.choice(HARD, generator.integers(1, 14))) for _ in range(count)]
 
 
-TEXTS = varied_texts(1000)
+TEXTS = ["".join(c for c in text if not unicodedata.category(c).startswith("N")) for text in hard_texts()]
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +73,6 @@ def test_ids_of_1000_varied_texts_equal_those_of_transformers(tokenizer, hf_toke
     assert differing == []
     # transformers leaves out the file's digit rule, and spaces before a digit show it.
     assert tokenizer.encode("in  2024") != hf_tokenizer("in  2024")["input_ids"]
-
-
-def test_different_texts_have_different_ids(tokenizer):
-    distinct = set(TEXTS)
-    assert len({tuple(tokenizer.encode(text)) for text in distinct}) == len(distinct)
 
 
 def test_known_tokens_and_their_number_equal_those_of_transformers(tokenizer, hf_tokenizer):
@@ -149,21 +120,6 @@ def bytes_of(piece):
     return bytes(spelling[c] for c in piece)
 
 
-def test_digits_split_first_then_the_byte_level_rule(tokenizer):
-    expected = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    for text in ("a 1", "a  12 b", "v2.0-rc1\n\n10 000", "½ Ⅷ ² ७"):
-        ours = tokenizer.backend.pre_tokenizer.pre_tokenize_str(text)
-        assert ours == expected.pre_tokenize_str(text)
-        assert ours != PRE_TOKENIZERS["gpt-2"].pre_tokenize_str(text)
-
-
-def test_gpt2_texts_are_cut_by_the_byte_level_rule_alone():
-    cut = [piece for piece, _ in PRE_TOKENIZERS["gpt-2"].pre_tokenize_str("in 2024 it's")]
-    assert cut == ["in", "Ġ2024", "Ġit", "'s"]
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -180,14 +136,6 @@ def test_llama3_texts_are_cut_with_numbers_in_groups_of_three(text, expected):
 
 
 # Round trips
-
-
-def test_varied_texts_come_back_exactly(tokenizer):
-    draw = random.Random(1)
-    for text in TEXTS:
-        mixed = "".join(c + (str(draw.randrange(1000)) if draw.random() < 0.1 else "") for c in text)
-        for each in (text, mixed):
-            assert tokenizer.decode(tokenizer.encode(each)) == each
 
 
 # Characters with a byte that the model's vocabulary lacks: six control characters, and those of Unicode's
@@ -259,10 +207,6 @@ def test_templates_of_other_models_read_as_in_transformers(tokenizer, hf_tokeniz
         assert other.chat(messages, add_generation_prompt=False) == theirs
 
 
-def test_a_chat_asks_for_the_assistants_turn_unless_told_otherwise(tokenizer):
-    assert tokenizer.chat(CHATS[0]).endswith("What is 2 + 2?<|im_end|>\n<|im_start|>assistant\n")
-
-
 def test_chatting_without_a_template_says_what_to_do(tiny_tokenizer):
     with pytest.raises(ValueError, match="no chat template; pass plain text"):
         tiny_tokenizer.chat(CHATS[0])
@@ -317,29 +261,20 @@ def test_saving_over_another_tokenizer_leaves_none_of_its_template(tiny_tokenize
         assert Tokenizer.load(tmp_path).chat_template == template
 
 
+NAMED = [{"name": "tool", "template": "a"}, {"name": "default", "template": "b"}]
+
+
 @pytest.mark.parametrize(
-    ("files", "template"),
-    [
-        ({"tokenizer_config.json": {"chat_template": "plain"}}, "plain"),
-        ({"tokenizer_config.json": {"chat_template": "plain"}, "chat_template.jinja": "a file's"}, "a file's"),
-        (
-            {
-                "tokenizer_config.json": {
-                    "chat_template": [{"name": "tool", "template": "a"}, {"name": "default", "template": "b"}]
-                }
-            },
-            "b",
-        ),
-        ({"tokenizer_config.json": {"chat_template": [{"name": "tool", "template": "a"}]}}, None),
-        ({}, None),
-    ],
-    ids=["in the config", "in a file", "several", "several without a default", "none"],
+    ("in_config", "in_file", "template"),
+    [("c", None, "c"), ("c", "f", "f"), (NAMED, None, "b"), (NAMED[:1], None, None), (None, None, None)],
 )
-def test_folders_keep_their_template_in_several_ways(tiny_tokenizer, tmp_path, files, template):
+def test_folders_keep_their_template_in_several_ways(tiny_tokenizer, tmp_path, in_config, in_file, template):
     tiny_tokenizer.save(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
-    for name, content in files.items():
-        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    if in_config is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": in_config}))
+    if in_file is not None:
+        (tmp_path / "chat_template.jinja").write_text(in_file)
     assert Tokenizer.load(tmp_path).chat_template == template
 
 
@@ -352,22 +287,13 @@ def test_special_tokens_are_read_as_words_or_as_objects(tiny_tokenizer, tmp_path
 
 
 def test_long_texts_are_never_cut_nor_short_ones_filled_up(tiny_tokenizer, tmp_path):
-    tiny_tokenizer.save(tmp_path)
-    content = json.loads((tmp_path / "tokenizer.json").read_text())
-    content["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
-    content["padding"] = {
-        "strategy": {"Fixed": 9},
-        "direction": "Right",
-        "pad_to_multiple_of": None,
-        "pad_id": 0,
-        "pad_type_id": 0,
-        "pad_token": "!",
-    }
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    text = "abcdefghijklmnop"
+    backend = Backend.from_str(tiny_tokenizer.backend.to_str())
+    backend.enable_truncation(3)
+    backend.enable_padding(length=9)
+    Tokenizer(backend).save(tmp_path)
     loaded = Tokenizer.load(tmp_path)
-    assert loaded.encode(text) == tiny_tokenizer.encode(text)
-    assert loaded.encode("a") == tiny_tokenizer.encode("a")
+    for text in ("abcdefghijklmnop", "a"):
+        assert loaded.encode(text) == tiny_tokenizer.encode(text) != backend.encode(text).ids
 
 
 REFUSED = [  # a file of the folder, what is written into it (or which entries change), and what must be named
@@ -428,7 +354,8 @@ def header(**changes):
         "tokenizer.ggml.bos_token_id": 259,
         "tokenizer.ggml.eos_token_id": 260,
     }
-    return fields | {f"tokenizer.ggml.{name}": value for name, value in changes.items()}
+    changed = fields | {f"tokenizer.ggml.{name}": value for name, value in changes.items()}
+    return {name: value for name, value in changed.items() if value is not None}
 
 
 def test_a_header_makes_a_tokenizer_with_its_merges_and_special_tokens():
@@ -461,24 +388,6 @@ def test_llama3_takes_a_word_that_is_a_token_whole_whatever_its_merges_say():
     # So llama.cpp does for this pre-tokeniser only, and Hugging Face by "ignore_merges".
     assert pieces(Tokenizer.from_gguf(header(pre="llama-bpe")), "that") == ["that"]
     assert pieces(Tokenizer.from_gguf(header(pre="gpt-2")), "that") == ["th", "a", "t"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"model": "llama"}, "llama"),
-        ({"pre": "tekken"}, "tekken"),
-        ({"model": None}, "None"),
-        ({"tokens": None}, "tokens"),
-        ({"merges": None}, "merges"),
-        ({"token_type": None}, "token_type"),
-        ({"eos_token_id": 262}, "cannot be built"),
-        ({"token_type": [1] * 261}, "cannot be built"),
-    ],
-)
-def test_a_header_that_makes_no_tokenizer_is_refused(changes, named):
-    with pytest.raises(ValueError, match=named):
-        Tokenizer.from_gguf(header(**changes))
 
 
 def test_a_llama3_header_encodes_as_the_same_tokenizer_built_by_hand():
@@ -539,12 +448,6 @@ def test_templates_may_use_what_transformers_offers(tiny_tokenizer, template, ex
     if "fixed" not in expected and expected != "no date":
         theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer.backend, chat_template=template)
         assert theirs.apply_chat_template(messages, tokenize=False) == expected
-
-
-@pytest.mark.parametrize("wrong", [-1, 10**30, math.inf])
-def test_what_is_no_id_is_told(tiny_tokenizer, wrong):
-    with pytest.raises(ValueError, match="ids"):
-        tiny_tokenizer.decode([1, wrong])
 
 
 # Texts that people bring

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from lora_lab.ablation import packing, run, studies
+from lora_lab.ablation import run, studies
 from lora_lab.models.llama import Llama
 from lora_lab.studies import ablation, memory, spectra
 from lora_lab.tasks import Examples, Task
@@ -22,8 +22,8 @@ def small_world(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(studies, "processes", lambda device: 1)
         patch.setattr(run, "_commit", lambda: COMMIT)
-        patch.setattr(packing, "_fitting", lambda *_: 4)  # to foresee how many fit takes a second each time
-        patch.setattr(packing, "_check_steps", lambda *_: None)  # of no trial here that could not train
+        patch.setattr(run, "_fitting", lambda *_: 4)  # to foresee how many fit takes a second each time
+        patch.setattr(run, "_check_steps", lambda *_: None)  # of no trial here that could not train
         patch.chdir(tmp_path_factory.mktemp("records"))
         torch.set_num_threads(1)
         yield patch

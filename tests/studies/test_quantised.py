@@ -9,8 +9,8 @@ import torch
 
 from lora_lab import LoRA, fit, merge, quantize_nf4
 from lora_lab.ablation import studies
-from lora_lab.ablation.blocks import BlockLosses
 from lora_lab.ablation.compare import compare_losses
+from lora_lab.ablation.stats import BlockLosses
 from lora_lab.adapters.edit import off
 from lora_lab.models.llama import Llama
 from lora_lab.models.quantize import FORMATS, BlockLinear, nf4

@@ -14,7 +14,7 @@ import torch
 from lora_lab import FullFineTuning, LoRA, cli, evaluate, fit, lora_layers, merge, records
 from lora_lab.ablation import studies
 from lora_lab.ablation.overfitting import compare_over_rates, summarise_trials
-from lora_lab.ablation.prediction import rank_correlations
+from lora_lab.ablation.stats import rank_correlations
 from lora_lab.models.llama import Llama
 from lora_lab.studies import planning, remedies
 from lora_lab.studies.remedies import DistanceFromBase, Setup, update_norm

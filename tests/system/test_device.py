@@ -1,12 +1,9 @@
 """Where to compute and why, how much to do, and seeds."""
 
-import random
-
-import numpy as np
 import pytest
 import torch
 
-from lora_lab.system.device import effort, pick_device, seed_everything
+from lora_lab.system.device import effort, pick_device
 from lora_lab.system.provenance import machine_info
 
 
@@ -83,19 +80,6 @@ def test_an_unknown_effort_is_refused(no_wishes):
     no_wishes.setenv("LORA_LAB_EFFORT", "some")
     with pytest.raises(ValueError, match="LORA_LAB_EFFORT is 'some', but it must be 'quick' or 'full'"):
         effort()
-
-
-def draw():
-    return torch.rand(3).tolist(), random.random(), np.random.random(3).tolist()  # noqa: NPY002
-
-
-def test_one_seed_repeats_all_three_generators():
-    drawn = []
-    for seed in (1, 1, 2):
-        seed_everything(seed)
-        drawn.append(draw())
-    assert drawn[0] == drawn[1]
-    assert all(one != other for one, other in zip(drawn[0], drawn[2], strict=True))
 
 
 def test_facts_name_versions_system_and_device():

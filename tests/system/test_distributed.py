@@ -288,9 +288,9 @@ def test_without_a_checkpoint_the_sentence_says_so(tmp_path):
         (tmp_path, f"{tmp_path} holds no checkpoint yet, so start the same command again from the beginning."),
     ):
         expected = pytest.raises(ProcessEndedError, match=re.escape(f"ends them all (SIGTERM); {says}"))
-        with expected, checkpoint.advice_if_a_process_ends(folder):
+        with expected, checkpoint.advise(folder):
             raise ProcessEndedError("SIGTERM")
-        with pytest.raises(KeyboardInterrupt, match=re.escape(says[:-1])), checkpoint.advice_if_interrupted(folder):
+        with pytest.raises(KeyboardInterrupt, match=re.escape(says[:-1])), checkpoint.advise(folder):
             raise KeyboardInterrupt
 
 
@@ -404,22 +404,6 @@ def test_torchrun_says_once_what_is_wrong(arguments, tmp_path):
     assert started.returncode == 1
     (sentence,) = sentences(report)
     assert sentence.endswith("(Not a directory); name another folder, or make this one writable.")
-
-
-class GoneStore:
-    """A store whose process has ended."""
-
-    def add(self, name, amount):
-        raise RuntimeError("Connection reset by peer")
-
-
-def test_of_several_errors_the_first_is_reported_and_without_a_store_each(monkeypatch):
-    store = dist.HashStore()
-    for restarts in (0, 1):
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
-        assert [distributed._is_first_error(store) for _ in range(3)] == [True, False, False]
-    assert distributed._is_first_error(GoneStore())
-    assert distributed._is_first_error(GoneStore())
 
 
 def test_other_commands_are_not_for_torchrun(monkeypatch, capsys):

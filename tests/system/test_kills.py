@@ -7,7 +7,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import time
 
 import pytest
@@ -17,6 +16,7 @@ from lora_lab import Llama, LoRAConfig, inject, load_adapter, load_pretrained, l
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import LlamaConfig
 from lora_lab.models.tokenizer import Tokenizer
+from tests.helpers import run_killed
 
 KILLS = int(os.environ.get("LORA_LAB_KILLS", "20"))
 SIZES = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -51,29 +51,6 @@ def read_numbers(kind, folder):
     (weights,) = folder.glob("*.safetensors")
     content = weights.read_bytes()
     return held | {"numbers": content[8 + int.from_bytes(content[:8], "little") :]}
-
-
-def run_killed(function, moment):
-    """Call the function in a process that is killed at a moment: before one of its renames, or after seconds."""
-    if (pid := os.fork()) == 0:
-        renames = 0
-
-        def hook(event, _):
-            nonlocal renames
-            if event == "os.rename" and isinstance(moment, int):
-                renames += 1
-                if renames == moment:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        import sys
-
-        sys.addaudithook(hook)
-        function()
-        os._exit(0)
-    if isinstance(moment, float):
-        time.sleep(moment)
-        os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -94,12 +94,6 @@ def test_untracked_files_and_records_are_no_changes_of_the_code(checkout):
 
 
 @needs_git
-def test_a_worktree_is_a_checkout_too(checkout, tmp_path):
-    git(checkout, "worktree", "add", "--quiet", str(tmp_path / "other"))
-    assert provenance.commit_of(tmp_path / "other") == git(checkout, "rev-parse", "HEAD")
-
-
-@needs_git
 def test_where_there_is_no_commit_none_is_named(checkout, tmp_path):
     assert provenance.commit_of(tmp_path) == "unknown"
     assert provenance.commit_of(tmp_path / "none") == "unknown"

@@ -1,18 +1,35 @@
-"""Content of files against annotated types: what is accepted, and the sentence that names what is not."""
+"""Content of files and arguments against annotated types, tensors that must be finite, and results as JSON."""
 
+import json
 import math
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Protocol, Required, runtime_checkable
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from pydantic import Field
+from torch._subclasses.fake_tensor import FakeTensorMode
 from typing_extensions import TypedDict
 
-from lora_lab.system.schema import Count, Number, Positive, Seed, Size, check, check_fields
+from lora_lab.system.schema import (
+    Count,
+    Number,
+    Positive,
+    Seed,
+    Size,
+    check,
+    check_fields,
+    check_finite,
+    json_text,
+    plain,
+    rows_of,
+)
 
 
 class Content(TypedDict, total=False):
@@ -112,8 +129,77 @@ def test_what_is_wrong_is_said_in_one_short_sentence_that_names_it(call, begins)
 
 
 @pytest.mark.parametrize("whole", [3, np.int8(3), np.uint64(3), np.array(3), torch.tensor(3)])
-@pytest.mark.parametrize("half", [0.5, np.float16(0.5), np.array(0.5), torch.tensor(0.5), Fraction(1, 2)])
+@pytest.mark.parametrize(
+    "half", [0.5, np.float16(0.5), np.array(0.5), torch.tensor(0.5), Fraction(1, 2), Decimal("0.5")]
+)
 def test_numbers_of_other_libraries_become_pythons(whole, half):
     assert (type(check(whole, Size, "steps")), type(check(half, Number, "lr"))) == (int, float)
     shape = Shape(whole, half)
     assert (shape, type(shape.width), type(shape.scale)) == (Shape(3, 0.5), int, float)
+
+
+# Tensors
+
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_first_tensor_with_a_number_that_is_not_finite_is_named(dtype):
+    good = torch.randn(3, 4).to(dtype)
+    check_finite([("a", good), ("b", good)])
+    for number in (math.nan, math.inf, -math.inf):
+        bad = good.float().clone()
+        bad[1, 2] = number
+        bad = bad.to(dtype)
+        if bad.float().isfinite().all():  # a type without infinity may have rounded to its largest number
+            continue
+        with pytest.raises(ValueError, match=r"^b holds numbers that are NaN or infinite, or above 1e\+09; "):
+            check_finite([("a", good), ("b", bad), ("c", bad)])
+        with pytest.raises(ValueError, match=r"^x\.safetensors: b holds numbers that are NaN"):
+            check_finite([("b", bad)], "x.safetensors")
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_number_whose_products_are_infinite_is_not_taken_for_a_weight(sign):
+    check_finite([("b", torch.tensor([0.5, sign * 1e9]))])
+    with pytest.raises(ValueError, match=r"^b holds numbers .*, or above 1e\+09; "):
+        check_finite([("b", torch.tensor([0.5, sign * 1.001e9]))])
+
+
+def test_tensors_without_values_and_whole_numbers_pass():
+    with FakeTensorMode():
+        fake = torch.ones(2)
+    check_finite([("i", torch.ones(2, dtype=torch.int32)), ("m", torch.ones(2, device="meta")), ("f", fake)])
+    check_finite(
+        [("empty", torch.ones(0, 3)), ("scalar", torch.tensor(1.0)), ("parameter", torch.nn.Parameter(torch.ones(2)))]
+    )
+
+
+# Results as JSON
+
+
+def test_numbers_that_json_lacks_are_null_and_tuples_are_lists():
+    value = {"a": (1, math.nan, [math.inf, {"b": -math.inf}]), "path": Path("x") / "y", "text": "nan", "yes": True}
+    assert plain(value) == {
+        "a": [1, None, [None, {"b": None}]],
+        "path": str(Path("x") / "y"),
+        "text": "nan",
+        "yes": True,
+    }
+    assert json.loads(json_text(value)) == plain(value)
+    assert plain({"a": 1.5, "b": None}) == {"a": 1.5, "b": None}
+
+
+def test_a_frames_missing_values_are_null_and_its_numbers_pythons():
+    frame = pandas.DataFrame({"n": pandas.array([1, None], dtype="Int64"), "x": [0.5, math.nan], "t": ["a", None]})
+    assert rows_of(frame) == [{"n": 1, "x": 0.5, "t": "a"}, {"n": None, "x": None, "t": None}]
+    assert json.loads(json_text(rows_of(frame.assign(m=[1, 2])))) == [
+        {"n": 1, "x": 0.5, "t": "a", "m": 1},
+        {"n": None, "x": None, "t": None, "m": 2},
+    ]
+
+
+def test_what_json_has_no_form_for_is_an_error():
+    with pytest.raises(ValueError, match="object"):
+        json_text({"a": object()})

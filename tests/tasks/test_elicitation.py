@@ -67,22 +67,16 @@ def shown(asked):
     return [(prompt, answer) for (_, prompt), (_, answer) in zip(turns[::2], turns[1::2], strict=True)]
 
 
-def test_examples_are_training_pairs_that_the_seed_draws(task):
-    train = {(pair.prompt, pair.answer) for pair in task.pairs["train"]}
+def test_examples_are_training_pairs_that_the_seed_draws_and_the_control_has_answers_of_others(task):
+    answer_of = {pair.prompt: pair.answer for pair in task.pairs["train"]}
     draws = [shown(few_shot(task, 5, seed)) for seed in range(4)]
-    for examples in draws:
-        assert len(set(examples)) == 5
-        assert set(examples) <= train
     assert draws[0] == shown(few_shot(task, 5, 0))
     assert len({tuple(examples) for examples in draws}) == 4
-
-
-def test_the_control_shows_the_same_prompts_with_answers_of_others(task):
-    answer_of = {pair.prompt: pair.answer for pair in task.pairs["train"]}
-    for seed in range(4):
-        plain, control = shown(few_shot(task, 5, seed)), shown(few_shot(task, 5, seed, random_answers=True))
-        assert [prompt for prompt, _ in control] == [prompt for prompt, _ in plain]
+    for seed, plain in enumerate(draws):
+        control = shown(few_shot(task, 5, seed, random_answers=True))
+        assert len(set(plain)) == 5
         assert all(answer == answer_of[prompt] for prompt, answer in plain)
+        assert [prompt for prompt, _ in control] == [prompt for prompt, _ in plain]
         assert not any(answer == answer_of[prompt] for prompt, answer in control)
         assert len({answer for _, answer in control} & set(answer_of.values())) == 5
 
@@ -166,27 +160,18 @@ def test_calibration_removes_a_preference_that_has_nothing_to_do_with_the_text()
 # Probe
 
 
+@pytest.mark.parametrize("kind", ["ours", "transformers'"])
 @torch.no_grad()
-def test_the_last_state_of_a_prompt_is_what_the_head_reads_alone_and_in_a_batch(task, talker):
+def test_the_last_state_of_a_prompt_is_what_the_head_reads_alone_and_in_a_batch(task, talker, kind):
+    shape = SHAPE | {"vocab_size": 260, "max_position_embeddings": 128, "tie_word_embeddings": False}
+    model = talker if kind == "ours" else transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).eval()
     pairs = [Pair("x" * (1 + 7 * i % 30), "good") for i in range(9)]
-    states = last_states(talker, task, pairs, batch_size=4)
+    states = last_states(model, task, pairs, batch_size=4)
     for pair, state in zip(pairs, states, strict=True):
-        alone = talker.model(torch.tensor([task.prompt_ids(pair)]))[0, -1]  # (width,)
-        assert torch.allclose(state, alone, atol=1e-4)
+        alone = model.model(torch.tensor([task.prompt_ids(pair)]))  # (1, length, width)
+        assert torch.allclose(state, alone[0][-1] if kind == "ours" else alone[0][0, -1], atol=1e-4)
     assert not torch.allclose(states[0], states[1], atol=1e-2)
-    before = len(talker.lm_head._forward_pre_hooks)
-    last_states(talker, task, pairs[:1])
-    assert len(talker.lm_head._forward_pre_hooks) == before == 0
-
-
-@torch.no_grad()
-def test_the_last_state_of_a_model_of_transformers(task):
-    shape = SHAPE | {"vocab_size": 260, "max_position_embeddings": 128}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, tie_word_embeddings=False)).eval()
-    pairs = [Pair("short", "good"), Pair("somewhat longer", "bad")]
-    for pair, state in zip(pairs, last_states(model, task, pairs), strict=True):
-        ids = torch.tensor([task.prompt_ids(pair)])
-        assert torch.allclose(state, model(ids, output_hidden_states=True).hidden_states[-1][0, -1], atol=1e-4)
+    assert not model.lm_head._forward_pre_hooks
 
 
 def planted(n, seed, noise=0.5):

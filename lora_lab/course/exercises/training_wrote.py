@@ -457,7 +457,7 @@ intruders = Exercise(
 @intruders.must()
 def depends_on_the_size_alone(intruders, rng):
     """The count depends on the size given, not on the update's norm: it is 0 at a tiny size, large at a large one."""
-    W, update = (torch.from_numpy(rng.normal(size=(30, 34))).float() for _ in range(2))
+    W, update = (torch.from_numpy(rng.normal(size=(80, 84))).float() for _ in range(2))
     counts = [float(intruders(W, factor * update, 1.0)) for factor in (0.01, 1.0, 300.0)]
     return len(set(counts)) == 1 and intruders(W, update, 1e-4) == 0 and intruders(W, update, 50.0) > 5
 

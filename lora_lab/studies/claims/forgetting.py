@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 from lora_lab.ablation.compare import compare_by_seed
 from lora_lab.ablation.overfitting import at_equal_learning, compare_over_rates, summarise_trials
-from lora_lab.ablation.prediction import rank_correlations
-from lora_lab.ablation.stats import t_bounds
+from lora_lab.ablation.stats import rank_correlations, t_bounds
 from lora_lab.studies.claims.deciding import Result, decides, excludes_zero, over_cases, yes_or_no
 from lora_lab.studies.claims.facts import Claim
 from lora_lab.studies.claims.measured import MIN_SEEDS

@@ -16,8 +16,7 @@ from itertools import combinations
 import numpy as np
 import pandas
 
-from lora_lab.ablation.blocks import losses_by_seed
-from lora_lab.ablation.stats import CONFIDENCE, outer_bounds
+from lora_lab.ablation.stats import CONFIDENCE, losses_by_seed, outer_bounds
 from lora_lab.studies.claims.deciding import Result, decides, over_cases, turned_by
 from lora_lab.studies.claims.facts import Claim
 from lora_lab.studies.claims.measured import MARGIN, MIN_SEEDS
