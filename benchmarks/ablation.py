@@ -39,7 +39,7 @@ from lora_lab.ablation.packed import Run
 from lora_lab.costs.fake import copy_sharing_weights
 from lora_lab.costs.setup import Setup
 from lora_lab.models import shapes
-from lora_lab.studies import ablation as recorded
+from lora_lab.studies import spectra as recorded
 from lora_lab.tasks import Examples, Task
 
 PARTS = ("digits", "smollm2", "study")  # those run if none is named

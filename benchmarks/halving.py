@@ -25,7 +25,7 @@ from lora_lab import records
 from lora_lab.ablation import Halving, RankVerdict, ablate, overfitting, smallest_sufficient_rank, studies
 from lora_lab.ablation.compare import best_rates
 from lora_lab.ablation.halving import replay, share_of_steps
-from lora_lab.studies import ablation
+from lora_lab.studies import spectra
 from lora_lab.system.device import pick_device
 
 DRAWS = {"first": ([1, 2, 4, 8, 16], range(5)), "second": ([1, 3, 6, 12, 24], range(10, 15))}  # ranks and seeds
@@ -105,7 +105,7 @@ def of_records() -> None:
 def of_ablation(folder: Path) -> None:
     """The rates of the record of ranks, chosen again on its first seed."""
     device, margin = pick_device()[0], studies.defaults_of("docs").margin
-    planned, whole = ablation.plan(device), records.load_all("ablation")["amd-epyc-2-cores-ablation"].frame()
+    planned, whole = spectra.plan(device), records.load_all("ablation")["amd-epyc-2-cores-ablation"].frame()
     options = {"alpha_per_rank": 2, "steps": planned.steps, "batch_size": planned.batch_size}
     options |= {"eval_every": planned.steps // 10, "eval_examples": planned.eval_examples}
     model, task = studies.study("docs", planned.seq_len, device)

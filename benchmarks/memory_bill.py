@@ -11,13 +11,19 @@ tensors: libraries' own buffers and the heap's holes are what is left over.
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import common
 
-from lora_lab.studies import memory
+from lora_lab.studies import steps
 from lora_lab.system.device import pick_device
 
 GOAL = {"cpu": 0.03, "cuda": 0.05}
+
+
+def describe(row: dict[str, Any]) -> str:
+    """Return the case of a row, such as "LoRA r=8 on small, 4 x 128"."""
+    return f"{row['setup']} on {row['model']}, {row['batch']} x {row['length']}"
 
 
 def main() -> None:
@@ -29,17 +35,17 @@ def main() -> None:
     device, _ = pick_device(options.device)
     common.print_machine(device)
     rows = []
-    for row in memory.rows(device, options.models):
+    for row in steps.record_memory(device, options.models):
         rows.append(row)
-        print(memory.line(row), flush=True)
-    off = {memory.describe(row): row["predicted_bytes"] / row["measured_bytes"] - 1 for row in rows}
+        print(steps.tell_memory(row), flush=True)
+    off = {describe(row): row["predicted_bytes"] / row["measured_bytes"] - 1 for row in rows}
     worst = max(off, key=lambda name: abs(off[name]))
     within = sum(abs(value) <= GOAL[device.type] for value in off.values())
     print(f"\n{len(rows)} configurations, {within} within {GOAL[device.type]:.0%}; worst {off[worst]:+.2%}: {worst}")
     if all(row["process_bytes"] is not None for row in rows):
-        over = {memory.describe(row): row["process_bytes"] - row["measured_bytes"] for row in rows}
+        over = {describe(row): row["process_bytes"] - row["measured_bytes"] for row in rows}
         most = max(over, key=over.__getitem__)
-        near = sum(over[memory.describe(row)] <= 0.1 * row["measured_bytes"] for row in rows)
+        near = sum(over[describe(row)] <= 0.1 * row["measured_bytes"] for row in rows)
         print(
             f"the process grew by at most 10 % more than that in {near} of {len(rows)}; "
             f"libraries and heap took {min(over.values()) / 2**20:.0f} to {over[most] / 2**20:.0f} MiB (most: {most})"

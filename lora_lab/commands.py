@@ -564,8 +564,7 @@ def record(
     from dataclasses import asdict
 
     from lora_lab.studies import records, submission
-    from lora_lab.studies.recorder import take_over
-    from lora_lab.studies.registry import OF_MODELS, recorder
+    from lora_lab.studies.recorder import find_recorder, take_over
     from lora_lab.system.device import pick_device
     from lora_lab.system.files import check_writable, rescued
     from lora_lab.system.provenance import commit as current_commit
@@ -576,12 +575,12 @@ def record(
         rows = counted(len(found.rows), "row")
         print(f"{what} is whole: {found.what!r} on {found.device}, {found.date}, {rows}")
         return None
-    if models and what not in OF_MODELS:
-        names = " and ".join(OF_MODELS)
+    if models and what not in records.OF_MODELS:
+        names = " and ".join(records.OF_MODELS)
         raise ValueError(f"--models is for {names}, but {what} is about SmolLM2-135M only; leave it out.")
     if models and not out:
         raise ValueError("A record of some models would replace that of all models; name another folder with --out.")
-    chosen = recorder(what)
+    chosen = find_recorder(what)
     where, why = pick_device(device)
     print(f"Device: {why}")
     command = f"lora-lab record {what}"
@@ -595,7 +594,7 @@ def record(
     if begun := take_over(what):
         print(f"{counted(begun, 'trial')} of a record that was begun earlier need not be run again.")
     rows = []
-    for row in chosen.rows(where, list(models) or None) if what in OF_MODELS else chosen.rows(where):
+    for row in chosen.rows(where, list(models) or None) if what in records.OF_MODELS else chosen.rows(where):
         rows.append(row)
         if text := chosen.line(row):
             print(text, flush=True)
@@ -626,7 +625,7 @@ def claims(id: str | None = None, /, records: str | None = None, lessons: str | 
 
     from lora_lab.studies import claims
     from lora_lab.studies.claims.ledger import WIDTH
-    from lora_lab.studies.registry import NAMES
+    from lora_lab.studies.records import KINDS
 
     for name, folder in (("records", records), ("lessons", lessons)):
         if folder and not Path(folder).is_dir():
@@ -636,7 +635,7 @@ def claims(id: str | None = None, /, records: str | None = None, lessons: str | 
         print(claims.table(entries, max(WIDTH, shutil.get_terminal_size((WIDTH, 0)).columns)))
         return [entry.to_dict() for entry in entries.values()]
     entry = claims.verdict(id, records, lessons)
-    print(f"{entry.explained()}\n\n{entry.how_to_run(NAMES)}")
+    print(f"{entry.explained()}\n\n{entry.how_to_run(KINDS)}")
     return [entry.to_dict()]
 
 

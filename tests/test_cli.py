@@ -33,7 +33,7 @@ from tests.helpers import ROOT, command, error_line, printed_json, randomise
     ("work", "arguments"),
     [
         ("lora_lab.demo.run_in_subprocess", ["demo"]),
-        ("lora_lab.studies.memory.run_in_subprocess", ["record", "memory", "--device", "cpu"]),
+        ("lora_lab.studies.steps.run_in_subprocess", ["record", "memory", "--device", "cpu"]),
         ("lora_lab.ablation.ablate", ["ablate", "--task", "planted"]),
         ("lora_lab.analysis.spectra.report", ["analyze", "adapter"]),
     ],

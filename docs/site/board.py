@@ -17,9 +17,8 @@ from lora_lab.ablation import overfitting
 from lora_lab.costs.memory import MIB
 from lora_lab.studies.claims.deciding import DECIDERS, DEPENDS, FALLS, OPEN, STANDS, Result, judge_record
 from lora_lab.studies.claims.measured import ALSO, at_inner_rates, time_interval
-from lora_lab.studies.memory import SMALL
-from lora_lab.studies.records import Published, Record
-from lora_lab.studies.registry import HOURS, NAMES
+from lora_lab.studies.records import KINDS, Published, Record
+from lora_lab.studies.steps import SMALL
 
 QUESTIONS = dict(re.findall(r"^(\w+) +(\S.*)$", studies.__doc__, re.MULTILINE))
 COUNTED = (STANDS, FALLS, DEPENDS, OPEN)
@@ -93,11 +92,11 @@ def page(source: Path, entries: Mapping[str, claims.Entry], folder: Path) -> str
     plots.use_style()
     published = {path.stem: records.published(path.stem, source) for path in sorted(source.glob("published/*.json"))}
     board = Board(records.load_all(folder=source), published, entries, folder)
-    recorded = [kind for kind in NAMES if board.of_kind(kind)]
-    missing = [kind for kind in NAMES if kind not in recorded]
+    recorded = [kind for kind in KINDS if board.of_kind(kind)]
+    missing = [kind for kind in KINDS if kind not in recorded]
     parts = [
         "# What has been measured, and what did it show?",
-        f"{len(recorded)} of {len(NAMES)} studies are recorded. For each record the table counts the claims about LoRA "
+        f"{len(recorded)} of {len(KINDS)} studies are recorded. For each record the table counts the claims about LoRA "
         "that stand by it, fall, depend on something, or stay open. All verdicts are computed from the records when "
         "this page is built ([how](../docs/claims.md)). Select a heading to sort the table.",
         "Your machine is not here? [How to add its records](README.md).",
@@ -122,7 +121,7 @@ def overview(board: Board, missing: list[str]) -> str:
         return [counter[verdict] if results else "" for verdict in COUNTED]
 
     rows = []
-    for name, record in sorted(board.every.items(), key=lambda item: NAMES.index(item[1].what)):
+    for name, record in sorted(board.every.items(), key=lambda item: list(KINDS).index(item[1].what)):
         results = [result.verdict for result in board.verdicts(record).values()]
         link = f"[{len(record.rows):,}]({name}.md)"
         rows.append([in_study(record.what), *counts(results), escaped(record.device), record.date, link])
@@ -166,7 +165,7 @@ def unrecorded(board: Board, kind: str) -> str:
     """A study that has no record: what makes one, and how many claims it will decide."""
     count = len(board.waiting(kind))
     waits = {0: "no claim waits", 1: "one claim waits"}.get(count, f"{count} claims wait")
-    command = f"`lora-lab record {kind}`, {HOURS[kind]} on two cores"
+    command = f"`lora-lab record {kind}`, {KINDS[kind].hours} on two cores"
     return f"(study-{kind})=\n**{kind}**: {QUESTIONS[kind]} ({command}; {waits} for it)"
 
 

@@ -27,8 +27,7 @@ from sphinx.cmd.build import build_main
 import lora_lab
 from lora_lab import claims, records
 from lora_lab.course import copies
-from lora_lab.studies.claims.deciding import ANY_MACHINE, DECIDERS, VERDICTS
-from lora_lab.studies.claims.facts import NONE_GIVEN
+from lora_lab.studies.claims.deciding import ANY_MACHINE, DECIDERS, NONE_GIVEN, VERDICTS
 
 ROOT = Path(__file__).resolve().parents[2]  # links are resolved, too
 REPOSITORY_PAGES = ["CONTRIBUTING.md", "SECURITY.md", "records/README.md"]

@@ -1,30 +1,19 @@
 """The runs behind the records, the records, and the ledger of claims.
 
-A file is named after the record that it makes: ``lora-lab record NAME`` runs ``studies/NAME.py``.
+A study is data: ``records.KINDS`` says which file makes which record, for ``lora-lab record NAME``.
 
-records      measured runs with their provenance
-recorder     what a recorder is
-registry     all recorders, by name
+records      measured runs with their provenance, and the kinds of them
+recorder     how a record is made: cases and tuned studies, and how long they take
 claims/      what is claimed about LoRA, and what holds: a ledger whose verdicts are computed
-
-memory       memory of training steps, predicted and measured
-speed        times of training steps, predicted and measured
-planning     how long a study takes, before it starts
-tuned        recorders of studies that compare setups at their own best learning rates
-rates        how the best learning rate depends on the rank
-quality      is LoRA as good as full fine-tuning, after how many steps?
-targets      which layers should have adapters
-variants     do variants of LoRA learn more?
+steps        memory and times of training steps, predicted and measured
+methods      records of tuned methods: quality, targets, variants
+rates        how the best learning rate depends on the rank; does one run tell which rank is enough?
 quantised    what a base in fewer bits costs, and what its merges lose
-rank_advice  does one run at a high rank tell which rank is enough?
 taught       what courses print, as taught and then tuned
-ablation     which rank is enough
-spectra      what training writes into the weights
-overfitting  which method overfits, and which forgets
-remedies     what eases forgetting, and what predicts it
+spectra      which rank is enough, and what training writes into the weights
+forgetting   which method overfits, which forgets, and what eases it
 head_start   is fine-tuning better than training from scratch?
-downstream   can the model learn a downstream task?
-elicitation  how much of that can it do untrained, if asked well?
+downstream   can the model learn a downstream task, and how much of it can it do untrained?
 translation  can the real model learn to translate?
 submission   is a record that somebody hands in whole?
 """

@@ -1,22 +1,28 @@
-"""``lora-lab record downstream``: can the real model learn a downstream task, and how good is it then?
+"""``lora-lab record downstream`` and ``elicitation``: what can the real model learn, and what could it already?
 
-Sentiment, summaries, translation and a style, each by full fine-tuning and by LoRA at its own learning rate (chosen by
-validation loss on one seed), with three seeds. The baselines are the model without training (zero-shot), answers that
-need no model (trivial), and for sentiment a randomly initialised model of the same shape (scratch). Scores are on the
-whole test part.
-
-On two cores it takes hours; a run that was stopped continues. On a GPU there are more steps, seeds and languages.
+downstream   Sentiment, summaries, translation and a style, each by full fine-tuning and by LoRA at its own rate (chosen
+             by validation loss on one seed), with three seeds. The baselines are the model untrained
+             (zero-shot), answers that need no model (trivial), and for sentiment a randomly initialised model of the
+             same shape (scratch). Scores are on the whole test part. On two cores it takes hours; on a GPU there are
+             more steps, seeds and languages.
+elicitation  The tasks, the test prompts and the scores are those of ``downstream``, but for the style, where one answer
+             to all prompts has the highest score already. Each task is asked without examples (zero-shot) and with
+             training examples in the prompt (few-shot); sentiment also with calibrated labels, and by a linear probe
+             that sees the training examples of LoRA's trial with the same seed. Numbers of examples, calibration and
+             penalties are chosen on the validation part. Each has a control that can refute it: examples with random
+             answers, and a probe that learned shuffled labels. On two cores it takes half an hour.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,26 +30,32 @@ from lora_lab.ablation import studies
 from lora_lab.ablation.compare import last_rows
 from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.results import SCORE
-from lora_lab.ablation.run import ablate
+from lora_lab.ablation.stats import interval
+from lora_lab.costs.fake import Factory
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.models.llama import Llama
 from lora_lab.models.pretrained import SMOLLM2, load_pretrained
-from lora_lab.studies.recorder import Row, record_trials
+from lora_lab.studies.recorder import Case, Recorder, Row, record_trials
 from lora_lab.system.schema import plain
 from lora_lab.task import Task
 from lora_lab.tasks import TASKS
 from lora_lab.tasks.datasets import style
-from lora_lab.tasks.generate import answers
+from lora_lab.tasks.elicitation import CONTENT_FREE, PENALTIES, calibrated, content_free, few_shot, linear_probe
+from lora_lab.tasks.generate import answers, classes, last_states, log_likelihoods
 from lora_lab.tasks.instruction import PairTask
 from lora_lab.tasks.metrics import METRICS, StyleJudge, score, trivial
-from lora_lab.train import evaluate
+from lora_lab.train import DataOrder, evaluate
 
 SCRATCH = "scratch"
 SETUPS: dict[str, Method] = {"full": FullFineTuning(), "LoRA r=8": LoRA(8, 16), SCRATCH: FullFineTuning()}
 FROM_SCRATCH = ("sentiment",)  # tasks that are also learned from scratch
 SHOWN = 3  # answers per method in the record
-_PREDICTIONS = [f"{SCORE}prediction_{i}" for i in range(SHOWN)]  # the columns of a trial's answers in the table
 _LOSSES = ("validation_loss", "off_domain_loss", "test_loss")
+
+
+def start_from_random(seed: int, device: torch.device) -> Factory:
+    """Return what makes a model of the language model's shape with random weights, the same for each seed."""
+    return partial(studies.random_init, device)
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,7 @@ class Plan:
     Args:
         steps: of each task.
         lrs: the learning rates to try for each setup.
-        seeds: how many seeds.
+        seeds: how many seeds; the first chooses the rates.
         batch_size: of a trial.
         eval_examples: how many examples of each part the losses are of, from its first.
     """
@@ -64,15 +76,30 @@ class Plan:
     batch_size: int
     eval_examples: int
 
-    def trial(self, task: str, setup: str, lr: float, seed: int) -> Trial:
-        """Return one trial, evaluated before and after training."""
+    def trial(self, task: str, setup: str) -> Trial:
+        """Return a setup's trial, evaluated before and after training; rate and seed are to be filled in."""
         steps = self.steps[task]
         options: dict[str, Any] = {"steps": steps, "eval_every": steps, "batch_size": self.batch_size}
-        return Trial(SETUPS[setup], lr, seed, eval_examples=self.eval_examples, **options)
+        return Trial(SETUPS[setup], self.lrs[setup][0], eval_examples=self.eval_examples, **options)
+
+    def case(self, task: str) -> Case:
+        """Return what is trained on a task."""
+        lrs = {setup: rates for setup, rates in self.lrs.items() if setup != SCRATCH or task in FROM_SCRATCH}
+        return Case(
+            {"about": "result", "task": task},
+            {setup: self.trial(task, setup) for setup in lrs},
+            lrs,
+            range(1),
+            range(1, self.seeds),
+            partial(load_task_of_seed, task),
+            {SCRATCH: start_from_random},
+            options={"judge": judge},
+            shared=True,
+        )
 
 
 def plan(device: torch.device) -> Plan:
-    """What two cores can do in a few hours, or a GPU in one."""
+    """Return what two cores can do in a few hours, or a GPU in one."""
     if device.type == "cuda":
         steps = {"sentiment": 207, "summarise": 226, "style": 81, "style-plain": 81}
         steps |= {f"translate-{language}": 279 for language in ("fr", "de", "es")}
@@ -84,16 +111,16 @@ def plan(device: torch.device) -> Plan:
     return Plan(steps, lrs, seeds=3, batch_size=8, eval_examples=32)
 
 
-def settings(device: torch.device) -> dict[str, Any]:
-    """How the rows are made, as the record states it."""
+def describe_downstream(device: torch.device) -> dict[str, Any]:
+    """Return how the rows are made, as the record states it."""
     planned = plan(device)
     lrs = {setup: list(rates) for setup, rates in planned.lrs.items()}
     task = next(iter(planned.steps))
-    setups = {setup: planned.trial(task, setup, rates[0], 0).to_dict()["method"] for setup, rates in lrs.items()}
+    setups = {setup: planned.trial(task, setup).to_dict()["method"] for setup in lrs}
     return {**asdict(planned), "lrs": lrs, "setups": setups}
 
 
-def rows(device: torch.device, folder: Path) -> Iterator[Row]:
+def record_downstream(device: torch.device, folder: Path) -> Iterator[Row]:
     """Yield the rows of a record; ``about`` names what a row is about.
 
     "task": a task and its size. "result": losses and scores of one setup and seed at the setup's chosen rate, with the
@@ -106,18 +133,23 @@ def rows(device: torch.device, folder: Path) -> Iterator[Row]:
 
 
 def load_task(name: str) -> PairTask:
-    """A downstream task for the real model."""
+    """Return a downstream task for the real model."""
     return cast(PairTask, TASKS[name](load_pretrained(SMOLLM2)[1]))
 
 
+def load_task_of_seed(name: str, seed: int) -> PairTask:
+    """Return the task, which is the same for each seed."""
+    return load_task(name)
+
+
 def evaluate_answers(model: nn.Module, task: PairTask) -> tuple[dict[str, float], list[str]]:
-    """Scores on the test part, and the first answers of that part."""
+    """Return the scores on the test part, and the first answers of that part."""
     predictions = answers(cast(Llama, model), task)
     return scores(task, predictions) | _plain_loss(model, task), predictions[:SHOWN]
 
 
 def scores(task: PairTask, predictions: list[str]) -> dict[str, float]:
-    """Scores of answers to the test part; for stories, the share that a classifier takes for the log."""
+    """Return the scores of answers to the test part; for stories, the share that a classifier takes for the log."""
     if task.metric in METRICS:
         return score(task, predictions)
     return {"in_style": _style_judge(task).share(predictions)}
@@ -128,21 +160,16 @@ def _style_judge(task: PairTask) -> StyleJudge:
 
 
 def _plain_loss(model: nn.Module, task: PairTask) -> dict[str, float]:
-    """For stories, the test loss on the same stories in plain style, which grows as the style replaces it."""
+    """Return for stories the test loss on the same stories in plain style, which grows as the style replaces it."""
     if task.metric in METRICS:
         return {}
     return {"plain_loss": evaluate(model, style(task.tokenizer, "plain"), "test")}
 
 
 def judge(model: nn.Module, task: Task) -> dict[str, float | str]:
-    """Scores and answers of a trial, as its file stores them: by name, in one dict."""
+    """Return the scores and answers of a trial, as its file stores them: by name, in one dict."""
     test_scores, predictions = evaluate_answers(model, cast(PairTask, task))
     return test_scores | {f"prediction_{i}": prediction for i, prediction in enumerate(predictions)}
-
-
-def _stored_predictions(trial: Mapping[str, Any]) -> list[str]:
-    """The answers that :func:`judge` stored, from a trial's row of the table; NaN where only other trials have one."""
-    return [trial[name] for name in _PREDICTIONS if isinstance(trial.get(name), str)]
 
 
 def _task_rows(planned: Plan, name: str, device: torch.device, folder: Path) -> Iterator[Row]:
@@ -170,46 +197,16 @@ def _zero_shot_rows(planned: Plan, name: str, task: PairTask, device: torch.devi
 
 def _trained_rows(planned: Plan, name: str, task: PairTask, device: torch.device, folder: Path) -> Iterator[Row]:
     """Yield the rows of all trials: all rates with seed 0, then the best rate of each setup with the other seeds."""
-    train = partial(_train, planned, name, device, folder)
-    lrs = {setup: rates for setup, rates in planned.lrs.items() if setup != SCRATCH or name in FROM_SCRATCH}
-    tuning, best = train(lrs, range(1)), {}
-    done = sorted((row for row in tuning if row["outcome"] == "done"), key=itemgetter("validation_loss", "lr"))
-    for trial in reversed(done):
-        best[trial["setup"]] = (trial["lr"],)  # the last one is the lowest
-    for trial in tuning:
-        row = _row(trial, name, "result" if trial["lr"] in best.get(trial["setup"], ()) else "tuning")
-        yield row
-        if row["about"] == "result":
-            yield from _answer_rows(row, task, _stored_predictions(trial))
-    chosen = {setup: best[setup] for setup in lrs if setup in best}
-    for trial in train(chosen, range(1, planned.seeds)):
-        yield _row(trial, name, "result")
-
-
-def _train(
-    planned: Plan, name: str, device: torch.device, folder: Path, lrs: Mapping[str, Sequence[float]], seeds: range
-) -> list[Row]:
-    """Return the last row of each trial, with its setup. Trials from scratch start from another model."""
-    rows, options = [], {"judge": judge, "n_jobs": studies.processes(device)}
-    for start, scratch in ((studies.language_model, False), (studies.random_init, True)):
-        setups = [setup for setup in lrs if (setup == SCRATCH) == scratch]
-        trials = [planned.trial(name, setup, lr, seed) for setup in setups for lr in lrs[setup] for seed in seeds]
-        if trials:
-            table = last_rows(ablate(partial(start, device), partial(load_task, name), trials, folder, **options))
-            labels = {SETUPS[setup].name: setup for setup in setups}
-            rows += table.assign(setup=table["method"].map(labels)).to_dict("records")
-    return rows
-
-
-def _row(trial: Mapping[str, Any], name: str, about: str) -> dict[str, Any]:
-    """The last row of a trial in the table as a row of the record."""
-    columns = ("setup", "lr", "seed", "outcome", "reason", *_LOSSES, "trainable_parameters", "commit")
-    trial_scores = {
-        column.removeprefix(SCORE): value
-        for column, value in trial.items()
-        if column.startswith(SCORE) and column not in _PREDICTIONS
-    }
-    return plain({"about": about, "task": name} | {column: trial[column] for column in columns} | trial_scores)
+    columns = ("about", "task", "setup", "lr", "seed", "outcome", "reason", *_LOSSES, "trainable_parameters", "commit")
+    for frame in planned.case(name).run(device, folder):
+        for trial in last_rows(frame).to_dict("records"):
+            names = [str(column) for column in trial]
+            scored = {column.removeprefix(SCORE): trial[column] for column in names if column.startswith(SCORE)}
+            predictions = [scored.pop(f"prediction_{i}", None) for i in range(SHOWN)]
+            row = {column: trial[column] for column in columns} | scored
+            yield plain(row if trial["chosen"] else row | {"about": "tuning"})
+            if trial["chosen"] and trial["seed"] == 0:
+                yield from _answer_rows(row, task, predictions)
 
 
 def _answer_rows(result: Mapping[str, Any], task: PairTask, predictions: list[str]) -> Iterator[Row]:
@@ -219,8 +216,8 @@ def _answer_rows(result: Mapping[str, Any], task: PairTask, predictions: list[st
         yield {**shared, "prompt": pair.prompt, "reference": pair.answer, "prediction": prediction}
 
 
-def line(row: dict[str, Any]) -> str | None:
-    """A row as a line for people; None for an answer."""
+def tell_downstream(row: dict[str, Any]) -> str | None:
+    """Return a row as a line for people; None for an answer."""
     if row["about"] == "task":
         return f"{row['task']}: {row['says']}"
     if row["about"] == "answer":
@@ -233,4 +230,156 @@ def line(row: dict[str, Any]) -> str | None:
     return f"  {row['setup']:<10} {trial:<20}" + "  ".join(numbers)
 
 
-RECORDER = record_trials("downstream", settings, rows, line)
+DOWNSTREAM = record_trials("downstream", describe_downstream, record_downstream, tell_downstream)
+
+
+# Elicitation
+
+MAIN = {"classification": "accuracy", "summary": "rouge_l", "translation": "chrf"}
+RESAMPLES = 500
+Predictions = Mapping[str, Sequence[str]]  # part -> an answer to each of its prompts, from the first
+Answered = tuple[Row, Predictions]  # columns of a row, and what it is of
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How the model is asked.
+
+    Args:
+        shots: task -> the numbers of examples in the prompt to choose from.
+        draws: task -> how many sets of examples are drawn for each number, and for the control at the chosen one.
+        chosen_on: how many validation prompts the numbers of examples are chosen on, where answers are written; all
+            of them where a label is picked.
+        shuffles: how many probes learn shuffled labels.
+    """
+
+    shots: Mapping[str, tuple[int, ...]]
+    draws: Mapping[str, int]
+    chosen_on: int = 16
+    shuffles: int = 20
+
+
+def plan_asking(device: torch.device) -> Asking:
+    """Return the same on every device."""
+    shots = {"sentiment": (8, 16), "translate-fr": (16,), "summarise": (8,)}
+    return Asking(shots, {"sentiment": 3, "translate-fr": 3, "summarise": 2})
+
+
+def describe_elicitation(device: torch.device) -> dict[str, Any]:
+    """Return how the rows are made, as the record states it."""
+    planned = asdict(plan_asking(device))
+    shots = {task: list(numbers) for task, numbers in planned["shots"].items()}
+    return {**planned, "shots": shots, "content_free": list(CONTENT_FREE), "penalties": list(PENALTIES)}
+
+
+def record_elicitation(device: torch.device) -> Iterator[Row]:
+    """Yield the rows of a record; ``about`` names what a row is about.
+
+    "task": a task and its size. "result": the scores of one setup on the test part, with the two-sided 95 % interval of
+    the main one by a bootstrap over the test prompts, and the main score on the validation part. The setups are
+    "zero-shot", "few-shot" with ``k`` examples, and "probe"; ``calibration`` names the reference of calibrated labels,
+    ``seed`` draws the examples, or is that of the trial whose training examples the probe sees, and ``control`` is true
+    where the answers of the examples are random, or the labels shuffled.
+    """
+    planned, model = plan_asking(device), studies.language_model(device)
+    for name in planned.shots:
+        task = load_task(name)
+        sizes = {part: len(examples) for part, examples in task.parts.items()}
+        yield {"about": "task", "task": name, "metric": task.metric, **sizes, "fingerprint": task.fingerprint}
+        for columns, predictions in _asked(planned, name, task, model):
+            yield _result(task, columns, predictions)
+        if task.metric == "classification":
+            for columns, predictions in _probed(planned, name, task, model, device):
+                yield _result(task, columns, predictions)
+
+
+def _asked(planned: Asking, name: str, task: PairTask, model: nn.Module) -> Iterator[Answered]:
+    """Yield zero-shot, few-shot, and the control at the number of examples that is best on the validation part."""
+    yield from _answered(planned, task, model, 0, 0)
+    scores: dict[tuple[int, str], list[float]] = {}  # (number of examples, calibration) -> on the validation part
+    for k in planned.shots[name]:
+        for seed in range(planned.draws[name]):
+            for columns, predictions in _answered(planned, task, model, k, seed):
+                on_validation = _main_score(task, "validation", predictions)
+                scores.setdefault((k, columns["calibration"]), []).append(on_validation)
+                yield columns, predictions
+    best, _ = max(scores, key=lambda setup: sum(scores[setup]))
+    for seed in range(planned.draws[name]):
+        yield from _answered(planned, task, model, best, seed, control=True)
+
+
+def _answered(
+    planned: Asking, task: PairTask, model: nn.Module, k: int, seed: int, control: bool = False
+) -> Iterator[Answered]:
+    """Yield what the model answers after k examples; for a classification, also with calibrated labels."""
+    asked = few_shot(task, k, seed, random_answers=control) if k else task
+    columns = {"setup": "few-shot" if k else "zero-shot", "k": k, "seed": seed, "control": control}
+    if task.metric != "classification":
+        limits = {"validation": planned.chosen_on, "test": None}
+        written = {part: answers(model, asked, part, limit=limit) for part, limit in limits.items()}
+        yield {**columns, "calibration": ""}, written
+        return
+    labels = classes(task)
+    scores = {part: log_likelihoods(model, asked, asked.pairs[part], labels) for part in ("validation", "test")}
+    references = {
+        "content-free": log_likelihoods(model, asked, content_free(asked), labels),
+        "validation texts": scores["validation"],
+    }
+    for calibration in ("", *references):
+        picked = {}
+        for part, likelihoods in scores.items():
+            compared = calibrated(likelihoods, references[calibration]) if calibration else likelihoods  # (n, labels)
+            best: list[int] = compared.argmax(1).tolist()  # (n,)
+            picked[part] = [labels[i] for i in best]
+        yield {**columns, "calibration": calibration}, picked
+
+
+def _probed(planned: Asking, name: str, task: PairTask, model: nn.Module, device: torch.device) -> Iterator[Answered]:
+    """Yield linear probes on the training examples that the trials of ``downstream`` see, and on shuffled labels."""
+    trials = plan(device)
+    states = {part: last_states(model, task, task.pairs[part]) for part in ("train", "validation", "test")}
+    labels = {part: [pair.answer for pair in task.pairs[part]] for part in states}
+    for control, seeds in ((False, trials.seeds), (True, planned.shuffles)):
+        for seed in range(seeds):
+            seen = DataOrder(len(task.train), seed).rows(0, trials.steps[name] * trials.batch_size).unique()
+            learned = [labels["train"][i] for i in seen.tolist()]
+            if control:
+                random.Random(seed).shuffle(learned)
+            probe = linear_probe(states["train"][seen], learned, states["validation"], labels["validation"])
+            columns = {"setup": "probe", "seed": seed, "control": control, "examples": len(seen)}
+            columns["penalty"] = probe[-1].get_params()["C"]
+            yield columns, {part: list(probe.predict(states[part].numpy())) for part in ("validation", "test")}
+
+
+def _result(task: PairTask, columns: Mapping[str, Any], predictions: Predictions) -> dict[str, Any]:
+    texts, references = predictions["test"], [pair.answer for pair in task.pairs["test"]]
+    generator, samples, main = np.random.default_rng(0), [], MAIN[task.metric]
+    for _ in range(RESAMPLES):
+        drawn: list[int] = generator.integers(len(texts), size=len(texts)).tolist()
+        samples.append(METRICS[task.metric]([texts[i] for i in drawn], [references[i] for i in drawn])[main])
+    lower, upper = interval(np.array(samples))
+    result = {"about": "result", "task": task.name, **columns, **score(task, texts)}
+    return result | {"lower": lower, "upper": upper, "validation": _main_score(task, "validation", predictions)}
+
+
+def _main_score(task: PairTask, part: str, predictions: Predictions) -> float:
+    return score(task, predictions[part], part)[MAIN[task.metric]]
+
+
+def tell_elicitation(row: dict[str, Any]) -> str:
+    """Return a row as a line for people."""
+    if row["about"] == "task":
+        return f"{row['task']}: {row['test']} test prompts"
+    names = [row["setup"]]
+    if row.get("k"):
+        names.append(f"{row['k']} examples")
+    if row.get("calibration"):
+        names.append(f"calibrated on {row['calibration']}")
+    if row["control"]:
+        names.append("control")
+    numbers = [name for name in (*MAIN.values(), "validation") if name in row]
+    texts = "  ".join(f"{name} {row[name]:.3f}" for name in numbers)
+    return f"  {', '.join(names)}, seed {row['seed']}: {texts} ({row['lower']:.3f} to {row['upper']:.3f})"
+
+
+ELICITATION = Recorder(describe_elicitation, record_elicitation, tell_elicitation)

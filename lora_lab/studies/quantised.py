@@ -37,8 +37,7 @@ from lora_lab.lean import Lean
 from lora_lab.methods import LoRA
 from lora_lab.models.pretrained import SMOLLM2, load_pretrained
 from lora_lab.models.quantize import quantize_nf4, rounded
-from lora_lab.studies import tuned
-from lora_lab.studies.tuned import ON_TEST, Planned, Source, processes, recorder, template
+from lora_lab.studies.recorder import ON_TEST, Planned, Row, Source, plan_trial, record_tuned, tell_tuned
 from lora_lab.system.schema import plain
 from lora_lab.task import Task
 
@@ -58,7 +57,7 @@ def plan(device: torch.device) -> dict[str, Planned]:
     judging = range(2, 7 if gpu else 5)
     plans = {}
     for base, lean in BASES.items():
-        setup = {base: template(METHOD, steps, size, lean)}
+        setup = {base: plan_trial(METHOD, steps, size, lean)}
         study = Study(setup, {base: rates_around(CENTRE)}, range(2), judging, chosen_on=64, judged_on=ON_TEST)
         merged = [replace(setup[base], seed=seed) for seed in judging if base in BLOCKS_OF]
         forms = len(forms_of(base)) if base in BLOCKS_OF else 0
@@ -181,7 +180,7 @@ def rounding(layers: Iterable[tuple[Tensor, Tensor]], kind: str) -> dict[str, fl
 
 def merged_rows(
     base: str, planned: Planned, trials: Sequence[Mapping[str, Any]], device: torch.device, folder: Path
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Row]:
     """Rows of every form of every adapter over a base, and of what rounding does to it.
 
     The first have the data "<base>, merged" and the form as their setup, so that
@@ -201,7 +200,7 @@ def merged_rows(
     again = [replace(trial, lr=lr) for trial in planned.again]
     judge = Merges(base, ON_TEST["test"], planned.study.block)
     model, task = planned.model_and_task(base, device)
-    frame = ablate(model, task, again, folder / "merged", n_jobs=processes(base, device), judge=judge)
+    frame = ablate(model, task, again, folder / "merged", n_jobs=planned.processes(device), judge=judge)
     columns = ("lr", "seed", "steps", "step", "outcome", "reason", "commit")
     for trial in last_rows(frame).to_dict("records"):
         row = {"data": f"{base}, merged", "stage": "judging", "edge": edge} | {name: trial[name] for name in columns}
@@ -215,7 +214,7 @@ def merged_rows(
                 yield plain(row | {"data": f"{base}, rounded", "stage": _ROUNDING, "setup": blocks} | numbers)
 
 
-def time_rows(device: torch.device) -> Iterator[dict[str, Any]]:
+def time_rows(device: torch.device) -> Iterator[Row]:
     """Rows of the time of a step over each base, measured in turn: the data "time" and the base as their setup."""
     planned = plan(device)
     trial = planned["float32"].study.setups["float32"]
@@ -236,7 +235,7 @@ def line(row: dict[str, Any]) -> str | None:
             f"{row['data']}, {row['setup']}: off by {100 * row['base_error']:.2g} % of the base, with the update "
             f"({100 * row['update']:.2g} %) by {100 * row['merged_error']:.2g} %; cosine {row['cosine']:.2f}"
         )
-    return tuned.line(row)
+    return tell_tuned(row)
 
 
-RECORDER = recorder("quantised", plan, merged_rows, time_rows, line)
+QUANTISED = record_tuned("quantised", plan, merged_rows, time_rows, line)

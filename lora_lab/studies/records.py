@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import AfterValidator, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError
@@ -20,6 +20,35 @@ from lora_lab.system.provenance import checkout, device_name, driver_version, ma
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+
+class Kind(NamedTuple):
+    """A kind of record: the module of :mod:`lora_lab.studies` that makes it, and how long that takes on two cores."""
+
+    module: str
+    hours: str
+
+
+KINDS = {
+    "memory": Kind("steps", "half an hour"),
+    "speed": Kind("steps", "half an hour"),
+    "rates": Kind("rates", "three hours"),
+    "quality": Kind("methods", "eleven hours"),
+    "ablation": Kind("spectra", "an hour"),
+    "targets": Kind("methods", "an hour"),
+    "variants": Kind("methods", "three hours"),
+    "taught": Kind("taught", "at most five hours"),
+    "quantised": Kind("quantised", "an hour and a half"),
+    "rank_advice": Kind("rates", "two hours"),
+    "spectra": Kind("spectra", "half an hour"),
+    "overfitting": Kind("forgetting", "six hours"),
+    "remedies": Kind("forgetting", "two hours"),
+    "head_start": Kind("head_start", "an hour"),
+    "downstream": Kind("downstream", "three hours"),
+    "elicitation": Kind("downstream", "half an hour"),
+    "translation": Kind("translation", "three hours"),
+}
+OF_MODELS = ("memory", "speed")  # measure several models; all others are about SmolLM2-135M
 
 
 def _check_day(day: str) -> str:

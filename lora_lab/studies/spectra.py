@@ -1,7 +1,9 @@
-"""``lora-lab record spectra``: what full fine-tuning and LoRA write into all 210 matrices of the real model.
+"""``lora-lab record ablation`` and ``spectra``: which rank is enough, and what does training write into the weights?
 
-Spectra, overlaps of two adapters, intruder dimensions, and losses with the update truncated to a rank. It takes most of
-an hour on two cores.
+ablation  Which rank is enough for the real model? Ranks x learning rates x seeds on "docs". It takes most of an hour on
+          two cores; a run that was stopped continues. On a GPU it does more, in less time.
+spectra   What full fine-tuning and LoRA write into all 210 matrices of the real model: spectra, overlaps of two
+          adapters, intruder dimensions, and losses with the update truncated to a rank.
 """
 
 from __future__ import annotations
@@ -9,26 +11,99 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from lora_lab.ablation import studies
+from lora_lab.ablation.grid import Trial
+from lora_lab.ablation.results import PROVENANCE
+from lora_lab.ablation.run import ablate
 from lora_lab.adapters.edit import extract, resize
 from lora_lab.analysis import spectra
 from lora_lab.analysis.spectra import Update
 from lora_lab.history import History
 from lora_lab.inject import lora_layers, match_layers
+from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.rank import intruder_dimensions, subspace_similarity
-from lora_lab.studies.ablation import Plan, plan, settings
-from lora_lab.studies.recorder import Recorder
+from lora_lab.studies.recorder import Recorder, Row, read_rows, record_trials, tell_trial
 from lora_lab.system.schema import plain
 from lora_lab.system.wording import progress_bar
 from lora_lab.task import Task
 from lora_lab.train import evaluate, fit
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is trained, here and for the record of spectra.
+
+    Args:
+        lrs: the learning rates to try for each rank. Alpha is always twice the rank, so a higher rank moves further at
+            the same rate, and its best rate is lower.
+        seeds: how many seeds.
+        steps, batch_size, seq_len: of a trial.
+        eval_examples: how many examples of each part the losses are of, from its first.
+    """
+
+    lrs: Mapping[int, tuple[float, ...]]
+    seeds: int
+    steps: int
+    batch_size: int
+    seq_len: int
+    eval_examples: int
+
+
+def plan(device: torch.device) -> Plan:
+    """Return what two cores, or a GPU, can do in an hour."""
+    if device.type == "cuda":
+        rates = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+        lrs = {rank: rates for rank in (1, 2, 4, 8, 16, 32, 64, 128)}
+        return Plan(lrs, seeds=5, steps=300, batch_size=8, seq_len=128, eval_examples=256)
+    lrs = {1: (2e-3, 4e-3, 8e-3), 4: (1e-3, 2e-3, 4e-3), 16: (1e-3, 2e-3, 4e-3), 64: (5e-4, 1e-3, 2e-3)}
+    return Plan(lrs, seeds=3, steps=60, batch_size=4, seq_len=64, eval_examples=64)
+
+
+def trials(planned: Plan, lean: Lean | None) -> list[Trial]:
+    """Return all ranks at all their rates with all seeds.
+
+    Args:
+        planned: how much is trained.
+        lean: the step; :class:`lora_lab.lean.Lean` in float32 gives the results of None, in less time.
+    """
+    options = {name: getattr(planned, name) for name in ("steps", "batch_size", "eval_examples")}
+    options |= {"alpha_per_rank": 2, "eval_every": planned.steps, "lean": lean}
+    seeds = range(planned.seeds)
+    return [
+        trial
+        for rank, lrs in planned.lrs.items()
+        for trial in studies.grid("docs", "lora", [rank], lrs, seeds, **options)
+    ]
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Return how the rows are made, as the record states it."""
+    planned = asdict(plan(device))
+    lrs = {str(rank): list(rates) for rank, rates in planned["lrs"].items()}
+    return {"study": "docs", "alpha": "twice the rank", **planned, "lrs": lrs}
+
+
+def record_ablation(device: torch.device, folder: Path) -> Iterator[Row]:
+    """Yield the rows of the table of :func:`lora_lab.ablation.ablate`, without seconds."""
+    planned = plan(device)
+    model, task = studies.study("docs", planned.seq_len, device)
+    frame = ablate(model, task, trials(planned, Lean()), folder, n_jobs=studies.processes(device))
+    yield from read_rows(frame, [*frame.columns.drop(["key", "seconds", *PROVENANCE])])
+
+
+ABLATION = record_trials("ablation", describe, record_ablation, partial(tell_trial, names=("rank",)))
+
+
+# Spectra
 
 DIGITS = 4  # significant digits of a spectral statistic: people read records too
 
@@ -54,8 +129,8 @@ CUTS = {"full": (576, 64, 16, 8, 4, 2, 1), "LoRA r=64": (16, 4, 1)}
 INTRUDERS = ("full", "LoRA r=8")
 
 
-def rows(device: torch.device) -> Iterator[dict[str, Any]]:
-    """The rows of a record of spectra; ``about`` names what a row is about.
+def record_spectra(device: torch.device) -> Iterator[Row]:
+    """Yield the rows of a record of spectra; ``about`` names what a row is about.
 
     "run": losses before ("base") and after each training. "layer": :func:`lora_lab.analysis.spectra.report` of each run
     and layer. "intruders": their number in each layer; for one block in the middle of the model, also that of noise.
@@ -117,7 +192,7 @@ def _rounded(row: Mapping[Any, Any]) -> dict[str, Any]:
     )
 
 
-def _intruders(updates: Mapping[str, Update]) -> Iterator[dict[str, Any]]:
+def _intruders(updates: Mapping[str, Update]) -> Iterator[Row]:
     """How many of each layer's 10 leading directions are new; in one block, also how many noise would add."""
     depths = sorted({depth for name in updates if (depth := spectra.depth(name)) is not None})
     block = [name for name in updates if spectra.depth(name) == depths[len(depths) // 2]]
@@ -137,7 +212,7 @@ def _intruders(updates: Mapping[str, Update]) -> Iterator[dict[str, Any]]:
 
 def _cuts(
     base: nn.Module, tuned: nn.Module, updates: Mapping[str, Update], ranks: Iterable[int], task: Task, planned: Plan
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Row]:
     """Losses with the update of every layer truncated, from the largest rank down; energy is the mean over layers."""
     energies = {name: update.svd.S.double().square() for name, update in updates.items()}
     ranks = sorted(ranks, reverse=True)
@@ -151,7 +226,7 @@ def _cuts(
         yield {"rank": rank, "energy": round(sum(shares) / len(shares), DIGITS), **_losses(truncated, task, planned)}
 
 
-def _overlaps(first: Mapping[str, Update], second: Mapping[str, Update]) -> Iterator[dict[str, Any]]:
+def _overlaps(first: Mapping[str, Update], second: Mapping[str, Update]) -> Iterator[Row]:
     """Hu et al. 2021, equation 4, for the leading direction and for the 8 leading ones."""
     for name, update in first.items():
         svd1, svd2 = update.svd, second[name].svd
@@ -163,12 +238,12 @@ def _overlaps(first: Mapping[str, Update], second: Mapping[str, Update]) -> Iter
         yield _rounded(row)
 
 
-def line(row: dict[str, Any]) -> str | None:
-    """A row as a line for people; None if it is one of hundreds."""
+def tell_spectra(row: dict[str, Any]) -> str | None:
+    """Return a row as a line for people; None if it is one of hundreds."""
     if row["about"] not in ("run", "cut"):
         return None
     what = row["run"] + (f", cut to rank {row['rank']}" if row["about"] == "cut" else "")
     return f"{what:<32} validation {row['validation_loss']:.4f}  test {row['test_loss']:.4f}"
 
 
-RECORDER = Recorder(settings, rows, line)
+SPECTRA = Recorder(describe, record_spectra, tell_spectra)

@@ -9,10 +9,8 @@ from pathlib import Path
 import torch
 
 from lora_lab.studies import records
-from lora_lab.studies.claims.deciding import DECIDERS
-from lora_lab.studies.claims.facts import read_claims
-from lora_lab.studies.records import Record
-from lora_lab.studies.registry import NAMES
+from lora_lab.studies.claims.deciding import DECIDERS, read_claims
+from lora_lab.studies.records import KINDS, Record
 from lora_lab.system.provenance import machine_info
 
 ON_CUDA = {"gpu", "driver"}  # the facts that a record of a GPU has besides
@@ -27,8 +25,8 @@ def check(path: str | Path) -> Record:
             and command that made it; or rows of a setup are missing, or what a claim needs.
     """
     path, record = Path(path), records.load(path)
-    if record.what not in NAMES:
-        names = ", ".join(NAMES)
+    if record.what not in KINDS:
+        names = ", ".join(KINDS)
         raise ValueError(f"{path} is of the kind {record.what!r}, but it must be one of {names}; measure one of these.")
     if path.name != f"{record.name}.json":
         raise ValueError(

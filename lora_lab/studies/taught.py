@@ -21,8 +21,8 @@ from lora_lab.costs.cost_model import cost_model
 from lora_lab.costs.setup import Setup
 from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA, Method
-from lora_lab.studies import speed
-from lora_lab.studies.tuned import ON_TEST, Planned, line, recorder, template
+from lora_lab.studies.recorder import ON_TEST, Planned, Row, plan_trial, record_tuned, tell_tuned
+from lora_lab.studies.steps import SMOLLM2, Case, compare_times, measure_cases, tell_speed
 
 # LoRA as it is taught, and the rate at which it is compared with full fine-tuning.
 LORA = {
@@ -74,7 +74,7 @@ def setups(data: str, steps: int, batch_size: int, **options: Any) -> dict[str, 
     }
     return {
         f"{name}, {rates}": replace(
-            template(method, steps, batch_size, **step), schedule="constant", warmup=0, clip=None, **options
+            plan_trial(method, steps, batch_size, **step), schedule="constant", warmup=0, clip=None, **options
         )
         for rates in ("as taught", "tuned")
         for name, (method, step) in methods.items()
@@ -88,22 +88,22 @@ def grids(data: str) -> dict[str, tuple[float, ...]]:
     return {"full, as taught": taught, "LoRA, as taught": taught, "full, tuned": full, "LoRA, tuned": lora}
 
 
-def times(device: torch.device) -> Iterator[dict[str, Any]]:
-    """Rows of :mod:`lora_lab.studies.speed`, of both methods on a batch of each size."""
+def time_methods(device: torch.device) -> Iterator[Row]:
+    """Yield rows of the record of speed, of both methods on a batch of each size."""
     costs = cost_model(device)
     for data, planned in plan(device).items():
         batch_size = planned.study.setups["full, as taught"].batch_size
-        methods = {"full": FullFineTuning(), "LoRA r=4": LORA[data]}
-        timed = {name: Setup(method, clip=None) for name, method in methods.items()}
-        case = speed.Comparison("smollm2-135m", batch_size, planned.seq_len, timed, rounds=9)
-        yield from (row | {"data": data, "stage": "time"} for row in speed.compare(case, costs, device))
+        timed = {"full": Setup(FullFineTuning(), clip=None), "LoRA r=4": Setup(LORA[data], clip=None)}
+        cases = [Case(SMOLLM2, batch_size, planned.seq_len, timed, rounds=9)]
+        for row in measure_cases("taught", cases, None, lambda case: compare_times(case, costs, device)):
+            yield row | {"data": data, "stage": "time"}
 
 
-RECORDER = recorder(
+TAUGHT = record_tuned(
     "taught",
     plan,
-    after=times,
-    line=lambda row: speed.line(row) if row["stage"] == "time" else line(row),
+    after=time_methods,
+    line=lambda row: tell_speed(row) if row["stage"] == "time" else tell_tuned(row),
     sources=SOURCES,
     changed=CHANGED,
 )

@@ -8,7 +8,7 @@ rules.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import cast
 
 import torch
 
@@ -17,7 +17,7 @@ from lora_lab.ablation.compare import Study, rates_around
 from lora_lab.ablation.grid import Trial
 from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA
-from lora_lab.studies.tuned import Planned, line, recorder, template
+from lora_lab.studies.recorder import Planned, Row, plan_trial, record_tuned, tell_tuned
 from lora_lab.tasks.instruction import PairTask
 from lora_lab.tasks.metrics import trivial
 from lora_lab.tasks.sentences import kinds
@@ -32,9 +32,9 @@ SIZES = {NAMES: (56, 92), FRENCH: (64, 160), ENGLISH: (64, 160)}
 def plan(device: torch.device) -> dict[str, Planned]:
     """What two cores can do in an evening, with LoRA alone; on a GPU full fine-tuning, too, and more steps."""
     gpu = device.type == "cuda"
-    setups: dict[str, Trial] = {"LoRA r=8": template(LoRA(8, 16), 600 if gpu else 150, 8, Lean(torch.bfloat16))}
+    setups: dict[str, Trial] = {"LoRA r=8": plan_trial(LoRA(8, 16), 600 if gpu else 150, 8, Lean(torch.bfloat16))}
     if gpu:
-        setups["full"] = template(FullFineTuning(), 600, 8)
+        setups["full"] = plan_trial(FullFineTuning(), 600, 8)
     lrs = {setup: rates_around(CENTRES[setup], count=3) for setup in setups}
     judging = range(2, 7 if gpu else 5)
     return {
@@ -43,7 +43,7 @@ def plan(device: torch.device) -> dict[str, Planned]:
     }
 
 
-def examples(data: str, task: PairTask) -> Iterator[dict[str, Any]]:
+def examples(data: str, task: PairTask) -> Iterator[Row]:
     """A row for each example of the test part, in its order: its kind, and what it needs of French grammar.
 
     The kind is :data:`BY_A_BASELINE` if the source as it is or in lower case, the dictionary of
@@ -60,7 +60,7 @@ def examples(data: str, task: PairTask) -> Iterator[dict[str, Any]]:
         yield row | {"prompt": pair.prompt, "reference": pair.answer}
 
 
-def all_examples(device: torch.device) -> Iterator[dict[str, Any]]:
+def all_examples(device: torch.device) -> Iterator[Row]:
     """Yield the examples of all data."""
     for data in SIZES:
         _, task = studies.study(data, device=device)
@@ -74,9 +74,9 @@ def guess_french(name: str) -> str:
 
 
 # The score "accuracy" of a trial is 1 or 0 for each example.
-RECORDER = recorder(
+TRANSLATION = record_tuned(
     "translation",
     plan,
     after=all_examples,
-    line=lambda row: None if row["stage"] == "example" else line(row),
+    line=lambda row: None if row["stage"] == "example" else tell_tuned(row),
 )

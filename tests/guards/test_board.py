@@ -8,10 +8,9 @@ import sys
 import pytest
 
 from lora_lab import records
-from lora_lab.studies.claims.deciding import DECIDERS, judge
-from lora_lab.studies.claims.facts import read_claims
+from lora_lab.studies.claims.deciding import DECIDERS, judge, read_claims
 from lora_lab.studies.claims.ledger import Entry
-from lora_lab.studies.registry import NAMES
+from lora_lab.studies.records import KINDS
 from tests.helpers import COMMIT, PNG, ROOT
 
 sys.path.insert(0, str(ROOT / "docs" / "site"))  # scripts, which are no package
@@ -112,10 +111,10 @@ def test_a_study_appears_as_soon_as_it_has_a_record(source, stored):
 
 def test_every_study_is_there_and_every_picture_is_a_file_with_a_description(stored):
     text, folder = stored
-    for kind in NAMES:
+    for kind in KINDS:
         assert text.count(f"(study-{kind})=") == 1
         assert f"**{kind}**: {board.QUESTIONS[kind]}" in text or f"### {kind}: {board.QUESTIONS[kind]}" in text
-    assert pictures.OF_ALL.keys() | pictures.OF_EACH.keys() == set(NAMES)
+    assert pictures.OF_ALL.keys() | pictures.OF_EACH.keys() == set(KINDS)
     drawn = dict(re.findall(r"^!\[(.+)\]\(([\w-]+\.png)\)$", text, re.MULTILINE))
     assert len(drawn) == len(list(folder.glob("*.png"))) == 14
     for words, file in drawn.items():

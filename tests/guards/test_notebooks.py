@@ -17,8 +17,7 @@ from nbval.plugin import get_sanitize_patterns
 import lora_lab.course.exercises  # noqa: F401  # registers them
 from lora_lab.course.exercise import EXERCISES
 from lora_lab.studies.claims import verdict
-from lora_lab.studies.claims.deciding import IN_OUTPUT
-from lora_lab.studies.claims.facts import read_claims
+from lora_lab.studies.claims.deciding import IN_OUTPUT, read_claims
 from tests.helpers import ROOT
 
 LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))

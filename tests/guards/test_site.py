@@ -16,8 +16,8 @@ import nbformat
 import pytest
 
 from lora_lab.course import copies
-from lora_lab.studies.claims.facts import read_claims
-from lora_lab.studies.registry import NAMES
+from lora_lab.studies.claims.deciding import read_claims
+from lora_lab.studies.records import KINDS
 from tests import lab
 from tests.helpers import ROOT, solutions, words
 
@@ -169,7 +169,7 @@ def test_formulas_are_drawn_without_a_script(site, pages):
 
 def test_the_board_has_every_study_and_tables_that_sort(site, pages):
     board = pages["records/index.html"]
-    assert {f"study-{name.replace('_', '-')}" for name in NAMES} <= board.anchors
+    assert {f"study-{name.replace('_', '-')}" for name in KINDS} <= board.anchors
     assert len(board.pictures) > 9
     assert (site / "records" / "index.html").read_text(encoding="utf-8").count('class="sortable') == 3
     assert any(address.partition("?")[0].endswith("_static/sort.js") for address in board.loaded)

@@ -7,7 +7,7 @@ import torch
 
 from lora_lab.ablation import run, studies
 from lora_lab.models.llama import Llama
-from lora_lab.studies import ablation, memory, spectra
+from lora_lab.studies import spectra, steps
 from lora_lab.tasks import Examples, Task
 from tests.helpers import COMMIT
 
@@ -43,8 +43,8 @@ def no_trial_runs(monkeypatch):
 @pytest.fixture
 def small_is_tiny(monkeypatch, tiny_config):
     """ "small" is a tiny model, and cases run in this process."""
-    monkeypatch.setattr(memory, "_SMALL", tiny_config)
-    monkeypatch.setattr(memory, "run_in_subprocess", lambda function, *arguments, **options: function(*arguments))
+    monkeypatch.setattr(steps, "_SMALL", tiny_config)
+    monkeypatch.setattr(steps, "run_in_subprocess", lambda function, *arguments, **options: function(*arguments))
 
 
 def sentences(vocabulary):
@@ -73,10 +73,9 @@ def small_study(monkeypatch, tiny_config, tmp_path):
     study = partial(Llama, tiny_config, seed=3), partial(sentences, tiny_config.vocab_size)
     monkeypatch.setattr(studies, "language_model", lambda device, model=None: study[0]())
     monkeypatch.setattr(studies, "docs_task", lambda seq_len, model=None: study[1]())
-    plan = ablation.Plan({1: (1e-3, 1e-2), 4: (1e-3, 1e-2)}, 2, 4, 4, 8, 5)
-    for module in (ablation, spectra):
-        monkeypatch.setattr(module, "plan", lambda device: plan)
-    monkeypatch.setattr(ablation, "ablate", partial(here, ablation.ablate))
+    plan = spectra.Plan({1: (1e-3, 1e-2), 4: (1e-3, 1e-2)}, 2, 4, 4, 8, 5)
+    monkeypatch.setattr(spectra, "plan", lambda device: plan)
+    monkeypatch.setattr(spectra, "ablate", partial(here, spectra.ablate))
     monkeypatch.chdir(tmp_path)
     return study
 

@@ -14,7 +14,7 @@ import torch
 from lora_lab import FullFineTuning, LoRA, cli, evaluate, fit, records
 from lora_lab.ablation import studies
 from lora_lab.models.llama import Llama
-from lora_lab.studies import downstream
+from lora_lab.studies import downstream, recorder
 from lora_lab.tasks import Pair, from_pairs
 from lora_lab.tasks.generate import answers
 from lora_lab.tasks.metrics import StyleJudge, trivial
@@ -62,15 +62,15 @@ def tiny(small_world, tiny_config, chatter):
 @pytest.fixture(scope="module")
 def whole(tiny):
     """(the record, its rows in the order in which they came, what was printed) of one run of the command."""
-    found, recorder = [], downstream.RECORDER
+    found, whole = [], downstream.DOWNSTREAM
 
     def rows(device):
-        for row in recorder.rows(device):
+        for row in whole.rows(device):
             found.append(row)
             yield row
 
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
-        patch.setattr(downstream, "RECORDER", dataclasses.replace(recorder, rows=rows))
+        patch.setattr(downstream, "DOWNSTREAM", dataclasses.replace(whole, rows=rows))
         status = cli.main(["record", "downstream", "--device", "cpu", "--out", "records"])
     assert status == 0
     (record,) = records.load_all("downstream", "records").values()
@@ -114,14 +114,14 @@ def test_a_record_holds_each_task_its_baselines_every_rate_on_seed_0_and_the_bes
 def test_a_rate_is_chosen_by_its_validation_loss_and_by_no_other_number(whole, tmp_path, monkeypatch):
     shutil.copytree(FOLDER, tmp_path / "trials")
     monkeypatch.setattr(downstream, "plan", lambda device: dataclasses.replace(PLAN, steps={"sentiment": 5}))
-    ablate = downstream.ablate
+    ablate = recorder.ablate
 
     def turned(*arguments, **options):
         frame = ablate(*arguments, **options)
         return frame.assign(validation_loss=-frame.validation_loss)
 
-    monkeypatch.setattr(downstream, "ablate", turned)
-    rows = list(downstream.RECORDER.rows(CPU, tmp_path / "trials"))
+    monkeypatch.setattr(recorder, "ablate", turned)
+    rows = list(downstream.DOWNSTREAM.rows(CPU, tmp_path / "trials"))
     for setup in RATES:
         (before,) = {row["lr"] for row in rows_of(whole[1], "result", task="sentiment", setup=setup)}
         (found,) = {row["lr"] for row in rows_of(rows, "result", task="sentiment", setup=setup)}
@@ -266,9 +266,6 @@ def test_a_record_says_how_its_rows_were_made(whole):
     assert own["setups"]["full"]["name"] == own["setups"]["scratch"]["name"] == "full"
 
 
-# What is said
-
-
 # What fails, and what is stopped
 
 
@@ -281,7 +278,7 @@ def hot(monkeypatch, *setups, steps=None):
 
 def test_a_trial_that_failed_is_a_row_of_tuning_with_its_reason(tiny, monkeypatch, tmp_path):
     hot(monkeypatch, "full", "scratch")
-    rows = list(downstream.RECORDER.rows(CPU, tmp_path))
+    rows = list(downstream.DOWNSTREAM.rows(CPU, tmp_path))
     failed = [row for row in rows if row.get("outcome") == "failed"]
     assert [(row["about"], row["setup"], row["lr"], row["seed"]) for row in failed] == [
         ("tuning", setup, 1e30, 0) for setup in ("full", "LoRA r=8", "scratch")
@@ -289,7 +286,7 @@ def test_a_trial_that_failed_is_a_row_of_tuning_with_its_reason(tiny, monkeypatc
     for row in failed:
         assert "lower the learning rate" in row["reason"]
         assert row["validation_loss"] is row["test_loss"] is None
-        assert row["reason"] in downstream.line(row)
+        assert row["reason"] in downstream.tell_downstream(row)
     results = [row["setup"] for row in rows_of(rows, "result")]
     assert results == ["trivial", "zero-shot", *["LoRA r=8"] * 3]
     assert {row["setup"] for row in rows_of(rows, "answer")} == {"zero-shot", "LoRA r=8"}
@@ -298,7 +295,7 @@ def test_a_trial_that_failed_is_a_row_of_tuning_with_its_reason(tiny, monkeypatc
 
 def test_where_everything_failed_the_next_task_begins(tiny, monkeypatch, tmp_path):
     hot(monkeypatch, *RATES, steps={"sentiment": 5, "style": 4})
-    rows = list(downstream.RECORDER.rows(CPU, tmp_path))
+    rows = list(downstream.DOWNSTREAM.rows(CPU, tmp_path))
     assert [row["task"] for row in rows_of(rows, "task")] == ["sentiment", "style"]
     assert {row["setup"] for row in rows_of(rows, "result")} == {"trivial", "zero-shot"}
     assert [row["outcome"] for row in rows_of(rows, "tuning")] == ["failed"] * 5
@@ -306,10 +303,7 @@ def test_where_everything_failed_the_next_task_begins(tiny, monkeypatch, tmp_pat
 
 def test_of_a_record_that_is_whole_nothing_is_trained_again(whole, tmp_path, no_trial_runs):
     shutil.copytree(FOLDER, tmp_path / "trials")
-    assert list(downstream.RECORDER.rows(CPU, tmp_path / "trials")) == whole[1]
+    assert list(downstream.DOWNSTREAM.rows(CPU, tmp_path / "trials")) == whole[1]
     next((tmp_path / "trials").glob("*.json")).unlink()
     with pytest.raises(AssertionError, match="a trial is run again"):
-        list(downstream.RECORDER.rows(CPU, tmp_path / "trials"))
-
-
-# What is planned
+        list(downstream.DOWNSTREAM.rows(CPU, tmp_path / "trials"))

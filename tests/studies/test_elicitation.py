@@ -13,7 +13,7 @@ import torch
 from lora_lab import cli, records
 from lora_lab.ablation import studies
 from lora_lab.models.llama import Llama
-from lora_lab.studies import downstream, elicitation
+from lora_lab.studies import downstream
 from lora_lab.tasks.generate import answers
 from lora_lab.tasks.metrics import score, trivial
 from tests.helpers import enlarge, french, sentiment
@@ -21,7 +21,7 @@ from tests.helpers import enlarge, french, sentiment
 pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
-PLAN = elicitation.Plan({"sentiment": (1, 3), "translate-fr": (1, 2)}, {"sentiment": 2, "translate-fr": 2}, 3, 4)
+PLAN = downstream.Asking({"sentiment": (1, 3), "translate-fr": (1, 2)}, {"sentiment": 2, "translate-fr": 2}, 3, 4)
 TRAINING = downstream.Plan({"sentiment": 5}, {}, 3, 4, 3)
 CALIBRATIONS = ("", "content-free", "validation texts")
 
@@ -36,8 +36,8 @@ def tiny(small_world, tiny_config, chatter):
     small_world.setattr(downstream, "TASKS", small)
     small_world.setattr(downstream, "load_pretrained", lambda name: (None, chatter))
     small_world.setattr(downstream, "plan", lambda device: TRAINING)
-    small_world.setattr(elicitation, "plan", lambda device: PLAN)
-    small_world.setattr(elicitation, "RESAMPLES", 25)  # scikit-learn takes milliseconds for each
+    small_world.setattr(downstream, "plan_asking", lambda device: PLAN)
+    small_world.setattr(downstream, "RESAMPLES", 25)  # scikit-learn takes milliseconds for each
     return model
 
 
@@ -50,14 +50,14 @@ def seen(tiny):
 @pytest.fixture(scope="module")
 def whole(tiny, seen):
     """(the record, what was printed) of one run of the command."""
-    probe = elicitation.linear_probe
+    probe = downstream.linear_probe
 
     def watched(states, labels, *validation):
         seen.append((states, list(labels)))
         return probe(states, labels, *validation)
 
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
-        patch.setattr(elicitation, "linear_probe", watched)
+        patch.setattr(downstream, "linear_probe", watched)
         assert cli.main(["record", "elicitation", "--device", "cpu", "--out", "records"]) == 0
     (record,) = records.load_all("elicitation", "records").values()
     return record, printed.getvalue()
@@ -109,9 +109,9 @@ def test_an_interval_holds_the_score_and_has_no_width_where_all_answers_are_righ
     task = sentiment(chatter)
     right = [pair.answer for pair in task.pairs["test"]]
     validation = [pair.answer for pair in task.pairs["validation"]]
-    perfect = elicitation._result(task, {}, {"test": right, "validation": validation})
+    perfect = downstream._result(task, {}, {"test": right, "validation": validation})
     assert [perfect[name] for name in ("lower", "accuracy", "upper", "validation")] == [1, 1, 1, 1]
-    constant = elicitation._result(task, {}, {"test": trivial(task), "validation": ["good"]})
+    constant = downstream._result(task, {}, {"test": trivial(task), "validation": ["good"]})
     assert 0 <= constant["lower"] < constant["accuracy"] < constant["upper"] <= 1
     assert constant["validation"] == float(validation[0] == "good")
 

@@ -13,9 +13,10 @@ import torch
 
 from lora_lab import FullFineTuning, claims, cli, evaluate, fit, records, tasks
 from lora_lab.ablation import studies
+from lora_lab.ablation.compare import last_rows
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
-from lora_lab.studies import head_start, planning
+from lora_lab.studies import head_start, recorder
 from lora_lab.studies.claims.head_start import DOCS, FINE_TUNED, FROM_SCRATCH, LONGER
 from lora_lab.tasks.arrays import CHANGES
 from tests.helpers import COMMIT
@@ -29,15 +30,16 @@ REAL_PLAN = head_start.plan
 
 def few(device):
     """Two cases of the real plan, with fewer rates, seeds and steps."""
-    (digits,) = (case for case in REAL_PLAN(CPU) if (case.data, case.model, case.n_train) == ("inverted", "MLP", 40))
-    (docs,) = (case for case in REAL_PLAN(CPU) if case.data == DOCS)
+    (digits,) = (case for case in REAL_PLAN(CPU) if [*case.about.values()] == ["inverted", "MLP", 40])
+    (docs,) = (case for case in REAL_PLAN(CPU) if case.about["data"] == DOCS)
     seeds = {"choosing": (0, 1), "judging": (2, 3, 4), "widen": 1}
     trials = {
         setup: dataclasses.replace(trial, steps=4, warmup=None, eval_every=4) for setup, trial in docs.trials.items()
     }
+    of_eight = {"about": docs.about | {"n_train": 8}, "task": partial(head_start.draw_text, 8), "seq_len": 9}
     return [
         dataclasses.replace(digits, lrs=dict.fromkeys(digits.trials, (1e-3, 3e-3, 9e-3)), **seeds),
-        dataclasses.replace(docs, n_train=8, trials=trials, lrs=dict.fromkeys(trials, (1e-3, 1e-2)), **seeds),
+        dataclasses.replace(docs, **of_eight, trials=trials, lrs=dict.fromkeys(trials, (1e-3, 1e-2)), **seeds),
     ]
 
 
@@ -47,9 +49,10 @@ def record(small_world, tiny_config):
     small_world.setattr(studies, "language_model", lambda device=None: Llama(tiny_config, seed=3))
     small_world.setattr(studies, "random_init", lambda device=None, seed=0: Llama(tiny_config, seed=100 + seed))
     small_world.setattr(studies, "docs_task", counting_on)
-    small_world.setattr(planning, "random_model", lambda name: Llama(tiny_config, seed=3))
+    small_world.setattr(recorder.shapes, "config", lambda name: tiny_config)
     small_world.setattr(head_start, "SEQ_LEN", 9)
-    small_world.setattr(head_start, "plan", few)
+    made = recorder.record_cases("head_start", few, lambda device: {}, head_start.COLUMNS, last_rows, head_start.tell)
+    small_world.setattr(head_start, "HEAD_START", made)
     with redirect_stdout(io.StringIO()) as printed:
         assert cli.main(["record", "head_start", "--device", "cpu", "--out", "records"]) == 0
     (record,) = records.load_all("head_start", "records").values()
@@ -61,22 +64,21 @@ def record(small_world, tiny_config):
 def test_rates_are_chosen_by_the_loss_after_the_last_step_which_may_be_above_that_before_training(monkeypatch):
     after = {1e-3: (2.4, 2.4), 3e-3: (2.1, 2.1), 9e-3: (1.5, 8.0)}  # by seed; 2.0 before training
 
-    def train(case, device, folder, seed, lrs):
-        common = {"outcome": "done", "seed": seed, "steps": 150, "off_domain_loss": 1.0, "gap": 0.0}
+    def train(case, device, folder, seeds, lrs):
+        common = {"outcome": "done", "seed": seeds[0], "steps": 150, "off_domain_loss": 1.0, "gap": 0.0}
         return pandas.DataFrame(
             common | {"setup": setup, "lr": lr, "step": step, "validation_loss": loss}
             for setup, rates in lrs.items()
             for lr in rates
-            for step, loss in ((0, 2.0), (150, after[lr][seed % 2]))
+            for step, loss in ((0, 2.0), (150, after[lr][seeds[0] % 2]))
         )
 
-    monkeypatch.setattr(head_start.Case, "train", train)
-    lrs = dict.fromkeys((FINE_TUNED, FROM_SCRATCH), tuple(after))
-    trials = {setup: REAL_PLAN(CPU)[0].trials[setup] for setup in lrs}
-    case = head_start.Case("moved", "MLP", 10, trials, lrs, choosing=(0, 1), judging=(2, 3), widen=0)
-    rows = pandas.DataFrame(case.rows(CPU, Path("unused")))
+    monkeypatch.setattr(recorder.Case, "_train", train)
+    seeds = {"choosing": (0, 1), "judging": (2, 3), "widen": 0}
+    case = dataclasses.replace(REAL_PLAN(CPU)[0], lrs=dict.fromkeys((FINE_TUNED, FROM_SCRATCH), (*after,)), **seeds)
+    rows = pandas.concat(case.run(CPU, Path("unused")))
     assert set(rows[rows["stage"] == "judging"]["lr"]) == {3e-3}
-    assert set(rows["edge"].fillna("")) == {""}
+    assert set(rows["edge"]) == {""}
 
 
 @slow
@@ -137,12 +139,12 @@ def test_the_ledger_reads_the_record(record):
 def test_seeds_draw_the_pictures_the_pretraining_and_the_random_weights():
     case = few(CPU)[0]
     for setup in (FINE_TUNED, FROM_SCRATCH):
-        first, again, other = (case.start(setup, seed, CPU).state_dict() for seed in (0, 0, 1))
+        first, again, other = (case.starts[setup](seed, CPU).state_dict() for seed in (0, 0, 1))
         assert all(torch.equal(first[name], again[name]) for name in first)
         assert not torch.equal(first["head.weight"], other["head.weight"])
     assert case.task(0).fingerprint == case.task(0).fingerprint != case.task(1).fingerprint
     assert torch.equal(1 - case.task(0).train.inputs, (1 - case.task(0).train.inputs).clamp(0, 1))
-    scratch, longer = (case.start(setup, 0, CPU).state_dict() for setup in (FROM_SCRATCH, LONGER))
+    scratch, longer = (case.starts[setup](0, CPU).state_dict() for setup in (FROM_SCRATCH, LONGER))
     assert torch.equal(scratch["head.weight"], longer["head.weight"])
 
 
@@ -150,7 +152,7 @@ def test_seeds_draw_the_pictures_the_pretraining_and_the_random_weights():
 @pytest.mark.parametrize("device", [CPU, CUDA])
 def test_the_plan_compares_equal_steps_on_three_changes_two_nets_and_the_language_model(device):
     cases = REAL_PLAN(device)
-    table = pandas.DataFrame([vars(case) for case in cases])
+    table = pandas.DataFrame([case.about for case in cases])
     digits = {(data, net): [10, 40, 160, 500] for data in CHANGES for net in ("transformer", "MLP")}
     docs = {(DOCS, "smollm2-135m"): [240 if device == CPU else 2400]}
     assert table.groupby(["data", "model"])["n_train"].apply(list).to_dict() == digits | docs
@@ -158,8 +160,8 @@ def test_the_plan_compares_equal_steps_on_three_changes_two_nets_and_the_languag
         assert case.trials[FINE_TUNED] == case.trials[FROM_SCRATCH]
         assert not set(case.choosing) & set(case.judging)
         assert len(case.judging) >= 3
-        assert case.trials[FINE_TUNED].batch_size <= case.n_train
-        if case.data != DOCS:
+        assert case.trials[FINE_TUNED].batch_size <= case.about["n_train"]
+        if case.about["data"] != DOCS:
             assert case.trials[LONGER].steps == 550 == 400 + case.trials[FINE_TUNED].steps
     assert len(cases[0].planned) == 3 * (5 * 3 + 10)
-    assert isinstance(cases[-1].start(FINE_TUNED, 0, CPU), partial)
+    assert cases[-1].starts.keys() == {FROM_SCRATCH}

@@ -14,7 +14,7 @@ from lora_lab.ablation.stats import BlockLosses
 from lora_lab.adapters.edit import off
 from lora_lab.models.llama import Llama
 from lora_lab.models.quantize import FORMATS, BlockLinear, nf4
-from lora_lab.studies import quantised, tuned
+from lora_lab.studies import quantised, recorder
 from lora_lab.studies.quantised import NF4, Q4_1, Merges, forms_of, rounding
 from tests.studies.conftest import sentences
 
@@ -37,13 +37,13 @@ def rows(small_world, tiny_config):
     small_world.setattr(studies, "language_model", lambda device, model=None: Llama(tiny_config, seed=3))
     small_world.setattr(studies, "docs_task", lambda seq_len: task)
     small_world.setattr(quantised, "load_base", lambda base, device: load(tiny_config, base))
-    small_world.setattr(tuned, "planned_hours", lambda *arguments: 1.0)
+    small_world.setattr(recorder, "plan_hours", lambda *arguments: 1.0)
     small_world.setattr(quantised, "ON_TEST", {"validation": 5, "test": 6})
     small_world.setattr(quantised, "CENTRE", 2e-2)
     small_world.setattr(quantised, "ROUNDS", 2)
-    template = quantised.template
-    small_world.setattr(quantised, "template", lambda method, steps, size, lean: template(method, 3, 4, lean))
-    return list(quantised.RECORDER.rows(CPU))
+    template = quantised.plan_trial
+    small_world.setattr(quantised, "plan_trial", lambda method, steps, size, lean: template(method, 3, 4, lean))
+    return list(quantised.QUANTISED.rows(CPU))
 
 
 def frame_of(rows, *data):
@@ -89,7 +89,7 @@ def test_steps_are_timed_in_turn(rows):
 
 
 def test_a_stopped_record_goes_on(rows, no_trial_runs):
-    again = [row for row in quantised.RECORDER.rows(CPU) if "score_test" in row]
+    again = [row for row in quantised.QUANTISED.rows(CPU) if "score_test" in row]
     assert [row["score_test"] for row in again] == [row["score_test"] for row in rows if "score_test" in row]
 
 

@@ -1,6 +1,8 @@
-"""A record that was begun in an earlier sitting, whose finished trials are committed."""
+"""How records are made: what is planned and taken over, what a tuned study writes, and how long studies take."""
 
+import itertools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,10 +10,24 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lora_lab import records
-from lora_lab.studies import planning, rates, registry
-from lora_lab.studies.recorder import take_over, tell_trial
-from tests.helpers import command
+from lora_lab import FullFineTuning, LoRA, fit, records
+from lora_lab.ablation import Trial, studies
+from lora_lab.ablation.compare import Study, compare_losses
+from lora_lab.ablation.learning_rate import best_rate, losses_by_rate
+from lora_lab.ablation.stats import BlockLosses, block_losses_of
+from lora_lab.models.digits import DigitsMLP
+from lora_lab.models.llama import Llama
+from lora_lab.studies import forgetting, methods, rates, recorder, taught
+from lora_lab.studies.recorder import Planned, find_recorder, plan_hours, take_over, tell_trial
+from lora_lab.studies.records import KINDS
+from lora_lab.tasks import digits
+from tests.helpers import COMMIT, command
+from tests.studies.conftest import sentences
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+# A record that was begun in an earlier sitting, whose finished trials are committed
 
 
 @pytest.fixture
@@ -28,23 +44,16 @@ def begun(tmp_path, monkeypatch):
     return Path("runs/record-rates")
 
 
-def test_trials_that_were_committed_are_taken_over_once(begun):
-    assert take_over("rates") == 2
-    assert json.loads((begun / "docs" / "choosing" / "b.json").read_text(encoding="utf-8")) == {"loss": 2.5}
-    assert take_over("rates") == 0
-
-
-def test_what_is_there_already_stays(begun):
+def test_trials_that_were_committed_are_taken_over_once_and_replace_none(begun):
+    assert take_over("quality") == 0
+    assert not Path("runs").exists()
     own = begun / "docs" / "choosing" / "b.json"
     own.parent.mkdir(parents=True)
     own.write_text('{"loss": 7}', encoding="utf-8")
     assert take_over("rates") == 1
     assert own.read_text(encoding="utf-8") == '{"loss": 7}'
-
-
-def test_of_another_record_nothing_is_taken(begun):
-    assert take_over("quality") == 0
-    assert not Path("runs").exists()
+    assert json.loads((begun / "digits" / "choosing" / "a.json").read_text(encoding="utf-8")) == {"loss": 1.5}
+    assert take_over("rates") == 0
 
 
 def test_the_command_goes_on_from_them_and_says_so(begun, monkeypatch, tmp_path, capsys):
@@ -54,18 +63,19 @@ def test_the_command_goes_on_from_them_and_says_so(begun, monkeypatch, tmp_path,
         seen.extend(path.name for path in begun.rglob("*.json"))
         yield {"data": "docs"}
 
-    monkeypatch.setattr(rates, "RECORDER", replace(rates.RECORDER, rows=rows, settings=lambda device: {}, line=str))
+    made = replace(rates.RATES, rows=rows, settings=lambda device: {}, line=str)
+    monkeypatch.setattr(rates, "RATES", made)
     assert command("record", "rates", "--device", "cpu", "--out", tmp_path / "out") == 0
     assert sorted(seen) == ["a.json", "b.json"]
     assert "2 trials of a record that was begun earlier need not be run again." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("name", registry.NAMES)
+@pytest.mark.parametrize("name", KINDS)
 def test_a_record_can_hold_the_settings_of_every_study(name, device, monkeypatch):  # or hours would end in an error
     costs = SimpleNamespace(predict=lambda *arguments: SimpleNamespace(total_s=lambda label: 1.0))
-    monkeypatch.setattr(planning, "cost_model", lambda device: costs)
-    settings = registry.recorder(name).settings(torch.device(device))
+    monkeypatch.setattr(recorder, "cost_model", lambda device: costs)
+    settings = find_recorder(name).settings(torch.device(device))
     record = records.new(name, [{"a": 1}], settings, "a test", torch.device("cpu"), "unknown")
     assert record.settings == json.loads(json.dumps(settings))
 
@@ -76,3 +86,188 @@ def test_a_trials_last_row_is_told_in_a_line():
     assert tell_trial(row, ["setup"]).split() == ["r=1", "lr", "0.001", "seed", "2:", "validation_loss", "3.0000"]
     assert tell_trial(row | {"outcome": "failed", "reason": "It diverged."}, ["setup"]).endswith("2: It diverged.")
     assert tell_trial(row | {"step": 7}, ["setup"]) is None
+
+
+# A tuned study
+
+
+def a_study(steps, batch_size, chosen_on):
+    options = {"steps": steps, "batch_size": batch_size, "eval_every": steps, "eval_examples": 4}
+    setups = {
+        "full": Trial(FullFineTuning(), 1e-3, **options),
+        "r=1": Trial(LoRA(1, 32), 1e-3, **options),
+        "again": Trial(LoRA(1, 32), 1e-3, **options),
+    }
+    lrs = {"full": (1e-3, 2e-3), "r=1": (1e-2, 2e-2), "again": (1e-2, 2e-2)}
+    return Study(setups, lrs, [0, 1], [2, 3], chosen_on, {"validation": 4, "test": 6}, widen=1)
+
+
+def plan(device):
+    return {"digits": Planned(a_study(6, 16, 40), small=True), "docs": Planned(a_study(3, 4, 5), seq_len=8)}
+
+
+def predict(factory, setups, batch_size, seq_len):
+    """Full fine-tuning takes 3 hours a step, and LoRA 2."""
+    assert (batch_size, seq_len) == (4, 8)
+    hours = {label: 3 if setup.method == FullFineTuning() else 2 for label, setup in setups.items()}
+    return SimpleNamespace(total_s=lambda label: 3600 * hours[label])
+
+
+@pytest.fixture(scope="module")
+def tiny(small_world, tiny_config):
+    """The language model is tiny, and `lora-lab record rates` runs the plan above."""
+    small_world.setattr(studies, "language_model", lambda device, model=None: Llama(tiny_config, seed=3))
+    small_world.setattr(studies, "docs_task", lambda seq_len, model=None: sentences(tiny_config.vocab_size))
+    small_world.setattr(recorder, "cost_model", lambda device: SimpleNamespace(predict=predict))
+    small_world.setattr(rates, "RATES", recorder.record_tuned("rates", plan))
+    return rates.RATES
+
+
+@pytest.fixture(scope="module")
+def record(tiny):
+    assert command("record", "rates", "--device", "cpu", "--out", "records") == 0
+    (record,) = records.load_all("rates", "records").values()
+    return record
+
+
+def test_a_record_has_every_trial_of_both_stages(record):
+    frame = record.frame()
+    for (_, stage, _), rows in frame.groupby(["data", "stage", "setup"]):
+        tried = sorted(rows["lr"].unique())
+        assert len(tried) in ((2, 3) if stage == "choosing" else (1,))
+        assert len(rows) == 2 * len(tried)
+    assert set(frame["data"]) == {"digits", "docs"}
+    assert set(frame["setup"]) == {"full", "r=1", "again"}
+    assert set(frame["commit"]) == {COMMIT}
+
+
+def test_a_record_can_be_judged_as_the_table_itself(record):
+    frame = record.frame()
+    of_digits = frame[frame["data"] == "digits"]
+    chosen = of_digits[(of_digits["stage"] == "choosing") & (of_digits["setup"] == "r=1")]
+    assert math.isfinite(best_rate(losses_by_rate(chosen)).loss)
+    table = compare_losses(of_digits, "full").set_index("setup")
+    assert math.isfinite(table.loc["r=1", "difference"])
+    assert table.loc["r=1", "difference"] == table.loc["again", "difference"] != 0
+
+
+def test_a_row_is_what_fit_and_the_judge_give(record):
+    frame = record.frame()
+    row = frame[(frame["data"] == "digits") & (frame["setup"] == "r=1") & (frame["seed"] == 3)].iloc[0]
+    model, task = studies.pretrained_digits(), digits()
+    fit(model, task, LoRA(1, 32), lr=row["lr"], seed=3, steps=6, batch_size=16, progress=False)
+    expected, untrained = (
+        {"score_test": BlockLosses({"test": 6}, 4)(each, task)["test"]} for each in (model, DigitsMLP())
+    )
+    losses = block_losses_of(row, "test")
+    assert losses == pytest.approx(block_losses_of(expected, "test"), rel=1e-4)
+    assert losses != pytest.approx(block_losses_of(untrained, "test"), rel=1e-2)
+    assert row["test_loss"] == pytest.approx(sum(losses) / len(losses))
+
+
+def test_a_loss_that_the_judge_did_not_measure_is_not_recorded(record):
+    frame = record.frame()
+    assert frame.loc[frame["stage"] == "choosing", "test_loss"].isna().all()
+    assert frame["validation_loss"].notna().all()
+
+
+def test_a_record_says_how_its_rows_were_made(record):
+    own = record.settings["docs"]
+    assert own["setups"]["r=1"]["method"]["alpha"] == 32
+    assert own["lrs"]["full"] == [1e-3, 2e-3]
+    assert (own["choosing"], own["judging"], own["seq_len"]) == ([0, 1], [2, 3], 8)
+    assert (own["chosen_on"], own["judged_on"]) == (5, {"validation": 4, "test": 6})
+
+
+def test_planned_hours_count_steps_evaluations_and_what_is_judged(record):
+    forward = 3 / 3 / 4  # hours an example
+    own = 2 * 2 * 4 + 4  # before and after, two parts; the test part
+    expected = 0.0
+    for hours in (3, 2, 2):
+        expected += 2 * 2 * (3 * hours + (own + 5) * forward) + 2 * (3 * hours + (own + 10) * forward)
+    assert record.settings["planned_hours"] == pytest.approx(expected, abs=0.1)
+
+
+def test_a_stopped_record_goes_on_where_it_was(record, tiny, no_trial_runs, capsys):
+    again = list(tiny.rows(CPU))
+    assert [row["validation_loss"] for row in again] == [row["validation_loss"] for row in record.rows]
+    assert f"Planned: about {record.settings['planned_hours']} hours" in capsys.readouterr().out
+
+
+def test_where_full_fine_tuning_is_compared_all_methods_multiply_in_bfloat16():
+    planned = [*methods.plan_quality(CPU).values(), *taught.plan(CPU).values()]
+    trials = [trial for each in planned for trial in each.study.setups.values()]
+    trials += [trial for case in forgetting.plan_remedies(CPU) for trial in case.trials.values()]
+    assert {type(trial.method) for trial in trials} == {FullFineTuning, LoRA}
+    for trial in trials:
+        assert (trial.autocast or trial.lean.base_dtype) is torch.bfloat16, trial.method
+
+
+TUNED = [rates.plan_rates, methods.plan_quality, methods.plan_targets, methods.plan_variants, taught.plan]
+
+
+@pytest.mark.parametrize("plan", TUNED)
+def test_seeds_that_judge_did_not_choose_and_a_gpu_does_more(plan):
+    small, large = (plan(device)["docs"].study for device in (CPU, CUDA))
+    assert small.setups.keys() == large.setups.keys()
+    assert len(large.choosing) + len(large.judging) > len(small.choosing) + len(small.judging)
+    assert len(small.choosing) >= 2
+    assert len(small.judging) >= 3 or plan is rates.plan_rates
+    for study in (small, large):
+        factors = [high / low for lrs in study.lrs.values() for low, high in itertools.pairwise(lrs)]
+        assert all(1.69 < factor < 2.01 for factor in factors)
+        assert all(len(lrs) >= 3 or "as taught" in setup for setup, lrs in study.lrs.items())
+        for trial in study.setups.values():
+            assert trial.lean is None or trial.method != FullFineTuning()
+
+
+# Hours, against sums worked by hand
+
+OPTIONS = {"steps": 4, "batch_size": 2, "eval_every": 2, "eval_examples": 6}
+FULL, ADAPTER = Trial(FullFineTuning(), 1e-3, **OPTIONS), Trial(LoRA(1, 2), 1e-3, **OPTIONS)
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Full fine-tuning takes 9 hours a step, LoRA 2; the threads for which costs were asked."""
+    asked = []
+
+    def predict(factory, setups, batch_size, seq_len):
+        asked.append(torch.get_num_threads())
+        hours = {label: 9 if setup.method == FullFineTuning() else 2 for label, setup in setups.items()}
+        hours |= {label: 5 for label, setup in setups.items() if setup.autocast}
+        return SimpleNamespace(total_s=lambda label: 3600 * hours[label])
+
+    monkeypatch.setattr(recorder, "cost_model", lambda device: SimpleNamespace(predict=predict))
+    monkeypatch.setattr(studies, "processes", lambda device: 1)
+    return asked
+
+
+def test_a_forward_pass_is_a_third_of_a_full_step_and_half_of_one_with_an_adapter(threads):
+    examples = 3 * 2 * 6 + 6  # two parts before, in the middle and after; the test part
+    assert plan_hours([FULL], 8, CPU) == pytest.approx(4 * 9 + examples / 2 * 9 / 3, abs=0.1)
+    assert plan_hours([ADAPTER], 8, CPU) == pytest.approx(4 * 2 + examples / 2 * 2 / 2, abs=0.1)
+    both = plan_hours([FULL, ADAPTER], 8, CPU)
+    assert both == pytest.approx(plan_hours([FULL], 8, CPU) + plan_hours([ADAPTER], 8, CPU), abs=0.1)
+
+
+def test_a_step_under_autocast_has_its_own_time(threads):
+    halved = replace(FULL, autocast=torch.bfloat16)
+    saved = plan_hours([FULL, FULL], 8, CPU) - plan_hours([FULL, halved], 8, CPU)
+    assert saved == pytest.approx(4 * (9 - 5), abs=0.1)
+
+
+def test_what_is_judged_and_a_short_off_domain_part_are_counted(threads):
+    plain = plan_hours([ADAPTER], 8, CPU)
+    assert plan_hours([ADAPTER], 8, CPU, judged=10) == pytest.approx(plain + 10 / 2, abs=0.1)
+    assert plan_hours([ADAPTER], 8, CPU, off_domain=2) == pytest.approx(plain - 3 * 4 / 2, abs=0.1)
+    assert plan_hours([ADAPTER], 8, CPU, off_domain=100) == plain
+
+
+def test_two_processes_with_a_thread_each_take_half_of_what_one_thread_takes(threads, monkeypatch):
+    before = torch.get_num_threads()
+    alone = plan_hours([FULL, FULL], 8, CPU)
+    monkeypatch.setattr(studies, "processes", lambda device: 2)
+    assert plan_hours([FULL, FULL], 8, CPU) == pytest.approx(alone / 2, abs=0.1)
+    assert threads == [before, 1]
+    assert torch.get_num_threads() == before

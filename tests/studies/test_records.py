@@ -5,11 +5,7 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import tomllib
 from datetime import UTC, datetime
 
@@ -108,35 +104,6 @@ def test_a_new_measurement_takes_the_place_of_the_old_one(tmp_path):
     assert names(tmp_path) == ["nvidia-h100-80gb-hbm3-memory.json", "nvidia-h100-80gb-hbm3-speed.json"]
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = write(a_record(), tmp_path)
-
-    def full(handle):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="no space left"):
-        write(a_record(date="2026-12-01"), tmp_path)
-    assert load(path) == a_record()
-    assert names(tmp_path) == [path.name]
-
-
-@pytest.mark.slow
-def test_a_killed_write_leaves_the_old_file_and_is_not_taken_for_a_record(tmp_path):
-    path = write(a_record(), tmp_path)
-    code = """
-import dataclasses, os, signal, sys
-from lora_lab.studies.records import load, write
-os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
-write(dataclasses.replace(load(sys.argv[1]), date="2026-12-01"), sys.argv[2])
-"""
-    done = subprocess.run([sys.executable, "-c", code, path, tmp_path], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    (left,) = (name for name in names(tmp_path) if name != path.name)
-    assert left.startswith(".")
-    assert load_all(folder=tmp_path) == {"nvidia-h100-80gb-hbm3-memory": a_record()}
-
-
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"lacks the file gpu-memory\.json"):
         load(tmp_path / "gpu-memory.json")
@@ -150,15 +117,10 @@ def without(name):
     ("content", "named"),
     [
         ("", "JSON"),
-        ('{"what": "mem', "JSON"),
         ("[]", "list"),
-        ("null", "NoneType"),
         (without("commit"), "commit"),
         (without("") | {"note": "by hand"}, "note"),
-        (without("") | {"schema": 2}, "schema"),
         (without("") | {"rows": [{"loss": float("nan")}]}, "rows.0.loss"),
-        (without("") | {"rows": []}, "rows"),
-        (without("") | {"date": "yesterday"}, "date"),
     ],
 )
 def test_a_damaged_file_is_refused_in_one_sentence(tmp_path, content, named):
@@ -222,6 +184,7 @@ def test_all_records_of_a_folder_are_read_by_name_in_order(tmp_path):
     for record in made:
         write(record, tmp_path)
     (tmp_path / "README.md").write_text("not a record")
+    (tmp_path / ".a2-memory.json").write_text("what a killed write leaves")
     found = load_all(folder=tmp_path)
     assert list(found) == ["a2-memory", "a2-speed", "m3-memory", "m3-speed", "z1-memory", "z1-speed"]
     assert all(record in made and record.name == name for name, record in found.items())
@@ -311,9 +274,7 @@ def pretend(monkeypatch):
 def test_a_cpu_is_named_with_its_cores_and_a_gpu_as_its_maker_does(pretend):
     pretend("Intel(R) Xeon(R) Processor", 2)
     assert provenance.device_name(CPU) == "Intel(R) Xeon(R) Processor, 2 cores"
-    assert provenance.slug("Intel(R) Xeon(R) Processor, 2 cores") == "intel-xeon-processor-2-cores"
     assert provenance.device_name(torch.device("cuda:1")) == "NVIDIA H100 1"
-    assert provenance.slug("NVIDIA H100 1") == "nvidia-h100-1"
     pretend("Apple M2", 8)
     assert provenance.device_name(torch.device("mps")) == "Apple M2, 8 cores, mps"
 
@@ -342,30 +303,20 @@ def test_a_new_record_says_where_when_and_by_which_code(monkeypatch):
     assert "driver" not in record.facts
 
 
-def a_program(folder, name, script):
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
-    (folder / name).chmod(0o755)
-
-
 @pytest.mark.parametrize(
     ("script", "expected"),
-    [("echo 570.86.15; echo 570.86.15", "570.86.15"), ("echo failed >&2; exit 9", "unknown"), ("", "unknown")],
+    [("echo 570.86.15; echo 570.86.15", "570.86.15"), ("echo failed >&2; exit 9", "unknown"), (None, "unknown")],
 )
 def test_on_cuda_the_driver_is_noted(pretend, monkeypatch, tmp_path, script, expected):
     pretend("Intel(R) Xeon(R) Processor", 2)
-    a_program(tmp_path / "bin", "nvidia-smi", script)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    if script:
+        program = tmp_path / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
     record = records.new("memory", [{"a": 1}], {}, "lora-lab record memory", torch.device("cuda:0"), COMMIT)
     assert record.facts["driver"] == expected
     assert record.name == "nvidia-h100-0-memory"
-
-
-def test_without_nvidias_program_the_driver_is_unknown(pretend, monkeypatch, tmp_path):
-    pretend("Intel(R) Xeon(R) Processor", 2)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    record = records.new("memory", [{"a": 1}], {}, "lora-lab record memory", torch.device("cuda:0"), COMMIT)
-    assert record.facts["driver"] == "unknown"
 
 
 # What others measured
@@ -383,16 +334,7 @@ def test_published_numbers_have_a_source_a_version_a_day_and_a_licence():
     assert round(rows["full-finetuning/llama-3.2-3B-lr_0.00001"]["mean_allocated_bytes"] / 1e9, 2) == 26.06
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [({"licence": ""}, "licence"), ({"date": "soon"}, "date"), ({"settings": [1]}, "settings"), ({"rows": []}, "rows")],
-)
-def test_damaged_published_numbers_are_refused(tmp_path, change, named):
-    stored = json.loads((ROOT / "records" / "published" / "torchtune.json").read_text(encoding="utf-8"))
-    (tmp_path / "published").mkdir()
-    (tmp_path / "published" / "mine.json").write_text(json.dumps(stored | change), encoding="utf-8")
-    with pytest.raises(ValueError, match=f"mine.json is not a file of published numbers .{named}"):
-        records.published("mine", tmp_path)
+def test_published_numbers_that_are_not_there_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"yours\.json"):
         records.published("yours", tmp_path)
 

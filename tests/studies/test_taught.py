@@ -11,8 +11,8 @@ from lora_lab.ablation import studies
 from lora_lab.ablation.compare import compare_losses
 from lora_lab.models.llama import Llama
 from lora_lab.models.shapes import config
-from lora_lab.studies import planning, speed, taught, tuned
-from lora_lab.studies.tuned import Planned
+from lora_lab.studies import recorder, steps, taught
+from lora_lab.studies.recorder import Planned, record_tuned
 from lora_lab.tasks import Pair, from_pairs
 from tests.helpers import command
 from tests.studies.conftest import sentences
@@ -87,12 +87,11 @@ def record(small_world, tiny_config, chatter):
     small_world.setattr(studies, "language_model", lambda device, model=None: Llama(tiny_config, seed=3))
     small_world.setattr(studies, "docs_task", lambda seq_len, model=None: sentences(tiny_config.vocab_size))
     small_world.setattr(studies, "_named_task", lambda name, model: classes)
-    for module in (planning, taught):
+    for module in (recorder, taught):
         small_world.setattr(module, "cost_model", lambda device: Costs())
-    small_world.setattr(speed, "random_model", lambda name: Llama(tiny_config, seed=3))
-    about = {"line": taught.RECORDER.line, "sources": taught.SOURCES, "changed": taught.CHANGED}
-    recorder = tuned.recorder("taught", small, after=taught.times, **about)
-    small_world.setattr(taught, "RECORDER", recorder)
+    small_world.setattr(steps, "random_model", lambda name: Llama(tiny_config, seed=3))
+    about = {"line": taught.TAUGHT.line, "sources": taught.SOURCES, "changed": taught.CHANGED}
+    small_world.setattr(taught, "TAUGHT", record_tuned("taught", small, after=taught.time_methods, **about))
     small_world.setattr(taught, "plan", small)
     assert command("record", "taught", "--device", "cpu", "--out", "records") == 0
     (record,) = records.load_all("taught", "records").values()

@@ -9,9 +9,9 @@ import torch
 from lora_lab import records
 from lora_lab.ablation import studies
 from lora_lab.models.llama import Llama
-from lora_lab.studies import planning, translation, tuned
+from lora_lab.studies import recorder, translation
 from lora_lab.studies.claims.measured import right_by
-from lora_lab.studies.tuned import Planned
+from lora_lab.studies.recorder import Planned, record_tuned
 from lora_lab.tasks import Pair, from_pairs
 from lora_lab.tasks.sentences import COMBINATION, WORD, sentences
 from tests.helpers import command
@@ -49,15 +49,11 @@ def record(small_world, tiny_config, chatter):
             plan[data] = Planned(study, seq_len=8)
         return plan
 
-    class Costs:
-        def predict(self, *arguments):
-            return type("Costs", (), {"total_s": staticmethod(lambda label: 3600)})
-
     small_world.setattr(studies, "language_model", lambda device, model=None: Llama(tiny_config, seed=3))
     small_world.setattr(studies, "_named_task", lambda name, model: tasks[name])
-    small_world.setattr(planning, "cost_model", lambda device: Costs())
-    recorder = tuned.recorder("translation", small, after=translation.all_examples, line=lambda row: None)
-    small_world.setattr(translation, "RECORDER", recorder)
+    small_world.setattr(recorder, "plan_hours", lambda *arguments: 1.0)
+    made = record_tuned("translation", small, after=translation.all_examples, line=lambda row: None)
+    small_world.setattr(translation, "TRANSLATION", made)
     assert command("record", "translation", "--device", "cpu", "--out", "records") == 0
     (record,) = records.load_all("translation", "records").values()
     return record

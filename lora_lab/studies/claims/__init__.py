@@ -5,8 +5,7 @@
 
 In reading order:
 
-    facts       the claims as data, in claims.toml, checked when they are read
-    deciding    what a verdict is, and which function, record or lesson decides which claim
+    deciding    the claims as data, what a verdict is, and which function, record or lesson decides which claim
     counted     verdicts by counting parameters, bytes and FLOPs
     computed    verdicts by computing with small layers and random matrices
     measured    verdicts from records, and from what others published
@@ -17,8 +16,7 @@ In reading order:
     ledger      each claim with its verdict: table, JSON, explanation
 """
 
-from lora_lab.studies.claims.deciding import Result
-from lora_lab.studies.claims.facts import Claim
+from lora_lab.studies.claims.deciding import Claim, Result
 from lora_lab.studies.claims.ledger import Entry, load, table, verdict
 
 __all__ = ["Claim", "Entry", "Result", "load", "table", "verdict"]

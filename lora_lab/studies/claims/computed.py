@@ -20,8 +20,7 @@ from lora_lab.inject import LoRAConfig, inject, merge
 from lora_lab.lora import LoRALinear
 from lora_lab.models.llama import Llama, LlamaConfig
 from lora_lab.models.quantize import FORMATS, nf4
-from lora_lab.studies.claims.deciding import Result, decides, near, over_cases, over_conditions, yes_or_no
-from lora_lab.studies.claims.facts import Claim
+from lora_lab.studies.claims.deciding import Answer, Cases, Claim, decides, near
 
 IDS = torch.arange(32).view(2, 16)  # two sequences of 16 tokens
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -48,23 +47,23 @@ def adapted_linear(width: int, r: int, alpha: float, dtype: torch.dtype = torch.
 
 
 @decides("fresh-adapter-changes-nothing")
-def fresh_adapter(claim: Claim) -> Result:
+def fresh_adapter(claim: Claim) -> Answer:
     """Logits before and after the injection."""
     model = tiny_llama(torch.float32)
     before = model(IDS)
     names = inject(model, LoRAConfig(rank=4))
     changed = int((model(IDS) != before).sum())
-    return yes_or_no(changed == 0, f"{changed} of {before.numel():,} logits changed, with {len(names)} fresh adapters")
+    return changed == 0, f"{changed} of {before.numel():,} logits changed, with {len(names)} fresh adapters"
 
 
 @decides("b-zero-cannot-learn")
-def b_zero(claim: Claim) -> Result:
+def b_zero(claim: Claim) -> Answer:
     """Gradients of A and B at the first step and after it, and the loss after ten steps."""
     layer, x, y = adapted_linear(16, 4, 8.0), random_matrix(64, 16, seed=1), random_matrix(64, 16, seed=2)
     (a_first, b_first, loss_first), (a_second, _, _), *_, (_, _, loss_last) = _plain_descent(layer, x, y, steps=10)
     text = f"first step: gradient of A {a_first:g}, of B {b_first:.2g}; second step: A {a_second:.2g}"
     learned = a_first == 0 < b_first and loss_last < loss_first
-    return yes_or_no(not learned, f"{text}; the loss falls from {loss_first:.3f} to {loss_last:.3f} in ten steps")
+    return not learned, f"{text}; the loss falls from {loss_first:.3f} to {loss_last:.3f} in ten steps"
 
 
 def _plain_descent(layer: LoRALinear, x: Tensor, y: Tensor, steps: int) -> Iterator[tuple[float, float, float]]:
@@ -78,22 +77,19 @@ def _plain_descent(layer: LoRALinear, x: Tensor, y: Tensor, steps: int) -> Itera
             layer.lora_B.sub_(0.5 * b)
 
 
-@decides("subtracting-recovers-w0")
-def subtracting(claim: Claim) -> Result:
+@decides("subtracting-recovers-w0", on="the precision")
+def subtracting(claim: Claim) -> Cases:
     """Entries of W0 that differ after W0 + BA - BA, by precision."""
-    cases = []
     for name, dtype in PRECISIONS.items():
         W = random_matrix(96, 64, dtype=dtype) / 8
         update = (random_matrix(96, 4, seed=1) @ random_matrix(4, 64, seed=2) / 100).to(dtype)
         lost = int(((W + update) - update != W).sum())
-        cases.append((lost == 0, f"{name} {lost:,} of {W.numel():,} entries differ"))
-    return over_cases(cases, "the precision")
+        yield lost == 0, f"{name} {lost:,} of {W.numel():,} entries differ"
 
 
-@decides("merged-computes-the-same")
-def merged_outputs(claim: Claim) -> Result:
+@decides("merged-computes-the-same", on="the precision")
+def merged_outputs(claim: Claim) -> Cases:
     """The largest change of a logit by merging, against 16 units of rounding of the largest logit."""
-    cases = []
     for name, dtype in PRECISIONS.items():
         model = tiny_llama(dtype)
         inject(model, LoRAConfig(rank=4))
@@ -104,12 +100,11 @@ def merged_outputs(claim: Claim) -> Result:
             before = model(IDS).double()
             merge(model)
             error = float((model(IDS).double() - before).abs().max() / before.abs().max())
-        cases.append((error <= 16 * torch.finfo(dtype).eps, f"{name} {error:.0e} of the largest logit"))
-    return over_cases(cases, "the precision")
+        yield error <= 16 * torch.finfo(dtype).eps, f"{name} {error:.0e} of the largest logit"
 
 
 @decides("merged-adds-no-latency")
-def merged_structure(claim: Claim) -> Result:
+def merged_structure(claim: Claim) -> Answer:
     """A merged model has the base's modules and shapes, so that it does the same operations."""
     base, model = tiny_llama(), tiny_llama()
     inject(model, LoRAConfig(rank=4))
@@ -117,7 +112,7 @@ def merged_structure(claim: Claim) -> Result:
     merge(model)
     same, before = _structure(model) == _structure(base), adapted == _structure(base)
     words = "the same classes and shapes, so the same operations" if same else "other modules than the base"
-    return yes_or_no(same and not before, f"{words}, and with separate adapters others; no time was measured")
+    return same and not before, f"{words}, and with separate adapters others; no time was measured"
 
 
 def _structure(model: nn.Module) -> list[tuple[str, str, list[tuple[int, ...]]]]:
@@ -152,30 +147,30 @@ def adam_losses(factor: float, lr_a: float, lr_b: float, alpha: float, steps: in
 
 
 @decides("two-real-knobs")
-def two_knobs(claim: Claim) -> Result:
+def two_knobs(claim: Claim) -> Answer:
     """alpha / (p q), p A, p lr_A and q lr_B for powers of two, beside a change of alpha alone."""
     plain = adam_losses(1, 0.01, 0.01, 8)
     scaled, alone = adam_losses(4, 0.04, 0.02, 1), adam_losses(1, 0.01, 0.01, 1)
     different = max(abs(a - b) for a, b in zip(plain, alone, strict=True))
-    return yes_or_no(
+    return (
         scaled == plain and different > 1e-4,
         f"p = 4, q = 2: 20 losses {'equal bit for bit' if scaled == plain else 'differ'}; alpha alone {different:.1g}",
     )
 
 
 @decides("alpha-is-a-learning-rate")
-def alpha_is_a_rate(claim: Claim) -> Result:
+def alpha_is_a_rate(claim: Claim) -> Answer:
     """alpha / 4 against twice the rate, if A starts twice as large; and how far off it is if A starts as usual."""
     plain = adam_losses(1, 0.01, 0.01, 8)
     scaled, usual = (
         max(abs(a / b - 1) for a, b in zip(plain, adam_losses(factor, 0.02, 0.02, 2), strict=True)) for factor in (2, 1)
     )
     text = f"losses differ by {100 * scaled:.2g} % if A starts twice as large, and by {100 * usual:.2g} % if as usual"
-    return yes_or_no(scaled < 0.01, text)
+    return scaled < 0.01, text
 
 
 @decides("alpha-over-r-same-first-step")
-def same_first_step(claim: Claim) -> Result:
+def same_first_step(claim: Claim) -> Answer:
     """How much Adam's first step on B lowers the loss at each rank, under alpha / r and alpha / sqrt(r)."""
     falls: dict[str, dict[int, float]] = {}
     for rule, power in (("alpha / r", 1.0), ("alpha / sqrt(r)", 0.5)):
@@ -184,7 +179,7 @@ def same_first_step(claim: Claim) -> Result:
     alike = all(near(ratio, 1, 0.05) for ratio in ratios["alpha / r"].values())
     differ = not any(near(ratio, 1, 0.05) for ratio in ratios["alpha / sqrt(r)"].values())
     text = "; ".join(f"{rule} {each[8]:.2f} and {each[32]:.2f}" for rule, each in ratios.items())
-    return yes_or_no(alike and differ, f"fall of the loss at ranks 8 and 32, in units of rank 2's, 20 draws: {text}")
+    return alike and differ, f"fall of the loss at ranks 8 and 32, in units of rank 2's, 20 draws: {text}"
 
 
 def _first_fall(r: int, alpha: float, seed: int, width: int = 64) -> float:
@@ -200,44 +195,42 @@ def _first_fall(r: int, alpha: float, seed: int, width: int = 64) -> float:
 # Ranks, and what chance gives
 
 
-@decides("updates-have-low-rank")
-def first_update(claim: Claim) -> Result:
+@decides("updates-have-low-rank", on="the number of tokens and the optimiser: Adam's first step is the gradient's sign")
+def first_update(claim: Claim) -> Cases:
     """The rank and the energy rank of the first update of a square weight, by tokens, under SGD and under Adam."""
-    cases = []
     for tokens in (8, 1024):
         gradient = random_matrix(128, tokens, seed=1) @ random_matrix(tokens, 128, seed=2)
         for name, update in (("SGD", gradient), ("Adam", gradient.sign())):
             full, energy = int(torch.linalg.matrix_rank(update)), int(rank.energy_rank(rank.singular_values(update)))
             words = f"{name}, {tokens:,} tokens: rank {full} of 128, 90 % of the energy in {energy}"
-            cases.append((full <= 8, words))
-    return over_cases(cases, "the number of tokens and the optimiser: Adam's first step is the gradient's sign")
+            yield full <= 8, words
 
 
 @decides("many-terms-mean-structure")
-def noise_needs_many_terms(claim: Claim) -> Result:
+def noise_needs_many_terms(claim: Claim) -> Answer:
     """Terms for 90 % of the energy of Gaussian noise and of a matrix with structure, both 192 x 192."""
     noise = rank.by_chance(lambda g: rank.energy_rank(rank.singular_values(rank.gaussian((192, 192), generator=g))))
     decaying = rank.singular_values(random_matrix(192, 192) @ torch.diag(0.9 ** torch.arange(192.0).double()))
     low, structured = int(noise.low), int(rank.energy_rank(decaying))
-    return yes_or_no(
+    return (
         structured > int(noise.high),
         f"192 x 192: noise needs {low} to {int(noise.high)} of 192 terms; decaying columns {structured}",
     )
 
 
 @decides("any-direction-is-an-intruder")
-def random_intruders(claim: Claim) -> Result:
+def random_intruders(claim: Claim) -> Answer:
     """The largest cosine of a random direction with the directions of a weight, by width."""
     cosine = rank.random_cosine(4096)
     others = ", ".join(f"{rank.random_cosine(width):.3f} at {width}" for width in (64, 576))
-    return yes_or_no(near(cosine, claim.stated) and cosine < 0.5, f"{cosine:.3f} at 4,096 wide; {others}: below 0.5")
+    return near(cosine, claim.stated) and cosine < 0.5, f"{cosine:.3f} at 4,096 wide; {others}: below 0.5"
 
 
 SIZES = (0.01, 0.05, 0.2)  # of an update, in units of the weight's norm
 
 
 @decides("nf4-merge-loses-90-percent")
-def merged_into_nf4(claim: Claim) -> Result:
+def merged_into_nf4(claim: Claim) -> Cases:
     """The share of weights whose level in NF4 an update does not change, and the norm of that change.
 
     Beside weights of any value, what rounding adds makes the change longer than the update, and along the update it is
@@ -245,7 +238,6 @@ def merged_into_nf4(claim: Claim) -> Result:
     """
     W = random_matrix(256, 512, dtype=torch.float32)
     B, A = random_matrix(256, 8, seed=1, dtype=torch.float32), random_matrix(8, 512, seed=2, dtype=torch.float32)
-    cases = []
     before, _ = nf4(W, double=False)
     levels = FORMATS["NF4"].decode(before)
     for (base, weights), size in product({"any weights": W, "weights on the grid": levels.view_as(W)}.items(), SIZES):
@@ -260,8 +252,7 @@ def merged_into_nf4(claim: Claim) -> Result:
             words += f"{which} {norm:.2f} times the update"
             case = {"which norm is meant": which, "the size of the update beside the weight": size}
             case |= {"whether the base lies on the grid already": base}
-            cases.append((near(share, claim.stated) and near(norm, 1), words, case))
-    return over_conditions(cases)
+            yield near(share, claim.stated) and near(norm, 1), words, case
 
 
 def _codes(blocks: Tensor) -> Tensor:
@@ -274,7 +265,7 @@ def _codes(blocks: Tensor) -> Tensor:
 
 
 @decides("lower-loss-better-answers")
-def lower_loss(claim: Claim) -> Result:
+def lower_loss(claim: Claim) -> Answer:
     """Right answers of overconfident logits before and after the temperature that lowers their loss most."""
     targets = torch.randint(10, (2000,), generator=torch.Generator().manual_seed(0))  # (2000,)
     logits = 3 * random_matrix(2000, 10)  # (2000, 10)
@@ -283,4 +274,4 @@ def lower_loss(claim: Claim) -> Result:
     best = min(losses, key=losses.__getitem__)
     before, after = (float((each.argmax(-1) == targets).double().mean()) for each in (logits, logits / best))
     text = f"temperature {best}: loss {losses[1]:.2f} to {losses[best]:.2f}, right answers {before:.1%} and {after:.1%}"
-    return yes_or_no(losses[best] >= losses[1] or after > before, text)
+    return losses[best] >= losses[1] or after > before, text

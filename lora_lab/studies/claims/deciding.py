@@ -1,34 +1,132 @@
-"""What a verdict is, which function decides which claim, and the rules that all of them obey.
+"""What a claim is, what a verdict is, which function decides which claim, and the rules that all of them obey.
 
-    @decides("params-2-percent")                        # counted or computed here, in seconds
+:func:`read_claims` reads what others state, and what is known of our test of it, from ``claims.toml``, which a person
+can review. It never holds a verdict that something here can decide. A claim that no function decides has one of three
+entries instead: ``lesson``, which lesson measures it, ``open``, what is missing, or ``untestable``, what cannot be had
+here.
+
+    @decides("params-2-percent")                                       # counted or computed here, in seconds
     def params(claim): ...
 
-    @decides("rank-one-is-enough", record="ablation")   # from each record of that kind
+    @decides("rank-one-is-enough", record="ablation", on="the rank")   # from each record of that kind
     def rank_one(claim, record): ...
 
-    @decides("qlora-time", published="litgpt")          # from what others measured
+    @decides("qlora-time", published="litgpt")                         # from what others measured
     def qlora_time(claim, published): ...
 
-Each returns a :class:`Result`. None is a constant: another record, or another number in the claim, may turn it.
-A claim that only a lesson measures has no function: what the lesson's stored outputs show decides it.
+Each returns whether the claim holds, with words; or yields that for each case that was tried, perhaps with the case's
+conditions; or returns a whole :class:`Result`. No verdict is hard-coded: new data, or another number in the claim, can
+change it. A claim that only a lesson measures has no function: what the lesson's stored outputs show decides it.
 """
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import pydantic
+from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
 from lora_lab.studies import records
-from lora_lab.studies.claims.facts import Claim
+from lora_lab.studies.records import Text
 from lora_lab.system.files import read_json
 from lora_lab.system.provenance import shipped_folder
 from lora_lab.system.schema import check
+
+NONE_GIVEN = "none given"
+SHIPPED = Path(__file__).with_name("claims.toml")
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Claim:
+    """Something that is stated of LoRA, with a number if its authors give one.
+
+    Args:
+        id: lower-case words with hyphens.
+        sentence: the claim, in one sentence.
+        source: author, year and section or table, or where it is published.
+        read: how the source was read; the last two are not the source's own words.
+        kind: what kind of statement it is.
+        fair: whether our test is fair to the claim.
+        why: why it is fair, or what it cannot show.
+        changes: what would decide the claim, if it is open, or change its verdict.
+        number: the number that its authors give.
+        interval: the interval, seeds or noise that they give with it.
+        value: ``number`` as a number, if the verdict's function compares with it.
+        values: further numbers of ``number`` that it compares with, in the order in which it takes them.
+        record: the kind of record that the claim waits for, if it is open.
+        lesson: the lesson whose stored outputs decide it, such as "06_which_rank".
+        open: why nothing here decides it yet.
+        untestable: why nothing here can decide it.
+
+    Raises:
+        ValueError: an entry does not conform to that.
+    """
+
+    id: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
+    sentence: Annotated[str, Field(pattern=r"\.$")]
+    source: Text
+    read: Literal["full text", "abstract", "repository", "issue", "page", "lesson", "second-hand", "from memory"]
+    kind: Literal["arithmetic", "mechanism", "small-scale", "at scale"]
+    fair: Literal["yes", "sign only", "no"]
+    why: Text
+    changes: Text
+    number: str = NONE_GIVEN
+    interval: str = NONE_GIVEN
+    value: float | None = None
+    values: Sequence[float] = ()
+    record: str = ""
+    lesson: str = ""
+    open: str = ""
+    untestable: str = ""
+
+    def __post_init__(self) -> None:
+        for each in self.values if self.value is None else (self.value, *self.values):
+            if f"{each:g}" not in self.number.replace(",", ""):
+                raise ValueError(f"The claim {self.id!r} has the value {each!r}, which its number does not show.")
+        if sum(map(bool, (self.lesson, self.open, self.untestable))) > 1:
+            raise ValueError(f"The claim {self.id!r} has several of lesson, open and untestable; keep one of them.")
+        if self.record and not self.open:
+            raise ValueError(f"The claim {self.id!r} waits for the record {self.record!r} but is not open.")
+
+    @property
+    def stated(self) -> float:
+        """The claim's number as a number.
+
+        Raises:
+            ValueError: the claim has none.
+        """
+        if self.value is None:
+            raise ValueError(f"The claim {self.id!r} has no value to compare with; add one to its entry.")
+        return self.value
+
+    @property
+    def cited(self) -> str:
+        """The source, and in brackets how it was read if not in its own words."""
+        return f"{self.source} [{self.read}]" if self.read in ("second-hand", "from memory") else self.source
+
+
+@cache
+def read_claims(path: Path = SHIPPED) -> dict[str, Claim]:
+    """Read all claims by id, in the order of the file.
+
+    Raises:
+        ValueError: the file is no TOML, an id is there twice, or a claim lacks an entry, or has an unknown one (such as
+            a typed verdict) or one that does not conform.
+    """
+    entries = tomllib.loads(path.read_text(encoding="utf-8"))["claim"]
+    claims = {entry["id"]: Claim(**entry) for entry in entries}
+    if len(claims) < len(entries):
+        raise ValueError(f"{path} has a claim twice; give each an id of its own.")
+    return claims
+
 
 STANDS, FALLS, DEPENDS, OPEN, UNTESTABLE = "stands", "falls", "depends", "open", "untestable"
 VERDICTS = (STANDS, FALLS, DEPENDS, OPEN, UNTESTABLE)
@@ -70,29 +168,44 @@ class Result:
         return f"{self.verdict} on {self.on}" if self.on else self.verdict
 
 
+Answer = tuple[bool | None, str]  # whether a claim holds (None: the measurement cannot tell), and that in words
+Cases = Iterable[tuple[Any, ...]]  # that of each case, and perhaps its conditions, as for over_conditions
+
+
 @dataclass(frozen=True)
 class Decider:
     """A function that decides a claim, and what it reads: kinds of records, or a file of published numbers."""
 
-    function: Callable[..., Result]
+    function: Callable[..., Result | Answer | Cases]
     record: str = ""
     published: str = ""
     beside: str = ""
+    on: str = ""
+    always: bool = False
 
-    def of_record(self, claim: Claim, record: records.Record, beside: Sequence[records.Record] = ()) -> Result:
-        """What the function decides from one record, beside those of a second kind where it asks for one.
+    def decide(self, claim: Claim, *sources: Any) -> Result:
+        """Return what the function decides from a record or published numbers, or from nothing.
 
         Raises:
             KeyError, ValueError: the record lacks what is needed, such as a setup, a column or a seed.
         """
-        return self.function(claim, record, beside) if self.beside else self.function(claim, record)
+        found = self.function(claim, *sources)
+        if isinstance(found, Result):
+            return found
+        if isinstance(found, tuple):
+            return Result({True: STANDS, False: FALLS, None: OPEN}[found[0]], str(found[1]))
+        return over_cases(found, self.on, self.always) if self.on else over_conditions(found)
+
+    def of_record(self, claim: Claim, record: records.Record, beside: Sequence[records.Record] = ()) -> Result:
+        """Return what is decided from one record, beside those of a second kind where the function asks for one."""
+        return self.decide(claim, record, *([beside] if self.beside else []))
 
 
 DECIDERS: dict[str, Decider] = {}  # id of a claim -> what decides it
 
 
 def decides(
-    claim_id: str, *, record: str = "", published: str = "", beside: str = ""
+    claim_id: str, *, record: str = "", published: str = "", beside: str = "", on: str = "", always: bool = False
 ) -> Callable[[Callable], Callable]:
     """Register a function as what decides a claim.
 
@@ -101,15 +214,16 @@ def decides(
         record: the function takes the claim and a record of this kind.
         published: the function takes the claim and this file of ``records/published``.
         beside: the function also takes a list of all records of this second kind, which may be empty.
+        on, always: as for :func:`over_cases`; without ``on`` cases have conditions, as for :func:`over_conditions`.
 
     Raises:
         ValueError: another function decides that claim already.
     """
 
-    def register(function: Callable[..., Result]) -> Callable[..., Result]:
+    def register(function: Callable) -> Callable:
         if claim_id in DECIDERS:
             raise ValueError(f"The claim {claim_id!r} is decided twice; each claim has one function.")
-        DECIDERS[claim_id] = Decider(function, record, published, beside)
+        DECIDERS[claim_id] = Decider(function, record, published, beside, on, always)
         return function
 
     return register
@@ -142,7 +256,7 @@ def judge(
         published_too = folder is not None and (Path(folder) / "published").is_dir()
         source = records.published(decider.published, folder if published_too else None)
         return replace(
-            decider.function(claim, source),
+            decider.decide(claim, source),
             shown_by=f"records/published/{decider.published}.json",
             date=source.date,
             machine=f"theirs: {source.what}",
@@ -150,7 +264,7 @@ def judge(
     if not decider.record:
         shown_by = f"{decider.function.__module__}.{decider.function.__name__}"
         today = datetime.now(UTC).date().isoformat()
-        return replace(decider.function(claim), shown_by=shown_by, date=today, machine=ANY_MACHINE)
+        return replace(decider.decide(claim), shown_by=shown_by, date=today, machine=ANY_MACHINE)
     every = records.load_all(folder=folder) if every is None else every
     beside = {name: record for name, record in every.items() if record.what == decider.beside}
     results = [
@@ -210,7 +324,7 @@ def _together(results: list[Result]) -> Result:
     return replace(newest, verdict=DEPENDS, on="the machine", measured=texts, shown_by=names)
 
 
-def over_cases(cases: Iterable[tuple[bool | None, str]], on: str, always: bool = False) -> Result:
+def over_cases(cases: Cases, on: str, always: bool = False) -> Result:
     """The verdict on a claim that is stated without conditions, from the cases that were tried.
 
     Args:
@@ -232,16 +346,11 @@ def over_cases(cases: Iterable[tuple[bool | None, str]], on: str, always: bool =
     return Result(FALLS if fails else STANDS if holds and not unclear else OPEN, text)
 
 
-def over_conditions(cases: Iterable[tuple[bool | None, str, Mapping[str, Any]]]) -> Result:
+def over_conditions(cases: Cases) -> Result:
     """Return the verdict of :func:`over_cases` where each case has its conditions, for :func:`turned_by`."""
     cases = list(cases)
     on = turned_by((answer, conditions) for answer, _, conditions in cases)
     return over_cases([(answer, words) for answer, words, _ in cases], on)
-
-
-def yes_or_no(holds: bool | None, measured: str) -> Result:
-    """Return the verdict on a statement that was tried in one case; None: the measurement cannot tell."""
-    return Result({True: STANDS, False: FALLS, None: OPEN}[holds], measured)
 
 
 def excludes_zero(lower: float, upper: float) -> bool | None:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 from lora_lab.ablation.compare import compare_by_seed
 from lora_lab.ablation.overfitting import at_equal_learning, compare_over_rates, summarise_trials
 from lora_lab.ablation.stats import rank_correlations, t_bounds
-from lora_lab.studies.claims.deciding import Result, decides, excludes_zero, over_cases, yes_or_no
-from lora_lab.studies.claims.facts import Claim
+from lora_lab.studies.claims.deciding import Answer, Cases, Claim, decides, excludes_zero
 from lora_lab.studies.claims.measured import MIN_SEEDS
 from lora_lab.studies.records import Record
 
@@ -51,51 +50,47 @@ def _at_equal_learning(record: Record, setups: Sequence[str], reference: str) ->
             yield setup, LESS.get(row["verdict"]), words
 
 
-@decides("learns-less-forgets-less", record="remedies")
-def forgets_less(claim: Claim, record: Record) -> Result:
+@decides("learns-less-forgets-less", record="remedies", on="rank, rates and how much is learned")
+def forgets_less(claim: Claim, record: Record) -> Cases:
     """What LoRA of each rank has forgotten, less what full fine-tuning has, where both have learned as much."""
     ranks = ("LoRA r=1", "LoRA r=8", "LoRA r=64")
-    cases = [(answer, words) for _, answer, words in _at_equal_learning(record, ranks, "full")]
-    return over_cases(cases, "rank, rates and how much is learned")
+    return [(answer, words) for _, answer, words in _at_equal_learning(record, ranks, "full")]
 
 
 @decides("lora-forgets-more-at-defaults", record="remedies")
-def forgets_more_at_defaults(claim: Claim, record: Record) -> Result:
+def forgets_more_at_defaults(claim: Claim, record: Record) -> Answer:
     """What both have forgotten after the last step, at the rates of PEFT's benchmark; at equal learning beside it."""
     lora, full = "LoRA r=32, PEFT's rate", "full, PEFT's rate"
     trials = summarise_trials(_frame(record, (lora, full)))
     row = compare_by_seed(trials, "forgotten_at_last", full).set_index("setup").to_dict("index")[lora]
     text = f"after the last step {row['difference']:+.4f} ({row['lower']:+.4f} to {row['upper']:+.4f}) nats"
     beside = "; ".join(words for _, _, words in _at_equal_learning(record, [lora], full))
-    return yes_or_no(excludes_zero(row["lower"], row["upper"]), f"{text}; at equal learning: {beside}")
+    return excludes_zero(row["lower"], row["upper"]), f"{text}; at equal learning: {beside}"
 
 
-@decides("kl-predicts-forgetting", record="remedies")
-def divergence_predicts(claim: Claim, record: Record) -> Result:
+@decides("kl-predicts-forgetting", record="remedies", on="what KL is compared with")
+def divergence_predicts(claim: Claim, record: Record) -> Cases:
     """Rank correlations of forgetting with KL on the new task, size of the update, rank and rate, over all setups."""
     frame = _frame(record)
     trials = summarise_trials(frame).merge(frame[["setup", "rank"]].drop_duplicates())
     predictors = ["score_divergence", "score_size", "rank", "lr"]
     table = rank_correlations(trials, "forgotten_at_last", predictors)
     names = {"score_divergence": "KL on the new task", "score_size": "size of the update", "lr": "rate"}
-    cases = []
     for row in table.to_dict("records"):
         name, prefix = names.get(row["predictor"], row["predictor"]), "difference_"
         if row["predictor"] == predictors[0]:  # what the others are compared with
             prefix = ""
         answer = excludes_zero(row[f"{prefix}lower"], row[f"{prefix}upper"])
-        cases.append((answer, f"{name} {row['correlation']:+.2f} ({row['lower']:+.2f} to {row['upper']:+.2f})"))
-    return over_cases(cases, "what KL is compared with")
+        yield answer, f"{name} {row['correlation']:+.2f} ({row['lower']:+.2f} to {row['upper']:+.2f})"
 
 
-@decides("replay-cuts-forgetting-by-80", record="remedies")
-def replay_helps(claim: Claim, record: Record) -> Result:
+@decides("replay-cuts-forgetting-by-80", record="remedies", on="the control and how much is learned")
+def replay_helps(claim: Claim, record: Record) -> Cases:
     """Forgetting with replies of the base among the examples, against none and against as much other text."""
-    other, cases = "other text, a quarter", []
+    other = "other text, a quarter"
     for reference, setups in ((REFERENCE, REPLAYS), (other, REPLAYS[:1])):
         for setup, answer, words in _at_equal_learning(record, setups, reference):
-            cases.append((answer, f"{words} against {reference}, {_change(record, setup, reference):+.0f} %"))
-    return over_cases(cases, "the control and how much is learned")
+            yield answer, f"{words} against {reference}, {_change(record, setup, reference):+.0f} %"
 
 
 def _change(record: Record, setup: str, reference: str) -> float:
@@ -106,10 +101,10 @@ def _change(record: Record, setup: str, reference: str) -> float:
     return float(100 * (means[setup] / means[reference] - 1))
 
 
-@decides("final-checkpoint-overshoots", record="remedies")
-def overshoots(claim: Claim, record: Record) -> Result:
+@decides("final-checkpoint-overshoots", record="remedies", on="the rate")
+def overshoots(claim: Claim, record: Record) -> Cases:
     """Both losses of adapters that are scaled down, less those at the strength that was trained, for each rate."""
-    frame, cases = _frame(record, (f"{REFERENCE}, scaled",)), []
+    frame = _frame(record, (f"{REFERENCE}, scaled",))
     for lr, of_rate in frame.groupby("lr"):
         tables = {
             part: of_rate.pivot(index="seed", columns="step", values=f"{part}_loss")
@@ -124,16 +119,15 @@ def overshoots(claim: Claim, record: Record) -> Result:
             answers.append((True if better else False if worse else None, f"{strength:.0f} % {losses}"))
         each = [answer for answer, _ in answers]
         some = True if True in each else None if None in each else False
-        cases.append((some, f"rate {lr:g}: {', '.join(words for _, words in answers)}"))
-    return over_cases(cases, "the rate")
+        yield some, f"rate {lr:g}: {', '.join(words for _, words in answers)}"
 
 
 @decides("forgetting-linear-in-loss", record="remedies")
-def inverse_to_the_loss(claim: Claim, record: Record) -> Result:
+def inverse_to_the_loss(claim: Claim, record: Record) -> Answer:
     """Whether the setups without a remedy that have the lower validation loss have forgotten more: the sign alone."""
     plain = [name for name in set(_frame(record)["setup"]) if name.startswith(("LoRA", "full"))]
     table = rank_correlations(summarise_trials(_frame(record, plain)), "forgotten_at_last", ["last_loss"])
     row = table.iloc[0]
     text = f"rank correlation of forgetting with the loss {row['correlation']:+.2f}"
     text = f"{text} ({row['lower']:+.2f} to {row['upper']:+.2f}), {len(plain)} setups"
-    return yes_or_no(excludes_zero(-row["upper"], -row["lower"]), text)
+    return excludes_zero(-row["upper"], -row["lower"]), text

@@ -15,8 +15,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, cast
 
 from lora_lab.ablation.stats import CONFIDENCE, t_bounds
-from lora_lab.studies.claims.deciding import OPEN, Result, decides, excludes_zero, over_cases, turned_by
-from lora_lab.studies.claims.facts import Claim
+from lora_lab.studies.claims.deciding import OPEN, Claim, Result, decides, excludes_zero, over_cases, turned_by
 from lora_lab.studies.claims.measured import MIN_SEEDS
 from lora_lab.studies.records import Record
 

@@ -24,9 +24,19 @@ from lora_lab.studies.claims import (  # noqa: F401  # they register themselves
     quality,
     rates,
 )
-from lora_lab.studies.claims.deciding import DECIDERS, FALLS, OPEN, UNTESTABLE, VERDICTS, Result, judge
-from lora_lab.studies.claims.facts import NONE_GIVEN, Claim, read_claims
-from lora_lab.studies.registry import HOURS
+from lora_lab.studies.claims.deciding import (
+    DECIDERS,
+    FALLS,
+    NONE_GIVEN,
+    OPEN,
+    UNTESTABLE,
+    VERDICTS,
+    Claim,
+    Result,
+    judge,
+    read_claims,
+)
+from lora_lab.studies.records import KINDS
 
 WIDTH = 100
 
@@ -109,7 +119,7 @@ class Entry:
             return f"No command makes the record {record!r} yet."
         if record:
             again = "makes the record anew" if self.result.date else "will make the record"
-            return f"lora-lab record {record} {again}, in {HOURS[record]} on two cores."
+            return f"lora-lab record {record} {again}, in {KINDS[record].hours} on two cores."
         if decider is None:
             return "Nothing here measures it: " + (self.claim.open or self.claim.untestable) + "."
         if decider.published:

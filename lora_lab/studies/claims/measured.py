@@ -31,15 +31,16 @@ from lora_lab.studies.claims.deciding import (
     FALLS,
     OPEN,
     STANDS,
+    Answer,
+    Cases,
+    Claim,
     Result,
     decides,
     near,
     over_cases,
     over_conditions,
     within,
-    yes_or_no,
 )
-from lora_lab.studies.claims.facts import Claim
 from lora_lab.studies.records import Published, Record
 from lora_lab.system.wording import counted
 
@@ -79,20 +80,19 @@ FULL_AND_LORA = [(f"full{also}", f"LoRA r=8{also}") for also in ALSO]
 
 
 @decides("memory-as-few-as-parameters", record="memory")
-def memory_as_parameters(claim: Claim, record: Record) -> Result:
+def memory_as_parameters(claim: Claim, record: Record) -> Answer:
     """The memory that LoRA saves, in per cent of full fine-tuning's peak."""
     pairs = [*FULL_AND_LORA, ("full", "LoRA r=1")]
     savings = sorted(100 * (1 - 1 / ratio) for ratio, _ in _memory_ratios(record, pairs))
     if not savings:
-        return Result(OPEN, "the record has no pair of full fine-tuning and LoRA")
+        return None, "the record has no pair of full fine-tuning and LoRA"
     text = f"saves {savings[0]:.0f} to {savings[-1]:.0f} % in {len(savings)} cases"
-    return yes_or_no(savings[0] >= 0.9 * claim.stated, text)
+    return savings[0] >= 0.9 * claim.stated, text
 
 
 @decides("fewer-gradients-lower-the-peak", record="memory")
-def gradients_at_the_peak(claim: Claim, record: Record) -> Result:
+def gradients_at_the_peak(claim: Claim, record: Record) -> Cases:
     """Whether the peak of full fine-tuning holds gradients of its parameters, in each setup with AdamW."""
-    cases = []
     for row in record.rows:
         name, *options = row["setup"].split(", ")
         if name == "full" and "SGD" not in options:
@@ -100,12 +100,11 @@ def gradients_at_the_peak(claim: Claim, record: Record) -> Result:
             words = f"{row['model']}, {row['batch']} x {row['length']} tokens, {row['setup']}: {held / MIB:,.0f} MiB"
             case = {"the model": row["model"], "the tokens in a step": (row["batch"], row["length"])}
             case |= {"the precision": "bf16" in options, "checkpointing": "checkpointing" in options}
-            cases.append((held > 0, words, case))
-    return over_conditions(cases)
+            yield held > 0, words, case
 
 
-@decides("lora-needs-less-memory", record="memory")
-def less_memory(claim: Claim, record: Record) -> Result:
+@decides("lora-needs-less-memory", record="memory", on="the rank and the tokens in a step")
+def less_memory(claim: Claim, record: Record) -> Cases:
     """Measured peaks of full fine-tuning in units of LoRA's of several ranks, all in float32; and a rank too high."""
     cases: list[tuple[bool | None, str]] = []
     for also, rank in product(ALSO, (1, 8, 64)):
@@ -114,11 +113,11 @@ def less_memory(claim: Claim, record: Record) -> Result:
     without, with_gradients = (rank_of_equal_memory(shapes.config("smollm2-135m"), held) for held in (False, True))
     text = f"counting SmolLM2-135M's weights and Adam's moments alone, from rank {without} upwards; with gradients, "
     text += f"which the peak holds with few tokens, from {with_gradients}"
-    return over_cases([*cases, (False, text)] if cases else [], "the rank and the tokens in a step")
+    return [*cases, (False, text)] if cases else []
 
 
-@decides("memory-gap-closes", record="memory")
-def memory_and_context(claim: Claim, record: Record) -> Result:
+@decides("memory-gap-closes", record="memory", on="the model")
+def memory_and_context(claim: Claim, record: Record) -> Cases:
     """LoRA's peak in units of full fine-tuning's, along the lengths of one sequence."""
     by_model: dict[str, list[tuple[float, str]]] = {}  # in ascending order of the length
     for (model, batch, length), setups in sorted(_peaks(record).items()):
@@ -126,12 +125,10 @@ def memory_and_context(claim: Claim, record: Record) -> Result:
             lora, full = (setups[name]["measured_bytes"] for name in ("LoRA r=8", "full"))
             words = f"{lora / full:.2f} at {length} ({(full - lora) / MIB:,.0f} MiB less)"
             by_model.setdefault(model, []).append((lora / full, words))
-    cases = []
     for model, ratios in by_model.items():
         if len(ratios) >= 3:
             rises = all(low < high for (low, _), (high, _) in pairwise(ratios))
-            cases.append((rises, f"{model}: {', '.join(words for _, words in ratios)}"))
-    return over_cases(cases, "the model")
+            yield rises, f"{model}: {', '.join(words for _, words in ratios)}"
 
 
 # Claims on the ratio of two setups' bytes: pairs, column, whether it holds, and on what it may depend.
@@ -219,7 +216,7 @@ def two_to_three_times(claim: Claim, record: Record) -> Result:
     return Result(OPEN, f"only on a CPU, which cannot tell. {result.measured}") if on_cpu else result
 
 
-def _as_fast_as_stated(claim: Claim, record: Record, setup: str) -> list[tuple[bool | None, str]]:
+def _as_fast_as_stated(claim: Claim, record: Record, setup: str) -> Cases:
     """Whether a setup's time on SmolLM2-135M is below what the claim's value states, and above that of a second one."""
     least = 1 / claim.values[0] if claim.values else 0.0
     return [
@@ -229,16 +226,15 @@ def _as_fast_as_stated(claim: Claim, record: Record, setup: str) -> list[tuple[b
 
 
 @decides("time-ratio-is-flop-ratio", record="speed")
-def time_and_flops(claim: Claim, record: Record) -> Result:
+def time_and_flops(claim: Claim, record: Record) -> Cases:
     """Whether the ratio of the times is that of the FLOPs within the margin, from 512 tokens on."""
-    full, cases = _flops_of_full(record), []
+    full = _flops_of_full(record)
     for row, (low, high), _ in _timed(record, "LoRA r=.*"):
         if row["tokens"] >= 512:
             flops = row["flops"] / full[row["model"], row["tokens"]]
             same = within(low, high, flops - TIME_MARGIN, flops + TIME_MARGIN)
             words = f"{row['model']}, {row['tokens']} tokens, {row['setup'].partition(' ')[2]}: FLOPs {flops:.2f}"
-            cases.append((same, f"{words}, time {low:.2f} to {high:.2f}", _conditions(row)))
-    return over_conditions(cases)
+            yield same, f"{words}, time {low:.2f} to {high:.2f}", _conditions(row)
 
 
 def _flops_of_full(record: Record) -> dict[tuple[str, int], int]:
@@ -267,21 +263,19 @@ def time_predicted(claim: Claim, record: Record) -> Result:
     return _outside_too(over_conditions(cases), ". ".join(texts))
 
 
-@decides("fewer-blocks-shorter-steps", record="speed")
-def fewer_blocks(claim: Claim, record: Record) -> Result:
+@decides("fewer-blocks-shorter-steps", record="speed", on="the model, the tokens in a step and the numbers of blocks")
+def fewer_blocks(claim: Claim, record: Record) -> Cases:
     """Times of a step with adapters of rank 8 in the last blocks and in all: whether they are longer in that order."""
     timed: dict[tuple[str, int], list[tuple[float, tuple[float, float]]]] = {}  # model, tokens -> blocks, times
     for row, ends, _ in _timed(record, r"LoRA r=8(, last \d+ blocks?)?"):
         last = re.search(r"last (\d+)", row["setup"])
         timed.setdefault((row["model"], row["tokens"]), []).append((float(last[1]) if last else math.inf, ends))
-    cases = []
     for (model, tokens), steps in timed.items():
         for (few, shorter), (more, longer) in pairwise(sorted(steps)):
             answer = True if shorter[1] < longer[0] else False if longer[1] < shorter[0] else None
             words = " and ".join("{:.2f} to {:.2f}".format(*each) for each in (shorter, longer))
             numbers = f"{few:g} and {'all' if more == math.inf else f'{more:g}'}"
-            cases.append((answer, f"{model}, {tokens} tokens, {numbers}: {words}"))
-    return over_cases(cases, "the model, the tokens in a step and the numbers of blocks")
+            yield answer, f"{model}, {tokens} tokens, {numbers}: {words}"
 
 
 # Ranks
@@ -309,27 +303,27 @@ def _best_inside(record: Record, wider: Sequence[Record], rank: int, rate: float
     return False
 
 
-def rank_is_enough(rank: int, claim: Claim, record: Record, wider: Sequence[Record]) -> Result:
+def rank_is_enough(rank: int, claim: Claim, record: Record, wider: Sequence[Record]) -> Answer:
     """Return whether a rank is enough beside the largest one, each at its own rate."""
     results, edges, seeds = _rank_results(record)
     largest = max(results)
     if rank not in results or rank == largest:
-        return Result(OPEN, f"the record does not compare rank {rank} with a larger one")
+        return None, f"the record does not compare rank {rank} with a larger one"
     result = results[rank]
     if result.difference is None or result.lower is None or result.upper is None:
-        return Result(OPEN, f"rank {rank} is not judged: {result.note}")
+        return None, f"rank {rank} is not judged: {result.note}"
     text = (
         f"test loss {result.difference:+.3f} nats ({result.lower:+.3f} to {result.upper:+.3f}) beside rank {largest}, "
         f"margin {MARGIN:g}, {seeds} seeds"
     )
     for each in (rank, largest):
         if each in edges and not _best_inside(record, wider, each, results[each].lr):
-            return Result(OPEN, f"{text}; the rate of rank {each} is at the edge of its grid")
+            return None, f"{text}; the rate of rank {each} is at the edge of its grid"
         if each in edges:
             text += f"; rank {each}'s rate, at the edge of this grid, is the best inside that of the record 'rates'"
     if seeds < MIN_SEEDS:
-        return Result(OPEN, f"{text}; fewer than {MIN_SEEDS} seeds")
-    return Result({"enough": STANDS, "too small": FALLS}.get(result.status, OPEN), text)
+        return None, f"{text}; fewer than {MIN_SEEDS} seeds"
+    return {"enough": True, "too small": False}.get(result.status), text
 
 
 decides("rank-one-suffices", record="ablation", beside="rates")(partial(rank_is_enough, 1))
@@ -459,19 +453,18 @@ def _accuracy_above(record: Record, rows: Sequence[dict[str, Any]], reference: f
     return answer, f"{words}, bounds {100 * (mean - distance):+.0f} to {100 * (mean + distance):+.0f}"
 
 
-@decides("fine-tuning-beats-asking", record="downstream", beside="elicitation")
-def beats_asking(claim: Claim, record: Record, asked: Sequence[Record]) -> Result:
+@decides("fine-tuning-beats-asking", record="downstream", beside="elicitation", on="the method")
+def beats_asking(claim: Claim, record: Record, asked: Sequence[Record]) -> Cases:
     """Accuracy on sentiment less that of the best way of asking, or of the most frequent class, by method, over seeds.
 
     Of the ways of asking in a record of elicitation, that counts which the validation texts choose.
     """
-    results, cases = _results(record, "sentiment"), []
+    results = _results(record, "sentiment")
     floors = [row["accuracy"] for name in ("zero-shot", "trivial") for row in results.get(name, ())]
     floor = max([*floors, *map(_best_asking, asked)])
     for setup in ("full", "LoRA r=8"):
         answer, words = _accuracy_above(record, results[setup], floor)
-        cases.append((answer, f"{setup} {words}"))
-    return over_cases(cases, "the method")
+        yield answer, f"{setup} {words}"
 
 
 def _best_asking(record: Record) -> float:
@@ -485,8 +478,8 @@ def _best_asking(record: Record) -> float:
     return statistics.fmean(row["accuracy"] for row in best)
 
 
-@decides("off-domain-rise-is-the-methods", record="ablation")
-def off_domain_by_rate(claim: Claim, record: Record) -> Result:
+@decides("off-domain-rise-is-the-methods", record="ablation", on="the rank", always=True)
+def off_domain_by_rate(claim: Claim, record: Record) -> Cases:
     """Off-domain losses of one rank at two rates whose mean validation losses differ by at most the margin.
 
     The bounds hold for all such pairs together.
@@ -499,19 +492,17 @@ def off_domain_by_rate(claim: Claim, record: Record) -> Result:
             tie, risen = ((parts[part][high] - parts[part][low]).tolist() for part in PARTS)
             if abs(statistics.fmean(tie)) <= MARGIN and len(risen) >= MIN_SEEDS:
                 pairs.append((f"rank {rank:g} at {low:g} and {high:g}", tie, risen))
-    cases = []
     for words, tie, risen in pairs:
         mean, lower, upper = cast(tuple[float, float, float], t_bounds(risen, 1 - (1 - CONFIDENCE) / len(pairs)))
         answer = None if lower <= 0 <= upper and not within(lower, upper, -MARGIN, MARGIN) else lower <= 0 <= upper
         level, *ends = cast(tuple[float, float, float], t_bounds(tie))
         text = "validation {:+.3f} ({:+.3f} to {:+.3f}), ".format(level, *ends)
         text += f"off-domain {mean:+.3f} ({lower:+.3f} to {upper:+.3f})"
-        cases.append((answer, f"{words}: {text}"))
-    return over_cases(cases, "the rank", always=True)
+        yield answer, f"{words}: {text}"
 
 
-@decides("chrf-40-means-translation", record="downstream")
-def chrf_forty(claim: Claim, record: Record) -> Result:
+@decides("chrf-40-means-translation", record="downstream", on="the run")
+def chrf_forty(claim: Claim, record: Record) -> Cases:
     """Runs with such a score, and how many of their translations are exactly right."""
     runs = [
         (row["chrf"], row["exact"], f"{setup}, seed {row['seed']:g}")
@@ -519,46 +510,42 @@ def chrf_forty(claim: Claim, record: Record) -> Result:
         for row in rows
         if row.get("seed") is not None and row["chrf"] >= claim.stated
     ]
-    cases = [(exact >= 0.5, f"{name}: chrF {chrf:.0f}, {100 * exact:.0f} % exact") for chrf, exact, name in runs]
-    return over_cases(cases, "the run")
+    return [(exact >= 0.5, f"{name}: chrF {chrf:.0f}, {100 * exact:.0f} % exact") for chrf, exact, name in runs]
 
 
 # Four bits, and the rank from one run
 
 
-def _compared(
-    record: Record, data: Sequence[str], pairs: Sequence[tuple[str, str]], answers: dict[str, bool]
-) -> list[tuple[bool | None, str]]:
-    """A case for each pair (setup, reference), from the verdict of :func:`compare_losses` by ``answers``."""
-    frame, cases = record.frame(), []
+def _compared(record: Record, data: Sequence[str], pairs: Sequence[tuple[str, str]], answers: dict[str, bool]) -> Cases:
+    """Yield a case for each pair (setup, reference), from the verdict of :func:`compare_losses` by ``answers``."""
+    frame = record.frame()
     for setup, reference in pairs:
         table = compare_losses(frame[frame["data"].isin(data)], reference, margin=MARGIN)
         row = {row["setup"]: row for row in table.to_dict("records")}[setup]
         between = f"{row['difference']:+.4f} nats ({row['lower']:+.4f} to {row['upper']:+.4f}, {row['seeds']} seeds)"
         answer = answers.get(row["verdict"]) if row["seeds"] >= MIN_SEEDS else None
         edge = ", a rate at the edge of its grid" if row["why"] == "edge" else ""
-        cases.append((answer, f"{setup} less {reference}: {between}{edge}"))
-    return cases
+        yield answer, f"{setup} less {reference}: {between}{edge}"
 
 
-@decides("qlora-matches-16-bits", record="quantised")
-def qlora_matches(claim: Claim, record: Record) -> Result:
+@decides("qlora-matches-16-bits", record="quantised", on="the base it is compared with")
+def qlora_matches(claim: Claim, record: Record) -> Cases:
     """LoRA's test loss over a base in NF4, less that over float32 and over bfloat16, each at its own rate."""
     pairs = [("NF4", base) for base in ("float32", "bfloat16")]
     answers = {"lower": True, "equal": True, "higher": False}
-    return over_cases(_compared(record, ["float32", "bfloat16", "NF4"], pairs, answers), "the base it is compared with")
+    return _compared(record, ["float32", "bfloat16", "NF4"], pairs, answers)
 
 
-@decides("merge-into-dequantised-base", record="quantised")
-def merge_into_dequantised(claim: Claim, record: Record) -> Result:
+@decides("merge-into-dequantised-base", record="quantised", on="the model")
+def merge_into_dequantised(claim: Claim, record: Record) -> Cases:
     """The test loss of QLoRA adapters merged into the float32 weights, less that in the dequantised ones."""
     pairs = [("merged into float32", "merged")]
     answers = {"lower": False, "equal": False, "higher": True}
-    return over_cases(_compared(record, ["NF4, merged"], pairs, answers), "the model")
+    return _compared(record, ["NF4, merged"], pairs, answers)
 
 
 @decides("spectrum-predicts-rank", record="rank_advice")
-def spectrum_predicts_rank(claim: Claim, record: Record) -> Result:
+def spectrum_predicts_rank(claim: Claim, record: Record) -> Answer:
     """The error of a rule that was chosen on planted ranks, on other tasks, beside that of a constant."""
     advice = rank_advice.assess(record.rows)
     text = f"{advice.rule}, chosen on planted ranks; in doublings: " + ", ".join(
@@ -566,7 +553,7 @@ def spectrum_predicts_rank(claim: Claim, record: Record) -> Result:
         for row in advice.judged.to_dict("records")
     )
     text += f"; not decided by the sweep: {', '.join(advice.undecided)}" if advice.undecided else ""
-    return yes_or_no(advice.works, text)
+    return advice.works, text
 
 
 def right_by(record: Record, data: str, setup: str, column: str = "kind") -> pandas.DataFrame:
@@ -599,10 +586,14 @@ def right_by(record: Record, data: str, setup: str, column: str = "kind") -> pan
     return pandas.DataFrame(table)
 
 
-def translates(claim: Claim, record: Record) -> Result:
-    """Return whether half of the translations that no baseline gets right are exact, by data, setup and kind."""
-    cases: list[tuple[bool | None, str]] = []
-    data, on = TRANSLATED[claim.id]
+IN_GRAMMAR = "the direction, and on whether training shows every word"
+
+
+@decides("135m-learns-to-translate", record="translation", on="the method")
+@decides("135m-learns-a-grammar", record="translation", on=IN_GRAMMAR)
+def translates(claim: Claim, record: Record) -> Cases:
+    """Whether half of the translations that no baseline gets right are exact, by data, setup and kind."""
+    data = ("sentences-en", "sentences-fr") if claim.id.endswith("grammar") else ("translate-fr",)
     for name, setup in product(data, sorted({row["setup"] for row in record.rows if row["stage"] == "judging"})):
         for row in right_by(record, name, setup).to_dict("records"):
             if row["kind"] == "right by a baseline":
@@ -612,19 +603,7 @@ def translates(claim: Claim, record: Record) -> Result:
             text += f"{100 * row['upper']:.0f}) of {row['examples']} exact, {row['seeds']} seeds"
             if row["edge"]:
                 text += ", rate at the edge of its grid"
-            cases.append((None if row["edge"] or row["seeds"] < MIN_SEEDS else answer, text))
-    return over_cases(cases, on)
-
-
-TRANSLATED = {  # claim -> the data, and on what it may depend
-    "135m-learns-to-translate": (["translate-fr"], "the method"),
-    "135m-learns-a-grammar": (
-        ["sentences-en", "sentences-fr"],
-        "the direction, and on whether training shows every word",
-    ),
-}
-for _id in TRANSLATED:
-    decides(_id, record="translation")(translates)
+            yield None if row["edge"] or row["seeds"] < MIN_SEEDS else answer, text
 
 
 # Courses
@@ -646,44 +625,40 @@ def _taught(record: Record, data: str, part: str, margin: float = 0.0) -> list[t
     return cases
 
 
-@decides("cmu-lora-much-worse", record="taught")
-def much_worse(claim: Claim, record: Record) -> Result:
+@decides("cmu-lora-much-worse", record="taught", on="the learning rates")
+def much_worse(claim: Claim, record: Record) -> Cases:
     """Whether LoRA's accuracy on sentiment is lower by at least what they print, as taught and with tuned rates."""
-    cases = []
     for words, row, judged in _taught(record, "sentiment", "accuracy"):
         lora, full = row["loss"], row["loss"] - row["difference"]
         answer = True if row["upper"] < -claim.stated else False if row["lower"] > -claim.stated else None
         text = (
             f"{lora:.3f} against {full:.3f}, by {row['difference']:+.3f} ({row['lower']:+.3f} to {row['upper']:+.3f})"
         )
-        cases.append((answer if judged else None, f"{words}: accuracy {text}"))
-    return over_cases(cases, "the learning rates")
+        yield answer if judged else None, f"{words}: accuracy {text}"
 
 
-@decides("smollm-lora-far-better", record="taught")
-def far_better(claim: Claim, record: Record) -> Result:
+@decides("smollm-lora-far-better", record="taught", on="the learning rates")
+def far_better(claim: Claim, record: Record) -> Cases:
     """Whether LoRA's test loss is lower by more than a margin, as taught and with tuned rates."""
-    cases = []
     for words, row, judged in _taught(record, "docs", "test", MARGIN):
         answer = {"lower": True, "equal": False, "higher": False}.get(row["verdict"]) if judged else None
         lora, full = math.exp(row["loss"]), math.exp(row["loss"] - row["difference"])
         text = f"loss by {row['difference']:+.3f} ({row['lower']:+.3f} to {row['upper']:+.3f})"
-        cases.append((answer, f"{words}: perplexity {lora:.2f} against {full:.2f}, {text}"))
-    return over_cases(cases, "the learning rates")
+        yield answer, f"{words}: perplexity {lora:.2f} against {full:.2f}, {text}"
 
 
-@decides("smollm-minutes-not-hours", record="taught")
-def minutes_not_hours(claim: Claim, record: Record) -> Result:
+@decides("smollm-minutes-not-hours", record="taught", on="the tokens in a step and the targets")
+def minutes_not_hours(claim: Claim, record: Record) -> Cases:
     """Whether the interval of LoRA's time admits a half of full fine-tuning's, with their rank and targets."""
     times = replace(record, rows=[row for row in record.rows if row["stage"] == "time"])
-    return over_cases(_as_fast_as_stated(claim, times, "LoRA r=4"), "the tokens in a step and the targets")
+    return _as_fast_as_stated(claim, times, "LoRA r=4")
 
 
 # What training wrote
 
 
 @decides("full-update-10-to-100-ranks", record="spectra")
-def full_rank_update(claim: Claim, record: Record) -> Result:
+def full_rank_update(claim: Claim, record: Record) -> Answer:
     """Directions with 90 % of the energy of full fine-tuning's updates, in units of the adapter's rank 8."""
     rows = [row for row in record.rows if row.get("run") == "full"]
     layers = [row["energy_rank"] for row in rows if row.get("about") == "layer"]
@@ -691,32 +666,29 @@ def full_rank_update(claim: Claim, record: Record) -> Result:
     ratio = statistics.median(layers) / 8
     text = f"median {ratio:.0f} times rank 8 over {len(layers)} layers, {counted(seeds, 'seed')}"
     if seeds < MIN_SEEDS:
-        return Result(OPEN, f"{text}; fewer than {MIN_SEEDS} seeds")
-    return yes_or_no(10 <= ratio <= 100, text)
+        return None, f"{text}; fewer than {MIN_SEEDS} seeds"
+    return 10 <= ratio <= 100, text
 
 
 # What others published
 
 
-@decides("at-most-1-5-times-faster", published="peft-metamathqa")
-def at_most_half_again(claim: Claim, published: Published) -> Result:
+@decides("at-most-1-5-times-faster", published="peft-metamathqa", on="the rank", always=True)
+def at_most_half_again(claim: Claim, published: Published) -> Cases:
     """Tokens a second of each LoRA, in units of full fine-tuning's, in one benchmark on one card."""
     (full,) = (row["tokens_per_second"] for row in published.rows if row["experiment"].startswith("full-finetuning"))
-    cases = []
     for row in published.rows:
         if row["experiment"] in ("lora/llama-3.2-3B-rank32", "lora/llama-3.2-3B-rank64"):
             times = row["tokens_per_second"] / full
-            cases.append((times <= claim.stated, f"{row['experiment'].rpartition('-')[2]} {times:.1f} times"))
-    return over_cases(cases, "the rank", always=True)
+            yield times <= claim.stated, f"{row['experiment'].rpartition('-')[2]} {times:.1f} times"
 
 
 @decides("lora-1-8-times-faster", published="torchtune")
-def torchtune_speed(claim: Claim, published: Published) -> Result:
+def torchtune_speed(claim: Claim, published: Published) -> Cases:
     """LoRA's tokens a second in units of full fine-tuning's fastest recipe on the same card and model.
 
     Its row with checkpointing, which LoRA's has too, is stated beside it.
     """
-    cases = []
     for card, model in sorted({(row["card"], row["model"]) for row in published.rows}):
         rows = [row for row in published.rows if (row["card"], row["model"]) == (card, model)]
         lora = max(row["tokens_per_second"] for row in rows if row["method"] == "LoRA")
@@ -724,13 +696,12 @@ def torchtune_speed(claim: Claim, published: Published) -> Result:
         fastest = min(full, key=full.__getitem__)
         text = f"{model} on {card}: {full[fastest]:.2f} times full's fastest row ({fastest})"
         text += "".join(f", {full[name]:.2f} times its row with {name}" for name in full if name == "checkpointing")
-        cases.append((near(full[fastest], claim.stated), text, {"the model": model, "the card": card}))
-    return over_conditions(cases)
+        yield near(full[fastest], claim.stated), text, {"the model": model, "the card": card}
 
 
 @decides("qlora-takes-more-time", published="litgpt")
 @decides("qlora-33-percent-less-memory", published="litgpt")
-def qlora_beside_bfloat16(claim: Claim, published: Published) -> Result:
+def qlora_beside_bfloat16(claim: Claim, published: Published) -> Answer:
     """By how many per cent time or peak is higher in NF4 than in bfloat16, with one sequence in a micro-batch.
 
     It is judged on the source's model; the other models are stated beside it.
@@ -744,4 +715,4 @@ def qlora_beside_bfloat16(claim: Claim, published: Published) -> Result:
     judged = higher["Llama 2 7B"]
     texts = ", ".join(f"{model} {percent:+.0f} %" for model, percent in higher.items())
     answer = judged > 0 if of_time else near(-judged, claim.stated, 0.25)
-    return yes_or_no(answer, f"{'time' if of_time else 'peak'} with NF4 beside bfloat16: {texts}")
+    return answer, f"{'time' if of_time else 'peak'} with NF4 beside bfloat16: {texts}"

@@ -17,8 +17,7 @@ import numpy as np
 import pandas
 
 from lora_lab.ablation.stats import CONFIDENCE, losses_by_seed, outer_bounds
-from lora_lab.studies.claims.deciding import Result, decides, over_cases, turned_by
-from lora_lab.studies.claims.facts import Claim
+from lora_lab.studies.claims.deciding import Claim, Result, decides, over_cases, turned_by
 from lora_lab.studies.claims.measured import MARGIN, MIN_SEEDS
 from lora_lab.studies.records import Record
 

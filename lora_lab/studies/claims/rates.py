@@ -18,18 +18,7 @@ import pandas
 
 from lora_lab.ablation.learning_rate import best_rate, losses_by_rate, powers, ratio_interval, sample_vertices, slope
 from lora_lab.ablation.stats import CONFIDENCE, outer_bounds
-from lora_lab.studies.claims.deciding import (
-    FALLS,
-    OPEN,
-    STANDS,
-    Result,
-    decides,
-    excludes_zero,
-    over_cases,
-    within,
-    yes_or_no,
-)
-from lora_lab.studies.claims.facts import Claim
+from lora_lab.studies.claims.deciding import FALLS, STANDS, Answer, Claim, decides, excludes_zero, over_cases, within
 from lora_lab.studies.records import Record
 
 FULL = "full"
@@ -57,8 +46,8 @@ def _of_data(record: Record) -> dict[str, pandas.DataFrame]:
 def decides_by_rates(*claims: str) -> Callable[[Callable], Callable]:
     """Register a function that answers claims from the rows of one kind of data, with words, as what decides them."""
 
-    def register(answer: Callable[[Claim, pandas.DataFrame], tuple[bool | None, str]]) -> Callable:
-        def decide(claim: Claim, record: Record) -> Result:
+    def register(answer: Callable[[Claim, pandas.DataFrame], Answer]) -> Callable:
+        def decide(claim: Claim, record: Record) -> Answer:
             return _on_language_model({data: answer(claim, frame) for data, frame in _of_data(record).items()})
 
         for claim_id in claims:
@@ -68,12 +57,12 @@ def decides_by_rates(*claims: str) -> Callable[[Callable], Callable]:
     return register
 
 
-def _on_language_model(answers: Mapping[str, tuple[bool | None, str]]) -> Result:
-    """The verdict from data -> (whether the claim holds there, words), where the language model's answer counts."""
+def _on_language_model(answers: Mapping[str, Answer]) -> Answer:
+    """Return whether a claim holds, from the answers by data, of which the language model's counts."""
     if "docs" not in answers:
-        return Result(OPEN, "the record has no language model")
+        return None, "the record has no language model"
     texts = (f"{'' if data == 'docs' else 'not judged, '}{DATA[data]}: {words}" for data, (_, words) in answers.items())
-    return yes_or_no(answers["docs"][0], "; ".join(texts))
+    return answers["docs"][0], "; ".join(texts)
 
 
 def _mean_of_ranks(frame: pandas.DataFrame) -> tuple[np.ndarray, str]:
@@ -84,7 +73,7 @@ def _mean_of_ranks(frame: pandas.DataFrame) -> tuple[np.ndarray, str]:
 
 
 @decides_by_rates("lora-rate-ten-times-full", "lora-rate-15-times-full-early")
-def times_full(claim: Claim, frame: pandas.DataFrame) -> tuple[bool | None, str]:
+def times_full(claim: Claim, frame: pandas.DataFrame) -> Answer:
     """The best rates of the ranks from 4 on (their geometric mean), in units of full's, under alpha = 32.
 
     The second claim is of runs of fewer than 100 steps, the first of longer ones.
@@ -105,7 +94,7 @@ def times_full(claim: Claim, frame: pandas.DataFrame) -> tuple[bool | None, str]
 
 
 @decides_by_rates("best-rate-independent-of-rank")
-def independent_of_rank(claim: Claim, frame: pandas.DataFrame) -> tuple[bool | None, str]:
+def independent_of_rank(claim: Claim, frame: pandas.DataFrame) -> Answer:
     """The ratio of the best rates of the ranks from 4 on, as the source states it, under alpha = 32.
 
     It stands if the largest of all samples' ratios is below the claimed factor, and falls if the highest and the lowest
@@ -128,7 +117,7 @@ def independent_of_rank(claim: Claim, frame: pandas.DataFrame) -> tuple[bool | N
 
 
 @decides_by_rates("rate-falls-as-root-of-rank")
-def falls_as_root(claim: Claim, frame: pandas.DataFrame) -> tuple[bool | None, str]:
+def falls_as_root(claim: Claim, frame: pandas.DataFrame) -> Answer:
     """The power p in rate ~ r^p under alpha = 2r, beside -1/2, over the ranks that did not suggest it."""
     of_rank = {rank: sample_vertices(losses) for rank, losses in best_by_rank(frame, SAME_SCALING).items()}
     new = {rank: samples for rank, samples in of_rank.items() if rank not in HINTED_RANKS}
@@ -154,7 +143,7 @@ def by_alpha_and_rank(frame: pandas.DataFrame) -> dict[tuple[float, float], np.n
 
 
 @decides_by_rates("rate-falls-as-root-of-alpha")
-def falls_as_root_of_alpha(claim: Claim, frame: pandas.DataFrame) -> tuple[bool | None, str]:
+def falls_as_root_of_alpha(claim: Claim, frame: pandas.DataFrame) -> Answer:
     """The powers p and q in rate ~ alpha^p r^q over both rules, beside -1/2 and 0."""
     of_setup = by_alpha_and_rank(frame)
     of_alpha, of_rank = powers(of_setup)
@@ -171,7 +160,7 @@ def falls_as_root_of_alpha(claim: Claim, frame: pandas.DataFrame) -> tuple[bool 
 
 
 @decides("rate-law-of-width", record="rates")
-def law_of_width(claim: Claim, record: Record) -> Result:
+def law_of_width(claim: Claim, record: Record) -> Answer:
     """The best rates of the ranks from 4 on (their geometric mean) under alpha = 32, beside the law's at this width."""
     law = 5e-4 * (2000 / SMOLLM2_WIDTH) ** 0.781
     samples, each = _mean_of_ranks(_of_data(record)["docs"])
@@ -183,7 +172,7 @@ def law_of_width(claim: Claim, record: Record) -> Result:
 
 
 @decides_by_rates("rank-gains-at-high-rates")
-def gains_at_high_rates(claim: Claim, frame: pandas.DataFrame) -> tuple[bool | None, str]:
+def gains_at_high_rates(claim: Claim, frame: pandas.DataFrame) -> Answer:
     """What the largest rank gains on rank 4 at each rate that both tried, compared with the next lower one, alpha = 32.
 
     The claim is of the sign, and the bounds hold for all these pairs of rates together.

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from lora_lab.studies.claims import computed
-from lora_lab.studies.claims.deciding import judge
-from lora_lab.studies.claims.facts import read_claims
+from lora_lab.studies.claims.deciding import judge, read_claims
 
 
 def result_of(claim_id):

@@ -6,8 +6,7 @@ import pytest
 
 from lora_lab.models import shapes
 from lora_lab.studies.claims import counted
-from lora_lab.studies.claims.deciding import judge
-from lora_lab.studies.claims.facts import read_claims
+from lora_lab.studies.claims.deciding import judge, read_claims
 
 
 def result_of(claim_id, value=None, values=None):

@@ -9,8 +9,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from lora_lab import lessons, records
 from lora_lab.studies.claims import ledger
-from lora_lab.studies.claims.deciding import DECIDERS, Result, decides, judge, near, over_cases, turned_by
-from lora_lab.studies.claims.facts import Claim
+from lora_lab.studies.claims.deciding import DECIDERS, Claim, Result, decides, judge, near, over_cases, turned_by
 from tests.helpers import COMMIT
 
 LESSON = "06_which_rank"

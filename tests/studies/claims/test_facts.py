@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_lab.studies.claims.facts import Claim, read_claims
+from lora_lab.studies.claims.deciding import Claim, read_claims
 
 GOOD = """
 [[claim]]

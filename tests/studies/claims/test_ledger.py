@@ -6,9 +6,8 @@ import re
 import pytest
 
 from lora_lab import claims, records
-from lora_lab.studies.claims.deciding import DECIDERS, VERDICTS
-from lora_lab.studies.claims.facts import read_claims
-from lora_lab.studies.registry import HOURS, NAMES
+from lora_lab.studies.claims.deciding import DECIDERS, VERDICTS, read_claims
+from lora_lab.studies.records import KINDS
 from tests.helpers import command, printed_json
 
 KEYS = [
@@ -48,11 +47,11 @@ def test_no_claim_waits_for_a_record_that_is_there():
 
 def test_the_time_of_every_record_is_known_and_as_the_records_page_has_it(request):
     named = {claim.record for claim in read_claims().values()} | {each.record for each in DECIDERS.values()}
-    assert (named | set(NAMES)) - {""} <= set(HOURS)
+    assert (named | set(KINDS)) - {""} <= set(KINDS)
     page = (request.config.rootpath / "records/README.md").read_text(encoding="utf-8")
     hours = dict(re.findall(r"^\| `(\w+)` \|.*\| ([^,|]*?)(?:, planned|, estimated)? \|$", page, re.MULTILINE))
-    assert set(NAMES) <= set(hours)
-    assert {name: HOURS[name] for name in NAMES} == {name: hours[name] for name in NAMES}
+    assert set(KINDS) <= set(hours)
+    assert {name: KINDS[name].hours for name in KINDS} == {name: hours[name] for name in KINDS}
 
 
 def test_each_record_is_read_once(monkeypatch):
@@ -66,8 +65,8 @@ def test_a_command_is_named_only_if_there_is_one(entries):
     assert entries["memory-a-third"].how_to_run([]) == "No command makes the record 'memory' yet."
     assert entries["memory-a-third"].how_to_run(["memory"]).startswith("lora-lab record memory makes the record anew")
     for entry in entries.values():
-        named = re.search(r"lora-lab record (\w+)", entry.how_to_run(NAMES))
-        assert named is None or named[1] in NAMES, entry.claim.id
+        named = re.search(r"lora-lab record (\w+)", entry.how_to_run(KINDS))
+        assert named is None or named[1] in KINDS, entry.claim.id
 
 
 def test_one_counterexample_refutes_what_is_stated_of_every_case(entries):

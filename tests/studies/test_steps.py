@@ -1,13 +1,16 @@
-"""What `lora-lab record speed` and `lora-lab speed` run, on small models, and what they print and refuse."""
+"""What `lora-lab record memory`, `record speed` and `speed` run, on small models, and what they print and refuse."""
+
+import json
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from lora_lab import FullFineTuning, LoRA, records, speed
+from lora_lab import FullFineTuning, LoRA, memory, records, speed
 from lora_lab.costs.setup import Setup
 from lora_lab.models.llama import Llama
-from lora_lab.studies import memory as memory_recording
-from lora_lab.studies import speed as recording
+from lora_lab.studies import steps
 from tests.helpers import command, llama_folder, printed_json
 
 pytestmark = pytest.mark.slow
@@ -15,8 +18,151 @@ pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 
 
+@pytest.fixture
+def priced(monkeypatch):
+    """A cost model by hand, because calibrating a real one takes seconds: a nanosecond a byte moved, ten a call."""
+    costs = speed.CostModel(
+        lambda operation: 1e-9 * operation.moved_bytes, dict.fromkeys(("forward", "backward"), (0.0, 1e-8))
+    )
+    for module in (steps, speed):
+        monkeypatch.setattr(module, "cost_model", lambda device: costs)
+
+
+# Memory
+
+
+def labels_of(model, device=CPU):
+    return [label for case in steps.memory_cases(device) if case.model == model for label in case.setups]
+
+
+def only(monkeypatch, *labels):
+    """Measure these setups alone, on the small model."""
+    cases = [case for case in steps.memory_cases(CPU) if case.model == "small" and {*case.setups} <= {*labels}]
+    monkeypatch.setattr(steps, "memory_cases", lambda device: cases)
+    return cases
+
+
+def test_the_cases_cover_what_the_bill_is_checked_on():
+    assert labels_of("small") == list(steps.memory_setups())
+    kinds = ("r=1", "r=8", "r=64", "attention only", "LoRA-FA", "NF4", "bf16", "checkpointing", "lean", "full")
+    for model in ("small", "smollm2-135m"):
+        assert all(any(words in label for label in labels_of(model)) for words in kinds)
+    contexts = {case.seq_len for case in steps.memory_cases(CPU) if case.batch_size == 1}
+    assert contexts == set(steps.CONTEXTS)
+    cases = steps.memory_cases(torch.device("cuda"))
+    large = [case for case in cases if case.model in ("llama-3.2-1b", "llama-3-8b")]
+    assert {case.model for case in large} == {"llama-3.2-1b", "llama-3-8b"}
+    for case in large:
+        (setup,) = case.setups.values()
+        assert setup.dtype == torch.bfloat16 or setup.lean is not None
+    assert not any(case.model.startswith("llama") for case in steps.memory_cases(CPU))
+
+
+def test_labels_say_what_the_setups_do():
+    for label, setup in steps.memory_setups().items():
+        lean = setup.lean
+        assert ("bf16" in label) == (setup.dtype == torch.bfloat16 or getattr(lean, "base_dtype", None) is not None)
+        assert ("checkpointing" in label) == (setup.gradient_checkpointing or getattr(lean, "checkpoint", False))
+        assert ("lean" in label) == (lean is not None)
+        assert ("NF4" in label) == setup.nf4
+        assert ("SGD" in label) == (setup.optimizer == "sgd")
+        assert "r=" not in label or f"r={setup.method.rank}" in label
+
+
+def test_a_row_holds_parts_that_add_up_to_a_peak_that_was_predicted(small_is_tiny, monkeypatch):
+    (case,) = only(monkeypatch, "LoRA r=8")
+    row = steps.measure_case(case, "cpu")
+    assert (row["model"], row["batch"], row["length"], row["setup"]) == ("small", 4, 128, "LoRA r=8")
+    parts = sum(row.get(part, 0) for part in memory.PARTS) + row["unexplained_bytes"]
+    assert parts == row["measured_bytes"]
+    assert row["predicted_bytes"] == pytest.approx(row["measured_bytes"], rel=0.03)
+    model = steps.random_model("small")
+    assert row["frozen weights"] == 4 * sum(p.numel() for p in model.parameters())
+    if row["process_bytes"] is not None:
+        assert row["process_bytes"] > 0.5 * row["measured_bytes"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's high-water mark is Linux's")
+def test_the_process_is_judged_by_its_steps_and_not_by_how_the_model_was_made(tiny_config):
+    case = steps.Case("small", 1, 16, {"LoRA r=8": steps.memory_setups()["LoRA r=8"]})
+
+    def lavish():
+        torch.ones(2**26)  # 256 MiB for a moment
+        return Llama(tiny_config)
+
+    assert steps.process_bytes(lavish, case, CPU) < 64 * 2**20
+
+
+def test_a_record_is_written_with_its_command_and_can_be_read(small_is_tiny, tmp_path, capsys, monkeypatch):
+    only(monkeypatch, "full", "LoRA r=8")
+    assert command("record", "memory", "--device", "cpu", "--models", "small", "--out", tmp_path, "--json") == 0
+    document, printed = printed_json(capsys)
+    ((path, record),) = ((path, records.load(path)) for path in tmp_path.glob("*.json"))
+    assert document.pop("path") == str(path)
+    assert document == json.loads(path.read_text(encoding="utf-8"))
+    assert [row["setup"] for row in record.rows] == ["full", "LoRA r=8"]
+    assert record.command.startswith("lora-lab record memory --device cpu --models small")
+    assert record.settings["environment"] == steps.HEAP
+    assert f"{record.rows[0]['measured_bytes'] / 2**20:,.1f} MiB" in printed
+    assert record.rows[0]["measured_bytes"] > record.rows[1]["measured_bytes"]
+
+
+def test_what_does_not_fit_into_memory_is_skipped_and_named(monkeypatch, small_is_tiny, priced, capsys):
+    def measure(function, case, device, environment):
+        if "full" in case.setups:
+            raise MemoryError("too large")
+        return case.key
+
+    def out_of_memory(*arguments, **options):
+        raise torch.OutOfMemoryError
+
+    only(monkeypatch, "full", "LoRA r=8")
+    monkeypatch.setattr(steps, "run_in_subprocess", measure)
+    assert len(list(steps.record_memory(CPU, ["small"]))) == 1
+    assert "skipped, because it does not fit into memory: full on small, 4 x 128" in capsys.readouterr().err
+    case = steps.Case("small", 2, 8, {"full": Setup(FullFineTuning())}, 2)
+    monkeypatch.setattr(steps, "speed_cases", lambda device: [case])
+    monkeypatch.setattr(steps, "step_time", out_of_memory)
+    assert list(steps.record_speed(CPU)) == []
+    assert "skipped, because it does not fit into memory: full on small, 2 x 8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["memory", "speed"])
+def test_a_model_without_cases_is_refused_before_anything_is_measured(tmp_path, capsys, what, monkeypatch):
+    monkeypatch.setattr(steps, "cost_model", lambda device: None)
+    for name in ("compare_times", "run_in_subprocess"):
+        monkeypatch.setattr(steps, name, lambda *arguments, **options: pytest.fail("measured"))
+    assert command("record", what, "--device", "cpu", "--models", "gpt-5", "--out", tmp_path) == 1
+    assert "There are no cases of 'gpt-5' on this device; there are of small, smollm2-135m" in capsys.readouterr().err
+
+
+def test_a_record_that_cannot_be_written_at_the_end_is_kept_in_another_folder(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "records"
+
+    def measured(device, models):
+        out.write_text("in the way by now")
+        yield {"model": "small", "setup": "full", "measured_bytes": 5}
+
+    recorder = replace(steps.MEMORY, rows=measured, line=lambda row: None)
+    monkeypatch.setattr(steps, "MEMORY", recorder)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert command("record", "memory", "--device", "cpu", "--out", out) == 1
+    (spare,) = tmp_path.glob("lora_lab-*")
+    assert capsys.readouterr().err.endswith(f"The files are in {spare} instead.\n")
+    (record,) = records.load_all("memory", spare).values()
+    assert record.rows[0]["measured_bytes"] == 5
+
+
+def test_a_part_does_not_take_the_place_of_the_whole_record(capsys):
+    assert command("record", "memory", "--device", "cpu", "--models", "small") == 1
+    assert "would replace that of all models; name another folder with --out" in capsys.readouterr().err
+
+
+# Speed
+
+
 def test_the_speed_cases_cover_tokens_ranks_and_blocks():
-    cases = recording.speed_cases(CPU)
+    cases = steps.speed_cases(CPU)
     for model in ("small", "smollm2-135m"):
         own = [case for case in cases if case.model == model]
         assert {case.batch_size * case.seq_len for case in own} == {32, 128, 512, 2048, 4096}
@@ -27,27 +173,15 @@ def test_the_speed_cases_cover_tokens_ranks_and_blocks():
     last = next(setup for label, setup in cases[0].setups.items() if label.endswith("last 1 block"))
     assert len(last.method.targets) == 7
     assert all(name.startswith("model.layers.7.") for name in last.method.targets)
-    on_gpu = recording.speed_cases(torch.device("cuda"))
+    on_gpu = steps.speed_cases(torch.device("cuda"))
     assert {"llama-3.2-1b", "llama-3-8b"} <= {case.model for case in on_gpu}
-
-
-@pytest.fixture
-def priced(monkeypatch):
-    """A cost model by hand, because calibrating a real one takes seconds: a nanosecond a byte moved, ten a call."""
-    costs = speed.CostModel(
-        lambda operation: 1e-9 * operation.moved_bytes, dict.fromkeys(("forward", "backward"), (0.0, 1e-8))
-    )
-    for module in (recording, speed):
-        monkeypatch.setattr(module, "cost_model", lambda device: costs)
 
 
 def test_speed_rows_hold_what_was_measured_beside_what_was_predicted(
     small_is_tiny, priced, monkeypatch, tmp_path, capsys
 ):
     setups = {"full": Setup(FullFineTuning()), "LoRA r=2": Setup(LoRA(2, 4))}
-    monkeypatch.setattr(
-        recording, "speed_cases", lambda device, models: [recording.Comparison("small", 2, 8, setups, 2)]
-    )
+    monkeypatch.setattr(steps, "speed_cases", lambda device: [steps.Case("small", 2, 8, setups, 2)])
     assert command("record", "speed", "--device", "cpu", "--out", tmp_path) == 0
     (record,) = records.load_all("speed", tmp_path).values()
     full, lora = record.rows
@@ -57,30 +191,18 @@ def test_speed_rows_hold_what_was_measured_beside_what_was_predicted(
     assert full["rounds"] == lora["rounds"] == 2
     assert full["lower_quartile_s"] <= full["seconds"] <= full["upper_quartile_s"]
     assert lora["predicted_ratio"] == pytest.approx(lora["predicted_seconds"] / full["predicted_seconds"])
-    assert lora["flops"] == speed.flops(lambda: Llama(memory_recording._SMALL), LoRA(2, 4), 2, 8).total
+    assert lora["flops"] == speed.flops(lambda: Llama(steps._SMALL), LoRA(2, 4), 2, 8).total
     printed = capsys.readouterr().out
     assert f"ratio {lora['ratio']:.3f}" in printed
     assert f"predicted {lora['predicted_ratio']:.3f}" in printed
 
 
 def test_large_comparisons_have_fewer_rounds_and_setups():
-    cases = {(case.model, case.batch_size * case.seq_len): case for case in recording.speed_cases(CPU)}
+    cases = {(case.model, case.batch_size * case.seq_len): case for case in steps.speed_cases(CPU)}
     assert [cases["small", tokens].rounds for tokens in (32, 128, 512, 2048, 4096)] == [9, 9, 9, 6, 6]
     assert [cases["smollm2-135m", tokens].rounds for tokens in (32, 128, 512, 2048, 4096)] == [9, 9, 6, 3, 3]
     assert len(cases["smollm2-135m", 512].setups) == 7
     assert list(cases["smollm2-135m", 2048].setups) == ["full", "LoRA r=8", "LoRA r=256", "LoRA r=8, last 1 block"]
-
-
-def test_a_comparison_that_does_not_fit_into_memory_is_skipped_and_named(small_is_tiny, priced, monkeypatch, capsys):
-    case = recording.Comparison("small", 2, 8, {"full": Setup(FullFineTuning())}, 2)
-    monkeypatch.setattr(recording, "speed_cases", lambda device, models: [case])
-
-    def out_of_memory(*arguments, **options):
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(recording, "step_time", out_of_memory)
-    assert list(recording.rows(CPU)) == []
-    assert capsys.readouterr().err == "skipped, because it does not fit into memory: small, 2 x 8\n"
 
 
 def test_speed_prints_counts_a_prediction_with_its_reason_and_real_steps_if_asked(

@@ -1,0 +1,378 @@
+"""``lora-lab record overfitting`` and ``remedies``: which method overfits, which forgets, and what helps?
+
+Forgetting is measured on text that the base itself wrote, the off-domain part: the rise of the loss on it is
+KL(base || tuned) (:mod:`lora_lab.tasks.base_text`). Rates are constant after the warm-up, so that the curve up to any
+step is that of a run that stopped there.
+
+overfitting  Full fine-tuning and LoRA train on small sets, at a constant rate and under a cosine for fewer epochs. For
+             each size of the training set and each schedule two seeds choose a setup's learning rate by the lowest
+             validation loss of its curve, and three others are judged (:mod:`lora_lab.ablation.overfitting`). The seed
+             draws the training examples, their order and the adapter. A GPU is given more of everything.
+remedies     LoRA of rank 8 learns Python's manual: as it is, at three rates; with a share of the base's own replies, or
+             of other text, among its training examples; with a penalty on the divergence from the base; with weight
+             decay; and its adapter scaled down or up afterwards. Beside them are other ranks, full fine-tuning, and
+             both at the rates of PEFT's benchmark. Forgetting is measured on replies to prompts that no replayed reply
+             belongs to. Remedies are compared where they have learned as much:
+
+    compare_over_rates(frame, "forgotten", "LoRA r=8", share=0.9)           # lora_lab.ablation.overfitting
+    rank_correlations(runs, "forgotten_at_last", ["score_divergence", ...])  # lora_lab.ablation.stats
+
+The rows of a setup that ends in "scaled" are the same trials with their adapters at several strengths: ``step`` is the
+strength in per cent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lora_lab.ablation import studies
+from lora_lab.ablation.compare import rates_around
+from lora_lab.ablation.grid import Trial
+from lora_lab.ablation.halving import Halving
+from lora_lab.ablation.results import SCORE
+from lora_lab.adapters.edit import strength
+from lora_lab.analysis.divergence import NearBase, mean_divergence
+from lora_lab.inject import lora_layers
+from lora_lab.lean import Lean
+from lora_lab.methods import FullFineTuning, LoRA, Method, PartialFineTuning
+from lora_lab.studies.recorder import Case, Row, record_cases, tell_trial
+from lora_lab.task import Task
+from lora_lab.tasks.base_text import base_replies, on_base_text, with_replay
+from lora_lab.train import evaluate
+
+if TYPE_CHECKING:
+    import pandas
+
+# Overfitting
+
+COSINE = ", cosine"  # the end of a setup's name; without it the rate is constant
+LAST_BLOCKS = [f"model.layers.{i}" for i in range(26, 30)]
+METHODS: dict[str, tuple[Method, float]] = {  # and the middle of the first rates
+    "full": (FullFineTuning(), 1.25e-4),
+    "LoRA r=1": (LoRA(1, 2), 2e-3),
+    "LoRA r=8": (LoRA(8, 16), 1e-3),
+    "LoRA r=64": (LoRA(64, 128), 5e-4),
+    "last blocks": (PartialFineTuning(LAST_BLOCKS), 2.5e-4),
+}
+# Rates compare by their lowest losses so far, and one is stopped if it is behind by more than seeds differ.
+HALVING = Halving(best_so_far=True, slack=0.01)
+SIZE, SEQ_LEN, WIDEN = 8, 32, 2  # examples a step, tokens an example, and rates that may be added to a grid
+CHOSEN_ON, JUDGED_ON = 64, 256  # validation examples, from the first
+ON_TWO_CORES = ("full", "LoRA r=1", "LoRA r=8")  # a GPU trains all
+EVALUATED = 64  # steps between evaluations, at most; small sets are evaluated after every epoch
+REPLIES = 100  # windows of 32 tokens, about as long as 32 replies with their prompts
+
+
+def epochs(device: torch.device) -> tuple[dict[int, int], dict[int, int]]:
+    """Return the epochs by size of the training set, at a constant rate and under a cosine, which not all have.
+
+    That is what two cores can do in six hours, or a GPU in two.
+    """
+    if device.type == "cuda":
+        return {64: 20, 256: 10, 1024: 10}, {64: 3, 256: 3, 1024: 3}
+    return {64: 8, 256: 6, 1024: 2}, {64: 3}
+
+
+def plan_overfitting(device: torch.device) -> list[Case]:
+    """Return a case for each size of the training set."""
+    gpu = device.type == "cuda"
+    methods = [name for name in METHODS if gpu or name in ON_TWO_CORES]
+    judging, cases = range(2, 7 if gpu else 5), []
+    for size in epochs(device)[0]:
+        setups = {
+            name + ending: (name, of_size[size])
+            for ending, of_size in zip(("", COSINE), epochs(device), strict=True)
+            for name in methods
+            if size in of_size
+        }
+        case = Case(
+            {"n_train": size},
+            {setup: _trial(name, size, count, setup != name) for setup, (name, count) in setups.items()},
+            {setup: rates_around(METHODS[name][1]) for setup, (name, _) in setups.items()},
+            range(2),
+            judging,
+            partial(draw_examples, size, judging),
+            widen=WIDEN,
+            by="best_loss",
+            judged={"eval_examples": JUDGED_ON},
+            options={"halving": HALVING},
+            seq_len=SEQ_LEN,
+            off_domain=REPLIES,
+        )
+        cases.append(case)
+    return cases
+
+
+def _trial(name: str, size: int, count: int, cosine: bool) -> Trial:
+    """Return a trial of so many epochs; a constant rate is warmed up for as many steps whatever the size."""
+    (method, lr), epoch = METHODS[name], size // SIZE
+    return Trial(
+        method,
+        lr,
+        steps=epoch * count,
+        batch_size=SIZE,
+        schedule="cosine" if cosine else "constant",
+        warmup=None if cosine else min(8, epoch),
+        eval_every=min(epoch, EVALUATED),
+        eval_examples=CHOSEN_ON,
+        lean=Lean(torch.bfloat16) if isinstance(method, LoRA) else None,
+    )
+
+
+def draw_examples(size: int, judging: Sequence[int], seed: int) -> Task:
+    """Return the task of a seed. Those that choose are evaluated on few replies of the base, which choose nothing."""
+    task = on_base_text(studies.docs_task(SEQ_LEN, size, seed))
+    return replace(task, off_domain=task.off_domain[slice(0, None, 2) if seed in judging else slice(4)])
+
+
+def describe_overfitting(device: torch.device) -> dict[str, Any]:
+    """Return how the rows are made, as the record states it."""
+    first, *_ = plan_overfitting(device)
+    constant, cosine = ({str(size): count for size, count in of_size.items()} for of_size in epochs(device))
+    return {
+        "study": "docs",
+        "setups": {
+            setup: {"lrs": list(first.lrs[setup]), **trial.to_dict()["method"]}
+            for setup, trial in first.trials.items()
+            if not setup.endswith(COSINE)
+        },
+        "sizes": list(epochs(device)[0]),
+        **{"choosing": list(first.choosing), "judging": list(first.judging)},
+        **{"batch_size": SIZE, "seq_len": SEQ_LEN, "chosen_on": CHOSEN_ON, "judged_on": JUDGED_ON, "widen": WIDEN},
+        "epochs": constant,
+        "cosine_epochs": cosine,
+        "halving": asdict(HALVING) | {"rungs": list(HALVING.rungs)},
+    }
+
+
+def hide_few_replies(frame: pandas.DataFrame) -> pandas.DataFrame:
+    """Return the rows without the off-domain losses of the seeds that choose, which are of too few replies."""
+    return frame.assign(off_domain_loss=frame["off_domain_loss"].where(frame["stage"] == "judging"))
+
+
+OVERFITTING = record_cases(
+    "overfitting",
+    plan_overfitting,
+    describe_overfitting,
+    (
+        *("n_train", "setup", "schedule", "stage", "edge", "lr", "seed", "steps", "outcome", "reason", "step"),
+        *("train_loss", "validation_loss", "off_domain_loss", "gap", "test_loss", "trainable_parameters", "commit"),
+    ),
+    hide_few_replies,
+    partial(
+        tell_trial,
+        names=("n_train", "setup"),
+        losses=("train_loss", "validation_loss", "off_domain_loss"),
+    ),
+)
+
+
+# Remedies
+
+REHEARSED, JUDGED = slice(16, None), slice(16)  # of the prompts: replies to train on, and to measure forgetting on
+# Steps, examples a step and seeds: what two cores can do in an hour and a half, and what a GPU can in less.
+FEW, MORE = (60, 4, range(3)), (300, 8, range(5))
+LENGTH, EXAMPLES = 64, 48  # tokens of an example, and how many validation examples
+WINDOWS = 50  # of 64 tokens: as long are the replies that judge, with their prompts
+FULL_RANK = 576  # the least side of the widest matrices
+STRENGTHS = (0.25, 0.5, 0.75, 1.2)
+R8 = LoRA(8, 16)
+
+
+def own_replies(share: float, task: Task) -> Task:
+    """Return the task with replies of the base among its training examples."""
+    return with_replay(task, base_replies(prompts=REHEARSED), share)
+
+
+def other_text(share: float, task: Task) -> Task:
+    """Return the same with as much prose that the base did not write, the control of :func:`own_replies`."""
+    return with_replay(task, task.off_domain[: len(base_replies(prompts=REHEARSED))], share)
+
+
+def near_base(weight: float, task: Task) -> Task:
+    """Return the task with a penalty on the divergence from the base."""
+    return replace(task, loss=NearBase(weight))
+
+
+def unchanged(task: Task) -> Task:
+    """Return the task as it is."""
+    return task
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """One setup, at its rates.
+
+    Args:
+        method: how it trains.
+        lrs: its rates; none is chosen, for verdicts are over all of them.
+        change: of the task.
+        weight_decay: of AdamW.
+    """
+
+    method: Method
+    lrs: Sequence[float]
+    change: Callable[[Task], Task] = unchanged
+    weight_decay: float = 0.0
+
+
+SETUPS = {
+    "LoRA r=8": Remedy(R8, (1e-3, 2e-3, 4e-3)),
+    "LoRA r=1": Remedy(LoRA(1, 2), (4e-3,)),
+    "LoRA r=64": Remedy(LoRA(64, 128), (1e-3,)),
+    "full": Remedy(FullFineTuning(), (6e-5, 1.2e-4)),
+    "LoRA r=32, PEFT's rate": Remedy(LoRA(32, 64), (1e-4,)),
+    "full, PEFT's rate": Remedy(FullFineTuning(), (1e-5,)),
+    "weight decay 3": Remedy(R8, (2e-3,), weight_decay=3.0),
+    "weight decay 10": Remedy(R8, (2e-3,), weight_decay=10.0),
+    "own replies, a quarter": Remedy(R8, (2e-3,), partial(own_replies, 0.25)),
+    "own replies, half": Remedy(R8, (2e-3,), partial(own_replies, 0.5)),
+    "other text, a quarter": Remedy(R8, (2e-3,), partial(other_text, 0.25)),
+    "KL penalty 0.3": Remedy(R8, (2e-3,), partial(near_base, 0.3)),
+    "KL penalty 1": Remedy(R8, (2e-3,), partial(near_base, 1.0)),
+}
+_COLUMNS = (
+    *("setup", "method", "rank", "alpha", "lr", "weight_decay", "seed", "steps", "outcome", "reason", "step"),
+    *("train_loss", "validation_loss", "off_domain_loss", "gap", "test_loss"),
+    *("score_divergence", "score_size", "score_prose", "trainable_parameters", "commit"),
+)
+
+
+def plan_remedies(device: torch.device) -> list[Case]:
+    """Return a case for each change of the task; a trial is evaluated after each sixth of its steps."""
+    steps, batch_size, seeds = MORE if device.type == "cuda" else FEW
+    options: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "schedule": "constant"}
+    options |= {"eval_every": max(1, steps // 6), "eval_examples": EXAMPLES}
+    cases = []
+    for change in dict.fromkeys(setup.change for setup in SETUPS.values()):
+        setups = {name: setup for name, setup in SETUPS.items() if setup.change is change}
+        trials = {}
+        for name, setup in setups.items():
+            lora = isinstance(setup.method, LoRA)
+            step: dict[str, Any] = {"lean": Lean(torch.bfloat16)} if lora else {"autocast": torch.bfloat16}
+            trials[name] = Trial(setup.method, setup.lrs[0], weight_decay=setup.weight_decay, **options, **step)
+        strengths = STRENGTHS if change is unchanged else ()
+        judged_on = (3 + 2 * len(strengths)) * EXAMPLES
+        if isinstance(change, partial) and change.func is near_base:  # one more forward pass a step
+            judged_on += steps * batch_size
+        case = Case(
+            {},
+            trials,
+            {name: setup.lrs for name, setup in setups.items()},
+            seeds,
+            (),
+            partial(make_task, change),
+            options={"judge": DistanceFromBase(LENGTH, EXAMPLES, strengths)},
+            seq_len=LENGTH,
+            off_domain=WINDOWS,
+            judged_on=judged_on,
+            shared=True,
+        )
+        cases.append(case)
+    return cases
+
+
+def make_task(change: Callable[[Task], Task], seed: int) -> Task:
+    """Return the manual, changed or not, and the base's replies to measure forgetting on; the same for each seed."""
+    return on_base_text(change(studies.docs_task(LENGTH)), prompts=JUDGED)
+
+
+@dataclass(frozen=True)
+class DistanceFromBase:
+    """A judge: how far a trained model has moved from its base, and its losses with the adapter at other strengths.
+
+    Its scores are ``divergence``, KL(base || tuned) on validation examples of the new task in nats a token; ``size``,
+    the Frobenius norm of the change of all weights; ``prose``, the rise of the loss on other text; and, for an adapter,
+    ``validation_0.25``, ``off_domain_0.25`` and so on.
+
+    Args:
+        seq_len: tokens an example.
+        limit: how many examples.
+        strengths: of the adapter.
+    """
+
+    seq_len: int
+    limit: int
+    strengths: Sequence[float] = ()
+
+    def __call__(self, model: nn.Module, task: Task) -> dict[str, float]:
+        base = studies.language_model(next(model.parameters()).device)
+        few = self.limit // 2
+        prose = replace(task, off_domain=studies.docs_task(self.seq_len).off_domain[-few:])  # not other_text's
+        scores = {
+            "divergence": mean_divergence(base, model, task, "validation", limit=few),
+            "size": update_norm(base, model),
+            "prose": evaluate(model, prose, "off_domain") - evaluate(base, prose, "off_domain"),
+        }
+        for factor in self.strengths if lora_layers(model) else ():
+            with strength(model, factor):
+                for part in ("validation", "off_domain"):
+                    scores[f"{part}_{factor:g}"] = evaluate(model, task, part, limit=self.limit)
+        return scores
+
+
+@torch.no_grad()
+def update_norm(base: nn.Module, tuned: nn.Module) -> float:
+    """Return the Frobenius norm of the change of all weights together, ||dW||_F."""
+    if layers := lora_layers(tuned):
+        changes = [layer.delta() for layer in layers.values()]
+    else:
+        before = dict(base.named_parameters())
+        changes = [parameter - before[name] for name, parameter in tuned.named_parameters()]
+    return float(sum(change.double().square().sum() for change in changes)) ** 0.5
+
+
+def describe_remedies(device: torch.device) -> dict[str, Any]:
+    """Return how the rows are made, as the record states it."""
+    cases, setups = plan_remedies(device), {}
+    trials = {name: trial for case in cases for name, trial in case.trials.items()}
+    for name, setup in SETUPS.items():
+        of_all = {"lrs": list(setup.lrs), "weight_decay": setup.weight_decay}
+        setups[name] = of_all | trials[name].to_dict()["method"]
+    trial = trials["LoRA r=8"]
+    return {
+        "study": "docs",
+        "setups": setups,
+        **{"steps": trial.steps, "batch_size": trial.batch_size, "seq_len": LENGTH, "eval_examples": EXAMPLES},
+        "seeds": list(cases[0].choosing),
+        "strengths": list(STRENGTHS),
+        "schedule": "constant, after a warm-up of a tenth of the steps",
+    }
+
+
+def add_strengths(frame: pandas.DataFrame) -> pandas.DataFrame:
+    """Return the rows, and for adapters of rank 8 that were scaled a curve over their strengths, from the base on."""
+    import pandas
+
+    frame = frame.assign(rank=frame["rank"].fillna(FULL_RANK))
+    scaled, parts = [frame], ("validation", "off_domain")
+    if f"{SCORE}validation_{STRENGTHS[0]:g}" not in frame:
+        return frame
+    adapters = frame[(frame["setup"] == "LoRA r=8") & (frame["outcome"] == "done")]
+    for _, curve in adapters.groupby("key", sort=False):
+        first, last = curve.iloc[[0, -1]].to_dict("records")
+        losses = {0.0: first, 1.0: last}
+        for factor in STRENGTHS:
+            losses[factor] = {f"{part}_loss": last[f"{SCORE}{part}_{factor:g}"] for part in parts}
+        rows = pandas.DataFrame([losses[factor] for factor in sorted(losses)])[[f"{part}_loss" for part in parts]]
+        same = {name: last[name] for name in _COLUMNS if name not in (*rows, "gap", "train_loss", "test_loss")}
+        same |= {name: None for name in same if name.startswith(SCORE)}
+        steps = [round(100 * factor) for factor in sorted(losses)]
+        scaled.append(rows.assign(**same | {"setup": "LoRA r=8, scaled", "step": steps}))
+    return pandas.concat(scaled, ignore_index=True)
+
+
+def tell_remedy(row: Row) -> str | None:
+    """Return a trial's last row as a line for people."""
+    if row["setup"].endswith("scaled"):
+        return None
+    return tell_trial(row, ("setup",), ("validation_loss", "off_domain_loss"))
+
+
+REMEDIES = record_cases("remedies", plan_remedies, describe_remedies, _COLUMNS, add_strengths, tell_remedy)

@@ -1,0 +1,323 @@
+"""``lora-lab record memory`` and ``lora-lab record speed``: what a training step costs, predicted and measured.
+
+Each setup's memory is measured in a process of its own; the times of setups are measured in turn in one process.
+Weights are random, because the memory and time of a step do not depend on their values.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from lora_lab.costs.cost_model import CostModel, cost_model
+from lora_lab.costs.fake import token_batch
+from lora_lab.costs.flops import flops
+from lora_lab.costs.memory import MIB, Part, measure, predict
+from lora_lab.costs.setup import Setup
+from lora_lab.costs.timing import step_time
+from lora_lab.inject import last_blocks
+from lora_lab.lean.step import Lean
+from lora_lab.methods import FullFineTuning, LoRA
+from lora_lab.models import shapes
+from lora_lab.models.llama import Llama, LlamaConfig
+from lora_lab.studies.recorder import Recorder, Row
+from lora_lab.system.process import peak_bytes, run_in_subprocess
+from lora_lab.system.wording import counted, progress_bar
+from lora_lab.variants import DoRA, LoRAFA, PiSSA
+
+SMALL, SMOLLM2 = "small", "smollm2-135m"  # the first is a Llama for runs of seconds
+_SMALL = LlamaConfig(16384, 384, 1024, 8, 6, 2, 64, tie_word_embeddings=True)
+BF16 = torch.bfloat16
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def random_model(name: str) -> Llama:
+    """Return a Llama of a known shape, or "small", with random weights."""
+    return Llama(_SMALL if name == SMALL else shapes.config(name))
+
+
+@dataclass(frozen=True)
+class Case:
+    """Setups, by their labels, that are measured on one batch of a model; the first is the baseline of the others."""
+
+    model: str
+    batch_size: int
+    seq_len: int
+    setups: Mapping[str, Setup]
+    rounds: int = 1
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """The columns of a record that the setups share."""
+        return {"model": self.model, "batch": self.batch_size, "length": self.seq_len}
+
+
+def measure_cases(
+    name: str, cases: Sequence[Case], models: Sequence[str] | None, measure: Callable[[Case], Iterator[Row]]
+) -> Iterator[Row]:
+    """Yield the rows of a record as they are measured.
+
+    A case that does not fit into memory is skipped, and reported on stderr.
+
+    Args:
+        name: of the record.
+        cases: what is measured.
+        models: measure only these.
+        measure: yields the rows of a case.
+
+    Raises:
+        ValueError: there are no cases of one of the models.
+    """
+    known = list(dict.fromkeys(case.model for case in cases))
+    if unknown := [model for model in models or () if model not in known]:
+        raise ValueError(f"There are no cases of {unknown[0]!r} on this device; there are of {', '.join(known)}.")
+    cases = [case for case in cases if models is None or case.model in models]
+    with progress_bar(len(cases), f"record {name}", None, "case") as bar:
+        for case in cases:
+            what = f"{' and '.join(case.setups)} on {case.model}, {case.batch_size} x {case.seq_len}"
+            bar.set_postfix_str(what)
+            try:
+                yield from measure(case)
+            except (MemoryError, torch.OutOfMemoryError):
+                tqdm.write(f"skipped, because it does not fit into memory: {what}", file=sys.stderr)
+            gc.collect()
+            bar.update()
+
+
+def _tell_case(row: Row) -> str:
+    """Return the case of a row as the first columns of its line."""
+    return f"{row['model']:<14}{row['batch']} x {row['length']:<6}{row['setup']:<38}"
+
+
+# Memory
+
+# The heap returns freed memory: otherwise its holes count as the process's memory, and differ from run to run.
+HEAP = {"MALLOC_MMAP_THRESHOLD_": "262144", "OMP_WAIT_POLICY": "passive"}
+# Compared over growing contexts.
+MAIN = ("full", "LoRA r=8", "LoRA-FA r=8", "LoRA r=8, attention only", "LoRA r=8, checkpointing")
+CONTEXTS = (64, 256, 1024)
+_ON_SMOLLM2 = (
+    *("full", "full, SGD", "full, bf16", "full, checkpointing"),
+    *("LoRA r=1", "LoRA r=8", "LoRA r=64", "LoRA r=8, attention only", "LoRA-FA r=8", "DoRA r=8"),
+    "LoRA r=8, NF4 base",
+    *("LoRA r=8, bf16", "LoRA r=8, checkpointing", "LoRA r=8, bf16, checkpointing"),
+    *("LoRA r=8, lean", "LoRA r=8, lean, bf16 base", "LoRA r=8, lean, checkpointing"),
+)
+_REFERENCES = Path("/proc/self/clear_refs")
+
+
+def memory_setups() -> dict[str, Setup]:
+    """Return every setup on which the memory prediction is checked, by its label."""
+    lora = Setup(LoRA(8, 16))
+    setups = {
+        "full": Setup(FullFineTuning()),
+        "LoRA r=1": Setup(LoRA(1, 2)),
+        "LoRA r=8": lora,
+        "LoRA r=64": Setup(LoRA(64, 128)),
+        "LoRA r=8, attention only": Setup(LoRA(8, 16, targets=ATTENTION)),
+        "LoRA-FA r=8": Setup(LoRAFA(8, 16)),
+        "PiSSA r=8": Setup(PiSSA(8, 8)),
+        "DoRA r=8": Setup(DoRA(8, 16)),
+        "LoRA r=8, NF4 base": replace(lora, nf4=True),
+    }
+    for label in ("full", "LoRA r=8", "LoRA r=64", "LoRA-FA r=8", "LoRA r=8, attention only"):
+        setups[f"{label}, bf16"] = replace(setups[label], dtype=BF16)
+    for label in ("full", "LoRA r=8", "LoRA-FA r=8", "LoRA r=8, NF4 base", "full, bf16", "LoRA r=8, bf16"):
+        setups[f"{label}, checkpointing"] = replace(setups[label], gradient_checkpointing=True)
+    return setups | {
+        "full, SGD": Setup(FullFineTuning(), optimizer="sgd"),
+        "LoRA r=8, 2 micro-batches": replace(lora, accumulate=2),
+        "LoRA r=8, lean": replace(lora, lean=Lean()),
+        "LoRA r=8, lean, bf16 base": replace(lora, lean=Lean(base_dtype=BF16)),
+        "LoRA r=8, lean, checkpointing": replace(lora, lean=Lean(checkpoint=True, loss_rows=64)),
+    }
+
+
+def memory_cases(device: torch.device) -> list[Case]:
+    """Return all setups on a small model, many on SmolLM2, the main ones over growing contexts; larger on a GPU."""
+    setups = memory_setups()
+    compared = [((SMALL, 4, 128), [*setups]), ((SMOLLM2, 2, 128), _ON_SMOLLM2)]
+    compared += [((SMOLLM2, 1, length), MAIN) for length in CONTEXTS]
+    if device.type == "cuda":
+        large = [label for label, setup in setups.items() if setup.dtype == BF16]
+        large += ["LoRA r=8, lean, bf16 base", "QLoRA r=8, bf16"]
+        setups["QLoRA r=8, bf16"] = replace(setups["LoRA r=8, NF4 base"], dtype=BF16)
+        compared += [((model, 1, 1024), large) for model in ("llama-3.2-1b", "llama-3-8b")]
+    return [Case(*size, setups={label: setups[label]}) for size, labels in compared for label in labels]
+
+
+def measure_case(case: Case, device: str) -> Row:
+    """Predict, then take two steps unobserved for the memory of the whole process, then measure one step."""
+    ((label, setup),), target = case.setups.items(), torch.device(device)
+    factory = partial(random_model, case.model)
+    predicted = predict(factory, setup, case.batch_size, case.seq_len, device=target)
+    gc.collect()
+    process = process_bytes(factory, case, target) if target.type == "cpu" else None
+    gc.collect()
+    batch = token_batch(nn.Linear(1, 1, device=target), case.batch_size, case.seq_len)
+    measured = measure(factory, setup, batch, device=target)
+    return {
+        **case.key,
+        "setup": label,
+        "predicted_bytes": predicted.peak_bytes,
+        "measured_bytes": measured.peak_bytes,
+        "unexplained_bytes": measured.parts.get(Part.REST, 0),
+        "saved_bytes": measured.saved_bytes,
+        "static_bytes": measured.static_bytes,
+        "reserved_bytes": measured.reserved_bytes,
+        "process_bytes": process,
+        "moment": measured.moment,
+        **{part: size for part, size in measured.parts.items() if part != Part.REST},
+    }
+
+
+def process_bytes(factory: Callable[[], Llama], case: Case, device: torch.device) -> int | None:
+    """Return the peak of the process in two steps, less its memory before the model was built; None if not on Linux.
+
+    The process grows by more than tensors: by holes in the heap, and by what libraries allocate for themselves.
+    """
+    if platform.system() != "Linux" or not os.access(_REFERENCES, os.W_OK):
+        return None
+    _load_code()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    before = int(status.partition("VmRSS:")[2].split()[0]) * 1024
+    model, (setup,) = factory(), case.setups.values()
+    step = setup.step(model if setup.dtype is None else model.to(setup.dtype))
+    parts, weights = setup.batches(token_batch(model, case.batch_size, case.seq_len))
+    gc.collect()
+    _trim_heap()
+    _REFERENCES.write_text("5", encoding="ascii")  # reset the kernel's peak, so that it does not include the cast
+    for _ in range(2):
+        step(parts, weights)
+    return peak_bytes(device) - before
+
+
+def _load_code() -> None:
+    """Take a first step of AdamW, on one number: torch then loads 60 MB of code that belong to no step."""
+    number = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.AdamW([number], fused=True)
+    number.square().sum().backward()
+    optimizer.step()
+    _trim_heap()
+
+
+def _trim_heap() -> None:
+    """Return the freed memory in the heap to the system."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def record_memory(device: torch.device, models: Sequence[str] | None = None) -> Iterator[Row]:
+    """Yield the rows of a record of memory, each measured in a fresh process (:func:`measure_cases`)."""
+
+    def measure_apart(case: Case) -> Iterator[Row]:
+        yield run_in_subprocess(measure_case, case, str(device), environment=HEAP)
+
+    yield from measure_cases("memory", memory_cases(device), models, measure_apart)
+
+
+def tell_memory(row: Row) -> str:
+    """Return a row as a line for people."""
+    error = row["predicted_bytes"] / row["measured_bytes"] - 1
+    process = "" if row["process_bytes"] is None else f"  process {row['process_bytes'] / MIB:9,.1f}"
+    predicted, measured = row["predicted_bytes"] / MIB, row["measured_bytes"] / MIB
+    return f"{_tell_case(row)}predicted {predicted:9,.1f}  measured {measured:9,.1f} MiB ({error:+.2%}){process}"
+
+
+_ADAM = "AdamW, fused, gradients clipped to norm 1"
+MEMORY = Recorder(
+    lambda device: {"environment": HEAP, "optimizer": _ADAM, "weights": "random"}, record_memory, tell_memory
+)
+
+
+# Speed
+
+# (batch size, sequence length) -> rounds of the small model, and of SmolLM2
+ROUNDS = {(1, 32): (9, 9), (1, 128): (9, 9), (4, 128): (9, 6), (8, 256): (6, 3), (8, 512): (6, 3)}
+
+
+def speed_cases(device: torch.device) -> list[Case]:
+    """Return 32 to 4,096 tokens a step, ranks 1 to 256, all blocks or the last ones, two models; more on a GPU."""
+    small = compared_setups(SMALL, (1, 8, 64, 256), (1, 4))
+    many, few = compared_setups(SMOLLM2, (1, 8, 64, 256), (1, 10)), compared_setups(SMOLLM2, (8, 256), (1,))
+    cases = [Case(SMALL, *size, small, rounds) for size, (rounds, _) in ROUNDS.items()]
+    for (batch_size, seq_len), (_, rounds) in ROUNDS.items():
+        setups = many if batch_size * seq_len <= 512 else few
+        cases.append(Case(SMOLLM2, batch_size, seq_len, setups, rounds))
+    if device.type == "cuda":
+        for model in (SMOLLM2, "llama-3.2-1b", "llama-3-8b"):
+            setups = compared_setups(model, (8, 64), (1,))
+            if model == "llama-3-8b":  # all setups are in memory at once, and AdamW's state for 8B fills a GPU alone
+                del setups["full"]
+            setups = {f"{label}, bf16": replace(setup, dtype=BF16) for label, setup in setups.items()}
+            cases += [Case(model, *size, setups, 9) for size in ((1, 128), (4, 512), (8, 1024))]
+    return cases
+
+
+def compared_setups(model: str, ranks: Sequence[int], last: Sequence[int]) -> dict[str, Setup]:
+    """Return full fine-tuning, LoRA of these ranks in all blocks, and LoRA in so many of the last blocks."""
+    with torch.device("meta"):
+        llama = random_model(model)
+    setups = {"full": Setup(FullFineTuning())} | {f"LoRA r={rank}": Setup(LoRA(rank, 2 * rank)) for rank in ranks}
+    for count in last:
+        label = f"LoRA r=8, last {counted(count, 'block')}"
+        setups[label] = Setup(LoRA(8, 16, targets=last_blocks(llama, count)))
+    return setups
+
+
+def compare_times(case: Case, costs: CostModel, device: torch.device) -> Iterator[Row]:
+    """Yield a row for each setup: they are predicted, then timed in turn."""
+    factory, size = partial(random_model, case.model), (case.batch_size, case.seq_len)
+    predicted = costs.predict(factory, case.setups, *size)
+    times = step_time(factory, case.setups, *size, rounds=case.rounds, device=device, progress=False)
+    for label, setup in case.setups.items():
+        low, high = times.quartiles_s(label)
+        yield {
+            **case.key,
+            "setup": label,
+            "tokens": case.batch_size * case.seq_len,
+            "rounds": case.rounds,
+            "seconds": times.median_s(label),
+            "lower_quartile_s": low,
+            "upper_quartile_s": high,
+            "ratio": times.ratio(label),
+            "verdict": "" if label == next(iter(case.setups)) else times.verdict(label),
+            "predicted_seconds": predicted.total_s(label),
+            "predicted_ratio": predicted.ratio(label),
+            "doubts": " ".join(predicted.doubts),
+            "flops": flops(factory, setup, *size).total,
+        }
+
+
+def record_speed(device: torch.device, models: Sequence[str] | None = None) -> Iterator[Row]:
+    """Yield the rows of a record of times (:func:`measure_cases`)."""
+    costs = cost_model(device)
+    yield from measure_cases("speed", speed_cases(device), models, lambda case: compare_times(case, costs, device))
+
+
+def speed_settings(device: torch.device) -> dict[str, Any]:
+    """Return how the rows are measured, as the record states it."""
+    return {"environment": {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "")}, "weights": "random"}
+
+
+def tell_speed(row: Row) -> str:
+    """Return a row as a line for people."""
+    error = row["predicted_ratio"] / row["ratio"] - 1
+    spread = f"[{row['lower_quartile_s'] * 1e3:,.1f}-{row['upper_quartile_s'] * 1e3:,.1f}]"
+    times = f"{row['seconds'] * 1e3:10,.1f} ms {spread:<22}ratio {row['ratio']:.3f}"
+    return f"{_tell_case(row)}{times}  predicted {row['predicted_ratio']:.3f} ({error:+.0%})"
+
+
+SPEED = Recorder(speed_settings, record_speed, tell_speed)

@@ -1,0 +1,408 @@
+"""What `lora-lab record overfitting` and `remedies` run, on a tiny model, and what they write, say and plan."""
+
+import copy
+import dataclasses
+import io
+import json
+import shutil
+from contextlib import redirect_stdout
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas
+import pytest
+import torch
+
+from lora_lab import FullFineTuning, LoRA, PartialFineTuning, cli, evaluate, fit, lora_layers, merge, records
+from lora_lab.ablation import studies
+from lora_lab.ablation.halving import Halving
+from lora_lab.ablation.overfitting import by_stopping_point, by_training_loss, compare_over_rates, summarise_trials
+from lora_lab.ablation.stats import rank_correlations
+from lora_lab.models.llama import Llama
+from lora_lab.models.shapes import config
+from lora_lab.studies import forgetting, recorder
+from lora_lab.studies.forgetting import DistanceFromBase, Remedy, make_task, update_norm
+from lora_lab.tasks import base_text
+from tests.helpers import COMMIT
+from tests.studies.conftest import counting_on
+
+pytestmark = pytest.mark.slow
+
+FOLDER = Path("runs/record-overfitting")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+HOURS = {FullFineTuning: 3.0, LoRA: 2.0, PartialFineTuning: 1.0}  # of a step, on the machine of these tests
+
+
+def predict(factory, setups, batch_size, seq_len):
+    return SimpleNamespace(total_s=lambda label: 3600 * HOURS[type(setups[label].method)])
+
+
+@pytest.fixture(scope="module")
+def make(small_world, tiny_config, tmp_path_factory):
+    """The real model is a tiny one, its text counts on, and what it wrote are tokens drawn at random."""
+
+    def make(device=None):
+        return Llama(tiny_config, seed=3)
+
+    draw = torch.Generator().manual_seed(0)
+    replies = [
+        {"prompt": [prompt, 1, 2], "reply": torch.randint(0, 260, (5,), generator=draw).tolist()}
+        for prompt in range(32)
+        for _ in range(2)
+    ]
+    path = tmp_path_factory.mktemp("replies") / "replies.json"
+    path.write_text(json.dumps({"temperature": 1.0, "replies": replies}))
+    small_world.setattr(forgetting, "base_replies", partial(base_text.base_replies, path))
+    small_world.setattr(forgetting, "on_base_text", partial(base_text.on_base_text, path=path))
+    small_world.setattr(studies, "language_model", make)
+    small_world.setattr(studies, "docs_task", counting_on)
+    small_world.setattr(recorder, "cost_model", lambda device: SimpleNamespace(predict=predict))
+    return make
+
+
+def record_of(what):
+    """(the record, what was printed) of one run of the command."""
+    with redirect_stdout(io.StringIO()) as printed:
+        assert cli.main(["record", what, "--device", "cpu", "--out", "records"]) == 0
+    (record,) = records.load_all(what, "records").values()
+    return record, printed.getvalue()
+
+
+# What is planned
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=["cpu", "cuda"])
+def test_each_planned_run_reads_its_examples_a_whole_number_of_times(device):
+    constant, cosine = forgetting.epochs(device)
+    for case in forgetting.plan_overfitting(device):
+        size = case.about["n_train"]
+        for setup, trial in case.trials.items():
+            decays = setup.endswith(", cosine")
+            assert trial.steps * trial.batch_size == (cosine if decays else constant)[size] * size
+            assert trial.steps % trial.eval_every == 0
+            assert trial.schedule == ("cosine" if decays else "constant")
+            assert decays or trial.warmup == 8
+            assert case.trial(setup, 1e-3, case.judging[0]).eval_examples == forgetting.JUDGED_ON > trial.eval_examples
+            forgetting.HALVING.check([case.trial(setup, lr, 0) for lr in case.lrs[setup]])
+
+
+def test_the_last_blocks_are_those_of_the_real_model():
+    assert [f"model.layers.{i}" for i in (26, 27, 28, 29)] == forgetting.LAST_BLOCKS
+    assert config("smollm2-135m").num_hidden_layers == 30
+
+
+def test_every_remedy_is_planned_and_a_gpu_trains_longer():
+    small, large = (forgetting.plan_remedies(device) for device in (CPU, CUDA))
+    assert sorted(name for case in small for name in case.trials) == sorted(forgetting.SETUPS)
+    changes = {setup.change.func for setup in forgetting.SETUPS.values() if setup.change is not forgetting.unchanged}
+    assert changes == {forgetting.own_replies, forgetting.other_text, forgetting.near_base}
+    for case, more in zip(small, large, strict=True):
+        assert len(more.choosing) > len(case.choosing) >= 3
+        for name, trial in case.trials.items():
+            assert more.trials[name].steps > trial.steps
+            assert trial.schedule == "constant"
+            assert (trial.lean is None) == (trial.method == FullFineTuning())
+            assert case.lrs[name] == forgetting.SETUPS[name].lrs
+
+
+# Overfitting
+
+METHODS = {
+    "full": (FullFineTuning(), 1e-2),
+    "LoRA r=8": (LoRA(8, 16), 3e-2),
+    "last blocks": (PartialFineTuning(["model.layers.1"]), 1e-2),
+}
+SMALL = {"SEQ_LEN": 9, "SIZE": 4, "CHOSEN_ON": 6, "JUDGED_ON": 8, "WIDEN": 1, "METHODS": METHODS}
+SMALL |= {"ON_TWO_CORES": (*METHODS,), "HALVING": Halving(rungs=(0.5,), best_so_far=True, slack=0.2)}
+SMALL |= {"epochs": lambda device: ({4: 4, 8: 5}, {8: 4}), "on_base_text": lambda task: task}
+OF_SIZE = {4: [*METHODS], 8: [*METHODS, *(f"{setup}, cosine" for setup in METHODS)]}
+
+
+@pytest.fixture
+def small(make, monkeypatch):
+    for name, value in SMALL.items():
+        monkeypatch.setattr(forgetting, name, value)
+    return make
+
+
+@pytest.fixture(scope="module")
+def overfitted(make):
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SMALL.items():
+            patch.setattr(forgetting, name, value)
+        return record_of("overfitting")
+
+
+def lowest(frame, size, setup):
+    """The rate of the lowest mean over the choosing seeds, of those that were stopped on none, by pandas alone."""
+    own = frame[(frame["n_train"] == size) & (frame["setup"] == setup) & (frame["stage"] == "choosing")]
+    done = own[own["outcome"] == "done"].groupby(["lr", "seed"])["validation_loss"].min().unstack()
+    return done[[0, 1]].dropna().mean(axis=1).idxmin()
+
+
+def test_two_seeds_choose_each_setups_rate_for_each_size_and_schedule_and_others_are_judged_at_it(overfitted):
+    frame = overfitted[0].frame()
+    assert {(size, setup) for size, setups in OF_SIZE.items() for setup in setups} == set(
+        frame[["n_train", "setup"]].itertuples(index=False, name=None)
+    )
+    for (size, setup), rows in frame.groupby(["n_train", "setup"]):
+        choosing, judging = (rows[rows["stage"] == stage] for stage in ("choosing", "judging"))
+        assert set(choosing["seed"]) == {0, 1}
+        assert set(judging["seed"]) == {2, 3, 4}
+        assert set(judging["lr"]) == {lowest(frame, size, setup)}
+        assert choosing["lr"].nunique() in (5, 6)  # one may be added at an edge
+        edges = {min(choosing["lr"]): "smallest", max(choosing["lr"]): "largest"}
+        assert set(rows["edge"]) == {edges.get(lowest(frame, size, setup), "")}
+        assert set(rows["schedule"]) == {"cosine" if setup.endswith(", cosine") else "constant"}
+    assert set(frame["commit"]) == {COMMIT}
+    assert frame.loc[frame["stage"] == "choosing", "off_domain_loss"].isna().all()
+    assert frame.loc[frame["stage"] == "judging", "off_domain_loss"].notna().all()
+
+
+def test_rates_that_are_far_behind_are_stopped_and_not_tried_on_the_next_seed(overfitted):
+    frame = overfitted[0].frame()
+    stopped = frame[frame["outcome"] == "stopped"]
+    assert len(stopped)
+    for (size, setup, lr), rows in stopped.groupby(["n_train", "setup", "lr"]):
+        assert rows["step"].max() < rows["steps"].max()
+        if set(rows["seed"]) == {0}:
+            again = frame[(frame["n_train"] == size) & (frame["setup"] == setup) & (frame["lr"] == lr)]
+            assert set(again["seed"]) == {0}
+
+
+def test_a_row_is_what_fit_gives_for_its_setup_rate_and_seed(make, overfitted):
+    frame = overfitted[0].frame()
+    for setup, size, seed in (("full", 8, 2), ("LoRA r=8, cosine", 8, 3), ("last blocks", 4, 2)):
+        own = frame[(frame["setup"] == setup) & (frame["n_train"] == size) & (frame["seed"] == seed)].set_index("step")
+        model, task, epoch, cosine = make(), counting_on(9, size, seed), size // 4, setup.endswith("cosine")
+        options = {"steps": epoch * (4 if cosine else {4: 4, 8: 5}[size]), "eval_every": epoch, "batch_size": 4}
+        options |= {"schedule": "cosine"} if cosine else {"schedule": "constant", "warmup": epoch}
+        method, _ = METHODS[setup.removesuffix(", cosine")]
+        task = dataclasses.replace(task, off_domain=task.off_domain[::2])
+        history = fit(model, task, method, lr=own["lr"].iloc[0], seed=seed, eval_examples=8, **options)
+        table = history.frame().set_index("step").loc[list(own.index)]
+        tolerance = 2e-2 if setup.startswith("LoRA") else 1e-4  # over a base in bfloat16
+        for name in ("train_loss", "validation_loss", "off_domain_loss"):
+            assert own[name].tolist() == pytest.approx(table[name].tolist(), rel=tolerance, nan_ok=True)
+        assert own["test_loss"].iloc[-1] == pytest.approx(evaluate(model, task, "test", 4, 8), rel=tolerance)
+        assert len(set(own["validation_loss"])) == len(own) > 2
+
+
+def test_curves_of_one_schedule_compare_at_every_stopping_point_and_at_equal_training_loss(overfitted):
+    frame = overfitted[0].frame()
+    judged = frame[(frame["stage"] == "judging") & (frame["schedule"] == "constant")]
+    rises = by_stopping_point(judged)
+    assert set(rises["setup"]) == {"LoRA r=8", "last blocks"}
+    assert set(rises["seeds"]) == {3}
+    divergences = by_stopping_point(judged, "forgotten_at_last")
+    assert divergences["difference"].tolist() != rises["difference"].tolist()
+    last = judged[(judged["n_train"] == 8) & (judged["step"] == judged["steps"])]["train_loss"]
+    assert len(by_training_loss(judged[judged["n_train"] == 8], [last.max() + 0.01]))
+    with pytest.raises(ValueError, match="has the rates"):
+        by_stopping_point(frame[frame["schedule"] == "constant"])  # those that chose are no part of it
+
+
+def test_a_record_says_how_its_rows_were_made(overfitted):
+    own = overfitted[0].settings
+    assert own["setups"]["full"]["lrs"] == [2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2]
+    assert own["setups"]["LoRA r=8"]["rank"] == 8
+    assert (own["sizes"], own["choosing"], own["judging"]) == ([4, 8], [0, 1], [2, 3, 4])
+    assert (own["epochs"], own["cosine_epochs"]) == ({"4": 4, "8": 5}, {"8": 4})
+    assert own["halving"]["slack"] == 0.2
+    assert own["planned_hours"] == pytest.approx(hours_by_hand(), abs=0.06)
+    assert f"Planned: about {own['planned_hours']} hours" in overfitted[1]
+
+
+def hours_by_hand():
+    """All steps and evaluations, at three of five rates with halving, and at all under a cosine."""
+    expected = 0.0
+    for size, steps, rates in ((4, 4, 3), (8, 10, 3), (8, 8, 5)):
+        evaluations = steps // (size // 4) + 1
+        for examples, runs in ((6, 2 * rates), (8, 3)):
+            forward = (2 * evaluations + 1) * examples / 4  # a third of full fine-tuning's 3 hours, or half of LoRA's 2
+            expected += runs * sum(steps * HOURS[type(method)] + forward for method, _ in METHODS.values())
+    return expected
+
+
+@pytest.mark.parametrize("hot", [["full"], [*METHODS]])
+def test_a_trial_that_failed_is_a_row_with_its_reason_and_its_setup_is_not_judged(small, monkeypatch, tmp_path, hot):
+    methods = {name: (method, 1e30 if name in hot else lr) for name, (method, lr) in METHODS.items()}
+    monkeypatch.setattr(forgetting, "METHODS", methods)
+    monkeypatch.setattr(forgetting, "epochs", lambda device: ({8: 4}, {}))
+    rows = list(forgetting.OVERFITTING.rows(CPU, tmp_path))
+    failed = [row for row in rows if row["outcome"] == "failed"]
+    assert {row["setup"] for row in failed} == {*hot}
+    assert {row["setup"] for row in rows if row["stage"] == "judging"} == METHODS.keys() - {*hot}
+    for row in failed:
+        assert "lower the learning rate" in row["reason"]
+        assert row["step"] is row["validation_loss"] is row["gap"] is None
+        assert forgetting.OVERFITTING.line(row).endswith(f"seed {row['seed']}: {row['reason']}")
+    records.new("overfitting", rows, {}, "a test", CPU, "unknown")  # has no NaN in it
+
+
+def test_of_a_record_that_is_overfitted_nothing_is_run_again(overfitted, tmp_path, no_trial_runs, small):
+    shutil.copytree(FOLDER, tmp_path / "trials")
+    assert list(forgetting.OVERFITTING.rows(CPU, tmp_path / "trials")) == overfitted[0].rows
+    next((tmp_path / "trials").glob("*.json")).unlink()
+    with pytest.raises(AssertionError, match="a trial is run again"):
+        list(forgetting.OVERFITTING.rows(CPU, tmp_path / "trials"))
+
+
+def test_settings_that_no_record_can_hold_are_refused_before_anything_is_run(monkeypatch, capsys):
+    begun = []
+
+    def rows(device):
+        begun.append(device)
+        yield {"setup": "full"}
+
+    made = dataclasses.replace(forgetting.OVERFITTING, rows=rows, settings=lambda device: {"sizes": (4, 8)})
+    monkeypatch.setattr(forgetting, "OVERFITTING", made)
+    assert cli.main(["record", "overfitting", "--device", "cpu", "--out", "refused"]) == 1
+    assert ".sizes" in capsys.readouterr().err
+    assert begun == []
+
+
+# Remedies
+
+SETUPS = {
+    "LoRA r=8": Remedy(LoRA(8, 16), (1e-2, 2e-2)),
+    "LoRA r=1": Remedy(LoRA(1, 2), (2e-2,)),
+    "full": Remedy(FullFineTuning(), (1e-3, 3e-3)),
+    "weight decay": Remedy(LoRA(8, 16), (2e-2,), weight_decay=10.0),
+    "own replies": Remedy(LoRA(8, 16), (2e-2,), partial(forgetting.own_replies, 0.5)),
+    "other text": Remedy(LoRA(8, 16), (2e-2,), partial(forgetting.other_text, 0.5)),
+    "KL penalty": Remedy(LoRA(8, 16), (2e-2,), partial(forgetting.near_base, 1.0)),
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(make):
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"SETUPS": SETUPS, "FEW": (10, 4, (0, 1)), "LENGTH": 9, "EXAMPLES": 6}.items():
+            patch.setattr(forgetting, name, value)
+        yield make
+
+
+@pytest.fixture(scope="module")
+def whole(tiny):
+    return record_of("remedies")
+
+
+def test_a_record_has_a_curve_for_each_setup_rate_and_seed_and_for_each_strength_of_the_adapter(whole):
+    frame = whole[0].frame()
+    expected = {(name, lr, seed) for name, setup in SETUPS.items() for lr in setup.lrs for seed in (0, 1)}
+    expected |= {("LoRA r=8, scaled", lr, seed) for lr in (1e-2, 2e-2) for seed in (0, 1)}
+    curves = dict([*frame.groupby(["setup", "lr", "seed"])])
+    assert set(curves) == expected
+    for (name, *_), curve in curves.items():
+        steps = [0, 25, 50, 75, 100, 120] if name.endswith("scaled") else [*range(11)]
+        assert curve["step"].tolist() == steps
+        assert curve["score_divergence"].notna().tolist() == [step == 10 for step in steps]
+    assert set(frame["commit"]) == {COMMIT}
+    assert frame.loc[frame["setup"] == "full", "rank"].unique() == [576]
+    assert whole[1].count("off_domain_loss") == len(expected) - 4
+    assert whole[0].settings["planned_hours"] > 0
+
+
+def test_a_row_is_what_fit_gives_on_the_changed_task(tiny, whole):
+    frame = whole[0].frame()
+    for name in ("own replies", "other text", "KL penalty", "weight decay", "full"):
+        setup, options = SETUPS[name], {"steps": 10, "batch_size": 4, "schedule": "constant", "seed": 1}
+        own = frame[(frame["setup"] == name) & (frame["seed"] == 1) & (frame["lr"] == setup.lrs[0])].set_index("step")
+        options |= {"lr": setup.lrs[0], "weight_decay": setup.weight_decay, "eval_examples": 6}
+        history = fit(tiny(), make_task(setup.change, 0), setup.method, progress=False, **options)
+        table = history.frame().set_index("step")
+        tolerance = 1e-4 if name == "full" else 3e-2  # over a base in bfloat16
+        for loss in ("train_loss", "validation_loss", "off_domain_loss"):
+            assert own[loss].tolist() == pytest.approx(table[loss].tolist(), rel=tolerance, nan_ok=True)
+    ends = frame[(frame["step"] == 10) & (frame["lr"] == 2e-2)].groupby("setup")["off_domain_loss"].mean()
+    assert len(set(ends)) == len(ends)
+
+
+def test_replayed_replies_and_those_that_judge_have_no_prompt_in_common(tiny):
+    task = make_task(SETUPS["own replies"].change, 0)
+    replayed = {int(row[0]) for row in task.train.inputs[24:]}
+    assert replayed == set(range(16, 28))  # of the 24 that are as many as the windows
+    assert {int(row[0]) for row in task.off_domain.inputs} == set(range(16))
+
+
+def test_scaling_goes_from_the_base_to_the_adapter_and_beyond(tiny, whole):
+    frame = whole[0].frame()
+    own = frame[(frame["lr"] == 2e-2) & (frame["seed"] == 0)]
+    curve = own[own["setup"] == "LoRA r=8, scaled"].set_index("step")
+    trained = own[own["setup"] == "LoRA r=8"].set_index("step")
+    for loss in ("validation_loss", "off_domain_loss"):
+        assert (curve.loc[0, loss], curve.loc[100, loss]) == (trained.loc[0, loss], trained.loc[10, loss])
+        assert curve[loss].nunique() == 6
+    model = tiny()
+    fit(
+        model,
+        make_task(forgetting.unchanged, 0),
+        LoRA(8, 16),
+        steps=10,
+        lr=2e-2,
+        batch_size=4,
+        schedule="constant",
+        progress=False,
+    )
+    for layer in lora_layers(model).values():
+        layer.alpha *= 0.5
+    merge(model)
+    expected = evaluate(model, make_task(forgetting.unchanged, 0), "validation", limit=6)
+    assert curve.loc[50, "validation_loss"] == pytest.approx(expected, rel=3e-2)
+
+
+def test_what_a_judge_measures(tiny):
+    base, task = tiny(), make_task(forgetting.unchanged, 0)
+    model = copy.deepcopy(base)
+    fit(model, task, FullFineTuning(), steps=3, lr=1e-3, batch_size=4, progress=False)
+    scores = DistanceFromBase(9, 6, (0.5,))(model, task)
+    assert scores.keys() == {"divergence", "size", "prose"}  # no adapter, no strengths
+    flat = [torch.cat([p.flatten() for p in each.parameters()]) for each in (model, base)]
+    assert scores["size"] == pytest.approx(float((flat[0] - flat[1]).detach().norm()), rel=1e-5)
+    assert scores["divergence"] > 0
+    still = DistanceFromBase(9, 6)(copy.deepcopy(base), task)
+    assert still == pytest.approx({"divergence": 0, "size": 0, "prose": 0}, abs=1e-5)
+
+
+def test_the_size_of_an_adapters_update_is_that_of_the_merged_model(tiny):
+    base, model = tiny(), tiny()
+    fit(model, make_task(forgetting.unchanged, 0), LoRA(2, 8), steps=3, lr=1e-2, batch_size=4, progress=False)
+    size = update_norm(base, model)
+    merge(model)
+    assert size == pytest.approx(update_norm(base, model), rel=1e-4)
+    assert size > 0.1
+
+
+def test_a_record_can_be_compared_at_equal_learning_and_asked_what_predicts_forgetting(whole):
+    frame = whole[0].frame()
+    table = compare_over_rates(frame[frame["setup"] != "full"], "forgotten", "LoRA r=8", share=0.5).set_index("setup")
+    assert set(table.index) == {*SETUPS, "LoRA r=8, scaled"} - {"LoRA r=8", "full"}
+    assert table.loc["own replies", "pairs"] == 2
+    trials = summarise_trials(frame[~frame["setup"].str.endswith("scaled")])
+    trials = trials.merge(frame[["setup", "rank"]].drop_duplicates())
+    predicted = rank_correlations(trials, "forgotten_at_last", ["score_divergence", "score_size", "rank", "lr"])
+    assert predicted["correlation"].notna().all()
+
+
+def test_a_stopped_record_goes_on_where_it_was(whole, no_trial_runs):
+    assert list(forgetting.REMEDIES.rows(CPU)) == whole[0].rows
+
+
+def test_planned_hours_count_steps_evaluations_and_the_judge(whole):
+    forward = 3 / 3 / 4  # hours an example
+    hours = {name: 3 if name == "full" else 2 for name in SETUPS}
+    steps = sum(2 * len(setup.lrs) * 10 * hours[name] for name, setup in SETUPS.items())
+    own = 2 * 11 * 6 + 6 + 3 * 6  # two parts at 11 evaluations, the test part, the judge
+    alone, penalised = 2 * (2 + 1 + 2 + 1), 2
+    examples = 18 * own + alone * 8 * 6 + penalised * 10 * 4
+    assert whole[0].settings["planned_hours"] == pytest.approx(steps + examples * forward, rel=0.01)
+
+
+def test_a_failed_trial_has_no_strengths(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(forgetting, "SETUPS", {"LoRA r=8": Remedy(LoRA(8, 16), (1e30,))})
+    monkeypatch.setattr(forgetting, "FEW", (10, 4, (0,)))
+    (row,) = forgetting.REMEDIES.rows(CPU, tmp_path)
+    assert row["outcome"] == "failed"
+    assert pandas.isna(row["step"])
