@@ -66,18 +66,15 @@ class History:
         self.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.total_parameters = count_parameters(model)
 
-    def start(self) -> None:
-        """Append row 0, the model before training."""
-        self.rows.append({**dict.fromkeys(COLUMNS), "step": 0, "seconds": 0.0, "tokens": 0})
-
     def add(self, step: int, **values: float) -> None:
-        """Append the row of a step.
+        """Append the row of a step; row 0 is the model before training.
 
         Raises:
             DivergedError: the training loss is NaN or infinite.
         """
         row = {**dict.fromkeys(COLUMNS), "step": step, **values}
-        stop_if_diverged("loss", row["train_loss"], row)
+        if step > 0:
+            stop_if_diverged("loss", row["train_loss"], row)
         self.rows.append(row)
 
     def add_evaluation(self, part: str, loss: float) -> None:

@@ -174,20 +174,6 @@ def energy_rank(S: Tensor, share: float = 0.9) -> Tensor:
     return (energy < enough).sum(-1) + (total[..., 0] > 0)
 
 
-class Norms(NamedTuple):
-    """Norms of a matrix from its singular values: the root of the sum of squares, the largest, the sum."""
-
-    frobenius: Tensor
-    spectral: Tensor
-    nuclear: Tensor
-
-
-def norms(S: Tensor) -> Norms:
-    """Return the Frobenius, spectral and nuclear norm."""
-    S = _spectrum(S)  # (192,)
-    return Norms(S.norm(dim=-1), S.amax(-1), S.sum(-1))
-
-
 # Subspaces. V (..., n, i) has i orthonormal columns, as U[..., :i] and Vh[..., :i, :].mT of an SVD.
 
 

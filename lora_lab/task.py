@@ -278,7 +278,7 @@ class Task:
         Raises:
             ValueError: all their targets are ``IGNORE``.
         """
-        if self.counted(self.parts[part][:limit]) == 0:
+        if self.counted(self.part(part)[:limit]) == 0:
             examples = "" if limit is None else f"first {counted(limit, 'example')} of the "
             of_part = f"the {examples}{part} part of task {self.name!r}"
             raise ValueError(f"No target of {of_part} counts in the loss: there is none, or all are {IGNORE}.")
@@ -364,8 +364,6 @@ def described(value: Any) -> str:
         return f"{{{', '.join(sorted(f'{key!r}: {described(entry)}' for key, entry in value.items()))}}}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(described, value))}]"
-    if isinstance(value, set | frozenset):
-        return described(sorted(value, key=repr))
     if isinstance(value, np.ndarray):
         return f"{value.dtype} {described(value.tolist())}"
     if isinstance(value, Tensor):  # the repr of a large tensor omits values

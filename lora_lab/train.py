@@ -241,26 +241,17 @@ def autocast_loss(dtype: torch.dtype, loss: Loss, model: nn.Module, inputs: Tens
         return loss(model, inputs, targets)
 
 
-def enable_checkpointing(model: nn.Module) -> None:
-    """Let a model save only the input of each block, and compute the block again in the backward pass.
+def enable_checkpointing(model: nn.Module, to: Literal["enable", "disable"] = "enable") -> None:
+    """Let a model save only the input of each block, and compute the block again in the backward pass; or no longer.
 
     Raises:
         ValueError: it has no method for that.
     """
-    if not hasattr(model, "gradient_checkpointing_enable"):
-        raise ValueError(
-            f"A {type(model).__name__} has no method gradient_checkpointing_enable; leave gradient_checkpointing out."
-        )
-    _switch_checkpointing(model, "enable")
-
-
-def _switch_checkpointing(model: nn.Module, to: Literal["enable", "disable"]) -> None:
-    """Call the model's method for that, if it has one."""
     # transformers 5 has renamed the methods, and warns of the old names.
     for name in (f"activation_checkpointing_{to}", f"gradient_checkpointing_{to}"):
         if hasattr(model, name):
-            getattr(model, name)()
-            return
+            return getattr(model, name)()
+    raise ValueError(f"A {type(model).__name__} has no method {name}; leave gradient_checkpointing out.")
 
 
 def parameter_groups(model: nn.Module, method: Method, config: TrainConfig) -> list[dict[str, Any]]:
@@ -335,7 +326,7 @@ def fit(
         with progress_bar(config.steps, method.name, progress if leads else False, done=done) as bar:
             for number in range(len(history.rows), config.steps + 1):
                 if number == 0:
-                    history.start()  # the model before training
+                    history.add(0, seconds=0.0, tokens=0)  # the model before training
                 else:
                     history.add(number, **take_step(step, task, order, config, number))
                     bar.set_postfix_str(f"loss {history.rows[-1]['train_loss']:.3f}")
@@ -462,7 +453,7 @@ def restore_switches(model: nn.Module) -> Iterator[None]:
         finally:
             model.zero_grad()
             if is_on() and not before:
-                _switch_checkpointing(model, "disable")
+                enable_checkpointing(model, "disable")
 
 
 def set_training_mode(model: nn.Module) -> None:
@@ -544,7 +535,6 @@ def evaluate(
             range or of another type.
     """
     task.check_model(model)
-    task.part(part)
     task.check_counted(part, check(limit, Size | None, "limit"))
     return mean_loss(model, task, part, batch_size, limit, by_length).item()
 

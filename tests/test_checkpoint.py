@@ -386,7 +386,7 @@ def test_a_history_of_any_length_is_stored(tmp_path):
     """The header of a safetensors file has at most 100 MB."""
     model, steps = nn.Linear(2, 2), 20_000
     history = checkpoint.History({}, {}, {"steps": steps}, 6, 6)
-    history.start()
+    history.add(0, seconds=0.0, tokens=0)
     for step in range(1, steps + 1):
         history.add(step, train_loss=1 / step, grad_norm=1.0, lr=0.1, tokens=8, seconds=0.5)
     checkpoint.save(tmp_path, model, torch.optim.AdamW(model.parameters()), history)

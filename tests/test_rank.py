@@ -172,12 +172,6 @@ def test_ranks_do_not_depend_on_rotation_or_transposition(out, width, seed):
         assert float(statistic(rank.svd(W.T).S)) == pytest.approx(expected, rel=1e-6)
 
 
-def test_norms_are_numpys():
-    W = normal(6, 4)
-    found = rank.norms(rank.svd(W).S)
-    assert [float(norm) for norm in found] == pytest.approx([np.linalg.norm(W, kind) for kind in ("fro", 2, "nuc")])
-
-
 def test_a_matrix_of_zeros_has_rank_0():
     """As a fresh adapter's update is."""
     S = rank.product_svd(torch.zeros(6, 2), normal(2, 5, dtype=torch.float32)).S
@@ -363,7 +357,6 @@ REFUSED = [  # the call, what must be named
     (lambda: rank.effective_rank(torch.tensor([1.0, -1.0])), "S is"),
     (lambda: rank.stable_rank(torch.tensor([1.0, torch.nan])), "S is"),
     (lambda: rank.energy_rank(torch.ones(3, device="meta")), "S is"),
-    (lambda: rank.norms(torch.ones(0)), "S is"),
     (lambda: rank.energy_rank(torch.ones(3), 0.0), r"share is 0\.0"),
     (lambda: rank.energy_rank(torch.ones(3), 90), "share is 90"),
     (lambda: rank.subspace_similarity(normal(6, 2), basis(6, 2)), "V1"),

@@ -193,7 +193,7 @@ def _train(
     with progress_bar(config.steps, f"{trials} adapters", progress, done=done) as bar:
         bar.set_postfix_str("evaluating")
         if paused is None:
-            update(lambda _, history: history.start())
+            update(lambda _, history: history.add(0, seconds=0.0, tokens=0))
             add_evaluations(at_start or _evaluate(model, judged, config, trials))
         else:
             update(lambda k, history: history.rows.extend(map(dict, paused[k].history.rows)))

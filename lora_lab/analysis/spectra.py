@@ -47,7 +47,6 @@ from lora_lab.rank import (
     gaussian,
     gaussian_factors,
     intruder_dimensions,
-    norms,
     orthonormal,
     product_svd,
     stable_rank,
@@ -199,15 +198,14 @@ def report(before: Weights | None, after: Source, *, directions: int = 8, progre
     rows = []
     for name, update in updates(before, after, progress=progress).items():
         S = update.svd.S
-        sizes = norms(S)
         row = {
             "layer": name,
             "kind": name.rpartition(".")[2],
             "depth": depth(name),
             **dict(zip(("out", "in"), update.shape, strict=True)),
             "rank": update.rank,
-            "norm": float(sizes.frobenius),
-            "spectral_norm": float(sizes.spectral),
+            "norm": float(S.norm()),
+            "spectral_norm": float(S[0]),
         }
         for statistic, band in null_bands(update.shape, update.rank).items():
             row |= _with_band(statistic, float(STATISTICS[statistic](S)), band)

@@ -98,9 +98,9 @@ def schematic(rank: int = 4, alpha: float = 8) -> Axes:
     wide, tall, narrow = unit * in_features, unit * out_features, max(unit * rank, 0.06)
     frozen, trained = "#d9d9d9", METHOD_COLOURS["lora"]
 
-    def box(x: float, y: float, corners: Sequence[tuple[float, float]], colour: str, text: str, ink: str) -> None:
-        ax.add_patch(Polygon([(x + dx, y + dy) for dx, dy in corners], facecolor=colour, edgecolor="#333333"))
-        ax.text(x, y, text, ha="center", va="center", fontsize=14, color=ink)
+    def box(x: float, y: float, bottom: float, top: float, height: float, colour: str) -> None:
+        corners = (-bottom, -height), (bottom, -height), (top, height), (-top, height)
+        ax.add_patch(Polygon([(x + dx / 2, y + dy / 2) for dx, dy in corners], facecolor=colour, edgecolor="#333333"))
 
     def arrow(start: tuple[float, float], end: tuple[float, float]) -> None:
         ax.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "#333333", "linewidth": 1.2})
@@ -109,14 +109,14 @@ def schematic(rank: int = 4, alpha: float = 8) -> Axes:
         ax.text(x, y, text, ha=side, va="center", fontsize=9.5, color=colour)
 
     left, right, low, high = -2.2, 2.2, -1.0, 1.0
-    half = (wide + tall) / 4
-    box(left, 0, [(-half, -1.5), (half, -1.5), (half, 1.5), (-half, 1.5)], frozen, "", "#000000")
+    box(left, 0, (wide + tall) / 2, (wide + tall) / 2, 3, frozen)
     label(left, 0.25, "$W_0$", "center")
     label(left, -0.3, f"{out_features} x {in_features}, frozen", "center")
-    funnel = [(-wide / 2, -0.5), (wide / 2, -0.5), (narrow / 2, 0.5), (-narrow / 2, 0.5)]
-    box(right, low, funnel, trained, "$A$", "#ffffff" if narrow > 0.3 else "#000000")
-    funnel = [(-narrow / 2, -0.5), (narrow / 2, -0.5), (tall / 2, 0.5), (-tall / 2, 0.5)]
-    box(right, high, funnel, trained, "$B$", "#ffffff" if narrow > 0.3 else "#000000")
+    box(right, low, wide, narrow, 1, trained)
+    box(right, high, narrow, tall, 1, trained)
+    for y, name in ((low, "$A$"), (high, "$B$")):
+        ink = "#ffffff" if narrow > 0.3 else "#000000"
+        ax.text(right, y, name, ha="center", va="center", fontsize=14, color=ink)
     label(right + wide / 2 + 0.15, low, f"{rank} x {in_features}, trained\nstarts random")
     label(right + wide / 2 + 0.15, high, f"{out_features} x {rank}, trained\nstarts at zero")
     label(right + narrow / 2 + 0.2, 0, f"{rank} number{'s' * (rank > 1)} pass{'es' * (rank == 1)}")

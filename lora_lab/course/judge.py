@@ -43,7 +43,7 @@ class TimeUp(BaseException):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Called:
     """What a call did.
 
     Attributes:
@@ -59,7 +59,7 @@ class Outcome:
     printed: str
 
 
-def call(function: Callable[..., Any], arguments: Sequence[Any], names: Sequence[str]) -> Outcome:
+def call(function: Callable[..., Any], arguments: Sequence[Any], names: Sequence[str]) -> Called:
     """Call a function with copies of the arguments.
 
     Args:
@@ -79,7 +79,7 @@ def call(function: Callable[..., Any], arguments: Sequence[Any], names: Sequence
         error = raised
     before_and_after = zip(names, arguments, copies, strict=True)
     changed = frozenset(name for name, before, after in before_and_after if _differs(after, before))
-    return Outcome(value, error, changed, printed.getvalue())
+    return Called(value, error, changed, printed.getvalue())
 
 
 def _differs(after: Any, before: Any) -> bool:
@@ -257,7 +257,7 @@ def _warm_up(exercise: Exercise) -> None:
         each.holds(exercise.solution, np.random.default_rng())
 
 
-def _agrees(outcome: Outcome, reference: Outcome, exercise: Exercise) -> bool:
+def _agrees(outcome: Called, reference: Called, exercise: Exercise) -> bool:
     """Return whether a call did what another did; it may have changed further arguments."""
     if not reference.changed <= outcome.changed:
         return False
@@ -266,7 +266,7 @@ def _agrees(outcome: Outcome, reference: Outcome, exercise: Exercise) -> bool:
     return same(outcome.value, reference.value, exercise.rtol, exercise.atol)
 
 
-Pairs = Sequence[tuple[Outcome, Outcome]]  # what the answer did, and what the solution did
+Pairs = Sequence[tuple[Called, Called]]  # what the answer did, and what the solution did
 
 
 def _named_difference(answer: Callable[..., Any], pairs: Pairs, changed: Sequence[str]) -> str | None:
@@ -330,7 +330,7 @@ def _takes(answer: Callable[..., Any], count: int) -> bool:
     return True
 
 
-def _example(names: Sequence[str], case: Sequence[Any], outcome: Outcome, right: Outcome) -> str:
+def _example(names: Sequence[str], case: Sequence[Any], outcome: Called, right: Called) -> str:
     """Return inputs and both results, as aligned text; of large results the entry that differs most."""
     array, expected = as_array(outcome.value), as_array(right.value)
     results, entry = (outcome.value, right.value), ""

@@ -73,7 +73,7 @@ class Box:
         return f'<div style="{style}">{"".join(parts)}</div>'
 
 
-class Outcome(int):
+class Passed(int):
     """True or False, without a line of output of its own where a cell ends with it."""
 
     def __repr__(self) -> str:
@@ -83,7 +83,7 @@ class Outcome(int):
         """Nothing: :func:`check` has displayed its box already."""
 
 
-def check(name: str, answer: Any) -> Outcome:
+def check(name: str, answer: Any) -> Passed:
     """Check an answer to an exercise on fresh inputs, and say what is wrong with it.
 
     Args:
@@ -95,7 +95,7 @@ def check(name: str, answer: Any) -> Outcome:
     """
     exercise = _look_up(name)
     if exercise is None:
-        return Outcome(False)
+        return Passed(False)
     verdict = judge(exercise, answer)
     if verdict.passed:
         _passed.add(name)
@@ -110,7 +110,7 @@ def check(name: str, answer: Any) -> Outcome:
         example = "\n\n".join(filter(None, [verdict.example, said]))
         footer = " ".join(filter(None, [_about_hints(exercise), _remember()]))
         display(Box("Not yet.", verdict.text, example, footer, AMBER))
-    return Outcome(bool(verdict.passed))
+    return Passed(bool(verdict.passed))
 
 
 def hint(name: str) -> None:
@@ -142,7 +142,7 @@ class Map:
     """A table of exercises with their state."""
 
     def __init__(self, exercises: Sequence[Exercise], done: set[str], tried: set[str]) -> None:
-        self.rows = [HEADS]
+        self.rows: list[tuple[str, ...]] = [HEADS]
         for each in sorted(exercises, key=lambda exercise: exercise.lesson):  # stable: in a lesson, in its order
             state = "✓ done" if each.name in done else "✗ tried" if each.name in tried else "○ open"
             self.rows.append((each.lesson, each.name, state, str(each.minutes)))

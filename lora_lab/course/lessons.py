@@ -49,7 +49,10 @@ def show(figure: Figure, alt: str) -> None:
 
 
 def table(
-    rows: DataFrame | Iterable[Mapping[str, Any]], caption: str = "", formats: Mapping[str, str] | None = None
+    rows: DataFrame | Iterable[Mapping[str, Any]],
+    caption: str = "",
+    formats: Mapping[str, str] | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Show a table, numbers to the right and words to the left.
 
@@ -58,17 +61,11 @@ def table(
         caption: stands above the table.
         formats: column -> a format such as "{:.2f}"; otherwise whole numbers get commas, and other numbers three
             digits. Missing values are left empty.
+        metadata: of the output, which no page shows.
 
     Raises:
         ValueError: ``formats`` names a column that is not there.
     """
-    display(_table(rows, caption, formats), raw=True)
-
-
-def _table(
-    rows: DataFrame | Iterable[Mapping[str, Any]], caption: str = "", formats: Mapping[str, str] | None = None
-) -> dict[str, str]:
-    """A table as a page and as plain text, by MIME type."""
     import pandas
 
     frame = rows if isinstance(rows, pandas.DataFrame) else pandas.DataFrame(list(rows))
@@ -96,7 +93,8 @@ def _table(
     heading = f"<p><b>{html.escape(caption)}</b></p>" if caption else ""
     page = f"{heading}<table><thead>{row(columns, 'th')}</thead><tbody>{body}</tbody></table>"
     plain = pandas.DataFrame({name: texts for name, (texts, _) in columns.items()}).to_string(index=False)
-    return {"text/html": page, "text/plain": f"{caption}\n{plain}" if caption else plain}
+    bundle = {"text/html": page, "text/plain": f"{caption}\n{plain}" if caption else plain}
+    display(bundle, raw=True, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ def claims(*outcomes: Outcome) -> None:
     today, machine = datetime.now(UTC).date().isoformat(), device_name(pick_device()[0])
     stored = {"date": today, "machine": machine, "results": results}
     caption = "Claims [source]: what this lesson shows, and the ledger's verdict, which counts where they differ"
-    display(_table(rows, caption), raw=True, metadata={IN_OUTPUT: stored})
+    table(rows, caption, metadata={IN_OUTPUT: stored})
 
 
 class Shown(SimpleNamespace):

@@ -14,7 +14,7 @@ PIXELS, CLASSES = 64, 10
 
 
 def _in_precision_of(net: nn.Module, pixels: Tensor) -> Tensor:
-    """The pixels, of the same shape, which data sets hold in float32, in float64 if the net's weights are."""
+    """Return the pixels in the precision of a net's weights; data sets hold them in float32."""
     return pixels.double() if next(net.parameters()).dtype == torch.float64 else pixels
 
 

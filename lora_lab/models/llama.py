@@ -93,7 +93,7 @@ class LlamaConfig:
 
 
 def rotary_frequencies(config: LlamaConfig) -> Tensor:
-    """The angle by which each pair of a head rotates per position, in radians: (head_dim / 2,), always float32."""
+    """Return the radians by which each pair of a head rotates per position: (head_dim / 2,), always float32."""
     pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")  # (32,) on the CPU: equal everywhere
     exponent = pairs / config.head_dim  # (32,)
     frequencies = 1.0 / float(config.rope_theta) ** exponent  # (32,)
@@ -115,12 +115,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
-    """(batch, length, heads * head_dim) -> (batch, heads, length, head_dim)."""
+    """Split the last dimension: (batch, length, heads * head_dim) -> (batch, heads, length, head_dim)."""
     return x.view(*x.shape[:2], -1, head_dim).transpose(1, 2)  # (4, 128, 576) -> (4, 9, 128, 64)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(Q K^T / sqrt(head_dim)) V, with the heads concatenated: (batch, length, heads * head_dim)."""
+    """Return softmax(Q K^T / sqrt(head_dim)) V, heads concatenated: (batch, length, heads * head_dim)."""
     causal = mask is None and query.shape[2] > 1
     mixed = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=True
@@ -257,7 +257,7 @@ class Trunk(nn.Module):
         return self.norm(x)  # (4, 128, 576)
 
     def frequencies_on(self, device: torch.device) -> Tensor:
-        """The rotary frequencies (32,) on a device, copied once, because each copy makes Python wait for the GPU."""
+        """Return the rotary frequencies (32,) on a device, copied once, for each copy makes Python wait for the GPU."""
         if device not in self.frequencies:
             self.frequencies[device] = self.frequencies[torch.device("cpu")].to(device)  # (32,)
         return self.frequencies[device]  # (32,)
@@ -293,7 +293,7 @@ class Llama(nn.Module):
         position_ids: Tensor | None = None,
         logits_to_keep: Tensor | None = None,
     ) -> Tensor:
-        """Logits (batch, length, vocabulary).
+        """Return logits (batch, length, vocabulary).
 
         Args:
             ids: token ids (batch, length), integers.
@@ -312,11 +312,11 @@ class Llama(nn.Module):
         return self.lm_head(hidden)  # (4, 128, 49152)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embedding of tokens, with as many rows as the model knows tokens."""
+        """Return the embedding of tokens, with as many rows as the model knows tokens."""
         return self.model.embed_tokens
 
     def get_output_embeddings(self) -> nn.Linear:
-        """The head, which "all-linear" does not adapt."""
+        """Return the head, which "all-linear" does not adapt."""
         return self.lm_head
 
     def gradient_checkpointing_enable(self) -> None:
@@ -377,7 +377,7 @@ class Llama(nn.Module):
 def _mask(
     past: int, new: int, attention_mask: Tensor | None, position_ids: Tensor | None, device: torch.device
 ) -> Tensor | None:
-    """True where a query may attend to a key; None where causal attention, or a single last query, needs no mask."""
+    """Return True where a query may attend to a key; None where causal attention, or one last query, needs no mask."""
     if attention_mask is None and position_ids is None and (past == 0 or new == 1):
         return None
     queries = torch.arange(past, past + new, device=device)[:, None]  # (new, 1)

@@ -84,7 +84,7 @@ def _q4_1(block: Tensor) -> Tensor:
 
 
 def _q4_1_product(x: Tensor, block: Tensor) -> Tensor:
-    """x W^T in half the time, with a kernel that torch has for embeddings in 4 bits on a CPU.
+    """Return x W^T in half the time, with a kernel that torch has for embeddings in 4 bits on a CPU.
 
     Its blocks end with scale and minimum, and its neighbouring codes share a byte, so the columns of W come out in
     another order, which x is given too.
@@ -122,7 +122,7 @@ def _to_q8_0(weight: Tensor, block: int) -> tuple[Tensor, None]:
 
 
 def _split(weight: Tensor, block: int) -> Tensor:
-    """The weights in float32, a block in each row; the last one is padded with zeros."""
+    """Return the weights in float32, a block in each row; the last one is padded with zeros."""
     weights = weight.detach().float().flatten()  # (884736,)
     return F.pad(weights, (0, -len(weights) % block)).view(-1, block)  # (27648, 32)
 
@@ -160,7 +160,7 @@ def _levels(packed: Tensor) -> Tensor:
 
 
 def _byte_pairs(packed: Tensor) -> Tensor:
-    """The two levels of each byte (256,) on a device, copied once, because each copy makes Python wait for the GPU."""
+    """Return both levels of each byte (256,) on a device, copied once, for each copy makes Python wait for the GPU."""
     if isinstance(packed, FakeTensor):  # whose table must be fake too
         return packed.new_empty(256, dtype=torch.int64)  # (256,)
     if packed.device not in _PAIRS:
@@ -172,7 +172,7 @@ def _byte_pairs(packed: Tensor) -> Tensor:
 
 
 def _normal_float() -> tuple[float, ...]:
-    """The 16 levels of NF4: quantiles of a normal distribution, dense where normally distributed weights are dense.
+    """Return the 16 levels of NF4: quantiles of a normal distribution, dense where such weights are dense.
 
     From the middle, which is exactly zero, 8 equal steps in probability go up and 7 go down. Both end before
     probability 1, where the quantile is infinite, by half the mean of 1/15 and 1/16. All levels are divided by
@@ -196,7 +196,7 @@ _PAIRS = {torch.device("cpu"): torch.cartesian_prod(_LEVEL, _LEVEL).view(torch.i
 
 
 def nf4(weight: Tensor, block: int = 64, double: bool = True) -> tuple[Tensor, Tensor | None]:
-    """``weight`` in NF4: each block is divided by its largest magnitude and rounded to the nearest of the 16 levels.
+    """Return ``weight`` in NF4: each block divided by its largest magnitude, and rounded to the nearest of 16 levels.
 
     Blocks may cross the ends of rows; the last block is padded with zeros. Double quantisation stores the scales of
     the blocks as mean + step * (a number of 8 bits, e4m3), with one step per 256 blocks.
@@ -332,7 +332,7 @@ class BlockWeight(QuantizedLayer):
         return self.rows(0, self.shape[0])
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` of the matrix, as a slice counts them: (stop - start, 576)."""
+        """Return rows ``start`` to ``stop`` of the matrix, as a slice counts them: (stop - start, 576)."""
         start, stop, _ = slice(start, stop).indices(self.shape[0])
         stop, columns = max(start, stop), self.shape[1]
         first, last = start * columns // self.block, math.ceil(stop * columns / self.block)
@@ -341,7 +341,7 @@ class BlockWeight(QuantizedLayer):
         return weights[skipped : skipped + (stop - start) * columns].view(stop - start, columns).to(self.dtype)
 
     def _decode(self, first: int, last: int) -> Tensor:
-        """The weights of some blocks."""
+        """Return the weights of some blocks."""
         block = self.packed[first:last]  # (27648, 20)
         if self.steps is None or self.format.group is None:
             return self.format.decode(block)  # (27648, 32)
@@ -350,7 +350,7 @@ class BlockWeight(QuantizedLayer):
         return self.format.decode(block, step, mean)  # (13824, 64)
 
     def requantized(self, weight: Tensor) -> BlockWeight:
-        """A new layer in blocks of the same kind and size, with another matrix; a bias is copied.
+        """Return a new layer in blocks of the same kind and size, with another matrix; a bias is copied.
 
         Args:
             weight: of the shape of this layer's, in floating point. It is best in float32, so that it is rounded once.
@@ -406,7 +406,7 @@ class BlockLinear(BlockWeight):
         return _BlockMatmul.apply(x, self)  # (512, 576) -> (512, 1536)
 
     def slices(self) -> list[tuple[int, int]]:
-        """Ranges of rows to dequantise one after another, so that a large matrix never exists whole."""
+        """Return ranges of rows to dequantise one after another, so that a large matrix never exists whole."""
         size = max(1, max(_AT_ONCE, self.in_features * self.out_features // _MOST_SLICES) // self.in_features)
         return [(start, min(start + size, self.out_features)) for start in range(0, self.out_features, size)]
 

@@ -544,15 +544,18 @@ def test_joblib_processes_give_the_same_numbers_as_this_one(tmp_path):
             time.sleep(0.1)  # so that no worker can do it all
         return small_task()
 
+    def judge(model, task):
+        return told(model.eval(), task)
+
     trials = grid(ranks=(1, 3), lrs=(0.01, 1e30), seeds=(0, 1), warmup=0, methods=[LoRA(dropout=0.2)])
-    expected = apart(trials, task=make, judge=told)
+    expected = apart(trials, task=make, judge=judge)
     assert not list(tmp_path.glob("pid*"))
-    frame = apart(trials, tmp_path / "runs", task=make, n_jobs=2, judge=told)
+    frame = apart(trials, tmp_path / "runs", task=make, n_jobs=2, judge=judge)
     same(frame, expected)
     assert_frame_equal(load(tmp_path / "runs"), frame)
     assert list(tmp_path.glob("pid*"))
     with joblib.parallel_config(backend="loky", n_jobs=2):
-        same(apart(trials, task=make, judge=told), expected)
+        same(apart(trials, task=make, judge=judge), expected)
 
 
 def test_a_worker_computes_with_one_thread_and_this_process_with_its_own():

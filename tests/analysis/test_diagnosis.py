@@ -439,9 +439,6 @@ def test_single_zeros_in_a_and_b_are_no_update_of_zero(whose):
             if "lora_" in name:
                 parameter[0, :] = 0
     assert diagnose(model).ok
-    with torch.no_grad():
-        next(p for name, p in model.named_parameters() if "second.lora_A" in name).zero_()
-    assert "zero: 1 of 2 (in 'second' A is all zeros)" in text(diagnose(model), "update")
 
 
 def test_each_of_pefts_adapters_on_a_layer_is_looked_at_by_its_name():

@@ -169,7 +169,13 @@ def test_a_line_would_be_found_wherever_it_stands(lessons, tmp_path):
     """In another cell, in text, an output, metadata of the notebook or a cell: student takes out what it can."""
     line = "return W @ x + s * update"
     assert solution_lines(SOLVED) == {"update = B @ (A @ x)", line}
-    for place in ("cell", "text", "output", "cell metadata", "metadata"):
+    for place, is_found in {
+        "cell": True,
+        "text": True,
+        "output": False,
+        "cell metadata": False,
+        "other": False,
+    }.items():
         notebook = lesson(SOLVED, "x = 1")
         if place == "cell":
             notebook.cells[2].source = f"def f():\n    {line}"
@@ -177,14 +183,11 @@ def test_a_line_would_be_found_wherever_it_stands(lessons, tmp_path):
             notebook.cells[0].source = f"# A lesson\n\nWrite `{line.replace(' ', '')}`."
         elif place == "output":
             notebook.cells[2].outputs = [text_output(line)]
-        elif place == "cell metadata":
-            notebook.cells[2].metadata["solution"] = line
         else:
-            notebook.metadata["widgets"] = {"state": {"a": [line]}}
+            (notebook if place == "other" else notebook.cells[2]).metadata["widgets"] = {"state": {"a": [line]}}
         nbformat.write(notebook, lessons / "00_first.ipynb")
         copy_lessons(tmp_path / place)
-        found = leaks(tmp_path / place, solution_lines(SOLVED))
-        assert found == ({("00_first.ipynb", line)} if place in ("cell", "text") else set())
+        assert leaks(tmp_path / place, solution_lines(SOLVED)) == ({("00_first.ipynb", line)} if is_found else set())
 
 
 @pytest.mark.parametrize("path", sorted(shipped_folder("notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
@@ -228,11 +231,9 @@ def names(folder):
 
 def test_the_learners_copy_has_stubs_and_the_solved_one_is_the_lesson(lessons, tmp_path):
     assert copy_lessons(tmp_path / "mine").written == ("00_first.ipynb", "01_second.ipynb")
-    assert names(tmp_path / "mine") == [MANIFEST, "00_first.ipynb", "01_second.ipynb"]
     assert nbformat.read(tmp_path / "mine" / "00_first.ipynb", as_version=4).cells[1].source == OPEN
     copy_lessons(tmp_path / "solved", solved=True)
-    copied, original = tmp_path / "solved" / "00_first.ipynb", lessons / "00_first.ipynb"
-    assert copied.read_bytes() == original.read_bytes()
+    assert (tmp_path / "solved" / "00_first.ipynb").read_bytes() == (lessons / "00_first.ipynb").read_bytes()
 
 
 def test_a_second_call_changes_nothing(lessons, tmp_path):

@@ -132,6 +132,8 @@ def test_an_argument_that_is_changed_is_named_even_if_the_result_is_right(trial)
         return result
 
     assert judge(trial, change).text == "Your function changes its argument x in place. Work on a copy of x."
+    trial.mistakes.append((change, "x was overwritten."))
+    assert judge(trial, change).text == "x was overwritten."
 
 
 def test_an_answer_that_agrees_on_all_inputs_must_have_the_properties_too(register):
@@ -150,16 +152,6 @@ def test_an_answer_that_agrees_on_all_inputs_must_have_the_properties_too(regist
     assert judge(trial, lambda s: 2 * abs(s)).text == "On other inputs this is not true: The dial may be negative."
     assert judge(trial, lambda s: 2 * s if s < 5 else 2**s).text == "It explodes."
     assert judge(trial, lambda s: 2 * s if s > 0 else 1 / 0).text.startswith("Your code stops with ZeroDivisionError")
-
-
-def test_a_mistake_that_is_a_changed_argument(register):
-    def change(W, x):
-        W *= 2
-        return W @ x / 2
-
-    trial = register(product, inputs=weight_and_input, mistakes=[(change, "W was overwritten.")])
-    assert judge(trial, change).text == "W was overwritten."
-    assert judge(trial, product).passed
 
 
 def test_a_solution_may_change_its_arguments(register):

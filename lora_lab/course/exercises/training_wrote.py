@@ -263,13 +263,9 @@ def draws_39_times(noise_band, rng):
 )
 def draws_39_matrices(noise_band, rng):
     """The statistic is called with 39 different matrices of the update's shape, of its rank or of full rank."""
-    for rank in (3, None, 2):
-        shape, matrices, values, _ = watched(noise_band, rng, rank)
-        if {matrix.shape for matrix in matrices} != {shape} or ranks_of(matrices) != {rank or min(shape)}:
-            return False
-        if len(matrices) != 39 or len(set(values)) != 39:
-            return False
-    return True
+    values = [watched(noise_band, rng, rank)[2] for rank in (None, 3)]
+    parts = draws_that_shape, draws_that_rank, draws_full_rank, draws_39_times
+    return all(len(set(each)) == 39 for each in values) and all(part(noise_band, rng) for part in parts)
 
 
 def normally_distributed(matrices):
