@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lora_lab import FullFineTuning, LoRA, memory, records, speed
+from lora_lab.costs.bill import PARTS
 from lora_lab.costs.setup import Setup
 from lora_lab.models.llama import Llama
 from lora_lab.studies import steps
@@ -71,7 +72,7 @@ def test_a_row_holds_parts_that_add_up_to_a_peak_that_was_predicted(small_is_tin
     (case,) = only(monkeypatch, "LoRA r=8")
     row = steps.measure_case(case, "cpu")
     assert (row["model"], row["batch"], row["length"], row["setup"]) == ("small", 4, 128, "LoRA r=8")
-    parts = sum(row.get(part, 0) for part in memory.PARTS) + row["unexplained_bytes"]
+    parts = sum(row.get(part, 0) for part in PARTS) + row["unexplained_bytes"]
     assert parts == row["measured_bytes"]
     assert row["predicted_bytes"] == pytest.approx(row["measured_bytes"], rel=0.03)
     model = steps.random_model("small")
