@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_lab import FullFineTuning, LoRA, memory, records, speed
+from lora_lab import FullFineTuning, LoRA, records, speed
 from lora_lab.costs.bill import PARTS
 from lora_lab.costs.setup import Setup
 from lora_lab.models.llama import Llama
