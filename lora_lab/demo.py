@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_lab.adapters.edit import off
-from lora_lab.adapters.peft_format import WEIGHTS, load_adapter
-from lora_lab.adapters.shipped import shipped
+from lora_lab.adapters.peft_format import WEIGHTS, load_adapter, shipped
 from lora_lab.costs.memory import MIB, PARTS, Part, predict
 from lora_lab.finetune import save_run
 from lora_lab.history import History
