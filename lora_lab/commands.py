@@ -150,7 +150,7 @@ def chat(
         device: cpu, cuda, ... (default: the best available)
     """
     from lora_lab.adapters.chat import HELP, Conversation, talk
-    from lora_lab.adapters.merged import base_of
+    from lora_lab.adapters.export import find_base
     from lora_lab.models.decoding import Sampling
     from lora_lab.models.pretrained import SMOLLM2, load_pretrained
     from lora_lab.system.schema import Size, check
@@ -163,7 +163,7 @@ def chat(
     adapters = {Path(folder).name: folder for folder in adapter}
     if len(adapters) < len(adapter):
         raise ValueError("Two of the adapters' folders have the same name; rename one, because names choose adapters.")
-    bases = set() if model else {base_of(folder) for folder in adapter}
+    bases = set() if model else {find_base(folder) for folder in adapter}
     if len(bases) > 1:
         raise ValueError(f"The adapters are of different models, {', '.join(sorted(bases))}; choose one with --model.")
     if prompt is not None and len(adapter) > 1:
@@ -211,8 +211,7 @@ def export(source: str, /, *, out: str, merged: bool = False, dtype: str | None 
         merged: write the whole model, with the adapter merged into its base
         dtype: dtype of matrices: f32, f16 (the default) or q8_0; for a folder f32 (the default), f16 or bf16
     """
-    from lora_lab.adapters.gguf import save_gguf
-    from lora_lab.adapters.merged import save_merged
+    from lora_lab.adapters.export import save_gguf, save_merged
     from lora_lab.adapters.peft_format import CONFIG
     from lora_lab.models.gguf import check_target
     from lora_lab.models.pretrained import load_pretrained, save_model
@@ -566,7 +565,7 @@ def record(
     from lora_lab.studies import records, submission
     from lora_lab.studies.recorder import find_recorder, take_over
     from lora_lab.system.device import pick_device
-    from lora_lab.system.files import check_writable, rescued
+    from lora_lab.system.files import check_writable, save_or_rescue
     from lora_lab.system.provenance import commit as current_commit
     from lora_lab.system.wording import counted
 
@@ -599,7 +598,7 @@ def record(
         if text := chosen.line(row):
             print(text, flush=True)
     made = records.new(what, rows, settings, command, where, commit)
-    path = rescued(lambda path: records.write(made, path), folder)
+    path = save_or_rescue(lambda path: records.write(made, path), folder)
     print(f"Written: {path}")
     return {"path": path, **asdict(made)}
 
