@@ -131,12 +131,11 @@ def grid(costs, models: list[str], tokens: list[int], ranks: list[int], quick: b
     for name in models:
         for size in tokens:
             chosen = variants(name, size, ranks)
-            before = costs.seconds_spent
             predicted = costs.predict(factory(name), chosen, **batch(name, size))
             times = speed.step_time(factory(name), chosen, **batch(name, size), rounds=rounds(name, size, quick))
             print(
-                f"\n{name}, {size} tokens: full {milliseconds(predicted.total_s('full'), times.median_s('full'))}, "
-                f"in {costs.seconds_spent - before:.1f} s. {times.disturbance}"
+                f"\n{name}, {size} tokens: full {milliseconds(predicted.total_s('full'), times.median_s('full'))}. "
+                f"{times.disturbance}"
             )
             for doubt in predicted.doubts:
                 print(f"  {doubt}")
@@ -302,7 +301,6 @@ def main() -> None:
         token_point(costs, "small", 1, options.quick)
     if "blocks" in options.only:
         block_point(costs, "smollm2-135m", 512, options.quick)
-    print(f"\ncalibration and all predictions took {costs.seconds_spent:.0f} s")
 
 
 if __name__ == "__main__":

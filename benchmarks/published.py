@@ -116,8 +116,7 @@ def fit(works: Sequence[StepWork], seconds: Sequence[float], card: str) -> speed
 
 def step_seconds(work: StepWork, card: str, efficiency: speed.cards.Efficiency = speed.cards.EFFICIENCY) -> float:
     """The predicted time of a step."""
-    seconds = speed.cards.Roofline(speed.cards.card(card), efficiency)
-    return sum(count * seconds(kind) for kinds in work.operations.values() for kind, count in kinds.items())
+    return sum(work.seconds(speed.cards.roofline(speed.cards.card(card), efficiency)).values())
 
 
 def after_step_bytes(model: Callable[[], nn.Module], setup: Setup) -> int:
@@ -247,7 +246,7 @@ def litgpt_table() -> None:
             batch, stated = row["micro_batch_size"], row["iteration_s"]
             predicted = costs.predict(partial(Llama, LLAMA2[row["model"]]), {"LoRA": setup}, batch, ALPACA)
             seconds, work = predicted.total_s("LoRA"), predicted.works["LoRA"]
-            launches = work.count() - work.count(cause=speed.PYTHON)  # views launch nothing
+            launches = work.launches()
             baseline = baseline or (seconds, stated)
             ratio, of_stated = seconds / baseline[0], stated / baseline[1]
             print(f"{row['model']}, micro-batch {batch}: measured {stated * 1e3:.0f} ms, predicted", end=" ")

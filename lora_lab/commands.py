@@ -277,8 +277,8 @@ def memory(
         ``reserved_bytes``; ``saved_bytes`` and ``saved_bytes_by_kind``, what autograd has saved at the end of the
         forward pass; ``source`` and ``setting`` in words.
     """
-    from lora_lab.costs import memory_report
     from lora_lab.costs.fake import built_on_meta
+    from lora_lab.costs.memory import parse_bytes, report, training_setups
     from lora_lab.models.llama import Llama
     from lora_lab.models.pretrained import architecture
 
@@ -287,19 +287,17 @@ def memory(
         raise ValueError("--largest needs --budget, such as --budget 24GiB, to search for what fits into it.")
     built = built_on_meta(architecture(model))
     length = _length(built, seq, 512)
-    budget_bytes = memory_report.parse_bytes(budget) if budget else None
-    rows: list[memory_report.SetupRow] = []
-    memory_report.report(
+    budget_bytes = parse_bytes(budget) if budget else None
+    rows = report(
         built,
         model,
-        memory_report.training_setups(rank, weights, lean=isinstance(built, Llama)),
+        training_setups(rank, weights, lean=isinstance(built, Llama)),
         batch_size=batch,
         seq_len=length,
         device=device,
         budget_bytes=budget_bytes,
         look_for=largest,
         with_bills=bills,
-        on_row=rows.append,
     )
     facts = {"model": model, "batch_size": batch, "seq_len": length, "dtype": dtype, "device": device}
     return {**facts, "budget_bytes": budget_bytes, "setups": [row.to_dict() for row in rows]}

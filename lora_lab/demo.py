@@ -15,7 +15,8 @@ import torch
 
 from lora_lab.adapters.edit import off
 from lora_lab.adapters.peft_format import WEIGHTS, load_adapter, shipped
-from lora_lab.costs.memory import MIB, PARTS, Part, predict
+from lora_lab.costs.bill import MIB, PARTS, Part
+from lora_lab.costs.memory import predict
 from lora_lab.finetune import save_run
 from lora_lab.history import History
 from lora_lab.inject import lora_layers

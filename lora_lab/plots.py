@@ -23,7 +23,7 @@ from matplotlib.patches import FancyBboxPatch
 from matplotlib.rcsetup import cycler
 from matplotlib.ticker import LogLocator
 
-from lora_lab.costs.memory import GIB, MIB, PARTS, Bill, Part
+from lora_lab.costs.bill import GIB, MIB, PARTS, Bill, Part
 from lora_lab.history import History
 from lora_lab.rank import energy_rank
 from lora_lab.system.files import atomic_file

@@ -15,7 +15,7 @@ import pandas
 import torch
 
 from lora_lab import cli
-from lora_lab.costs.memory import MIB, Bill, Moment
+from lora_lab.costs.bill import MIB, Bill, Moment
 from lora_lab.tasks import Examples, Pair, Task, from_pairs
 
 ROOT = Path(__file__).parents[1]  # the repository

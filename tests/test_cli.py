@@ -21,8 +21,7 @@ import torch
 import lora_lab
 from lora_lab import Llama, LoRAConfig, cli, inject, load_pretrained, save_adapter, save_model
 from lora_lab.ablation.compare import RankResult, RankVerdict
-from lora_lab.costs import memory_report
-from lora_lab.costs.memory import Bill, Part
+from lora_lab.costs.memory import Bill, Part, SetupRow
 from lora_lab.costs.speed import Flops, Prediction, Times
 from lora_lab.models import pretrained
 from lora_lab.models.decoding import Sampling
@@ -257,7 +256,7 @@ def test_keys_that_json_may_have_are_documented():
     for name, keys in (
         (
             "memory",
-            memory_report.SetupRow("LoRA", Bill({Part.FROZEN: 5}, "forward pass", "predicted", "a model")).to_dict(),
+            SetupRow("LoRA", Bill({Part.FROZEN: 5}, "forward pass", "predicted", "a model")).to_dict(),
         ),
         ("speed", Flops({("layers", "forward"): 4}, 2, "a model").to_dict()),
         ("speed", Prediction({"full": {"Python": 1.0}}, {}, 2).to_dict()),

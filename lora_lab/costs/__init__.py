@@ -1,20 +1,16 @@
 """What does a training step cost? The step that ``fit`` takes is traced on fake tensors, counted, measured and timed.
 
-fake           models of fake tensors, and copies that share their weights
-setup          Setup: how a model is trained, as far as its cost depends on it
-trace          every operation of a step, with its phase and module
-bill           the bytes at a step's peak by part, and how they change in its course
-recording      which storages each operation of a step allocates, and when they are released
-repeated       rehearses a stack of identical blocks by a few of them
-memory         the memory bill: predict, measure, largest
-memory_report  which training setups fit on a card
-flops          the FLOPs of a step, by part of the model and pass
-timing         real steps, timed in turn
-microbench     one operation, timed by itself
-cost_model     predicts a step's time before any training, and gives the reason
-cards          the same for cards that are not here, from their datasheets
-communication  what the processes of a data-parallel run send each other in a step
-speed          the face of ``ll.speed``: flops, step_time, cost_model, cards, communication
+fake        models of fake tensors, and copies that share their weights
+setup       Setup: how a model is trained, as far as its cost depends on it
+trace       every operation of a step, with its phase and module
+bill        the bytes at a step's peak by part, from a recording of its storages
+repeated    rehearses a stack of identical blocks by a few of them
+memory      the memory bill: predict, measure, largest; which setups fit on a card
+flops       the FLOPs of a step, by part of the model and pass
+timing      real steps, timed in turn
+cost_model  predicts a step's time before any training, and gives the reason
+cards       the same for cards that are not here, from their datasheets
+speed       the face of ``ll.speed``; what the processes of a data-parallel run send each other in a step
 """
 
 import lazy_loader

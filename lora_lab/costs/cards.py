@@ -5,26 +5,18 @@
 An operation takes the longest of three times: its FLOPs at the card's rate, its bytes at the card's bandwidth, and one
 launch. No program reaches the rates of a datasheet, so each counts by the share in :data:`EFFICIENCY`. Operations run
 one after another, and not compiled. Predictions were compared with measurements of others on L40S and A100 only.
-
-Reference: Williams, Waterman and Patterson 2009, "Roofline", Communications of the ACM 52(4).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
-
-from lora_lab.costs.cost_model import CostModel, Prediction
+from lora_lab.costs.cost_model import CostModel, OperatorCall, Prediction, Roofline
 from lora_lab.costs.flops import GIGA
 from lora_lab.costs.memory import GIB
-from lora_lab.costs.microbench import VIEW, Operand, OperatorCall
 
 NOT_MEASURED = "from the datasheet, not measured"
 TERA = 10**12
-_LOOKUPS = ("embedding", "nll_loss_forward")  # they read as many numbers of a table as they return
 
 
 @dataclass(frozen=True)
@@ -119,60 +111,26 @@ def card(name: str) -> Card:
     return CARDS[name.lower()]
 
 
-@dataclass(frozen=True)
-class Roofline:
-    """Seconds of an operation on a card."""
+def roofline(chosen: Card, efficiency: Efficiency = EFFICIENCY) -> Roofline:
+    """Return the seconds of operations on a card."""
 
-    card: Card
-    efficiency: Efficiency = EFFICIENCY
-
-    def __call__(self, operation: OperatorCall) -> float:
-        """Return the longest of computing, moving bytes and launching; views are free."""
-        if operation is VIEW:
-            return 0.0
+    def rate(operation: OperatorCall) -> float:
         # The first operand decides: attention in half precision keeps its row sums in float32.
-        half = bool(operation.operands) and operation.operands[0].dtype.itemsize <= 2
-        rate = self.card.half_flops if half else self.card.float32_flops
-        return max(
-            flops_of(operation) / (rate * self.efficiency.matmul),
-            bytes_of(operation) / (self.card.bytes_per_second * self.efficiency.memory),
-            0.0 if operation.of_list else self.efficiency.launch_s,
-        )
+        half = operation.dtype.itemsize <= 2
+        return (chosen.half_flops if half else chosen.float32_flops) * efficiency.matmul
+
+    return Roofline(rate, chosen.bytes_per_second * efficiency.memory, efficiency.launch_s, overlaps=True)
 
 
-def flops_of(operation: OperatorCall) -> int:
-    """Return FLOPs of an operation's matrix multiplications; those in fused attention, half of them if it is causal."""
-    if "dot_product" not in operation.name:
-        return operation.flops
-    shapes = [operand.shape for operand in operation.operands]
-    backward = operation.name.endswith("_backward")  # its first operand is a gradient
-    count = sdpa_backward_flop_count(*shapes[:4]) if backward else sdpa_flop_count(*shapes[:3])
-    return count // 2 if any(value is True for value in operation.args) else count
-
-
-def bytes_of(operation: OperatorCall) -> int:
-    """Return bytes that an operation reads and writes, as if no cache kept any of them."""
-    if operation.name in _LOOKUPS:
-        return 2 * operation.made_bytes
-    arguments = zip(operation.function._schema.arguments, operation.args, strict=False)
-    changed = [
-        value
-        for argument, value in arguments
-        if argument.alias_info is not None
-        and argument.alias_info.is_write
-        # Fused AdamW may change gradients, by its schema, but does so only where they are scaled.
-        and argument.name != "grads"
-    ]
-    written = sum(leaf.size_bytes for leaf in tree_leaves(changed) if isinstance(leaf, Operand))
-    return operation.moved_bytes + written
-
-
+@dataclass(frozen=True, kw_only=True)
 class CardCosts(CostModel):
     """What operations cost on a card; nothing was measured, so that a prediction has more doubts."""
 
-    def _doubts(self, prediction: Prediction) -> list[str]:
-        roofline, doubts = cast(Roofline, self.seconds), super()._doubts(prediction)
-        chosen, efficiency = roofline.card, roofline.efficiency
+    card: Card
+    efficiency: Efficiency
+
+    def _doubts(self, prediction: Prediction, disturbed: str) -> list[str]:
+        card, efficiency, doubts = self.card, self.efficiency, []
         shares = {
             name: work.launches() * efficiency.launch_s / prediction.total_s(name)
             for name, work in prediction.works.items()
@@ -183,13 +141,13 @@ class CardCosts(CostModel):
                 "assumed: the real time may be several times the predicted one, and the ratio may differ, too."
             )
         sizes = {name: work.static_bytes for name, work in prediction.works.items()}
-        if large := [f"{size / GIB:,.1f} GiB ({name})" for name, size in sizes.items() if size > chosen.memory_bytes]:
+        if large := [f"{size / GIB:,.1f} GiB ({name})" for name, size in sizes.items() if size > card.memory_bytes]:
             doubts.append(
                 f"Weights, gradients and optimiser state alone need {', '.join(large)}, more than the "
-                f"{chosen.memory_bytes / GIB:.0f} GiB of the card, so the step does not fit."
+                f"{card.memory_bytes / GIB:.0f} GiB of the card, so the step does not fit."
             )
-        if chosen.note:
-            doubts.append(f"The {chosen.name} {chosen.note}.")
+        if card.note:
+            doubts.append(f"The {card.name} {card.note}.")
         if efficiency == EFFICIENCY:
             doubts.append(_BASIS.format(launch_us=efficiency.launch_s * 1e6))
         return doubts
@@ -213,5 +171,11 @@ def cost_model(name: str, efficiency: Efficiency = EFFICIENCY) -> CardCosts:
         "shortest operation": f"{efficiency.launch_s * 1e6:.1f} us",
         "source": chosen.source,
     }
-    where, place = f"{chosen.name}, {NOT_MEASURED}", f"on the {chosen.name}"
-    return CardCosts(Roofline(chosen, efficiency), {}, rates=rates, where=where, place=place)
+    return CardCosts(
+        roofline(chosen, efficiency),
+        rates=rates,
+        where=f"{chosen.name}, {NOT_MEASURED}",
+        place=f"on the {chosen.name}",
+        card=chosen,
+        efficiency=efficiency,
+    )

@@ -2,180 +2,205 @@
 
     cost_model().predict(model, {"full": FullFineTuning(), "LoRA": LoRA(8)}, 4, 128)
 
-The operations of a step are rehearsed on fake tensors, and each kind of operation is timed on this machine.
+The operations of a step are rehearsed on fake tensors. Each takes the longer of two times, computing its FLOPs and
+moving its bytes, and the time of a call. The rates are measured on this machine: that of a matrix product at its own
+shape, the bandwidth of the memory, and what Python and autograd take for a call. (:mod:`lora_lab.costs.cards` takes
+them from a datasheet.)
 
 LoRA skips the weight gradients of the frozen layers, so that it needs fewer FLOPs than full fine-tuning: with adapters
 in all blocks of a deep model, at least about two thirds of them. It adds small matrix multiplications and passes over
 memory, whose time does not show in FLOPs. Which of the two weighs more depends on the machine and on the tokens in a
 step.
+
+Reference: Williams, Waterman and Patterson 2009, "Roofline", Communications of the ACM 52(4).
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-import re
-import statistics
-import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
-from lora_lab.costs.fake import Source, batch_for, build_model, fake_copy, shape_of
-from lora_lab.costs.flops import (
-    ADAPTERS,
-    AGAIN,
-    ATTENTION,
-    FORWARD,
-    GIGA,
-    HEAD,
-    INPUT,
-    WEIGHT,
-    FlopCounter,
-    size_of,
-)
-from lora_lab.costs.memory import MIB, update_once
-from lora_lab.costs.microbench import DISTANCES, ROUNDS, VIEW, Operand, OperationTimer, OperatorCall, ReuseDistances
+from lora_lab.costs.fake import Source, batch_for, build_model, fake_copy, shape_of, storage_of
+from lora_lab.costs.flops import ADAPTERS, AGAIN, ATTENTION, FORWARD, GIGA, HEAD, INPUT, WEIGHT, FlopCounter, size_of
 from lora_lab.costs.setup import Setup, as_setup
-from lora_lab.costs.timing import disturbance, synchronize, thread_count
-from lora_lab.costs.trace import PHASES, phases
-from lora_lab.methods import FullFineTuning, LoRA, Method
-from lora_lab.models.digits import PIXELS, DigitsMLP
+from lora_lab.costs.timing import disturbance, median_seconds, thread_count
+from lora_lab.methods import LoRA, Method
 from lora_lab.models.llama import Llama, LlamaConfig
 from lora_lab.system.device import own_randomness, pick_device
 from lora_lab.system.process import BusyCores
-from lora_lab.system.wording import progress_bar
-from lora_lab.train import Batch, TrainingStep, state_bytes
+from lora_lab.system.wording import counted
+from lora_lab.train import Batch, state_bytes
 
-MEMORY, UPDATE, PYTHON = "passes over memory", "clipping and optimiser", "Python and autograd"
-CAUSES = (FORWARD, INPUT, WEIGHT, AGAIN, HEAD, ATTENTION, ADAPTERS, MEMORY, UPDATE, PYTHON)
+MEMORY, UPDATE = "passes over memory", "clipping and optimiser"
+CAUSES = (FORWARD, INPUT, WEIGHT, AGAIN, HEAD, ATTENTION, ADAPTERS, MEMORY, UPDATE)
 _ALIKE = 0.03  # times that differ by less count as equal
 _LONG_S = 10.0  # from here on times are shown in seconds, and not in milliseconds
-# What the operations of a cause are, in sentences; other causes are named as they are.
+# What the operations of a cause are called: a noun that is counted, and what follows it.
 _OPERATIONS = {
-    ADAPTERS: "small matrix multiplication(s) of the adapters",
-    PYTHON: "operation(s) called by Python and autograd",
-    FORWARD: "matrix multiplication(s) of the layers",
-    INPUT: "gradient(s) of the layers' inputs",
-    WEIGHT: "weight gradient(s)",
-    AGAIN: "recomputed matrix multiplication(s)",
-    HEAD: "matrix multiplication(s) of the head",
-    ATTENTION: "operation(s) of attention",
-    MEMORY: "pass(es) over memory",
+    ADAPTERS: ("small matrix multiplication", " of the adapters"),
+    FORWARD: ("matrix multiplication", " of the layers"),
+    INPUT: ("gradient", " of layers' inputs"),
+    WEIGHT: ("weight gradient", ""),
+    AGAIN: ("recomputed matrix multiplication", ""),
+    HEAD: ("matrix multiplication", " of the head"),
+    ATTENTION: ("operation", " of attention"),
+    MEMORY: ("operation", " bound by memory"),
 }
-# By the outcome, and whether the variant both saves and adds.
-_CONCLUSIONS = {
-    ("alike", True): "So the two take about as long: what {name} adds costs as much as what it saves.",
-    ("alike", False): "So the two take about as long.",
-    ("slower", True): "So {name} is slower {place}: {added} cost more than what they replace, {saved}.",
-    ("slower", False): "So {name} is slower {place}: it adds {added}, and saves nothing.",
-    ("faster", True): "So {name} is faster {place}: what it saves, {saved}, costs more than {added}.",
-    ("faster", False): "So {name} is faster {place}: it saves {saved}, and adds nothing.",
-}
-_ATEN = torch.ops.aten
+_LOOKUPS = ("embedding", "nll_loss_forward")  # they read as many numbers of a table as they return
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+_WEIGHTS = 2**24  # updated to measure the bandwidth: far more than a cache holds
+Factor = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-# The cost model
+# The operations of a step
+
+
+@dataclass(frozen=True)
+class OperatorCall:
+    """A call of an operator of torch, as far as its time depends on it.
+
+    Args:
+        name: the operator's, such as "mm".
+        moved_bytes: what it reads and writes, as if no cache kept any of it.
+        flops: of the products in it.
+        dtype: of its first tensor.
+        factors: (shape, strides) of both factors of a matrix product.
+        of_list: whether it works on lists of tensors, which share their launches.
+    """
+
+    name: str
+    moved_bytes: int
+    flops: int = 0
+    dtype: torch.dtype = torch.float32
+    factors: tuple[Factor, ...] = ()
+    of_list: bool = False
+
+
+def describe_call(
+    function: OpOverload, args: tuple, kwargs: Mapping[str, Any], out: Any, flops: int = 0
+) -> OperatorCall | None:
+    """Return the call that has just run; None if it moved no bytes, as views and allocations."""
+    name, schema = function._opname, function._schema
+    read = list(_tensors((args, tuple(kwargs.values()))))
+    held = {storage_of(tensor) for tensor in read}
+    made_bytes = sum(tensor.untyped_storage().nbytes() for tensor in _tensors(out) if storage_of(tensor) not in held)
+    if not schema.is_mutable and (not made_bytes or name.startswith(("empty", "new_empty"))):
+        return None
+    written = [
+        value
+        for argument, value in zip(schema.arguments, args, strict=False)
+        if argument.alias_info is not None
+        and argument.alias_info.is_write
+        # Fused AdamW may change gradients, by its schema, but does so only where they are scaled.
+        and argument.name != "grads"
+    ]
+    moved_bytes = sum(map(_size_of, [*read, *_tensors(written)])) + made_bytes
+    if name in _LOOKUPS:
+        moved_bytes = 2 * made_bytes
+    if "dot_product" in name:
+        flops = _attention_flops(name, args)
+    factors = tuple((tuple(each.shape), each.stride()) for each in read[-2:] if name.removesuffix("_") in _PRODUCTS)
+    of_list = (schema.is_mutable or name.startswith("_foreach_")) and isinstance(args[0], list | tuple)
+    return OperatorCall(name, moved_bytes, flops, read[0].dtype if read else torch.float32, factors, of_list)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield all tensors in nested lists and tuples; torch's own ``tree_leaves`` takes several times as long."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _tensors(entry)
+
+
+def _size_of(tensor: Tensor) -> int:
+    """Return bytes in memory: an expanded dimension counts once."""
+    stored = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or not size]
+    return math.prod(stored) * tensor.element_size()
+
+
+def _attention_flops(name: str, args: tuple) -> int:
+    """Return the FLOPs of fused attention, half of them if it is causal."""
+    shapes = [tuple(tensor.shape) for tensor in _tensors(args)]
+    backward = name.endswith("_backward")  # its first operand is a gradient
+    count = sdpa_backward_flop_count(*shapes[:4]) if backward else sdpa_flop_count(*shapes[:3])
+    return count // 2 if any(value is True for value in args) else count
 
 
 class StepTrace(FlopCounter):
-    """Lists the operations of a step, in the form that :mod:`lora_lab.costs.microbench` times, and their causes."""
-
-    def __init__(self, step: TrainingStep) -> None:
-        super().__init__(step)
-        self._traffic = ReuseDistances()
+    """Lists the operations of a step and their causes."""
 
     def run(self, batches: Sequence[Batch], weights: Sequence[float]) -> None:
         """Take one step and list it; the list of an earlier step is dropped."""
         self._entries: list[tuple[str, int | None, OperatorCall]] = []
         super().run(batches, weights)
 
-    def run_second(self, batches: Sequence[Batch], weights: Sequence[float], distances: bool = True) -> None:
-        """List the second step of two: the first lacks the optimiser's state, and finds no memory that was touched.
-
-        Without ``distances`` a plain step is taken once: all but the distances of its operands is then the same.
-        """
-        plain = type(self.step) is TrainingStep  # a lean step keeps more than its optimiser does
-        if plain:
-            update_once(self.step)
-        if distances or not plain:
-            self.run(batches, weights)
-        self.run(batches, weights)
-
     def on_operation(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         """Add the operation to the list."""
         before = len(self.products)
         super().on_operation(function, args, kwargs, out)
-        if function.namespace == "aten":
-            product = before if len(self.products) > before else None
-            self._entries += [
-                (self.phase, product, operation) for operation in self._traffic.operations(function, args, kwargs, out)
-            ]
+        flops = sum(count for _, _, count in self.products[before:])
+        if function.namespace == "aten" and (call := describe_call(function, args, kwargs, out, flops)):
+            self._entries.append((self.phase, before if flops else None, call))
 
     def work(self) -> StepWork:
         """Return the operations of the last step."""
-        operations: dict[tuple[str, str], Counter[OperatorCall]] = {}
-        for phase, product, operation in self._entries:
-            cause = self._cause(phase, product, operation)
-            operations.setdefault((phase, cause), Counter())[operation] += 1
+        calls: defaultdict[str, Counter[OperatorCall]] = defaultdict(Counter)
+        for phase, product, call in self._entries:
+            calls[self._cause(phase, product, call.name)][call] += 1
         model = self.step.model
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         tensors = [*model.parameters(), *model.buffers(), *trained]  # a gradient is as large as its parameter
         static_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         static_bytes += state_bytes(self.step.optimizer)
-        return StepWork(operations, sum(parameter.numel() for parameter in trained), static_bytes)
+        return StepWork(dict(calls), sum(parameter.numel() for parameter in trained), static_bytes)
 
-    def _cause(self, phase: str, product: int | None, operation: OperatorCall) -> str:
+    def _cause(self, phase: str, product: int | None, name: str) -> str:
         if product is not None:
             part, pass_, _ = self.products[product]
-            if part in (ATTENTION, ADAPTERS) or (part == HEAD and pass_ != WEIGHT):
-                return part
-            return pass_
-        if "attention" in operation.name:
+            return part if part in (ATTENTION, ADAPTERS) or (part == HEAD and pass_ != WEIGHT) else pass_
+        if "attention" in name:
             return ATTENTION
-        if phase not in ("forward", "backward"):
-            return UPDATE
-        return PYTHON if operation is VIEW else MEMORY
+        return MEMORY if phase in ("forward", "backward") else UPDATE
 
 
 @dataclass(frozen=True)
 class StepWork:
-    """What a step does: the count of each operation, by phase and cause.
+    """What a step does.
 
     Args:
-        operations: (phase, cause) -> operation -> count.
+        calls: cause -> operation -> how often it is called. Views are not among them: they move no bytes.
         trained: the number of trained parameters.
         static_bytes: the size of weights, gradients and optimiser state.
     """
 
-    operations: Mapping[tuple[str, str], Mapping[OperatorCall, int]]
+    calls: Mapping[str, Mapping[OperatorCall, int]]
     trained: int = 0
     static_bytes: int = 0
 
-    def kinds(self) -> set[OperatorCall]:
-        """Return the distinct operations."""
-        return {operation for counted in self.operations.values() for operation in counted}
+    def count(self, cause: str) -> int:
+        """Return the number of operations of a cause."""
+        return sum(self.calls.get(cause, {}).values())
 
     def launches(self) -> int:
-        """Return the number of operations that a GPU starts one by one: all but views, and lists of tensors."""
-        return sum(
-            count
-            for operations in self.operations.values()
-            for operation, count in operations.items()
-            if operation is not VIEW and not operation.of_list
-        )
+        """Return the number of operations that are launched one by one: all but those on lists of tensors."""
+        return sum(n for calls in self.calls.values() for call, n in calls.items() if not call.of_list)
 
-    def count(self, *, cause: str | None = None, phase: str | None = None) -> int:
-        """Return the number of operations, of a cause or in a phase."""
-        return sum(
-            sum(operations.values())
-            for (in_phase, of_cause), operations in self.operations.items()
-            if cause in (None, of_cause) and phase in (None, in_phase)
-        )
+    def seconds(self, price: Callable[[OperatorCall], float]) -> dict[str, float]:
+        """Return the seconds of each cause, where an operation takes ``price(operation)``."""
+        return {cause: sum(n * price(call) for call, n in calls.items()) for cause, calls in self.calls.items()}
+
+
+# Predictions
 
 
 @dataclass(frozen=True)
@@ -187,8 +212,6 @@ class Prediction:
         works: each variant's operations.
         tokens: the batch's size, in tokens or examples.
         setting: the model, the batch and the device.
-        overlaps: whether Python runs ahead of the device, as on a GPU, so that the longer of the two counts and not
-            their sum.
         doubts: sentences about what may be wrong with the prediction.
         place: where the steps run, as a sentence ends: "here", "on the NVIDIA L40S".
     """
@@ -197,7 +220,6 @@ class Prediction:
     works: Mapping[str, StepWork]
     tokens: int
     setting: str = ""
-    overlaps: bool = False
     doubts: Sequence[str] = ()
     place: str = "here"
 
@@ -208,9 +230,7 @@ class Prediction:
 
     def total_s(self, name: str) -> float:
         """Return the time of a step."""
-        python = self.seconds[name].get(PYTHON, 0.0)
-        computed = sum(self.seconds[name].values()) - python
-        return max(computed, python) if self.overlaps else computed + python
+        return sum(self.seconds[name].values())
 
     def ratio(self, name: str) -> float:
         """Return the variant's time over the first variant's."""
@@ -229,63 +249,27 @@ class Prediction:
             f"{name} takes {ratio:.2f} of the time of {self.first}: {_time(self.total_s(name))} a step, "
             f"not {_time(self.total_s(self.first))}."
         ]
-        if self.overlaps:
-            longer, longer_of_first = self._longer_side(name), self._longer_side(self.first)
-            lines.append(
-                f"Python runs ahead of the device, so only the longer of the two counts: {name} waits for {longer}, "
-                f"{self.first} for {longer_of_first}."
-            )
-            if longer != longer_of_first:
-                return "\n".join(lines)
-            changes = {cause: change for cause, change in changes.items() if (cause == PYTHON) == (longer == "Python")}
-        main = {}
         for verb, sign in (("saves", -1), ("adds", 1)):
             seconds = {cause: sign * change for cause, change in changes.items() if sign * change > 0}
-            reasons = {cause: self._count_operations(cause, name, sign) for cause in seconds}
             largest = sorted(seconds, key=seconds.__getitem__, reverse=True)
-            listed = "; ".join(f"{reasons[cause]}, {_time(seconds[cause])}" for cause in largest[:4])
-            lines.append(f"It {verb} {_time(sum(seconds.values()))}" + (f": {listed}." if listed else "."))
-            # Causes with no more operations are the main ones only if there are no others.
-            changed = [cause for cause in largest if sign * self._difference(cause, name) > 0] or largest
-            enough = 0.8 * sum(seconds[cause] for cause in changed)
-            before = itertools.accumulate((seconds[cause] for cause in changed), initial=0.0)
-            main[verb] = " and ".join(
-                reasons[cause]
-                for cause, covered in zip(changed, before, strict=False)
-                if covered <= enough or cause == changed[0]
-            )
-        outcome = "alike" if abs(ratio - 1) < _ALIKE else "slower" if ratio > 1 else "faster"
-        conclusion = _CONCLUSIONS[outcome, all(main.values())]
-        lines.append(conclusion.format(name=name, place=self.place, saved=main["saves"], added=main["adds"]))
+            reasons = [f"{self._reason(cause, name, sign)}, {_time(seconds[cause])}" for cause in largest[:4]]
+            lines.append(f"It {verb} {_time(sum(seconds.values()))}" + ": " * bool(reasons) + "; ".join(reasons) + ".")
+        alike = abs(ratio - 1) < _ALIKE
+        lines.append(
+            f"So the two take about as long {self.place}."
+            if alike
+            else f"So {name} is {'faster' if ratio < 1 else 'slower'} {self.place}."
+        )
         return "\n".join(lines)
 
-    def _longer_side(self, name: str) -> str:
-        """Return which of the two takes longer, where Python and the device work at the same time."""
-        python = self.seconds[name].get(PYTHON, 0.0)
-        return "Python" if python > sum(self.seconds[name].values()) - python else "the device"
-
-    def _difference(self, cause: str, name: str) -> int:
-        """Return how many more operations of a cause than the first variant has; for the optimiser, trained parameters.
-
-        Python's are the operations of all causes in the forward and backward pass.
-        """
-        work, reference = self.works[name], self.works[self.first]
-        if cause == UPDATE:
-            return work.trained - reference.trained
-        if cause == PYTHON:
-            return sum(work.count(phase=phase) - reference.count(phase=phase) for phase in ("forward", "backward"))
-        return work.count(cause=cause) - reference.count(cause=cause)
-
-    def _count_operations(self, cause: str, name: str, sign: int) -> str:
+    def _reason(self, cause: str, name: str, sign: int) -> str:
         """Return how many operations of a cause are added (``sign`` 1) or saved (-1), in words."""
-        difference = sign * self._difference(cause, name)
-        words = re.sub(r"\((\w+)\)", "" if difference == 1 else r"\1", _OPERATIONS.get(cause, cause))
-        if difference <= 0:
-            return f"the same {words}"
+        work, first = self.works[name], self.works[self.first]
         if cause == UPDATE:
-            trained, reference = self.works[name].trained, self.works[self.first].trained
-            return f"clipping and updating {trained:,} parameters instead of {reference:,}"
-        return f"{difference:,} {words}"
+            return f"clipping and updating {work.trained:,} parameters instead of {first.trained:,}"
+        noun, rest = _OPERATIONS[cause]
+        difference = sign * (work.count(cause) - first.count(cause))
+        return f"{counted(difference, noun)}{rest}" if difference > 0 else f"the same {noun}s{rest}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return one entry a variant and what holds for all of them, in values of JSON."""
@@ -321,35 +305,22 @@ def _time(seconds: float) -> str:
     return f"{seconds:,.2f} s" if seconds >= _LONG_S else f"{seconds * 1e3:,.2f} ms"
 
 
-@dataclass
+@dataclass(frozen=True)
 class CostModel:
     """What operations cost on one machine, and so how long a step of any model will take.
 
-        seconds(step) = sum over operations of seconds(operation) + sum over phases of (fixed + calls * each)
-
-    The first sum is the computation itself; the second is what Python, modules and autograd take to call it.
-
     Args:
-        seconds: operation -> seconds. A :class:`lora_lab.costs.microbench.OperationTimer` also times new operations.
-        overhead: (fixed, each) in seconds for each phase.
-        device: where steps are to run.
-        overlaps: whether the device computes while Python goes on, as on CUDA, so that the longer of the two sums
-            counts.
-        rates: some measured rates, as text.
-        seconds_spent: how long calibration and all predictions have taken.
-        disturbance: a sentence about other processes that kept the machine busy meanwhile, or an empty string.
-        where: what the costs are those of, if nothing was measured on ``device``.
+        seconds: operation -> seconds, such as a :class:`Roofline`.
+        device: where the step is rehearsed.
+        rates: what the seconds follow from, as text.
+        where: the machine and how its rates are known, as a prediction's setting names them.
         place: as for :class:`Prediction`.
     """
 
     seconds: Callable[[OperatorCall], float]
-    overhead: Mapping[str, tuple[float, float]]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    overlaps: bool = False
     rates: Mapping[str, str] = field(default_factory=dict)
-    seconds_spent: float = 0.0
-    disturbance: str = ""
-    where: str = ""
+    where: str = "cpu"
     place: str = "here"
 
     def predict(
@@ -360,24 +331,21 @@ class CostModel:
         seq_len: int | None = None,
         *,
         batch: Batch | None = None,
-        progress: bool | None = None,
         **options: Any,
     ) -> Prediction:
         """Predict how long a step will take, from its rehearsal on fake tensors and the costs of its operations.
 
-        Operations that this cost model has not met before are timed first, which takes some seconds.
+        Matrix products of shapes that are new are timed, which takes a second or two.
 
         Args:
             variants: name -> how it is trained. The others are compared with the first.
             model, batch_size, seq_len, batch, **options: as for :func:`flops`.
-            progress: show a bar; default only in a terminal or a notebook (and if LORA_LAB_PROGRESS is not 0).
 
         Raises:
             ValueError: there is no variant, or as for :func:`flops`.
         """
         if not variants:
             raise ValueError("variants is empty, so there is nothing to predict; give one, as {'LoRA': LoRA(8)}.")
-        started = time.perf_counter()
         works: dict[str, StepWork] = {}
         tokens, setting = 0, ""
         for name, method in variants.items():
@@ -385,50 +353,17 @@ class CostModel:
             setup.check_watchable()
             with fake_copy(model, self.device, setup.dtype) as twin, own_randomness(self.device, 0):
                 fake_batch = batch_for(twin, batch_size, seq_len, batch)
-                parts, weights = setup.batches(fake_batch)
-                trace = StepTrace(setup.step(twin))
-                trace.run_second(parts, weights, distances=isinstance(self.seconds, OperationTimer))
-                works[name] = trace.work()
+                works[name] = trace_work(setup, twin, fake_batch)
                 tokens = size_of(fake_batch)[0]
-                setting = f"{type(twin).__name__}, batch {shape_of(fake_batch)}, {self.where or self.device}"
-                del trace, parts, fake_batch
-        kinds = {kind for work in works.values() for kind in work.kinds()}
-        self._measure(kinds, progress)
-        self.seconds_spent += time.perf_counter() - started
-        prediction = Prediction(self._costs(works), works, tokens, setting, self.overlaps, place=self.place)
-        return replace(prediction, doubts=self._doubts(prediction))
+                setting = f"{type(twin).__name__}, batch {shape_of(fake_batch)}, {self.where}"
+        with BusyCores(thread_count(self.device)) as busy:
+            seconds = {name: work.seconds(self.seconds) for name, work in works.items()}
+        prediction = Prediction(seconds, works, tokens, setting, place=self.place)
+        return replace(prediction, doubts=self._doubts(prediction, disturbance(busy)))
 
-    def _measure(self, kinds: set[OperatorCall], progress: bool | None) -> None:
-        """Time new kinds of operation, and note whether other processes kept the machine busy."""
-        if not isinstance(self.seconds, OperationTimer) or not (new := self.seconds.unmeasured(kinds)):
-            return
-        bar = progress_bar(ROUNDS * len(new), "timing operations", progress, "operation")
-        with bar as shown, BusyCores(thread_count(self.device)) as busy:
-            self.seconds.measure(new, shown.update)
-        self.disturbance = self.disturbance or disturbance(busy)
-
-    def _costs(self, works: Mapping[str, StepWork]) -> dict[str, dict[str, float]]:
-        """Return seconds by cause of each variant's work."""
-        cost = {kind: self.seconds(kind) for work in works.values() for kind in work.kinds()}
-        costs = {}
-        for name, work in works.items():
-            seconds: defaultdict[str, float] = defaultdict(float)
-            for (_, cause), operations in work.operations.items():
-                seconds[cause] += sum(count * cost[operation] for operation, count in operations.items())
-            for phase, (fixed, each) in self.overhead.items():
-                separate = self.overlaps or phase in ("forward", "backward")
-                seconds[PYTHON if separate else UPDATE] += fixed + each * work.count(phase=phase)
-            costs[name] = dict(seconds)
-        return costs
-
-    def _doubts(self, prediction: Prediction) -> list[str]:
-        doubts = [f"While costs were measured: {self.disturbance}"] if self.disturbance else []
-        if isinstance(self.seconds, OperationTimer):
-            names = {kind.name for work in prediction.works.values() for kind in work.kinds()}
-            failed = sorted(self.seconds.failed & names)
-            if failed:
-                doubts.append(f"Counted as copies, because they cannot run by themselves: {', '.join(failed)}.")
-        return doubts
+    def _doubts(self, prediction: Prediction, disturbed: str) -> list[str]:
+        """Return what may be wrong with a prediction, given what disturbed the timing of its products."""
+        return [f"While costs were measured: {disturbed}"] if disturbed else []
 
     def break_even_tokens(
         self,
@@ -457,15 +392,10 @@ class CostModel:
             ValueError: both sizes or neither are passed, no step lies between, or as for :meth:`predict`.
         """
         if (batch_size is None) == (seq_len is None):
-            raise ValueError(
-                f"batch_size is {batch_size} and seq_len {seq_len}; give one of them, and the other grows."
-            )
+            raise ValueError(f"batch_size is {batch_size} and seq_len {seq_len}; give one of them: the other grows.")
         fixed = (batch_size if seq_len is None else seq_len) or 0
         if fixed < 1 or not 1 <= between[0] <= between[1] or between[1] < fixed:
-            raise ValueError(
-                f"between is {between}, but it must be two ascending numbers of tokens; the second must be at least "
-                f"{fixed}, the tokens of the smallest step, which must have 1 or more."
-            )
+            raise ValueError(f"between is {between}, but it must ascend and end at {max(1, fixed)} tokens or more.")
 
         def point(count: int) -> tuple[int, float]:
             """Return the tokens of ``count`` sequences, or of that length, and the ratio's logarithm."""
@@ -476,120 +406,123 @@ class CostModel:
         count, most = max(1, math.ceil(between[0] / fixed)), between[1] // fixed
         low = point(count)
         while count < most:
-            further = min(4 * count, most)
-            high = point(further)
+            count = min(2 * count, most)
+            high = point(count)
             if low[1] * high[1] < 0:
-                middle = point(round(math.sqrt(count * further)))
-                low, high = (middle, high) if low[1] * middle[1] > 0 else (low, middle)
                 return round(low[0] * (high[0] / low[0]) ** (low[1] / (low[1] - high[1])))
-            low, count = high, further
+            low = high
         return None
 
     def __str__(self) -> str:
-        lines = [f"Costs on {self.where or f'{self.device}, measured in {self.seconds_spent:.1f} s'}"]
-        lines += [f"  {name:<44}{value}" for name, value in self.rates.items()]
-        for phase, (fixed, each) in self.overhead.items():
-            lines.append(f"  {f'Python, {phase}':<44}{fixed * 1e6:,.0f} us, and {each * 1e6:,.2f} us an operation")
-        return "\n".join(lines)
+        return "\n".join([f"Costs on {self.where}", *(f"  {name:<44}{value}" for name, value in self.rates.items())])
+
+
+def trace_work(setup: Setup, model: nn.Module, batch: Batch) -> StepWork:
+    """Return what the second step of a fake model does on a batch."""
+    trace = StepTrace(setup.step(model))
+    trace.run_second(*setup.batches(batch))
+    return trace.work()
+
+
+# Costs
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Seconds of an operation: the longer of computing and moving bytes, and those of the call.
+
+    Args:
+        flops_per_second: operation -> the rate of its products.
+        bytes_per_second: the memory's bandwidth.
+        call_s: what it takes to call an operation.
+        overlaps: whether the device works while the next operation is called, as a GPU does, so that the longer of the
+            two counts and not their sum.
+    """
+
+    flops_per_second: Callable[[OperatorCall], float]
+    bytes_per_second: float
+    call_s: float
+    overlaps: bool
+
+    def __call__(self, operation: OperatorCall) -> float:
+        """Return the seconds of one operation; those on lists of tensors share their calls."""
+        computing = operation.flops / self.flops_per_second(operation) if operation.flops else 0.0
+        working = max(computing, operation.moved_bytes / self.bytes_per_second)
+        calling = 0.0 if operation.of_list else self.call_s
+        return max(working, calling) if self.overlaps else working + calling
+
+
+class ProductRates:
+    """FLOPs a second of matrix products on a device; each shape is timed once.
+
+    Large products count at the rate of a square one, and so do convolutions and attention.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._known: dict[tuple[torch.dtype, tuple[Factor, ...]], float] = {}
+        self._side = 1024 if device.type == "cpu" else 8192  # of the square
+
+    def __call__(self, operation: OperatorCall) -> float:
+        """Return the rate of an operation's products."""
+        small = operation.factors and operation.flops <= 2 * self._side**3
+        return self._rate(operation.dtype, operation.factors) if small else self.of_square(operation.dtype)
+
+    def of_square(self, dtype: torch.dtype) -> float:
+        """Return the rate of a large square product."""
+        square = (self._side, self._side), (self._side, 1)
+        return self._rate(dtype, (square, square))
+
+    def _rate(self, dtype: torch.dtype, factors: tuple[Factor, ...]) -> float:
+        if (dtype, factors) not in self._known:
+            left, right = (_ones(*factor, dtype, self.device) for factor in factors)
+            flops = 2 * left.numel() * right.shape[-1]
+            with torch.no_grad():
+                seconds = median_seconds(lambda: torch.matmul(left, right), self.device)
+            self._known[dtype, factors] = flops / seconds
+        return self._known[dtype, factors]
+
+
+def _ones(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    extent = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    return torch.ones(extent, dtype=dtype, device=device).as_strided(shape, stride)
 
 
 def cost_model(device: torch.device | str | None = None) -> CostModel:
-    """Measure what the components of training steps cost on this machine, in some seconds.
+    """Measure what the components of training steps cost on this machine, in a few seconds.
 
-    It measures the rate of matrix multiplications by dtype, the memory's bandwidth, the cost of a small operation, and,
-    from tiny steps whose phases are timed, what Python and autograd take for each operation. Whatever else a model
-    needs, such as matrix multiplications of its shapes, is measured when a prediction needs it.
+    It measures the memory's bandwidth, by an update of AdamW, and what Python and autograd take for a call, by a step
+    of a tiny Llama. The rates of matrix products are measured when a prediction needs them.
 
     On CUDA the clock waits for the device; this path has never been run.
 
     Args:
         device: where steps are to run; default the best one.
     """
-    started = time.perf_counter()
     device = pick_device(device)[0]
-    timer, overlaps = OperationTimer(device), device.type == "cuda"
-    with BusyCores(thread_count(device)) as busy:
-        rates, overhead = _rates(timer), _overhead(timer, overlaps)
-    return CostModel(timer, overhead, device, overlaps, rates, time.perf_counter() - started, disturbance(busy))
+    rates, bandwidth, call_s = ProductRates(device), _measure_bandwidth(device), _measure_call(device)
+    shown = {
+        "large matrix products, float32": f"{rates.of_square(torch.float32) / GIGA:,.0f} GFLOP/s",
+        "memory": f"{bandwidth / GIGA:,.1f} GB/s",
+        "a call by Python and autograd": f"{call_s * 1e6:,.1f} us",
+    }
+    seconds = Roofline(rates, bandwidth, call_s, overlaps=device.type == "cuda")
+    return CostModel(seconds, device, shown, str(device))
 
 
-def _rates(timer: OperationTimer) -> dict[str, str]:
-    """Return some rates that a reader may know from elsewhere."""
-    operations = {}
-    for rows, dtype in ((512, torch.float32), (512, torch.bfloat16), (32, torch.float32)):
-        left = Operand((rows, 576), (576, 1), dtype)
-        right = Operand((576, 1536), (1, 576), dtype, DISTANCES[-1])
-        label = f"{rows} x 576 times 576 x 1536, {str(dtype).removeprefix('torch.')}"
-        made_bytes = rows * 1536 * dtype.itemsize
-        operations[label] = OperatorCall(_ATEN.mm.default, (left, right), (), made_bytes, DISTANCES[1])
-    for where, distance in (("a cache", 0), ("memory", DISTANCES[-1])):
-        whole = Operand((MIB // 4,), (1,), torch.float32, distance)
-        operations[f"copy of 1 MiB in {where}"] = OperatorCall(_ATEN.clone.default, (whole,), (), MIB, distance)
-    small = Operand((64,), (1,), torch.float32)
-    operations["operation on 64 numbers"] = OperatorCall(_ATEN.mul.Tensor, (small, small), (), 256)
-    timer.measure(operations.values())
-    return {label: _rate(operation, timer(operation)) for label, operation in operations.items()}
+def _measure_bandwidth(device: torch.device) -> float:
+    """Return bytes a second of AdamW's update, which reads four numbers a weight and writes three."""
+    weight = nn.Parameter(torch.ones(_WEIGHTS, device=device))
+    weight.grad = torch.ones_like(weight)
+    return 7 * 4 * _WEIGHTS / median_seconds(torch.optim.AdamW([weight], fused=True).step, device)
 
 
-def _rate(operation: OperatorCall, seconds: float) -> str:
-    if operation.flops:
-        return f"{operation.flops / seconds / GIGA:,.0f} GFLOP/s"
-    if operation.moved_bytes > MIB:
-        return f"{operation.moved_bytes / seconds / GIGA:,.1f} GB/s"
-    return f"{seconds * 1e6:,.1f} us"
-
-
-def _overhead(timer: OperationTimer, overlaps: bool) -> dict[str, tuple[float, float]]:
-    """Return for each phase the fixed seconds and the seconds for each operation, by least squares over tiny steps.
-
-    The time of the operations themselves is subtracted, except on a device that computes while Python goes on.
-    """
-    shape = LlamaConfig(64, 16, 32, 2, 2, 1, 8)
-    digits = (torch.zeros(4, PIXELS), torch.zeros(4, dtype=torch.long))
-    runs = []
-    for factory, batch in ((partial(DigitsMLP, 16), digits), (partial(Llama, shape), None)):
-        for method in (FullFineTuning(), LoRA(rank=2)):
-            with fake_copy(factory, timer.device) as twin:
-                trace = StepTrace(Setup(method).step(twin))
-                trace.run_second([batch_for(twin, 1, 4, batch)], [1.0])
-                work = trace.work()
-            with own_randomness(timer.device, 0):
-                model = build_model(factory, timer.device)
-                runs.append((work, _phase_seconds(Setup(method).step(model), batch_for(model, 1, 4, batch))))
-    if not overlaps:
-        timer.measure({kind for work, _ in runs for kind in work.kinds()})
-    overhead = {}
-    for phase in PHASES:
-        points = []
-        for work, seconds in runs:
-            counted = [counts for (of_phase, _), counts in work.operations.items() if of_phase == phase]
-            computing = 0.0 if overlaps else sum(n * timer(kind) for counts in counted for kind, n in counts.items())
-            points.append((work.count(phase=phase), seconds[phase] - computing))
-        overhead[phase] = _line(points)
-    return overhead
-
-
-def _phase_seconds(step: TrainingStep, batch: Batch, steps: int = 60) -> dict[str, float]:
-    """Return how long each phase of a step takes: the median of many steps, on CUDA of Python's time only."""
-    marks: list[float] = []
-
-    def mark(phase: str) -> None:
-        if phase != "forward":  # which includes what comes before it
-            marks.append(time.perf_counter())
-
-    rows = []
-    with phases(step, mark) as marked_step:
-        for _ in range(steps):
-            marks[:] = [time.perf_counter()]
-            marked_step([batch], [1.0])
-            marks.append(time.perf_counter())
-            rows.append([stop - start for start, stop in itertools.pairwise(marks)])
-            synchronize(batch[0].device)
-    return {phase: statistics.median(column) for phase, column in zip(PHASES, zip(*rows, strict=True), strict=True)}
-
-
-def _line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
-    """Return intercept and slope of the line through (count, seconds) by least squares; neither is negative."""
-    counts, seconds = zip(*points, strict=True)
-    slope = max(0.0, statistics.linear_regression(counts, seconds).slope) if len(set(counts)) > 1 else 0.0
-    return max(0.0, statistics.fmean(seconds) - slope * statistics.fmean(counts)), slope
+def _measure_call(device: torch.device) -> float:
+    """Return the seconds of each operation in a step that hardly computes."""
+    setup, factory = Setup(LoRA(rank=2)), partial(Llama, LlamaConfig(64, 16, 32, 2, 2, 1, 8))
+    with fake_copy(factory, device) as twin:
+        launches = trace_work(setup, twin, batch_for(twin, 1, 4, None)).launches()
+    with own_randomness(device, 0):
+        model = build_model(factory, device)
+        step, batch = setup.step(model), batch_for(model, 1, 4, None)
+        return median_seconds(lambda: step([batch], [1.0]), device) / launches

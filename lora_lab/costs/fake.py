@@ -112,6 +112,18 @@ def device_of(model: nn.Module) -> torch.device:
     raise ValueError(f"The {type(model).__name__} has no parameters, so there is nothing to train.")
 
 
+def device_to_run(model: Source, device: torch.device | str | None) -> torch.device:
+    """Return where a step of a model really runs: where the model is; for a factory, the given or the best device.
+
+    Raises:
+        ValueError: the model is on the meta device.
+    """
+    device = device_of(model) if isinstance(model, nn.Module) else pick_device(device)[0]
+    if device.type == "meta":
+        raise ValueError("The model is on the meta device, where nothing is ever computed; use predict or flops.")
+    return device
+
+
 def storage_of(tensor: Tensor) -> int:
     """Return a number that identifies a tensor's memory for as long as that memory is in use."""
     return tensor.untyped_storage()._cdata

@@ -394,7 +394,7 @@ def break_even_rank(
     """Return the highest rank at which a step of LoRA has no more FLOPs than one of full fine-tuning, by counting.
 
     On paper it is where 3 P = M + E: the adapters take as many FLOPs as the weight gradients that they replace. The
-    count is linear in the rank, so that two ranks give a first guess; then its neighbours are counted.
+    count is linear in the rank, so that those of two ranks give it.
 
     Args:
         targets: the layers that LoRA adapts, as in :class:`lora_lab.LoRAConfig`.
@@ -408,12 +408,7 @@ def break_even_rank(
         return flops(model, method, batch_size, seq_len, batch=batch, **options).total
 
     full, one, two = count(FullFineTuning()), *(count(LoRA(rank, targets=targets)) for rank in (1, 2))
-    rank = max(0, 1 + (full - one) // (two - one))
-    while rank and count(LoRA(rank, targets=targets)) > full:
-        rank -= 1
-    while count(LoRA(rank + 1, targets=targets)) <= full:
-        rank += 1
-    return rank
+    return max(0, 1 + (full - one) // (two - one))
 
 
 def size_of(batch: Batch) -> tuple[int, int | None]:

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,44 +29,28 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from lora_lab.costs.bill import GIB, MIB, PARTS, SAVED, STATIC, Bill, Difference, Moment, Part
+from lora_lab.costs.bill import GIB, MIB, Bill, Part, Recording, StorageLog, on_saved
 from lora_lab.costs.fake import (
     Source,
     batch_for,
     build_model,
     built_on_meta,
     device_of,
+    device_to_run,
     fake_copy,
     on_each,
     storage_of,
     unshare_trainable,
 )
-from lora_lab.costs.recording import Recording, StorageLog, on_saved
 from lora_lab.costs.repeated import longest_run, prepare_shapes, record_short
 from lora_lab.costs.setup import Setup, as_setup, setting_of
-from lora_lab.methods import Method
+from lora_lab.lean.step import Lean
+from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.models.quantize import BlockWeight
 from lora_lab.system.device import own_randomness, pick_device
 from lora_lab.system.schema import NotNegative, check
-from lora_lab.system.wording import short_repr
-from lora_lab.train import Batch, TrainingStep
-
-__all__ = [
-    "GIB",
-    "MIB",
-    "PARTS",
-    "SAVED",
-    "STATIC",
-    "Bill",
-    "Difference",
-    "Moment",
-    "Part",
-    "device_to_predict",
-    "largest",
-    "measure",
-    "predict",
-    "saved_bytes",
-]
+from lora_lab.system.wording import progress_bar, short_repr
+from lora_lab.train import Batch
 
 _LARGEST_SIZE = 2**20  # the largest batch or context that is considered
 _BLOCK = 512  # bytes: CUDA's allocator returns multiples of this
@@ -124,45 +109,24 @@ class _Rehearsal:
         """Return the bill of a step on such a batch, as from :func:`predict`."""
 
         def record(model: nn.Module) -> tuple[nn.Module, Recording]:
-            with self._prepared(model) as step:
-                return step.model, self._record(step, batch_for(step.model, batch_size, seq_len, batch))
+            with ExitStack() as stack:
+                twin = stack.enter_context(fake_copy(model, self.device, self.setup.dtype))
+                stack.enter_context(own_randomness(torch.device("cpu"), 0))
+                step = self.setup.step(twin)
+                fake_batch = batch_for(twin, batch_size, seq_len, batch)
+                if self.estimated:
+                    stack.enter_context(_cuda_attention())
+                    stack.enter_context(_fused_norms())
+                log = StorageLog(step)
+                stack.enter_context(_dequantised_once(log))
+                log.run_second(*self.setup.batches(fake_batch))
+                return step.model, log.recording(setting_of(self.setup, step.model, fake_batch))
 
         recording = (self.run and record_short(self.model, self.run, record)) or record(self.model)[1]
         if not self.estimated and self.device.type != "cuda":
             return recording.bill("predicted")
         bill = recording.bill("estimated for CUDA, not measured" if self.estimated else "predicted", _BLOCK)
         return bill.plus(Part.WORKSPACE, _workspace_bytes(None if self.estimated else self.device))
-
-    @contextmanager
-    def _prepared(self, model: nn.Module) -> Iterator[TrainingStep]:
-        """The step of a copy of the model. All tensors that are made meanwhile are fake."""
-        with fake_copy(model, self.device, self.setup.dtype) as twin, own_randomness(torch.device("cpu"), 0):
-            yield self.setup.step(twin)
-
-    def _record(self, step: TrainingStep, batch: Batch) -> Recording:
-        """Record the second step: the first lacks the optimiser's state."""
-        parts, weights = self.setup.batches(batch)
-        with ExitStack() as stack:
-            if self.estimated:
-                stack.enter_context(_cuda_attention())
-                stack.enter_context(_fused_norms())
-            plain = type(step) is TrainingStep
-            if plain:
-                update_once(step)
-            log = StorageLog(step)
-            stack.enter_context(_dequantised_once(log))
-            if not plain:  # a lean step keeps more than its optimiser does
-                log.run(parts, weights)
-            log.run(parts, weights)
-            return log.recording(setting_of(self.setup, step.model, batch))
-
-
-def update_once(step: TrainingStep) -> None:
-    """Leave behind what a first step does, gradients and the optimiser's state, without taking it."""
-    for group in step.optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    step.optimizer.step()
 
 
 @contextmanager
@@ -216,9 +180,7 @@ def measure(
     """
     setup = as_setup(method, options)
     setup.check_watchable()
-    device = device_of(model) if isinstance(model, nn.Module) else pick_device(device)[0]
-    if device.type == "meta":
-        raise ValueError("The model is on the meta device, where nothing is ever allocated; use predict.")
+    device = device_to_run(model, device)
     with own_randomness(device, 0):
         twin = build_model(model, device, setup.dtype)
         # Held until the meter stops: otherwise the step's own tensors could reuse a freed address.
@@ -500,3 +462,145 @@ def _workspace_bytes(device: torch.device | None) -> int:
     """
     generation = 0 if device is None else torch.cuda.get_device_capability(device)[0]
     return 2 * (32 * MIB if generation in (9, 10, 12) else 8_519_680)
+
+
+# Which setups fit on a card
+
+
+def training_setups(rank: int = 8, dtype: torch.dtype | None = None, lean: bool = True) -> dict[str, Setup]:
+    """Setups for training a language model, from the most memory to the least.
+
+    Args:
+        rank: LoRA's rank; alpha is twice the rank.
+        dtype: of the weights; None leaves them as they are. The lean step saves its activations in float32.
+        lean: with the lean step, which is for our Llama only.
+    """
+    full, lora = Setup(FullFineTuning(), dtype), Setup(LoRA(rank, 2 * rank), dtype)
+    half = torch.bfloat16 if dtype == torch.bfloat16 else None
+    setups = {
+        "full fine-tuning": full,
+        "full, checkpointing": replace(full, gradient_checkpointing=True),
+        f"LoRA r={rank}": lora,
+        f"LoRA r={rank}, checkpointing": replace(lora, gradient_checkpointing=True),
+        f"LoRA r={rank}, lean, checkpointing": Setup(lora.method, lean=Lean(base_dtype=half, checkpoint=True)),
+        f"QLoRA r={rank}, checkpointing": replace(lora, nf4=True, gradient_checkpointing=True),
+    }
+    return {label: setup for label, setup in setups.items() if lean or setup.lean is None}
+
+
+@dataclass(frozen=True)
+class SetupRow:
+    """A row of the table: a training setup and what it needs.
+
+    Args:
+        setup: the label.
+        bill: its memory.
+        budget_bytes: the card's memory; None if no card was named.
+        look_for: "batch" or "seq", if the largest that fits was searched for.
+        largest: what was found, in sequences or in tokens per sequence.
+    """
+
+    setup: str
+    bill: Bill
+    budget_bytes: int | None = None
+    look_for: str | None = None
+    largest: int | None = None
+
+    @property
+    def free_bytes(self) -> int | None:
+        """What the card has left at the peak: negative if the setup does not fit, None without a card."""
+        return None if self.budget_bytes is None else self.budget_bytes - self.bill.peak_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row and its bill, in values of JSON."""
+        free = self.free_bytes
+        return {
+            "setup": self.setup,
+            "fits": None if free is None else free >= 0,
+            "free_bytes": free,
+            "largest_batch_size": self.largest if self.look_for == "batch" else None,
+            "largest_seq_len": self.largest if self.look_for == "seq" else None,
+            **self.bill.to_dict(),
+        }
+
+    def __str__(self) -> str:
+        row = f"{self.setup:<32}{self.bill.peak_bytes / GIB:>6.2f} GiB"
+        if (free := self.free_bytes) is not None:
+            row += f"  {'yes' if free >= 0 else 'no':<4}{f'({free / GIB:+.2f} GiB)':<14}"
+        if self.largest is not None:
+            row += f"{self.largest:>13,}"
+        return row.rstrip()
+
+
+def report(
+    model: Source,
+    name: str,
+    setups: Mapping[str, Setup],
+    batch_size: int,
+    seq_len: int | None,
+    device: torch.device | str | None = None,
+    budget_bytes: int | None = None,
+    look_for: str | None = None,
+    with_bills: bool = False,
+) -> list[SetupRow]:
+    """Print which training setups fit on a card, each row as soon as it is computed, and return the rows.
+
+    A bar on standard error shows which bill is being made, and how many there are.
+
+    Args:
+        model, batch_size, seq_len, device: as for :func:`predict`; ``seq_len`` is None for a model that reads images.
+        name: the model's name, for the heading.
+        setups: label -> setup, such as those of :func:`training_setups`.
+        budget_bytes: the card's memory; None leaves out the comparison.
+        look_for: "batch" or "seq": also find the largest that fits, with the other unchanged.
+        with_bills: print each bill, part by part, after the table.
+
+    Raises:
+        ValueError: there is no setup, a size is to be found without a budget, or as for :func:`predict`.
+    """
+    if not setups:
+        raise ValueError("setups is empty, so there is nothing to report; give some, such as training_setups(8).")
+    if look_for and budget_bytes is None:
+        raise ValueError(f"look_for is {look_for!r}, but budget_bytes is missing; give the memory to fit into.")
+    rows: list[SetupRow] = []
+    with progress_bar(len(setups), "memory", None, "setup") as bar:
+        for label, setup in setups.items():
+            bar.set_description(label)
+            bill, most = predict(model, setup, batch_size, seq_len, device=device), None
+            if look_for and budget_bytes is not None:
+                fixed = {"seq_len": seq_len} if look_for == "batch" else {"batch_size": batch_size}
+                most = largest(model, setup, budget_bytes, device=device, **fixed)[0]
+            with bar.external_write_mode():
+                if not rows:
+                    print(_heading(name, bill, batch_size, seq_len, budget_bytes, look_for))
+                rows.append(SetupRow(label, bill, budget_bytes, look_for, most))
+                print(rows[-1], flush=True)
+            bar.update()
+    predicted_for, estimated = device_to_predict(model, device)
+    if estimated or predicted_for.type == "cuda":
+        print("In addition, CUDA's own context takes a few hundred MiB on the GPU, and the allocator leaves gaps.")
+    for row in rows if with_bills else ():
+        print(f"\n{row.bill}")
+    return rows
+
+
+def _heading(
+    name: str, bill: Bill, batch_size: int, seq_len: int | None, budget_bytes: int | None, look_for: str | None
+) -> str:
+    size = f"{batch_size} pictures" if seq_len is None else f"{batch_size} x {seq_len} tokens"
+    fits = "" if budget_bytes is None else f"  fits {budget_bytes / GIB:.4g} GiB?"
+    columns = f"{'':<32}{'peak':>10}{fits:<20}{f'largest {look_for}' if look_for else ''}".rstrip()
+    return f"{name}, batch {size}: peak of one step, {bill.source}\n{columns}"
+
+
+def parse_bytes(text: str) -> int:
+    """Return a size such as "24GiB", "512 MiB" or "80GB" in bytes.
+
+    Raises:
+        ValueError: the text is not a positive number with such a unit.
+    """
+    units = {"KIB": 2**10, "MIB": MIB, "GIB": GIB, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]i?B)\s*", text, flags=re.IGNORECASE)
+    if not match or float(match[1]) == 0:
+        raise ValueError(f"{text!r} is no size; write a number with its unit, such as 24GiB or 80GB.")
+    return int(float(match[1]) * units[match[2].upper()])

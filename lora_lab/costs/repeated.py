@@ -22,9 +22,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from lora_lab.costs.bill import Part
+from lora_lab.costs.bill import Part, RecordedOperation, Recording, Storage
 from lora_lab.costs.fake import copy_sharing_weights, meta_copy
-from lora_lab.costs.recording import RecordedOperation, Recording, Storage
 from lora_lab.costs.setup import Setup
 from lora_lab.inject import transformer_blocks
 from lora_lab.system.device import own_randomness

@@ -103,13 +103,11 @@ class Setup:
 
     def describe(self) -> str:
         """Return a short description, such as "lora r=8, bfloat16, checkpointing"."""
-        settings = self.method.settings()
-        words = [self.method.name + (f" r={settings['rank']}" if "rank" in settings else "")]
-        if settings.get("targets", "all-linear") != "all-linear":
-            names = settings["targets"]
-            words.append("+".join(names) if len(names) <= 4 else f"{len(names)} targets")
-        lean = self.lean
-        further = {
+        settings, lean = self.method.settings(), self.lean
+        names = settings.get("targets", "all-linear")
+        words = {
+            self.method.name + (f" r={settings['rank']}" if "rank" in settings else ""): True,
+            "+".join(names) if len(names) <= 4 else f"{len(names)} targets": names != "all-linear",
             "NF4 base": self.nf4,
             _OPTIMIZERS[self.optimizer]: self.optimizer != "adamw",
             str(self.dtype).removeprefix("torch."): self.dtype is not None,
@@ -119,7 +117,7 @@ class Setup:
             f"{self.accumulate} micro-batches": self.accumulate > 1,
             "no clipping": self.clip is None,
         }
-        return ", ".join([*words, *(word for word, said in further.items() if said)])
+        return ", ".join(word for word, said in words.items() if said)
 
     def check_watchable(self) -> None:
         """Raise ValueError if the step runs in several threads: hooks and dispatch modes see one thread only."""

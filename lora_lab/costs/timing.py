@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from lora_lab.costs.fake import (
     Source,
     batch_for,
     build_model,
-    device_of,
+    device_to_run,
     on_each,
     shape_of,
     storage_of,
@@ -27,17 +27,15 @@ from lora_lab.costs.flops import size_of
 from lora_lab.costs.setup import Setup, as_setup
 from lora_lab.costs.trace import output_width
 from lora_lab.methods import Method
-from lora_lab.system.device import own_randomness, pick_device
+from lora_lab.system.device import own_randomness
 from lora_lab.system.process import BusyCores
 from lora_lab.system.schema import Size, check
 from lora_lab.system.wording import counted, progress_bar
 from lora_lab.task import padding_id
 from lora_lab.train import Batch
 
-if TYPE_CHECKING:
-    from pandas import DataFrame
-
-_TIMING_S = 0.05  # the shortest timing
+_TIMING_S = 0.05  # the shortest timing of steps
+_SAMPLE_S = 1e-3  # the same of a single operation
 _TOO_WIDE = 0.2  # an interval of ratios that shows nothing
 
 
@@ -112,39 +110,19 @@ class Times:
             return f"inconclusive, because the times vary too much: {between}"
         return f"no significant difference: {between}"
 
-    def frame(self) -> DataFrame:
-        """Return a pandas DataFrame, one row a variant."""
-        import pandas
-
-        return pandas.DataFrame(self.to_dict()["variants"]).fillna({"verdict": ""})
-
     def to_dict(self) -> dict[str, Any]:
         """Return one entry a variant and what holds for all of them, in values of JSON."""
         first, *_ = self.seconds
-        variants = []
-        for name in self.seconds:
-            low, high = self.quartiles_s(name)
-            ratio_low, ratio_high = self.interval(name) or (None, None)
-            variants.append(
-                {
-                    "variant": name,
-                    "seconds": self.median_s(name),
-                    "lower_quartile_seconds": low,
-                    "upper_quartile_seconds": high,
-                    "tokens_per_second": self.tokens_per_second(name),
-                    "ratio": self.ratio(name),
-                    "ratio_low": ratio_low,
-                    "ratio_high": ratio_high,
-                    "verdict": None if name == first else self.verdict(name),
-                }
-            )
-        return {
-            "setting": self.setting,
-            "tokens": self.tokens,
-            "rounds": len(self.seconds[first]),
-            "variants": variants,
-            "disturbance": self.disturbance or None,
-        }
+        variants = [
+            {"variant": name, "seconds": self.median_s(name)}
+            | dict(zip(("lower_quartile_seconds", "upper_quartile_seconds"), self.quartiles_s(name), strict=True))
+            | {"tokens_per_second": self.tokens_per_second(name), "ratio": self.ratio(name)}
+            | dict(zip(("ratio_low", "ratio_high"), self.interval(name) or (None, None), strict=True))
+            | {"verdict": None if name == first else self.verdict(name)}
+            for name in self.seconds
+        ]
+        facts = {"setting": self.setting, "tokens": self.tokens, "rounds": len(self.seconds[first])}
+        return {**facts, "variants": variants, "disturbance": self.disturbance or None}
 
     def __str__(self) -> str:
         width = max(len(name) for name in self.seconds) + 2
@@ -202,7 +180,7 @@ def step_time(
         raise ValueError("variants is empty, so there is nothing to time; give at least one, as {'LoRA': LoRA(8)}.")
     rounds = check(rounds, Size, "rounds")
     models = model if isinstance(model, Mapping) else dict.fromkeys(variants, model)
-    device = _device_to_time(models[next(iter(variants))], device)
+    device = device_to_run(models[next(iter(variants))], device)
     with own_randomness(device, 0), BusyCores(thread_count(device)) as busy:
         runs = {name: _Run(models[name], as_setup(method, options), device) for name, method in variants.items()}
         twin = next(iter(runs.values())).step.model
@@ -258,26 +236,31 @@ class _Run:
             self.count = math.ceil(_TIMING_S / self.seconds())
 
     def seconds(self) -> float:
-        """Return the mean over ``count`` steps; the clock waits for the device before it starts and before it stops."""
-        synchronize(self.device)
-        started = time.perf_counter()
-        for _ in range(self.count):
-            self.step(self.parts, self.weights)
-        synchronize(self.device)
-        return (time.perf_counter() - started) / self.count
+        """Return the mean over ``count`` steps."""
+        return mean_seconds(lambda: self.step(self.parts, self.weights), self.count, self.device)
+
+
+def mean_seconds(function: Callable[[], Any], count: int, device: torch.device) -> float:
+    """Return the mean of ``count`` calls; the clock waits for the device before it starts and before it stops."""
+    synchronize(device)
+    started = time.perf_counter()
+    for _ in range(count):
+        function()
+    synchronize(device)
+    return (time.perf_counter() - started) / count
+
+
+def median_seconds(function: Callable[[], Any], device: torch.device) -> float:
+    """Return the median of five samples of a call; a quick call is repeated until a sample lasts a millisecond."""
+    function()  # allocates memory and loads code
+    count = math.ceil(_SAMPLE_S / max(mean_seconds(function, 1, device), 1e-6))
+    return statistics.median(mean_seconds(function, count, device) for _ in range(5))
 
 
 def synchronize(device: torch.device) -> None:
     """Wait until a GPU has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _device_to_time(model: Source, device: torch.device | str | None) -> torch.device:
-    device = device_of(model) if isinstance(model, nn.Module) else pick_device(device)[0]
-    if device.type == "meta":
-        raise ValueError("The model is on the meta device, where nothing is ever computed; use flops, or a factory.")
-    return device
 
 
 def _random_batch(model: nn.Module, batch_size: int | None, seq_len: int | None) -> Batch:

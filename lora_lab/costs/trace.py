@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from enum import StrEnum
 from typing import Any, cast
 
@@ -92,35 +92,6 @@ def output_width(model: nn.Module) -> int | None:
 # Steps
 
 
-@contextmanager
-def phases(step: TrainingStep, on_phase: Callable[[str], None]) -> Iterator[TrainingStep]:
-    """A copy of a step that calls ``on_phase`` with the name of each of the ``PHASES`` as it begins.
-
-    With several micro-batches, forward and backward alternate.
-    """
-    observed = copy.copy(step)
-    plain_loss, plain_backward = observed.batch_loss, observed.backward
-
-    def batch_loss(inputs: Tensor, targets: Tensor) -> Tensor:
-        on_phase("forward")
-        loss = plain_loss(inputs, targets)
-        on_phase("backward")
-        return loss
-
-    def backward(batches: Sequence[Batch], weights: Sequence[float]) -> list[Tensor]:
-        losses = plain_backward(batches, weights)
-        on_phase("clipping")
-        return losses
-
-    observed.batch_loss, observed.backward = batch_loss, backward
-    hook = step.optimizer.register_step_pre_hook(lambda *_: on_phase("optimiser step"))
-    try:
-        yield observed
-    finally:
-        hook.remove()
-        vars(observed).clear()  # it refers to itself, and would keep the model alive until garbage is collected
-
-
 class StepTracer(TorchDispatchMode, ABC):
     """Passes every operation of a step to :meth:`on_operation`, and knows its phase and module.
 
@@ -157,10 +128,15 @@ class StepTracer(TorchDispatchMode, ABC):
         return self.phase == "backward" and bool(self._stack)
 
     def run(self, batches: Sequence[Batch], weights: Sequence[float]) -> None:
-        """Take one step and trace it."""
+        """Take one step and trace it. With several micro-batches, forward and backward alternate."""
         self.phase = "before"
+        step = copy.copy(self.step)
+        step.batch_loss = self._in_phase(step.batch_loss, "forward", "backward")
+        step.backward = self._in_phase(step.backward, self.phase, "clipping")
         with ExitStack() as stack:
-            step = stack.enter_context(phases(self.step, self._enter_phase))
+            stack.callback(vars(step).clear)  # it refers to itself, and would keep the model alive
+            enter_last = self.step.optimizer.register_step_pre_hook(lambda *_: setattr(self, "phase", "optimiser step"))
+            stack.callback(enter_last.remove)
             stack.callback(register_module_forward_pre_hook(self._enter_module).remove)
             # Called after an error too: checkpointing leaves a block by an exception once it has recomputed enough.
             stack.callback(register_module_forward_hook(self._leave_module, always_call=True).remove)
@@ -168,8 +144,27 @@ class StepTracer(TorchDispatchMode, ABC):
             step(batches, weights)
         self.phase = "after"
 
-    def _enter_phase(self, phase: str) -> None:
-        self.phase = phase
+    def _in_phase(self, function: Callable[..., Any], phase: str, following: str) -> Callable[..., Any]:
+        """Return the function between two phases: in the one while it runs, and in the other from then on."""
+
+        def run(*args: Any) -> Any:
+            self.phase = phase
+            result = function(*args)
+            self.phase = following
+            return result
+
+        return run
+
+    def run_second(self, batches: Sequence[Batch], weights: Sequence[float]) -> None:
+        """Trace the second step: the first lacks the optimiser's state."""
+        if type(self.step) is TrainingStep:  # what it leaves behind is known without taking it
+            for group in self.step.optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = torch.zeros_like(parameter)
+            self.step.optimizer.step()
+        else:  # a lean step keeps more than its optimiser does
+            self.run(batches, weights)
+        self.run(batches, weights)
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
         if id(module) in self._kinds:

@@ -8,27 +8,19 @@ import pytest
 import torch
 
 from lora_lab import FullFineTuning, Llama, LoRA, records, speed
-from lora_lab.costs.cards import CARDS, EFFICIENCY, Efficiency, Roofline, bytes_of, cost_model, flops_of
-from lora_lab.costs.microbench import VIEW, Operand, OperatorCall
+from lora_lab.costs.cards import CARDS, EFFICIENCY, Efficiency, cost_model, roofline
+from lora_lab.costs.cost_model import OperatorCall
 from lora_lab.models import shapes
 from lora_lab.models.llama import LlamaConfig
 
-ATEN = torch.ops.aten
 BF16, FP32 = torch.bfloat16, torch.float32
 L40S = CARDS["l40s"]
 WHOLE = Efficiency(matmul=1.0, memory=1.0, launch_s=0.0)  # the datasheet's rates as they are
 
 
-def operand(*shape, dtype=BF16):
-    return Operand(shape, torch.empty(shape, device="meta").stride(), dtype)
-
-
 def product(rows, inner, columns, dtype=BF16):
-    return OperatorCall(
-        ATEN.mm.default,
-        (operand(rows, inner, dtype=dtype), operand(inner, columns, dtype=dtype)),
-        made_bytes=rows * columns * dtype.itemsize,
-    )
+    moved = dtype.itemsize * (rows * inner + inner * columns + rows * columns)
+    return OperatorCall("mm", moved, 2 * rows * inner * columns, dtype)
 
 
 # The cards
@@ -61,59 +53,23 @@ def test_an_unknown_card_is_refused_with_the_names_of_the_others():
 
 
 def test_a_large_product_takes_its_flops_at_the_rate_of_its_dtype():
-    seconds = Roofline(L40S, WHOLE)
+    seconds = roofline(L40S, WHOLE)
     assert seconds(product(4096, 4096, 4096)) == pytest.approx(2 * 4096**3 / 362.05e12)
     assert seconds(product(4096, 4096, 4096, FP32)) == pytest.approx(2 * 4096**3 / 91.6e12)
-    assert Roofline(L40S, Efficiency(0.5, 1.0, 0.0))(product(4096, 4096, 4096)) == pytest.approx(
-        4 * 4096**3 / 362.05e12
-    )
+    half = roofline(L40S, Efficiency(0.5, 1.0, 0.0))
+    assert half(product(4096, 4096, 4096)) == pytest.approx(4 * 4096**3 / 362.05e12)
 
 
 def test_a_thin_product_takes_its_bytes_at_the_bandwidth():
     thin, moved = product(840, 3072, 32, FP32), 4 * (840 * 3072 + 3072 * 32 + 840 * 32)
-    assert Roofline(L40S, WHOLE)(thin) == pytest.approx(moved / 864e9)
-    assert Roofline(L40S, Efficiency(1.0, 0.5, 0.0))(thin) == pytest.approx(2 * moved / 864e9)
+    assert roofline(L40S, WHOLE)(thin) == pytest.approx(moved / 864e9)
+    assert roofline(L40S, Efficiency(1.0, 0.5, 0.0))(thin) == pytest.approx(2 * moved / 864e9)
 
 
-def test_a_small_operation_takes_a_launch_unless_it_is_a_view_or_a_share_of_one():
-    small = OperatorCall(ATEN.mul.Tensor, (operand(8), operand(8)), made_bytes=16)
-    of_list = OperatorCall(ATEN._foreach_mul_.Scalar, ((operand(8),), 2.0), of_list=True)
-    assert Roofline(L40S)(small) == EFFICIENCY.launch_s
-    assert Roofline(L40S)(VIEW) == 0
-    assert Roofline(L40S)(of_list) == pytest.approx(2 * 16 / 864e9 / EFFICIENCY.memory)
-
-
-def test_what_is_changed_in_place_is_read_and_written():
-    one = (operand(100),)
-    assert bytes_of(OperatorCall(ATEN.add.Tensor, (*one, *one), made_bytes=200)) == 600
-    assert bytes_of(OperatorCall(ATEN.add_.Tensor, (*one, *one))) == 600
-    assert bytes_of(OperatorCall(ATEN._foreach_sqrt.default, (one,), made_bytes=200)) == 400
-    # AdamW reads weight, gradient and two averages, and writes all but the gradient.
-    fused = OperatorCall(ATEN._fused_adamw_.default, (one, one, one, one, (), ()))
-    assert bytes_of(fused) == 7 * 200
-
-
-def test_of_a_table_only_the_rows_that_are_looked_up_are_read():
-    lookup = OperatorCall(
-        ATEN.embedding.default, (operand(128_256, 64), operand(4, dtype=torch.long)), made_bytes=4 * 128
-    )
-    assert bytes_of(lookup) == 2 * 4 * 128
-
-
-def test_attention_computes_two_products_forward_and_five_backward_and_half_of_them_if_it_is_causal():
-    forward, backward = (
-        ATEN._scaled_dot_product_flash_attention_for_cpu.default,
-        ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default,
-    )
-    q = operand(2, 8, 128, 64)
-    one = 2 * 2 * 8 * 128 * 128 * 64
-    assert flops_of(OperatorCall(forward, (q, q, q, 0.0, False))) == 2 * one
-    assert flops_of(OperatorCall(forward, (q, q, q, 0.0, True))) == one
-    assert flops_of(OperatorCall(backward, (q, q, q, q, q, q, 0.0, True))) == 5 * one // 2
-    assert flops_of(product(2, 3, 4)) == 48
-    long, sums = operand(1, 8, 8192, 64), operand(1, 8, 8192, dtype=FP32)  # sums are in float32 with any precision
-    half = OperatorCall(backward, (long, long, long, long, long, sums, 0.0, False))
-    assert Roofline(L40S, WHOLE)(half) == pytest.approx(5 * 2 * 8 * 8192 * 8192 * 64 / 362.05e12)
+def test_a_small_operation_takes_a_launch_unless_it_shares_one():
+    of_list = OperatorCall("_foreach_mul_", 32, of_list=True)
+    assert roofline(L40S)(OperatorCall("mul", 48)) == EFFICIENCY.launch_s
+    assert roofline(L40S)(of_list) == pytest.approx(32 / 864e9 / EFFICIENCY.memory)
 
 
 # Steps
@@ -127,8 +83,7 @@ def test_a_prediction_says_that_it_was_not_measured_and_costs_say_what_they_are_
     assert str(costs).splitlines()[0] == "Costs on NVIDIA T4, from the datasheet, not measured"
     for words in ("65.0 TFLOP/s x 0.69", "320 GB/s x 0.77", "NVIDIA T4 datasheet, 2019"):
         assert words in str(costs), words
-    assert costs.seconds_spent < 60
-    assert re.search(r"So LoRA is (slower|faster) on the NVIDIA T4: ", str(found))
+    assert re.search(r"So LoRA is (slower|faster) on the NVIDIA T4\.", str(found))
     for doubt in (
         r"The NVIDIA T4 has no bfloat16, so its rate is that of float16; at 70 W its clock may fall\.",
         r"fitted to two steps on an L40S, and 5 us for a launch are assumed\. .*an aim of 25 %: see docs/costs\.md\.",

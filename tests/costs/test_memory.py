@@ -36,10 +36,9 @@ from lora_lab import (
     quantize_nf4,
     speed,
 )
-from lora_lab.costs import recording
+from lora_lab.costs.bill import MIB, Bill, Moment, Recording
 from lora_lab.costs.cost_model import CostModel
-from lora_lab.costs.memory import MIB, Bill, Moment, largest, measure, predict, saved_bytes
-from lora_lab.costs.memory_report import parse_bytes, report, training_setups
+from lora_lab.costs.memory import largest, measure, parse_bytes, predict, report, saved_bytes, training_setups
 from lora_lab.costs.setup import Setup
 from lora_lab.methods import AsItIs
 from lora_lab.models.digits import DigitsMLP
@@ -683,13 +682,13 @@ def test_a_predictor_that_loses_a_part_misses_the_peak_that_is_measured_as_befor
     config, method, size, options = MATTERS[part]
     rehearsed, real = (llama(ask, method, config, *size, **options) for ask in (predicted, measure))
     assert rehearsed.peak_bytes == pytest.approx(real.peak_bytes, rel=0.03)
-    moments = recording.Recording._moments
+    moments = Recording._moments
 
     def losing(*args):
         for parts in moments(*args):
             yield Counter({name: size for name, size in parts.items() if name != part})
 
-    monkeypatch.setattr(recording.Recording, "_moments", losing)
+    monkeypatch.setattr(Recording, "_moments", losing)
     wrong = predict(Llama(config), method, *size, **options)
     assert wrong.peak_bytes < 0.97 * real.peak_bytes
     still = measure(Llama(config), method, text(config, *size), **options)
@@ -826,9 +825,7 @@ ASKED = {
     "memory measured": measure,
     "FLOPs": lambda model, setup, batch: speed.flops(model, setup, batch=batch),
     "time measured": lambda model, setup, batch: speed.step_time(model, {"one": setup}, batch=batch, rounds=1),
-    "time predicted": lambda model, setup, batch: CostModel(lambda _: 0.0, {}).predict(
-        model, {"one": setup}, batch=batch
-    ),
+    "time predicted": lambda model, setup, batch: CostModel(lambda _: 0.0).predict(model, {"one": setup}, batch=batch),
 }
 
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from lora_lab import memory
-from lora_lab.costs import memory_report
-from lora_lab.costs.memory_report import training_setups
+from lora_lab.costs.memory import training_setups
 from lora_lab.models.llama import Llama
 from tests.helpers import command, llama_folder, printed_json
 
@@ -41,9 +40,9 @@ def test_memory_prints_a_row_for_each_way_and_says_what_fits(bills, tmp_path, ca
 @pytest.fixture
 def one_way(monkeypatch):
     """Only one of the six ways, for time's sake."""
-    every = memory_report.training_setups
+    every = memory.training_setups
     monkeypatch.setattr(
-        memory_report, "training_setups", lambda rank, dtype, lean: {"LoRA r=8": every(rank, dtype)["LoRA r=8"]}
+        memory, "training_setups", lambda rank, dtype, lean: {"LoRA r=8": every(rank, dtype)["LoRA r=8"]}
     )
 
 

@@ -10,9 +10,8 @@ from torch import nn
 
 from lora_lab import DoRA, FullFineTuning, Lean, Llama, LlamaConfig, LoRA, LoRAFA, PiSSA
 from lora_lab.costs import memory, repeated
-from lora_lab.costs.bill import Part
+from lora_lab.costs.bill import Part, RecordedOperation, Recording
 from lora_lab.costs.memory import predict
-from lora_lab.costs.recording import RecordedOperation, Recording
 from lora_lab.costs.repeated import extend, longest_run
 from lora_lab.costs.setup import Setup
 from lora_lab.inject import last_blocks
@@ -117,10 +116,8 @@ def test_so_is_one_whose_peak_lies_in_a_block(both_ways):
 
 def test_the_shortcut_rehearses_few_blocks(monkeypatch):
     depths = []
-    plain = memory._Rehearsal._record
-    monkeypatch.setattr(
-        memory._Rehearsal, "_record", lambda *args: depths.append(len(args[1].model.model.layers)) or plain(*args)
-    )
+    plain = memory.StorageLog
+    monkeypatch.setattr(memory, "StorageLog", lambda step: depths.append(len(step.model.model.layers)) or plain(step))
     predict(deep(), LoRA(8, targets=TWO), 1, 8)
     assert depths == [2, 3]
     depths.clear()

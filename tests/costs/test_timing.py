@@ -12,6 +12,8 @@ from lora_lab import FullFineTuning, Lean, Llama, LoRA, speed
 from lora_lab.costs.setup import Setup
 from lora_lab.costs.timing import Times
 from lora_lab.models.digits import DigitsMLP
+from lora_lab.system import process
+from lora_lab.system.process import BusyCores
 
 DIGITS = (torch.rand(5, 64), torch.zeros(5, dtype=torch.long))
 
@@ -28,8 +30,8 @@ def test_statistics_by_hand():
     assert found.ratios("LoRA") == [2.0, 1.0, 0.5, 2.0]
     assert found.ratio("LoRA") == 1.5  # of the medians it would be 0.8
     assert found.ratio("full") == 1.0
-    assert found.frame().verdict[0] == ""
-    row = found.frame().set_index("variant").loc["LoRA"]
+    full, row = found.to_dict()["variants"]
+    assert (full["verdict"], row["verdict"]) == (None, "inconclusive after 4 rounds; take 6 or more")
     assert (row["seconds"], row["ratio"], row["tokens_per_second"]) == (2.0, 1.5, 256.0)
 
 
@@ -110,3 +112,25 @@ def test_two_threads_have_a_part_of_the_batch_each(tiny_config):
     assert set(seen) == {2}
     with pytest.raises(ValueError, match="accumulate is 2, but the batch has only 3 examples for 2 threads"):
         speed.step_time(partial(Llama, tiny_config), variants, 3, 4, rounds=1)
+
+
+# Other processes
+
+
+@pytest.mark.parametrize(
+    ("all_before", "all_after", "this_after", "seconds", "cores"),
+    [
+        (10.0, 16.0, 7.0, 2.0, 1.5),
+        (10.0, 10.02, 4.0, 0.004, 0.0),  # the system counts in hundredths of a second, too coarse for a moment
+    ],
+)
+def test_busy_cores_are_those_that_others_use(monkeypatch, all_before, all_after, this_after, seconds, cores):
+    spent, now = iter([(all_before, 4.0), (all_after, this_after)]), iter([0.0, seconds])
+    monkeypatch.setattr(process, "_cpu_seconds", lambda: next(spent))
+    monkeypatch.setattr(process.time, "perf_counter", lambda: next(now))
+    with BusyCores(3) as others:
+        pass
+    assert others.cores == cores
+    for count, disturbs in ((4, cores > 0), (5, False)):
+        monkeypatch.setattr(process.psutil, "cpu_count", lambda count=count: count)
+        assert others.disturbs == disturbs
