@@ -5,7 +5,7 @@ from . import tasks as tasks
 from .ablation.grid import Grid as Grid
 from .ablation.grid import Trial as Trial
 from .ablation.run import ablate as ablate
-from .adapters.chat_widget import chat as chat
+from .adapters.chat import chat as chat
 from .adapters.edit import extract as extract
 from .adapters.peft_format import load_adapter as load_adapter
 from .adapters.peft_format import save_adapter as save_adapter

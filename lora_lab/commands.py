@@ -150,7 +150,7 @@ def chat(
         device: cpu, cuda, ... (default: the best available)
     """
     from lora_lab.adapters.chat import HELP, Conversation, talk
-    from lora_lab.adapters.merged import base_of
+    from lora_lab.adapters.export import find_base
 
     system.schema.check(tokens, system.schema.Size, "--tokens")
     if plain and prompt is None:
@@ -160,7 +160,7 @@ def chat(
     adapters = {Path(folder).name: folder for folder in adapter}
     if len(adapters) < len(adapter):
         raise ValueError("Two of the adapters' folders have the same name; rename one, because names choose adapters.")
-    bases = set() if model else {base_of(folder) for folder in adapter}
+    bases = set() if model else {find_base(folder) for folder in adapter}
     if len(bases) > 1:
         raise ValueError(f"The adapters are of different models, {', '.join(sorted(bases))}; choose one with --model.")
     if prompt is not None and len(adapter) > 1:
@@ -557,7 +557,7 @@ def record(
         if text := chosen.line(row):
             print(text, flush=True)
     made = records.new(what, rows, settings, command, where, commit)
-    path = system.files.rescued(lambda path: records.write(made, path), folder)
+    path = system.files.save_or_rescue(lambda path: records.write(made, path), folder)
     print(f"Written: {path}")
     return {"path": path, **asdict(made)}
 

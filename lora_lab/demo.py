@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_lab.adapters.edit import off
-from lora_lab.adapters.peft_format import WEIGHTS, load_adapter
-from lora_lab.adapters.shipped import shipped
+from lora_lab.adapters.peft_format import WEIGHTS, load_adapter, shipped
 from lora_lab.costs.memory import MIB, PARTS, Part, predict
 from lora_lab.finetune import save_run
 from lora_lab.history import History
@@ -94,7 +93,7 @@ def train(label: str, method: Method, lr: float, steps: int, seed: int, device: 
     bill = predict(model, AsItIs(), BATCH_SIZE, SEQ_LEN)  # fit has prepared the model already
     memory = {**bill.parts, "the rest: torch, Python, the heap": max(0, peak - bill.peak_bytes)}
     after = evaluate(model, task, "train", BATCH_SIZE, EVAL_EXAMPLES)
-    files.rescued(lambda folder: save_run(folder, model, tokenizer, history), out)
+    files.save_or_rescue(lambda folder: save_run(folder, model, tokenizer, history), out)
     size = (out / (WEIGHTS if lora_layers(model) else "model.safetensors")).stat().st_size
     return Result(label, history, before, after, memory, peak, size, _continuation(model, tokenizer))
 

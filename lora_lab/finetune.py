@@ -78,7 +78,7 @@ def unused_folder(checkpoints: bool) -> Path:
         for folder in folders
         if _saved_before(folder) is None
         and (checkpoints or not (folder / CHECKPOINTS).exists())
-        and not files.is_claimed(folder)
+        and not files.is_held(folder)
     )
     return processes.from_first(next(free) if processes.rank == 0 else OUT)
 
@@ -146,7 +146,7 @@ def run(
         print(f"\n{table(result)}")
         if current_processes().rank == 0:
             saved = net, tokenizer, history, base_name(model), dtype, result, overwrite
-            files.rescued(lambda folder: save_run(folder, *saved), out)
+            files.save_or_rescue(lambda folder: save_run(folder, *saved), out)
             checkpoint.remove(checkpoints)
     print(f"\nSaved in {out}")
     return result
@@ -193,7 +193,7 @@ def _hold(out: Path, model: str, method: Method, overwrite: bool) -> Iterator[No
     if current_processes().rank != 0:
         yield
         return
-    with files.claimed(out):
+    with files.hold_folder(out):
         files.check_writable(out)
         files.check_replaceable(out / "result.json", ("method", "settings", "before", "after"))
         if not overwrite:

@@ -289,7 +289,7 @@ def match_layers(
             matches nothing, or a matched weight is shared by two modules.
     """
     modules = {name: module for name, module in model.named_modules() if name}
-    left_out = excluded(modules, exclude)
+    left_out = find_excluded(modules, exclude)
     classes = {
         name: kind
         for name, module in modules.items()
@@ -310,7 +310,7 @@ def match_layers(
     return {name: classes[name] for name in names}
 
 
-def excluded(names: Collection[str], exclude: Sequence[str]) -> set[str]:
+def find_excluded(names: Collection[str], exclude: Sequence[str]) -> set[str]:
     """Return those of the names that are in ``exclude``, or end in a dot and an entry of it.
 
     Raises:

@@ -175,7 +175,7 @@ def padding_id(model: nn.Module) -> int | None:
 
 
 @contextmanager
-def modes_restored(model: nn.Module) -> Iterator[None]:
+def restore_modes(model: nn.Module) -> Iterator[None]:
     """Give each module the mode back, train or eval, that it has now; one that is put in gets that of its parent."""
     modes = {name: module.training for name, module in model.named_modules()}
     try:
@@ -249,11 +249,11 @@ class Task:
     def fingerprint(self) -> str:
         """A hash of name, data and loss. Tasks with equal fingerprints have equal data.
 
-        The texts of a task may depend on the version of Python. The hash covers the loss as :func:`described` describes
+        The texts of a task may depend on the version of Python. The hash covers the loss as :func:`describe_value` has
         it, without its code: two lambdas, or a function before and after a change, have the same description. Give a
         task with another loss another name.
         """
-        digest = hashlib.sha256(f"{self.name} {described(self.loss)}".encode(errors="backslashreplace"))
+        digest = hashlib.sha256(f"{self.name} {describe_value(self.loss)}".encode(errors="backslashreplace"))
         for part, examples in self.parts.items():
             for tensor in (examples.inputs, examples.targets):
                 digest.update(f"{part} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -331,10 +331,10 @@ class Task:
         Raises:
             ValueError: ``n_train`` is below 1 or above the number of training examples.
         """
-        return replace(self, train=self.train[drawn(self, n_train, seed)])
+        return replace(self, train=self.train[draw_rows(self, n_train, seed)])
 
 
-def drawn(task: Task, n_train: int, seed: int | None = None) -> Tensor:
+def draw_rows(task: Task, n_train: int, seed: int | None = None) -> Tensor:
     """Return the indices of the training examples that :meth:`Task.limited` selects: (n_train,).
 
     Raises:
@@ -349,7 +349,7 @@ def drawn(task: Task, n_train: int, seed: int | None = None) -> Tensor:
     return torch.randperm(len(task.train), generator=torch.Generator().manual_seed(seed))[:n_train]  # (n_train,)
 
 
-def described(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """Return a text that describes a loss, or an argument of one, and is the same in every process.
 
     For a function it is the name; for a partial the function's name and the arguments, with all values of tensors and
@@ -359,13 +359,13 @@ def described(value: Any) -> str:
     if name := getattr(value, "__name__", None):
         return name
     if isinstance(value, partial):
-        return f"partial({described([value.func, *value.args])}, {described(value.keywords)})"
+        return f"partial({describe_value([value.func, *value.args])}, {describe_value(value.keywords)})"
     if isinstance(value, Mapping):
-        return f"{{{', '.join(sorted(f'{key!r}: {described(entry)}' for key, entry in value.items()))}}}"
+        return f"{{{', '.join(sorted(f'{key!r}: {describe_value(entry)}' for key, entry in value.items()))}}}"
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(described, value))}]"
+        return f"[{', '.join(map(describe_value, value))}]"
     if isinstance(value, np.ndarray):
-        return f"{value.dtype} {described(value.tolist())}"
+        return f"{value.dtype} {describe_value(value.tolist())}"
     if isinstance(value, Tensor):  # the repr of a large tensor omits values
         return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(bytes_of(value)).hexdigest()}"
     if type(value).__repr__ is object.__repr__:

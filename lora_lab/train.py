@@ -26,12 +26,12 @@ from lora_lab import checkpoint
 from lora_lab.history import History
 from lora_lab.inject import adapter_state, lora_layers
 from lora_lab.methods import ContinueLoRA, Method
-from lora_lab.system.device import own_randomness, randomness_restored
+from lora_lab.system.device import own_randomness, restore_randomness
 from lora_lab.system.distributed import ALONE, Processes, current_processes
 from lora_lab.system.files import check_writable
 from lora_lab.system.schema import Count, NotNegative, Positive, Seed, Size, check, check_bfloat16, check_fields
 from lora_lab.system.wording import progress_bar, short_repr
-from lora_lab.task import Batch, Examples, Loss, Task, modes_restored
+from lora_lab.task import Batch, Examples, Loss, Task, restore_modes
 
 EVALUATED = ("validation", "off_domain")  # the parts of which a history has losses
 _ONLY_IF_USED = ("batches", "gradient_checkpointing", "lean", "autocast")  # settings that a history may lack
@@ -435,7 +435,7 @@ def evaluate_parts(step: TrainingStep, task: Task, config: TrainConfig, history:
 
 def report(on_row: Callable[[dict[str, Any]], None], history: History, model: nn.Module) -> None:
     """Pass on a copy of the newest row; a logger that samples from the model does not change the run."""
-    with modes_restored(model), randomness_restored(next(model.parameters()).device):
+    with restore_modes(model), restore_randomness(next(model.parameters()).device):
         on_row(dict(history.rows[-1]))
 
 
@@ -447,7 +447,7 @@ def restore_switches(model: nn.Module) -> Iterator[None]:
         return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
     before = is_on()
-    with modes_restored(model):
+    with restore_modes(model):
         try:
             yield
         finally:
@@ -582,7 +582,7 @@ def batch_losses(
     examples = task.part(part)[:limit]
     if by_length and examples.lengths is not None:
         examples = examples[examples.lengths.argsort(stable=True)]
-    with modes_restored(model):
+    with restore_modes(model):
         model.eval()
         for start in range(processes.rank * batch_size, len(examples), processes.world_size * batch_size):
             batch = examples[slice(start, start + batch_size)]

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from lora_lab import FullFineTuning, Llama, LoRA, PartialFineTuning, finetune, load_adapter, save_adapter, save_model
-from lora_lab.adapters.merged import base_of, load_merged
+from lora_lab.adapters.export import find_base, load_merged
 from lora_lab.models.pretrained import SMOLLM2
 from lora_lab.tasks import task_of
 from lora_lab.train import TrainingStep
@@ -357,7 +357,7 @@ def test_an_adapter_finds_its_base_from_any_folder(tiny, tmp_path, tiny_config, 
     assert finetune_sums("--steps", 1, "--model", "models/base") == 0
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert base_of("../kept") == str(tmp_path / "models" / "base")
+    assert find_base("../kept") == str(tmp_path / "models" / "base")
     load_merged("../kept")
 
 

@@ -44,7 +44,7 @@ from lora_lab.methods import LoRA, Method, require_unmarked
 from lora_lab.models.quantize import BlockLinear
 from lora_lab.system.device import own_randomness
 from lora_lab.system.wording import progress_bar
-from lora_lab.task import Examples, Loss, Task, cross_entropy, described
+from lora_lab.task import Examples, Loss, Task, cross_entropy, describe_value
 from lora_lab.train import (
     EVALUATED,
     Batch,
@@ -578,7 +578,7 @@ def refusal(model: nn.Module, task: Task, method: Method, autocast: torch.dtype 
         return f"The method's dropout is {method.dropout:g}, but trials in one pass must not draw at random; use fit."
     if not any(task.loss is loss for loss in TRIAL_LOSSES):  # a loss need not be hashable
         return (
-            f"The loss {described(task.loss)!r} cannot be computed for each trial of a pack; use fit, or "
+            f"The loss {describe_value(task.loss)!r} cannot be computed for each trial of a pack; use fit, or "
             f"{' or '.join(loss.__name__ for loss in TRIAL_LOSSES)} of lora_lab.tasks."
         )
     try:

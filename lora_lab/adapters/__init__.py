@@ -3,21 +3,24 @@ extract it, lower its rank, and combine several.
 
 edit         switch, off, strength, extract, resize
 card         the model card in an adapter's folder
-peft_format  adapters as files, in the format of the PEFT library
-merged       an adapter as a whole model, in memory or in a Hugging Face folder
-gguf         adapters, alone or merged, as files for llama.cpp and Ollama
+peft_format  adapters as files, in the format of the PEFT library; those that are installed with lora_lab
 arithmetic   combine: several adapters as one
-chat         a conversation whose adapter changes between answers
-chat_widget  the same in a notebook
-shipped      adapters that are installed with lora_lab
+export       a whole model with its adapter merged, as a Hugging Face folder; files for llama.cpp and Ollama
+chat         a conversation whose adapter changes between answers, in a terminal or a notebook
 """
 
 from lora_lab.adapters.arithmetic import Combined, combine
 from lora_lab.adapters.edit import extract, off, resize, strength, switch
-from lora_lab.adapters.gguf import save_gguf
-from lora_lab.adapters.merged import load_merged, save_merged
-from lora_lab.adapters.peft_format import CONFIG, WEIGHTS, load_adapter, read_adapter, read_config, save_adapter
-from lora_lab.adapters.shipped import shipped
+from lora_lab.adapters.export import load_merged, save_gguf, save_merged
+from lora_lab.adapters.peft_format import (
+    CONFIG,
+    WEIGHTS,
+    load_adapter,
+    read_adapter,
+    read_config,
+    save_adapter,
+    shipped,
+)
 
 __all__ = [
     "CONFIG",

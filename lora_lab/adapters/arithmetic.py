@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_lab.adapters.peft_format import from_state, read_adapter
-from lora_lab.rank import SVD, product_svd, truncate
+from lora_lab.adapters.edit import truncate_product
+from lora_lab.adapters.peft_format import read
+from lora_lab.lora import LoRALayer
 from lora_lab.system.schema import Number, Size, check
 from lora_lab.system.wording import short_repr
 
@@ -34,7 +35,7 @@ def combine(
     how: str = "cat",
     rank: int | None = None,
 ) -> Combined:
-    """One adapter whose update is the weighted sum of those of several adapters of the same base.
+    """Return one adapter whose update is the weighted sum of those of several adapters of the same base.
 
         W0 + sum_i w_i s_i B_i A_i
 
@@ -48,8 +49,8 @@ def combine(
       an adapter with itself, each at weight 0.5, for example, gives twice its update.
 
     Args:
-        adapters: folders, or what :func:`read_adapter` or :func:`lora_lab.adapter_state` returned; of plain LoRA,
-            rsLoRA or LoRA-FA.
+        adapters: folders, or what :func:`read_adapter` or :func:`lora_lab.adapter_state` returned; of any kind but
+            DoRA.
         weights: one finite number for each adapter; None counts each once. Below 0 subtracts an adapter.
         how: "cat", "linear" or "svd".
         rank: for "svd" alone: of the result, or as much of it as a layer's shape allows.
@@ -62,7 +63,6 @@ def combine(
         ValueError: there are no adapters; the weights, the rule or the rank do not fit; an adapter is of DoRA, whose
             updates do not add up; a number of one is NaN or infinite; or the shapes in a layer differ.
     """
-    adapters = list(adapters)
     weights = [1.0 for _ in adapters] if weights is None else [check(weight, Number, "weight") for weight in weights]
     if len(adapters) == 0 or len(weights) != len(adapters):
         raise ValueError(f"There are {len(adapters)} adapters and {len(weights)} weights; give each adapter one.")
@@ -72,24 +72,34 @@ def combine(
         raise ValueError(f"how is {how!r} and rank is {rank}; a rank is for 'svd', which needs one.")
     if rank is not None:
         rank = check(rank, Size, "rank")
-    states = [adapter if isinstance(adapter, dict) else read_adapter(adapter) for adapter in adapters]
-    names = dict.fromkeys(name for state in states for name in _layers(state))  # in the order of the first that has it
-    for state in states:
-        from_state(state)  # which raises if one is incomplete or not finite
-    result, errors = Combined(), {}
-    for name in names:
-        terms = [
-            (weight * float(state[f"{name}.scaling"]), _factor(state, name, "lora_A"), _factor(state, name, "lora_B"))
-            for weight, state in zip(weights, states, strict=True)
-            if f"{name}.lora_A" in state
-        ]  # weight with scaling, A (r, in), B (out, r) of each adapter of this layer
+    layers: dict[str, list[tuple[float, Tensor, Tensor]]] = {}  # weight * scaling, A (r, in) and B (out, r) of each
+    for weight, adapter in zip(weights, adapters, strict=True):
+        for name, (tensors, _, scaling) in read(adapter).factors.items():
+            if tensors.keys() != {*LoRALayer.parts}:
+                raise ValueError(
+                    f"An adapter holds {sorted(tensors)} of {name!r}, so its update is more than scaling * B A and "
+                    "does not add up with others; merge it, extract a plain adapter, and combine that."
+                )
+            A, B = (tensors[part] for part in LoRALayer.parts)
+            exact = torch.promote_types(A.dtype, torch.float32)
+            layers.setdefault(name, []).append((weight * scaling, A.to(exact), B.to(exact)))
+    result = Combined()
+    result.errors = {}
+    for name, terms in layers.items():
         _check_shapes(name, terms, same_rank=how == "linear")
-        A, B, errors[name] = _add(terms, how, rank)
+        A, B, result.errors[name] = _add(terms, how, rank)
         result |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
         result[f"{name}.alpha"] = torch.tensor(float(len(A)), dtype=torch.float64)  # ()
         result[f"{name}.scaling"] = torch.tensor(1.0, dtype=torch.float64)  # ()
-    result.errors = errors
     return result
+
+
+def _check_shapes(name: str, terms: Sequence[tuple[float, Tensor, Tensor]], same_rank: bool) -> None:
+    if len({(A.shape[1:], len(B), B.shape[2:]) for _, A, B in terms}) > 1:
+        raise ValueError(f"The adapters of {name!r} are of layers of different shapes; combine those of one base.")
+    ranks = [len(A) for _, A, _ in terms]
+    if same_rank and len(set(ranks)) > 1:
+        raise ValueError(f"The adapters of {name!r} have ranks {ranks}, but 'linear' needs equal ones; use 'cat'.")
 
 
 def _add(terms: Sequence[tuple[float, Tensor, Tensor]], how: str, rank: int | None) -> tuple[Tensor, Tensor, float]:
@@ -98,48 +108,10 @@ def _add(terms: Sequence[tuple[float, Tensor, Tensor]], how: str, rank: int | No
     B = torch.cat([B for *_, B in terms], dim=1)  # (out, r1 + r2)
     if how == "cat":
         return A, B, 0.0
-    exact = product_svd(B.flatten(1), A.flatten(1))
-    if rank is None:
-        A_parts = [math.copysign(math.sqrt(abs(scale)), scale) * A for scale, A, _ in terms]  # (r, in) each
-        A = torch.stack(A_parts).sum(0)  # (r, in)
-        B = torch.stack([math.sqrt(abs(scale)) * B for scale, _, B in terms]).sum(0)  # (out, r)
-        return A, B, _distance(exact, A, B)
-    nearest = truncate(exact, min(rank, len(exact.S)))
-    return nearest.A.view(-1, *A.shape[1:]), nearest.B.view(len(B), -1, *B.shape[2:]), float(nearest.error)
-
-
-def _layers(state: dict[str, Tensor]) -> list[str]:
-    """The adapted layers of a state of plain updates.
-
-    Raises:
-        ValueError: an update is more than scaling * B A.
-    """
-    for key in state:
-        if not isinstance(key, str) or key.rpartition(".")[2] not in ("lora_A", "lora_B", "alpha", "scaling"):
-            raise ValueError(
-                f"An adapter holds {key!r}, so its update is more than scaling * B A and does not add up with others; "
-                "merge it, extract a plain adapter, and combine that."
-            )
-    return [key.removesuffix(".lora_A") for key in state if key.endswith(".lora_A")]
-
-
-def _factor(state: dict[str, Tensor], name: str, part: str) -> Tensor:
-    tensor = state[f"{name}.{part}"]
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _check_shapes(name: str, terms: Sequence[tuple[float, Tensor, Tensor]], same_rank: bool) -> None:
-    shapes = {(A.shape[1:], (len(B), *B.shape[2:])) for _, A, B in terms}
-    if len(shapes) > 1:
-        raise ValueError(f"The adapters of {name!r} are of layers of different shapes; combine those of one base.")
-    ranks = [len(A) for _, A, _ in terms]
-    if same_rank and len(set(ranks)) > 1:
-        raise ValueError(f"The adapters of {name!r} have ranks {ranks}, but 'linear' needs equal ones; use 'cat'.")
-
-
-def _distance(exact: SVD, A: Tensor, B: Tensor) -> float:
-    """||U S Vh - B A|| / ||U S Vh||, from the factors alone."""
-    size = exact.S.norm()
-    left = torch.cat([exact.U * exact.S, -B.flatten(1)], dim=1)  # (out, k + r)
-    right = torch.cat([exact.Vh, A.flatten(1)])  # (k + r, in)
-    return float(product_svd(left, right).S.norm() / size) if size else 0.0
+    if rank is not None:
+        return truncate_product(A, B, rank)
+    total = B.flatten(1) @ A.flatten(1)  # (out, in)
+    A = torch.stack([math.copysign(math.sqrt(abs(scale)), scale) * A for scale, A, _ in terms]).sum(0)  # (r, in)
+    B = torch.stack([math.sqrt(abs(scale)) * B for scale, _, B in terms]).sum(0)  # (out, r)
+    size = float(total.norm())
+    return A, B, float((total - B.flatten(1) @ A.flatten(1)).norm()) / size if size else 0.0

@@ -18,10 +18,29 @@ CARD = "README.md"
 _MARK = (
     "<!-- This card is written by lora_lab, and again when the adapter is saved. Remove this line to keep yours. -->"
 )
+_TEXT = """---
+{base_line}library_name: peft
+tags:
+- lora
+- lora_lab
+---
+{mark}
+
+# {title}
+
+{settings}
+{training}
+## Use
+
+The folder is in PEFT's format. With lora_lab: `lora_lab.load_adapter(model, folder)`; with PEFT:
+`peft.PeftModel.from_pretrained(model, folder)`.
+
+Saved with lora_lab {version}, torch {torch}, Python {python}.
+"""
 
 
 def is_free(folder: str | Path) -> bool:
-    """Whether a card may be written to a folder: it has none, or one that lora_lab wrote and nobody has claimed."""
+    """Return whether a card may be written to a folder: it has none, or one by lora_lab that nobody has claimed."""
     path = Path(folder) / CARD
     return not path.exists() or (path.is_file() and _MARK in path.read_text(encoding="utf-8", errors="replace"))
 
@@ -33,71 +52,55 @@ def yield_to(folder: str | Path, temporary: Path) -> None:
 
 
 def card(config: Mapping[str, Any], parameters: int, history: History | None = None) -> str:
-    """The card's text.
+    """Return the card's text.
 
     Args:
         config: the adapter's settings, with PEFT's names.
         parameters: the number of values in the adapter.
         history: of the training run; None leaves out how it was trained.
     """
-    base = config["base_model_name_or_path"]
+    base, targets = config["base_model_name_or_path"], config["target_modules"]
     kind = next((kind.__name__ for kind in LORA_METHODS.values() if config.get(str(kind.peft))), "LoRA")
-    header = ["---", "library_name: peft", "tags:", "- lora", "- lora_lab"]
-    if base and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) and not Path(base).exists():  # the Hub takes names alone
-        header.insert(1, f"base_model: {base}")
-    targets = ", ".join(f"`{name}`" for name in config["target_modules"])
-    rows = {
+    on_hub = base and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) and not Path(base).exists()  # which takes names alone
+    exceptions = " (exceptions in adapter_config.json)" if config["rank_pattern"] or config["alpha_pattern"] else ""
+    settings = {
         "base model": f"`{base}`" if base else "not recorded",
         "method": kind,
-        "rank, alpha": f"{config['r']}, {config['lora_alpha']:g}"
-        + (" (exceptions in adapter_config.json)" if config["rank_pattern"] or config["alpha_pattern"] else ""),
+        "rank, alpha": f"{config['r']}, {config['lora_alpha']:g}{exceptions}",
         "dropout": f"{config['lora_dropout']:g}",
-        "adapted layers": targets if len(config["target_modules"]) <= 12 else f"{len(config['target_modules'])} layers",
+        "adapted layers": f"{len(targets)} layers" if len(targets) > 12 else ", ".join(f"`{name}`" for name in targets),
         "parameters": f"{parameters:,}",
     }
-    training = [] if history is None else ["", "## Training", "", *_table(_training(history))]
-    versions = f"lora_lab {version()}, torch {torch.__version__}, Python {platform.python_version()}"
-    return "\n".join(
-        [
-            *header,
-            "---",
-            _MARK,
-            "",
-            f"# {kind} adapter" + (f" for {base}" if base else ""),
-            "",
-            *_table(rows),
-            *training,
-            "",
-            "## Use",
-            "",
-            "The folder is in PEFT's format. With lora_lab: `lora_lab.load_adapter(model, folder)`; with PEFT:",
-            "`peft.PeftModel.from_pretrained(model, folder)`.",
-            "",
-            f"Saved with {versions}.",
-            "",
-        ]
+    return _TEXT.format(
+        base_line=f"base_model: {base}\n" if on_hub else "",
+        mark=_MARK,
+        title=f"{kind} adapter" + (f" for {base}" if base else ""),
+        settings=_table(settings),
+        training="" if history is None else f"\n## Training\n\n{_table(_describe(history))}\n",
+        version=version(),
+        torch=torch.__version__,
+        python=platform.python_version(),
     )
 
 
-def _training(history: History) -> dict[str, str]:
-    """What a run trained on and how, and its losses before and after, as rows of a table."""
-    settings, rows = history.settings, history.rows
+def _describe(history: History) -> dict[str, str]:
+    """Return what a run trained on and how, and its losses before and after, as rows of a table."""
+    settings, rows, method = history.settings, history.rows, history.method
     result = {
         "task": f"{history.task['name']} (fingerprint `{history.task['fingerprint'][:12]}`)",
-        "method": history.method["name"],
-        "continued from": f"an adapter with the hash `{history.method['start'][:12]}`"
-        if "start" in history.method
-        else "",
+        "method": method["name"],
         "steps, examples a step": f"{len(rows) - 1:,}, {settings['batch_size']}",
         "learning rate": f"{settings['lr']:g}, {settings['schedule']}",
         "seed": str(settings["seed"]),
     }
+    if "start" in method:
+        result["continued from"] = f"an adapter with the hash `{method['start'][:12]}`"
     for part, label in (("validation", "validation loss"), ("off_domain", "off-domain loss")):
         losses = [row[f"{part}_loss"] for row in rows if row[f"{part}_loss"] is not None]
         if losses:
             result[f"{label}, before and after"] = f"{losses[0]:.3f}, {losses[-1]:.3f}"
-    return {name: text for name, text in result.items() if text}
+    return result
 
 
-def _table(rows: Mapping[str, str]) -> list[str]:
-    return ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items())]
+def _table(rows: Mapping[str, str]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items())])

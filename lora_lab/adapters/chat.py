@@ -1,31 +1,36 @@
-"""A conversation with a model, whose adapter can be changed, turned off and turned up and down between two answers."""
+"""A conversation with a model, whose adapter can be changed, turned off and turned up and down between two answers.
+
+:class:`Conversation` is what the model reads. People type to it in a terminal (:func:`talk`), or in a notebook's
+widgets (:func:`chat`).
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+import html
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_lab.adapters.edit import strength
+from lora_lab.adapters.edit import strength, take_off
 from lora_lab.adapters.peft_format import load_adapter
-from lora_lab.inject import lora_layers, replace, require_no_adapters
+from lora_lab.inject import require_no_adapters
 from lora_lab.models.decoding import Sampling
 from lora_lab.models.reading import reader_of, stream
 from lora_lab.models.tokenizer import Tokenizer
+from lora_lab.system.schema import Number, check
 from lora_lab.tasks.instruction import stop_token
 
-HELP = """\
-/adapter NAME     answer with this adapter
-/off              answer as the base model
-/strength NUMBER  multiply the adapter's update by NUMBER: 0 gives the base, 1 the adapter as it was trained
-/new              begin a new conversation
-/quit             end (so does the end of the input)"""
+if TYPE_CHECKING:
+    import ipywidgets
 
+Adapters = Mapping[str, str | Path | Mapping[str, Tensor]]  # name -> a folder, or an adapter in memory
 SAMPLING: dict[str, Any] = {"temperature": 0.5, "repetition_penalty": 1.1}  # of a chat, unless others are given
 
 
@@ -52,10 +57,9 @@ class Conversation:
         self,
         model: nn.Module,
         tokenizer: Tokenizer,
-        adapters: Mapping[str, str | Path | Mapping[str, Tensor]] | None = None,
-        *,
+        adapters: Adapters | None = None,
         max_new_tokens: int = 200,
-        **sampling: Any,
+        **sampling,
     ) -> None:
         require_no_adapters(model)
         reader_of(model)
@@ -78,15 +82,14 @@ class Conversation:
         """
         if name is not None and name not in self.adapters:
             raise ValueError(f"There is no adapter {name!r}; there are {', '.join(self.adapters) or 'none'}.")
-        for layer_name, layer in lora_layers(self.model).items():
-            replace(self.model, layer_name, layer.base)
+        take_off(self.model)
         self.name = None
         if name is not None:
             load_adapter(self.model, self.adapters[name])
             self.name = name
 
     def answer(self, text: str) -> Iterator[str]:
-        """The answer to what a user says, in parts, as they are made.
+        """Return the answer to what a user says, in parts, as they are made.
 
         If the caller stops early, what was made until then is the answer that the conversation goes on with.
 
@@ -94,63 +97,31 @@ class Conversation:
             ValueError: as for :meth:`lora_lab.models.tokenizer.Tokenizer.chat`.
         """
         self.messages.append({"role": "user", "content": text})
-        made: list[int] = []
-
-        def noted(tokens: Iterator[int]) -> Iterator[int]:
-            for token in tokens:
-                made.append(token)
-                yield token
-
+        said = ""
         try:
             ids = torch.tensor(self.tokenizer.encode(self.tokenizer.chat(self.messages)))  # (length,)
             ids = ids.to(next(self.model.parameters()).device)
-            changed = nullcontext() if self.name is None else strength(self.model, self.strength)
-            with changed:
+            with nullcontext() if self.name is None else strength(self.model, self.strength):
                 tokens = stream(self.model, ids, self.max_new_tokens, stop_token(self.tokenizer), **vars(self.sampling))
-                yield from self.tokenizer.decode_stream(noted(tokens))
+                for part in self.tokenizer.decode_stream(tokens):
+                    said += part
+                    yield part
         finally:
             self.sampling = dataclasses.replace(self.sampling, seed=self.sampling.seed + 1)
-            if made:
-                self.messages.append({"role": "assistant", "content": self.tokenizer.decode(made).strip() or "..."})
+            if said:
+                self.messages.append({"role": "assistant", "content": said.strip() or "..."})
             else:
                 self.messages.pop()
 
-    def command(self, line: str) -> str | None:
-        """Carry out a line that begins with a slash.
 
-        Returns:
-            What to tell the user; None to end the conversation.
-        """
-        word, _, value = line.strip().partition(" ")
-        try:
-            if word == "/quit":
-                return None
-            if word == "/adapter":
-                self.use(value.strip())
-                return f"The next answer is given with {self.name}, at strength {self.strength:g}."
-            if word == "/off":
-                self.use(None)
-                return "From the next answer on it is the base model that answers."
-            if word == "/strength":
-                self.strength = _number(value)
-                waits = "" if self.name else ", once /adapter NAME has chosen an adapter"
-                return f"The adapter's update is multiplied by {self.strength:g} from now on{waits}."
-            if word == "/new":
-                self.messages.clear()
-                return "A new conversation begins."
-        except ValueError as error:
-            return str(error)
-        return HELP
+# In a terminal
 
-
-def _number(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = float("nan")
-    if not abs(number) < float("inf"):
-        raise ValueError(f"The strength is {text.strip()!r}, but it must be a number, such as 0.5.")
-    return number
+HELP = """\
+/adapter NAME     answer with this adapter
+/off              answer as the base model
+/strength NUMBER  multiply the adapter's update by NUMBER: 0 gives the base, 1 the adapter as it was trained
+/new              begin a new conversation
+/quit             end (so does the end of the input)"""
 
 
 def talk(conversation: Conversation, read: Callable[[], str], write: Callable[[str], None]) -> None:
@@ -165,17 +136,233 @@ def talk(conversation: Conversation, read: Callable[[], str], write: Callable[[s
             line = read().strip()
         except EOFError:
             return
-        if line.startswith("/"):
-            reply = conversation.command(line)
-            if reply is None:
+        if line == "/quit":
+            return
+        if not line:
+            continue
+        try:
+            for part in [obey(conversation, line)] if line.startswith("/") else conversation.answer(line):
+                write(part)
+        except KeyboardInterrupt:  # ends the answer, not the conversation
+            write(" [stopped]")
+        except ValueError as error:
+            write(str(error))
+        write("\n")
+
+
+def obey(conversation: Conversation, line: str) -> str:
+    """Carry out a line that begins with a slash, and return what to tell the user.
+
+    Raises:
+        ValueError: there is no such adapter, or the strength is no number.
+    """
+    match line.split(maxsplit=1):
+        case ["/adapter", name]:
+            conversation.use(name)
+            return f"The next answer is given with {name}, at strength {conversation.strength:g}."
+        case ["/off"]:
+            conversation.use(None)
+            return "From the next answer on it is the base model that answers."
+        case ["/strength", number]:
+            conversation.strength = check(float(number), Number, "The strength")
+            waits = "" if conversation.name else ", once /adapter NAME has chosen an adapter"
+            return f"The adapter's update is multiplied by {conversation.strength:g} from now on{waits}."
+        case ["/new"]:
+            conversation.messages.clear()
+            return "A new conversation begins."
+    return HELP
+
+
+# In a notebook
+
+BASE = "(base model)"
+_TEXT_FOLLOWS_IN = 0.3  # seconds from the message of Enter to that of the text; they are sent together
+# Of the edges of messages: JupyterLab's colours, which follow its theme, and others for front ends without them.
+_USER, _MODEL, _ERROR = "var(--jp-border-color1, #999999)", "var(--jp-success-color1, #009e73)", "#d55e00"
+_MESSAGE = (
+    '<div style="border-left: 4px solid {colour}; padding: 2px 12px; margin: 6px 8px; line-height: 1.4; '
+    'white-space: pre-wrap; overflow-wrap: anywhere"><b>{label}</b>\n{text}</div>'
+)
+_WRAPPED = {"flex_flow": "row wrap", "grid_gap": "0 8px"}
+_WINDOW = {
+    "display": "flex",
+    "flex_flow": "column-reverse",  # so a box is scrolled to its end, and stays there while an answer grows
+    "height": "26em",
+    "overflow": "auto",
+    "margin": "2px",
+    "border": "1px solid var(--jp-border-color2, #cccccc)",
+}
+
+
+def chat(model: nn.Module, tokenizer: Tokenizer, adapters: Adapters | None = None, **options: Any) -> Chat:
+    """Show a conversation with a model in a notebook, whose adapter and strength can be changed between two answers.
+
+        ll.chat(model, tokenizer, {"keeper": ll.adapters.shipped("lighthouse-keeper")})
+
+    Enter or a click sends a message. An answer appears as it is made, in a thread of its own: do not train or change
+    the model until it has ended or was stopped. Between answers the model has no adapter; its weights are frozen, as by
+    :func:`lora_lab.load_adapter`. A strength of 0 is the base, 1 the adapter as it was trained.
+
+    Args:
+        model, tokenizer, adapters, **options: as for :class:`Conversation`, such as ``max_new_tokens=100``. The first
+            adapter is selected at the start.
+
+    Returns:
+        An object whose widgets a program can drive.
+
+    Raises:
+        ValueError: the model has adapters, or an adapter does not fit it.
+        FileNotFoundError: an adapter's folder lacks a file.
+    """
+    from IPython.display import display
+
+    made = Chat(Conversation(model, tokenizer, adapters, **options))
+    bundle = made.panel._repr_mimebundle_() or {}
+    alt = "A conversation: controls for the adapter and its strength, the messages, and a field to write in."
+    display({**bundle, "text/plain": alt}, raw=True)
+    return made
+
+
+class Chat:
+    """The widgets of a conversation, made by :func:`chat`. A program can drive them as a reader does.
+
+    Attributes:
+        conversation: what the model reads; between answers no adapter is in use in it.
+        adapter, strength: a drop-down (name, or None for the base) and a slider; the next answer is given with them.
+        field, send, stop, new: the field for a message, and the buttons.
+        messages: a box with one HTML widget for each message, answer and error.
+        panel: the box of all.
+    """
+
+    def __init__(self, conversation: Conversation) -> None:
+        import ipywidgets
+
+        self.conversation = conversation
+        conversation.use(None)  # the model is as it was, so that the cell can be run again
+        options = [(name, name) for name in conversation.adapters] + [(BASE, None)]
+        look: dict[str, Any] = {"style": {"description_width": "initial"}, "layout": {"flex": "1 1 15em"}}
+        self.adapter = ipywidgets.Dropdown(options=options, description="adapter", **look)
+        self.strength = ipywidgets.FloatSlider(1.0, min=0.0, max=2.0, step=0.05, description="strength", **look)
+        self.new = ipywidgets.Button(description="New conversation", layout={"width": "auto"})
+        # At each key a browser sends the text so far, but keeps some back while others are under way, and a message of
+        # Enter would overtake them. So the text is sent as a whole: right after Enter, or when the field is left.
+        self.field = ipywidgets.Text(placeholder="Write a message; Enter sends it", continuous_update=False, **look)
+        self.send = ipywidgets.Button(description="Send", button_style="info", layout={"width": "6em"})
+        self.stop = ipywidgets.Button(description="Stop", disabled=True, layout={"width": "6em"})
+        self.messages = ipywidgets.VBox(layout={"flex": "0 0 auto", "overflow": "visible"})
+        top = ipywidgets.HBox([self.adapter, self.strength, self.new], layout=_WRAPPED)
+        window = ipywidgets.Box([self.messages], layout=_WINDOW)
+        bottom = ipywidgets.HBox([self.field, self.send, self.stop], layout=_WRAPPED)
+        self.panel = ipywidgets.VBox([top, window, bottom], layout={"width": "46em", "max_width": "100%"})
+        self._stopped, self._lock = threading.Event(), threading.Lock()
+        self._thread: threading.Thread | None = None  # in which an answer is made
+        self._entered: threading.Timer | None = None
+        self.adapter.observe(lambda _: self._enable(), names="value")
+        self.field.on_msg(self._enter)
+        self.field.observe(lambda _: self._entered and self._submit(), names="value")
+        self.send.on_click(lambda _: self._submit())
+        self.stop.on_click(lambda _: self._stopped.set())
+        self.new.on_click(lambda _: self._begin())
+        self._enable()
+
+    @property
+    def busy(self) -> bool:
+        """Whether an answer is being made."""
+        return self._thread is not None
+
+    def wait(self) -> None:
+        """Return when the answer that is being made, if any, has ended."""
+        if (timer := self._entered) is not None:
+            timer.join()
+        if (thread := self._thread) is not None:
+            thread.join()
+
+    def _ipython_display_(self) -> None:
+        """Show nothing: :func:`chat` has shown it already."""
+
+    def _enter(self, _: Any, content: dict[str, Any], __: Any) -> None:
+        """Enter was pressed: the text follows at once if it has changed, and does not if the kernel has it already."""
+        if content.get("event") == "submit":
+            self._entered = threading.Timer(_TEXT_FOLLOWS_IN, self._submit)
+            self._entered.daemon = True
+            self._entered.start()
+
+    def _submit(self) -> None:
+        """Answer what is in the field, in a thread, so that a click on Stop is noticed meanwhile."""
+        with self._lock:
+            if self._entered is not None:
+                self._entered.cancel()
+                self._entered = None
+            text = self.field.value.strip()
+            if self.busy or not text:
                 return
-            write(f"{reply}\n")
-        elif line:
-            try:
-                for part in conversation.answer(line):
-                    write(part)
-            except KeyboardInterrupt:  # ends the answer, not the conversation
-                write(" [stopped]")
-            except ValueError as error:
-                write(str(error))
-            write("\n")
+            self.field.value = ""
+            self._stopped.clear()
+            name, strength = self.adapter.value, self.strength.value
+            label = BASE if name is None else name if strength == 1 else f"{name} × {strength:g}"  # noqa: RUF001 - a sign of multiplication
+            _show(self._add_message(), "you", text, _USER)
+            view = self._add_message()
+            self._thread = threading.Thread(
+                target=self._answer, args=(text, name, strength, partial(_show, view, label)), daemon=True
+            )
+            self._enable()
+            self._thread.start()
+
+    def _answer(self, text: str, name: str | None, strength: float, show: Callable[..., None]) -> None:
+        """Show the answer in parts, and at its end, or where it ended, why."""
+        show("")
+        answer = ""
+        try:
+            with closing(self._generate(text, name, strength)) as parts:
+                for part in parts:
+                    answer += part
+                    show(answer)
+                    if self._stopped.is_set():
+                        show(f"{answer} [stopped]")
+                        break
+            if not answer:
+                show("[The model ended its answer before the first word.]")
+        except Exception as error:  # in a thread nobody else would see it
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            show(f"{answer}\n{kind}{error}".strip(), _ERROR)
+            if not answer and not self.field.value:
+                self.field.value = text  # to be corrected
+        finally:
+            self._thread = None
+            self._enable()
+
+    def _generate(self, text: str, name: str | None, strength: float) -> Generator[str, None, None]:
+        """Yield the answer in parts, with the adapter on the model."""
+        require_no_adapters(self.conversation.model)  # such as were trained since the last answer: they would be lost
+        try:
+            self.conversation.use(name)
+            self.conversation.strength = strength
+            yield from self.conversation.answer(text)
+        finally:
+            self.conversation.use(None)
+
+    def _begin(self) -> None:
+        """Begin a new conversation."""
+        self.conversation.messages.clear()
+        self.messages.children = ()
+
+    def _add_message(self) -> ipywidgets.HTML:
+        import ipywidgets
+
+        view = ipywidgets.HTML()
+        self.messages.children = (*self.messages.children, view)
+        return view
+
+    def _enable(self) -> None:
+        """Disable what cannot be used now.
+
+        Never the field: it would lose the focus, and JupyterLab would take the keys that follow for commands.
+        """
+        for control in (self.adapter, self.send, self.new):
+            control.disabled = self.busy
+        self.strength.disabled = self.busy or self.adapter.value is None
+        self.stop.disabled = not self.busy
+
+
+def _show(view: ipywidgets.HTML, label: str, text: str, colour: str = _MODEL) -> None:
+    view.value = _MESSAGE.format(colour=colour, label=html.escape(label), text=html.escape(text))

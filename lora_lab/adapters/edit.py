@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,104 @@ from lora_lab.rank import energy_rank, product_svd, svd, truncate
 from lora_lab.system.schema import Number, Positive, Size, check, check_finite
 from lora_lab.variants import DoRALinear, PiSSALinear
 
+# Adapters without their model
 
-def switch(model: nn.Module, state: dict[str, Tensor]) -> None:
+
+class Factors(NamedTuple):
+    """What an adapter holds for one layer."""
+
+    tensors: dict[str, Tensor]  # by the names in :attr:`lora_lab.lora.LoRALayer.parts`
+    alpha: float
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        """The inner dimension of the update."""
+        return len(self.tensors["lora_A"])
+
+
+def split_state(state: Mapping[str, Tensor], source: str) -> dict[str, Factors]:
+    """Return what an adapter in memory, as :func:`lora_lab.adapter_state` returns it, holds for each layer.
+
+    Raises:
+        ValueError: a layer lacks A, B, alpha or scaling, or as for :func:`check_factors`. The message names ``source``.
+    """
+    layers: dict[str, dict[str, Any]] = {}
+    for key, value in state.items():
+        name, _, part = str(key).rpartition(".")
+        layers.setdefault(name, {})[part] = value
+    factors = {}
+    for name, parts in layers.items():
+        if missing := {*LoRALayer.parts, "alpha", "scaling"} - parts.keys():
+            raise ValueError(f"{source} lacks {name}.{min(missing)}; pass all that adapter_state returned.")
+        scalars = [float(check(parts.pop(part), Positive, f"{name}.{part}")) for part in ("alpha", "scaling")]
+        check_factors(name, parts, len(parts["lora_A"]), source)
+        factors[name] = Factors(parts, *scalars)
+    return factors
+
+
+def check_factors(name: str, tensors: Mapping[str, Tensor], rank: int, source: str) -> None:
+    """Raise ValueError if a layer's tensors do not hold finite floating-point numbers, or are of another rank."""
+    A, B = tensors["lora_A"], tensors["lora_B"]
+    is_floating = all(tensor.is_floating_point() for tensor in tensors.values())
+    if not (is_floating and rank and A.ndim > 1 and A.shape[:1] == B.shape[1:2] == (rank,)):
+        raise ValueError(
+            f"{source}: {name}.lora_A is {A.dtype} of {tuple(A.shape)} and {name}.lora_B is {B.dtype} of "
+            f"{tuple(B.shape)}, which are no factors of rank {rank}; save the adapter again."
+        )
+    check_finite(((f"{name}.{part}", tensor) for part, tensor in tensors.items()), source)
+
+
+def check_fit(name: str, layer: LoRALayer, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise ValueError if the tensors are not, by names and shapes, an adapter of this layer, of whatever rank."""
+    if tensors.keys() != set(layer.parts):
+        raise ValueError(
+            f"{source} holds {sorted(tensors)} of {name!r}, but {type(layer).__name__} has {sorted(layer.parts)}; is "
+            "it the same kind of adapter?"
+        )
+    for part, tensor in tensors.items():
+        shape = list(getattr(layer, part).shape)
+        if part in LoRALayer.parts:
+            shape[LoRALayer.parts.index(part)] = len(tensors["lora_A"])  # A (rank, in), B (out, rank)
+        if list(tensor.shape) != shape:
+            raise ValueError(
+                f"{source}: {part} of {name!r} has shape {tuple(tensor.shape)}, but this model needs {tuple(shape)}; "
+                "is it the adapter's own base model?"
+            )
+
+
+@torch.no_grad()
+def set_factors(layer: LoRALayer, tensors: Mapping[str, Tensor], alpha: float) -> None:
+    """Replace a layer's factors, which may be of another rank, and its alpha, in place."""
+    for part, value in tensors.items():
+        current = getattr(layer, part)
+        if current.shape == value.shape:
+            current.copy_(value)
+        else:
+            new = value.to(current.device, current.dtype, copy=True, memory_format=torch.contiguous_format)
+            setattr(layer, part, nn.Parameter(new, requires_grad=current.requires_grad))
+    layer.alpha = alpha
+
+
+def put_on(
+    model: nn.Module, factors: Mapping[str, Factors], dropout: float = 0.0, layer: type[LoRALayer] | None = None
+) -> list[str]:
+    """Freeze a model and put adapters on it, in place, and return the names of the adapted layers.
+
+    Args:
+        factors: of each layer, which fit the model.
+        layer: as for :func:`lora_lab.inject`.
+    """
+    names = inject(model, LoRAConfig(1, dropout=dropout, targets=list(factors)), layer=layer)
+    for name, adapted in lora_layers(model).items():
+        set_factors(adapted, factors[name].tensors, factors[name].alpha)
+    return names
+
+
+# Adapters on a model
+
+
+def switch(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Put another adapter, as :func:`lora_lab.adapter_state` returned it, into the model's adapted layers.
 
     A, B and scaling become the state's; the base does not change. The rank may differ: the parameters are then new
@@ -39,26 +135,26 @@ def switch(model: nn.Module, state: dict[str, Tensor]) -> None:
             unchanged.
     """
     layers = lora_layers(uncompiled(model), required=True)
-    expected_names = {f"{name}.{part}" for name, layer in layers.items() for part in (*layer.parts, "alpha", "scaling")}
-    if wrong := sorted(expected_names ^ state.keys(), key=str):
-        raise ValueError(
-            f"The state and the model's adapters differ in {wrong[0]!r}"
-            + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
-            + "; switch takes what adapter_state returned for the same layers and the same kind of adapter."
-        )
-    alphas, scalings = (
-        {name: float(check(state[f"{name}.{key}"], Positive, f"{name}.{key}")) for name in layers}
-        for key in ("alpha", "scaling")
-    )
+    factors = split_state(state, "The state")
+    if wrong := sorted(layers.keys() ^ factors.keys()):
+        raise ValueError(f"The state and the model's adapters differ in {wrong[0]!r}; they must be of the same layers.")
     for name, layer in layers.items():
-        tensors = {part: state[f"{name}.{part}"] for part in layer.parts}
-        check_finite(((f"{name}.{part}", tensor) for part, tensor in tensors.items()), "The state")
-        rank = check(len(tensors["lora_A"]) if tensors["lora_A"].ndim else layer.rank, Size, "rank")
-        check_fit(name, layer, tensors, rank, "The state")
+        check_fit(name, layer, factors[name].tensors, "The state")
     for name, layer in layers.items():
-        set_factors(layer, {part: state[f"{name}.{part}"] for part in layer.parts}, alphas[name])
-        if layer.scaling != scalings[name]:
-            layer.alpha *= scalings[name] / layer.scaling
+        set_factors(layer, factors[name].tensors, factors[name].alpha)
+        _set_scaling(layer, factors[name].scaling)
+
+
+def _set_scaling(layer: LoRALayer, scaling: float) -> None:
+    """Change a layer's alpha so that its scaling is this one."""
+    if layer.scaling != scaling:
+        layer.alpha *= scaling / layer.scaling
+
+
+def take_off(model: nn.Module) -> None:
+    """Put the base layers of a model, which stay frozen, in the places of the adapted ones."""
+    for name, layer in lora_layers(model).items():
+        replace(model, name, layer.base)
 
 
 @contextmanager
@@ -75,14 +171,11 @@ def off(model: nn.Module) -> Iterator[nn.Module]:
     if not layers:
         raise ValueError("The model has no adapters to turn off; call inject first, and do not nest off within off.")
     try:
-        for name, layer in layers.items():
-            replace(model, name, layer.base)
+        take_off(model)
         yield model
     finally:
-        for name, layer in layers.items():
-            replace(
-                model, name, layer.train(layer.base.training)
-            )  # train or eval may have been called within the block
+        for name, layer in layers.items():  # train or eval may have been called within the block
+            replace(model, name, layer.train(layer.base.training))
 
 
 @contextmanager
@@ -154,8 +247,7 @@ def extract(
     require_no_adapters(base)
     factors, errors = {}, {}
     for name, lora_class in match_layers(base, "all-linear", ()).items():
-        layer: Any = base.get_submodule(name)
-        before = layer.weight  # (48, 64)
+        before: Any = base.get_submodule(name).weight  # (48, 64)
         after = tuned.get(f"{name}.weight")
         if after is None or after.shape != before.shape:
             problem = "missing" if after is None else f"of shape {tuple(after.shape)}"
@@ -171,12 +263,11 @@ def extract(
         most = len(change.S) if rank is None else min(rank, len(change.S))
         layer_rank = most if energy is None else int(energy_rank(change.S, energy))
         B, A, error = truncate(change, layer_rank)  # (48, 4), (4, 64), ()
-        factors[name], errors[name] = {"lora_A": A, "lora_B": B}, float(error)
+        factors[name] = Factors({"lora_A": A, "lora_B": B}, layer_rank, 1.0)
+        errors[name] = float(error)
     if not factors:
         raise ValueError("No linear layer of the tuned model differs from the base, so there is nothing to extract.")
-    inject(base, LoRAConfig(1, 1, targets=list(factors)))
-    for name, layer in lora_layers(base).items():
-        set_factors(layer, factors[name], alpha=len(factors[name]["lora_A"]))  # alpha = rank, so that scaling is 1
+    put_on(base, factors)
     return errors
 
 
@@ -204,49 +295,19 @@ def resize(model: nn.Module, rank: int) -> dict[str, float]:
             )
     errors = dict.fromkeys(layers, 0.0)
     for name, layer in layers.items():
-        if layer.rank <= rank:
-            continue
-        change = product_svd(layer.lora_B.flatten(1), layer.lora_A.flatten(1))
-        B, A, error = truncate(change, min(rank, len(change.S)))  # a small layer may hold fewer directions
-        shapes = {part: factor_shape(layer, part, len(A)) for part in layer.parts}
-        scaling = layer.scaling
-        set_factors(layer, {"lora_A": A.view(shapes["lora_A"]), "lora_B": B.view(shapes["lora_B"])}, layer.alpha)
-        layer.alpha *= scaling / layer.scaling
-        errors[name] = float(error)
+        if layer.rank > rank:
+            scaling = layer.scaling
+            A, B, errors[name] = truncate_product(layer.lora_A, layer.lora_B, rank)
+            set_factors(layer, {"lora_A": A, "lora_B": B}, layer.alpha)
+            _set_scaling(layer, scaling)
     return errors
 
 
-@torch.no_grad()
-def set_factors(layer: LoRALayer, tensors: dict[str, Tensor], alpha: float) -> None:
-    """Replace a layer's factors, which may be of another rank, and its alpha, in place."""
-    for part, value in tensors.items():
-        current = getattr(layer, part)
-        if current.shape == value.shape:
-            current.copy_(value)
-        else:
-            new = value.to(current.device, current.dtype, copy=True, memory_format=torch.contiguous_format)
-            setattr(layer, part, nn.Parameter(new, requires_grad=current.requires_grad))
-    layer.alpha = alpha
+def truncate_product(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """Return the factors of the matrix of this rank nearest to B A, in the shapes of a layer's, and the relative error.
 
-
-def check_fit(name: str, layer: LoRALayer, tensors: Mapping[str, Tensor], rank: int, source: str) -> None:
-    """Raise ValueError if the tensors are not, by names and shapes, a layer's adapter of this rank."""
-    if tensors.keys() != set(layer.parts):
-        raise ValueError(
-            f"{source} holds {sorted(tensors)} of {name!r}, but {type(layer).__name__} has {sorted(layer.parts)}; "
-            "save the adapter again."
-        )
-    for part, tensor in tensors.items():
-        if tensor.shape != (expected := factor_shape(layer, part, rank)):
-            raise ValueError(
-                f"{source}: {part} of {name!r} has shape {tuple(tensor.shape)}, but this model and rank {rank} need "
-                f"{expected}; is it the adapter's own base model?"
-            )
-
-
-def factor_shape(layer: LoRALayer, part: str, rank: int) -> tuple[int, ...]:
-    """The shape that a part of this layer's adapter has at another rank."""
-    shape = list(getattr(layer, part).shape)
-    if part in ("lora_A", "lora_B"):
-        shape[0 if part == "lora_A" else 1] = rank
-    return tuple(shape)
+    Of a small layer, B A may have a lower rank, and so has the result.
+    """
+    exact = product_svd(B.flatten(1), A.flatten(1))
+    nearest = truncate(exact, min(rank, len(exact.S)))
+    return nearest.A.view(-1, *A.shape[1:]), nearest.B.view(len(B), -1, *B.shape[2:]), float(nearest.error)

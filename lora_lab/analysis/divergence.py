@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_lab.adapters.edit import off
-from lora_lab.task import IGNORE, Task, cross_entropy, logits, mean_cross_entropy, modes_restored
+from lora_lab.task import IGNORE, Task, cross_entropy, logits, mean_cross_entropy, restore_modes
 from lora_lab.train import evaluate
 
 
@@ -87,6 +87,6 @@ def mean_divergence(
         counts = targets != IGNORE  # (batch, length)
         return divergence(logits(base, inputs)[counts], logits(model, inputs)[counts])  # ()
 
-    with modes_restored(base):
+    with restore_modes(base):
         base.eval()
         return evaluate(tuned, replace(task, loss=from_base), part, batch_size, limit)

@@ -1,17 +1,24 @@
-"""Norm, rotation, attention and SwiGLU that save fewer activations for the backward pass."""
+"""Norm, rotation, attention and SwiGLU that save fewer activations for the backward pass, and checkpointing.
+
+Reference for checkpointing: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
+"""
 
 # torch declares Function.backward(ctx, *grad_outputs), which each backward below narrows to its own outputs.
 # pyright: reportIncompatibleMethodOverride=false
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from lora_lab.lean.linear import gated_linear, linear, project
-from lora_lab.lean.recompute import recomputed
 from lora_lab.models.llama import MLP, Attention, Block, KeyValueCache, RMSNorm, attend, split_heads
 from lora_lab.models.quantize import BlockLinear
 
@@ -64,19 +71,83 @@ def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated  # (4, 9, 128, 64)
 
 
+# Checkpointing: what a block saves for its backward pass is computed again when that pass asks for it. It does what
+# torch.utils.checkpoint does, which loads torch's compiler at its first call (60 MB, and a second).
+
+
+class _AllSaved(Exception):
+    """The forward pass has saved all it saved the first time; what is left to compute is not needed."""
+
+
+def recompute(function: Callable[..., Tensor], *arguments: Tensor | None, random: bool) -> Tensor:
+    """``function(*arguments)``, of which only the arguments are saved, and the parameters that it reads.
+
+    Args:
+        function: of tensors; it computes the same at every call.
+        *arguments: its tensors, or None.
+        random: whether it draws from torch's random generators; the second time it draws the same.
+    """
+    redraw = _remember_random_states(arguments) if random else nullcontext
+    count = 0
+    again: dict[int, Tensor] = {}  # by their order, the tensors saved in the second forward pass
+
+    def number(_: Tensor) -> int:
+        nonlocal count
+        count += 1
+        return count - 1
+
+    def compute_again(index: int) -> Tensor:
+        if not again:
+            with redraw():
+                again.update(enumerate(_saved_tensors(function, arguments, count)))
+        return again.pop(index)
+
+    with saved_tensors_hooks(number, compute_again):
+        return function(*arguments)
+
+
+def _saved_tensors(function: Callable[..., Tensor], arguments: tuple[Tensor | None, ...], count: int) -> list[Tensor]:
+    """Return the first ``count`` tensors that a forward pass saves; it is left as soon as it has saved them."""
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor.detach())  # detached, because an output would keep its own graph alive
+        if len(saved) == count:
+            raise _AllSaved
+        return saved[-1]
+
+    inputs = [None if each is None else each.detach().requires_grad_(each.requires_grad) for each in arguments]
+    try:
+        with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
+            function(*inputs)
+    except _AllSaved:
+        pass
+    return saved
+
+
+def _remember_random_states(arguments: tuple[Tensor | None, ...]) -> Callable[[], AbstractContextManager[None]]:
+    """Return a context in which torch's generators, on the arguments' devices too, draw what they will draw now."""
+    devices = {argument.device for argument in arguments if argument is not None and argument.device.type == "cuda"}
+    cpu, cuda = torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in devices}
+
+    @contextmanager
+    def redraw() -> Iterator[None]:
+        with torch.random.fork_rng(devices=list(cuda)):
+            torch.set_rng_state(cpu)
+            for device, state in cuda.items():
+                torch.cuda.set_rng_state(state, device)
+            yield
+
+    return redraw
+
+
 # The blocks
 
 
-class LeanBlock(nn.Module):
-    """A block with lean attention and MLP; it replaces a block, and shares its layers."""
+class LeanBlock(Block):
+    """A block with lean attention and MLP."""
 
-    def __init__(self, block: Block, checkpoint: bool) -> None:
-        super().__init__()
-        self.self_attn = _LeanAttention(block.self_attn)
-        self.mlp = _LeanMLP(block.mlp)
-        self.input_layernorm, self.post_attention_layernorm = block.input_layernorm, block.post_attention_layernorm
-        self.checkpoint = checkpoint
-        self.train(block.training)
+    checkpoint: bool
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
@@ -87,7 +158,7 @@ class LeanBlock(nn.Module):
         if not (self.checkpoint and torch.is_grad_enabled() and cache is None):
             return self._compute(x, cos, sin, mask, cache)  # (4, 128, 576)
         has_dropout = any(isinstance(module, nn.Dropout) for module in self.modules())
-        return recomputed(self._compute, x, cos, sin, mask, None, random=has_dropout)  # (4, 128, 576)
+        return recompute(self._compute, x, cos, sin, mask, None, random=has_dropout)  # (4, 128, 576)
 
     def _compute(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
         x = x + self.self_attn(_norm(self.input_layernorm, x), cos, sin, mask, cache)  # (4, 128, 576)
@@ -100,19 +171,8 @@ def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
     return _RMSNorm.apply(x, norm.weight, norm.eps)  # (4, 128, 576)
 
 
-class _LeanAttention(nn.Module):
+class LeanAttention(Attention):
     """Attention with lean projections and rotation."""
-
-    q_proj: nn.Module
-    k_proj: nn.Module
-    v_proj: nn.Module
-    o_proj: nn.Module
-
-    def __init__(self, attention: Attention) -> None:
-        super().__init__()
-        self.layer, self.head_dim = attention.layer, attention.head_dim
-        for name, child in attention.named_children():
-            self.add_module(name, child)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
         query, key, value = (
@@ -125,21 +185,18 @@ class _LeanAttention(nn.Module):
         return linear(self.o_proj, attend(query, key, value, mask))  # (4, 128, 576)
 
 
-class _LeanMLP(nn.Module):
+class LeanMLP(MLP):
     """SwiGLU that saves only gate and up."""
-
-    gate_proj: nn.Module
-    up_proj: nn.Module
-    down_proj: nn.Module
-
-    def __init__(self, mlp: MLP) -> None:
-        super().__init__()
-        for name, child in mlp.named_children():
-            self.add_module(name, child)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = project([self.gate_proj, self.up_proj], x)  # 2 x (4, 128, 1536)
         return gated_linear(self.down_proj, gate, up)  # (4, 128, 576)
+
+
+def make_lean(block: Any, checkpoint: bool) -> None:
+    """Let a block compute as a lean one, in place: only its class changes, and the classes inside it."""
+    block.__class__, block.self_attn.__class__, block.mlp.__class__ = LeanBlock, LeanAttention, LeanMLP
+    block.checkpoint = checkpoint
 
 
 class LeanEmbedding(nn.Module):
@@ -167,9 +224,6 @@ class LeanHead(nn.Module):
 
 class LeanBlockHead(BlockLinear):
     """A :class:`LeanHead` for a head in blocks."""
-
-    def __init__(self, head: BlockLinear) -> None:
-        super().__init__(head.packed, head.kind, head.shape, head.bias, head.steps, head.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.dtype)).to(x.dtype)  # (4, 128, 49152)

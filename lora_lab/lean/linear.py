@@ -43,9 +43,7 @@ def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     if joint := [layer for layer in layers if isinstance(layer, JointLinear)]:
         outputs |= zip(joint, joint[0].project(joint, x), strict=True)
     if fused:
-        bases = [(layer.base, layer.scaling) for layer in fused]
-        factors = [factor for layer in fused for factor in (layer.lora_A, layer.lora_B)]
-        outputs |= zip(fused, _LoRALinears.apply(x, bases, *factors), strict=True)
+        outputs |= zip(fused, _fuse(fused, x), strict=True)
     return [outputs[layer] if layer in outputs else _unfused(layer, x) for layer in layers]  # 3 x (4, 128, 1536)
 
 
@@ -55,7 +53,13 @@ def gated_linear(layer: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
         return layer.gated(gate, up)  # (4, 128, 576)
     if not _is_fusible(layer):
         return linear(layer, F.silu(gate) * up)  # (4, 128, 576)
-    return _GatedLoRALinear.apply(gate, up, layer.lora_A, layer.lora_B, layer.base, layer.scaling)  # (4, 128, 576)
+    return _fuse([layer], gate, up)[0]  # (4, 128, 576)
+
+
+def _fuse(layers: Sequence[LoRALinear], x: Tensor, up: Tensor | None = None) -> Sequence[Tensor]:
+    bases = [(layer.base, layer.scaling) for layer in layers]
+    factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
+    return _LoRALinears.apply(x, up, bases, *factors)  # 3 x (4, 128, 1536)
 
 
 def is_plain_lora(layer: nn.Module) -> TypeGuard[LoRALinear]:
@@ -113,6 +117,9 @@ def cast_matmul(x: Tensor, weight: Tensor) -> Tensor:
 def cast_addmm_(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """Add x @ weight, computed in the weight's dtype, to ``total`` in place."""
     return total.addmm_(x, weight) if weight.dtype == x.dtype else total.add_(x.to(weight.dtype) @ weight)
+
+
+Base = tuple[nn.Linear | BlockLinear, float]  # with the scaling of its adapter
 
 
 class _Adapted(NamedTuple):
@@ -191,59 +198,39 @@ def _stack(parts: Sequence[Tensor]) -> Tensor:
 
 
 class _LoRALinears(torch.autograd.Function):
-    """h = W x + s B A x for several layers of one x; saves x, and A x of each layer."""
+    """h = W x + s B A x for several layers of one x, or of x = silu(gate) * up; saves A x of each layer beside them.
+
+    Of silu(gate) * up only gate and up are saved, from which the backward pass computes it again.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, bases: Sequence[tuple[nn.Linear | BlockLinear, float]], *factors: Tensor):
-        rows = x.reshape(-1, x.shape[-1])  # (4, 128, 576) -> (512, 576)
+    def forward(ctx, x: Tensor, up: Tensor | None, bases: Sequence[Base], *factors: Tensor):
+        inputs = x if up is None else F.silu(x).mul_(up)  # (4, 128, 1536)
+        rows = inputs.reshape(-1, x.shape[-1])  # (4, 128, 576) -> (512, 576)
         outputs, narrow = _forward(rows, _group(bases, factors))
-        a_is_trained = any(ctx.needs_input_grad[2::2])
-        ctx.save_for_backward(rows if a_is_trained else None, narrow, *factors)
-        ctx.bases, ctx.shape = bases, x.shape
+        a_is_trained = any(ctx.needs_input_grad[3::2])
+        ctx.save_for_backward(x if up is not None else rows if a_is_trained else None, up, narrow, *factors)
+        ctx.bases, ctx.shape, ctx.a_is_trained = bases, x.shape, a_is_trained
         return tuple(y.view(*x.shape[:-1], -1) for y in outputs)  # 3 x (4, 128, 1536)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gs: Tensor):
-        rows, narrow, *factors = ctx.saved_tensors
-        flat_gs = [g.reshape(-1, g.shape[-1]) for g in gs]  # 3 x (512, 1536)
-        dx, factor_gradients = _backward(flat_gs, rows, narrow, _group(ctx.bases, factors), ctx.needs_input_grad[0])
-        return None if dx is None else dx.view(ctx.shape), None, *factor_gradients
+        x, up, narrow, *factors = ctx.saved_tensors
+        group, flat_gs = _group(ctx.bases, factors), [g.reshape(-1, g.shape[-1]) for g in gs]  # 3 x (512, 1536)
+        if up is None:
+            dx, factor_gradients = _backward(flat_gs, x, narrow, group, ctx.needs_input_grad[0])
+            return None if dx is None else dx.view(ctx.shape), None, None, *factor_gradients
+        activated = F.silu(x)  # (4, 128, 1536)
+        rows = (activated * up).view(-1, x.shape[-1]) if ctx.a_is_trained else None  # (512, 1536)
+        dx, factor_gradients = _backward(flat_gs, rows, narrow, group, any(ctx.needs_input_grad[:2]))
+        if dx is None:
+            return None, None, None, *factor_gradients
+        dx = dx.view(ctx.shape)  # (4, 128, 1536)
+        d_up = activated.mul_(dx)  # (4, 128, 1536)
+        d_gate = torch.ops.aten.silu_backward(dx.mul_(up), x)  # (4, 128, 1536)
+        return d_gate, d_up, None, *factor_gradients
 
 
-def _group(bases: Sequence[tuple[nn.Linear | BlockLinear, float]], factors: Sequence[Tensor]) -> list[_Adapted]:
+def _group(bases: Sequence[Base], factors: Sequence[Tensor]) -> list[_Adapted]:
     return [_Adapted(*base, A, B) for base, A, B in zip(bases, factors[::2], factors[1::2], strict=True)]
-
-
-class _GatedLoRALinear(torch.autograd.Function):
-    """h = (W + s B A) (silu(gate) * up); saves gate and up, and recomputes silu(gate) * up."""
-
-    @staticmethod
-    def forward(
-        ctx, gate: Tensor, up: Tensor, A: Tensor, B: Tensor, base: nn.Linear | BlockLinear, scaling: float
-    ) -> Tensor:
-        gated = F.silu(gate).mul_(up).view(-1, gate.shape[-1])  # (4, 128, 1536) -> (512, 1536)
-        (y,), narrow = _forward(gated, [_Adapted(base, scaling, A, B)])
-        ctx.save_for_backward(gate, up, narrow, A, B)
-        ctx.base, ctx.scaling = base, scaling
-        return y.view(*gate.shape[:-1], -1)  # (4, 128, 576)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g: Tensor):
-        gate, up, narrow, A, B = ctx.saved_tensors
-        activated = F.silu(gate)  # (4, 128, 1536)
-        gated = (activated * up).view(-1, gate.shape[-1]) if ctx.needs_input_grad[2] else None  # (512, 1536)
-        d_gated, (dA, dB) = _backward(
-            [g.reshape(-1, g.shape[-1])],
-            gated,
-            narrow,
-            [_Adapted(ctx.base, ctx.scaling, A, B)],
-            needs_dx=any(ctx.needs_input_grad[:2]),
-        )
-        if d_gated is None:
-            return None, None, dA, dB, None, None
-        d_gated = d_gated.view(gate.shape)  # (4, 128, 1536)
-        d_up = activated.mul_(d_gated)  # (4, 128, 1536)
-        d_gate = torch.ops.aten.silu_backward(d_gated.mul_(up), gate)  # (4, 128, 1536)
-        return d_gate, d_up, dA, dB, None, None

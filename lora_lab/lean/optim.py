@@ -1,17 +1,14 @@
-"""AdamW over one flat tensor, and micro-batches in parallel threads."""
+"""AdamW over one flat tensor."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
-
-from lora_lab.task import Loss
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -46,8 +43,6 @@ class FlatAdamW(torch.optim.Optimizer):
         It does not call torch's method, which loads torch's compiler at its first call (60 MB, and a second).
         """
         group = {**self.defaults, **param_group, "params": list(param_group["params"])}
-        if any(parameter in self._gradients for parameter in group["params"]):
-            raise ValueError("A parameter is in more than one group, so it would be updated twice; give it once.")
         self._flat.append(self._flatten(group["params"]))
         self.param_groups.append(group)
 
@@ -79,17 +74,8 @@ class FlatAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` returned, here or for a ``torch.optim.AdamW`` with the same groups.
 
-        Raises:
-            ValueError: a parameter has no state, or the parameters of a group are at different steps.
+        The parameters of a group have a state each, all at one step, since the steps of a group are counted once.
         """
-        for group in state_dict["param_groups"]:
-            states = [state_dict["state"].get(index, {}) for index in group["params"]]
-            complete = all({"step", *_MOMENTS} <= state.keys() for state in states)
-            if not complete or len({float(state["step"]) for state in states}) > 1:
-                raise ValueError(
-                    "The parameters of a group need a state each, all at one step, because a FlatAdamW counts the "
-                    "steps of a group once; load what state_dict() returned after a step on all of them."
-                )
         views = dict(self.state)
         super().load_state_dict(state_dict)  # which replaces the views by copies
         loaded, self.state = self.state, defaultdict(dict, views)
@@ -111,39 +97,3 @@ class FlatAdamW(torch.optim.Optimizer):
             options |= {"fused": True, "amsgrad": False, "maximize": False}
             first, second = ([flat[name]] for name in _MOMENTS)
             adamw([flat["values"]], [flat["gradients"]], first, second, [], [flat["step"]], **options)
-
-
-class ThreadedStep:
-    """Forward and backward passes in parallel: each micro-batch in a Python thread, which computes on one core.
-
-    When every operation runs on all cores, each one waits for the slowest core; here the cores wait once per step.
-    Gradients are those of the micro-batches in sequence, up to the order of the sum.
-
-    Args:
-        threads: how many.
-    """
-
-    def __init__(self, threads: int) -> None:
-        self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-
-    def __call__(
-        self, model: nn.Module, loss: Loss, batches: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]
-    ) -> list[Tensor]:
-        """Add the gradients of the weighted losses to the parameters' ``grad``, and return the losses."""
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-        def loss_and_gradients(batch: tuple[Tensor, Tensor], weight: float) -> tuple[Tensor, Sequence[Tensor]]:
-            weighted = loss(model, *batch) * weight  # ()
-            return weighted.detach(), torch.autograd.grad(weighted, parameters, allow_unused=True)
-
-        before = torch.get_num_threads()
-        try:
-            torch.set_num_threads(1)
-            results = list(self.pool.map(loss_and_gradients, batches, weights))
-        finally:
-            torch.set_num_threads(before)
-        for _, gradients in results:
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                if gradient is not None:
-                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-        return [weighted for weighted, _ in results]

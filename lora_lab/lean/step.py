@@ -6,6 +6,7 @@ import copy
 import ctypes
 import platform
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, cast
@@ -15,13 +16,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lora_lab.inject import lora_layers, replace
-from lora_lab.lean.blocks import LeanBlock, LeanBlockHead, LeanEmbedding, LeanHead, at_least_float32
+from lora_lab.lean.blocks import LeanBlock, LeanBlockHead, LeanEmbedding, LeanHead, at_least_float32, make_lean
 from lora_lab.lean.linear import is_plain_lora
 from lora_lab.lean.loss import cross_entropy
-from lora_lab.lean.optim import FlatAdamW, ThreadedStep
+from lora_lab.lean.optim import FlatAdamW
 from lora_lab.lora import LoRALayer
 from lora_lab.methods import Method
-from lora_lab.models.llama import Block, Llama, RMSNorm
+from lora_lab.models.llama import Llama, RMSNorm
 from lora_lab.models.quantize import BlockEmbedding, BlockLinear, BlockWeight
 from lora_lab.system.schema import Size, check_bfloat16, check_fields
 from lora_lab.task import IGNORE, Loss
@@ -84,12 +85,18 @@ class Lean:
 
 @dataclass
 class LeanStep(TrainingStep):
-    """A training step with the lean loss, whose micro-batches are computed in parallel if ``threads`` is above 1."""
+    """A training step with the lean loss.
+
+    With several ``threads`` each micro-batch is computed in a Python thread, on one core. When every operation runs on
+    all cores, each one waits for the slowest core; here the cores wait once per step. Gradients are those of the
+    micro-batches in sequence, up to the order of the sum.
+    """
 
     every_target: bool = False  # whether every target of the next batches is known to count
 
     def __post_init__(self) -> None:
-        self._threaded = ThreadedStep(self.threads) if self.threads > 1 else None
+        pool = partial(ThreadPoolExecutor, self.threads, initializer=torch.set_num_threads, initargs=(1,))
+        self._pool = pool() if self.threads > 1 else None
 
     def read_targets(self, targets: Sequence[Tensor]) -> None:
         """Find out whether every target of the next batches counts, so that the step need not wait for a GPU to know.
@@ -107,9 +114,25 @@ class LeanStep(TrainingStep):
 
     def backward(self, batches: Sequence[Batch], weights: Sequence[float]) -> list[Tensor]:
         """Add the gradients of the weighted losses to the parameters' ``grad``, and return those losses."""
-        if self._threaded is None:
+        if self._pool is None:
             return super().backward(batches, weights)
-        return self._threaded(self.model, lambda _, *batch: self.batch_loss(*batch), batches, weights)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+        def loss_and_gradients(batch: Batch, weight: float) -> tuple[Tensor, Sequence[Tensor]]:
+            weighted = self.batch_loss(*batch) * weight  # ()
+            return weighted.detach(), torch.autograd.grad(weighted, parameters, allow_unused=True)
+
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            results = list(self._pool.map(loss_and_gradients, batches, weights))
+        finally:
+            torch.set_num_threads(before)
+        for _, gradients in results:
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        return [weighted for weighted, _ in results]
 
 
 def apply_lean(model: nn.Module, lean: Lean) -> None:
@@ -131,11 +154,8 @@ def apply_lean(model: nn.Module, lean: Lean) -> None:
     if lean.base_dtype is not None:
         _cast_base(model, lean.base_dtype)
     trunk, head = model.model, model.lm_head
-    for index, block in enumerate(trunk.layers):
-        if isinstance(block, LeanBlock):
-            block.checkpoint = lean.checkpoint
-        else:
-            replace(trunk, f"layers.{index}", LeanBlock(cast(Block, block), lean.checkpoint))
+    for block in trunk.layers:
+        make_lean(block, lean.checkpoint)
     for module in trunk.modules():
         if isinstance(module, RMSNorm | BlockEmbedding):
             _raise_to_float32(module)
@@ -144,7 +164,7 @@ def apply_lean(model: nn.Module, lean: Lean) -> None:
     if isinstance(head, LoRALayer):  # called with float32, now and when it is merged
         _raise_to_float32(head.base)
     elif isinstance(head, BlockLinear):
-        replace(model, "lm_head", LeanBlockHead(head))
+        cast(Any, head).__class__ = LeanBlockHead
     elif isinstance(head, nn.Linear):
         replace(model, "lm_head", LeanHead(head))
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_lab.system.schema import Count, NotNegative, Seed, check, check_fields
 from lora_lab.system.wording import shortened
-from lora_lab.task import context_length, modes_restored
+from lora_lab.task import context_length, restore_modes
 
 _LOWEST_TEMPERATURE = 1e-6  # far below it logits / temperature overflows
 
@@ -111,7 +111,7 @@ def continue_text(
     check_context(model, len(ids), max_new_tokens)
     generator = torch.Generator().manual_seed(sampling.seed)
     new, text = ids[None], ids  # (1, length), then (1, 1); (length,), then longer
-    with modes_restored(model):
+    with restore_modes(model):
         model.eval()
         for _ in range(max_new_tokens):
             token = sampling.choose(read(new)[0], text, generator)  # ()

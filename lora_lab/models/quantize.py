@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from lora_lab.inject import check_names, excluded, output_head, replace, require_no_adapters
+from lora_lab.inject import check_names, find_excluded, output_head, replace, require_no_adapters
 from lora_lab.layers import QuantizedLayer, register
 from lora_lab.lora import LoRALinear
 
@@ -489,7 +489,7 @@ def quantize_nf4(model: nn.Module, block: int = 64, double: bool = True, exclude
     require_no_adapters(model)
     head = output_head(model)
     modules = {name: module for name, module in model.named_modules() if name}
-    left_out = excluded(modules, exclude)
+    left_out = find_excluded(modules, exclude)
     layers = {
         name: module
         for name, module in modules.items()

@@ -241,35 +241,18 @@ Predictions = Mapping[str, Sequence[str]]  # part -> an answer to each of its pr
 Answered = tuple[Row, Predictions]  # columns of a row, and what it is of
 
 
-@dataclass(frozen=True)
-class Asking:
-    """How the model is asked.
-
-    Args:
-        shots: task -> the numbers of examples in the prompt to choose from.
-        draws: task -> how many sets of examples are drawn for each number, and for the control at the chosen one.
-        chosen_on: how many validation prompts the numbers of examples are chosen on, where answers are written; all
-            of them where a label is picked.
-        shuffles: how many probes learn shuffled labels.
-    """
-
-    shots: Mapping[str, tuple[int, ...]]
-    draws: Mapping[str, int]
-    chosen_on: int = 16
-    shuffles: int = 20
-
-
-def plan_asking(device: torch.device) -> Asking:
-    """Return the same on every device."""
-    shots = {"sentiment": (8, 16), "translate-fr": (16,), "summarise": (8,)}
-    return Asking(shots, {"sentiment": 3, "translate-fr": 3, "summarise": 2})
+# Task -> the numbers of examples in the prompt to choose from; and how many sets of examples are drawn for each.
+SHOTS = {"sentiment": (8, 16), "translate-fr": (16,), "summarise": (8,)}
+DRAWS = {"sentiment": 3, "translate-fr": 3, "summarise": 2}
+CHOSEN_ON = 16  # validation prompts that choose, where answers are written; all where a label is picked
+SHUFFLES = 20  # probes that learn shuffled labels
 
 
 def describe_elicitation(device: torch.device) -> dict[str, Any]:
-    """Return how the rows are made, as the record states it."""
-    planned = asdict(plan_asking(device))
-    shots = {task: list(numbers) for task, numbers in planned["shots"].items()}
-    return {**planned, "shots": shots, "content_free": list(CONTENT_FREE), "penalties": list(PENALTIES)}
+    """Return how the rows are made, as the record states it; the same on every device."""
+    shots = {task: list(numbers) for task, numbers in SHOTS.items()}
+    asked = {"shots": shots, "draws": DRAWS, "chosen_on": CHOSEN_ON, "shuffles": SHUFFLES}
+    return asked | {"content_free": list(CONTENT_FREE), "penalties": list(PENALTIES)}
 
 
 def record_elicitation(device: torch.device) -> Iterator[Row]:
@@ -281,41 +264,39 @@ def record_elicitation(device: torch.device) -> Iterator[Row]:
     ``seed`` draws the examples, or is that of the trial whose training examples the probe sees, and ``control`` is true
     where the answers of the examples are random, or the labels shuffled.
     """
-    planned, model = plan_asking(device), studies.language_model(device)
-    for name in planned.shots:
+    model = studies.language_model(device)
+    for name in SHOTS:
         task = load_task(name)
         sizes = {part: len(examples) for part, examples in task.parts.items()}
         yield {"about": "task", "task": name, "metric": task.metric, **sizes, "fingerprint": task.fingerprint}
-        for columns, predictions in _asked(planned, name, task, model):
+        for columns, predictions in _asked(name, task, model):
             yield _result(task, columns, predictions)
         if task.metric == "classification":
-            for columns, predictions in _probed(planned, name, task, model, device):
+            for columns, predictions in _probed(name, task, model, device):
                 yield _result(task, columns, predictions)
 
 
-def _asked(planned: Asking, name: str, task: PairTask, model: nn.Module) -> Iterator[Answered]:
+def _asked(name: str, task: PairTask, model: nn.Module) -> Iterator[Answered]:
     """Yield zero-shot, few-shot, and the control at the number of examples that is best on the validation part."""
-    yield from _answered(planned, task, model, 0, 0)
+    yield from _answered(task, model, 0, 0)
     scores: dict[tuple[int, str], list[float]] = {}  # (number of examples, calibration) -> on the validation part
-    for k in planned.shots[name]:
-        for seed in range(planned.draws[name]):
-            for columns, predictions in _answered(planned, task, model, k, seed):
+    for k in SHOTS[name]:
+        for seed in range(DRAWS[name]):
+            for columns, predictions in _answered(task, model, k, seed):
                 on_validation = _main_score(task, "validation", predictions)
                 scores.setdefault((k, columns["calibration"]), []).append(on_validation)
                 yield columns, predictions
     best, _ = max(scores, key=lambda setup: sum(scores[setup]))
-    for seed in range(planned.draws[name]):
-        yield from _answered(planned, task, model, best, seed, control=True)
+    for seed in range(DRAWS[name]):
+        yield from _answered(task, model, best, seed, control=True)
 
 
-def _answered(
-    planned: Asking, task: PairTask, model: nn.Module, k: int, seed: int, control: bool = False
-) -> Iterator[Answered]:
+def _answered(task: PairTask, model: nn.Module, k: int, seed: int, control: bool = False) -> Iterator[Answered]:
     """Yield what the model answers after k examples; for a classification, also with calibrated labels."""
     asked = few_shot(task, k, seed, random_answers=control) if k else task
     columns = {"setup": "few-shot" if k else "zero-shot", "k": k, "seed": seed, "control": control}
     if task.metric != "classification":
-        limits = {"validation": planned.chosen_on, "test": None}
+        limits = {"validation": CHOSEN_ON, "test": None}
         written = {part: answers(model, asked, part, limit=limit) for part, limit in limits.items()}
         yield {**columns, "calibration": ""}, written
         return
@@ -334,12 +315,12 @@ def _answered(
         yield {**columns, "calibration": calibration}, picked
 
 
-def _probed(planned: Asking, name: str, task: PairTask, model: nn.Module, device: torch.device) -> Iterator[Answered]:
+def _probed(name: str, task: PairTask, model: nn.Module, device: torch.device) -> Iterator[Answered]:
     """Yield linear probes on the training examples that the trials of ``downstream`` see, and on shuffled labels."""
     trials = plan(device)
     states = {part: last_states(model, task, task.pairs[part]) for part in ("train", "validation", "test")}
     labels = {part: [pair.answer for pair in task.pairs[part]] for part in states}
-    for control, seeds in ((False, trials.seeds), (True, planned.shuffles)):
+    for control, seeds in ((False, trials.seeds), (True, SHUFFLES)):
         for seed in range(seeds):
             seen = DataOrder(len(task.train), seed).rows(0, trials.steps[name] * trials.batch_size).unique()
             learned = [labels["train"][i] for i in seen.tolist()]

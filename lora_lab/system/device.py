@@ -60,7 +60,7 @@ def effort() -> str:
 
 
 @contextmanager
-def randomness_restored(device: torch.device) -> Iterator[None]:
+def restore_randomness(device: torch.device) -> Iterator[None]:
     """Give torch's global generators, those of the CPU and of a CUDA device, their states back after a block."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
@@ -69,7 +69,7 @@ def randomness_restored(device: torch.device) -> Iterator[None]:
 @contextmanager
 def own_randomness(device: torch.device, seed: int) -> Iterator[None]:
     """Seed torch's global generators, which dropout uses, for a block, and restore their states at its end."""
-    with randomness_restored(device):
+    with restore_randomness(device):
         seed_generators(device, seed)
         yield
 

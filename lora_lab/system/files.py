@@ -224,7 +224,7 @@ def check_writable(folder: str | Path, leave: bool = False) -> None:
 
 
 @contextmanager
-def claimed(folder: str | Path) -> Iterator[None]:
+def hold_folder(folder: str | Path) -> Iterator[None]:
     """Hold a folder for the block, so that no other run saves its results there; without any, it is removed again.
 
     Raises:
@@ -246,10 +246,10 @@ def claimed(folder: str | Path) -> Iterator[None]:
         ) from None
 
 
-def is_claimed(folder: str | Path) -> bool:
-    """Return whether a folder is held by :func:`claimed`."""
+def is_held(folder: str | Path) -> bool:
+    """Return whether a folder is held by :func:`hold_folder`."""
     try:
-        with claimed(folder) if (Path(folder) / _LOCK).exists() else nullcontext():
+        with hold_folder(folder) if (Path(folder) / _LOCK).exists() else nullcontext():
             return False
     except FileExistsError:
         return True
@@ -280,7 +280,7 @@ def check_replaceable(path: str | Path, names: Iterable[str]) -> None:
         )
 
 
-def rescued(save: Callable[[Path], Any], folder: str | Path) -> Any:
+def save_or_rescue(save: Callable[[Path], Any], folder: str | Path) -> Any:
     """Return ``save(folder)``; if ``folder`` cannot be written to, save to a new temporary folder and raise.
 
     Raises:

@@ -14,7 +14,7 @@ from lora_lab.models.decoding import check_context
 from lora_lab.models.llama import Llama
 from lora_lab.models.reading import LlamaReader, Reader, reader_of, stream
 from lora_lab.system.schema import Size, check
-from lora_lab.task import IGNORE, check_tokenizer, context_length, modes_restored
+from lora_lab.task import IGNORE, check_tokenizer, context_length, restore_modes
 from lora_lab.tasks.instruction import ChatTokenizer, Pair, PairTask, encode, stop_token
 
 
@@ -140,7 +140,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         ValueError: as for :func:`lora_lab.models.reading.reader_of`.
     """
     reader_of(model)
-    with modes_restored(model):
+    with restore_modes(model):
         model.eval()
         yield
 

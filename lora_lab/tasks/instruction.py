@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lora_lab.system.schema import Count, Seed, Size, check
 from lora_lab.system.wording import counted, short_repr
-from lora_lab.task import IGNORE, Examples, Task, TextTokenizer, check_tokenizer, drawn
+from lora_lab.task import IGNORE, Examples, Task, TextTokenizer, check_tokenizer, draw_rows
 from lora_lab.tasks.python_docs import off_domain_texts, windows
 
 PARTS = ("train", "validation", "test")
@@ -130,7 +130,7 @@ class PairTask(Task):
 
     def limited(self, n_train: int, seed: int | None = None) -> PairTask:
         """Return a smaller task, as for :class:`Task`."""
-        rows = drawn(self, n_train, seed)  # (n_train,)
+        rows = draw_rows(self, n_train, seed)  # (n_train,)
         train_pairs = [self.pairs["train"][row] for row in rows.tolist()]
         return replace(self, train=self.train[rows], pairs={**self.pairs, "train": train_pairs})
 

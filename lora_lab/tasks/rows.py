@@ -28,10 +28,10 @@ from lora_lab.task import (
     Task,
     accepts,
     cross_entropy,
-    described,
+    describe_value,
     logits,
     mean_cross_entropy,
-    modes_restored,
+    restore_modes,
 )
 from lora_lab.tasks.instruction import Padded, PairTask, pad
 
@@ -114,7 +114,7 @@ def _mixes(model: nn.Module, row: Tensor) -> bool:
     (ids,), (positions,) = row.to(next(model.parameters()).device).unbind(1)  # (512,), (512,)
     starts = (positions == 0).nonzero().flatten().tolist()
     second, end = starts[1], [*starts, len(ids)][2]
-    with modes_restored(model):
+    with restore_modes(model):
         model.eval()
         separate = [logits(model, each[None]) for each in (ids[:second], ids[second:end])]
         shared = logits(model, ids[None, :end], position_ids=positions[None, :end])  # (1, end, vocabulary)
@@ -139,7 +139,7 @@ def share_rows(task: Task, length: int = 512) -> RowTask:
     """
     if not isinstance(task, PairTask) or task.loss is not cross_entropy:
         raise ValueError(
-            f"Task {task.name!r} is a {type(task).__name__} with the loss {described(task.loss)!r}, but only a "
+            f"Task {task.name!r} is a {type(task).__name__} with the loss {describe_value(task.loss)!r}, but only a "
             "PairTask with cross_entropy, whose examples have rows of their own, can share rows; use it as it is."
         )
     length = check(length, Size, "length")

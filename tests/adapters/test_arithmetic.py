@@ -150,7 +150,7 @@ def lengths():
         (([STATE, adapter_state(adapted(1, rank=2))], None, "linear"), "ranks [3, 2], but 'linear' needs equal ones"),
         (([STATE, lengths()],), "does not add up with others"),
         (([{**STATE, "head.lora_A": STATE["head.lora_A"] * math.nan}],), "head.lora_A holds numbers that are NaN"),
-        (([{key: value for key, value in STATE.items() if key != "head.lora_B"}],), "incomplete at ['head']"),
+        (([{key: value for key, value in STATE.items() if key != "head.lora_B"}],), "head.lora_B"),
     ],
 )
 def test_what_cannot_be_combined_is_refused_in_a_sentence(arguments, says):

@@ -9,7 +9,7 @@ from lora_lab import FullFineTuning, Lean, Llama, LoRA, LoRAFA, LoRAPlus, Partia
 from lora_lab.costs.cost_model import StepTrace
 from lora_lab.costs.fake import fake_copy
 from lora_lab.costs.setup import Setup, as_setup
-from lora_lab.lean.optim import FlatAdamW
+from lora_lab.lean import FlatAdamW
 from lora_lab.methods import AsItIs
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.quantize import BlockLinear

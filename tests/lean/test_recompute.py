@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_lab.lean.recompute import recomputed
+from lora_lab.lean.blocks import recompute
 from tests.helpers import run_python
 
 
@@ -43,7 +43,7 @@ def gradients(run, block, x, mask):
 
 
 def by_us(block, x, mask):
-    return recomputed(block, x, mask, random=True)
+    return recompute(block, x, mask, random=True)
 
 
 def by_torch(block, x, mask):
@@ -61,7 +61,7 @@ def test_gradients_are_those_of_torchs_checkpoint_and_of_none(dropout, mask):
 
 def test_random_numbers_that_are_not_restored_give_other_gradients():
     block, x = Block(dropout=0.5), draw(4, 6)
-    ours = gradients(lambda block, x, mask: recomputed(block, x, mask, random=False), block, x, None)
+    ours = gradients(lambda block, x, mask: recompute(block, x, mask, random=False), block, x, None)
     assert not torch.allclose(ours[1], gradients(by_us, block, x, None)[1])
 
 
@@ -74,7 +74,7 @@ def test_the_function_is_left_as_soon_as_it_has_saved_what_is_needed():
         return y + 1  # saves nothing
 
     x = draw(3).requires_grad_()
-    recomputed(function, x, random=False).sum().backward()
+    recompute(function, x, random=False).sum().backward()
     assert reached == [0]
     torch.testing.assert_close(x.grad, x.detach().exp(), rtol=0, atol=0)
 
@@ -99,7 +99,7 @@ def test_nothing_is_alive_after_the_backward_pass():
     gc.disable()
     try:
         for _ in range(2):
-            recomputed(function, draw(3).requires_grad_(), random=False).sum().backward()
+            recompute(function, draw(3).requires_grad_(), random=False).sum().backward()
         assert len(alive) == 4
         assert [each() for each in alive] == [None] * 4
     finally:

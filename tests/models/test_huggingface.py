@@ -253,7 +253,7 @@ def test_a_newcomers_model_is_tuned_talked_to_swept_and_analysed(folder, chat_fi
     greedy = ["--tokens", 6, "--temperature", 0, "--repetition-penalty", 1]
     assert command("chat", "--adapter", "run", *greedy, "--device", "cpu") == 0
     assert adapted in capsys.readouterr().out
-    sweep = ["--ranks", "1,2", "--lrs", "1e-2", "--seeds", 1, "--steps", 2, "--out", "sweep"]
+    sweep = ["--ranks", 1, 2, "--lrs", "1e-2", "--seeds", 1, "--steps", 2, "--out", "sweep"]
     assert command("ablate", "--task", chat_file, "--model", folder, *sweep) == 0
     trials = [json.loads(path.read_text())["trial"] for path in Path("sweep/trials").glob("*.json")]
     assert {trial["method"]["rank"] for trial in trials} == {1, 2}

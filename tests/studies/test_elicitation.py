@@ -21,7 +21,8 @@ from tests.helpers import enlarge, french, sentiment
 pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
-PLAN = downstream.Asking({"sentiment": (1, 3), "translate-fr": (1, 2)}, {"sentiment": 2, "translate-fr": 2}, 3, 4)
+ASKED = {"SHOTS": {"sentiment": (1, 3), "translate-fr": (1, 2)}, "DRAWS": {"sentiment": 2, "translate-fr": 2}}
+ASKED |= {"CHOSEN_ON": 3, "SHUFFLES": 4, "RESAMPLES": 25}  # scikit-learn takes milliseconds for each of the last
 TRAINING = downstream.Plan({"sentiment": 5}, {}, 3, 4, 3)
 CALIBRATIONS = ("", "content-free", "validation texts")
 
@@ -36,8 +37,8 @@ def tiny(small_world, tiny_config, chatter):
     small_world.setattr(downstream, "TASKS", small)
     small_world.setattr(downstream, "load_pretrained", lambda name: (None, chatter))
     small_world.setattr(downstream, "plan", lambda device: TRAINING)
-    small_world.setattr(downstream, "plan_asking", lambda device: PLAN)
-    small_world.setattr(downstream, "RESAMPLES", 25)  # scikit-learn takes milliseconds for each
+    for name, value in ASKED.items():
+        small_world.setattr(downstream, name, value)
     return model
 
 
@@ -69,7 +70,7 @@ def results(record, **columns):
 
 def test_a_record_holds_each_setup_and_each_control(whole):
     record, _ = whole
-    for task, shots in PLAN.shots.items():
+    for task, shots in ASKED["SHOTS"].items():
         asked = results(record, task=task)
         counted = Counter((row["setup"], row.get("k"), row["control"]) for row in asked)
         each = 3 if task == "sentiment" else 1  # calibrations
@@ -91,7 +92,7 @@ def test_the_control_has_the_number_of_examples_that_validation_chose(whole):
                 for calibration in CALIBRATIONS
                 if (rows := results(record, task=task, k=k, calibration=calibration, control=False))
             )
-            for k in PLAN.shots[task]
+            for k in ASKED["SHOTS"][task]
         }
         (chosen,) = {row["k"] for row in results(record, task=task, setup="few-shot", control=True)}
         assert means[chosen] == max(means.values())

@@ -20,11 +20,11 @@ from lora_lab.system.files import (
     check_folder,
     check_replaceable,
     check_writable,
-    claimed,
-    is_claimed,
+    hold_folder,
+    is_held,
     read_json,
     repair,
-    rescued,
+    save_or_rescue,
     write_json,
 )
 
@@ -219,15 +219,15 @@ def test_damaged_tensors_repair_nothing(tmp_path, content):
 
 def test_a_claimed_folder_is_refused_to_others_until_its_block_ends(tmp_path):
     folder = tmp_path / "deep" / "out"
-    with claimed(folder):
-        assert is_claimed(folder)
-        with pytest.raises(FileExistsError, match="out is in use"), claimed(folder):
+    with hold_folder(folder):
+        assert is_held(folder)
+        with pytest.raises(FileExistsError, match="out is in use"), hold_folder(folder):
             pytest.fail("claimed twice")
-        assert is_claimed(folder)
+        assert is_held(folder)
         (folder / "result").write_text("mine")
-    assert not is_claimed(folder)
+    assert not is_held(folder)
     assert names(folder) == ["result"]
-    with claimed(folder), claimed(tmp_path / "deep" / "another"):
+    with hold_folder(folder), hold_folder(tmp_path / "deep" / "another"):
         pass
     assert names(tmp_path / "deep") == ["out"]
 
@@ -235,18 +235,18 @@ def test_a_claimed_folder_is_refused_to_others_until_its_block_ends(tmp_path):
 def test_the_claim_of_a_killed_process_ends_with_it(tmp_path):
     code = """
 import sys
-from lora_lab.system.files import claimed
-with claimed(sys.argv[1]):
+from lora_lab.system.files import hold_folder
+with hold_folder(sys.argv[1]):
     print("claimed", flush=True)
     input()
 """
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "claimed\n"
-        assert is_claimed(tmp_path)
+        assert is_held(tmp_path)
         other.kill()
-    assert not is_claimed(tmp_path)
-    with claimed(tmp_path):
+    assert not is_held(tmp_path)
+    with hold_folder(tmp_path):
         pass
 
 
@@ -264,7 +264,7 @@ def test_a_result_that_cannot_be_saved_in_its_place_is_saved_in_another(tmp_path
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="The files are in") as error:
-        rescued(lambda folder: write_json(folder / "a.json", 1), tmp_path / "file" / "deep")
+        save_or_rescue(lambda folder: write_json(folder / "a.json", 1), tmp_path / "file" / "deep")
     (spare,) = (path for path in tmp_path.iterdir() if path.is_dir())
     assert str(spare) in str(error.value)
     assert read_json(spare / "a.json") == 1
@@ -303,7 +303,7 @@ REFUSED = [
     (lambda folder: write_json(put(folder, "") / "b.json", 1), OSError, "a.json cannot be written to"),
     (lambda folder: write_json(folder, 1), OSError, "is a folder"),
     (lambda folder: check_writable("/proc/none"), OSError, "/proc/none"),
-    (lambda folder: claimed("/proc/none").__enter__(), OSError, "/proc/none"),
+    (lambda folder: hold_folder("/proc/none").__enter__(), OSError, "/proc/none"),
 ]
 
 

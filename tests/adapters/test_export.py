@@ -1,4 +1,5 @@
-"""Adapters as GGUF files: what llama.cpp computes from them by its own rule, worked by hand, and what is refused."""
+"""Adapters in other programs: what llama.cpp computes of a GGUF file by its own rule, worked by hand, what transformers
+makes of a merged folder, and what is refused."""
 
 import copy
 import dataclasses
@@ -10,6 +11,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_lab import (
     Llama,
@@ -23,12 +25,12 @@ from lora_lab import (
     save_adapter,
     save_model,
 )
-from lora_lab.adapters import CONFIG, save_gguf, shipped
+from lora_lab.adapters import CONFIG, load_merged, save_gguf, save_merged, shipped
 from lora_lab.adapters.edit import set_factors
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
 from tests.helpers import command, error_line, logits, names, random_ids, randomise, randomise_all, snapshot
-from tests.tiny_models import RELATIVES, fresh, gpt2, relative, trained_tokenizer
+from tests.tiny_models import RELATIVES, fresh, gemma3, gpt2, relative, trained_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -70,12 +72,33 @@ def uneven(model):
     return model
 
 
+@torch.no_grad()
+def change(model, number, name="model.layers.0.mlp.up_proj"):
+    """Set one number of an adapter."""
+    lora_layers(model)[name].lora_B[0, 0] = number
+    return model
+
+
+def edit(folder, **values):
+    settings = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(settings | values))
+    return folder
+
+
 def contents(path):
     """(header, tensors) of a file, as the gguf library reads them."""
     reader = gguf.GGUFReader(path)
     header = {key: field.contents() for key, field in reader.fields.items()}
     tensors = {each.name: gguf.quants.dequantize(each.data, each.tensor_type) for each in reader.tensors}
     return header, tensors
+
+
+def check_same(path, other):
+    """Two files hold the same, but for their names."""
+    (header, tensors), (its_header, its_tensors) = contents(path), contents(other)
+    assert its_header == header
+    assert its_tensors.keys() == tensors.keys()
+    assert all(np.array_equal(its_tensors[name], value) for name, value in tensors.items())
 
 
 def llama_cpp_updates(path, config, names):
@@ -113,7 +136,7 @@ def check_updates(path, model, tolerance=1e-6):
     assert len({update.tobytes() for update in updates.values()}) == len(layers)
 
 
-# Unmerged
+# An adapter alone
 
 
 KINDS = {
@@ -129,29 +152,23 @@ ALL = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
 
 
 @ALL
-def test_llama_cpp_adds_the_models_update_to_each_weight(base, path, make):
-    model = make(base(head_dim=20, num_key_value_heads=1))
+def test_llama_cpp_adds_the_models_update_to_each_weight_and_a_folder_gives_the_same_file(
+    base, chatter, path, tmp_path, make
+):
+    shape = {"head_dim": 20, "num_key_value_heads": 1}
+    model = make(base(**shape))
     before = snapshot(model)
     assert save_gguf(model, path, dtype="f32") == path
     check_updates(path, model)
     assert snapshot(model) == before
     assert names(path.parent) == ["adapter.gguf"]
-    with torch.no_grad():
-        next(iter(lora_layers(model).values())).lora_B[0, 0] += 1
+    folder = save_adapter(
+        model, tmp_path / "adapter", base=str(save_model(base(**shape), tmp_path / "shaped", chatter))
+    )
+    check_same(path, save_gguf(folder, tmp_path / "adapter.gguf", dtype="f32"))
+    change(model, 1.0, next(iter(lora_layers(model))))
     with pytest.raises(AssertionError):
         check_updates(path, model)
-
-
-@ALL
-def test_a_folder_gives_the_file_that_the_model_gives(base, base_folder, path, tmp_path, make):
-    model = make(base())
-    save_gguf(model, path, dtype="f32")
-    folder = save_adapter(model, tmp_path / "adapter", base=str(base_folder))
-    save_gguf(folder, tmp_path / "adapter.gguf", dtype="f32")
-    (header, tensors), (its_header, its_tensors) = contents(path), contents(tmp_path / "adapter.gguf")
-    assert its_header == header
-    assert its_tensors.keys() == tensors.keys()
-    assert all(np.array_equal(its_tensors[name], value) for name, value in tensors.items())
 
 
 def test_plain_lora_is_stored_as_llama_cpps_converter_stores_it(base, path):
@@ -171,6 +188,8 @@ def test_plain_lora_is_stored_as_llama_cpps_converter_stores_it(base, path):
     assert np.array_equal(tensors["blk.1.attn_k.weight.lora_b"], B[[*order, *(8 + row for row in order)]])
     assert not np.array_equal(tensors["blk.1.attn_k.weight.lora_b"], B)
     assert np.array_equal(tensors["blk.1.ffn_down.weight.lora_b"], layers.mlp.down_proj.lora_B.detach().numpy())
+    with pytest.raises(ValueError, match=r"adapter\.gguf is a GGUF file of type adapter, not a model"):
+        load_pretrained(path)
 
 
 def test_the_embedding_and_the_head_are_adapted_where_they_are_not_tied(base, path):
@@ -195,7 +214,6 @@ def test_shorter_files_round(base, path, dtype, tolerance, exact):
 
 
 def test_an_adapter_of_pefts_own_is_written(base_folder, path, tmp_path, tiny_hf):
-    theirs = tiny_hf(seed=3)
     config = peft.LoraConfig(
         r=4,
         lora_alpha=6,
@@ -204,10 +222,8 @@ def test_an_adapter_of_pefts_own_is_written(base_folder, path, tmp_path, tiny_hf
         rank_pattern={"k_proj": 2},
         alpha_pattern={"layers.1.mlp.down_proj": 3},
     )
-    randomise(peft.get_peft_model(theirs, config)).save_pretrained(tmp_path / "adapter")
-    settings = json.loads((tmp_path / "adapter" / CONFIG).read_text())
-    (tmp_path / "adapter" / CONFIG).write_text(json.dumps(settings | {"base_model_name_or_path": str(base_folder)}))
-    save_gguf(tmp_path / "adapter", path, dtype="f32")
+    randomise(peft.get_peft_model(tiny_hf(seed=3), config)).save_pretrained(tmp_path / "adapter")
+    save_gguf(edit(tmp_path / "adapter", base_model_name_or_path=str(base_folder)), path, dtype="f32")
     model, _ = load_pretrained(base_folder, device="cpu")
     load_adapter(model, tmp_path / "adapter")
     assert {layer.rank for layer in lora_layers(model).values()} == {2, 4}
@@ -223,17 +239,16 @@ def test_a_shipped_adapter_is_written_without_its_model(path):
     assert path.stat().st_size < 1.3e6
 
 
-def test_the_base_may_be_a_gguf_file(base, base_folder, chatter, path, tmp_path):
+def test_the_base_may_be_a_gguf_file(base, chatter, path, tmp_path):
     save_model(base(), tmp_path / "base.gguf", chatter, "gguf", "f32")
     model = adapted(base())
-    for each in (tmp_path / "base.gguf", base_folder):
-        save_gguf(save_adapter(model, tmp_path / "adapter", base=str(each)), path, dtype="f32")
-        check_updates(path, model)
-        save_gguf(tmp_path / "adapter", tmp_path / "merged.gguf", merged=True, dtype="f32")
-        assert torch.equal(*merged_logits(model, tmp_path / "merged.gguf"))
+    save_gguf(save_adapter(model, tmp_path / "adapter", base=str(tmp_path / "base.gguf")), path, dtype="f32")
+    check_updates(path, model)
+    save_gguf(tmp_path / "adapter", path, merged=True, dtype="f32")
+    assert torch.equal(*merged_logits(model, path))
 
 
-# Merged
+# A merged model in a GGUF file
 
 
 def merged_logits(model, path):
@@ -255,7 +270,9 @@ def test_a_merged_model_is_the_model_with_its_adapters_merged(base, chatter, pat
 
 
 @pytest.mark.parametrize("dtype", ["f16", "q8_0"])
-def test_a_merged_folder_is_the_saved_merged_model(base, base_folder, chatter, path, tmp_path, dtype):
+def test_a_merged_folder_is_the_saved_merged_model_with_the_tokenizer_that_is_given(
+    base, base_folder, chatter, tiny_tokenizer, path, tmp_path, dtype
+):
     model = adapted(base())
     folder = save_adapter(model, tmp_path / "adapter", base=str(base_folder))
     save_gguf(folder, path, merged=True, dtype=dtype)
@@ -264,13 +281,9 @@ def test_a_merged_folder_is_the_saved_merged_model(base, base_folder, chatter, p
     assert path.read_bytes() == (tmp_path / "adapter.gguf").read_bytes()
     save_model(base(), tmp_path / "adapter.gguf", chatter, "gguf", dtype)
     assert path.read_bytes() != (tmp_path / "adapter.gguf").read_bytes()
-
-
-def test_another_tokenizer_may_be_given_for_a_folder(base, base_folder, tiny_tokenizer, path, tmp_path):
-    folder = save_adapter(adapted(base()), tmp_path / "adapter", base=str(base_folder))
-    for tokenizer in (None, tiny_tokenizer):
-        save_gguf(folder, path, merged=True, tokenizer=tokenizer)
-        assert ("tokenizer.chat_template" in contents(path)[0]) == (tokenizer is None)
+    assert "tokenizer.chat_template" in contents(path)[0]
+    save_gguf(folder, path, merged=True, dtype=dtype, tokenizer=tiny_tokenizer)
+    assert "tokenizer.chat_template" not in contents(path)[0]
 
 
 # Relatives, which are models of transformers
@@ -290,27 +303,15 @@ def relative_folder(tmp_path):
 @pytest.mark.parametrize("make", [KINDS[name] for name in ("PiSSA", "rsLoRA with ranks of their own")])
 def test_an_adapter_of_a_relative_is_added_to_each_of_its_weights(relative_folder, path, tmp_path, kind, make):
     model = make(relative(kind))
-    before = snapshot(model)
     save_gguf(model, path, dtype="f32")
     check_updates(path, model)
-    assert snapshot(model) == before
-    header, tensors = contents(path)
-    assert header["general.architecture"] == RELATIVES[kind][2]
+    assert contents(path)[0]["general.architecture"] == RELATIVES[kind][2]
     folder = save_adapter(model, tmp_path / "adapter", base=str(relative_folder(kind)))
-    save_gguf(folder, tmp_path / "adapter.gguf", dtype="f32")
-    its_header, its_tensors = contents(tmp_path / "adapter.gguf")
-    assert its_header == header
-    assert all(np.array_equal(its_tensors[name], value) for name, value in tensors.items())
-    with torch.no_grad():
-        next(iter(lora_layers(model).values())).lora_B[0, 0] += 1
-    with pytest.raises(AssertionError):
-        check_updates(path, model)
+    check_same(path, save_gguf(folder, tmp_path / "adapter.gguf", dtype="f32"))
 
 
 @pytest.mark.parametrize("kind", ["Mistral", "Qwen2"])
 def test_a_merged_relative_is_the_relative_with_its_adapters_merged(relative_folder, path, tmp_path, kind):
-    from transformers import AutoModelForCausalLM
-
     model = adapted(relative(kind), layer=DoRALinear)
     folder, ids = save_adapter(model, tmp_path / "adapter", base=str(relative_folder(kind))), random_ids(2, 30, 600)
     for source, options in ((model, {"tokenizer": trained_tokenizer(RELATIVES[kind][3])}), (folder, {})):
@@ -320,23 +321,69 @@ def test_a_merged_relative_is_the_relative_with_its_adapters_merged(relative_fol
         assert (logits(theirs, ids) - logits(relative(kind), ids)).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("merged", [False, True])
-def test_an_adapter_of_another_family_is_refused_with_the_remedy(path, tmp_path, tiny_tokenizer, merged):
-    base = save_model(fresh(gpt2), tmp_path / "base", tiny_tokenizer)
-    folder = save_adapter(adapted(fresh(gpt2)), tmp_path / "adapter", base=str(base))
-    refuse(folder, path, r"is a GPT2LMHeadModel, but .*--merged --out FOLDER.*convert_hf_to_gguf\.py", merged=merged)
+# A merged model in a folder
 
 
-def test_what_no_file_holds_is_refused_before_the_weights_are_read(relative_folder, path, tmp_path):
-    base = relative_folder("Qwen2")
-    folder = save_adapter(adapted(relative("Qwen2")), tmp_path / "adapter", base=str(base))
-    (base / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="lacks the file"):
-        save_gguf(folder, path, merged=True)
-    settings = json.loads((base / "tokenizer.json").read_text())
-    (base / "tokenizer.json").write_text(json.dumps(settings | {"normalizer": {"type": "Lowercase"}}))
-    refuse(folder, path, r"tokenizer.*convert_hf_to_gguf\.py", merged=True)
-    save_gguf(folder, path)  # the adapter alone holds none
+@pytest.fixture
+def make(base):
+    """Makes a small random model of a family."""
+    families = {"Qwen2": lambda: relative("Qwen2"), "Gemma 3": lambda: fresh(gemma3), "GPT-2": lambda: fresh(gpt2)}
+    return lambda family: families.get(family, base)()
+
+
+@pytest.fixture
+def adapter(make, chatter, tmp_path):
+    """The folder of an adapter with its base beside it, and the model that they are: ``adapter("Qwen2")``."""
+
+    def save(family="ours", **options):
+        base = save_model(make(family), tmp_path / "base", chatter)
+        model = adapted(make(family), **options)
+        return save_adapter(model, tmp_path / "adapter", base=str(base)), model
+
+    return save
+
+
+IDS = random_ids(2, 12, 40)
+
+
+@pytest.mark.parametrize("family", ["ours", "Qwen2", "Gemma 3", "GPT-2"])
+def test_transformers_reads_a_merged_folder_with_the_models_logits(make, adapter, chatter, tmp_path, family):
+    folder, model = adapter(family, **({"layer": DoRALinear} if family == "Qwen2" else {}))
+    assert save_merged(folder, tmp_path / "merged") == tmp_path / "merged"
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits(theirs, IDS), logits(model, IDS), rtol=0, atol=1e-4)
+    assert (logits(theirs, IDS) - logits(make(family), IDS)).abs().max() > 0.1
+    assert theirs.dtype == torch.float32
+    text = "the other day </s>"
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged")(text)["input_ids"] == chatter.encode(text)
+    again, tokenizer = load_pretrained(tmp_path / "merged", device="cpu")
+    torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=0, atol=1e-4)
+    assert tokenizer.chat_template == chatter.chat_template
+    assert CONFIG not in names(tmp_path / "merged")
+
+
+@pytest.mark.parametrize("family", ["ours", "Qwen2"])
+@pytest.mark.parametrize(("dtype", "kind"), [("f16", torch.float16), ("bf16", torch.bfloat16)])
+def test_a_shorter_folder_holds_the_merged_numbers_rounded_once(adapter, tmp_path, family, dtype, kind):
+    folder, _ = adapter(family)
+    exact, _ = load_merged(folder)
+    assert not lora_layers(exact)
+    save_merged(folder, tmp_path / "merged", dtype)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert theirs.dtype == kind
+    rounded = theirs.state_dict()
+    for name, value in exact.state_dict().items():
+        assert torch.equal(rounded[name], value.to(kind)), name
+        assert not torch.equal(rounded[name].float(), value), name
+
+
+def test_a_tokenizer_in_a_second_format_is_copied(adapter, tmp_path):
+    folder, _ = adapter("Gemma 3")
+    save_merged(folder, tmp_path / "without")
+    (tmp_path / "base" / "tokenizer.model").write_bytes(b"sentences")
+    save_merged(folder, tmp_path / "merged")
+    assert (tmp_path / "merged" / "tokenizer.model").read_bytes() == b"sentences"
+    assert names(tmp_path / "merged") == sorted([*names(tmp_path / "without"), "tokenizer.model"])
 
 
 # What is refused
@@ -349,94 +396,109 @@ class Doubled(LoRALinear):
         return 2 * super()._delta()
 
 
-def refuse(source, path, says, error=ValueError, **options):
-    with pytest.raises(error, match=says) as caught:
+def refuse(source, path, named, error=ValueError, **options):
+    with pytest.raises(error, match=re.escape(named)):
         save_gguf(source, path, **options)
-    assert re.search(r"\. [A-Z]", str(caught.value)) is None  # one sentence
     assert not path.parent.exists()
 
 
-@pytest.mark.parametrize(("layer", "name"), [(DoRALinear, "DoRALinear"), (Doubled, "Doubled")])
-def test_an_update_that_is_no_product_must_be_merged(base, path, layer, name):
-    model = adapted(base(), layer=layer)
-    refuse(model, path, rf"'model\.layers\.0\.self_attn\.q_proj' has an adapter of type {name}.*merged=True")
+REFUSED = [  # what becomes of a base, how it is written, and what must be named
+    (lambda model: adapted(model, layer=DoRALinear), {}, "DoRA"),
+    (lambda model: adapted(model, layer=Doubled), {}, "Doubled"),
+    (lambda model: model, {}, "no adapters"),
+    (lambda model: adapted(DigitsMLP(width=16)), {}, "DigitsMLP"),
+    (lambda model: adapted(fresh(gpt2)), {}, "GPT2LMHeadModel"),
+    (lambda model: adapted(model), {"dtype": "q4_0"}, "q4_0"),
+    (lambda model: adapted(model), {"merged": True}, "tokenizer"),
+    (lambda model: change(adapted(model), 1e6), {}, "blk.0.ffn_up.weight.lora_b"),
+    (lambda model: change(adapted(model), torch.nan), {}, "model.layers.0.mlp.up_proj.lora_B"),
+    (lambda model: change(adapted(model), torch.nan), {"merged": True}, "model.layers.0.mlp.up_proj.lora_B"),
+]
 
 
-def test_a_folder_with_dora_must_be_merged(base, base_folder, path, tmp_path):
-    folder = save_adapter(adapted(base(), layer=DoRALinear), tmp_path / "adapter", base=str(base_folder))
-    refuse(folder, path, "type DoRA, whose update is more than .*merged=True")
-    save_gguf(folder, path, merged=True)
+@pytest.mark.parametrize(("change", "options", "named"), REFUSED)
+def test_a_model_that_no_file_can_hold_is_refused(base, path, change, options, named):
+    refuse(change(base()), path, named, **options)
 
 
-def test_pefts_pissa_which_changed_its_base_is_refused(base, base_folder, path, tmp_path):
-    folder = save_adapter(adapted(base()), tmp_path / "adapter", base=str(base_folder))
-    settings = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(settings | {"init_lora_weights": "pissa"}))
-    for merged in (False, True):
-        refuse(folder, path, "sets init_lora_weights to 'pissa', which changes the result", merged=merged)
-
-
-def test_what_is_no_llama_with_adapters_is_refused(base, path, tmp_path):
-    refuse(base(), path, "has no adapters; call inject")
-    for model in (DigitsMLP(width=16), fresh(gpt2)):
-        refuse(adapted(model), path, rf"is a {type(model).__name__}, but .* a lora_lab\.Llama .*--merged --out FOLDER")
-    refuse(tmp_path, path, f"lacks the file {CONFIG}", FileNotFoundError)
-    refuse(tmp_path / "nowhere", path, "There is no folder .*nowhere", FileNotFoundError)
-
-
-@pytest.mark.parametrize("merged", [False, True])
-def test_an_adapter_without_its_base_or_of_another_is_refused(base, chatter, path, tmp_path, merged):
-    folder = save_adapter(adapted(base()), tmp_path / "adapter", base="someone/some-model")
-    says = "adapts the model 'someone/some-model' .*which is neither a folder nor a .gguf file here; write its path"
-    refuse(folder, path, says, FileNotFoundError, merged=merged)
-    save_model(base(intermediate_size=40), tmp_path / "other", chatter)
-    save_adapter(adapted(base()), folder, base=str(tmp_path / "other"))
-    refuse(folder, path, "has shape .*; is it the adapter's own base model", merged=merged)
-    save_model(base(num_hidden_layers=1), tmp_path / "other", chatter)
-    refuse(folder, path, "has no such layer; is it the adapter's own base model", merged=merged)
-
-
-def test_an_adapter_on_a_tied_embedding_is_refused(base, base_folder, path, tmp_path):
-    model = adapted(base(tie_word_embeddings=False), targets=["embed_tokens"])
-    folder = save_adapter(model, tmp_path / "adapter", base=str(base_folder))
-    refuse(folder, path, "shared with another module")
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "says"),
-    [
-        ("adapter.bin", {}, r"must end in \.gguf"),
-        ("adapter.gguf", {"dtype": "q4_0"}, "dtype is 'q4_0', but .* one of f32, f16, q8_0"),
-        ("adapter.gguf", {"merged": True}, "holds its tokenizer too; pass tokenizer="),
-    ],
-)
-def test_a_call_that_makes_no_sense_is_refused(base, tmp_path, name, options, says):
-    refuse(adapted(base()), tmp_path / "out" / name, says, **options)
-
-
-def test_a_number_that_is_too_large_is_refused_and_the_older_file_stays(base, path):
+def test_a_number_that_is_too_large_for_half_precision_leaves_the_older_file_and_goes_into_float32(base, path):
     model = adapted(base())
     save_gguf(model, path)
     before = path.read_bytes()
-    with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.lora_B[0, 0] = 1e6
-    with pytest.raises(ValueError, match=r"blk\.0\.ffn_up\.weight\.lora_b holds a number of magnitude 1e\+06.*'f32'"):
-        save_gguf(model, path)
+    with pytest.raises(ValueError, match="f32"):
+        save_gguf(change(model, 1e6), path)
     assert path.read_bytes() == before
     save_gguf(model, path, dtype="f32")
     check_updates(path, model)
 
 
-def test_an_adapters_file_is_not_loaded_as_a_model(base, path):
-    save_gguf(adapted(base()), path)
-    with pytest.raises(ValueError, match=r"adapter\.gguf is a GGUF file of type adapter, not a model.*load_adapter"):
-        load_pretrained(path)
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_folder_that_no_file_can_hold_is_refused(base, base_folder, chatter, tiny_tokenizer, path, tmp_path, merged):
+    folder = save_adapter(adapted(base()), tmp_path / "adapter", base="someone/some-model")
+    refuse(folder, path, "'someone/some-model'", FileNotFoundError, merged=merged)
+    refuse(folder, path.with_suffix(".bin"), ".bin", merged=merged)
+    for change, named in (({"intermediate_size": 40}, "lora_"), ({"num_hidden_layers": 1}, "layers.1.")):
+        save_model(base(**change), tmp_path / "other", chatter)
+        refuse(edit(folder, base_model_name_or_path=str(tmp_path / "other")), path, named, merged=merged)
+    other = save_model(fresh(gpt2), tmp_path / "gpt2", tiny_tokenizer)
+    turned = save_adapter(adapted(fresh(gpt2)), tmp_path / "turned", base=str(other))
+    refuse(turned, path, "GPT2LMHeadModel", merged=merged)
+    refuse(tmp_path / "nowhere", path, "nowhere", FileNotFoundError, merged=merged)
+    tied = adapted(base(tie_word_embeddings=False), targets=["embed_tokens"])
+    refuse(save_adapter(tied, tmp_path / "tied", base=str(base_folder)), path, "embed_tokens", merged=merged)
+    dora = save_adapter(adapted(base(), layer=DoRALinear), tmp_path / "dora", base=str(base_folder))
+    if not merged:
+        refuse(dora, path, "DoRA")
+        return
+    tokenizer = json.loads((base_folder / "tokenizer.json").read_text())
+    (base_folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"normalizer": {"type": "Lowercase"}}))
+    refuse(dora, path, "tokenizer", merged=True)
+
+
+def test_no_folder_that_is_read_is_written_to(base, adapter, tmp_path):
+    folder, model = adapter()
+    before = {path: path.read_bytes() for place in (folder, tmp_path / "base") for path in place.iterdir()}
+    for each in (folder, tmp_path / "base", tmp_path / "adapter" / ".." / "base"):
+        with pytest.raises(ValueError, match="holds what is read"):
+            save_merged(folder, each)
+    with pytest.raises(ValueError, match="other holds an adapter"):
+        save_merged(folder, save_adapter(model, tmp_path / "other"))
+    with pytest.raises(ValueError, match="base holds a model"):
+        save_adapter(model, tmp_path / "base")
+    with pytest.raises(ValueError, match="adapter holds an adapter"):
+        save_model(base(), folder)
+    (tmp_path / "other" / CONFIG).unlink()  # as if its save had been interrupted
+    with pytest.raises(ValueError, match="other holds an adapter"):
+        save_model(base(), tmp_path / "other")
+    assert {path: path.read_bytes() for place in (folder, tmp_path / "base") for path in place.iterdir()} == before
+
+
+def test_a_config_of_another_program_is_no_model(base, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for _ in range(2):
+        save_adapter(adapted(base()), tmp_path)
+
+
+def test_what_cannot_be_merged_or_written_to_a_folder_is_refused(adapter, tmp_path):
+    folder, model = adapter()
+    large = save_adapter(change(model, 1e6), tmp_path / "large", base=str(tmp_path / "base"))
+    homeless = save_adapter(model, tmp_path / "homeless", base="someone/some-model")
+    for source, dtype, named, error in (
+        (folder, "q8_0", "'q8_0'", ValueError),
+        (large, "f16", "model.layers.0.mlp.up_proj.weight", ValueError),
+        (homeless, "f32", "'someone/some-model'", FileNotFoundError),
+        (tmp_path / "nowhere", "f32", "nowhere", FileNotFoundError),
+    ):
+        with pytest.raises(error, match=re.escape(named)):
+            save_merged(source, tmp_path / "merged", dtype)
+        assert not (tmp_path / "merged").exists()
+    save_merged(large, tmp_path / "merged", "bf16")
 
 
 # The command
 
 
-def test_the_command_writes_an_adapter_alone_or_merged(base, base_folder, path, tmp_path, capsys):
+def test_the_command_writes_what_these_functions_write(base, base_folder, path, tmp_path, tiny_smollm2, capsys):
     model = adapted(base())
     folder = save_adapter(model, tmp_path / "adapter", base=str(base_folder))
     assert command("export", folder, "--out", path, "--dtype", "f32") == 0
@@ -445,16 +507,20 @@ def test_the_command_writes_an_adapter_alone_or_merged(base, base_folder, path, 
     assert command("export", folder, "--out", path, "--merged") == 0
     save_gguf(folder, tmp_path / "adapter.gguf", merged=True, dtype="f16")
     assert path.read_bytes() == (tmp_path / "adapter.gguf").read_bytes()
-
-
-def test_the_command_writes_a_whole_model(base, base_folder, chatter, path, tiny_smollm2, capsys):
+    assert command("export", path, "--out", tmp_path / "from-gguf", "--merged") == 0
+    capsys.readouterr()
+    assert command("export", folder, "--out", tmp_path / "merged", "--merged") == 0
+    size = sum(path.stat().st_size for path in (tmp_path / "merged").iterdir())
+    assert f"Written: {tmp_path / 'merged'} ({size / 1e6:,.1f} MB)\n" in capsys.readouterr().out
+    for name, tolerance in (("merged", 1e-4), ("from-gguf", 0.1)):
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
+        torch.testing.assert_close(logits(theirs, IDS), logits(model, IDS), rtol=0, atol=tolerance)
+    assert command("export", folder, "--out", tmp_path / "merged", "--merged", "--dtype", "bf16") == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == torch.bfloat16
     assert command("export", base_folder, "--out", path, "--dtype", "f32") == 0
-    assert torch.equal(
-        logits(load_pretrained(path, device="cpu")[0], random_ids(1, 9)), logits(base(), random_ids(1, 9))
-    )
+    assert torch.equal(logits(load_pretrained(path, device="cpu")[0], IDS), logits(base(), IDS))
     assert command("export", "smollm2-135m", "--out", path, "--dtype", "q8_0") == 0
-    theirs, _ = load_pretrained(tiny_smollm2, device="cpu")
-    ours, _ = load_pretrained(path, device="cpu")
+    theirs, ours = (load_pretrained(each, device="cpu")[0] for each in (tiny_smollm2, path))
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=1e-3)
 
 
@@ -475,14 +541,3 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path, monkeypatch, capsy
     assert command("export", *arguments) == 1
     assert says in error_line(capsys)
     assert names(tmp_path) == []
-
-
-def test_an_adapter_with_a_number_that_is_not_finite_is_not_written(base, chatter, path):
-    model = adapted(base())
-    name, layer = next(iter(lora_layers(model).items()))
-    with torch.no_grad():
-        layer.lora_A[0, 0] = torch.nan
-    for options in ({}, {"merged": True, "tokenizer": chatter}):
-        with pytest.raises(ValueError, match=f"^{re.escape(name)}.lora_A holds numbers that are NaN or infinite"):
-            save_gguf(model, path, **options)
-        assert not path.exists()
