@@ -1,19 +1,23 @@
 """The commands of ``lora-lab``: a function is a command, its arguments are the options, its docstring is the help.
 
-Each prints for people. What it returns is what ``--json`` prints. Imports are inside, so that ``--help`` is fast.
+Each prints for people. What it returns is what ``--json`` prints. What is imported here loads a file when it is first
+used, and all else is imported inside, so that ``--help`` is fast.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from lora_lab import plots
+import lora_lab as ll
+from lora_lab import models, system
 
 # Train
 
@@ -30,9 +34,9 @@ def demo(steps: int = 40, seed: int = 0, rank: int = 8, device: str | None = Non
         device: cpu, cuda, ... (default: the best available)
         out: folder for the results
     """
-    from lora_lab import demo
+    from lora_lab.demo import run
 
-    demo.run(steps, seed, rank, device, out)
+    run(steps, seed, rank, device, out)
 
 
 def finetune(
@@ -89,14 +93,13 @@ def finetune(
         have ``validation_loss``, ``test_loss``, ``off_domain_loss`` in nats, the task's scores and three ``samples``.
     """
     from lora_lab import finetune
-    from lora_lab.system.files import as_path
 
     chosen = finetune.method_of(method, rank, alpha)
     if preview:
         _preview(task, model, allow_special)
         return None
     if out is not None:
-        folder = as_path(out, "--out")
+        folder = system.files.as_path(out, "--out")
     else:
         folder = finetune.OUT if overwrite else finetune.unused_folder(checkpoint_every is not None)
     training = {"steps": steps, "batch_size": batch, "seed": seed, "eval_examples": eval_examples}
@@ -108,12 +111,9 @@ def finetune(
 
 def _preview(task: str, model: str, allow_special: bool) -> None:
     """Print what a model would read and learn."""
-    from lora_lab.models.pretrained import load_tokenizer
-    from lora_lab.tasks import PairTask, task_of
-
-    data = task_of(task, load_tokenizer(model), allow_special)
+    data = ll.tasks.task_of(task, models.pretrained.load_tokenizer(model), allow_special)
     print(data.describe())
-    if isinstance(data, PairTask):
+    if isinstance(data, ll.tasks.PairTask):
         print(data.preview(3))
 
 
@@ -151,15 +151,12 @@ def chat(
     """
     from lora_lab.adapters.chat import HELP, Conversation, talk
     from lora_lab.adapters.export import find_base
-    from lora_lab.models.decoding import Sampling
-    from lora_lab.models.pretrained import SMOLLM2, load_pretrained
-    from lora_lab.system.schema import Size, check
 
-    check(tokens, Size, "--tokens")
+    system.schema.check(tokens, system.schema.Size, "--tokens")
     if plain and prompt is None:
         raise ValueError('--plain continues a text; give one, such as lora-lab chat "Once upon a time" --plain.')
     sampling = {"temperature": temperature, "seed": seed, "repetition_penalty": repetition_penalty}
-    Sampling(**sampling)  # which raises before the model is loaded
+    models.decoding.Sampling(**sampling)  # which raises before the model is loaded
     adapters = {Path(folder).name: folder for folder in adapter}
     if len(adapters) < len(adapter):
         raise ValueError("Two of the adapters' folders have the same name; rename one, because names choose adapters.")
@@ -168,7 +165,8 @@ def chat(
         raise ValueError(f"The adapters are of different models, {', '.join(sorted(bases))}; choose one with --model.")
     if prompt is not None and len(adapter) > 1:
         raise ValueError(f"One answer takes one adapter, but --adapter names {len(adapter)}.")
-    loaded, tokenizer = load_pretrained(model or next(iter(bases), SMOLLM2), device=device)
+    base = model or next(iter(bases), models.pretrained.SMOLLM2)
+    loaded, tokenizer = models.pretrained.load_pretrained(base, device=device)
     if prompt is not None:
         _answer(loaded, tokenizer, prompt, adapter, tokens, plain, sampling)
         return
@@ -178,23 +176,19 @@ def chat(
 
 
 def _answer(
-    model: nn.Module, tokenizer: Any, prompt: str, adapter: tuple[str, ...], tokens: int, plain: bool, sampling: dict
+    model: Any, tokenizer: Any, prompt: str, adapter: tuple[str, ...], tokens: int, plain: bool, sampling: dict
 ) -> None:
     """Print one answer, or the continuation of a text as it is made."""
     import torch
 
-    from lora_lab.adapters.peft_format import load_adapter
-    from lora_lab.models.reading import stream
-    from lora_lab.tasks.generate import reply
-
     for folder in adapter:
-        load_adapter(model, folder)
+        ll.load_adapter(model, folder)
     if not plain:
-        print(reply(model, tokenizer, prompt, max_new_tokens=tokens, **sampling))
+        print(ll.reply(model, tokenizer, prompt, max_new_tokens=tokens, **sampling))
         return
     ids = torch.tensor(tokenizer.encode(prompt, add_special_tokens=True), dtype=torch.long)
     ids = ids.to(next(model.parameters()).device)
-    continuation = stream(model, ids, tokens, tokenizer.eos_id, **sampling)
+    continuation = models.reading.stream(model, ids, tokens, tokenizer.eos_id, **sampling)
     for part in chain([prompt], tokenizer.decode_stream(continuation), ["\n"]):
         print(part, end="", flush=True)
 
@@ -211,12 +205,6 @@ def export(source: str, /, *, out: str, merged: bool = False, dtype: str | None 
         merged: write the whole model, with the adapter merged into its base
         dtype: dtype of matrices: f32, f16 (the default) or q8_0; for a folder f32 (the default), f16 or bf16
     """
-    from lora_lab.adapters.export import save_gguf, save_merged
-    from lora_lab.adapters.peft_format import CONFIG
-    from lora_lab.models.gguf import check_target
-    from lora_lab.models.pretrained import load_pretrained, save_model
-    from lora_lab.system.files import check_writable, repair
-
     folder, target = Path(source), Path(out)
     as_folder = target.suffix != ".gguf"
     if as_folder and not merged:
@@ -225,18 +213,18 @@ def export(source: str, /, *, out: str, merged: bool = False, dtype: str | None 
             "Hugging Face folder."
         )
     if not as_folder:
-        check_target(target, dtype or "f16")
-    check_writable(target if as_folder else target.parent)
-    repair(folder)
-    if folder.is_dir() and not any((folder / name).is_file() for name in (CONFIG, "config.json")):
-        raise FileNotFoundError(f"{source} holds neither an adapter ({CONFIG}) nor a model (config.json).")
+        models.gguf.check_target(target, dtype or "f16")
+    system.files.check_writable(target if as_folder else target.parent)
+    system.files.repair(folder)
+    if folder.is_dir() and not any((folder / name).is_file() for name in (ll.adapters.CONFIG, "config.json")):
+        raise FileNotFoundError(f"{source} holds neither an adapter ({ll.adapters.CONFIG}) nor a model (config.json).")
     if as_folder:
-        save_merged(folder, target, dtype or "f32")
-    elif (folder / CONFIG).is_file():
-        save_gguf(folder, target, merged=merged, dtype=dtype or "f16")
+        ll.adapters.save_merged(folder, target, dtype or "f32")
+    elif (folder / ll.adapters.CONFIG).is_file():
+        ll.adapters.save_gguf(folder, target, merged=merged, dtype=dtype or "f16")
     else:
-        model, tokenizer = load_pretrained(source, device="cpu")
-        save_model(model, target, tokenizer, format="gguf", dtype=dtype or "f16")
+        model, tokenizer = models.pretrained.load_pretrained(source, device="cpu")
+        models.pretrained.save_model(model, target, tokenizer, format="gguf", dtype=dtype or "f16")
     size = sum(path.stat().st_size for path in (target.iterdir() if as_folder else [target]))
     print(f"Written: {target} ({size / 1e6:,.1f} MB)")
 
@@ -279,19 +267,17 @@ def memory(
     """
     from lora_lab.costs.fake import built_on_meta
     from lora_lab.costs.memory import parse_bytes, report, training_setups
-    from lora_lab.models.llama import Llama
-    from lora_lab.models.pretrained import architecture
 
     weights = _dtype(dtype)
     if largest and not budget:
         raise ValueError("--largest needs --budget, such as --budget 24GiB, to search for what fits into it.")
-    built = built_on_meta(architecture(model))
+    built = built_on_meta(models.pretrained.architecture(model))
     length = _length(built, seq, 512)
     budget_bytes = parse_bytes(budget) if budget else None
     rows = report(
         built,
         model,
-        training_setups(rank, weights, lean=isinstance(built, Llama)),
+        training_setups(rank, weights, lean=isinstance(built, ll.Llama)),
         batch_size=batch,
         seq_len=length,
         device=device,
@@ -338,25 +324,21 @@ def speed(
         ``variant``, ``seconds`` with ``lower_quartile_seconds`` and ``upper_quartile_seconds``, ``tokens_per_second``,
         ``ratio`` with its 95 % interval ``ratio_low`` to ``ratio_high``, and ``verdict``.
     """
-    from lora_lab import FullFineTuning, LoRA
     from lora_lab.costs import speed
     from lora_lab.costs.fake import built_on_meta
     from lora_lab.costs.setup import Setup
-    from lora_lab.models.pretrained import architecture
-    from lora_lab.system.device import pick_device
-    from lora_lab.system.schema import Size, check
 
-    check(measure, Size | None, "--measure")
+    system.schema.check(measure, system.schema.Size | None, "--measure")
     if card and (measure is not None or device):
         raise ValueError(f"--card {card} predicts for another machine; leave out --measure and --device.")
     costs = speed.cards.cost_model(card) if card else None
-    chosen, why = pick_device(device)
-    factory = architecture(model)
+    chosen, why = system.device.pick_device(device)
+    factory = models.pretrained.architecture(model)
     length = _length(built_on_meta(factory), seq, 128)
     named = dtype or ("bfloat16" if card else None)
     weights = None if named is None else _dtype(named)
-    variants = {"full": Setup(FullFineTuning(), weights)}
-    variants |= {f"LoRA r={each}": Setup(LoRA(each, 2 * each), weights) for each in rank}
+    variants = {"full": Setup(ll.FullFineTuning(), weights)}
+    variants |= {f"LoRA r={each}": Setup(ll.LoRA(each, 2 * each), weights) for each in rank}
     counts = {}
     for label, setup in variants.items():
         counts[label] = speed.flops(factory, setup, batch, length)
@@ -374,12 +356,12 @@ def speed(
     return result
 
 
-def _length(model: nn.Module, length: int | None, default: int) -> int | None:
+def _length(model: Any, length: int | None, default: int) -> int | None:
     """Return the number of tokens that was asked for, or the default for a model that reads tokens."""
     return default if length is None and getattr(model, "main_input_name", "") != "pixel_values" else length
 
 
-def _dtype(name: str) -> torch.dtype:
+def _dtype(name: str) -> Any:
     import torch
 
     dtypes = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float32": torch.float32, "fp32": torch.float32}
@@ -406,49 +388,42 @@ def analyze(tuned: str, /, base: str | None = None, out: str = "runs/analyze") -
         and ``by_depth``, their medians over the number of ``layers`` there. A statistic, such as ``stable_rank``, has
         the band of noise beside it: ``stable_rank_low`` and ``stable_rank_high``.
     """
-    from lora_lab import plots
-    from lora_lab.adapters.peft_format import CONFIG
-    from lora_lab.analysis import spectra
-    from lora_lab.models.pretrained import load_pretrained
-    from lora_lab.system.files import check_replaceable, check_writable, repair
-    from lora_lab.system.schema import rows_of
-
-    repair(tuned)
-    is_adapter = (Path(tuned) / CONFIG).is_file()
+    system.files.repair(tuned)
+    is_adapter = (Path(tuned) / ll.adapters.CONFIG).is_file()
     if not is_adapter and base is None:
-        raise ValueError(f"{tuned} is not an adapter (it lacks {CONFIG}); a fine-tuned model needs --base as well.")
+        raise ValueError(
+            f"{tuned} is not an adapter (it lacks {ll.adapters.CONFIG}); a fine-tuned model needs --base as well."
+        )
     folder = Path(out)
-    check_writable(folder)
-    check_replaceable(folder / "layers.csv", ("layer", "kind", "depth"))
-    before = None if base is None else load_pretrained(base, device="cpu")[0]
-    after = tuned if is_adapter else load_pretrained(tuned, device="cpu")[0]
+    system.files.check_writable(folder)
+    system.files.check_replaceable(folder / "layers.csv", ("layer", "kind", "depth"))
+    before = None if base is None else models.pretrained.load_pretrained(base, device="cpu")[0]
+    after = tuned if is_adapter else models.pretrained.load_pretrained(tuned, device="cpu")[0]
     keys = [set() if model is None or isinstance(model, str) else {*model.state_dict()} for model in (before, after)]
     if not is_adapter and (differ := keys[0] ^ keys[1]):
         raise ValueError(f"Only one of {tuned} and {base} has {min(differ)}; give the model's own base.")
-    frame = spectra.report(before, after)
+    frame = ll.spectra.report(before, after)
     for by in ("kind", "depth"):
-        print(spectra.table(frame, by), end="\n\n")
+        print(ll.spectra.table(frame, by), end="\n\n")
     _save_table(frame, folder / "layers.csv")
-    plots.use_style()
-    for statistic in plots.STATISTICS if frame.depth.notna().any() else ():
+    ll.plots.use_style()
+    for statistic in ll.plots.STATISTICS if frame.depth.notna().any() else ():
         if statistic in frame:
-            _save_picture(plots.by_depth(frame, statistic), folder / f"{statistic}.png")
-    medians = {f"by_{by}": rows_of(spectra.group(frame, by).reset_index()) for by in ("kind", "depth")}
-    return {"folder": out, **medians, "layers": rows_of(frame)}
+            _save_picture(ll.plots.by_depth(frame, statistic), folder / f"{statistic}.png")
+    medians = {f"by_{by}": system.schema.rows_of(ll.spectra.group(frame, by).reset_index()) for by in ("kind", "depth")}
+    return {"folder": out, **medians, "layers": system.schema.rows_of(frame)}
 
 
 def _save_table(frame: Any, path: Path) -> None:
-    from lora_lab.system.files import atomic_file
 
-    with atomic_file(path) as temporary:
+    with system.files.atomic_file(path) as temporary:
         frame.to_csv(temporary, index=False)
     print(f"Written: {path}")
 
 
-def _save_picture(axes: plots.Axes, path: Path) -> None:
-    from lora_lab import plots
+def _save_picture(axes: Any, path: Path) -> None:
 
-    plots.save(axes.figure, path)  # pyright: ignore[reportArgumentType]  # no plot is drawn on a SubFigure
+    ll.plots.save(axes.figure, path)
     print(f"Written: {path}")
 
 
@@ -498,40 +473,30 @@ def ablate(
         ``ranks``, each with ``rank``, ``status``, ``lr``, ``validation_loss``, ``test_loss``, its ``difference`` from
         the largest rank's with one-sided 95 % bounds ``lower`` and ``upper``, and ``note``.
     """
-    from lora_lab import plots
-    from lora_lab.ablation import ablate, studies
-    from lora_lab.system.files import check_replaceable, check_writable
-    from lora_lab.system.schema import Positive, Size, check, rows_of
+    from lora_lab import ablation
 
-    check(margin, Positive | None, "--margin")
+    system.schema.check(margin, system.schema.Positive | None, "--margin")
     folder = Path(out)
     options: dict[str, Any] = {"steps": steps, "batch_size": batch, "eval_examples": eval_examples}
     options |= {"alpha": alpha, "alpha_per_rank": alpha_per_rank if alpha is None else None}
-    check(seeds, Size, "--seeds")
-    grid = studies.grid(task, method, list(ranks), list(lrs) or None, range(seeds), **options)
-    check_writable(folder, leave=True)
-    check_replaceable(folder / "table.csv", ("key", "method", "lr", "outcome"))
+    system.schema.check(seeds, system.schema.Size, "--seeds")
+    grid = ablation.studies.grid(task, method, list(ranks), list(lrs) or None, range(seeds), **options)
+    system.files.check_writable(folder, leave=True)
+    system.files.check_replaceable(folder / "table.csv", ("key", "method", "lr", "outcome"))
     print(f"{len(grid)} trials; results in {folder / 'trials'}, from which a run that was stopped continues")
-    frame = ablate(*studies.study(task, seq, model=model), grid, folder / "trials", n_jobs=jobs, engine=engine)
+    net, data = ablation.studies.study(task, seq, model=model)
+    frame = ablation.ablate(net, data, grid, folder / "trials", n_jobs=jobs, engine=engine)
     _save_table(frame, folder / "table.csv")
-    plots.use_style()
-    _save_picture(plots.loss_by_rate(frame), folder / "rates.png")
-    _save_picture(plots.learning_and_forgetting(frame), folder / "forgetting.png")
+    ll.plots.use_style()
+    _save_picture(ll.plots.loss_by_rate(frame), folder / "rates.png")
+    _save_picture(ll.plots.learning_and_forgetting(frame), folder / "forgetting.png")
     verdict = None
     if len(set(ranks)) > 1:
-        verdict = _judge_ranks(frame, margin or studies.defaults_of(task).margin, folder / "verdict.png")
-    return {"folder": out, "trials": len(grid), "evaluations": rows_of(frame), "verdict": verdict}
-
-
-def _judge_ranks(frame: Any, margin: float, path: Path) -> dict[str, Any]:
-    """Print and draw which rank is enough."""
-    from lora_lab import plots
-    from lora_lab.ablation import smallest_sufficient_rank
-
-    verdict = smallest_sufficient_rank(frame, margin)
-    _save_picture(plots.rank_verdict(verdict), path)
-    print(f"\n{verdict}")
-    return verdict.to_dict()
+        verdict = ablation.smallest_sufficient_rank(frame, margin or ablation.studies.defaults_of(task).margin)
+        _save_picture(ll.plots.rank_verdict(verdict), folder / "verdict.png")
+        print(f"\n{verdict}")
+        verdict = verdict.to_dict()
+    return {"folder": out, "trials": len(grid), "evaluations": system.schema.rows_of(frame), "verdict": verdict}
 
 
 def record(
@@ -558,18 +523,12 @@ def record(
         ``path`` of the file, and its content: ``what``, ``device``, ``facts``, ``commit``, ``date``, ``command``,
         ``settings``, ``rows``, ``schema``.
     """
-    from dataclasses import asdict
-
     from lora_lab.studies import records, submission
     from lora_lab.studies.recorder import find_recorder, take_over
-    from lora_lab.system.device import pick_device
-    from lora_lab.system.files import check_writable, save_or_rescue
-    from lora_lab.system.provenance import commit as current_commit
-    from lora_lab.system.wording import counted
 
     if check:
         found = submission.check(what)
-        rows = counted(len(found.rows), "row")
+        rows = system.wording.counted(len(found.rows), "row")
         print(f"{what} is whole: {found.what!r} on {found.device}, {found.date}, {rows}")
         return None
     if models and what not in records.OF_MODELS:
@@ -578,25 +537,25 @@ def record(
     if models and not out:
         raise ValueError("A record of some models would replace that of all models; name another folder with --out.")
     chosen = find_recorder(what)
-    where, why = pick_device(device)
+    where, why = system.device.pick_device(device)
     print(f"Device: {why}")
     command = f"lora-lab record {what}"
     command += f" --device {device}" if device else ""
     command += f" --models {' '.join(models)}" if models else ""
-    commit = current_commit()  # of the code that runs, even if something is committed meanwhile
+    commit = system.provenance.commit()  # of the code that runs, even if something is committed meanwhile
     settings = chosen.settings(where)
     records.new(what, [{"row": "to come"}], settings, command, where, commit)  # validate now, not after hours
     folder = Path(out) if out else records.destination()
-    check_writable(folder)
+    system.files.check_writable(folder)
     if begun := take_over(what):
-        print(f"{counted(begun, 'trial')} of a record that was begun earlier need not be run again.")
+        print(f"{system.wording.counted(begun, 'trial')} of a record that was begun earlier need not be run again.")
     rows = []
     for row in chosen.rows(where, list(models) or None) if what in records.OF_MODELS else chosen.rows(where):
         rows.append(row)
         if text := chosen.line(row):
             print(text, flush=True)
     made = records.new(what, rows, settings, command, where, commit)
-    path = save_or_rescue(lambda path: records.write(made, path), folder)
+    path = system.files.save_or_rescue(lambda path: records.write(made, path), folder)
     print(f"Written: {path}")
     return {"path": path, **asdict(made)}
 
@@ -618,8 +577,6 @@ def claims(id: str | None = None, /, records: str | None = None, lessons: str | 
         "no"), ``verdict`` ("stands", "falls", "depends", "open", "untestable"), ``on``, what it depends on,
         ``shown_by``, which ends with our number, ``date`` and ``machine`` of that measurement.
     """
-    import shutil
-
     from lora_lab.studies import claims
     from lora_lab.studies.claims.ledger import WIDTH
     from lora_lab.studies.records import KINDS
@@ -661,10 +618,6 @@ def course(
         add: files or folders of your class, such as data or a model, to copy beside the lessons
         grading: instead write a course of nbgrader, with solutions and hidden tests, for the teacher
     """
-    import os
-    import shlex
-    import subprocess
-
     from lora_lab.course.copies import add_files, check_files, chosen_lessons, copy_lessons
 
     if grading and (add or solved):
@@ -694,25 +647,19 @@ def doctor() -> dict[str, Any]:
         ``effort``, ``memory_available_bytes``, ``memory_total_bytes``, ``cache_folder``, ``model_is_cached``,
         ``has_pip``.
     """
-    import importlib.util
-
     import psutil
 
-    from lora_lab.models.pretrained import cache_folder, is_cached
-    from lora_lab.system.device import effort, pick_device
-    from lora_lab.system.provenance import machine_info, version
-
-    device, why = pick_device()
+    device, why = system.device.pick_device()
     memory = psutil.virtual_memory()
     facts = {
-        "lora_lab": version(),
-        **machine_info(device),
+        "lora_lab": system.provenance.version(),
+        **system.provenance.machine_info(device),
         "device_reason": why,
-        "effort": effort(),
+        "effort": system.device.effort(),
         "memory_available_bytes": memory.available,
         "memory_total_bytes": memory.total,
-        "cache_folder": cache_folder(),
-        "model_is_cached": is_cached(),
+        "cache_folder": models.pretrained.cache_folder(),
+        "model_is_cached": models.pretrained.is_cached(),
         "has_pip": importlib.util.find_spec("pip") is not None,
     }
     notes = {
@@ -734,6 +681,4 @@ def fetch() -> None:
 
     lora-lab fetch
     """
-    from lora_lab.models.pretrained import load_pretrained
-
-    load_pretrained(device="cpu")
+    models.pretrained.load_pretrained(device="cpu")

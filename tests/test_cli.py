@@ -428,8 +428,8 @@ def test_help_loads_no_library_that_takes_long(arguments):
 def test_an_export_says_before_it_loads_a_model_that_its_place_cannot_be_written_to(
     tuned, tmp_path, capsys, monkeypatch, name, merged
 ):
-    monkeypatch.setattr("lora_lab.adapters.export.save_gguf", lambda *_, **__: pytest.fail("started"))
-    monkeypatch.setattr("lora_lab.adapters.export.save_merged", lambda *_, **__: pytest.fail("started"))
+    monkeypatch.setattr("lora_lab.adapters.save_gguf", lambda *_, **__: pytest.fail("started"))
+    monkeypatch.setattr("lora_lab.adapters.save_merged", lambda *_, **__: pytest.fail("started"))
     (tmp_path / "file").write_text("mine")
     options = ["--merged"] if merged else []
     assert command("export", tuned[1], "--out", tmp_path / "file" / name, *options) == 1

@@ -1,7 +1,6 @@
 """The board of results: each study's verdicts, pictures and machines on one page, computed from the records alone."""
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import pandas
 import pictures
 from markup import escaped, table
 
-from lora_lab import claims, plots, records, studies
+from lora_lab import claims, plots, records
 from lora_lab.ablation import overfitting
 from lora_lab.costs.memory import MIB
 from lora_lab.studies.claims.deciding import DECIDERS, DEPENDS, FALLS, OPEN, STANDS, Result, judge_record
@@ -20,7 +19,6 @@ from lora_lab.studies.claims.measured import ALSO, at_inner_rates, time_interval
 from lora_lab.studies.records import KINDS, Published, Record
 from lora_lab.studies.steps import SMALL
 
-QUESTIONS = dict(re.findall(r"^(\w+) +(\S.*)$", studies.__doc__, re.MULTILINE))
 COUNTED = (STANDS, FALLS, DEPENDS, OPEN)
 QUANTITIES = {
     "loss": "validation loss (nats)",
@@ -142,7 +140,7 @@ def in_study(kind: str) -> str:
 def study(board: Board, kind: str) -> list[str]:
     """A recorded study: its pictures, and its verdicts on each machine side by side."""
     of_kind = board.of_kind(kind)
-    parts = [f"(study-{kind})=\n### {kind}: {QUESTIONS[kind]}"]
+    parts = [f"(study-{kind})=\n### {kind}: {KINDS[kind].question}"]
     parts += board.drawn(partial(pictures.of_study, kind, of_kind), kind)
     verdicts = [board.verdicts(record) for record in of_kind.values()]
     rows = [
@@ -166,7 +164,7 @@ def unrecorded(board: Board, kind: str) -> str:
     count = len(board.waiting(kind))
     waits = {0: "no claim waits", 1: "one claim waits"}.get(count, f"{count} claims wait")
     command = f"`lora-lab record {kind}`, {KINDS[kind].hours} on two cores"
-    return f"(study-{kind})=\n**{kind}**: {QUESTIONS[kind]} ({command}; {waits} for it)"
+    return f"(study-{kind})=\n**{kind}**: {KINDS[kind].question} ({command}; {waits} for it)"
 
 
 # What a setup costs, and what it gains

@@ -326,6 +326,10 @@ class Llama(nn.Module):
         """
         self.model.gradient_checkpointing = True
 
+    def gradient_checkpointing_disable(self) -> None:
+        """Save all that the backward pass needs again, as ``fit`` does at its end."""
+        self.model.gradient_checkpointing = False
+
     def tie(self) -> None:
         """Share one matrix between head and embedding, if the config ties them."""
         if self.config.tie_word_embeddings:

@@ -23,30 +23,31 @@ if TYPE_CHECKING:
 
 
 class Kind(NamedTuple):
-    """A kind of record: the module of :mod:`lora_lab.studies` that makes it, and how long that takes on two cores."""
+    """A kind of record: the module of :mod:`lora_lab.studies` that makes it, how long that takes, and what it asks."""
 
     module: str
-    hours: str
+    hours: str  # on two cores
+    question: str
 
 
 KINDS = {
-    "memory": Kind("steps", "half an hour"),
-    "speed": Kind("steps", "half an hour"),
-    "rates": Kind("rates", "three hours"),
-    "quality": Kind("methods", "eleven hours"),
-    "ablation": Kind("spectra", "an hour"),
-    "targets": Kind("methods", "an hour"),
-    "variants": Kind("methods", "three hours"),
-    "taught": Kind("taught", "at most five hours"),
-    "quantised": Kind("quantised", "an hour and a half"),
-    "rank_advice": Kind("rates", "two hours"),
-    "spectra": Kind("spectra", "half an hour"),
-    "overfitting": Kind("forgetting", "six hours"),
-    "remedies": Kind("forgetting", "two hours"),
-    "head_start": Kind("head_start", "an hour"),
-    "downstream": Kind("downstream", "three hours"),
-    "elicitation": Kind("downstream", "half an hour"),
-    "translation": Kind("translation", "three hours"),
+    "memory": Kind("steps", "half an hour", "memory of training steps, predicted and measured"),
+    "speed": Kind("steps", "half an hour", "times of training steps, predicted and measured"),
+    "rates": Kind("rates", "three hours", "how the best learning rate depends on the rank"),
+    "quality": Kind("methods", "eleven hours", "is LoRA as good as full fine-tuning, after how many steps?"),
+    "ablation": Kind("spectra", "an hour", "which rank is enough"),
+    "targets": Kind("methods", "an hour", "which layers should have adapters"),
+    "variants": Kind("methods", "three hours", "do variants of LoRA learn more?"),
+    "taught": Kind("taught", "at most five hours", "what courses print, as taught and then tuned"),
+    "quantised": Kind("quantised", "an hour and a half", "what a base in fewer bits costs, and what its merges lose"),
+    "rank_advice": Kind("rates", "two hours", "does one run at a high rank tell which rank is enough?"),
+    "spectra": Kind("spectra", "half an hour", "what training writes into the weights"),
+    "overfitting": Kind("forgetting", "six hours", "which method overfits, and which forgets"),
+    "remedies": Kind("forgetting", "two hours", "what eases forgetting, and what predicts it"),
+    "head_start": Kind("head_start", "an hour", "is fine-tuning better than training from scratch?"),
+    "downstream": Kind("downstream", "three hours", "can the model learn a downstream task?"),
+    "elicitation": Kind("downstream", "half an hour", "how much of that can it do untrained, if asked well?"),
+    "translation": Kind("translation", "three hours", "can the real model learn to translate?"),
 }
 OF_MODELS = ("memory", "speed")  # measure several models; all others are about SmolLM2-135M
 

@@ -12,4 +12,7 @@ torch_build  the build of torch that suits this machine, installed before all el
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, ["device"])  # which ``ll.device`` leads to
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    ["device", "files", "provenance", "schema", "wording"],  # for ``ll.device`` and the commands
+)

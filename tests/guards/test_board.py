@@ -113,7 +113,8 @@ def test_every_study_is_there_and_every_picture_is_a_file_with_a_description(sto
     text, folder = stored
     for kind in KINDS:
         assert text.count(f"(study-{kind})=") == 1
-        assert f"**{kind}**: {board.QUESTIONS[kind]}" in text or f"### {kind}: {board.QUESTIONS[kind]}" in text
+        question = KINDS[kind].question
+        assert f"**{kind}**: {question}" in text or f"### {kind}: {question}" in text
     assert pictures.OF_ALL.keys() | pictures.OF_EACH.keys() == set(KINDS)
     drawn = dict(re.findall(r"^!\[(.+)\]\(([\w-]+\.png)\)$", text, re.MULTILINE))
     assert len(drawn) == len(list(folder.glob("*.png"))) == 14
