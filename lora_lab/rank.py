@@ -178,7 +178,7 @@ def energy_rank(S: Tensor, share: float = 0.9) -> Tensor:
 
 
 def subspace_similarity(V1: Tensor, V2: Tensor) -> Tensor:
-    r"""Return ||V1[:, :i]^T V2[:, :j]||_F^2 / min(i, j) for all i and j at once (Hu et al. 2021, equation 4).
+    r"""Return phi(i, j) = ||V1[:, :i]^T V2[:, :j]||_F^2 / min(i, j), for all i and j (Hu et al. 2021, equation 4).
 
     1 if the smaller subspace lies within the larger one, 0 if they are orthogonal, and max(i, j) / n on average for
     random subspaces.

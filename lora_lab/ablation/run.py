@@ -306,7 +306,8 @@ def _is_small(model: nn.Module, task: Task, trial: Trial, budget_bytes: int) -> 
     """
     layers, most = adapted_layers(model, lora_of(trial)).values(), budget_bytes // (10 * _MOST_PACKED)
     sides = sum(layer.in_features + layer.out_features for layer in layers)
-    fixed = torch.float64.itemsize * lora_of(trial).rank * sides + sum(each.nbytes for each in model.parameters())
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    fixed = weights + torch.float64.itemsize * lora_of(trial).rank * sides  # bytes
     if fixed > most:
         return False
     examples = Examples(task.train.inputs[: trial.batch_size], task.train.targets[: trial.batch_size])

@@ -74,8 +74,12 @@ class FlatAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` returned, here or for a ``torch.optim.AdamW`` with the same groups.
 
-        The parameters of a group have a state each, all at one step, since the steps of a group are counted once.
+        Raises:
+            ValueError: the parameters of a group are at different steps.
         """
+        for group in state_dict["param_groups"]:
+            if len({float(state_dict["state"][index]["step"]) for index in group["params"]}) > 1:
+                raise ValueError("The parameters of a group are at different steps, which a FlatAdamW counts once.")
         views = dict(self.state)
         super().load_state_dict(state_dict)  # which replaces the views by copies
         loaded, self.state = self.state, defaultdict(dict, views)

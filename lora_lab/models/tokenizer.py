@@ -192,7 +192,10 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json as Hugging Face reads them."""
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        config |= {f"{name[:3]}_token": self._token(name) for name in _GGUF_IDS if self._token(name) is not None}
+        for name in ("eos", "bos", "pad"):
+            token = self._token(f"{name}_id")
+            if token is not None:
+                config[f"{name}_token"] = token
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
         with atomic_files(folder, remove=[TEMPLATE]) as temporary:  # an older template would be read first

@@ -709,6 +709,17 @@ def test_a_stored_state_is_taken_up_and_the_steps_go_on(other):
     assert all(float(state["step"]) == 0 for state in unloaded.state_dict()["state"].values())
 
 
+def test_a_state_of_two_different_steps_in_a_group_is_refused_and_nothing_changed():
+    parameters, groups = two_groups()
+    optimizer = FlatAdamW(groups, lr=0.01)
+    steps_of(parameters, optimizer, 2)
+    before, stored = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict())
+    stored["state"][0]["step"] += 1
+    with pytest.raises(ValueError, match="different steps"):
+        optimizer.load_state_dict(stored)
+    torch.testing.assert_close(optimizer.state_dict(), before, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("zeroed_by", ["the model", "both"])
 def test_gradients_that_are_no_views_any_more_are_stepped_along_all_the_same(zeroed_by):
     ends = []
