@@ -714,7 +714,7 @@ def test_a_state_of_two_different_steps_in_a_group_is_refused_and_nothing_change
     optimizer = FlatAdamW(groups, lr=0.01)
     steps_of(parameters, optimizer, 2)
     before, stored = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict())
-    stored["state"][0]["step"] += 1
+    stored["state"][0]["step"] = stored["state"][0]["step"] + 1
     with pytest.raises(ValueError, match="different steps"):
         optimizer.load_state_dict(stored)
     torch.testing.assert_close(optimizer.state_dict(), before, rtol=0, atol=0)
