@@ -68,7 +68,7 @@ def finetune(
 
     Args:
         task: docs, sentences-fr, sentences-en, sentiment, style, style-plain, summarise, translate-fr (-de, -es),
-            tweets; or a .jsonl, .csv, .tsv, .parquet (with pyarrow) or .txt file
+            tweets (an unknown name lists all); or a .jsonl, .csv, .tsv, .parquet (with pyarrow) or .txt file
         model: a model's folder or .gguf file
         method: full, lora, or a variant of LoRA (an unknown name lists all)
         rank: rank of the adapters

@@ -34,7 +34,6 @@ from lora_lab.system.device import own_randomness
 from lora_lab.system.wording import counted
 from lora_lab.task import is_encoder_decoder
 from lora_lab.train import Batch, TrainingStep
-from lora_lab.variants import LoRAFALinear, RsLoRALinear
 
 LAYERS, HEAD, ATTENTION, ADAPTERS, OTHER = "layers", "head", "attention", "adapters", "other"
 PARTS = (LAYERS, HEAD, ATTENTION, ADAPTERS, OTHER)
@@ -422,5 +421,5 @@ def _is_plain_stack(model: nn.Module) -> bool:
     """Return whether the model is one stack of blocks, no convolutions or experts, with plain adapters."""
     convolutions = any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules())
     experts = any(parameter.ndim > 2 for parameter in model.parameters())
-    plain = all(type(layer) in (LoRALinear, RsLoRALinear, LoRAFALinear) for layer in lora_layers(model).values())
+    plain = all(type(layer).forward is LoRALinear.forward for layer in lora_layers(model).values())
     return bool(transformer_blocks(model)) and plain and not (convolutions or experts or is_encoder_decoder(model))
