@@ -41,7 +41,7 @@ from lora_lab.train import (
     DataOrder,
     LengthOrder,
     TrainConfig,
-    enable_checkpointing,
+    gradient_checkpointing_method,
     make_step,
 )
 from tests.helpers import Stopped, small_task, snapshot
@@ -652,7 +652,7 @@ def checkpointing(model):
 def test_checkpointing_is_switched_off_again_unless_it_was_on_before(tiny_config, tiny_hf, make, before, error):
     model, seen = Llama(tiny_config) if make == "ours" else tiny_hf(), set()
     if before:
-        enable_checkpointing(model)
+        gradient_checkpointing_method(model)()
 
     def loss(model, inputs, targets):
         seen.add(checkpointing(model))
