@@ -9,7 +9,7 @@ In reading order. A file imports only from what is listed before it: here, and i
     inject       adapters on a model: LoRAConfig, inject, merge, adapter_state
     methods      full fine-tuning, LoRA, ...: what is trained
     variants     rsLoRA, LoRA-FA, LoRA+, PiSSA, DoRA: what each changes
-    rank         singular values, ranks and subspaces, and their values by chance
+    rank         singular values, ranks and subspaces, and their values under pure noise
     task         data in four parts, and the loss
     history      the record of a run, step by step
     checkpoint   stop a run at any moment, continue it bit for bit

@@ -217,7 +217,7 @@ def _check_run(saved: _Saved, history: History, hashes: Mapping[str, str]) -> No
                     f"{saved.path} is from another run: its {group}.{name} is {short_repr(there.get(name))}, "
                     f"not {short_repr(here.get(name))}; use another folder, or delete it."
                 )
-    for name in hashes.keys() & saved.hashes.keys():  # a pack of runs knows no start
+    for name in hashes.keys() & saved.hashes.keys():  # runs of lora_lab.ablation.packed know no start
         if saved.hashes[name] != hashes[name]:
             weights = "has other frozen weights" if name == "frozen" else "is of a run that started from other weights"
             raise ValueError(f"{saved.path} {weights}; load the same model, or use another folder.")
