@@ -18,7 +18,7 @@ demo: $(VENV)/.ready ## fine-tune a real language model with LoRA and in full, s
 
 # The course and what guards the rest: seconds each.
 QUICK := test_lora test_layers test_variants test_inject test_methods test_rank test_task test_history test_train \
-  tasks/test_digits tasks/test_planted tasks/test_python_docs system/test_files \
+  tasks/test_arrays tasks/test_python_docs system/test_files \
   guards/test_layering guards/test_links guards/test_package acceptance/test_exercises acceptance/test_training
 
 check: $(VENV)/.ready-test lint ## lint and the quick unit tests, in about a minute: before each commit

@@ -25,7 +25,7 @@ from nbclient import NotebookClient
 from traitlets.config import Config
 
 from lora_lab.costs.memory import MIB
-from lora_lab.course.copies import chosen_lessons
+from lora_lab.course.copies import choose_lessons
 from lora_lab.system.device import pick_device
 
 ENVIRONMENT = {"LORA_LAB_DEVICE": "cpu", "LORA_LAB_EFFORT": "quick", "LORA_LAB_PROGRESS": "0", "OMP_NUM_THREADS": "1"}
@@ -81,7 +81,7 @@ def main() -> None:
     os.environ.update(ENVIRONMENT)
     common.print_machine(pick_device("cpu")[0])
     print(f"{'':<24}{'alone, s':>10}{f'{options.students} at once, s':>14}{'ratio':>8}{'memory, MiB':>13}")
-    for lesson in chosen_lessons(options.lessons):
+    for lesson in choose_lessons(options.lessons):
         alone, peak = at_once(lesson, 1)
         shared, _ = at_once(lesson, options.students) if options.students > 1 else (alone, 0)
         print(f"{lesson.stem:<24}{alone:>10.0f}{shared:>14.0f}{shared / alone:>8.2f}{peak / MIB:>13,.0f}", flush=True)

@@ -68,7 +68,7 @@ def finetune(
 
     Args:
         task: docs, sentences-fr, sentences-en, sentiment, style, style-plain, summarise, translate-fr (-de, -es),
-            tweets; or a .jsonl, .csv, .tsv, .parquet (with pyarrow) or .txt file
+            tweets (an unknown name lists all); or a .jsonl, .csv, .tsv, .parquet (with pyarrow) or .txt file
         model: a model's folder or .gguf file
         method: full, lora, or a variant of LoRA (an unknown name lists all)
         rank: rank of the adapters
@@ -101,7 +101,7 @@ def finetune(
     if out is not None:
         folder = system.files.as_path(out, "--out")
     else:
-        folder = finetune.OUT if overwrite else finetune.unused_folder(checkpoint_every is not None)
+        folder = finetune.OUT if overwrite else finetune.find_unused_folder(checkpoint_every is not None)
     training = {"steps": steps, "batch_size": batch, "seed": seed, "eval_examples": eval_examples}
     options: dict[str, Any] = {**training, "lr": lr, "batches": "by_length" if by_length else "random"}
     options |= {"model": model, "device": device, "allow_special": allow_special, "overwrite": overwrite}
@@ -265,13 +265,13 @@ def memory(
         ``reserved_bytes``; ``saved_bytes`` and ``saved_bytes_by_kind``, what autograd has saved at the end of the
         forward pass; ``source`` and ``setting`` in words.
     """
-    from lora_lab.costs.fake import built_on_meta
+    from lora_lab.costs.fake import build_on_meta
     from lora_lab.costs.memory import parse_bytes, report, training_setups
 
     weights = _dtype(dtype)
     if largest and not budget:
         raise ValueError("--largest needs --budget, such as --budget 24GiB, to search for what fits into it.")
-    built = built_on_meta(models.pretrained.architecture(model))
+    built = build_on_meta(models.pretrained.architecture(model))
     length = _length(built, seq, 512)
     budget_bytes = parse_bytes(budget) if budget else None
     rows = report(
@@ -325,7 +325,7 @@ def speed(
         ``ratio`` with its 95 % interval ``ratio_low`` to ``ratio_high``, and ``verdict``.
     """
     from lora_lab.costs import speed
-    from lora_lab.costs.fake import built_on_meta
+    from lora_lab.costs.fake import build_on_meta
     from lora_lab.costs.setup import Setup
 
     system.schema.check(measure, system.schema.Size | None, "--measure")
@@ -334,7 +334,7 @@ def speed(
     costs = speed.cards.cost_model(card) if card else None
     chosen, why = system.device.pick_device(device)
     factory = models.pretrained.architecture(model)
-    length = _length(built_on_meta(factory), seq, 128)
+    length = _length(build_on_meta(factory), seq, 128)
     named = dtype or ("bfloat16" if card else None)
     weights = None if named is None else _dtype(named)
     variants = {"full": Setup(ll.FullFineTuning(), weights)}
@@ -618,7 +618,7 @@ def course(
         add: files or folders of your class, such as data or a model, to copy beside the lessons
         grading: instead write a course of nbgrader, with solutions and hidden tests, for the teacher
     """
-    from lora_lab.course.copies import add_files, check_files, chosen_lessons, copy_lessons
+    from lora_lab.course.copies import add_files, check_files, choose_lessons, copy_lessons
 
     if grading and (add or solved):
         raise ValueError("--grading writes sheets, which have solutions; leave out --solved and --add.")
@@ -632,7 +632,7 @@ def course(
     print(copy_lessons(folder, solved, list(only)))
     if result := str(add_files(folder, list(add))):
         print(result)
-    first = str(Path(folder) / chosen_lessons(list(only))[0].name)
+    first = str(Path(folder) / choose_lessons(list(only))[0].name)
     quoted = shlex.quote(first) if os.name == "posix" else subprocess.list2cmdline([first])
     print(f"Open the first one: jupyter lab {quoted}")
 

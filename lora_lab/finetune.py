@@ -62,7 +62,7 @@ def saves_adapter(method: str) -> bool:
     return method not in (FullFineTuning.name, PartialFineTuning.name, AsItIs.name)
 
 
-def unused_folder(checkpoints: bool) -> Path:
+def find_unused_folder(checkpoints: bool) -> Path:
     """Return the first of runs/finetune, runs/finetune-2 and so on that holds no results and that no run is using.
 
     Of several processes, all get the one of rank 0.
@@ -76,11 +76,11 @@ def unused_folder(checkpoints: bool) -> Path:
     free = (
         folder
         for folder in folders
-        if _saved_before(folder) is None
+        if _find_saved(folder) is None
         and (checkpoints or not (folder / CHECKPOINTS).exists())
         and not files.is_held(folder)
     )
-    return processes.from_first(next(free) if processes.rank == 0 else OUT)
+    return processes.broadcast(next(free) if processes.rank == 0 else OUT)
 
 
 def run(
@@ -174,7 +174,7 @@ def save_run(
     """
     if not overwrite:
         _check_unused(folder)  # again, because something else may have been saved there in the meantime
-    with files.atomic_files(folder, remove=_outdated(folder, history.method["name"])) as temporary:
+    with files.atomic_files(folder, remove=_find_outdated(folder, history.method["name"])) as temporary:
         if lora_layers(net):
             save_adapter(net, temporary, base=base, dtype=dtype, history=history)
             yield_to(folder, temporary)
@@ -214,7 +214,7 @@ def _check_checkpoint(checkpoints: Path | None, history: History, net: nn.Module
                 raise
             checkpoint.remove(checkpoints)
             print(f"The checkpoint in {checkpoints} is not of this run, so --overwrite removes it\n")
-    processes.from_first(None)  # the others wait
+    processes.broadcast(None)  # the others wait
 
 
 def _train(
@@ -265,13 +265,13 @@ def base_name(model: str) -> str:
     return str(Path(model).resolve()) if model != SMOLLM2 and Path(model).exists() else model
 
 
-def _saved_before(folder: Path) -> str | None:
+def _find_saved(folder: Path) -> str | None:
     """Return the name of a file in the folder that belongs to results, a model or an adapter; None if there is none."""
     return next((name for name in _SAVED if (folder / name).exists()), None)
 
 
 def _check_unused(folder: Path) -> None:
-    if (name := _saved_before(folder)) is not None:
+    if (name := _find_saved(folder)) is not None:
         raise FileExistsError(
             f"{folder} holds {name} already; name another folder (--out), or pass --overwrite to replace what an "
             "earlier run saved there."
@@ -286,7 +286,7 @@ def _earlier_method(folder: Path) -> str | None:
         return None
 
 
-def _outdated(folder: Path, method: str) -> tuple[str, ...]:
+def _find_outdated(folder: Path, method: str) -> tuple[str, ...]:
     """Return the files that an earlier run saved in the folder, by its result.json, and that would be left over."""
     earlier = _earlier_method(folder) or method
     if saves_adapter(earlier) == saves_adapter(method):

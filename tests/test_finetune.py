@@ -233,7 +233,7 @@ def test_without_a_folder_each_run_gets_one_of_its_own(tiny, tmp_path, capsys):
 @pytest.mark.parametrize("content", ["?", "[]", '{"method": 5}'])
 def test_nothing_gives_way_by_what_no_run_has_written(tmp_path, content):
     (tmp_path / "result.json").write_text(content)
-    assert finetune._outdated(tmp_path, "full") == finetune._outdated(tmp_path, "lora") == ()
+    assert finetune._find_outdated(tmp_path, "full") == finetune._find_outdated(tmp_path, "lora") == ()
 
 
 def test_of_two_runs_that_end_in_the_same_folder_the_second_is_saved_elsewhere(tiny, tmp_path, monkeypatch, capsys):

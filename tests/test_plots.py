@@ -10,7 +10,7 @@ import torch
 
 mpl.use("Agg")
 
-from lora_lab import LoRALinear, demo, plots
+from lora_lab import LoRA, LoRALinear, demo, plots
 from lora_lab.ablation.learning_rate import BestRate
 from lora_lab.costs.bill import MIB, PARTS, SAVED, Bill, Moment, Part
 from lora_lab.history import COLUMNS, History
@@ -69,7 +69,7 @@ def test_every_method_has_a_colour_of_its_own():
         return {vars(kind).get("name")}.union(*map(names, kind.__subclasses__())) - {None}
 
     drawn = plots.METHOD_COLOURS.keys() - {"scratch", "chance"}  # a model without pre-training, and noise
-    assert {name for name in names(Method) if "test" not in name} >= drawn >= {"full", "lora"}
+    assert {name for name in names(Method) if "test" not in name} >= drawn >= {"full", *LoRA.by_name}
     assert len(set(plots.METHOD_COLOURS.values())) == len(plots.METHOD_COLOURS)
 
 

@@ -15,7 +15,7 @@ from lora_lab import claims, plots, records
 from lora_lab.ablation import overfitting
 from lora_lab.costs.memory import MIB
 from lora_lab.studies.claims.deciding import DECIDERS, DEPENDS, FALLS, OPEN, STANDS, Result, judge_record
-from lora_lab.studies.claims.measured import ALSO, at_inner_rates, time_interval
+from lora_lab.studies.claims.measured import ALSO, select_inner_rates, time_interval
 from lora_lab.studies.records import KINDS, Published, Record
 from lora_lab.studies.steps import SMALL
 
@@ -203,7 +203,7 @@ def rounded(value: float) -> str:
 def quantities(board: Board, name: str) -> tuple[pandas.DataFrame, list[str], list[str]]:
     """A row for each setup and seed, NaN where no record has a quantity; doubts; and where the numbers are from."""
     record = board.every[name]
-    curves, _, doubts = at_inner_rates(record)
+    curves, _, doubts = select_inner_rates(record)
     trials = overfitting.summarise_trials(curves).rename(columns={"best_loss": "loss"})
     size = trials["n_train"].max()
     trials = trials[trials["n_train"] == size].copy()

@@ -111,10 +111,10 @@ def rates_around(centre: float, factor: float = 2.0, count: int = 5) -> tuple[fl
             f"centre is {centre!r}, factor {factor!r} and count {count!r}, but they must be a positive rate, a number "
             "above 1 and at least 1."
         )
-    return tuple(_rounded(centre * factor ** (i - count // 2)) for i in range(count))
+    return tuple(_round_rate(centre * factor ** (i - count // 2)) for i in range(count))
 
 
-def _rounded(rate: float) -> float:
+def _round_rate(rate: float) -> float:
     return float(f"{rate:.3g}")
 
 
@@ -251,11 +251,11 @@ def _next_rate(choice: Choice, grid: Sequence[float], beyond: int) -> float | No
     below = grid.index(choice.lr)
     above = len(grid) - 1 - below
     if choice.diverged is not None:
-        rate = _rounded(math.sqrt(choice.lr * choice.diverged))
+        rate = _round_rate(math.sqrt(choice.lr * choice.diverged))
     elif choice.edge == "smallest" or below < beyond:
-        rate = _rounded(grid[0] ** 2 / grid[1])
+        rate = _round_rate(grid[0] ** 2 / grid[1])
     elif choice.edge == "largest" or above < beyond:
-        rate = _rounded(grid[-1] ** 2 / grid[-2])
+        rate = _round_rate(grid[-1] ** 2 / grid[-2])
     else:
         return None
     return None if rate in grid else rate

@@ -164,12 +164,12 @@ class Halving:
                 break
             if any(step not in curve for by_seed in left.values() for curve in by_seed.values()):
                 return Decision(stopped, step)
-            for lr, reason in self._ruled_out(left, step, earlier, plan):
+            for lr, reason in self._rule_out(left, step, earlier, plan):
                 stopped[lr] = step, reason
                 del left[lr]
         return Decision(stopped, None)
 
-    def _ruled_out(self, curves: Curves, step: int, earlier: int | None, plan: GroupSteps) -> list[tuple[float, str]]:
+    def _rule_out(self, curves: Curves, step: int, earlier: int | None, plan: GroupSteps) -> list[tuple[float, str]]:
         """Return the rates to stop at a rung, with reasons."""
         seeds = sorted(set.intersection(*map(set, curves.values())))
         if not seeds:
@@ -184,7 +184,7 @@ class Halving:
             reason = f"validation loss {means[lr]:.4g} after {step} of {plan.steps} steps, "
             reason += f"{mean:.2g} above learning rate {best:g}"
             if self.cautious and earlier is not None:
-                at_end = statistics.fmean(self._at_end(*pair, step, earlier, plan.steps) for pair in pairs)
+                at_end = statistics.fmean(self._extrapolate(*pair, step, earlier, plan.steps) for pair in pairs)
                 lower = mean if lower is None else lower
                 if (plan.decays and lr > best) or min(lower, at_end) <= self.slack:
                     continue
@@ -197,7 +197,7 @@ class Halving:
         """Return the loss by which a curve is compared at a step."""
         return min(value for each, value in curve.items() if each <= step) if self.best_so_far else curve[step]
 
-    def _at_end(
+    def _extrapolate(
         self, curve: Mapping[int, float], best: Mapping[int, float], step: int, earlier: int, last: int
     ) -> float:
         """Return a seed's difference to the best rate after the last step, by the trend since ``earlier``."""

@@ -90,7 +90,7 @@ def best_rate(losses: Mapping[float, np.ndarray], resamples: int = RESAMPLES, se
         resamples: of the bootstrap.
         seed: of the resampling.
     """
-    rates, values = _stacked(losses)
+    rates, values = _stack(losses)
     means = values.mean(axis=(1, 2))  # (rates,)
     lowest = int(means.argmin())
     log_vertex = _log_vertices(np.log(rates), means[:, None])[0]
@@ -114,7 +114,7 @@ def sample_vertices(losses: Mapping[float, np.ndarray], resamples: int = RESAMPL
     Setups that were trained on the same seeds and judged on the same examples, and are resampled by the same ``seed``,
     share their samples, so that differences of these numbers are paired.
     """
-    rates, values = _stacked(losses)
+    rates, values = _stack(losses)
     return _log_vertices(np.log(rates), resampled_means(values, resamples, seed))
 
 
@@ -171,7 +171,7 @@ def _bounds(samples: np.ndarray) -> tuple[float, float]:
     return lower, upper
 
 
-def _stacked(losses: Mapping[float, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _stack(losses: Mapping[float, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Return ascending rates, and their losses (rates, seeds, blocks)."""
     rates = np.array(sorted(losses))
     return rates, np.array([losses[rate] for rate in rates])

@@ -194,9 +194,9 @@ def by_stopping_point(frame: pandas.DataFrame, column: str = "overfit", referenc
     parts = []
     for _, of_size in each_size(frame):
         for step in sorted(of_size["step"].dropna().unique())[2:]:
-            stopped = _of_one_rate(summarise_trials(of_size[of_size["step"] <= step]))
+            stopped = _require_one_rate(summarise_trials(of_size[of_size["step"] <= step]))
             parts.append(compare_by_seed(stopped, column, reference).assign(step=step))
-    return _with_verdicts(parts, reference)
+    return _add_verdicts(parts, reference)
 
 
 def training_losses(curve: pandas.DataFrame, place: float = 0.5) -> np.ndarray:
@@ -270,22 +270,22 @@ def by_training_loss(frame: pandas.DataFrame, losses: Sequence[float], reference
 
     parts = []
     for place in _PLACES:
-        rows = _of_one_rate(at_training_loss(frame, losses, place))
+        rows = _require_one_rate(at_training_loss(frame, losses, place))
         for loss, of_loss in rows.groupby("train_loss", sort=False):
             if reference in set(of_loss["setup"]):
                 table = compare_by_seed(of_loss, "validation_loss", reference)
                 if "lower" in table:
                     parts.append(table.dropna(subset="lower").assign(train_loss=loss, place=place))
     if not parts:
-        return _with_verdicts(parts, reference)
+        return _add_verdicts(parts, reference)
     table = pandas.concat(parts, ignore_index=True)
     case = table.groupby([name for name in ("n_train", "setup", "train_loss") if name in table])
     bounds = {"lower": case["lower"].transform("min"), "upper": case["upper"].transform("max")}
     judged = (table["place"] == 0.5) & (case["place"].transform("count") == len(_PLACES))
-    return _with_verdicts([table.assign(**bounds)[judged].drop(columns="place")], reference)
+    return _add_verdicts([table.assign(**bounds)[judged].drop(columns="place")], reference)
 
 
-def _of_one_rate(rows: pandas.DataFrame) -> pandas.DataFrame:
+def _require_one_rate(rows: pandas.DataFrame) -> pandas.DataFrame:
     """Return the rows, after a check that each setup has one rate."""
     for _, of_setup in rows.groupby([name for name in ("n_train", "setup") if name in rows]):
         if len(rates := sorted(of_setup["lr"].unique())) > 1:
@@ -296,7 +296,7 @@ def _of_one_rate(rows: pandas.DataFrame) -> pandas.DataFrame:
     return rows
 
 
-def _with_verdicts(parts: Sequence[pandas.DataFrame], reference: str) -> pandas.DataFrame:
+def _add_verdicts(parts: Sequence[pandas.DataFrame], reference: str) -> pandas.DataFrame:
     """Return comparisons with one method, together, without that method's own rows and with a verdict for each."""
     import pandas
 

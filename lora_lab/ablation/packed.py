@@ -374,7 +374,7 @@ class PackedStep(TrainingStep):
             lanes.append(Lane(own, trials, factors))
         return lanes
 
-    def _in_lanes(self, compute: Callable[[Lane], Tensor]) -> Tensor:
+    def _run_lanes(self, compute: Callable[[Lane], Tensor]) -> Tensor:
         """Return what is computed for the trials of each lane, a number for each trial: (trials,)."""
         if len(self.lanes) == 1:
             return compute(self.lanes[0])  # (20,)
@@ -400,7 +400,7 @@ class PackedStep(TrainingStep):
         Returns:
             The losses, and the norms of the gradients before clipping: (trials,) each.
         """
-        losses = self._in_lanes(lambda lane: self._backward(lane, batches, weights))  # (20,)
+        losses = self._run_lanes(lambda lane: self._backward(lane, batches, weights))  # (20,)
         norms = torch.linalg.vector_norm(self.gradient, dim=1)  # (20,)
         if self.clip is not None:
             # As torch.nn.utils.clip_grad_norm_, for each trial.
@@ -430,11 +430,11 @@ class PackedStep(TrainingStep):
 
     def batch_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return each trial's mean loss on its own rows: (trials,)."""
-        return self._in_lanes(lambda lane: self._losses(lane, inputs, targets))  # (20,)
+        return self._run_lanes(lambda lane: self._losses(lane, inputs, targets))  # (20,)
 
     def loss_on_same_batch(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return each trial's mean loss on one batch that all of them are given: (trials,)."""
-        return self._in_lanes(
+        return self._run_lanes(
             lambda lane: self.trial_losses(
                 lane.model, torch.cat([inputs] * len(lane)), torch.cat([targets] * len(lane)), trials=len(lane)
             )

@@ -87,7 +87,7 @@ def _forward(
     """Return W0 x_k + scaling_k * B_k A_k x_k of each layer, x trial by trial, and scaling_k * A_k x_k of all."""
     As, Bs = factors[::2], factors[1::2]
     per_trial = x.reshape(len(As[0]), -1, x.shape[-1]).to(As[0].dtype)  # (20, 32, 64): rows come trial by trial
-    narrow = torch.bmm(_joined(As), per_trial.mT)  # (20, 16, 64) @ (20, 64, 32) -> (20, 16, 32)
+    narrow = torch.bmm(_join(As), per_trial.mT)  # (20, 16, 64) @ (20, 64, 32) -> (20, 16, 32)
     outputs = []
     for layer, part, B in zip(layers, narrow.split([A.shape[1] for A in As], 1), Bs, strict=True):
         part.mul_(layer.scaling)  # (20, 16, 32)
@@ -112,7 +112,7 @@ def _backward(
     """
     As, Bs, ranks = factors[::2], factors[1::2], [A.shape[1] for A in factors[::2]]
     per_trial = [g.reshape(*x.shape[:2], -1).to(As[0].dtype) for g in gs]  # (640, 128) -> (20, 32, 128)
-    narrowed = _joined(
+    narrowed = _join(
         [
             torch.bmm(B.mT, g.mT).mul_(layer.scaling)  # (20, 16, 128) @ (20, 128, 32) -> (20, 16, 32)
             for B, g, layer in zip(Bs, per_trial, layers, strict=True)
@@ -128,7 +128,7 @@ def _backward(
         for g, layer in zip(gs, layers, strict=True):  # (640, 128) @ (128, 64) -> (640, 64), one product again
             flat, weight = g.reshape(-1, g.shape[-1]), layer.base.weight
             dx = cast_matmul(flat, weight) if dx is None else cast_addmm_(dx, flat, weight)  # (640, 64)
-        _add_product(cast(Tensor, dx).view(x.shape), narrowed.mT, _joined(As))  # (20, 32, 64)
+        _add_product(cast(Tensor, dx).view(x.shape), narrowed.mT, _join(As))  # (20, 32, 64)
     return dx, [gradient for pair in zip(dAs, dBs, strict=True) for gradient in pair]
 
 
@@ -176,7 +176,7 @@ class _GatedPackedLinear(torch.autograd.Function):
         return d_gate, d_up, None, *gradients
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def _join(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 

@@ -83,7 +83,7 @@ def load(folder: str | Path):
     return frame
 
 
-def stored_results(folder: Path | None, trials: Iterable[Trial], judged: bool) -> dict[str, dict[str, Any]]:
+def read_results(folder: Path | None, trials: Iterable[Trial], judged: bool) -> dict[str, dict[str, Any]]:
     """Return the results that the folder holds already, by key.
 
     Args:

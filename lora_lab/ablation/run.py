@@ -40,7 +40,7 @@ from lora_lab.ablation import packed
 from lora_lab.ablation.grid import Run, Trial
 from lora_lab.ablation.halving import PAUSED, Halving, next_round
 from lora_lab.ablation.packed import adapted_layers, lora_of, refusal
-from lora_lab.ablation.results import OUT_OF_MEMORY, SCHEMA, STOPPED, Scores, stored_results, table
+from lora_lab.ablation.results import OUT_OF_MEMORY, SCHEMA, STOPPED, Scores, read_results, table
 from lora_lab.costs.fake import Factory, copy_sharing_weights, fake_copy
 from lora_lab.costs.memory import Part, predict, saved_bytes
 from lora_lab.history import DivergedError, History
@@ -114,7 +114,7 @@ def ablate(
     data.check_model(model)
     identity = {"task": data.fingerprint, "model": fingerprint(model)}
     requested = dict.fromkeys(trial.bound(**identity) for trial in trials)
-    stored = stored_results(folder, requested, judge is not None)
+    stored = read_results(folder, requested, judge is not None)
     results = {key: result for key, result in stored.items() if result["outcome"] != STOPPED}
     missing = [trial for trial in requested if trial.key not in results]
     if missing and folder is not None:

@@ -21,7 +21,7 @@ from lora_lab.adapters.peft_format import CONFIG, load_adapter, read, read_adapt
 from lora_lab.inject import adapter_state, lora_layers, merge
 from lora_lab.lora import LoRALayer
 from lora_lab.models import pretrained
-from lora_lab.models.gguf import check_target, gguf_name, in_gguf_order, layout_of, write_file
+from lora_lab.models.gguf import check_target, gguf_name, layout_of, reorder_for_gguf, write_file
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system.files import as_path, atomic_file, repair
 
@@ -169,7 +169,7 @@ def _write_adapter(source: nn.Module | str | Path, path: Path, dtype: str) -> No
         if name == "token_embd.weight":
             A = A.T  # (4, 1000) -> (1000, 4), because llama.cpp looks up a row for each token
         tensors[f"{name}.lora_a"] = A  # (4, 64)
-        tensors[f"{name}.lora_b"] = in_gguf_order(name, B, layout)  # (48, 4)
+        tensors[f"{name}.lora_b"] = reorder_for_gguf(name, B, layout)  # (48, 4)
     header = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": alpha}
     write_file(path, layout.architecture, header, tensors, dtype)
 

@@ -30,7 +30,7 @@ from lora_lab.inject import adapter_state, lora_layers, name_matches, require_no
 from lora_lab.layers import LoRAConv1D, LoRAEmbedding, lora_class
 from lora_lab.lora import LoRALayer
 from lora_lab.models.pretrained import ADAPTER_CONFIG, check_separate
-from lora_lab.system.files import as_path, atomic_files, carried_json, check_folder, read_json, repair, write_json
+from lora_lab.system.files import as_path, atomic_files, check_folder, read_carried_json, read_json, repair, write_json
 from lora_lab.system.schema import Dropout, Positive, Size, check, check_finite
 from lora_lab.system.wording import count_noun, short_repr, shortened
 from lora_lab.variants import LORA_METHODS, PiSSALinear
@@ -97,7 +97,7 @@ def save_adapter(
         raise ValueError(
             f"The adapters differ in (variant, dropout): {sorted(settings)}; one of each can be saved in one folder."
         )
-    factors = {name: without_start(each) for name, each in split_state(adapter_state(model), "The model").items()}
+    factors = {name: drop_start(each) for name, each in split_state(adapter_state(model), "The model").items()}
     config = _make_config(model, factors, base, *settings.pop())
     tensors = {
         f"{_PREFIX}{name}.{_ending(layers[name], part)}": tensor.to("cpu", dtype).contiguous()
@@ -129,7 +129,7 @@ def variant_of(name: str, layer: LoRALayer) -> str:
     )
 
 
-def without_start(factors: Factors) -> Factors:
+def drop_start(factors: Factors) -> Factors:
     """Return PiSSA's factors as those of plain LoRA of twice the rank, of the same update; others as they are."""
     tensors = dict(factors.tensors)
     if not {*PiSSALinear.parts} <= tensors.keys():
@@ -213,7 +213,7 @@ def load_adapter(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
             raise ValueError(f"{label} has its own weight for {name!r}, which is not the model's; load that first.")
     for name, each in factors.items():
         check_fit(name, _try_on(model.get_submodule(name), variant), each.tensors, label)
-    left_out = _targeted(model, config, variant) - factors.keys()
+    left_out = _find_targets(model, config, variant) - factors.keys()
     names = put_on(model, factors, config.get("lora_dropout", 0.0), variant)
     if left_out:
         warnings.warn(
@@ -245,7 +245,7 @@ def _try_on(module: nn.Module, variant: type[LoRALayer] | None) -> Any:
     return adapted(copy.deepcopy(module, shapes), 1, 1.0)
 
 
-def _targeted(model: nn.Module, config: Mapping[str, Any], variant: type[LoRALayer] | None) -> set[str]:
+def _find_targets(model: nn.Module, config: Mapping[str, Any], variant: type[LoRALayer] | None) -> set[str]:
     """Return the layers that the config's target_modules match, where they are names or endings of names.
 
     Empty where PEFT would leave some of them out by another setting.
@@ -299,12 +299,12 @@ def read(source: str | Path | Mapping[str, Tensor]) -> Adapter:
         FileNotFoundError, ValueError: as for :func:`load_adapter`.
     """
     if isinstance(source, Mapping):
-        factors = {name: without_start(each) for name, each in split_state(source, "The adapter").items()}
+        factors = {name: drop_start(each) for name, each in split_state(source, "The adapter").items()}
         factors = {name: each._replace(alpha=each.scaling * each.rank) for name, each in factors.items()}
         return Adapter({"use_dora": any(_MAGNITUDE in each.tensors for each in factors.values())}, factors, {})
     folder = as_path(source, "source")
     config = read_config(folder)
-    saved = carried_json(folder / WEIGHTS, CONFIG) or config
+    saved = read_carried_json(folder / WEIGHTS, CONFIG) or config
     for name in _MEANING:
         if saved.get(name) != config.get(name):
             raise ValueError(

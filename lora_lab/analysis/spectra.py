@@ -208,7 +208,7 @@ def report(before: Weights | None, after: Source, *, directions: int = 8, progre
             "spectral_norm": float(S[0]),
         }
         for statistic, band in null_bands(update.shape, update.rank).items():
-            row |= _with_band(statistic, float(STATISTICS[statistic](S)), band)
+            row |= _add_band(statistic, float(STATISTICS[statistic](S)), band)
         if update.before is not None:
             row["relative_norm"] = row["norm"] / max(float(update.before.float().norm()), 1e-30)
             rounding = len(S) * torch.finfo(S.dtype).eps * S[0]
@@ -224,7 +224,7 @@ def depth(layer: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def _with_band(statistic: str, value: float, band: Band) -> dict[str, float]:
+def _add_band(statistic: str, value: float, band: Band) -> dict[str, float]:
     return {statistic: value, f"{statistic}_low": float(band.low), f"{statistic}_high": float(band.high)}
 
 
@@ -236,7 +236,7 @@ def _amplification(update: SVD, before: Tensor, directions: int) -> dict[str, fl
     random_factors = (update.S.norm() / projected).sort().values  # (39,)
     factor = amplification_factor(update, W, directions)
     band = Band(random_factors[0], random_factors.mean(), random_factors[-1])
-    return _with_band("amplification", float(factor), band)
+    return _add_band("amplification", float(factor), band)
 
 
 @cache
@@ -320,7 +320,7 @@ def _intruders(update: Update, top: int, epsilon: float) -> dict[str, float]:
             noise = B @ A  # (192, 576)
         return intruder_dimensions(old, W + noise.to(W), top, epsilon).count
 
-    row = _with_band("intruders", int(result.count), by_chance(draw, _DRAWS))
+    row = _add_band("intruders", int(result.count), by_chance(draw, _DRAWS))
     return {**row, "energy_share": float(result.energy_share), "floor": result.floor}
 
 

@@ -226,7 +226,7 @@ class Recording:
                 at_peak = ordered(parts)
         saved: Counter[str] = Counter()
         for part, size in self.saved:
-            saved[part] += _rounded(size, block)
+            saved[part] += _round_up(size, block)
         return Bill(at_peak, self._describe(peak), source, self.setting, ordered(saved), timeline)
 
     def _moments(self, block: int) -> Iterator[Counter[str]]:
@@ -234,10 +234,10 @@ class Recording:
         now: Counter[str] = Counter()
         for operation in self.operations:
             for part, size in operation.allocated:
-                now[part] += _rounded(size, block)
+                now[part] += _round_up(size, block)
             yield now
             for part, size in operation.released:
-                now[part] -= _rounded(size, block)
+                now[part] -= _round_up(size, block)
 
     def _describe(self, index: int) -> str:
         operation = self.operations[index]
@@ -247,7 +247,7 @@ class Recording:
         return f"{operation.phase}, {number}: {operation.name}{where}"
 
 
-def _rounded(size: int, block: int) -> int:
+def _round_up(size: int, block: int) -> int:
     return -(-size // block) * block
 
 

@@ -156,7 +156,7 @@ def fake_copy(
         device = torch.device("cpu")  # for torch "cpu:0" is another device, and no tensor is ever on it
     if device.type not in ("cpu", "meta"):
         pick_device(device)  # raises if it does not exist
-    model = built_on_meta(model)
+    model = build_on_meta(model)
     # A model may hold tensors that are neither parameters nor buffers.
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     converter: dict[int, Any] = {}
@@ -239,7 +239,7 @@ def build_model(model: Source, device: torch.device, dtype: torch.dtype | None =
     return model if dtype is None else model.to(dtype)
 
 
-def built_on_meta(model: Source) -> nn.Module:
+def build_on_meta(model: Source) -> nn.Module:
     """Return the module that is passed, or what a factory makes on torch's meta device, where nothing is allocated."""
     return model if isinstance(model, nn.Module) else _call_factory(model, "meta")
 

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from lora_lab.costs.fake import Source, batch_for, built_on_meta, fake_copy, storage_of
+from lora_lab.costs.fake import Source, batch_for, build_on_meta, fake_copy, storage_of
 from lora_lab.costs.repeated import count_short, longest_run, prepare_shapes, transformer_blocks
 from lora_lab.costs.setup import Setup, as_setup, setting_of
 from lora_lab.costs.trace import StepTracer, adapter_modules
@@ -34,7 +34,6 @@ from lora_lab.system.device import own_randomness
 from lora_lab.system.wording import count_noun
 from lora_lab.task import is_encoder_decoder
 from lora_lab.train import Batch, TrainingStep
-from lora_lab.variants import LoRAFALinear, RsLoRALinear
 
 LAYERS, HEAD, ATTENTION, ADAPTERS, OTHER = "layers", "head", "attention", "adapters", "other"
 PARTS = (LAYERS, HEAD, ATTENTION, ADAPTERS, OTHER)
@@ -202,7 +201,7 @@ class FlopCounter(StepTracer):
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self._origins[storage_of(tensor)] = self._combined(inputs, tensor, product)
+                self._origins[storage_of(tensor)] = self._combine(inputs, tensor, product)
 
     def _count(self, packet: Any, args: tuple, count: int) -> int:
         """Add a product, and return its index."""
@@ -229,7 +228,7 @@ class FlopCounter(StepTracer):
     def _origin(self, tensor: Tensor) -> _Origin:
         return self._origins.get(storage_of(tensor), _Origin())
 
-    def _combined(self, inputs: Sequence[Tensor], out: Tensor, product: int | None) -> _Origin:
+    def _combine(self, inputs: Sequence[Tensor], out: Tensor, product: int | None) -> _Origin:
         origins = [self._origin(tensor) for tensor in inputs]
         if product is not None:
             products = {product}
@@ -371,13 +370,13 @@ def flops(
             counter.run(*setup.batches(*counted_batch))
             return counter.step.model, counter.counts()
 
-    model = built_on_meta(model)
+    model = build_on_meta(model)
     prepared = prepare_shapes(model, setup)
     run = longest_run(prepared)
     counts = (run and count_short(model, run, count)) or count(model)[1]
     tokens, length = size_of(*counted_batch)
     known = not counts[ATTENTION, FORWARD] or (length is not None and _attention(prepared) is not None)
-    plain = not any(name == AGAIN for _, name in counts) and _of_plain_blocks(prepared)
+    plain = not any(name == AGAIN for _, name in counts) and _is_plain_stack(prepared)
     closed = closed_form(prepared, tokens, length) if known and plain else None
     return Flops(counts, tokens, setting_of(setup, prepared, *counted_batch), length, closed)
 
@@ -418,9 +417,9 @@ def size_of(batch: Batch) -> tuple[int, int | None]:
     return (inputs.numel(), inputs.shape[1]) if of_tokens else (len(inputs), None)
 
 
-def _of_plain_blocks(model: nn.Module) -> bool:
+def _is_plain_stack(model: nn.Module) -> bool:
     """Return whether the model is one stack of blocks, no convolutions or experts, with plain adapters."""
     convolutions = any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules())
     experts = any(parameter.ndim > 2 for parameter in model.parameters())
-    plain = all(type(layer) in (LoRALinear, RsLoRALinear, LoRAFALinear) for layer in lora_layers(model).values())
+    plain = all(type(layer).forward is LoRALinear.forward for layer in lora_layers(model).values())
     return bool(transformer_blocks(model)) and plain and not (convolutions or experts or is_encoder_decoder(model))

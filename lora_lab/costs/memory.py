@@ -34,7 +34,7 @@ from lora_lab.costs.fake import (
     Source,
     batch_for,
     build_model,
-    built_on_meta,
+    build_on_meta,
     device_of,
     device_to_run,
     fake_copy,
@@ -102,7 +102,7 @@ class _Rehearsal:
     def __init__(self, model: Source, setup: Setup, device: torch.device | str | None) -> None:
         setup.check_watchable()
         self.device, self.estimated = device_to_predict(model, device)
-        self.model, self.setup = built_on_meta(model), setup
+        self.model, self.setup = build_on_meta(model), setup
         self.run = longest_run(prepare_shapes(self.model, setup))
 
     def bill(self, batch_size: int | None, seq_len: int | None, batch: Batch | None = None) -> Bill:
@@ -118,7 +118,7 @@ class _Rehearsal:
                     stack.enter_context(_cuda_attention())
                     stack.enter_context(_fused_norms())
                 log = StorageLog(step)
-                stack.enter_context(_dequantised_once(log))
+                stack.enter_context(_dequantise_once(log))
                 log.run_second(*self.setup.batches(fake_batch))
                 return step.model, log.recording(setting_of(self.setup, step.model, fake_batch))
 
@@ -130,7 +130,7 @@ class _Rehearsal:
 
 
 @contextmanager
-def _dequantised_once(log: StorageLog) -> Iterator[None]:
+def _dequantise_once(log: StorageLog) -> Iterator[None]:
     """A context in which slices of matrices in blocks that differ in their values only are dequantised once."""
 
     def rows_once(layer: BlockWeight, rows: Callable[[int, int], Tensor], start: int, stop: int) -> Tensor:
@@ -379,7 +379,7 @@ def saved_bytes(forward: Callable[[], Any], model: nn.Module) -> int:
 
 
 @contextmanager
-def _replaced(name: str, function: Callable[..., Tensor]) -> Iterator[None]:
+def _replace_function(name: str, function: Callable[..., Tensor]) -> Iterator[None]:
     """A context in which a function of torch.nn.functional is another one.
 
     A torch function mode would not see blocks that are recomputed in the backward pass.
@@ -404,7 +404,7 @@ def _cuda_attention() -> AbstractContextManager:
         with sdpa_kernel(SDPBackend.MATH) if shared else nullcontext():
             return plain(query, key, *args, **kwargs)
 
-    return _replaced("scaled_dot_product_attention", attention)
+    return _replace_function("scaled_dot_product_attention", attention)
 
 
 def _fused_norms() -> AbstractContextManager:
@@ -419,7 +419,7 @@ def _fused_norms() -> AbstractContextManager:
             return plain(input, normalized_shape, weight, eps)
         return _FusedNorm.apply(input, weight, len(normalized_shape))
 
-    return _replaced("rms_norm", fused if hasattr(torch.ops.aten, "_fused_rms_norm_backward") else plain)
+    return _replace_function("rms_norm", fused if hasattr(torch.ops.aten, "_fused_rms_norm_backward") else plain)
 
 
 class _FusedNorm(torch.autograd.Function):

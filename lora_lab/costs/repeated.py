@@ -220,7 +220,7 @@ def _extend_pass(
         if length < 0 or not all(map(_same_name, few[place:], after)):
             return None
         if all(map(_same_bytes, before, stretch)):
-            shared = [_between(*pair, blocks) for pair in zip(few, [*more[:place], *after], strict=True)]
+            shared = [_interpolate(*pair, blocks) for pair in zip(few, [*more[:place], *after], strict=True)]
             known = [operation for operation in shared if operation is not None]
             if len(known) == len(few):
                 copies = _copy_stretch(few[place - length : place], before, stretch, blocks)
@@ -253,7 +253,7 @@ def _same_bytes(one: RecordedOperation, other: RecordedOperation) -> bool:
     return (one.name, one.allocated, one.released) == (other.name, other.allocated, other.released)
 
 
-def _between(few: RecordedOperation, more: RecordedOperation, blocks: int) -> RecordedOperation | None:
+def _interpolate(few: RecordedOperation, more: RecordedOperation, blocks: int) -> RecordedOperation | None:
     """Return an operation that both have: its sizes and numbers change by the same amount with each block."""
     allocated = _extrapolate(few.allocated, more.allocated, blocks)
     released = _extrapolate(few.released, more.released, blocks)

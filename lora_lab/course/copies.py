@@ -71,7 +71,7 @@ def student(notebook: NotebookNode) -> NotebookNode:
     for number, cell in enumerate(result.cells, start=1):
         _reduce(cell.metadata, CELL_METADATA)
         if cell.cell_type == "code":
-            cell.source = _without_solutions(cell.source, f"Cell {number}")
+            cell.source = _strip_solutions(cell.source, f"Cell {number}")
             cell.outputs, cell.execution_count = [], None
         if BEGIN in cell.source or END in cell.source:
             raise ValueError(f"Cell {number} has {BEGIN!r} or {END!r} without the other or outside code; mend it.")
@@ -83,7 +83,7 @@ def _reduce(metadata: NotebookNode, names: Sequence[str]) -> None:
         del metadata[name]
 
 
-def _without_solutions(source: str, where: str) -> str:
+def _strip_solutions(source: str, where: str) -> str:
     """Return the code of a cell with stubs in place of its solutions."""
 
     def stub_of(solution: re.Match[str]) -> str:
@@ -128,7 +128,7 @@ class Copied:
         return "\n".join(lines)
 
 
-def chosen_lessons(only: Sequence[str] = ()) -> list[Path]:
+def choose_lessons(only: Sequence[str] = ()) -> list[Path]:
     """The files of the lessons, in order.
 
     Args:
@@ -175,13 +175,13 @@ def copy_lessons(folder: str | Path, solved: bool = False, only: Sequence[str] =
     hashes, versions = before["written"], before["versions"]
     written: list[str] = []
     beside: list[str] = []
-    lessons = chosen_lessons(only)
+    lessons = choose_lessons(only)
     there = {lesson.name for lesson in lessons} | {path.name for path in folder.glob("*.ipynb")}
-    missing = {lesson.name for lesson in chosen_lessons()} - there
+    missing = {lesson.name for lesson in choose_lessons()} - there
     with atomic_files(folder) as temporary:
         for lesson in lessons:
             whole = lesson.read_bytes() if solved else _student_bytes(lesson)
-            content = _without_links(whole, missing)
+            content = _strip_links(whole, missing)
             digest, version = (hashlib.sha256(each).hexdigest() for each in (content, whole))
             untouched = _digest(folder / lesson.name) in (None, digest, hashes.get(lesson.name))
             if untouched or versions.get(lesson.name) != version:  # else it was offered before
@@ -194,7 +194,7 @@ def copy_lessons(folder: str | Path, solved: bool = False, only: Sequence[str] =
     return Copied(tuple(written), tuple(beside), len(lessons) - len(written) - len(beside))
 
 
-def _without_links(notebook: bytes, missing: Collection[str]) -> bytes:
+def _strip_links(notebook: bytes, missing: Collection[str]) -> bytes:
     """A notebook's file in which links to these files have become plain text."""
 
     def replaced(link: re.Match[str]) -> str:

@@ -224,7 +224,7 @@ def passes(steps: Mapping[str, Flops]) -> Axes:
     for row, step in enumerate(steps.values()):
         left = 0.0
         for name, look in looks.items():
-            size, missing = _without_adapters(step, name), _without_adapters(reference, name)
+            size, missing = _subtract_adapters(step, name), _subtract_adapters(reference, name)
             gone = size == 0 < missing
             style: dict[str, Any] = {"facecolor": "none", "edgecolor": "#333333"} if gone else filling(*look)
             width = (missing if gone else size) / 1e9
@@ -248,7 +248,7 @@ def passes(steps: Mapping[str, Flops]) -> Axes:
     return ax
 
 
-def _without_adapters(step: Flops, name: str) -> int:
+def _subtract_adapters(step: Flops, name: str) -> int:
     """The FLOPs of a pass without those of the adapters, or all FLOPs of the adapters."""
     return step.part(ADAPTERS) if name == ADAPTERS else step.in_pass(name) - step.counts.get((ADAPTERS, name), 0)
 

@@ -132,7 +132,7 @@ def progress(lesson: str = "") -> None:
     Args:
         lesson: the beginning of a lesson's name, such as "03"; all lessons by default.
     """
-    done, tried, damaged = _remembered()
+    done, tried, damaged = _recall()
     if damaged:
         display(Box("Damaged.", damaged, colour=AMBER))
     display(Map([each for each in EXERCISES.values() if each.lesson.startswith(lesson)], done, tried))
@@ -186,7 +186,7 @@ def _about_hints(exercise: Exercise) -> str:
     return f'hint("{exercise.name}") gives {which}.'
 
 
-def _remembered() -> tuple[set[str], set[str], str]:
+def _recall() -> tuple[set[str], set[str], str]:
     """Names of the exercises that are done, and of those that were tried, in this kernel or before.
 
     The third value is empty, or a sentence that says that ``progress.json`` was damaged and has been moved aside.
@@ -201,11 +201,11 @@ def _remembered() -> tuple[set[str], set[str], str]:
         except FileNotFoundError:
             pass  # there is none yet
         except (OSError, ValueError):
-            damaged = _moved_aside()
+            damaged = _move_aside()
     return done, tried, damaged
 
 
-def _moved_aside() -> str:
+def _move_aside() -> str:
     """Move ``progress.json``, which is damaged, to a name that no file has; a sentence that says so."""
     aside = f"progress-damaged-{time.time_ns()}.json"
     try:
@@ -221,7 +221,7 @@ def _remember() -> str:
     """Save which exercises are done and tried, in a learner's folder; a sentence if that fails or one was damaged."""
     if not Path(MANIFEST).is_file():
         return ""
-    done, tried, damaged = _remembered()
+    done, tried, damaged = _recall()
     if damaged and Path(PROGRESS).exists():
         return damaged
     try:

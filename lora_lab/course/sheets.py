@@ -31,7 +31,7 @@ import torch
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from lora_lab.course.copies import BEGIN, CONFIG, END, RAISE, STUB, chosen_lessons
+from lora_lab.course.copies import BEGIN, CONFIG, END, RAISE, STUB, choose_lessons
 from lora_lab.course.exercise import EXERCISES, REFLECTIONS, Answer, Reflection, answers, close
 from lora_lab.course.learner import MANIFEST
 from lora_lab.system.files import atomic_file, atomic_folder
@@ -294,7 +294,7 @@ def write_course(folder: str | Path, only: Sequence[str] = (), seed: int | None 
         raise ValueError(f"{folder} is a file or holds the lessons; name another folder for the course to grade.")
     new: dict[str, NotebookNode] = {}
     there = []
-    for path in chosen_lessons(only):
+    for path in choose_lessons(only):
         name, lesson = path.stem, nbformat.read(path, as_version=4)
         if (folder / "source" / name).exists():
             there.append(name)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 PIXELS, CLASSES = 64, 10
 
 
-def _in_precision_of(net: nn.Module, pixels: Tensor) -> Tensor:
+def _match_precision(net: nn.Module, pixels: Tensor) -> Tensor:
     """Return the pixels in the precision of a net's weights; data sets hold them in float32."""
     return pixels.double() if next(net.parameters()).dtype == torch.float64 else pixels
 
@@ -36,7 +36,7 @@ class DigitsMLP(nn.Module):
             self.head = nn.Linear(width, CLASSES, dtype=dtype)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        x = F.relu(self.hidden1(_in_precision_of(self, pixels)))  # (32, 64) -> (32, 128)
+        x = F.relu(self.hidden1(_match_precision(self, pixels)))  # (32, 64) -> (32, 128)
         x = F.relu(self.hidden2(x))  # (32, 128)
         return self.head(x)  # (32, 10)
 
@@ -65,7 +65,7 @@ class DigitsTransformer(nn.Module):
             self.head = nn.Linear(width, CLASSES, dtype=dtype)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        rows = _in_precision_of(self, pixels).unflatten(-1, (8, 8))  # (32, 64) -> (32, 8, 8)
+        rows = _match_precision(self, pixels).unflatten(-1, (8, 8))  # (32, 64) -> (32, 8, 8)
         x = self.embed(rows) + self.position  # (32, 8, 48)
         for layer in self.layers:
             x = layer(x)  # (32, 8, 48)

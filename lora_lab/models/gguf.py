@@ -179,7 +179,7 @@ def _tensors(reader: _HeaderFile, number: int, alignment: Any) -> dict[str, Stor
             raise ValueError(f"its tensor {name!r:.80} has {dimensions} dimensions")
         shape = tuple(reader.count() for _ in range(dimensions))[::-1]  # (rows, columns)
         places[name] = GGMLQuantizationType(reader.count(4)), shape, reader.count()
-    first = _padded(reader.position, alignment)
+    first = _pad_up(reader.position, alignment)
     expected, tensors = 0, {}
     for name, (kind, shape, offset) in places.items():
         weights, size = GGML_QUANT_SIZES[kind]  # in a block, and its bytes
@@ -194,11 +194,11 @@ def _tensors(reader: _HeaderFile, number: int, alignment: Any) -> dict[str, Stor
             raise ValueError(f"it ends after {len(reader.content):,} bytes, within its tensor {name!r:.80}")
         data = np.frombuffer(reader.content, np.uint8, length, first + offset).reshape(in_bytes)
         tensors[name] = StoredTensor(kind.name, data)
-        expected = _padded(offset + length, alignment)
+        expected = _pad_up(offset + length, alignment)
     return tensors
 
 
-def _padded(position: int, alignment: int) -> int:
+def _pad_up(position: int, alignment: int) -> int:
     return -(-position // alignment) * alignment
 
 
@@ -406,7 +406,7 @@ def write_gguf(path: Path, layout: Layout, tensors: Mapping[str, Tensor], tokeni
         header[_ROPE_RULE] = [float(number) for number in vars(scaling).values()]
         stored[_ROPE_FACTORS] = _rope_factors(config)  # (head_dim / 2,)
     for name, value in tensors.items():
-        stored[gguf_name(name)] = in_gguf_order(gguf_name(name), value, layout)  # (576, columns), or (n,)
+        stored[gguf_name(name)] = reorder_for_gguf(gguf_name(name), value, layout)  # (576, columns), or (n,)
     write_file(path, layout.architecture, header | tokenizer.to_gguf(config.vocab_size), stored, dtype)
 
 
@@ -463,7 +463,7 @@ def check_target(path: Path, dtype: str) -> None:
         raise ValueError(f"dtype is {dtype!r}, but a GGUF file is written in one of {', '.join(_LARGEST)}.")
 
 
-def in_gguf_order(name: str, rows: Tensor, layout: Layout) -> Tensor:
+def reorder_for_gguf(name: str, rows: Tensor, layout: Layout) -> Tensor:
     """Return the rows of a Llama's queries and keys, in two halves in Hugging Face, in llama.cpp's adjacent pairs.
 
     Args:

@@ -52,8 +52,8 @@ from lora_lab.system.files import (
     atomic_file,
     atomic_files,
     atomic_folder,
-    carried_json,
     check_writable,
+    read_carried_json,
     read_json,
     repair,
     write_json,
@@ -274,7 +274,7 @@ def _save_folder(model: nn.Module, folder: Path, tokenizer: Tokenizer | None) ->
         if not isinstance(model, Llama):
             if not hasattr(model, "save_pretrained"):
                 raise ValueError(f"A {type(model).__name__} is neither a lora_lab.Llama nor a model of transformers.")
-            state = _without_blocks(model, model.state_dict())
+            state = _dequantise_state(model, model.state_dict())
             cast(Any, model).save_pretrained(temporary, state_dict=state, max_shard_size="1TB")
             return
         state = {name: value.detach().cpu().contiguous() for name, value in _dense_state(model).items()}
@@ -288,10 +288,10 @@ def _dense_state(model: Any) -> dict[str, Tensor]:
     """Return the dense tensors of a Llama, or of a relative, by Hugging Face's names."""
     tied = model.config.tie_word_embeddings  # the head is the embedding's matrix, which is written once
     state = {name: value for name, value in model.state_dict().items() if not (tied and name.startswith("lm_head."))}
-    return _without_blocks(model, state)
+    return _dequantise_state(model, state)
 
 
-def _without_blocks(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _dequantise_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a model's state, which is changed: matrices in blocks are dequantised under their usual names."""
     for name, module in model.named_modules():
         if isinstance(module, BlockWeight) and f"{name}.packed" in state:
@@ -304,7 +304,7 @@ def _without_blocks(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Ten
 
 def _read_folder(folder: Path, entries: dict[str, Any]) -> StoredModel:
     config = config_from_hf(entries, folder / "config.json")
-    saved = carried_json(folder / "model.safetensors", "config.json")  # None if another program wrote the folder
+    saved = read_carried_json(folder / "model.safetensors", "config.json")  # None if another program wrote the folder
     if saved is not None and config_from_hf(saved, folder / "model.safetensors") != config:
         raise ValueError(f"{folder}: its config.json is not the one that its weights were saved with; copy both again.")
     stored = StoredModel(config, {}, {}, Tokenizer.load(folder))

@@ -316,8 +316,8 @@ class BlockWeight(QuantizedLayer):
         super().__init__()
         self.format = FORMATS[kind]
         self.block = (packed.shape[1] - self.format.scale_bytes) * 8 // self.format.bits  # weights
-        self.packed = _frozen(packed)  # (27648, 20)
-        self.steps = None if steps is None else _frozen(steps)  # None, or (55, 4)
+        self.packed = _freeze(packed)  # (27648, 20)
+        self.steps = None if steps is None else _freeze(steps)  # None, or (55, 4)
         rows, columns = shape
         self.kind, self.shape, self.dtype = kind, (rows, columns), dtype
 
@@ -356,9 +356,9 @@ class BlockWeight(QuantizedLayer):
             weight: of the shape of this layer's, in floating point. It is best in float32, so that it is rounded once.
         """
         packed, steps = self.format.encode(weight, self.block)  # (13824, 33), (55, 4)
-        in_place_of = {id(self.packed): _frozen(packed)}
+        in_place_of = {id(self.packed): _freeze(packed)}
         if self.steps is not None and steps is not None:
-            in_place_of[id(self.steps)] = _frozen(steps)
+            in_place_of[id(self.steps)] = _freeze(steps)
         return copy.deepcopy(self, in_place_of)
 
     def extra_repr(self) -> str:
@@ -393,7 +393,7 @@ class BlockLinear(BlockWeight):
     ) -> None:
         super().__init__(packed, kind, shape, steps, dtype)
         self.out_features, self.in_features = self.shape
-        self.bias = None if bias is None else _frozen(bias)  # None, or (1536,)
+        self.bias = None if bias is None else _freeze(bias)  # None, or (1536,)
 
     def forward(self, x: Tensor) -> Tensor:
         # To generate a token is to multiply one row, in which dequantising takes nearly all the time.
@@ -458,7 +458,7 @@ def _is_real_on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
 
 
-def _frozen(tensor: Tensor) -> nn.Parameter:
+def _freeze(tensor: Tensor) -> nn.Parameter:
     parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, False)
     parameter.requires_grad_(False)
     return parameter

@@ -40,7 +40,7 @@ from lora_lab.system.schema import plain
 from lora_lab.task import Task
 from lora_lab.tasks import TASKS
 from lora_lab.tasks.datasets import style
-from lora_lab.tasks.elicitation import CONTENT_FREE, PENALTIES, calibrated, content_free, few_shot, linear_probe
+from lora_lab.tasks.elicitation import CONTENT_FREE, PENALTIES, calibrate, content_free, few_shot, linear_probe
 from lora_lab.tasks.generate import answers, classes, last_states, log_likelihoods
 from lora_lab.tasks.instruction import PairTask
 from lora_lab.tasks.metrics import METRICS, StyleJudge, score, trivial
@@ -182,7 +182,7 @@ def _task_rows(planned: Plan, name: str, device: torch.device, folder: Path) -> 
     if task.metric in METRICS:
         yield {"about": "result", "task": name, "setup": "trivial", **scores(task, trivial(task))}
     yield from _zero_shot_rows(planned, name, task, device)
-    yield from _trained_rows(planned, name, task, device, folder)
+    yield from _train_rows(planned, name, task, device, folder)
 
 
 def _zero_shot_rows(planned: Plan, name: str, task: PairTask, device: torch.device) -> Iterator[Row]:
@@ -195,7 +195,7 @@ def _zero_shot_rows(planned: Plan, name: str, task: PairTask, device: torch.devi
     yield from _answer_rows(result, task, predictions)
 
 
-def _trained_rows(planned: Plan, name: str, task: PairTask, device: torch.device, folder: Path) -> Iterator[Row]:
+def _train_rows(planned: Plan, name: str, task: PairTask, device: torch.device, folder: Path) -> Iterator[Row]:
     """Yield the rows of all trials: all rates with seed 0, then the best rate of each setup with the other seeds."""
     columns = ("about", "task", "setup", "lr", "seed", "outcome", "reason", *_LOSSES, "trainable_parameters", "commit")
     for frame in planned.case(name).run(device, folder):
@@ -269,29 +269,29 @@ def record_elicitation(device: torch.device) -> Iterator[Row]:
         task = load_task(name)
         sizes = {part: len(examples) for part, examples in task.parts.items()}
         yield {"about": "task", "task": name, "metric": task.metric, **sizes, "fingerprint": task.fingerprint}
-        for columns, predictions in _asked(name, task, model):
+        for columns, predictions in _ask(name, task, model):
             yield _result(task, columns, predictions)
         if task.metric == "classification":
-            for columns, predictions in _probed(name, task, model, device):
+            for columns, predictions in _probe(name, task, model, device):
                 yield _result(task, columns, predictions)
 
 
-def _asked(name: str, task: PairTask, model: nn.Module) -> Iterator[Answered]:
+def _ask(name: str, task: PairTask, model: nn.Module) -> Iterator[Answered]:
     """Yield zero-shot, few-shot, and the control at the number of examples that is best on the validation part."""
-    yield from _answered(task, model, 0, 0)
+    yield from _answer(task, model, 0, 0)
     scores: dict[tuple[int, str], list[float]] = {}  # (number of examples, calibration) -> on the validation part
     for k in SHOTS[name]:
         for seed in range(DRAWS[name]):
-            for columns, predictions in _answered(task, model, k, seed):
+            for columns, predictions in _answer(task, model, k, seed):
                 on_validation = _main_score(task, "validation", predictions)
                 scores.setdefault((k, columns["calibration"]), []).append(on_validation)
                 yield columns, predictions
     best, _ = max(scores, key=lambda setup: sum(scores[setup]))
     for seed in range(DRAWS[name]):
-        yield from _answered(task, model, best, seed, control=True)
+        yield from _answer(task, model, best, seed, control=True)
 
 
-def _answered(task: PairTask, model: nn.Module, k: int, seed: int, control: bool = False) -> Iterator[Answered]:
+def _answer(task: PairTask, model: nn.Module, k: int, seed: int, control: bool = False) -> Iterator[Answered]:
     """Yield what the model answers after k examples; for a classification, also with calibrated labels."""
     asked = few_shot(task, k, seed, random_answers=control) if k else task
     columns = {"setup": "few-shot" if k else "zero-shot", "k": k, "seed": seed, "control": control}
@@ -309,13 +309,13 @@ def _answered(task: PairTask, model: nn.Module, k: int, seed: int, control: bool
     for calibration in ("", *references):
         picked = {}
         for part, likelihoods in scores.items():
-            compared = calibrated(likelihoods, references[calibration]) if calibration else likelihoods  # (n, labels)
+            compared = calibrate(likelihoods, references[calibration]) if calibration else likelihoods  # (n, labels)
             best: list[int] = compared.argmax(1).tolist()  # (n,)
             picked[part] = [labels[i] for i in best]
         yield {**columns, "calibration": calibration}, picked
 
 
-def _probed(name: str, task: PairTask, model: nn.Module, device: torch.device) -> Iterator[Answered]:
+def _probe(name: str, task: PairTask, model: nn.Module, device: torch.device) -> Iterator[Answered]:
     """Yield linear probes on the training examples that the trials of ``downstream`` see, and on shuffled labels."""
     trials = plan(device)
     states = {part: last_states(model, task, task.pairs[part]) for part in ("train", "validation", "test")}

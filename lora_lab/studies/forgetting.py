@@ -185,13 +185,13 @@ STRENGTHS = (0.25, 0.5, 0.75, 1.2)
 R8 = LoRA(8, 16)
 
 
-def own_replies(share: float, task: Task) -> Task:
+def add_own_replies(share: float, task: Task) -> Task:
     """Return the task with replies of the base among its training examples."""
     return with_replay(task, base_replies(prompts=REHEARSED), share)
 
 
 def other_text(share: float, task: Task) -> Task:
-    """Return the same with as much prose that the base did not write, the control of :func:`own_replies`."""
+    """Return the same with as much prose that the base did not write, the control of :func:`add_own_replies`."""
     return with_replay(task, task.off_domain[: len(base_replies(prompts=REHEARSED))], share)
 
 
@@ -231,8 +231,8 @@ SETUPS = {
     "full, PEFT's rate": Remedy(FullFineTuning(), (1e-5,)),
     "weight decay 3": Remedy(R8, (2e-3,), weight_decay=3.0),
     "weight decay 10": Remedy(R8, (2e-3,), weight_decay=10.0),
-    "own replies, a quarter": Remedy(R8, (2e-3,), partial(own_replies, 0.25)),
-    "own replies, half": Remedy(R8, (2e-3,), partial(own_replies, 0.5)),
+    "own replies, a quarter": Remedy(R8, (2e-3,), partial(add_own_replies, 0.25)),
+    "own replies, half": Remedy(R8, (2e-3,), partial(add_own_replies, 0.5)),
     "other text, a quarter": Remedy(R8, (2e-3,), partial(other_text, 0.25)),
     "KL penalty 0.3": Remedy(R8, (2e-3,), partial(near_base, 0.3)),
     "KL penalty 1": Remedy(R8, (2e-3,), partial(near_base, 1.0)),

@@ -127,7 +127,7 @@ class Merges:
         switch(model, state)
         layers = lora_layers(model)
         W = {name: layer.base.weight.detach().clone() for name, layer in layers.items()}  # (192, 576)
-        V = {name: _in_blocks(weight, BLOCKS_OF[self.base]) for name, weight in W.items()}  # (192, 576)
+        V = {name: _quantise(weight, BLOCKS_OF[self.base]) for name, weight in W.items()}  # (192, 576)
         judge = BlockLosses({"test": self.examples}, self.block)
         scores = {}
         for form in forms_of(self.base):
@@ -136,7 +136,7 @@ class Merges:
             blocks = next((kind for kind in (NF4, Q4_1) if form.endswith(kind)), None)
             for name, layer in layers.items():
                 dense = under[name] + layer.delta() if form.startswith("merged") else under[name]  # (192, 576)
-                layer.base.weight.data.copy_(_in_blocks(dense, blocks))  # (192, 576)
+                layer.base.weight.data.copy_(_quantise(dense, blocks))  # (192, 576)
             with nullcontext() if unmerged else off(model):
                 scores[form] = judge(model, task)["test"]
         lost = {}
@@ -145,7 +145,7 @@ class Merges:
         return scores | {_ROUNDING: json.dumps(lost)}
 
 
-def _in_blocks(weight: Tensor, kind: str | None) -> Tensor:
+def _quantise(weight: Tensor, kind: str | None) -> Tensor:
     return weight if kind is None else rounded(weight, kind)
 
 

@@ -56,7 +56,7 @@ CENTRES = {
 def plan_rates(device: torch.device) -> dict[str, Planned]:
     """Return what two cores can do in a few hours, or a GPU in one."""
     none = {"judging": (), "judged_on": {}, "beyond": 2}  # the rates and their intervals are all that is asked for
-    digits, docs = (_of_all_rules(data, device) for data in ("digits", "docs"))
+    digits, docs = (_list_rules(data, device) for data in ("digits", "docs"))
     return {
         "digits": Planned(Study(*digits, range(5), chosen_on=200, **none), small=True),
         "docs": Planned(Study(*docs, _docs_seeds(device), chosen_on=128, **none)),
@@ -73,7 +73,7 @@ def _step(device: torch.device) -> tuple[int, int, Lean]:
     return (300, 8, Lean(torch.bfloat16)) if device.type == "cuda" else (60, 4, Lean(torch.bfloat16))
 
 
-def _of_all_rules(data: str, device: torch.device) -> tuple[dict[str, Trial], dict[str, tuple[float, ...]]]:
+def _list_rules(data: str, device: torch.device) -> tuple[dict[str, Trial], dict[str, tuple[float, ...]]]:
     """Return full fine-tuning, and LoRA of each rank under each rule: the setups, and the first rates of each."""
     step = (200, 32, None) if data == "digits" else _step(device)
     setups, lrs = {"full": plan_trial(FullFineTuning(), *step[:2])}, {"full": rates_around(CENTRES[data]["full"])}
@@ -104,18 +104,18 @@ def plan_rank_advice(device: torch.device) -> dict[str, Planned]:
     judged_on = {"validation": 200, "test": 256}
     plans = {
         name: Planned(
-            Study(*_of_ranks(rates, (steps, 32, None)), range(3), range(3, 13), 200, judged_on),
+            Study(*_list_ranks(rates, (steps, 32, None)), range(3), range(3, 13), 200, judged_on),
             source=source,
             small=True,
         )
         for name, (source, steps, rates) in small.items()
     }
     judging = range(5, 10) if gpu else range(3, 6)
-    docs = _of_ranks(CENTRES["docs"]["alpha = 2r"], _step(device))
+    docs = _list_ranks(CENTRES["docs"]["alpha = 2r"], _step(device))
     language = {"docs": (Study(*docs, _docs_seeds(device), judging, 128, ON_TEST), 64)}
     for name, (steps, tokens) in DOWNSTREAM.items():
         ranks, count = (RANKS, 5) if gpu else (RANKS[::2], 3)
-        of_task = _of_ranks(DOWNSTREAM_RATES, (steps, 8, Lean(torch.bfloat16)), ranks, count)
+        of_task = _list_ranks(DOWNSTREAM_RATES, (steps, 8, Lean(torch.bfloat16)), ranks, count)
         language[name] = Study(*of_task, range(2), judging, 64, ON_TEST), tokens
     for name, (study, tokens) in language.items():
         again = [replace(study.setups[HIGH], seed=seed) for seed in judging]
@@ -123,7 +123,7 @@ def plan_rank_advice(device: torch.device) -> dict[str, Planned]:
     return plans
 
 
-def _of_ranks(
+def _list_ranks(
     centres: Sequence[float], step: tuple[int, int, Lean | None], ranks: Sequence[int] = RANKS, count: int = 5
 ) -> tuple[dict[str, Trial], dict[str, tuple[float, ...]]]:
     """Return LoRA of each rank, with alpha twice the rank: the setups, and the first rates of each."""

@@ -142,12 +142,12 @@ def record_spectra(device: torch.device) -> Iterator[Row]:
     yield {"about": "run", "run": "base", **_losses(base, task, planned)}
     updates = {}
     for name, training in RUNS.items():
-        model, history = _trained(base, task, training, planned)
+        model, history = _train(base, task, training, planned)
         about = {"about": "run", "run": name, "lr": training.lr, "seed": training.seed}
         yield {**about, **_losses(model, task, planned), "trainable_parameters": history.trainable_parameters}
         updates[name] = _updates(base, model)
         for row in spectra.report(None, updates[name]).to_dict("records"):
-            yield {"about": "layer", "run": name, **_rounded(row)}
+            yield {"about": "layer", "run": name, **_round_row(row)}
         if name in INTRUDERS:
             yield from ({"about": "intruders", "run": name, **row} for row in _intruders(updates[name]))
         if name in CUTS:
@@ -160,7 +160,7 @@ def record_spectra(device: torch.device) -> Iterator[Row]:
             yield {"about": "pair", "run": first, "other": second, **row}
 
 
-def _trained(base: nn.Module, task: Task, training: Training, planned: Plan) -> tuple[nn.Module, History]:
+def _train(base: nn.Module, task: Task, training: Training, planned: Plan) -> tuple[nn.Module, History]:
     model = copy.deepcopy(base)
     options: dict[str, Any] = {"steps": planned.steps, "batch_size": planned.batch_size, "eval_every": planned.steps}
     options |= {"lr": training.lr, "seed": training.seed, "eval_examples": 4}
@@ -184,7 +184,7 @@ def _losses(model: nn.Module, task: Task, planned: Plan) -> dict[str, float]:
     return {f"{part}_loss": evaluate(model, task, part, planned.batch_size, planned.eval_examples) for part in parts}
 
 
-def _rounded(row: Mapping[Any, Any]) -> dict[str, Any]:
+def _round_row(row: Mapping[Any, Any]) -> dict[str, Any]:
     """The row with numpy's numbers as Python's, floats rounded to four digits, and NaN and infinity as None."""
     values = {name: value.item() if hasattr(value, "item") else value for name, value in row.items()}
     return plain(
@@ -206,7 +206,7 @@ def _intruders(updates: Mapping[str, Update]) -> Iterator[Row]:
                 result = intruder_dimensions(before, before + U * S @ Vh)  # (192, 576)
                 row = {"intruders": int(result.count), "energy_share": float(result.energy_share)}
                 row["floor"] = result.floor
-            yield _rounded({"layer": name, **row, "relative_norm": float(update.svd.S.norm() / before.norm())})
+            yield _round_row({"layer": name, **row, "relative_norm": float(update.svd.S.norm() / before.norm())})
             bar.update()
 
 
@@ -235,7 +235,7 @@ def _overlaps(first: Mapping[str, Update], second: Mapping[str, Update]) -> Iter
         for side, (V1, V2) in sides.items():
             phi = subspace_similarity(V1, V2)  # (8, 64)
             row |= {f"{side}_1": float(phi[0, 0]), f"{side}_8": float(phi[7, 7])}
-        yield _rounded(row)
+        yield _round_row(row)
 
 
 def tell_spectra(row: dict[str, Any]) -> str | None:

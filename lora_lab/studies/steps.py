@@ -250,15 +250,15 @@ ROUNDS = {(1, 32): (9, 9), (1, 128): (9, 9), (4, 128): (9, 6), (8, 256): (6, 3),
 
 def speed_cases(device: torch.device) -> list[Case]:
     """Return 32 to 4,096 tokens a step, ranks 1 to 256, all blocks or the last ones, two models; more on a GPU."""
-    small = compared_setups(SMALL, (1, 8, 64, 256), (1, 4))
-    many, few = compared_setups(SMOLLM2, (1, 8, 64, 256), (1, 10)), compared_setups(SMOLLM2, (8, 256), (1,))
+    small = list_setups(SMALL, (1, 8, 64, 256), (1, 4))
+    many, few = list_setups(SMOLLM2, (1, 8, 64, 256), (1, 10)), list_setups(SMOLLM2, (8, 256), (1,))
     cases = [Case(SMALL, *size, small, rounds) for size, (rounds, _) in ROUNDS.items()]
     for (batch_size, seq_len), (_, rounds) in ROUNDS.items():
         setups = many if batch_size * seq_len <= 512 else few
         cases.append(Case(SMOLLM2, batch_size, seq_len, setups, rounds))
     if device.type == "cuda":
         for model in (SMOLLM2, "llama-3.2-1b", "llama-3-8b"):
-            setups = compared_setups(model, (8, 64), (1,))
+            setups = list_setups(model, (8, 64), (1,))
             if model == "llama-3-8b":  # all setups are in memory at once, and AdamW's state for 8B fills a GPU alone
                 del setups["full"]
             setups = {f"{label}, bf16": replace(setup, dtype=BF16) for label, setup in setups.items()}
@@ -266,7 +266,7 @@ def speed_cases(device: torch.device) -> list[Case]:
     return cases
 
 
-def compared_setups(model: str, ranks: Sequence[int], last: Sequence[int]) -> dict[str, Setup]:
+def list_setups(model: str, ranks: Sequence[int], last: Sequence[int]) -> dict[str, Setup]:
     """Return full fine-tuning, LoRA of these ranks in all blocks, and LoRA in so many of the last blocks."""
     with torch.device("meta"):
         llama = random_model(model)

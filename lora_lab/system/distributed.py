@@ -66,7 +66,7 @@ class Processes:
             for tensor, total in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
                 tensor.copy_(total.view_as(tensor))
 
-    def from_first(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Return, in every process, the value that rank 0 calls this with.
 
         Raises:

@@ -156,7 +156,7 @@ def _read_header(tensors: Path) -> dict[str, str]:
         return {}
 
 
-def carried_json(tensors: Path, name: str) -> Any:
+def read_carried_json(tensors: Path, name: str) -> Any:
     """Return the content of a JSON file that a safetensors file's header carries; None if it carries none."""
     with suppress(KeyError, ValueError, RecursionError):
         return json.loads(_read_header(tensors)[_FILE + name])

@@ -2,7 +2,7 @@
 
     task = few_shot(sentiment(tokenizer), k=8)                      # training examples in the prompt
     scores = log_likelihoods(model, task, pairs, labels)            # (n, labels)
-    calibrated(scores, log_likelihoods(model, task, content_free(task), labels))
+    calibrate(scores, log_likelihoods(model, task, content_free(task), labels))
     probe = linear_probe(last_states(model, task, pairs), answers, ...)
 
 None of them changes a weight of the model, and none reads the test part. What fine-tuning scores above the best of them
@@ -67,7 +67,7 @@ def content_free(task: PairTask) -> list[Pair]:
     return [replace(pair, prompt=instruction + text) for text in CONTENT_FREE]
 
 
-def calibrated(scores: Tensor, reference: Tensor) -> Tensor:
+def calibrate(scores: Tensor, reference: Tensor) -> Tensor:
     """Return scores of labels, less what each scores whatever the text says: the logarithm of its mean probability.
 
     With prompts without content as the reference this is contextual calibration (Zhao et al. 2021, "Calibrate Before

@@ -225,7 +225,7 @@ def from_pairs(
     examples: dict[str, Padded] = {}
     count = sum(map(len, split.values()))
     for part in PARTS:
-        split[part], examples[part] = _encode_part(tokenizer, part, _shuffled(split[part], seed), max_tokens, skip_long)
+        split[part], examples[part] = _encode_part(tokenizer, part, _shuffle(split[part], seed), max_tokens, skip_long)
     return PairTask(
         name=name,
         train=examples["train"],
@@ -308,7 +308,7 @@ def _split(pairs: Iterable[Pair], seed: int) -> dict[str, list[Pair]]:
             f"but {', '.join(PARTS)} need at least one group each; give more pairs with other prompts, or smaller "
             "groups."
         )
-    tenth, remaining = max(1, sum(map(len, groups.values())) // 10), _shuffled(list(groups.values()), seed)
+    tenth, remaining = max(1, sum(map(len, groups.values())) // 10), _shuffle(list(groups.values()), seed)
     split: dict[str, list[Pair]] = {part: [] for part in PARTS}
     for part in ("validation", "test"):  # neither may stay empty: the first group that fits, or else the smallest
         fitting = [group for group in remaining if len(group) <= tenth]
@@ -332,7 +332,7 @@ def _check_disjoint(split: Mapping[str, Sequence[Pair]]) -> None:
                 raise ValueError(f"{what} is in {part_of[group]} and in {part}; put it into one part.")
 
 
-def _shuffled(items: Sequence[T], seed: int) -> list[T]:
+def _shuffle(items: Sequence[T], seed: int) -> list[T]:
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))  # (n,)
     return [items[i] for i in order.tolist()]
 

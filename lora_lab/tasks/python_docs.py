@@ -39,7 +39,7 @@ def docs(tokenizer: TextTokenizer, seq_len: int = 128) -> Task:
 
     pages = list(dict.fromkeys(topics[name] for name in sorted(topics)))  # some topics share one page
     split: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
-    for i, group in enumerate(_related(pages)):
+    for i, group in enumerate(_group_related(pages)):
         part = {1: "validation", 3: "test"}.get(i % 5, "train")
         split[part if len(group) < 8 else "train"] += group  # the one large group is for training
     return Task(
@@ -89,7 +89,7 @@ def _cut(tokenizer: TextTokenizer, text: str, start: int) -> int:
     return len(text)
 
 
-def _related(pages: Sequence[str]) -> list[list[str]]:
+def _group_related(pages: Sequence[str]) -> list[list[str]]:
     """Return groups of pages, in order: those that share a paragraph of at least 60 characters are in one group."""
     # scipy's DisjointSet forgets the order in which groups were merged, and so the order of the pages, which the data
     # depends on. Its import would also cost every training process half a second and 28 MiB.

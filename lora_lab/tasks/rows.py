@@ -162,7 +162,7 @@ def _rows(examples: Examples, length: int) -> Padded:
     """Return examples in rows: inputs (rows, 2, longest), targets (rows, longest)."""
     lengths = _lengths(examples)
     inputs, targets = [], []
-    for row in _shared_out(lengths, length):
+    for row in _fill_rows(lengths, length):
         ids = torch.cat([examples.inputs[index, : lengths[index]] for index in row])  # (tokens,)
         positions = torch.cat([torch.arange(lengths[index]) for index in row])  # (tokens,)
         inputs.append(torch.stack([ids, positions], 1))  # (tokens, 2)
@@ -171,7 +171,7 @@ def _rows(examples: Examples, length: int) -> Padded:
     return Padded(padded.inputs.mT.contiguous(), padded.targets)  # (rows, 2, longest), (rows, longest)
 
 
-def _shared_out(lengths: Sequence[int], length: int) -> list[list[int]]:
+def _fill_rows(lengths: Sequence[int], length: int) -> list[list[int]]:
     """Return the indices of each row's examples, by the rule of best fit, longest first; rows are in random order."""
     rows: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (tokens that still fit into a row, the row), sorted

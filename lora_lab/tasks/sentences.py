@@ -111,11 +111,11 @@ class Sentence(NamedTuple):
 
     def english(self) -> str:
         """Return the sentence in English."""
-        return _written([*_english(self.subject), *_english_verb(self), *_english(self.object)])
+        return _write_sentence([*_english(self.subject), *_english_verb(self), *_english(self.object)])
 
     def french(self) -> str:
         """Return the sentence in French."""
-        return _written([*_french(self.subject), *_french_verb(self), *_french(self.object)])
+        return _write_sentence([*_french(self.subject), *_french_verb(self), *_french(self.object)])
 
     def looked_up(self, target: str) -> str:
         """Return its translation by a dictionary that knows all words and verb forms, and no other grammar.
@@ -123,9 +123,9 @@ class Sentence(NamedTuple):
         Into French, determiners and adjectives are masculine; into English, the words have the order of French.
         """
         if target == "fr":
-            return _written([*_looked_up(self.subject), *_french_verb(self), *_looked_up(self.object)])
+            return _write_sentence([*_look_up(self.subject), *_french_verb(self), *_look_up(self.object)])
         subject, thing = (_english(phrase, french_order=True) for phrase in (self.subject, self.object))
-        return _written([*subject, *_english_verb(self), *thing])
+        return _write_sentence([*subject, *_english_verb(self), *thing])
 
     def features(self) -> tuple[str, ...]:
         """Return what of French grammar it needs, in words."""
@@ -268,7 +268,7 @@ def _french(phrase: Phrase) -> list[str]:
     return [forms[noun.feminine + 2 * _is_vowel(words[0])], *words]
 
 
-def _looked_up(phrase: Phrase) -> list[str]:
+def _look_up(phrase: Phrase) -> list[str]:
     """Return French words in the order of English, without gender or elision, but with the number."""
     adjective = [phrase.adjective.masculine] if phrase.adjective else []
     if phrase.plural:
@@ -308,7 +308,7 @@ def _with_s(word: str) -> str:
     return word + ("es" if word.endswith(("s", "x", "sh", "ch")) else "s")
 
 
-def _written(words: Sequence[str]) -> str:
+def _write_sentence(words: Sequence[str]) -> str:
     """Return a sentence: joined, nothing after an apostrophe, with a capital and a full stop."""
     text = " ".join(words).replace("' ", "'")
     return f"{text[0].upper()}{text[1:]}."

@@ -12,6 +12,7 @@ import pytest
 import scipy.stats
 
 from lora_lab.course import check
+from lora_lab.course.exercise import EXERCISES as REGISTERED
 
 LESSONS = json.loads(Path(__file__).with_name("exercises.json").read_text(encoding="utf-8"))
 EXERCISES = {name: lesson for lesson, stored in LESSONS.items() for name in stored["exercises"]}
@@ -52,6 +53,7 @@ def stored(name):
 
 
 def test_there_are_45_exercises_and_495_wrong_answers():
+    assert set(EXERCISES) == set(REGISTERED), "exercises.json holds each exercise of lora_lab/course/exercises/"
     assert len(EXERCISES) == 45
     assert sum(len(answers) for name in EXERCISES for answers in stored(name)["mistakes"].values()) == 495
 

@@ -42,7 +42,7 @@ def both_ways(monkeypatch):
             short = predict(*args, **options)
         with monkeypatch.context() as patch:
             patch.setattr(memory, "longest_run", lambda model: None)
-            patch.setattr(memory, "_dequantised_once", nullcontext)
+            patch.setattr(memory, "_dequantise_once", nullcontext)
             whole = predict(*args, **options)
         assert short == whole  # the parts, the moment, what is saved, and every point of the timeline
         assert str(short) == str(whole)

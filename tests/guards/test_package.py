@@ -125,6 +125,9 @@ def test_the_workflow_may_read_only_and_stops_what_a_newer_push_replaces():
 @pytest.mark.parametrize("name", [".github/workflows/ci.yml", "Makefile", ".pre-commit-config.yaml"])
 def test_every_file_that_is_named_exists(name):
     named = re.findall(r"(?<![\w/.-])(?:\.ci|lora_lab|notebooks|tests)/[\w/-]+\.\w+", read(name))
+    if name == "Makefile":
+        (quick,) = re.findall(r"^QUICK := ((?:.*\\\n)*.*)", read(name), flags=re.MULTILINE)
+        named += [f"tests/{each}.py" for each in quick.replace("\\", "").split()]
     assert named
     assert [path for path in named if not (ROOT / path).is_file()] == []
 

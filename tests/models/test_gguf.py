@@ -555,6 +555,18 @@ def test_alignment_moves_the_tensors(read):
     assert [each.data.shape for each in tensors.values()] == [(12,), (8,)]
 
 
+def test_a_file_cut_at_any_length_is_refused(read):
+    entries = [
+        entry("a", ARRAY, array(TEXT, 2, text("b") + text("c"))),
+        entry("general.alignment", UINT32, b"\x20\0\0\0"),
+    ]
+    whole = content(entries, [tensor("d"), tensor("e", (64,), Q8_0, offset=32)], size=32 + 2 * 34)
+    assert [each.data.size for each in read(whole)[1].values()] == [32, 68]
+    for length in range(len(whole)):
+        with pytest.raises(ValueError, match=r"model.gguf is not a GGUF file or is truncated .*copy or download it"):
+            read(whole[:length])
+
+
 HOSTILE = {
     "empty": (b"", "empty"),
     "another file": (b"PK" + bytes(100), "does not begin"),

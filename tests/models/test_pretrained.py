@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from lora_lab.models import pretrained
 from lora_lab.models.llama import RopeScaling
 from lora_lab.models.pretrained import load_tokenizer
 from lora_lab.models.quantize import BlockEmbedding, BlockLinear, BlockWeight
-from tests.helpers import logits, names, random_ids, relative_error
+from lora_lab.tasks import cross_entropy
+from tests.helpers import logits, names, random_ids, randomise, relative_error, run_killed
 from tests.models.test_gguf import VARIANTS
 
 ENTRY = "smollm2-135m-v1"
@@ -160,6 +162,19 @@ def test_the_peak_of_loading_shows_whether_the_dense_model_was_ever_built(loaded
     assert 500 < (dense - before) / 1e6 < 1100
 
 
+@pytest.mark.parametrize("renames", range(1, 6))  # the last is that of the entry itself
+def test_a_conversion_killed_half_way_loses_nothing_and_the_next_load_converts(
+    tiny, tiny_tokenizer, empty_cache, monkeypatch, renames
+):
+    path = save_model(tiny(), empty_cache / pretrained.FILE, tiny_tokenizer, "gguf", "q8_0")
+    monkeypatch.setattr(pretrained, "_check_hash", lambda *_: None)  # it is not the published file
+    run_killed(load_pretrained, renames)
+    assert [name for name in names(empty_cache) if name[0] != "."] == [path.name]
+    assert any(name.startswith(".lora_lab-new-") for name in names(empty_cache))  # so it was killed in the middle
+    assert same_weights(load_pretrained(device="cpu")[0], load_pretrained(path, device="cpu")[0])
+    assert [name for name in names(empty_cache) if name[0] != "."] == [path.name, ENTRY]
+
+
 def test_a_damaged_entry_of_the_cache_says_so(empty_cache, smollm2, smollm2_gguf):
     shutil.copytree(smollm2_gguf.parent / ENTRY, empty_cache / ENTRY)
     os.truncate(empty_cache / ENTRY / "model.safetensors", 1_000_000)
@@ -264,6 +279,17 @@ def test_gguf_files_of_every_kind_and_shape_load_with_transformers_logits(tiny_h
     assert same_logits(ours, theirs)
     assert same_logits(ours, before) == (kind == "F32")  # all others round
     assert tokenizer.decode(tokenizer.encode("the <s>")) == "the <s>"
+
+
+@pytest.mark.parametrize(("kind", "high"), [("Q4_K", [1, 3]), ("Q6_K", [209])])
+def test_k_quants_are_read_as_by_the_gguf_library(tiny_hf, write_gguf, kind, high):
+    kind = gguf.GGMLQuantizationType[kind]
+    blocks = np.random.default_rng(0).integers(0, 256, (32, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
+    blocks[:, high] = 0  # the high bytes of the scales in float16, which must be finite
+    path = write_gguf(tiny_hf(intermediate_size=256), extra={"blk.1.ffn_down.weight": (blocks, kind)})
+    found = load_pretrained(path, device="cpu")[0].model.layers[1].mlp.down_proj.weight
+    assert np.array_equal(found.detach().numpy(), gguf.quants.dequantize(blocks, kind))
+    assert len(found.unique()) > 1000
 
 
 def test_the_tokenizer_of_a_gguf_file_is_read_without_its_model(tiny_hf, write_gguf, monkeypatch):
@@ -619,17 +645,22 @@ def test_without_a_tokenizer_the_weights_alone_are_saved(tiny, tmp_path):
         load_pretrained(tmp_path)
 
 
-def test_transformers_reads_the_real_tokenizer_alike(smollm2, tmp_path):
+def test_transformers_reads_the_real_model_and_its_tokenizer_alike(smollm2):
     from transformers import AutoTokenizer
 
-    _, tokenizer = smollm2
-    tokenizer.save(tmp_path)
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    model, tokenizer = smollm2
+    with tempfile.TemporaryDirectory() as folder:  # half a gigabyte, so it does not stay
+        save_model(model, folder, tokenizer)
+        theirs, their_tokenizer = hf_load(folder), AutoTokenizer.from_pretrained(folder)
+    assert same_weights(theirs, model)
+    ids = torch.tensor([tokenizer.encode(TEXTS[0])])
+    assert torch.equal(logits(theirs, ids), logits(model, ids))
     for text in TEXTS:
-        assert theirs(text)["input_ids"] == tokenizer.encode(text)
+        assert their_tokenizer(text)["input_ids"] == tokenizer.encode(text)
     messages = [{"role": "user", "content": "Hi"}]
-    assert theirs.apply_chat_template(messages, tokenize=False) == tokenizer.chat(messages, False)
-    assert (theirs.eos_token_id, theirs.bos_token_id, theirs.pad_token_id) == (2, 1, 2)
+    assert their_tokenizer.apply_chat_template(messages, tokenize=False) == tokenizer.chat(messages, False)
+    special = their_tokenizer.eos_token_id, their_tokenizer.bos_token_id, their_tokenizer.pad_token_id
+    assert special == (2, 1, 2)
 
 
 @pytest.mark.parametrize("format", ["safetensors", "gguf"])
@@ -710,6 +741,27 @@ def test_kept_blocks_stand_for_the_same_weights(in_blocks, smollm2):
     assert in_blocks.lm_head.packed is in_blocks.model.embed_tokens.packed
     ids = random_ids(2, 16, 49152)
     assert relative_error(logits(in_blocks, ids), logits(dense, ids)) < 1e-5
+
+
+@pytest.mark.slow
+def test_in_blocks_the_real_model_writes_and_learns_what_the_dense_one_does(in_blocks, smollm2):
+    (dense, tokenizer), ids = smollm2, random_ids(2, 16, 49152)
+    prompt = torch.tensor(tokenizer.encode(TEXTS[0]))
+    written = in_blocks.generate(prompt, 6)
+    assert len(written) == 6
+    assert torch.equal(written, dense.generate(prompt, 6))
+    learned = []
+    for model in (copy.deepcopy(in_blocks), copy.deepcopy(dense)):
+        assert len(inject(model, LoRAConfig(rank=2))) == 210
+        loss = cross_entropy(randomise(model, size=0.02), ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        learned.append({"loss": loss} | {name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    ours, theirs = learned
+    assert ours.keys() == theirs.keys()
+    assert relative_error(ours.pop("loss"), theirs["loss"]) < 1e-5
+    for name, gradient in ours.items():
+        assert gradient.norm() > 0
+        assert relative_error(gradient, theirs[name]) < 1e-3, name
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q8_0"])

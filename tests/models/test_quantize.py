@@ -9,6 +9,7 @@ import pickle
 import gguf
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.utils.checkpoint
 from hypothesis import given, settings
@@ -141,6 +142,12 @@ def test_the_levels_are_the_published_ones():
     assert all(low < high for low, high in itertools.pairwise(LEVELS))
 
 
+def test_the_levels_are_steps_of_equal_probability_under_a_normal_curve():
+    end = 1 - (1 / 30 + 1 / 32) / 2  # of the probability, as the paper has it
+    steps = np.diff(scipy.stats.norm.cdf(np.array(LEVELS) * scipy.stats.norm.ppf(end)))
+    np.testing.assert_allclose(steps, [(end - 0.5) / 7] * 7 + [(end - 0.5) / 8] * 8, rtol=1e-12)
+
+
 def test_a_block_of_nf4_by_hand():
     # Divided by 2: 1, -0.5, 0, 0.25, whose nearest levels are number 15, 2 (-0.525), 7 and 10 (0.246).
     packed, steps = nf4(torch.tensor([[2.0, -1.0, 0.0, 0.5]]), block=4, double=False)
@@ -169,6 +176,31 @@ def test_nf4_is_what_its_definition_says_in_every_shape(shape, block):
     layer = BlockLinear(packed, "NF4", matrix.shape)
     assert np.array_equal(layer.weight.numpy(), expected.reshape(matrix.shape))
     assert weight.numel() <= 2 or not torch.equal(layer.weight, matrix)
+
+
+@pytest.mark.parametrize("kind", ["NF4", "NF4-double"])
+def test_nf4_errs_by_half_a_gap_at_most_and_keeps_zeros(kind):
+    weight = normal(64, 96, size=0.02)
+    weight[5:7] = 0.0  # whole blocks of zeros
+    weight[:, 3] = 0.0
+    weight[40, 40] = 0.5  # so that with double quantisation the scale of zeros is not exact
+    found = in_blocks(weight, kind).weight
+    assert not found[weight == 0].any()
+    largest = weight.view(-1, 64).abs().amax(dim=1, keepdim=True)
+    error = (found - weight).view(-1, 64).abs()
+    half_a_gap = np.diff(PUBLISHED).max() / 2
+    of_scale = (largest - largest.mean()).abs() / 16 if kind == "NF4-double" else 0.0  # e4m3 has 3 bits of mantissa
+    assert (error <= (half_a_gap * largest + of_scale) * (1 + 1e-6)).all()
+    assert (error / largest).nan_to_num().max() > 0.9 * half_a_gap  # the bound is no empty one
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("NF4", [2]), ("NF4-double", [0, 1, 2, 3])])
+def test_a_nan_makes_nan_of_its_block_and_with_a_common_mean_of_all(kind, rows):
+    weight = normal(4, 64)
+    weight[2, 5] = math.nan
+    found = in_blocks(weight, kind).weight.isnan()
+    assert found[rows].all()
+    assert found.sum() == 64 * len(rows)
 
 
 def e4m3():
@@ -770,6 +802,10 @@ def test_a_run_over_blocks_is_that_over_the_dense_model_and_goes_on_after_a_stop
     history = fit(resumed, task, LoRA(rank=2), **options)
     assert [row["train_loss"] for row in history.rows[1:]] == losses
     assert torch.equal(resumed(IDS), model(IDS))
+    other = llama(kind)
+    other.model.layers[0].mlp.up_proj.packed[3, 9] ^= 1  # one bit of a frozen block
+    with pytest.raises(ValueError, match=r"other .*weights"):
+        fit(other, task, LoRA(rank=2), **options)
 
 
 # Quantising again, and merging

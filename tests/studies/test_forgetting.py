@@ -96,7 +96,7 @@ def test_every_remedy_is_planned_and_a_gpu_trains_longer():
     small, large = (forgetting.plan_remedies(device) for device in (CPU, CUDA))
     assert sorted(name for case in small for name in case.trials) == sorted(forgetting.SETUPS)
     changes = {setup.change.func for setup in forgetting.SETUPS.values() if setup.change is not forgetting.unchanged}
-    assert changes == {forgetting.own_replies, forgetting.other_text, forgetting.near_base}
+    assert changes == {forgetting.add_own_replies, forgetting.other_text, forgetting.near_base}
     for case, more in zip(small, large, strict=True):
         assert len(more.choosing) > len(case.choosing) >= 3
         for name, trial in case.trials.items():
@@ -270,7 +270,7 @@ SETUPS = {
     "LoRA r=1": Remedy(LoRA(1, 2), (2e-2,)),
     "full": Remedy(FullFineTuning(), (1e-3, 3e-3)),
     "weight decay": Remedy(LoRA(8, 16), (2e-2,), weight_decay=10.0),
-    "own replies": Remedy(LoRA(8, 16), (2e-2,), partial(forgetting.own_replies, 0.5)),
+    "own replies": Remedy(LoRA(8, 16), (2e-2,), partial(forgetting.add_own_replies, 0.5)),
     "other text": Remedy(LoRA(8, 16), (2e-2,), partial(forgetting.other_text, 0.5)),
     "KL penalty": Remedy(LoRA(8, 16), (2e-2,), partial(forgetting.near_base, 1.0)),
 }

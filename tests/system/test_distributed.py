@@ -154,7 +154,7 @@ def work(rank, folder):
     small_run(loss=lambda *batch: drawn.append(torch.initial_seed()) or F.cross_entropy(*batch))
     dist.all_gather_object(results["drawn"], drawn)
     results["from first"] = [None, None]
-    dist.all_gather_object(results["from first"], current_processes().from_first(f"of process {rank}"))
+    dist.all_gather_object(results["from first"], current_processes().broadcast(f"of process {rank}"))
     for dropout in (0.5, 0.0):
         message(Stopped, small_run, folder / f"stopped at {dropout}", dropout, loss=At(4, stop))
     results["resumed"] = small_run(folder / "stopped at 0.5", 0.5)
@@ -314,7 +314,7 @@ def test_what_would_train_something_else_is_refused(two, refused, says):
 def test_one_process_needs_no_check():
     assert current_processes() == distributed.ALONE
     distributed.ALONE.check_same({"seed": 1})
-    assert distributed.ALONE.from_first("own") == "own"
+    assert distributed.ALONE.broadcast("own") == "own"
     fit(Normed(), numbers(), FullFineTuning(), **OPTIONS)
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lora_lab import Llama
 from lora_lab.models.reading import LlamaReader
 from lora_lab.tasks import Pair, from_pairs
-from lora_lab.tasks.elicitation import PENALTIES, calibrated, content_free, few_shot, linear_probe
+from lora_lab.tasks.elicitation import PENALTIES, calibrate, content_free, few_shot, linear_probe
 from lora_lab.tasks.generate import answers, last_states, log_likelihoods
 from tests.helpers import enlarge
 from tests.tiny_models import SHAPE
@@ -99,7 +99,7 @@ def test_what_all_prompts_begin_with_is_read_once_and_changes_no_answer(chatter,
     many = dataclasses.replace(asked, pairs={**asked.pairs, "test": tests})
     read, extend = [], LlamaReader._extend
     monkeypatch.setattr(talker, "config", dataclasses.replace(talker.config, max_position_embeddings=256))
-    monkeypatch.setattr(LlamaReader, "_extend", lambda self, new: (read.append(new), extend(self, new))[1])
+    monkeypatch.setattr(LlamaReader, "_extend", lambda self, ids: (read.append(ids.shape[-1]), extend(self, ids))[1])
     written = answers(talker, many, max_new_tokens=6, batch_size=3)
     scores = log_likelihoods(talker, many, tests, LABELS, batch_size=3)
     states = last_states(talker, many, tests, batch_size=3)
@@ -144,7 +144,7 @@ def test_calibration_divides_by_the_mean_probability_of_each_label():
     probabilities = np.array([[0.6, 0.4], [0.9, 0.1], [0.75, 0.25]])
     reference = np.array([[0.9, 0.1], [0.7, 0.3]])  # means 0.8 and 0.2
     # The logits of a label may be low in sum: only their differences count.
-    scores = calibrated(torch.tensor(np.log(probabilities)), torch.tensor(np.log(reference)) - 7)
+    scores = calibrate(torch.tensor(np.log(probabilities)), torch.tensor(np.log(reference)) - 7)
     assert scores.exp().numpy() == pytest.approx(probabilities / [0.8, 0.2])
     assert scores.argmax(1).tolist() == [1, 0, 1] != probabilities.argmax(1).tolist()
 
@@ -154,7 +154,7 @@ def test_calibration_removes_a_preference_that_has_nothing_to_do_with_the_text()
     scores, reference = torch.randn(50, 3, generator=generator), torch.zeros(4, 3)
     preference = torch.tensor([0.0, 2.0, -1.0])
     assert torch.equal((scores + preference).argmax(1), scores.argmax(1)) is False
-    assert torch.equal(calibrated(scores + preference, reference + preference).argmax(1), scores.argmax(1))
+    assert torch.equal(calibrate(scores + preference, reference + preference).argmax(1), scores.argmax(1))
 
 
 # Probe

@@ -8,7 +8,7 @@ import torch
 
 from lora_lab.models.tokenizer import PRE_TOKENIZERS
 from lora_lab.tasks import docs, python_docs
-from lora_lab.tasks.python_docs import _related, windows
+from lora_lab.tasks.python_docs import _group_related, windows
 from tests.helpers import ByteTokenizer
 from tests.tiny_models import trained_tokenizer
 
@@ -99,8 +99,8 @@ def test_pages_that_quote_each_other_form_one_group_even_by_way_of_a_third():
         f"{wrapped}\n\n{other}",
         "alone too",
     ]
-    assert _related(pages) == [[pages[0], pages[2], pages[3]], [pages[1]], [pages[4]]]
-    assert _related(["x\n\nshort", "y\n\nshort"]) == [["x\n\nshort"], ["y\n\nshort"]]
+    assert _group_related(pages) == [[pages[0], pages[2], pages[3]], [pages[1]], [pages[4]]]
+    assert _group_related(["x\n\nshort", "y\n\nshort"]) == [["x\n\nshort"], ["y\n\nshort"]]
 
 
 def test_a_large_group_of_related_pages_is_for_training_and_a_small_one_stays_whole(monkeypatch):

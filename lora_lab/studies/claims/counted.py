@@ -14,7 +14,7 @@ import torch
 
 from lora_lab.costs import flops
 from lora_lab.costs.bill import GIB
-from lora_lab.costs.fake import built_on_meta
+from lora_lab.costs.fake import build_on_meta
 from lora_lab.costs.repeated import last_blocks
 from lora_lab.inject import LoRAConfig, inject, lora_layers
 from lora_lab.methods import FullFineTuning, LoRA, Method
@@ -45,7 +45,7 @@ def rank_of_equal_memory(config: LlamaConfig, gradients: bool) -> int:
     head that is the embedding, while they are added.
     """
     trained_bytes, copies = (ADAM, 2 * config.tie_word_embeddings) if gradients else (ADAM - FLOAT32, 0)
-    whole = sum(parameter.numel() for parameter in built_on_meta(partial(Llama, config)).parameters())
+    whole = sum(parameter.numel() for parameter in build_on_meta(partial(Llama, config)).parameters())
     saved = (trained_bytes - FLOAT32) * whole + copies * FLOAT32 * config.vocab_size * config.hidden_size
     return saved // (trained_bytes * adapter_size(config, ALL)) + 1
 
@@ -53,7 +53,7 @@ def rank_of_equal_memory(config: LlamaConfig, gradients: bool) -> int:
 @cache
 def adapter_size(config: LlamaConfig, targets: Sequence[str]) -> int:
     """Trained parameters for each rank of LoRA, counted on a model of that shape."""
-    model = built_on_meta(partial(Llama, config))
+    model = build_on_meta(partial(Llama, config))
     with torch.device("meta"):
         inject(model, LoRAConfig(rank=1, targets=list(targets)))
     return sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in lora_layers(model).values())
@@ -62,13 +62,13 @@ def adapter_size(config: LlamaConfig, targets: Sequence[str]) -> int:
 @cache
 def parameters(config: LlamaConfig) -> int:
     """All parameters of a model of that shape, a tied head counted once."""
-    return sum(parameter.numel() for parameter in built_on_meta(partial(Llama, config)).parameters())
+    return sum(parameter.numel() for parameter in build_on_meta(partial(Llama, config)).parameters())
 
 
 @cache
 def step_flops(name: str, method: Method, tokens: int = 512) -> Mapping[str, int]:
     """FLOPs of a training step by part of a known model: one sequence of so many tokens."""
-    model = built_on_meta(partial(Llama, shapes.config(name)))
+    model = build_on_meta(partial(Llama, shapes.config(name)))
     with torch.device("meta"):  # an adapter's factors too
         method.prepare(model, 0)
     return flops.closed_form(model, tokens, tokens)
@@ -283,7 +283,7 @@ def never_more(claim: Claim) -> Cases:
 def last_block(claim: Claim) -> Cases:
     """Adapters in the last of SmolLM2's 30 blocks: FLOPs in units of full fine-tuning's."""
     name = "smollm2-135m"
-    block = last_blocks(built_on_meta(partial(Llama, shapes.config(name))), 1)
+    block = last_blocks(build_on_meta(partial(Llama, shapes.config(name))), 1)
     lora, full = (step_flops(name, method) for method in (LoRA(8, targets=tuple(block)), FullFineTuning()))
     matrices, step = lora[flops.LAYERS] / full[flops.LAYERS], sum(lora.values()) / sum(full.values())
     yield near(matrices, claim.stated, 0.05), f"the blocks' matrices alone {matrices:.2f}"

@@ -169,7 +169,7 @@ class Result:
 
 
 Answer = tuple[bool | None, str]  # whether a claim holds (None: the measurement cannot tell), and that in words
-Cases = Iterable[tuple[Any, ...]]  # that of each case, and perhaps its conditions, as for over_conditions
+Cases = Iterable[tuple[Any, ...]]  # that of each case, and perhaps its conditions, as for decide_conditions
 
 
 @dataclass(frozen=True)
@@ -194,9 +194,9 @@ class Decider:
             return found
         if isinstance(found, tuple):
             return Result({True: STANDS, False: FALLS, None: OPEN}[found[0]], str(found[1]))
-        return over_cases(found, self.on, self.always) if self.on else over_conditions(found)
+        return decide_cases(found, self.on, self.always) if self.on else decide_conditions(found)
 
-    def of_record(self, claim: Claim, record: records.Record, beside: Sequence[records.Record] = ()) -> Result:
+    def decide_record(self, claim: Claim, record: records.Record, beside: Sequence[records.Record] = ()) -> Result:
         """Return what is decided from one record, beside those of a second kind where the function asks for one."""
         return self.decide(claim, record, *([beside] if self.beside else []))
 
@@ -214,7 +214,7 @@ def decides(
         record: the function takes the claim and a record of this kind.
         published: the function takes the claim and this file of ``records/published``.
         beside: the function also takes a list of all records of this second kind, which may be empty.
-        on, always: as for :func:`over_cases`; without ``on`` cases have conditions, as for :func:`over_conditions`.
+        on, always: as for :func:`decide_cases`; without ``on`` cases have conditions, as for :func:`decide_conditions`.
 
     Raises:
         ValueError: another function decides that claim already.
@@ -246,7 +246,7 @@ def judge(
         every: the folder's records, where they have been read.
     """
     if claim.lesson:
-        return _from_lesson(claim, shipped_folder("notebooks") if lessons is None else Path(lessons))
+        return _read_lesson(claim, shipped_folder("notebooks") if lessons is None else Path(lessons))
     if claim.id not in DECIDERS:
         waits = f"waits for the record {claim.record!r}" if claim.record else "no study is planned"
         open_, reason = bool(claim.open), claim.open or claim.untestable
@@ -286,7 +286,7 @@ class _Notebook(TypedDict):
     cells: list[dict[str, Any]]
 
 
-def _from_lesson(claim: Claim, folder: Path) -> Result:
+def _read_lesson(claim: Claim, folder: Path) -> Result:
     """The verdict in the stored outputs of a lesson, with the day and the machine of its last run."""
     shown_by = f"lesson {claim.lesson}"
     path = folder / f"{claim.lesson}.ipynb"
@@ -308,7 +308,7 @@ def judge_record(claim: Claim, record: records.Record, beside: Sequence[records.
     ValueError that functions of tables raise. Any other error of the function that decides is raised.
     """
     try:
-        return DECIDERS[claim.id].of_record(claim, record, beside)
+        return DECIDERS[claim.id].decide_record(claim, record, beside)
     except (KeyError, ValueError) as error:
         return Result(OPEN, f"this record lacks what is needed ({type(error).__name__}: {error})")
 
@@ -324,7 +324,7 @@ def _together(results: list[Result]) -> Result:
     return replace(newest, verdict=DEPENDS, on="the machine", measured=texts, shown_by=names)
 
 
-def over_cases(cases: Cases, on: str, always: bool = False) -> Result:
+def decide_cases(cases: Cases, on: str, always: bool = False) -> Result:
     """The verdict on a claim that is stated without conditions, from the cases that were tried.
 
     Args:
@@ -346,11 +346,11 @@ def over_cases(cases: Cases, on: str, always: bool = False) -> Result:
     return Result(FALLS if fails else STANDS if holds and not unclear else OPEN, text)
 
 
-def over_conditions(cases: Cases) -> Result:
-    """Return the verdict of :func:`over_cases` where each case has its conditions, for :func:`turned_by`."""
+def decide_conditions(cases: Cases) -> Result:
+    """Return the verdict of :func:`decide_cases` on cases with conditions, of which those that turn it are named."""
     cases = list(cases)
-    on = turned_by((answer, conditions) for answer, _, conditions in cases)
-    return over_cases([(answer, words) for answer, words, _ in cases], on)
+    on = find_turning_conditions((answer, conditions) for answer, _, conditions in cases)
+    return decide_cases([(answer, words) for answer, words, _ in cases], on)
 
 
 def excludes_zero(lower: float, upper: float) -> bool | None:
@@ -358,7 +358,7 @@ def excludes_zero(lower: float, upper: float) -> bool | None:
     return None if lower <= 0 <= upper else bool(lower > 0)
 
 
-def turned_by(cases: Iterable[tuple[bool | None, Mapping[str, Any]]]) -> str:
+def find_turning_conditions(cases: Iterable[tuple[bool | None, Mapping[str, Any]]]) -> str:
     """The conditions whose change alone turns the answer, in words, such as "the rank and the model".
 
     Args:

@@ -15,7 +15,15 @@ from itertools import groupby
 from typing import TYPE_CHECKING, cast
 
 from lora_lab.ablation.stats import CONFIDENCE, t_bounds
-from lora_lab.studies.claims.deciding import OPEN, Claim, Result, decides, excludes_zero, over_cases, turned_by
+from lora_lab.studies.claims.deciding import (
+    OPEN,
+    Claim,
+    Result,
+    decide_cases,
+    decides,
+    excludes_zero,
+    find_turning_conditions,
+)
 from lora_lab.studies.claims.measured import MIN_SEEDS
 from lora_lab.studies.records import Record
 
@@ -48,7 +56,7 @@ class Gain:
 
     @property
     def conditions(self) -> dict[str, str | int]:
-        """What the cases differ in, as for :func:`lora_lab.studies.claims.deciding.turned_by`."""
+        """What the cases differ in, as for :func:`lora_lab.studies.claims.deciding.find_turning_conditions`."""
         return {"the change of the data": self.data, "the net": self.model, "the number of examples": self.n_train}
 
     def bounds(self, cases: int) -> tuple[float, float, float]:
@@ -126,7 +134,7 @@ def table(every: Sequence[Gain]) -> pandas.DataFrame:
     return pandas.DataFrame(rows).astype({"answer": object})
 
 
-def _in_words(answered: Iterable[tuple[Gain, bool | None]], cases: int) -> Iterator[tuple[bool | None, str]]:
+def _describe(answered: Iterable[tuple[Gain, bool | None]], cases: int) -> Iterator[tuple[bool | None, str]]:
     """The answers, cases that differ in their examples alone together where their answers are equal."""
     key = lambda pair: (pair[0].data, pair[0].model, str(pair[1]))  # noqa: E731
     for (data, model, _), pairs in groupby(sorted(answered, key=key), key):
@@ -141,13 +149,13 @@ def _in_words(answered: Iterable[tuple[Gain, bool | None]], cases: int) -> Itera
 NOTES = {"*": "a rate is at the edge of its grid", "**": "the right answers differ the other way"}
 
 
-def _compared(every: Sequence[Gain], always: bool = False) -> Result:
+def _decide_gains(every: Sequence[Gain], always: bool = False) -> Result:
     answered = [(gain, gain.answer(len(every))) for gain in every]
-    on = turned_by((answer, gain.conditions) for gain, answer in answered)
-    return _explained(over_cases(_in_words(answered, len(every)), on, always), every, len(every))
+    on = find_turning_conditions((answer, gain.conditions) for gain, answer in answered)
+    return _explain(decide_cases(_describe(answered, len(every)), on, always), every, len(every))
 
 
-def _explained(result: Result, shown: Sequence[Gain], cases: int) -> Result:
+def _explain(result: Result, shown: Sequence[Gain], cases: int) -> Result:
     """The result with what was compared, and what the marks of its cases mean."""
     marks = {gain.marks(cases) for gain in shown}
     notes = "".join(f". {mark}: {note}" for mark, note in NOTES.items() if mark in marks)
@@ -157,13 +165,13 @@ def _explained(result: Result, shown: Sequence[Gain], cases: int) -> Result:
 @decides("fine-tuning-beats-scratch", record="head_start")
 def beats_scratch(claim: Claim, record: Record) -> Result:
     """Test losses after equally many steps, where there are few examples."""
-    return _compared([gain for gain in gains(record) if gain.n_train <= FEW])
+    return _decide_gains([gain for gain in gains(record) if gain.n_train <= FEW])
 
 
 @decides("never-train-from-scratch", record="head_start")
 def scratch_never_pays(claim: Claim, record: Record) -> Result:
     """Test losses after equally many steps, for all numbers of examples: one case is enough to refute it."""
-    return _compared(gains(record), always=True)
+    return _decide_gains(gains(record), always=True)
 
 
 @decides("head-start-shrinks-with-data", record="head_start")
@@ -187,7 +195,7 @@ def shrinks_with_data(claim: Claim, record: Record) -> Result:
         mean, lower, upper = difference.bounds(len(begun))
         words = f"{few.data}, {few.model}: {mean:+.2f} nats (bounds {lower:+.2f} to {upper:+.2f})"
         cases.append((difference.answer(len(begun)), words))
-    result = over_cases(cases, "the net and the change of the data")
+    result = decide_cases(cases, "the net and the change of the data")
     if len(cases) == 1:
         result = Result(OPEN, f"{result.measured} (a single case shows no rule)")
     text = f"gain with {SIZES[0]} examples minus gain with {SIZES[-1]}, only where a gain with {SIZES[0]} is decided"
@@ -209,8 +217,8 @@ def fewer_steps(claim: Claim, record: Record) -> Result:
         better, worse = long.answer(cases) is True, short.answer(cases) is False
         decisive = short if not better and (worse or short.contradicted(cases)) else long
         answered.append((decisive, better or (False if worse else None)))
-    on = turned_by((answer, gain.conditions) for gain, answer in answered)
-    result = _explained(over_cases(_in_words(answered, cases), on), [gain for gain, _ in answered], cases)
+    on = find_turning_conditions((answer, gain.conditions) for gain, answer in answered)
+    result = _explain(decide_cases(_describe(answered, cases), on), [gain for gain, _ in answered], cases)
     compared = "yes: lower than from scratch after as many steps as pre-training and fine-tuning have together"
     compared += "; no: higher than from scratch after as many as fine-tuning alone; not decided: neither"
     return replace(result, measured=f"{result.measured}. ({compared})")

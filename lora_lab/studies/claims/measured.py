@@ -35,10 +35,10 @@ from lora_lab.studies.claims.deciding import (
     Cases,
     Claim,
     Result,
+    decide_cases,
+    decide_conditions,
     decides,
     near,
-    over_cases,
-    over_conditions,
     within,
 )
 from lora_lab.studies.records import Published, Record
@@ -150,7 +150,7 @@ def memory_ratio(claim: Claim, record: Record) -> Result:
     """Return the verdict on a claim in :data:`RATIOS`, from all cells of the record."""
     pairs, column, holds, on = RATIOS[claim.id]
     cases = [(holds(ratio, claim), words) for ratio, words in _memory_ratios(record, pairs, column)]
-    result = over_cases(cases, on)
+    result = decide_cases(cases, on)
     if claim.id == "lora-fa-less-memory":
         return replace(result, measured=f"LoRA's peak divided by LoRA-FA's. {result.measured}")
     models = {model for (model, _, _), setups in _peaks(record).items() if "DoRA r=8" in setups}
@@ -189,7 +189,7 @@ def trains_faster(claim: Claim, record: Record) -> Result:
     answers = [answer for answer, *_ in cases]
     counts = f"faster in {answers.count(True)}, slower in {answers.count(False)}, undecided in {answers.count(None)}"
     slower = "; ".join(words for answer, words, _ in cases if answer is False)
-    return _outside_too(over_conditions(cases), f"{counts} of {len(cases)} cases. Slower: {slower or 'none'}")
+    return _outside_too(decide_conditions(cases), f"{counts} of {len(cases)} cases. Slower: {slower or 'none'}")
 
 
 def _outside_too(result: Result, measured: str) -> Result:
@@ -211,12 +211,12 @@ def _conditions(row: dict[str, Any]) -> dict[str, Any]:
 @decides("smollm2-2-to-3-times-faster", record="speed")
 def two_to_three_times(claim: Claim, record: Record) -> Result:
     """Whether the interval of LoRA's time lies within what is stated, on the model and on a GPU, as is meant."""
-    result = over_cases(_as_fast_as_stated(claim, record, "LoRA r=8"), "the tokens in a step")
+    result = decide_cases(_is_as_fast_as_stated(claim, record, "LoRA r=8"), "the tokens in a step")
     on_cpu = record.facts["device"] == "cpu"
     return Result(OPEN, f"only on a CPU, which cannot tell. {result.measured}") if on_cpu else result
 
 
-def _as_fast_as_stated(claim: Claim, record: Record, setup: str) -> Cases:
+def _is_as_fast_as_stated(claim: Claim, record: Record, setup: str) -> Cases:
     """Whether a setup's time on SmolLM2-135M is below what the claim's value states, and above that of a second one."""
     least = 1 / claim.values[0] if claim.values else 0.0
     return [
@@ -260,7 +260,7 @@ def time_predicted(claim: Claim, record: Record) -> Result:
             cases.append((right, words, {"the prediction": name, **_conditions(row)}))
         text = f"{name}: right in {len(decided) - len(wrong)} of {len(decided)} decided cases"
         texts.append(f"{text}. Wrong: {'; '.join(wrong)}" if wrong else text)
-    return _outside_too(over_conditions(cases), ". ".join(texts))
+    return _outside_too(decide_conditions(cases), ". ".join(texts))
 
 
 @decides("fewer-blocks-shorter-steps", record="speed", on="the model, the tokens in a step and the numbers of blocks")
@@ -335,7 +335,7 @@ decides("loss-flat-from-rank-16", record="ablation", beside="rates")(partial(ran
 _AT_EQUAL_TRAINING_LOSS = "LoRA's validation loss beside full fine-tuning's, where both have a training loss in nats"
 
 
-def at_inner_rates(record: Record) -> tuple[pandas.DataFrame, list[tuple[int, str]], list[str]]:
+def select_inner_rates(record: Record) -> tuple[pandas.DataFrame, list[tuple[int, str]], list[str]]:
     """The curves at each method's best rate; (size, LoRA setup) that may be judged; and what is at an edge.
 
     A pair may be judged if neither LoRA's rate nor full fine-tuning's is at the edge of its grid, with enough seeds.
@@ -360,7 +360,7 @@ def at_inner_rates(record: Record) -> tuple[pandas.DataFrame, list[tuple[int, st
 def _verdict_of(words: list[str], text: str, on: str, doubts: list[str], judged: bool) -> Result:
     """From the words "less", "more" and "open" of comparisons, where "less" is what the claim states.
 
-    As for :func:`lora_lab.studies.claims.deciding.over_cases`, it falls if it fails in some comparisons and holds in
+    As for :func:`lora_lab.studies.claims.deciding.decide_cases`, it falls if it fails in some comparisons and holds in
     none.
     """
     if not judged:
@@ -371,7 +371,7 @@ def _verdict_of(words: list[str], text: str, on: str, doubts: list[str], judged:
     return Result(FALLS if "more" in words else STANDS if set(words) == {"less"} else OPEN, text)
 
 
-def _counted(table: pandas.DataFrame, column: str, pairs: Sequence[tuple[int, str]]) -> tuple[list[str], str]:
+def _count_verdicts(table: pandas.DataFrame, column: str, pairs: Sequence[tuple[int, str]]) -> tuple[list[str], str]:
     """The verdicts of the rows of these pairs, and the same in words: where it is less, more or undecided."""
     words, texts = [], []
     for size, setup in pairs:
@@ -392,12 +392,12 @@ def overfits_less(claim: Claim, record: Record) -> Result:
     A method that is merely slower has risen less after equally many steps. So the validation loss where both fit the
     training set equally well counts, too.
     """
-    curves, judged, doubts = at_inner_rates(record)
+    curves, judged, doubts = select_inner_rates(record)
     pairs = judged or _all_pairs(curves)
     rises = overfitting.by_stopping_point(curves)
     rises = rises[(rises["lower"] != 0) | (rises["upper"] != 0)]  # otherwise no loss has risen yet
-    words, text = _counted(rises, "step", pairs)
-    at_equal_loss, beside = _counted(_at_equal_training_loss(curves), "train_loss", pairs)
+    words, text = _count_verdicts(rises, "step", pairs)
+    at_equal_loss, beside = _count_verdicts(_at_equal_training_loss(curves), "train_loss", pairs)
     text = f"rise of LoRA's validation loss beside full fine-tuning's, if both stop after a step: {text}"
     text = f"{text}. {_AT_EQUAL_TRAINING_LOSS}: {beside}"
     on = "whether steps or training losses are equal"
@@ -409,8 +409,8 @@ def overfits_less(claim: Claim, record: Record) -> Result:
 @decides("better-at-equal-fit", record="overfitting")
 def generalises_better(claim: Claim, record: Record) -> Result:
     """The validation loss where both methods fit the training set equally well."""
-    curves, judged, doubts = at_inner_rates(record)
-    words, text = _counted(_at_equal_training_loss(curves), "train_loss", judged or _all_pairs(curves))
+    curves, judged, doubts = select_inner_rates(record)
+    words, text = _count_verdicts(_at_equal_training_loss(curves), "train_loss", judged or _all_pairs(curves))
     text = f"{_AT_EQUAL_TRAINING_LOSS}: {text}"
     return _verdict_of(words, text, "the training loss", doubts, bool(judged))
 
@@ -516,7 +516,9 @@ def chrf_forty(claim: Claim, record: Record) -> Cases:
 # Four bits, and the rank from one run
 
 
-def _compared(record: Record, data: Sequence[str], pairs: Sequence[tuple[str, str]], answers: dict[str, bool]) -> Cases:
+def _compare_pairs(
+    record: Record, data: Sequence[str], pairs: Sequence[tuple[str, str]], answers: dict[str, bool]
+) -> Cases:
     """Yield a case for each pair (setup, reference), from the verdict of :func:`compare_losses` by ``answers``."""
     frame = record.frame()
     for setup, reference in pairs:
@@ -533,7 +535,7 @@ def qlora_matches(claim: Claim, record: Record) -> Cases:
     """LoRA's test loss over a base in NF4, less that over float32 and over bfloat16, each at its own rate."""
     pairs = [("NF4", base) for base in ("float32", "bfloat16")]
     answers = {"lower": True, "equal": True, "higher": False}
-    return _compared(record, ["float32", "bfloat16", "NF4"], pairs, answers)
+    return _compare_pairs(record, ["float32", "bfloat16", "NF4"], pairs, answers)
 
 
 @decides("merge-into-dequantised-base", record="quantised", on="the model")
@@ -541,7 +543,7 @@ def merge_into_dequantised(claim: Claim, record: Record) -> Cases:
     """The test loss of QLoRA adapters merged into the float32 weights, less that in the dequantised ones."""
     pairs = [("merged into float32", "merged")]
     answers = {"lower": False, "equal": False, "higher": True}
-    return _compared(record, ["NF4, merged"], pairs, answers)
+    return _compare_pairs(record, ["NF4, merged"], pairs, answers)
 
 
 @decides("spectrum-predicts-rank", record="rank_advice")
@@ -651,7 +653,7 @@ def far_better(claim: Claim, record: Record) -> Cases:
 def minutes_not_hours(claim: Claim, record: Record) -> Cases:
     """Whether the interval of LoRA's time admits a half of full fine-tuning's, with their rank and targets."""
     times = replace(record, rows=[row for row in record.rows if row["stage"] == "time"])
-    return _as_fast_as_stated(claim, times, "LoRA r=4")
+    return _is_as_fast_as_stated(claim, times, "LoRA r=4")
 
 
 # What training wrote

@@ -17,7 +17,7 @@ import numpy as np
 import pandas
 
 from lora_lab.ablation.stats import CONFIDENCE, losses_by_seed, outer_bounds
-from lora_lab.studies.claims.deciding import Claim, Result, decides, over_cases, turned_by
+from lora_lab.studies.claims.deciding import Claim, Result, decide_cases, decides, find_turning_conditions
 from lora_lab.studies.claims.measured import MARGIN, MIN_SEEDS
 from lora_lab.studies.records import Record
 
@@ -108,7 +108,7 @@ def as_good_as_full(claim: Claim, record: Record) -> Result:
     answers = [gap.is_as_good(len(every)) for gap in every]
     conditions = [{"the rank": gap.rank, "the number of steps": gap.steps} for gap in every]
     cases = [(answer, gap.in_words(len(every))) for answer, gap in zip(answers, every, strict=True)]
-    return _explained(over_cases(cases, turned_by(zip(answers, conditions, strict=True))), every)
+    return _explain(decide_cases(cases, find_turning_conditions(zip(answers, conditions, strict=True))), every)
 
 
 @decides("low-ranks-run-out-of-capacity", record="quality")
@@ -125,10 +125,10 @@ def runs_out_of_capacity(claim: Claim, record: Record) -> Result:
         turns = {(early, late) for early, late in combinations(answers, 2) if None not in (early, late)}
         answer = False if (False, True) in turns else True if (True, False) in turns else None
         cases.append((answer, ", ".join(gap.in_words(len(every)) for gap in of_rank)))
-    return _explained(over_cases(cases, "the rank"), every)
+    return _explain(decide_cases(cases, "the rank"), every)
 
 
-def _explained(result: Result, every: Sequence[Gap]) -> Result:
+def _explain(result: Result, every: Sequence[Gap]) -> Result:
     marked = {"*": any(gap.at_edge for gap in every), "**": any(gap.contradicted(len(every)) for gap in every)}
     notes = "".join(f". {mark}: {note}" for mark, note in NOTES.items() if marked[mark])
     seeds = sorted({len(gap.values) for gap in every})

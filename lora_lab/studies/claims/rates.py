@@ -18,7 +18,7 @@ import pandas
 
 from lora_lab.ablation.learning_rate import best_rate, losses_by_rate, powers, ratio_interval, sample_vertices, slope
 from lora_lab.ablation.stats import CONFIDENCE, outer_bounds
-from lora_lab.studies.claims.deciding import FALLS, STANDS, Answer, Claim, decides, excludes_zero, over_cases, within
+from lora_lab.studies.claims.deciding import FALLS, STANDS, Answer, Claim, decide_cases, decides, excludes_zero, within
 from lora_lab.studies.records import Record
 
 FULL = "full"
@@ -37,7 +37,7 @@ def best_by_rank(frame: pandas.DataFrame, rule: str) -> dict[int, dict[float, np
     return {int(cast(float, rank)): losses_by_rate(rows) for rank, rows in setups.groupby("rank")}
 
 
-def _of_data(record: Record) -> dict[str, pandas.DataFrame]:
+def _group_by_data(record: Record) -> dict[str, pandas.DataFrame]:
     """data -> its rows: the language model first, which is judged."""
     frame = record.frame()
     return {data: frame[frame["data"] == data] for data in DATA if (frame["data"] == data).any()}
@@ -48,7 +48,9 @@ def decides_by_rates(*claims: str) -> Callable[[Callable], Callable]:
 
     def register(answer: Callable[[Claim, pandas.DataFrame], Answer]) -> Callable:
         def decide(claim: Claim, record: Record) -> Answer:
-            return _on_language_model({data: answer(claim, frame) for data, frame in _of_data(record).items()})
+            return _decide_on_language_model(
+                {data: answer(claim, frame) for data, frame in _group_by_data(record).items()}
+            )
 
         for claim_id in claims:
             decides(claim_id, record="rates")(decide)
@@ -57,7 +59,7 @@ def decides_by_rates(*claims: str) -> Callable[[Callable], Callable]:
     return register
 
 
-def _on_language_model(answers: Mapping[str, Answer]) -> Answer:
+def _decide_on_language_model(answers: Mapping[str, Answer]) -> Answer:
     """Return whether a claim holds, from the answers by data, of which the language model's counts."""
     if "docs" not in answers:
         return None, "the record has no language model"
@@ -163,12 +165,12 @@ def falls_as_root_of_alpha(claim: Claim, frame: pandas.DataFrame) -> Answer:
 def law_of_width(claim: Claim, record: Record) -> Answer:
     """The best rates of the ranks from 4 on (their geometric mean) under alpha = 32, beside the law's at this width."""
     law = 5e-4 * (2000 / SMOLLM2_WIDTH) ** 0.781
-    samples, each = _mean_of_ranks(_of_data(record)["docs"])
+    samples, each = _mean_of_ranks(_group_by_data(record)["docs"])
     lower, upper = ratio_interval(samples, np.zeros_like(samples))
     answer = within(lower, upper, law / FACTOR, law * FACTOR)
     mean = f"{math.exp(np.median(samples)):.2g} ({lower:.2g} to {upper:.2g})"
     words = f"{mean}, the law's {law:.2g}; best rates tried: {each}"
-    return _on_language_model({"docs": (answer, words)})
+    return _decide_on_language_model({"docs": (answer, words)})
 
 
 @decides_by_rates("rank-gains-at-high-rates")
@@ -186,6 +188,6 @@ def gains_at_high_rates(claim: Claim, frame: pandas.DataFrame) -> Answer:
         lower, upper = outer_bounds(growth, 1 - (1 - CONFIDENCE) / len(pairs))
         words = f"{low:g} to {high:g} {growth.mean():+.4f} ({lower:+.4f} to {upper:+.4f})"
         cases.append((excludes_zero(lower, upper), words))
-    result = over_cases(cases, "the rates", always=True)
+    result = decide_cases(cases, "the rates", always=True)
     words = f"growth of what rank {max(of_rank)} gains on rank 4, in nats, from rate to rate. {result.measured}"
     return {STANDS: True, FALLS: False}.get(result.verdict), words

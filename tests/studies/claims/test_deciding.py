@@ -9,7 +9,16 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from lora_lab import lessons, records
 from lora_lab.studies.claims import ledger
-from lora_lab.studies.claims.deciding import DECIDERS, Claim, Result, decides, judge, near, over_cases, turned_by
+from lora_lab.studies.claims.deciding import (
+    DECIDERS,
+    Claim,
+    Result,
+    decide_cases,
+    decides,
+    find_turning_conditions,
+    judge,
+    near,
+)
 from tests.helpers import COMMIT
 
 LESSON = "06_which_rank"
@@ -47,11 +56,11 @@ def by_score(claim, record):
     ],
 )
 def test_cases_make_a_verdict(answers, verdict):
-    result = over_cases([(answer, f"case {i}") for i, answer in enumerate(answers)], "the case")
+    result = decide_cases([(answer, f"case {i}") for i, answer in enumerate(answers)], "the case")
     assert result.verdict == verdict
     assert result.on == ("the case" if verdict == "depends" else "")
     assert all(f"case {i}" in result.measured for i in range(len(answers)))
-    refuted = over_cases([(answer, f"case {i}") for i, answer in enumerate(answers)], "the case", always=True)
+    refuted = decide_cases([(answer, f"case {i}") for i, answer in enumerate(answers)], "the case", always=True)
     assert refuted.verdict == ("falls" if verdict == "depends" else verdict)
 
 
@@ -60,12 +69,12 @@ def test_an_answer_is_turned_by_what_alone_tells_two_cases_apart():
         return [(answer, {"the rank": rank, "the model": model}) for answer, rank, model in answers]
 
     same_rank = (True, 1, "a"), (False, 1, "b")
-    assert turned_by(cases(*same_rank)) == "the model"
-    assert turned_by(cases(*same_rank, (True, 8, "b"))) == "the rank and the model"
-    assert turned_by(cases(*same_rank, (None, 8, "b"))) == "the model"
-    assert turned_by(cases((True, 1, "a"), (False, 8, "b"))) == "several conditions at once"
+    assert find_turning_conditions(cases(*same_rank)) == "the model"
+    assert find_turning_conditions(cases(*same_rank, (True, 8, "b"))) == "the rank and the model"
+    assert find_turning_conditions(cases(*same_rank, (None, 8, "b"))) == "the model"
+    assert find_turning_conditions(cases((True, 1, "a"), (False, 8, "b"))) == "several conditions at once"
     for undecided in ([], cases((True, 1, "a"), (True, 8, "b"))):  # it does not depend
-        assert turned_by(undecided) == "several conditions at once"
+        assert find_turning_conditions(undecided) == "several conditions at once"
 
 
 def test_numbers_are_near_within_a_share():
