@@ -77,7 +77,7 @@ def top(name: str, blocks: int) -> list[str]:
     """The linear layers of the last blocks."""
     import torch
 
-    from lora_lab.inject import last_blocks
+    from lora_lab.costs.repeated import last_blocks
 
     with torch.device("meta"):
         return last_blocks(factory(name)(), blocks)
@@ -262,7 +262,7 @@ def make_depth(name: str) -> int:
     """How many blocks a model has."""
     import torch
 
-    from lora_lab.inject import transformer_blocks
+    from lora_lab.costs.repeated import transformer_blocks
 
     with torch.device("meta"):
         return len(transformer_blocks(factory(name)()))

@@ -54,7 +54,7 @@ class Epoch:
     def __init__(self, task: PairTask, config: TrainConfig) -> None:
         rows, count = data_order(task, config).rows(0, len(task.train)), config.batch_size
         batches = sorted((task.train[part] for part in rows.split(count)), key=lambda part: part.targets.numel())
-        self.loss, self.answer_tokens = task.loss, task.counted(task.train)
+        self.loss, self.answer_tokens = task.loss, task.count_targets(task.train)
         self.tokens = sum(batch.targets.numel() for batch in batches)
         self.sample = [batches[math.floor((i + 0.5) / SAMPLED * len(batches))] for i in range(SAMPLED)]
 

@@ -7,9 +7,9 @@ In reading order. A file imports only from what is listed before it: here, and i
     lora         the heart: LoRALinear, h = W0 x + scaling * B A x
     layers       the same for embeddings, convolutions, GPT-2's Conv1D, attention's output
     inject       adapters on a model: LoRAConfig, inject, merge, adapter_state
-    methods      full fine-tuning, LoRA, ...: the one object in which runs of fit differ
+    methods      full fine-tuning, LoRA, ...: what is trained
     variants     rsLoRA, LoRA-FA, LoRA+, PiSSA, DoRA: what each changes
-    rank         singular values, ranks and subspaces, and their values by chance
+    rank         singular values, ranks and subspaces, and their values under pure noise
     task         data in four parts, and the loss
     history      the record of a run, step by step
     checkpoint   stop a run at any moment, continue it bit for bit
@@ -17,7 +17,7 @@ In reading order. A file imports only from what is listed before it: here, and i
 
     models/      which model?           a Llama written for reading, small nets, 4-bit weights, tokenizer, files
     tasks/       which data?            digits, planted ranks, Python's manual, prompts and answers, metrics
-    adapters/    what can I do with one?   PEFT's files; switch, turn off or down, extract, resize; two to try
+    adapters/    what can I do with one?   PEFT's files; switch between adapters, scale, extract, resize; two to try
     analysis/    what did training do?  spectra of updates; why an adapter does nothing
     lean/        the same step in less time and memory
     costs/       what does a step cost? memory, FLOPs, time: predicted and measured
@@ -27,8 +27,8 @@ In reading order. A file imports only from what is listed before it: here, and i
     finetune     fine-tune a model on a task or your own data
     demo         LoRA beside full fine-tuning, in five minutes
 
-    studies/     a wing: the runs behind the records, the records, and the ledger of claims
-    course/      a wing: what the notebooks show, exercises that name the mistake, sheets for a class
+    studies/     for research: the runs behind the records, the records, and the ledger of claims
+    course/      for teaching: what the notebooks show, exercises that name the mistake, sheets for a class
 
     commands     what each command of ``lora-lab`` does
     cli          the command line, made from their arguments

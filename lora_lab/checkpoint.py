@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 from lora_lab.history import History, stop_if_diverged
 from lora_lab.system.distributed import ProcessEndedError
 from lora_lab.system.files import atomic_file
+from lora_lab.system.provenance import bytes_of
 from lora_lab.system.wording import short_repr, shortened
-from lora_lab.task import bytes_of
 
 Folder = str | Path | None
 Hashes = Mapping[str, str] | None
@@ -41,8 +41,9 @@ def save(folder: str | Path, model: nn.Module, optimizer: Optimizer, history: Hi
     Args:
         folder: for this run alone.
         model, optimizer, history: of the run.
-        hashes: of weights by which the run is known: "frozen" (:func:`frozen_hash`, the default) and "start"
-            (:func:`parameters_hash` of the model before it was prepared).
+        hashes: of the weights by which the run is known. "frozen" (:func:`frozen_hash`, the default): those that
+            training must not change, checked after preparation. "start" (:func:`parameters_hash`): those of the loaded
+            model, checked before it is changed.
 
     Raises:
         DivergedError: a trained parameter is NaN or infinite; the previous checkpoint stays.
@@ -81,7 +82,8 @@ def resume(folder: Folder, model: nn.Module, optimizer: Optimizer, history: Hist
     cpu_state, gpu_state = tensors.pop("random.cpu", torch.empty(0)), tensors.pop("random.cuda", None)
     state = _trained(model)
     for name, parameter in model.named_parameters():
-        # The optimiser has no state for a parameter that took no part in the loss.
+        # AdamW makes its state at its first step; it is made here so that names and shapes can be compared, and then
+        # filled. There is none for a parameter that took no part in the loss.
         if parameter.requires_grad and f"optimizer.{name}.step" in tensors:
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 new = torch.zeros((), device=parameter.device) if key == "step" else torch.zeros_like(parameter)
@@ -100,8 +102,8 @@ def resume(folder: Folder, model: nn.Module, optimizer: Optimizer, history: Hist
     return len(history.rows) - 1
 
 
-def holds(folder: Folder, history: History, model: nn.Module) -> bool:
-    """Return whether a folder holds a checkpoint of this run.
+def check_belongs(folder: Folder, history: History, model: nn.Module) -> None:
+    """Check that a checkpoint in the folder, if there is one, belongs to this run.
 
     Args:
         folder: of the checkpoint.
@@ -113,7 +115,6 @@ def holds(folder: Folder, history: History, model: nn.Module) -> bool:
     """
     if (saved := _read(folder)) is not None:
         _check_run(saved, history, {"start": parameters_hash(model)})
-    return saved is not None
 
 
 def stored_history(folder: Folder) -> History | None:
@@ -124,16 +125,6 @@ def stored_history(folder: Folder) -> History | None:
     """
     saved = _read(folder)
     return saved and saved.history
-
-
-def step_of(folder: Folder) -> int | None:
-    """Return the step of the checkpoint in a folder; None without a checkpoint.
-
-    Raises:
-        ValueError: the checkpoint is damaged.
-    """
-    history = stored_history(folder)
-    return history and len(history.rows) - 1
 
 
 def remove(folder: Folder) -> None:
@@ -152,9 +143,10 @@ def advise(folder: Folder) -> Iterator[None]:
     except (KeyboardInterrupt, ProcessEndedError) as error:
         if folder is None:
             advice = "the run cannot be resumed, because it writes no checkpoints"
-        elif (step := step_of(folder)) is None:
+        elif (history := stored_history(folder)) is None:
             advice = f"{folder} holds no checkpoint yet, so start the same command again from the beginning"
         else:
+            step = history.rows[-1]["step"]
             advice = f"the checkpoint in {folder} is whole, at step {step}: start the same command again to go on"
         if isinstance(error, ProcessEndedError):
             raise ProcessEndedError(error.reason, advice) from None
@@ -225,7 +217,7 @@ def _check_run(saved: _Saved, history: History, hashes: Mapping[str, str]) -> No
                     f"{saved.path} is from another run: its {group}.{name} is {short_repr(there.get(name))}, "
                     f"not {short_repr(here.get(name))}; use another folder, or delete it."
                 )
-    for name in hashes.keys() & saved.hashes.keys():  # a pack of runs knows no start
+    for name in hashes.keys() & saved.hashes.keys():  # runs of lora_lab.ablation.packed know no start
         if saved.hashes[name] != hashes[name]:
             weights = "has other frozen weights" if name == "frozen" else "is of a run that started from other weights"
             raise ValueError(f"{saved.path} {weights}; load the same model, or use another folder.")

@@ -528,7 +528,7 @@ def record(
 
     if check:
         found = submission.check(what)
-        rows = system.wording.counted(len(found.rows), "row")
+        rows = system.wording.count_noun(len(found.rows), "row")
         print(f"{what} is whole: {found.what!r} on {found.device}, {found.date}, {rows}")
         return None
     if models and what not in records.OF_MODELS:
@@ -548,7 +548,7 @@ def record(
     folder = Path(out) if out else records.destination()
     system.files.check_writable(folder)
     if begun := take_over(what):
-        print(f"{system.wording.counted(begun, 'trial')} of a record that was begun earlier need not be run again.")
+        print(f"{system.wording.count_noun(begun, 'trial')} of a record that was begun earlier need not be run again.")
     rows = []
     for row in chosen.rows(where, list(models) or None) if what in records.OF_MODELS else chosen.rows(where):
         rows.append(row)

@@ -28,7 +28,7 @@ from lora_lab.system.device import pick_device
 from lora_lab.system.distributed import current_processes
 from lora_lab.system.provenance import machine_info
 from lora_lab.system.schema import Size, check
-from lora_lab.system.wording import counted, shortened
+from lora_lab.system.wording import count_noun, shortened
 from lora_lab.task import Task
 from lora_lab.tasks import PairTask, task_of
 from lora_lab.tasks.generate import answers
@@ -208,7 +208,7 @@ def _check_checkpoint(checkpoints: Path | None, history: History, net: nn.Module
     processes = current_processes()
     if processes.rank == 0:
         try:
-            checkpoint.holds(checkpoints, history, net)
+            checkpoint.check_belongs(checkpoints, history, net)
         except ValueError:
             if not overwrite:
                 raise
@@ -230,8 +230,8 @@ def _train(
     limit = config.eval_examples
     result = {"before": _evaluate(net, data, limit)}
     print(f"{method}: {config.steps} steps of {config.batch_size} examples at learning rate {config.lr:g}")
-    if (step := checkpoint.step_of(checkpoints)) is not None:
-        print(f"Going on from step {step}, with the checkpoint in {checkpoints}")
+    if (before := checkpoint.stored_history(checkpoints)) is not None:
+        print(f"Going on from step {before.rows[-1]['step']}, with the checkpoint in {checkpoints}")
     with checkpoint.advise(checkpoints):
         history = fit(net, data, method, config, checkpoint_dir=checkpoints, checkpoint_every=every)
         if dtype is not None:
@@ -246,7 +246,7 @@ def _heading(why: str, data: Task) -> str:
     """Return the device and the reason for it, how many processes there are, and the data."""
     text, processes = f"Device: {why}\n", current_processes().world_size
     if processes > 1:
-        text += f"{processes} processes, {counted(torch.get_num_threads(), 'thread')} each\n"
+        text += f"{processes} processes, {count_noun(torch.get_num_threads(), 'thread')} each\n"
     text += f"\n{data.describe()}\n"
     return f"{text}\n{data.preview(1)}\n" if isinstance(data, PairTask) else text
 

@@ -30,7 +30,7 @@ class Row(TypedDict):
     lr: Number | None
     grad_norm: Annotated[float, Field(ge=0)] | None  # infinite where the sum of squares overflows
     seconds: NotNegative
-    tokens: Count
+    tokens: Count  # the size of the batch in the task's unit: of a task without tokens, its examples
 
 
 COLUMNS = tuple(Row.__annotations__)
@@ -97,8 +97,8 @@ class History:
     def curve(self, column: str) -> tuple[list[int], list[float]]:
         """Return steps and values of a column where it is not None; or of "gap", the generalisation gap.
 
-        The gap is the validation loss minus the mean training loss over the steps since the previous evaluation. A
-        training loss is computed before its step, so the gap lags behind: a gap of 0 does not prove that there is none.
+        The gap is the validation loss minus the mean training loss over the steps since the previous evaluation. The
+        training losses are those of earlier, worse weights, so the gap is too small; 0 does not mean no overfitting.
         """
         if column != "gap":
             points = [(row["step"], row[column]) for row in self.rows if row[column] is not None]

@@ -19,7 +19,7 @@ from lora_lab.system.schema import Dropout, Positive, Size, check_fields, check_
 from lora_lab.system.wording import shortened
 
 MERGED_FORMS = ("dequantised", "blocks", "full-precision")
-_RANK_OF_ANY_LAYER = 1024  # up to here, and up to a weight's longer side, no rank fills a machine's memory
+_ALWAYS_ALLOWED_RANK = 1024  # a higher one is refused without a weight as long: a mistyped rank would fill the memory
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class LoRAConfig:
     dropout: Dropout = 0.0
     targets: str | Sequence[str] = "all-linear"
     exclude: Sequence[str] = ()
-    layer: ClassVar[type[LoRALayer] | None] = None  # the class of the adapters, as for :func:`inject`
+    layer: ClassVar[type[LoRALayer] | None] = None  # a subclass of LoRALayer, as for :func:`inject`
 
     def __post_init__(self) -> None:
         if not (isinstance(self.targets, str) and self.targets == "all-linear"):
@@ -88,8 +88,8 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int = 0, layer: type[LoRA
     Args:
         config: the settings; or a method, such as ``DoRA(rank=8)``, whose class of adapters is then the default.
         seed: of the generator that every A is drawn from, in the model's order.
-        layer: the class of the adapters, such as a variant of ``lora_lab.variants``; by default the class
-            that ``lora_lab.layers`` has registered for each kind of layer.
+        layer: the class of the adapters (a class, not an instance), such as ``lora_lab.variants.DoRALinear``; by
+            default the class that ``lora_lab.layers`` has registered for each kind of layer.
 
     Returns:
         The names of the adapted layers.
@@ -104,8 +104,7 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int = 0, layer: type[LoRA
     require_no_adapters(model)
     generator = torch.Generator().manual_seed(int(seed))
     classes = match_layers(model, config.targets, config.exclude, config.layer if layer is None else layer)
-    shapes = [_shape(model.get_submodule(name)) for name in classes]
-    _check_rank(config.rank, max(map(max, shapes)), max(min(out, math.prod(rest)) for out, *rest in shapes))
+    _check_rank(config.rank, [_shape(model.get_submodule(name)) for name in classes])
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adapters = {}
     try:
@@ -123,13 +122,14 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int = 0, layer: type[LoRA
     return list(adapters)
 
 
-def _check_rank(rank: int, longest: int, useful: int) -> None:
-    """Refuse a rank far above the longest side of all weights, and warn of one above the ``useful`` rank."""
-    if rank > (most := max(longest, _RANK_OF_ANY_LAYER)):
+def _check_rank(rank: int, shapes: Sequence[tuple[int, ...]]) -> None:
+    """Refuse a rank far above the longest side of all weights, and warn of one that no update of them can have."""
+    longest = max(map(max, shapes))
+    if rank > (most := max(longest, _ALWAYS_ALLOWED_RANK)):
         raise ValueError(f"rank is {rank}, but at most {most} here, where no weight has a side longer than {longest}.")
+    useful = max(min(out, math.prod(rest)) for out, *rest in shapes)  # the shorter side of the widest matrix
     if rank > useful:
-        advice = f"no weight here has a shorter side above {useful}, a rank that holds every change of them already"
-        warnings.warn(f"rank is {rank}, but {advice}.", stacklevel=3)
+        warnings.warn(f"rank is {rank}, but a rank of {useful} can already express any update.", stacklevel=3)
 
 
 def require_no_adapters(model: nn.Module) -> None:
@@ -144,36 +144,23 @@ def require_no_adapters(model: nn.Module) -> None:
 def merge(model: nn.Module, into: str = "dequantised", base: nn.Module | None = None) -> list[str]:
     """Replace each adapted layer by a plain frozen one, in place, and return the names of the adapted layers.
 
-    Over dense weights there is one result. Over a quantised base (QLoRA) there are three, which are different models:
+    Over dense weights there is one result. Over a quantised base (QLoRA) there are three, which are different models
+    (measured in docs/package.md):
 
-        into="dequantised"                  W_quantised + update, dense. Exact: the model computes what it did before.
-        into="blocks"                       the same matrix, quantised again in the base's format: as small as the base
-                                            was, but not exact, since it is rounded a second time.
-        into="full-precision", base=full    W_full + update, dense. Not exact either, since the update was trained on
-                                            another weight than W_full.
+        into="dequantised"                  W_quantised + update, dense: computes what the adapted model did.
+        into="blocks"                       the same matrix, quantised again as the base was: small, but rounded twice.
+        into="full-precision", base=full    W_full + update, dense: the update was trained on W_quantised, not on this.
 
-    Measured on SmolLM2-135M (NF4, LoRA of rank 8, 40 steps on Python's manual; medians of three seeds on 2 cores of an
-    Intel Xeon, ``benchmarks/qlora_merge.py``): "dequantised" keeps the validation loss of 3.27; "blocks" raises it to
-    3.93, nearly the 3.94 of the base in NF4, since a change smaller than half a gap between two levels is rounded away;
-    and "full-precision" lowers it to 3.23. The largest changes of a logit are 0.0001 (float32's rounding), 19 and 15.
-    Quantised to NF4 (:func:`lora_lab.quantize_nf4`), the last of these models has 3.31: better than "blocks".
-
-    Every class brings its own forms: the first is what the adapter's :meth:`LoRALayer.merged` returns, the second what
-    its base's :meth:`lora_lab.layers.QuantizedLayer.requantized` makes of that matrix, and the third is ``merged`` of
-    the adapter over the layer of ``base`` (DoRA's lengths and PiSSA's start stay those of the quantised base).
-
-    All new weights are made before the first old one goes, so that an error leaves the model whole: until then memory
-    holds the adapted layers' weights twice.
+    The layers are replaced when all are made, so an error changes nothing; memory holds both until then.
 
     Args:
         into: "dequantised", "blocks" (adapted layers that are not quantised are merged as usual), or "full-precision".
-        base: with "full-precision", the model before it was quantised, without adapters. Copies of its layers, in the
-            precision in which the model computes, replace all adapted and all quantised ones, so that nothing stays
-            quantised; ``base`` does not change.
+        base: with "full-precision", the model before it was quantised, without adapters; it does not change. Copies of
+            its layers, in the model's precision, replace all adapted and all quantised layers.
 
     Raises:
         ValueError: the model has no adapters, ``into`` is unknown, ``base`` is missing or superfluous or does not have
-            the model's layers in full precision, no adapted layer is in blocks, or a number of an adapter or of a
+            the model's layers in full precision, no adapted layer is quantised, or a number of an adapter or of a
             merged weight is NaN or infinite. The model is then left unchanged.
     """
     layers = lora_layers(model, required=True)
@@ -194,6 +181,7 @@ def merge(model: nn.Module, into: str = "dequantised", base: nn.Module | None = 
 
 
 def _merge_in_blocks(layer: LoRALayer) -> Any:
+    """Return the merged layer in the format of its base: quantised again if the base was, else dense."""
     if not isinstance(layer.base, QuantizedLayer):
         return layer.merged()
     # The update is added before the sum is rounded to the precision in which the model computes.
@@ -201,7 +189,10 @@ def _merge_in_blocks(layer: LoRALayer) -> Any:
 
 
 def _merge_into(base: nn.Module, model: nn.Module, layers: dict[str, LoRALayer]) -> dict[str, Any]:
-    """Return copies of the layers of ``base`` for all adapted and all quantised layers, with the adapters merged."""
+    """Return what replaces each adapted and each quantised layer: a copy from ``base``, with its adapter merged.
+
+    Adapters keep what they took from the quantised base, such as DoRA's lengths and PiSSA's start.
+    """
     quantised = [name for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
     outer = [name for name in quantised if name.removesuffix(".base") not in layers]
     full_layers = dict(base.named_modules(remove_duplicate=False))
@@ -227,7 +218,7 @@ def _shape(layer: Any) -> tuple[int, ...]:
 
 
 def _can_replace(full: nn.Module | None, layer: Any) -> bool:
-    """Return whether a plain layer has the form of an adapted or quantised one."""
+    """Return whether a layer of the base given to ``merge`` fits in the place of an adapted or quantised one."""
     before = layer.base if isinstance(layer, LoRALayer) else layer
     if full is None or full._parameters.get("weight") is None or _shape(full) != _shape(before):
         return False
@@ -282,7 +273,7 @@ def match_layers(
     Args:
         targets: "all-linear" (all layers registered as linear, except the output head), or names and endings of names.
         exclude: names or endings of names of layers to leave out.
-        layer: as in :func:`lora_class`.
+        layer: a class of adapters, as in :func:`lora_class`.
 
     Raises:
         ValueError: nothing matches, a target matches nothing or a module that cannot be adapted, a name in ``exclude``
@@ -306,7 +297,7 @@ def match_layers(
         names = [name for name in classes if any(name_matches(name, target) for target in targets)]
     if not names:
         raise ValueError(f"targets={targets} and exclude={exclude} leave nothing of a {type(model).__name__} to adapt.")
-    _check_unshared(model, modules, names)
+    _check_own_weights(model, modules, names)
     return {name: classes[name] for name in names}
 
 
@@ -328,26 +319,6 @@ def name_matches(name: str, ending: str) -> bool:
     return name == ending or name.endswith("." + ending)
 
 
-def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Return a model's stack of blocks by name, lowest first: the entries of its longest ``nn.ModuleList``."""
-    lists = [(len(module), name) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    longest = max(lists, key=lambda pair: pair[0], default=(0, ""))[1]
-    return {name: m for name, m in model.named_modules() if longest and name.rpartition(".")[0] == longest}
-
-
-def last_blocks(model: nn.Module, count: int) -> list[str]:
-    """Return the linear layers of the last ``count`` blocks, as ``targets``: no gradient is computed below them.
-
-    Raises:
-        ValueError: the model has fewer blocks, or none.
-    """
-    names = list(transformer_blocks(model))
-    if not 1 <= count <= len(names):
-        raise ValueError(f"count is {count}, but {type(model).__name__} is a stack of {len(names)} blocks.")
-    prefixes = tuple(f"{name}." for name in names[len(names) - count :])
-    return [layer for layer in match_layers(model, "all-linear", ()) if layer.startswith(prefixes)]
-
-
 def _check_target(
     target: str, modules: dict[str, nn.Module], classes: dict[str, type[LoRALayer]], left_out: set[str]
 ) -> None:
@@ -363,7 +334,7 @@ def _check_target(
         )
 
 
-def _check_unshared(model: nn.Module, modules: dict[str, nn.Module], names: list[str]) -> None:
+def _check_own_weights(model: nn.Module, modules: dict[str, nn.Module], names: list[str]) -> None:
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     owners = Counter(id(tensor) for _, tensor in tensors)
     for name in names:

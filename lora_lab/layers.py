@@ -181,7 +181,8 @@ def lora_class(base: nn.Module, layer: type[LoRALayer] | None = None) -> type[Lo
     """Return the class that adapts ``base``, or None if no class does.
 
     Args:
-        layer: a variant. It adapts the bases whose registered class it derives from, and no others.
+        layer: a class of adapters. If given, it is used instead of the registered class, but only where it subclasses
+            that: DoRALinear replaces LoRALinear on ``nn.Linear``, and embeddings are left out.
     """
     registered = _entry(base)
     if registered is None or layer is None:
@@ -203,7 +204,8 @@ def _full_name(layer_class: type) -> str:
 def _is_plain_linear(layer: nn.Linear) -> bool:
     """Return whether a layer of a subclass of ``nn.Linear`` inherits its forward pass and holds one plain matrix.
 
-    Quantised layers hold a matrix of a special class or dtype, or scales in addition to it.
+    Only then are W0 x its output and W0 + update its merged weight. Other libraries' quantised layers are subclasses
+    too, but hold a matrix of a special class or dtype, or scales in addition to it.
     """
     names = {name for name, _ in [*layer.named_parameters(), *layer.named_buffers()]}
     weight = layer._parameters.get("weight")

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# Size: an integer from 1 on. Positive: a number above 0.
 from lora_lab.system.schema import Dropout, Positive, Size, check
 
 

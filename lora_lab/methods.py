@@ -23,12 +23,13 @@ class Method(ABC):
     """Base class of the methods. A subclass has a ``name``, a ``_prepare`` and, as a frozen dataclass, its options."""
 
     name: ClassVar[str]
-    fresh: ClassVar[bool] = True  # whether it starts from a model without adapters that no method has prepared
+    needs_fresh_model: ClassVar[bool] = True  # False for what trains what is already there: AsItIs, ContinueLoRA
 
     def prepare(self, model: nn.Module, seed: int) -> None:
         """Prepare ``model`` for training, in place.
 
-        It is marked if weights of its own are trained. Adapters need no mark: they are there until they are merged.
+        If the method trains the model's own weights, a private attribute records that, so that a second fit on the
+        changed weights is refused. Adapters are their own evidence.
 
         Args:
             seed: of all that the method draws at random.
@@ -36,14 +37,14 @@ class Method(ABC):
         Raises:
             ValueError: the model has adapters, has been prepared before, or would have no trainable parameter.
         """
-        if self.fresh:
+        if self.needs_fresh_model:
             require_unmarked(model)
             require_no_adapters(model)
         self._prepare(model, seed)
         trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
         if not trained:
             raise ValueError(f"Method {self.name!r} leaves no parameter of this model to train.")
-        if self.fresh and trained - {
+        if self.needs_fresh_model and trained - {
             parameter for layer in lora_layers(model).values() for parameter in layer.parameters(False)
         }:
             setattr(model, MARK, self.name)
@@ -70,7 +71,7 @@ def require_unmarked(model: nn.Module) -> None:
     if mark := getattr(model, MARK, None):
         raise ValueError(
             f"The model has already been prepared for {mark!r}, which changes its weights; start from a freshly loaded "
-            "model, into which fresh.load_state_dict(model.state_dict()) can bring these weights."
+            "model (to go on from these weights, run fresh.load_state_dict(model.state_dict()) on that)."
         )
 
 
@@ -117,7 +118,7 @@ class AsItIs(Method):
     """Train the parameters that already require gradients: for measuring models that another library has prepared."""
 
     name = "as it is"
-    fresh = False
+    needs_fresh_model = False
 
     def _prepare(self, model: nn.Module, seed: int) -> None:
         """Leave the model as it is."""
@@ -132,7 +133,7 @@ class ContinueLoRA(Method):
     """
 
     name = "continue"
-    fresh = False
+    needs_fresh_model = False
 
     def _prepare(self, model: nn.Module, seed: int) -> None:
         layers = lora_layers(model)
@@ -173,7 +174,7 @@ class LoRA(LoRAConfig, Method):
     """
 
     name: ClassVar[str] = "lora"
-    peft: ClassVar[str | None] = None  # PEFT's setting for the variant, such as "use_dora"
+    peft: ClassVar[str | None] = None  # PEFT's setting, such as "use_dora"; None: saved as plain LoRA
     by_name: ClassVar[dict[str, type[LoRA]]] = {}  # LoRA and its variants, which register themselves
 
     def __init_subclass__(cls, **options: Any) -> None:

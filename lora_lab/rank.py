@@ -1,4 +1,4 @@
-"""Singular values, ranks and subspaces of matrices, and the values that they take by chance.
+"""Singular values, ranks and subspaces of matrices, and their values under pure noise.
 
     U, S, Vh = product_svd(B, A, scaling)          # of scaling * B @ A, from the factors
     effective_rank(S), stable_rank(S), energy_rank(S)
@@ -10,6 +10,8 @@ All functions take and return tensors. Matrices of one shape may be stacked, (..
 a batch. Half precision is computed in float32, other dtypes in their own precision. In place of a matrix its
 decomposition (U, S, Vh) may be passed, as ``torch.linalg.svd(W, full_matrices=False)`` returns it, to avoid computing
 it again.
+
+The energy of a matrix is the sum of its squared singular values.
 
 No statistic means anything without a baseline. A Gaussian matrix of 576 x 576 has 90 % of its energy in 294 directions,
 the product of Gaussian factors of rank 8 in 7, and neither contains any signal: :func:`by_chance` returns the range of
@@ -320,7 +322,7 @@ def random_cosine(width: int, directions: int | None = None, *, draws: int = 200
     return float((vectors[:, : directions or width].abs().amax(-1) / vectors.norm(dim=-1)).mean())
 
 
-# Random matrices, and the range of a statistic by chance
+# Random matrices, and the range of a statistic under pure noise
 
 
 def gaussian(shape: tuple[int, ...], *, norm: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
@@ -346,7 +348,7 @@ def orthonormal(n: int, k: int, *, generator: torch.Generator | None = None) -> 
 
 
 class Band(NamedTuple):
-    """The range by chance: 95 % of draws lie between ``low`` and ``high``; ``mean`` is the mean of the draws."""
+    """The range under pure noise: 95 % of draws lie between ``low`` and ``high``; ``mean`` is the mean of the draws."""
 
     low: Tensor
     mean: Tensor
@@ -357,7 +359,7 @@ class Band(NamedTuple):
 
 
 def by_chance(draw: Callable[[torch.Generator], Tensor], draws: int = 39, seed: int = 0) -> Band:
-    """Return the band that holds a statistic with 95 % probability if there is no signal, from draws of it.
+    """Return the band that holds a statistic of pure noise with 95 % probability, from draws of it.
 
     Another draw lies below or above all of n draws with probability 2 / (n + 1), whatever the distribution. So the
     k-th lowest and the k-th highest of 40 k - 1 draws bound exactly 95 %, and 39 is the smallest number of draws.

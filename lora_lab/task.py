@@ -4,37 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from typing import Any, Literal, Protocol, runtime_checkable
+from functools import lru_cache
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_lab.inject import uncompiled
+from lora_lab.system.provenance import bytes_of, describe_value
 from lora_lab.system.schema import check
-from lora_lab.system.wording import counted, short_repr
+from lora_lab.system.wording import count_noun
 
 IGNORE = -100  # a target that does not count in the loss, as in torch.nn.functional.cross_entropy
-
-
-@runtime_checkable
-class TextTokenizer(Protocol):
-    """The part of a tokenizer's interface that text tasks use."""
-
-    def encode(self, text: str) -> list[int]: ...
-
-
-def check_tokenizer(tokenizer: Any, interface: type = TextTokenizer) -> None:
-    """Raise ValueError if an argument lacks a method of a tokenizer, such as a path (and a text has an ``encode``)."""
-    if isinstance(tokenizer, str) or not isinstance(tokenizer, interface):
-        raise ValueError(f"tokenizer is {short_repr(tokenizer)}, but it must be one that load_tokenizer returns.")
 
 
 @dataclass(frozen=True)
@@ -61,11 +47,10 @@ class Examples:
         return None
 
     @property
-    def counts(self) -> Tensor:
-        """How many targets of each example the mean loss of a batch is taken over, (n,).
+    def target_counts(self) -> Tensor:
+        """The number of targets of each example that count (not ``IGNORE``), (n,): its weight in a mean over batches.
 
-        Those are the targets other than ``IGNORE``. Targets in floating point all count, equally many in each example,
-        so the number given for them is 1.
+        Targets in floating point all count, so every example has the weight 1.
         """
         if self.targets.is_floating_point():
             return torch.ones(len(self), dtype=torch.long)
@@ -176,7 +161,10 @@ def padding_id(model: nn.Module) -> int | None:
 
 @contextmanager
 def restore_modes(model: nn.Module) -> Iterator[None]:
-    """Give each module the mode back, train or eval, that it has now; one that is put in gets that of its parent."""
+    """Restore the mode, train or eval, of every module after the block.
+
+    Modules added in the block, such as adapters, take the mode of their parent.
+    """
     modes = {name: module.training for name, module in model.named_modules()}
     try:
         yield
@@ -191,7 +179,7 @@ def cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def mean_cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
-    """Return the same of logits (batch, classes) or (batch, length, vocabulary)."""
+    """Return the mean cross-entropy of logits (batch, classes) or (batch, length, vocabulary)."""
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # half precision would round the sum
     return F.cross_entropy(scores.flatten(0, -2), targets.flatten(), ignore_index=IGNORE)  # ()
 
@@ -207,7 +195,10 @@ class Task:
 
     Args:
         name: a short name.
-        train, validation, test, off_domain: see ``lora_lab.tasks``.
+        train: the examples to learn from, in random order.
+        validation: of the same kind, to choose settings and stop by.
+        test: of the same kind, for the result alone.
+        off_domain: of another kind, to see what is forgotten.
         loss: (model, inputs, targets) -> mean loss of a batch; a function or another callable.
         unit: what sizes and speed are given in: "tokens", for targets that are tokens, or "examples".
         about: one sentence on where the data comes from.
@@ -228,7 +219,7 @@ class Task:
     def __post_init__(self) -> None:
         check(self.unit, Literal["tokens", "examples"], "unit")
         for part in self.parts:
-            self.check_counted(part, None)
+            self.require_targets(part, None)
 
     @property
     def parts(self) -> dict[str, Examples]:
@@ -260,15 +251,15 @@ class Task:
                 digest.update(bytes_of(tensor))
         return digest.hexdigest()[:16]
 
-    def counted(self, examples: Examples) -> int:
-        """Return how many targets the mean loss of a batch is taken over, which is the weight of that mean."""
-        return int(examples.counts.sum())
+    def count_targets(self, examples: Examples) -> int:
+        """Return the number of targets that count in a batch, which is the weight of its mean loss."""
+        return int(examples.target_counts.sum())
 
     def size(self, examples: Examples) -> int:
         """Return the size of a batch in the task's unit: its targets that count, or its examples."""
-        return self.counted(examples) if self.unit == "tokens" else len(examples)
+        return self.count_targets(examples) if self.unit == "tokens" else len(examples)
 
-    def check_counted(self, part: str, limit: int | None) -> None:
+    def require_targets(self, part: str, limit: int | None) -> None:
         """Check that a target counts in the loss.
 
         Args:
@@ -278,8 +269,8 @@ class Task:
         Raises:
             ValueError: all their targets are ``IGNORE``.
         """
-        if self.counted(self.part(part)[:limit]) == 0:
-            examples = "" if limit is None else f"first {counted(limit, 'example')} of the "
+        if self.count_targets(self.part(part)[:limit]) == 0:
+            examples = "" if limit is None else f"first {count_noun(limit, 'example')} of the "
             of_part = f"the {examples}{part} part of task {self.name!r}"
             raise ValueError(f"No target of {of_part} counts in the loss: there is none, or all are {IGNORE}.")
 
@@ -347,32 +338,3 @@ def draw_rows(task: Task, n_train: int, seed: int | None = None) -> Tensor:
     if seed is None:
         return torch.arange(n_train)  # (n_train,)
     return torch.randperm(len(task.train), generator=torch.Generator().manual_seed(seed))[:n_train]  # (n_train,)
-
-
-def describe_value(value: Any) -> str:
-    """Return a text that describes a loss, or an argument of one, and is the same in every process.
-
-    For a function it is the name; for a partial the function's name and the arguments, with all values of tensors and
-    arrays; for any other object its ``repr`` without addresses, which includes the fields of a dataclass but not the
-    attributes of a plain object.
-    """
-    if name := getattr(value, "__name__", None):
-        return name
-    if isinstance(value, partial):
-        return f"partial({describe_value([value.func, *value.args])}, {describe_value(value.keywords)})"
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(sorted(f'{key!r}: {describe_value(entry)}' for key, entry in value.items()))}}}"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(describe_value, value))}]"
-    if isinstance(value, np.ndarray):
-        return f"{value.dtype} {describe_value(value.tolist())}"
-    if isinstance(value, Tensor):  # the repr of a large tensor omits values
-        return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(bytes_of(value)).hexdigest()}"
-    if type(value).__repr__ is object.__repr__:
-        return type(value).__qualname__
-    return re.sub(r" at 0x[0-9A-Fa-f]+", "", repr(value))
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """Return the bytes of a tensor's values in row-major order, without a copy where that is possible."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

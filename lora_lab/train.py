@@ -14,9 +14,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -34,7 +33,8 @@ from lora_lab.system.wording import progress_bar, short_repr
 from lora_lab.task import Batch, Examples, Loss, Task, restore_modes
 
 EVALUATED = ("validation", "off_domain")  # the parts of which a history has losses
-_ONLY_IF_USED = ("batches", "gradient_checkpointing", "lean", "autocast")  # settings that a history may lack
+# Left out of a history where they have their default, so that only the runs that use one name it.
+_ONLY_IF_USED = ("batches", "gradient_checkpointing", "lean", "autocast")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,10 +127,6 @@ class TrainConfig:
         """Return whether a checkpoint is written after this step, with ``every`` steps between two."""
         return step > 0 and (step % (every or self.evaluation_interval) == 0 or step == self.steps)
 
-    def computed(self, loss: Loss) -> Loss:
-        """Return a loss as steps and evaluations compute it: under ``autocast``, if that is in use."""
-        return loss if self.autocast is None else cast(Loss, partial(autocast_loss, self.autocast, loss))
-
     def settings(self) -> dict[str, Any]:
         """Return the options as plain data, for a History, with defaults filled in.
 
@@ -149,7 +145,7 @@ class TrainingStep:
     """A model prepared for training: calling it with micro-batches takes one step of the optimiser.
 
     ``fit`` calls it in a loop, and ``lora_lab.costs`` measures it and runs it on fake tensors, which have no values: so
-    it never reads the value of a tensor.
+    with one process it never reads the value of a tensor.
     """
 
     model: nn.Module
@@ -214,11 +210,7 @@ class TrainingStep:
         return self.loss(self.model, inputs, targets)  # ()
 
     def read_targets(self, targets: Sequence[Tensor]) -> None:
-        """Look at the targets of the next batch, while they are still on the CPU.
-
-        The plain step ignores them. The lean step checks whether all of them count, which on a GPU would make Python
-        wait for the device.
-        """
+        """Hook for the lean step, which looks at the next targets while they are on the CPU; does nothing here."""
 
 
 def make_step(model: nn.Module, loss: Loss, method: Method, config: TrainConfig) -> TrainingStep:
@@ -229,28 +221,35 @@ def make_step(model: nn.Module, loss: Loss, method: Method, config: TrainConfig)
     """
     if config.lean is not None:
         return config.lean.make_step(model, loss, method, config)
-    if config.gradient_checkpointing:
-        enable_checkpointing(model)
+    # Looked up first, because a model may have no such method, and prepared first, because that may be refused too.
+    enable = gradient_checkpointing_method(model) if config.gradient_checkpointing else None
     method.prepare(model, config.seed)
-    return TrainingStep(model, config.computed(loss), make_adamw(parameter_groups(model, method, config)), config.clip)
+    if enable is not None:
+        enable()
+    optimizer = make_adamw(parameter_groups(model, method, config))
+    return TrainingStep(model, in_autocast(loss, config.autocast), optimizer, config.clip)
 
 
-def autocast_loss(dtype: torch.dtype, loss: Loss, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Return the loss, with matrix multiplications in ``dtype``."""
-    with torch.autocast(inputs.device.type, dtype):
-        return loss(model, inputs, targets)
+def in_autocast(loss: Loss, dtype: torch.dtype | None) -> Loss:
+    """Return a loss that multiplies matrices in ``dtype``, by ``torch.autocast``; with None, the loss itself."""
+
+    def cast_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(inputs.device.type, dtype):
+            return loss(model, inputs, targets)
+
+    return loss if dtype is None else cast_loss
 
 
-def enable_checkpointing(model: nn.Module, to: Literal["enable", "disable"] = "enable") -> None:
-    """Let a model save only the input of each block, and compute the block again in the backward pass; or no longer.
+def gradient_checkpointing_method(model: nn.Module, to: Literal["enable", "disable"] = "enable") -> Callable[[], None]:
+    """Return the model's method that lets it save only the input of each block, and compute the block again; or not.
 
     Raises:
-        ValueError: it has no method for that.
+        ValueError: it has none.
     """
     # transformers 5 has renamed the methods, and warns of the old names.
     for name in (f"activation_checkpointing_{to}", f"gradient_checkpointing_{to}"):
         if hasattr(model, name):
-            return getattr(model, name)()
+            return getattr(model, name)
     raise ValueError(f"A {type(model).__name__} has no method {name}; leave gradient_checkpointing out.")
 
 
@@ -286,9 +285,10 @@ def fit(
         fit(model, task, LoRA(rank=8), steps=40, lr=2e-3, batch_size=4)
 
     All randomness (adapter weights, data order, dropout) comes from ``seed``. Modules end in the modes that they had.
-    All arguments are checked before the model changes. After any later error, load the model again: with the same
-    ``checkpoint_dir`` the run then goes on from its last checkpoint, bit for bit. Several processes train together if
-    torch's process group is initialised (docs/costs.md).
+    A ValueError about options, task, method or an unreadable checkpoint leaves the model unchanged. Two checks come
+    after preparation (does the checkpoint fit; do all processes agree): after those, and after any other error, load
+    the model again. With the same ``checkpoint_dir`` the run goes on from its last checkpoint, bit for bit. Several
+    processes train together if torch's process group is initialised (docs/costs.md).
 
     Args:
         model: a freshly loaded model, on the device to train on.
@@ -302,26 +302,25 @@ def fit(
         **options: the fields of :class:`TrainConfig`, such as ``steps`` and ``lr``; they override ``config``.
 
     Raises:
-        ValueError: an option is out of range; model, task, method and options do not fit together; the model has been
-            prepared before; or ``checkpoint_dir`` holds another run.
+        ValueError: the arguments do not fit together, the model is prepared already, or the checkpoint another run's.
         OSError: ``checkpoint_dir`` cannot be written to.
         DivergedError: the loss became NaN or infinite.
     """
-    config = complete_config(config, options)
+    check_options("fit", options, [option.name for option in fields(TrainConfig)])
+    config = TrainConfig(**options) if config is None else replace(config, **options)
     check_run(model, task, method, config)
     order, processes, device = data_order(task, config), current_processes(), next(model.parameters()).device
     history = new_history(task, method, config, model)
     start = check_checkpoints(checkpoint_dir, checkpoint_every, model, history)
     leads = processes.rank == 0  # this process shows the bar, writes checkpoints and reports
-    advice = checkpoint.advise(checkpoint_dir)
-    with restore_switches(model), own_randomness(device, config.seed), advice:
+    with restore_switches(model), own_randomness(device, config.seed), checkpoint.advise(checkpoint_dir):
         step = make_step(model, task.loss, method, config)
         step.processes = processes
         set_training_mode(model)
         history.count(model)
-        state = model, step.optimizer, history
         hashes = None if start is None else {"frozen": checkpoint.frozen_hash(model), "start": start}
-        done = checkpoint.resume(checkpoint_dir, *state, hashes=hashes)
+        run = model, step.optimizer, history, hashes
+        done = checkpoint.resume(checkpoint_dir, *run)
         check_alike(processes, model, history, done)
         with progress_bar(config.steps, method.name, progress if leads else False, done=done) as bar:
             for number in range(len(history.rows), config.steps + 1):
@@ -329,15 +328,15 @@ def fit(
                     history.add(0, seconds=0.0, tokens=0)  # the model before training
                 else:
                     history.add(number, **take_step(step, task, order, config, number))
+                    bar.update()
                     bar.set_postfix_str(f"loss {history.rows[-1]['train_loss']:.3f}")
                 if config.evaluates(number):
                     evaluate_parts(step, task, config, history)
                 if leads and checkpoint_dir is not None and config.saves(number, checkpoint_every):
                     with warn_if_complete(number == config.steps):
-                        checkpoint.save(checkpoint_dir, *state, hashes)
+                        checkpoint.save(checkpoint_dir, *run)
                 if leads and on_row is not None:
                     report(on_row, history, model)
-                bar.update(number - bar.n)
     return history
 
 
@@ -350,16 +349,6 @@ def warn_if_complete(complete: bool) -> Iterator[None]:
         if not complete:
             raise
         warnings.warn(f"The run is complete, but its last checkpoint is missing: {error}", stacklevel=3)
-
-
-def complete_config(config: TrainConfig | None, options: dict[str, Any]) -> TrainConfig:
-    """Return the config with the options.
-
-    Raises:
-        TypeError: an option is unknown, or one without a default is missing.
-    """
-    check_options("fit", options, [option.name for option in fields(TrainConfig)])
-    return TrainConfig(**options) if config is None else replace(config, **options)
 
 
 def check_options(caller: str, options: Collection[str], known: Sequence[str]) -> None:
@@ -376,8 +365,8 @@ def check_run(model: nn.Module, task: Task, method: Method, config: TrainConfig)
     if not isinstance(method, Method):
         raise ValueError(f"method is {short_repr(method)}, but it must be an instance of Method, such as LoRA(rank=8).")
     task.check_model(model)
-    check_evaluated(task, config)
-    check_batches(task, data_order(task, config), config)
+    for part in EVALUATED:
+        task.require_targets(part, config.eval_examples)
 
 
 def check_checkpoints(folder: str | Path | None, every: int | None, model: nn.Module, history: History) -> str | None:
@@ -395,7 +384,7 @@ def check_checkpoints(folder: str | Path | None, every: int | None, model: nn.Mo
         if every is not None:
             raise ValueError(f"checkpoint_every is {every}, but there is no folder to write to; give checkpoint_dir.")
         return None
-    checkpoint.holds(folder, history, model)
+    checkpoint.check_belongs(folder, history, model)
     if current_processes().rank == 0:
         check_writable(folder)
     return checkpoint.parameters_hash(model)
@@ -411,15 +400,15 @@ def new_history(task: Task, method: Method, config: TrainConfig, model: nn.Modul
 
 
 def take_step(step: TrainingStep, task: Task, order: DataOrder, config: TrainConfig, number: int) -> dict[str, float]:
-    """Take a step, counted from 1, and return the values of its row in a History."""
+    """Take the step of that number, counted from 1, and return the values of its row in a History."""
     started, model, processes = time.perf_counter(), step.model, step.processes
     processes.seed(next(model.parameters()).device, config.seed, number)
-    parts, weights, tokens = micro_batches(task, order, number, config, step.threads, processes)
+    batches, weights, tokens = micro_batches(task, order, number, config, step.threads, processes)
     factor = config.rate_factor(number)
     for group in step.optimizer.param_groups:
         group["lr"] = config.lr * group.get("lr_factor", 1.0) * factor
-    step.read_targets([part.targets for part in parts])
-    loss, norm = step([to_device(part, model) for part in parts], weights)
+    step.read_targets([batch.targets for batch in batches])
+    loss, norm = step([to_device(batch, model) for batch in batches], weights)
     row = {"train_loss": float(loss), "grad_norm": float(norm)}  # waits for the device
     return row | {"lr": config.lr * factor, "tokens": tokens, "seconds": time.perf_counter() - started}
 
@@ -430,7 +419,7 @@ def evaluate_parts(step: TrainingStep, task: Task, config: TrainConfig, history:
     sizes = config.batch_size, config.eval_examples, config.by_length
     for part in EVALUATED:
         history.add_evaluation(part, mean_loss(step.model, task, part, *sizes, processes=step.processes).item())
-    history.optimizer_bytes = state_bytes(step.optimizer)
+    history.optimizer_bytes = state_bytes(step.optimizer)  # here, since AdamW makes its state in its first step
 
 
 def report(on_row: Callable[[dict[str, Any]], None], history: History, model: nn.Module) -> None:
@@ -453,7 +442,7 @@ def restore_switches(model: nn.Module) -> Iterator[None]:
         finally:
             model.zero_grad()
             if is_on() and not before:
-                enable_checkpointing(model, "disable")
+                gradient_checkpointing_method(model, "disable")()
 
 
 def set_training_mode(model: nn.Module) -> None:
@@ -503,10 +492,10 @@ def micro_batches(
     """
     batch = task.train[order.rows((step - 1) * config.batch_size, config.batch_size)]
     size = math.ceil(len(batch) / (config.accumulate * threads * processes.world_size))
-    parts = [batch] if size == len(batch) else [batch[slice(i, i + size)] for i in range(0, len(batch), size)]
-    counted = [(part, count) for part in parts if (count := task.counted(part))]  # a mean over no target would be NaN
-    whole, mine = sum(count for _, count in counted), counted[processes.rank :: processes.world_size]
-    return [part for part, _ in mine], [count / whole for _, count in mine], task.size(batch)
+    cuts = [batch] if size == len(batch) else [batch[slice(i, i + size)] for i in range(0, len(batch), size)]
+    pairs = [(cut, count) for cut in cuts if (count := task.count_targets(cut))]  # a mean over no target would be NaN
+    whole, mine = sum(count for _, count in pairs), pairs[processes.rank :: processes.world_size]
+    return [cut for cut, _ in mine], [count / whole for _, count in mine], task.size(batch)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -535,21 +524,24 @@ def evaluate(
             range or of another type.
     """
     task.check_model(model)
-    task.check_counted(part, check(limit, Size | None, "limit"))
+    task.require_targets(part, check(limit, Size | None, "limit"))
     return mean_loss(model, task, part, batch_size, limit, by_length).item()
 
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, task: Task, part: str, *sizes: Any, processes: Processes = ALONE) -> Tensor:
-    """Return the loss of a part in the shape of the task's loss: () or, in a pack, (trials,). On the CPU, in float64.
+    """Return the loss of a part, on the CPU in float64, in the shape of the task's loss.
+
+    That is (), or (trials,) in ``lora_lab.ablation.packed``, which trains several runs at once.
 
     Args:
-        model, task, part, sizes: as for :func:`evaluate`.
+        model, task, part: as for :func:`evaluate`.
+        sizes: the batch_size, limit and by_length of :func:`evaluate`.
         processes: they share the batches, and all of them get the mean.
     """
     total, count = torch.zeros((), dtype=torch.float64, device="cpu"), 0
-    for loss, counted in batch_losses(model, task, part, *sizes, processes=processes):
-        total, count = total + loss * counted, count + counted
+    for loss, targets in batch_losses(model, task, part, *sizes, processes=processes):
+        total, count = total + loss * targets, count + targets
     if processes.world_size > 1:
         sums = torch.stack([total, torch.full_like(total, count)]).to(next(model.parameters()).device)
         processes.sum([sums])
@@ -586,42 +578,34 @@ def batch_losses(
         model.eval()
         for start in range(processes.rank * batch_size, len(examples), processes.world_size * batch_size):
             batch = examples[slice(start, start + batch_size)]
-            if counted := task.counted(batch):
-                yield task.loss(model, *to_device(batch, model)).cpu().double(), counted
-
-
-def check_evaluated(task: Task, config: TrainConfig) -> None:
-    """Raise ValueError if no target counts in the examples of a part on which a run is evaluated."""
-    for part in EVALUATED:
-        task.check_counted(part, config.eval_examples)
-
-
-def check_batches(task: Task, order: DataOrder, config: TrainConfig) -> None:
-    """Raise ValueError if no target counts in one of the run's batches, whose loss would be a mean over nothing."""
-    counts = task.train.counts  # (n,)
-    if not (empty := int((counts == 0).sum())):
-        return
-    for step in range(1, config.steps + 1):
-        if not counts[order.rows((step - 1) * config.batch_size, config.batch_size)].any():
-            raise ValueError(
-                f"No target of the batch at step {step} (seed {config.seed}) counts in the loss; remove the training "
-                f"examples in which none counts, {empty} of {len(counts)} in task {task.name!r}, or use larger batches."
-            )
+            if targets := task.count_targets(batch):
+                yield task.loss(model, *to_device(batch, model)).cpu().double(), targets
 
 
 def data_order(task: Task, config: TrainConfig) -> DataOrder:
     """Return the order of a run's training examples.
 
     Raises:
-        ValueError: it is to be by length, but all examples have the same.
+        ValueError: it is to be by length, but all examples have the same; or no target counts in one of the batches,
+            whose loss would be a mean over nothing.
     """
     if not config.by_length:
-        return DataOrder(len(task.train), config.seed)
-    if task.train.lengths is None:
+        order = DataOrder(len(task.train), config.seed)
+    elif task.train.lengths is None:
         raise ValueError(
             f"batches is {config.batches!r}, but all examples of task {task.name!r} have the same length; use 'random'."
         )
-    return LengthOrder(task.train.lengths, config.seed, config.batch_size)
+    else:
+        order = LengthOrder(task.train.lengths, config.seed, config.batch_size)
+    counts = task.train.target_counts  # (n,)
+    empty = int((counts == 0).sum())
+    for step in range(1, config.steps + 1 if empty else 1):
+        if not counts[order.rows((step - 1) * config.batch_size, config.batch_size)].any():
+            raise ValueError(
+                f"No target of the batch at step {step} (seed {config.seed}) counts in the loss; remove the training "
+                f"examples in which none counts, {empty} of {len(counts)} in task {task.name!r}, or use larger batches."
+            )
+    return order
 
 
 class DataOrder:
@@ -675,13 +659,15 @@ class LengthOrder(DataOrder):
         """Return the order of one epoch's examples: (n,)."""
         groups = super().permutation(epoch, generator).split(self.group_size)
         rows = torch.cat([group[self.lengths[group].argsort(stable=True)] for group in groups])  # (n,)
-        # Steps go on over the end of an epoch. The batch there holds long examples of both epochs: the rest of rows.
-        begun = min(-epoch * self.n % self.batch_size, self.n)  # examples to complete the last epoch's last batch
-        whole = (self.n - begun) // self.batch_size
-        batches = rows[: whole * self.batch_size].view(whole, self.batch_size)  # (whole, batch)
-        rest = rows[whole * self.batch_size :]  # (n - whole * batch,)
-        shuffled = batches[torch.randperm(whole, generator=generator)].flatten()  # (whole * batch,)
-        return torch.cat([rest[:begun], shuffled, rest[begun:]])  # (n,)
+        # A batch may take its examples from two epochs. With 10 examples in batches of 4, epoch 0 has two batches in
+        # random order, then 2 examples of a third; epoch 1 begins with the 2 that complete it, then has two batches.
+        # Both pairs are the last of their epoch's rows, its longest as a rule, so they too are of similar length.
+        missing = min(-epoch * self.n % self.batch_size, self.n)  # from the last batch of the epoch before
+        count = (self.n - missing) // self.batch_size  # batches of this epoch alone
+        batches, longest = rows[: count * self.batch_size], rows[count * self.batch_size :]
+        order = torch.randperm(count, generator=generator)  # (count,)
+        shuffled = batches.view(count, self.batch_size)[order].flatten()  # (count * batch,)
+        return torch.cat([longest[:missing], shuffled, longest[missing:]])  # (n,)
 
 
 def to_device(examples: Examples, model: nn.Module) -> Batch:

@@ -82,7 +82,7 @@ class PiSSALinear(LoRALinear):
     whose singular value is zero starts at zero and stays there.
 
     A0 and B0 are part of the adapter's state, because A and B mean nothing without them. Adapter files hold the
-    update as plain LoRA of rank 2 r: see :meth:`difference`.
+    update as plain LoRA of rank 2 r: see :meth:`as_plain_lora`.
 
     Reference: Meng et al. 2024, arXiv 2404.02948, section 3, equations 2 to 5; the difference: its appendix
     on converting PiSSA into LoRA.
@@ -125,7 +125,7 @@ class PiSSALinear(LoRALinear):
         return self.scaling * (self.lora_B @ self.lora_A - self.start_B @ self.start_A)  # (48, 64)
 
     @torch.no_grad()
-    def difference(self) -> LoRALinear:
+    def as_plain_lora(self) -> LoRALinear:
         """Return a LoRALinear over the same base, of rank 2 r and the same scaling, that computes the same function."""
         # With its own generator, so that saving a model draws nothing from the global one.
         plain = LoRALinear(self.base, 2 * self.rank, 2 * self.alpha, getattr(self.dropout, "p", 0.0), torch.Generator())
@@ -165,7 +165,7 @@ class DoRALinear(LoRALinear):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        length = torch.linalg.vector_norm(self._direction().detach(), dim=1)  # (48,)
+        length = torch.linalg.vector_norm(self._unnormalised().detach(), dim=1)  # (48,)
         self.lora_magnitude_vector = nn.Parameter(length)  # (48,)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,11 +173,11 @@ class DoRALinear(LoRALinear):
         without_bias = frozen if self.bias is None else frozen - self.bias  # (32, 48)
         narrow = F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)  # (32, 64) -> (32, 4)
         update = F.linear(narrow, self.lora_B) * self.scaling  # (32, 4) -> (32, 48)
-        stretch = self._stretch(self._direction())  # (48,)
+        stretch = self._stretch(self._unnormalised())  # (48,)
         # As a change of the base's output: at the start the stretch is 1, and the output is the base's bit for bit.
         return frozen + ((stretch - 1) * without_bias + stretch * update).to(frozen.dtype)  # (32, 48)
 
-    def _direction(self) -> Tensor:
+    def _unnormalised(self) -> Tensor:
         return self.base.weight + super()._delta()  # (48, 64)
 
     def _stretch(self, direction: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ class DoRALinear(LoRALinear):
         return self.lora_magnitude_vector / length.clamp(min=tiny)  # (48,)
 
     def _delta(self) -> Tensor:
-        direction = self._direction()  # (48, 64)
+        direction = self._unnormalised()  # (48, 64)
         return self._stretch(direction)[:, None] * direction - self.base.weight  # (48, 64)
 
 
@@ -225,4 +225,4 @@ class LoRAPlus(LoRA):
         ]
 
 
-LORA_METHODS = LoRA.by_name  # LoRA, and all variants above
+LORA_METHODS = LoRA.by_name  # imported from here, it has LoRA and all the variants above, which have registered

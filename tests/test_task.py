@@ -98,17 +98,17 @@ def test_description_gives_sizes_shapes_units_source_and_fingerprint():
 def test_targets_count_unless_they_are_ignored_whatever_the_unit():
     part = Examples(torch.zeros(2, 3, dtype=torch.long), torch.tensor([[1, IGNORE, 2], [IGNORE, IGNORE, 0]]))
     tokens, examples = tiny(unit="tokens"), tiny()
-    assert (tokens.counted(part), tokens.size(part)) == (3, 3)
-    assert (examples.counted(part), examples.size(part)) == (3, 2)
+    assert (tokens.count_targets(part), tokens.size(part)) == (3, 3)
+    assert (examples.count_targets(part), examples.size(part)) == (3, 2)
     classes = Examples(torch.zeros(3, 1), torch.tensor([4, IGNORE, 0]))
-    assert (examples.counted(classes), examples.size(classes)) == (2, 3)
-    assert part.counts.tolist() == [2, 1]
-    assert classes.counts.tolist() == [1, 0, 1]
+    assert (examples.count_targets(classes), examples.size(classes)) == (2, 3)
+    assert part.target_counts.tolist() == [2, 1]
+    assert classes.target_counts.tolist() == [1, 0, 1]
 
 
 def test_targets_in_floating_point_all_count():
     part = Examples(torch.zeros(2, 3), torch.tensor([[1.0, IGNORE], [IGNORE, IGNORE]]))  # temperatures, say
-    assert (tiny().counted(part), tiny().size(part)) == (2, 2)
+    assert (tiny().count_targets(part), tiny().size(part)) == (2, 2)
 
 
 def test_limited_keeps_the_first_examples_and_all_other_parts():

@@ -41,7 +41,7 @@ from lora_lab.train import (
     DataOrder,
     LengthOrder,
     TrainConfig,
-    enable_checkpointing,
+    gradient_checkpointing_method,
     make_step,
 )
 from tests.helpers import Stopped, small_task, snapshot
@@ -646,13 +646,27 @@ def checkpointing(model):
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
+def test_a_refused_step_leaves_the_model_as_it_was(tiny_config):
+    config = TrainConfig(lr=1e-3, steps=1, gradient_checkpointing=True)
+    for model, method, says in (
+        (Llama(tiny_config), PartialFineTuning(["nowhere"]), "no module 'nowhere'"),
+        (DigitsMLP(), LoRA(rank=2), "no method gradient_checkpointing_enable"),
+    ):
+        before = copy.deepcopy(model)
+        with pytest.raises(ValueError, match=says):
+            make_step(model, cross_entropy, method, config)
+        assert str(model) == str(before)
+        assert not checkpointing(model)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("error", [False, True])
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("make", ["ours", "transformers'"])
 def test_checkpointing_is_switched_off_again_unless_it_was_on_before(tiny_config, tiny_hf, make, before, error):
     model, seen = Llama(tiny_config) if make == "ours" else tiny_hf(), set()
     if before:
-        enable_checkpointing(model)
+        gradient_checkpointing_method(model)()
 
     def loss(model, inputs, targets):
         seen.add(checkpointing(model))

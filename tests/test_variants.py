@@ -266,7 +266,7 @@ def test_dropout_acts_on_the_input_of_as_part_alone_under_dora():
 def test_dropout_acts_on_the_whole_update_under_pissa_and_in_its_difference():
     layer = randomise(PiSSALinear(nn.Linear(6, 5, dtype=torch.float64), 2, 4.0, dropout=0.5))
     x, results = torch.randn(3, 6, dtype=torch.float64), []
-    for module in (layer, layer.difference()):
+    for module in (layer, layer.as_plain_lora()):
         torch.manual_seed(5)
         results.append(module(x))
     torch.manual_seed(5)
@@ -274,8 +274,8 @@ def test_dropout_acts_on_the_whole_update_under_pissa_and_in_its_difference():
     for found in results:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
     assert not torch.equal(layer(x), layer(x))
-    assert layer.difference().training
-    assert not layer.eval().difference().training
+    assert layer.as_plain_lora().training
+    assert not layer.eval().as_plain_lora().training
     assert torch.equal(layer(x), layer(x))
 
 

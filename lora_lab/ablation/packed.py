@@ -43,18 +43,17 @@ from lora_lab.lora import LoRALinear
 from lora_lab.methods import LoRA, Method, require_unmarked
 from lora_lab.models.quantize import BlockLinear
 from lora_lab.system.device import own_randomness
+from lora_lab.system.provenance import describe_value
 from lora_lab.system.wording import progress_bar
-from lora_lab.task import Examples, Loss, Task, cross_entropy, describe_value
+from lora_lab.task import Examples, Loss, Task, cross_entropy
 from lora_lab.train import (
     EVALUATED,
     Batch,
     DataOrder,
     TrainConfig,
     TrainingStep,
-    check_batches,
-    check_evaluated,
     data_order,
-    enable_checkpointing,
+    gradient_checkpointing_method,
     make_adamw,
     mean_loss,
     new_history,
@@ -122,13 +121,12 @@ def fit_packed(
     configs = [make_config(lr=run.lr, seed=run.seed, **options) for run in runs]
     names = _common_layers(model, task, runs, configs)
     config = configs[0]  # all but lr and seed are the same for all
-    check_evaluated(task, config)
     orders = _data_orders(task, configs)
     model = copy_sharing_weights(model)
     for buffer in model.buffers():
         buffer.data = buffer.clone()  # a forward pass may change it
     if config.gradient_checkpointing:
-        enable_checkpointing(model)
+        gradient_checkpointing_method(model)()
     lean = cast(Lean | None, config.lean)
     threads = 1 if lean is None else lean.threads
     with (
@@ -230,10 +228,10 @@ def _evaluate_base(model: nn.Module, task: Task, config: TrainConfig, trials: in
 
 
 def _data_orders(task: Task, configs: Sequence[TrainConfig]) -> list[DataOrder]:
-    """Return the data order of each trial, of which those of one seed share theirs."""
+    """Check that what is evaluated has targets, and return the data order of each trial; one for each seed."""
+    for part in EVALUATED:
+        task.require_targets(part, configs[0].eval_examples)
     by_seed = {config.seed: data_order(task, config) for config in configs}
-    for config in configs:
-        check_batches(task, by_seed[config.seed], config)
     return [by_seed[config.seed] for config in configs]
 
 
@@ -250,7 +248,7 @@ def join_batches(
     rows = torch.stack([order.rows(position, config.batch_size) for order in orders])  # (20, 32)
     columns = rows.split(math.ceil(config.batch_size / config.accumulate), dim=1)
     parts = [task.train[part.flatten()] for part in columns]  # 640 rows
-    counts = [part.counts.view(len(rows), -1).sum(1).double() for part in parts]  # (20,)
+    counts = [part.target_counts.view(len(rows), -1).sum(1).double() for part in parts]  # (20,)
     total = torch.stack(counts).sum(0)  # (20,)
     sizes = total.long().tolist() if task.unit == "tokens" else [config.batch_size] * len(rows)
     return parts, [count / total for count in counts], sizes

@@ -13,7 +13,7 @@ from lora_lab.ablation.grid import AUTOCAST, BASE_DTYPE, Trial
 from lora_lab.history import History
 from lora_lab.system.files import as_path, read_json
 from lora_lab.system.schema import Number, check
-from lora_lab.system.wording import counted, shortened
+from lora_lab.system.wording import count_noun, shortened
 from lora_lab.train import TrainConfig
 
 SCHEMA = 1
@@ -75,7 +75,7 @@ def load(folder: str | Path):
         )
     frame = table(_read(path) for path in paths)  # one at a time, because their histories may not fit into memory
     if several := [name for name in ("model", "task") if frame[name].nunique() > 1]:
-        counts = " and of ".join(counted(frame[name].nunique(), name) for name in several)
+        counts = " and of ".join(count_noun(frame[name].nunique(), name) for name in several)
         warnings.warn(
             f"{folder} holds results of {counts}; compare only rows with equal values in {' and in '.join(several)}.",
             stacklevel=2,

@@ -49,11 +49,11 @@ from lora_lab.lean.step import Lean
 from lora_lab.methods import LoRA
 from lora_lab.system.device import own_randomness
 from lora_lab.system.files import as_path, check_writable, write_json
-from lora_lab.system.provenance import commit, device_name, machine_info, version
+from lora_lab.system.provenance import bytes_of, commit, device_name, machine_info, version
 from lora_lab.system.schema import Size, as_number, check
 from lora_lab.system.wording import progress_bar
-from lora_lab.task import Examples, Task, bytes_of
-from lora_lab.train import evaluate, fit, make_step, to_device
+from lora_lab.task import Examples, Task
+from lora_lab.train import evaluate, fit, in_autocast, make_step, to_device
 
 Judge = Callable[[nn.Module, Task], Mapping[str, float | str]]
 AnyRun = TypeVar("AnyRun", bound=Run)
@@ -204,7 +204,7 @@ def plan(
     """
     _check_steps(model, task, trials)
     for limit in dict.fromkeys(trial.eval_examples for trial in trials):
-        task.check_counted("test", limit)  # of which each trial's result is; fit checks the other parts
+        task.require_targets("test", limit)  # of which each trial's result is; fit checks the other parts
     if engine == "separate":
         return [([trial], False) for trial in trials]
     groups: dict[Any, list[Trial]] = {}
@@ -564,7 +564,7 @@ def _student(
 
 def _judge(job: _Job, trial: Trial, model: nn.Module, task: Task, history: History) -> _File:
     """Return the file of a trial that has been trained to the end, with its test loss and the judge's scores."""
-    task = replace(task, loss=trial.computed(task.loss))
+    task = replace(task, loss=in_autocast(task.loss, trial.autocast))
     loss = evaluate(model, task, "test", trial.batch_size, trial.eval_examples, trial.by_length)
     if not math.isfinite(loss):
         return _file(trial, model, "failed", reason=f"The test loss is {loss} after the last step.")

@@ -32,7 +32,7 @@ from lora_lab.lora import LoRALayer
 from lora_lab.models.pretrained import ADAPTER_CONFIG, check_separate
 from lora_lab.system.files import as_path, atomic_files, check_folder, read_carried_json, read_json, repair, write_json
 from lora_lab.system.schema import Dropout, Positive, Size, check, check_finite
-from lora_lab.system.wording import counted, short_repr, shortened
+from lora_lab.system.wording import count_noun, short_repr, shortened
 from lora_lab.variants import LORA_METHODS, PiSSALinear
 
 CONFIG, WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
@@ -217,7 +217,7 @@ def load_adapter(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
     names = put_on(model, factors, config.get("lora_dropout", 0.0), variant)
     if left_out:
         warnings.warn(
-            f"{label} has nothing for {counted(len(left_out), 'layer')} that its target_modules match, such as "
+            f"{label} has nothing for {count_noun(len(left_out), 'layer')} that its target_modules match, such as "
             f"{min(left_out, key=_natural_key)!r}, so they stay as they are; is it the adapter's own base model?",
             stacklevel=2,
         )

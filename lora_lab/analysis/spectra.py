@@ -425,7 +425,7 @@ def _update_of(layer: LoRALayer) -> _Factors | Update:
     if isinstance(layer, DoRALinear):  # the row norms change too, so the update has full rank
         return Update(svd(layer.weight - before), None, before)
     if isinstance(layer, PiSSALinear):  # B A starts as a part of the weight, and the update is B A - B0 A0
-        layer = layer.difference()
+        layer = layer.as_plain_lora()
     if isinstance(layer, LoRAEmbedding | LoRAConv1D):  # these store their weight as (in, out)
         before = before.T
     return _Factors(layer.lora_B.flatten(1), layer.lora_A.flatten(1), layer.scaling, before)

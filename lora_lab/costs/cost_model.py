@@ -37,7 +37,7 @@ from lora_lab.methods import LoRA, Method
 from lora_lab.models.llama import Llama, LlamaConfig
 from lora_lab.system.device import own_randomness, pick_device
 from lora_lab.system.process import BusyCores
-from lora_lab.system.wording import counted
+from lora_lab.system.wording import count_noun
 from lora_lab.train import Batch, state_bytes
 
 MEMORY, UPDATE = "passes over memory", "clipping and optimiser"
@@ -269,7 +269,7 @@ class Prediction:
             return f"clipping and updating {work.trained:,} parameters instead of {first.trained:,}"
         noun, rest = _OPERATIONS[cause]
         difference = sign * (work.count(cause) - first.count(cause))
-        return f"{counted(difference, noun)}{rest}" if difference > 0 else f"the same {noun}s{rest}"
+        return f"{count_noun(difference, noun)}{rest}" if difference > 0 else f"the same {noun}s{rest}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return one entry a variant and what holds for all of them, in values of JSON."""

@@ -22,16 +22,16 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from lora_lab.costs.fake import Source, batch_for, build_on_meta, fake_copy, storage_of
-from lora_lab.costs.repeated import count_short, longest_run, prepare_shapes
+from lora_lab.costs.repeated import count_short, longest_run, prepare_shapes, transformer_blocks
 from lora_lab.costs.setup import Setup, as_setup, setting_of
 from lora_lab.costs.trace import StepTracer, adapter_modules
-from lora_lab.inject import lora_layers, output_head, transformer_blocks
+from lora_lab.inject import lora_layers, output_head
 from lora_lab.layers import is_linear
 from lora_lab.lora import LoRALayer, LoRALinear
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.models.quantize import BlockLinear
 from lora_lab.system.device import own_randomness
-from lora_lab.system.wording import counted
+from lora_lab.system.wording import count_noun
 from lora_lab.task import is_encoder_decoder
 from lora_lab.train import Batch, TrainingStep
 
@@ -139,7 +139,7 @@ class Flops:
         for part, *numbers in zip([*parts, "all"], *([*each, sum(each)] for each in columns.values()), strict=True):
             lines.append(f"  {part:<12}" + "".join(f"{number / GIGA:>18,.3f}" for number in numbers))
         unit = "example" if self.seq_len is None else "token"
-        lines.append(f"  {self.total / self.tokens / 1e6:,.1f} MFLOP for each of {counted(self.tokens, unit)}")
+        lines.append(f"  {self.total / self.tokens / 1e6:,.1f} MFLOP for each of {count_noun(self.tokens, unit)}")
         if self.causal is not None and self.fused is not None and self.part(ATTENTION):
             lines.append(f"  with a causal kernel that skips the masked half: {self.causal / GIGA:,.3f} GFLOP; with a")
             lines.append(f"  fused one, which makes the scores again in the backward pass: {self.fused / GIGA:,.3f}")

@@ -25,7 +25,7 @@ from torch import nn
 from lora_lab.costs.bill import Part, RecordedOperation, Recording, Storage
 from lora_lab.costs.fake import copy_sharing_weights, meta_copy
 from lora_lab.costs.setup import Setup
-from lora_lab.inject import transformer_blocks
+from lora_lab.inject import match_layers
 from lora_lab.system.device import own_randomness
 
 Key = TypeVar("Key", bound=Hashable)
@@ -34,6 +34,26 @@ Rehearse = Callable[[nn.Module], tuple[nn.Module, Rehearsed]]  # also returns th
 _FEWEST = 6  # blocks; below, two rehearsals of a shorter model would save little
 _LIBRARIES = {"torch", "transformers", "peft", "lora_lab"}  # whose models treat blocks alike that look alike
 _INDICES = {"layer", "layer_idx", "layer_id", "layer_index"}  # what our Llama and transformers call a block's number
+
+
+def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Return a model's stack of blocks by name, lowest first: the entries of its longest ``nn.ModuleList``."""
+    lists = [(len(module), name) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    longest = max(lists, key=lambda pair: pair[0], default=(0, ""))[1]
+    return {name: m for name, m in model.named_modules() if longest and name.rpartition(".")[0] == longest}
+
+
+def last_blocks(model: nn.Module, count: int) -> list[str]:
+    """Return the linear layers of the last ``count`` blocks, as ``targets``: no gradient is computed below them.
+
+    Raises:
+        ValueError: the model has fewer blocks, or none.
+    """
+    names = list(transformer_blocks(model))
+    if not 1 <= count <= len(names):
+        raise ValueError(f"count is {count}, but {type(model).__name__} is a stack of {len(names)} blocks.")
+    prefixes = tuple(f"{name}." for name in names[len(names) - count :])
+    return [layer for layer in match_layers(model, "all-linear", ()) if layer.startswith(prefixes)]
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from lora_lab.methods import Method
 from lora_lab.system.device import own_randomness
 from lora_lab.system.process import BusyCores
 from lora_lab.system.schema import Size, check
-from lora_lab.system.wording import counted, progress_bar
+from lora_lab.system.wording import count_noun, progress_bar
 from lora_lab.task import padding_id
 from lora_lab.train import Batch
 
@@ -97,7 +97,7 @@ class Times:
         """Return whether a variant is faster or slower than the first, or why this run does not show it."""
         first, interval = next(iter(self.seconds)), self.interval(name)
         if interval is None:
-            return f"inconclusive after {counted(len(self.ratios(name)), 'round')}; take 6 or more"
+            return f"inconclusive after {count_noun(len(self.ratios(name)), 'round')}; take 6 or more"
         low, high = interval
         between = f"{low:.2f} to {high:.2f} of {first}'s time"
         if self.disturbance:
@@ -127,7 +127,7 @@ class Times:
     def __str__(self) -> str:
         width = max(len(name) for name in self.seconds) + 2
         rounds = len(next(iter(self.seconds.values())))
-        title = f"{self.setting}: ms a step, median [quartiles] of {counted(rounds, 'round')}"
+        title = f"{self.setting}: ms a step, median [quartiles] of {count_noun(rounds, 'round')}"
         lines = [title, f"  {'':<{width}}{'ms':>11}{'':>24}{'tokens/s':>11}{'ratio':>8}"]
         for index, name in enumerate(self.seconds):
             low, high = self.quartiles_s(name)
@@ -203,7 +203,7 @@ def disturbance(busy: BusyCores) -> str:
     """Return a sentence about other processes that kept the cores busy, or an empty string."""
     if not busy.disturbs:
         return ""
-    threads = counted(busy.threads, "thread")
+    threads = count_noun(busy.threads, "thread")
     return (
         f"Other processes kept {busy.cores:.1f} cores busy meanwhile, so this one's {threads} had to wait; "
         "measure again when this machine is quiet."

@@ -39,7 +39,7 @@ from lora_lab.system.files import (
 )
 from lora_lab.system.provenance import shipped_folder
 from lora_lab.system.schema import check
-from lora_lab.system.wording import counted
+from lora_lab.system.wording import count_noun
 
 CONFIG = "nbgrader_config.py"  # a folder with this file is a course to grade
 BEGIN, END, STUB = "### BEGIN SOLUTION", "### END SOLUTION", "### STUB "
@@ -124,7 +124,7 @@ class Copied:
     def __str__(self) -> str:
         lines = [f"Written: {name}" for name in self.written]
         lines += [f"Newer than the lesson that you have changed, so written beside it: {name}" for name in self.beside]
-        lines += [f"Already there: {counted(self.unchanged, 'lesson')}"] if self.unchanged else []
+        lines += [f"Already there: {count_noun(self.unchanged, 'lesson')}"] if self.unchanged else []
         return "\n".join(lines)
 
 

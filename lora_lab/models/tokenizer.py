@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 from lora_lab.models.chat_template import render
 from lora_lab.system.files import atomic_files, read_json, repair, write_json
 from lora_lab.system.schema import Count, check
-from lora_lab.system.wording import shortened
+from lora_lab.system.wording import short_repr, shortened
 
 TEMPLATE = "chat_template.jinja"  # of newer folders; it has precedence over the one in tokenizer_config.json
 # How text is split before byte pairs are merged, by the name in a GGUF file (as llama.cpp defines them).
@@ -41,6 +41,19 @@ _ROLES = ("system", "user", "assistant")
 # What is checked of a GGUF file's header before the library builds the tokenizer, which checks the rest.
 _IDS = {f"tokenizer.ggml.{long}_token_id": Count for long in _GGUF_IDS.values()}
 _Header: Any = TypedDict("_Header", _IDS | {"tokenizer.chat_template": str}, total=False)  # pyright: ignore
+
+
+@runtime_checkable
+class TextTokenizer(Protocol):
+    """The part of a tokenizer's interface that text tasks use."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+def check_tokenizer(tokenizer: Any, interface: type = TextTokenizer) -> None:
+    """Raise ValueError if an argument lacks a method of a tokenizer, such as a path (and a text has an ``encode``)."""
+    if isinstance(tokenizer, str) or not isinstance(tokenizer, interface):
+        raise ValueError(f"tokenizer is {short_repr(tokenizer)}, but it must be one that load_tokenizer returns.")
 
 
 class _Word(TypedDict):

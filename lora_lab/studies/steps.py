@@ -25,16 +25,16 @@ from lora_lab.costs.cost_model import CostModel, cost_model
 from lora_lab.costs.fake import token_batch
 from lora_lab.costs.flops import flops
 from lora_lab.costs.memory import MIB, Part, measure, predict
+from lora_lab.costs.repeated import last_blocks
 from lora_lab.costs.setup import Setup
 from lora_lab.costs.timing import step_time
-from lora_lab.inject import last_blocks
 from lora_lab.lean.step import Lean
 from lora_lab.methods import FullFineTuning, LoRA
 from lora_lab.models import shapes
 from lora_lab.models.llama import Llama, LlamaConfig
 from lora_lab.studies.recorder import Recorder, Row
 from lora_lab.system.process import peak_bytes, run_in_subprocess
-from lora_lab.system.wording import counted, progress_bar
+from lora_lab.system.wording import count_noun, progress_bar
 from lora_lab.variants import DoRA, LoRAFA, PiSSA
 
 SMALL, SMOLLM2 = "small", "smollm2-135m"  # the first is a Llama for runs of seconds
@@ -272,7 +272,7 @@ def list_setups(model: str, ranks: Sequence[int], last: Sequence[int]) -> dict[s
         llama = random_model(model)
     setups = {"full": Setup(FullFineTuning())} | {f"LoRA r={rank}": Setup(LoRA(rank, 2 * rank)) for rank in ranks}
     for count in last:
-        label = f"LoRA r=8, last {counted(count, 'block')}"
+        label = f"LoRA r=8, last {count_noun(count, 'block')}"
         setups[label] = Setup(LoRA(8, 16, targets=last_blocks(llama, count)))
     return setups
 

@@ -6,7 +6,7 @@ device       which device to compute on, how much work to do, and reproducible r
 files        atomic writes: files that appear whole or not at all
 process      fresh processes for measurements; peak memory; cores used by other processes
 distributed  one run in several processes, which torchrun starts
-provenance   where a result comes from: commit, machine, device, versions
+provenance   where a result comes from: commit, machine, device, versions; texts and bytes to hash
 torch_build  the build of torch that suits this machine, installed before all else
 """
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import torch
 
-from lora_lab.system.wording import counted, shortened
+from lora_lab.system.wording import count_noun, shortened
 
 
 def pick_device(device: str | torch.device | None = None) -> tuple[torch.device, str]:
@@ -44,7 +44,7 @@ def pick_device(device: str | torch.device | None = None) -> tuple[torch.device,
     if torch.cuda.is_available():
         return torch.device("cuda"), f"cuda because a GPU is there: {torch.cuda.get_device_name()}"
     # Apple's mps is used on request only: it rounds differently, and nothing has been measured on it.
-    return torch.device("cpu"), f"cpu because torch sees no CUDA GPU; {counted(torch.get_num_threads(), 'thread')}"
+    return torch.device("cpu"), f"cpu because torch sees no CUDA GPU; {count_noun(torch.get_num_threads(), 'thread')}"
 
 
 def effort() -> str:

@@ -1,16 +1,21 @@
-"""Where a result comes from: commit, machine, device and versions."""
+"""Where a result comes from: commit, machine, device and versions; and what a hash of its data and loss is made of."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import platform
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from lora_lab.system.distributed import current_processes
 
@@ -110,3 +115,32 @@ def driver_version() -> str:
     except (OSError, subprocess.CalledProcessError):
         versions = []
     return versions[0] if versions else "unknown"
+
+
+def describe_value(value: Any) -> str:
+    """Return a text that describes a loss, or an argument of one, and is the same in every process.
+
+    For a function it is the name; for a partial the function's name and the arguments, with all values of tensors and
+    arrays; for any other object its ``repr`` without addresses, which includes the fields of a dataclass but not the
+    attributes of a plain object.
+    """
+    if name := getattr(value, "__name__", None):
+        return name
+    if isinstance(value, functools.partial):
+        return f"partial({describe_value([value.func, *value.args])}, {describe_value(value.keywords)})"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(sorted(f'{key!r}: {describe_value(entry)}' for key, entry in value.items()))}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(describe_value, value))}]"
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {describe_value(value.tolist())}"
+    if isinstance(value, Tensor):  # the repr of a large tensor omits values
+        return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(bytes_of(value)).hexdigest()}"
+    if type(value).__repr__ is object.__repr__:
+        return type(value).__qualname__
+    return re.sub(r" at 0x[0-9A-Fa-f]+", "", repr(value))
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor's values in row-major order, without a copy where that is possible."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

@@ -14,7 +14,7 @@ _SHORT = reprlib.Repr()
 _SHORT.maxother = 200  # such as a path
 
 
-def counted(count: int, noun: str) -> str:
+def count_noun(count: int, noun: str) -> str:
     """Return a count and its noun, in the plural unless it is one: "1 thread", "1,200 tokens"."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
 

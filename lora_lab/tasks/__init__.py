@@ -26,7 +26,8 @@ its name in :data:`TASKS` (in ``named``) makes it a task of ``lora-lab finetune`
 
 import lazy_loader
 
-from lora_lab.task import IGNORE, Examples, Loss, Task, TextTokenizer, cross_entropy, mean_squared_error
+from lora_lab.models.tokenizer import TextTokenizer
+from lora_lab.task import IGNORE, Examples, Loss, Task, cross_entropy, mean_squared_error
 from lora_lab.tasks.arrays import digits, from_arrays, planted
 from lora_lab.tasks.datasets import sentiment, style, summarise, translate, tweets
 from lora_lab.tasks.instruction import ChatTokenizer, Pair, PairTask, from_pairs

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from lora_lab.models.decoding import check_context
 from lora_lab.models.llama import Llama
 from lora_lab.models.reading import LlamaReader, Reader, reader_of, stream
+from lora_lab.models.tokenizer import check_tokenizer
 from lora_lab.system.schema import Size, check
-from lora_lab.task import IGNORE, check_tokenizer, context_length, restore_modes
+from lora_lab.task import IGNORE, context_length, restore_modes
 from lora_lab.tasks.instruction import ChatTokenizer, Pair, PairTask, encode, stop_token
 
 

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lora_lab.models.tokenizer import TextTokenizer, check_tokenizer
 from lora_lab.system.schema import Count, Seed, Size, check
-from lora_lab.system.wording import counted, short_repr
-from lora_lab.task import IGNORE, Examples, Task, TextTokenizer, check_tokenizer, draw_rows
+from lora_lab.system.wording import count_noun, short_repr
+from lora_lab.task import IGNORE, Examples, Task, draw_rows
 from lora_lab.tasks.python_docs import off_domain_texts, windows
 
 PARTS = ("train", "validation", "test")
@@ -254,7 +255,7 @@ def _as_pair(pair: Pair | tuple[str, str]) -> Pair:
 
 def list_counts(counts: Mapping[str, int]) -> str:
     """Return how often each special token occurs, in words."""
-    return ", ".join(f"{token!r} ({counted(count, 'time')})" for token, count in sorted(counts.items()))
+    return ", ".join(f"{token!r} ({count_noun(count, 'time')})" for token, count in sorted(counts.items()))
 
 
 def _suspicions(task: PairTask) -> Iterator[str]:
@@ -303,8 +304,9 @@ def _split(pairs: Iterable[Pair], seed: int) -> dict[str, list[Pair]]:
     if len(groups) < len(PARTS):
         count = sum(map(len, groups.values()))
         raise ValueError(
-            f"There are {counted(count, 'pair')} in {counted(len(groups), 'group')} of the same prompt or group, but "
-            f"{', '.join(PARTS)} need at least one group each; give more pairs with other prompts, or smaller groups."
+            f"There are {count_noun(count, 'pair')} in {count_noun(len(groups), 'group')} of the same prompt or group, "
+            f"but {', '.join(PARTS)} need at least one group each; give more pairs with other prompts, or smaller "
+            "groups."
         )
     tenth, remaining = max(1, sum(map(len, groups.values())) // 10), _shuffle(list(groups.values()), seed)
     split: dict[str, list[Pair]] = {part: [] for part in PARTS}

@@ -26,7 +26,7 @@ from typing_extensions import TypedDict
 
 from lora_lab.system.files import check_file
 from lora_lab.system.schema import check
-from lora_lab.system.wording import counted, short_repr, shortened
+from lora_lab.system.wording import count_noun, short_repr, shortened
 from lora_lab.task import Task
 from lora_lab.tasks.datasets import LANGUAGES, sentiment, style, summarise, translate, tweets
 from lora_lab.tasks.instruction import PARTS, ChatTokenizer, Pair, PairTask, Turn, from_pairs, list_counts
@@ -334,7 +334,7 @@ def _read(
             problems.append(f"{unit} {number}: {shortened(str(error), 250).removesuffix('.')}")
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise ValueError(f"{name} has {counted(len(problems), f'malformed {unit}')}: {shown}.")
+        raise ValueError(f"{name} has {count_noun(len(problems), f'malformed {unit}')}: {shown}.")
     if not stored:
         raise ValueError(f"{name} is empty; write one example per {unit}.")
     return stored
@@ -370,7 +370,7 @@ def _task_of_texts(
         parts[part] = windows(tokenizer, own, seq_len)
         if len(parts[part]) == 0:
             raise ValueError(
-                f"{path} has {counted(len(texts), unit)}, too few for a {part} part of {seq_len} tokens an "
+                f"{path} has {count_noun(len(texts), unit)}, too few for a {part} part of {seq_len} tokens an "
                 f"example; give more or longer {unit}s, or a smaller seq_len."
             )
     tokens = torch.cat([examples.inputs.flatten() for examples in parts.values()]).bincount()  # (vocabulary,)

@@ -12,8 +12,9 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
+from lora_lab.models.tokenizer import TextTokenizer, check_tokenizer
 from lora_lab.system.schema import check
-from lora_lab.task import Examples, Task, TextTokenizer, check_tokenizer
+from lora_lab.task import Examples, Task
 
 _CHUNK = 2**19  # characters tokenised at once; the library needs about 140 bytes for each
 _CONTEXT = 100  # characters on each side of a cut: far more than a token has

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from lora_lab.system.provenance import describe_value
 from lora_lab.system.schema import Size, check
 from lora_lab.task import (
     IGNORE,
@@ -28,7 +29,6 @@ from lora_lab.task import (
     Task,
     accepts,
     cross_entropy,
-    describe_value,
     logits,
     mean_cross_entropy,
     restore_modes,

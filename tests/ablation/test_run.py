@@ -41,6 +41,7 @@ from lora_lab.ablation.results import load
 from lora_lab.ablation.run import ablate, fingerprint
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.tasks import Examples, Task, mean_squared_error
+from lora_lab.train import in_autocast
 from tests.helpers import small_task
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -939,7 +940,7 @@ def test_trials_under_autocast_train_one_by_one_beside_packs(tiny_config, tmp_pa
     history = fit(twin, task, LoRA(2), lr=0.01, seed=1, autocast=torch.bfloat16, **options)
     found = frame[(frame.autocast == "torch.bfloat16") & (frame.seed == 1)]
     assert found.validation_loss.item() == history.rows[-1]["validation_loss"]
-    halved = dataclasses.replace(task, loss=trials[1].computed(task.loss))
+    halved = dataclasses.replace(task, loss=in_autocast(task.loss, trials[1].autocast))
     assert found.test_loss.item() == evaluate(twin, halved, "test", 4) != evaluate(twin, task, "test", 4)
     assert found.score_loss.item() == evaluate(twin, halved, "validation", 4)
     with pytest.raises(ValueError, match=r"engine is 'packed', but .* cannot be packed: .* without autocast"):

@@ -26,9 +26,8 @@ from lora_lab import (
 )
 from lora_lab.costs.fake import fake_copy, token_batch
 from lora_lab.costs.flops import PARTS, PASSES, break_even_rank, closed_form, flops
-from lora_lab.costs.repeated import count_short
+from lora_lab.costs.repeated import count_short, last_blocks
 from lora_lab.costs.setup import Setup
-from lora_lab.inject import last_blocks
 from lora_lab.methods import AsItIs
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.models.shapes import config

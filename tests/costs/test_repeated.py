@@ -12,9 +12,8 @@ from lora_lab import DoRA, FullFineTuning, Lean, Llama, LlamaConfig, LoRA, LoRAF
 from lora_lab.costs import memory, repeated
 from lora_lab.costs.bill import Part, RecordedOperation, Recording
 from lora_lab.costs.memory import predict
-from lora_lab.costs.repeated import extend, longest_run
+from lora_lab.costs.repeated import extend, last_blocks, longest_run
 from lora_lab.costs.setup import Setup
-from lora_lab.inject import last_blocks
 from lora_lab.methods import AsItIs
 from lora_lab.models import quantize
 

@@ -320,10 +320,24 @@ def test_one_process_needs_no_check():
 
 # torchrun
 
+# The command, which waits in its fifth step for the signal that ends it: the run cannot be over before that comes.
+WAITING = """
+import sys, time
+from lora_lab import train
+from lora_lab.cli import main
 
-def torchrun(*arguments, **options):
+def take_step(step, task, order, config, number):
+    time.sleep(300 * (number == 5))
+    return plain(step, task, order, config, number)
+
+plain, train.take_step = train.take_step, take_step
+sys.exit(main())
+"""
+
+
+def torchrun(*arguments, program=("-m", "lora_lab"), **options):
     """A started torchrun of two processes of the command."""
-    call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lora_lab"]
+    call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([*call, *map(str, arguments)], cwd=ROOT, env=environment, **pipes, **options)
@@ -336,6 +350,16 @@ def arguments(tmp_path, tiny_config, chatter):
     model = save_model(Llama(tiny_config, seed=3), tmp_path / "tiny", chatter)
     options = ["--steps", 30, "--eval-examples", 4, "--checkpoint-every", 2, "--device", "cpu"]
     return ["finetune", "--task", tmp_path / "sums.jsonl", "--model", model, "--out", tmp_path / "out", *options]
+
+
+def waiting(arguments, folder, **options):
+    """A started torchrun of a run that has written a checkpoint and waits in its fifth step, or is on the way there."""
+    (folder / "waiting.py").write_text(WAITING, encoding="utf-8")
+    started = torchrun(*arguments, program=[folder / "waiting.py"], **options)
+    while not (folder / "out" / "checkpoint" / CHECKPOINT).is_file():
+        assert started.poll() is None, started.communicate()
+        time.sleep(0.01)
+    return started
 
 
 def sentences(text):
@@ -353,14 +377,11 @@ def losses(folder):
 
 
 def test_torchrun_goes_on_after_a_kill_and_ends_as_one_process_does(arguments, tmp_path, capsys):
-    started = torchrun(*arguments)
-    while not (tmp_path / "out" / "checkpoint" / CHECKPOINT).is_file():
-        assert started.poll() is None, started.communicate()
-        time.sleep(0.01)
+    started = waiting(arguments, tmp_path)
     workers = psutil.Process(started.pid).children(recursive=True)
     victim = next(worker for worker in workers if worker.environ().get("RANK") == "1")  # not a process of its own
     victim.kill()
-    _, report = started.communicate(timeout=60)
+    _, report = started.communicate(timeout=250)
     assert started.returncode == 1
     (sentence,) = sentences(report)
     assert re.search(
@@ -368,7 +389,7 @@ def test_torchrun_goes_on_after_a_kill_and_ends_as_one_process_does(arguments, t
     )
     assert names(tmp_path / "out") == ["checkpoint"]
     again = torchrun(*arguments)
-    printed, report = again.communicate(timeout=60)
+    printed, report = again.communicate(timeout=250)
     assert (again.returncode, sentences(report)) == (0, [])
     assert printed.count("2 processes, 1 thread each\n") == printed.count("Saved in") == 1
     (step,) = re.findall(r"at step (\d+)", sentence)
@@ -381,12 +402,9 @@ def test_torchrun_goes_on_after_a_kill_and_ends_as_one_process_does(arguments, t
 
 
 def test_ctrl_c_ends_torchrun_with_one_sentence_that_names_the_checkpoint(arguments, tmp_path):
-    started = torchrun(*arguments, start_new_session=True)  # as a terminal has it
-    while not (tmp_path / "out" / "checkpoint" / CHECKPOINT).is_file():
-        assert started.poll() is None, started.communicate()
-        time.sleep(0.01)
+    started = waiting(arguments, tmp_path, start_new_session=True)  # as a terminal has it
     os.killpg(started.pid, signal.SIGINT)
-    printed, report = started.communicate(timeout=60)
+    printed, report = started.communicate(timeout=250)
     assert started.returncode not in (0, None)
     (sentence,) = sentences(report)
     assert re.fullmatch(
@@ -400,7 +418,7 @@ def test_ctrl_c_ends_torchrun_with_one_sentence_that_names_the_checkpoint(argume
 def test_torchrun_says_once_what_is_wrong(arguments, tmp_path):
     (tmp_path / "file").write_text("mine")
     started = torchrun(*arguments, "--out", tmp_path / "file" / "out")
-    _, report = started.communicate(timeout=60)
+    _, report = started.communicate(timeout=250)
     assert started.returncode == 1
     (sentence,) = sentences(report)
     assert sentence.endswith("name another folder, or make this one writable.")

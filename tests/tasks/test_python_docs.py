@@ -56,7 +56,7 @@ def test_targets_are_the_inputs_one_token_ahead_and_rows_are_cut_from_the_text(m
         first = [bytes(row) for row in examples.inputs[:20].tolist()]
         assert first != [data[i * 64 : i * 64 + 64] for i in range(20)]  # in random order
     assert task.unit == "tokens"
-    assert task.counted(task.train) == task.train.targets.numel()
+    assert task.count_targets(task.train) == task.train.targets.numel()
 
 
 def test_every_page_of_the_manual_is_in_one_part_only(manual):

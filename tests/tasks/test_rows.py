@@ -81,7 +81,7 @@ def test_every_example_is_in_one_row_and_no_row_is_too_long(length):
         assert rows.inputs.shape == (len(rows), 2, rows.targets.shape[1])
         assert rows.targets.shape[1] <= length
         assert len(rows) >= sum(LENGTHS[part]) / length
-        assert task.counted(rows) == unshared().counted(examples)
+        assert task.count_targets(rows) == unshared().count_targets(examples)
     assert (len(task.train) == 1) is (length == 500)
     assert len(task.train) < len(unshared().train)
 

@@ -15,7 +15,8 @@ import torch
 from lora_lab.costs import flops
 from lora_lab.costs.bill import GIB
 from lora_lab.costs.fake import build_on_meta
-from lora_lab.inject import LoRAConfig, inject, last_blocks, lora_layers
+from lora_lab.costs.repeated import last_blocks
+from lora_lab.inject import LoRAConfig, inject, lora_layers
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.models import shapes
 from lora_lab.models.llama import Llama, LlamaConfig

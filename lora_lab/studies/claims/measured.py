@@ -42,7 +42,7 @@ from lora_lab.studies.claims.deciding import (
     within,
 )
 from lora_lab.studies.records import Published, Record
-from lora_lab.system.wording import counted
+from lora_lab.system.wording import count_noun
 
 if TYPE_CHECKING:
     import pandas
@@ -666,7 +666,7 @@ def full_rank_update(claim: Claim, record: Record) -> Answer:
     layers = [row["energy_rank"] for row in rows if row.get("about") == "layer"]
     seeds = len({row.get("seed") for row in rows if row.get("about") == "run"})
     ratio = statistics.median(layers) / 8
-    text = f"median {ratio:.0f} times rank 8 over {len(layers)} layers, {counted(seeds, 'seed')}"
+    text = f"median {ratio:.0f} times rank 8 over {len(layers)} layers, {count_noun(seeds, 'seed')}"
     if seeds < MIN_SEEDS:
         return None, f"{text}; fewer than {MIN_SEEDS} seeds"
     return 10 <= ratio <= 100, text
