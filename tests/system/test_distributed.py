@@ -322,12 +322,14 @@ def test_one_process_needs_no_check():
 
 # The command, which waits in its fifth step for the signal that ends it: the run cannot be over before that comes.
 WAITING = """
-import sys, time
+import os, pathlib, sys, time
 from lora_lab import train
 from lora_lab.cli import main
 
 def take_step(step, task, order, config, number):
-    time.sleep(300 * (number == 5))
+    if number == 5:
+        pathlib.Path(__file__).with_name("waits " + os.environ["RANK"]).touch()
+        time.sleep(300)
     return plain(step, task, order, config, number)
 
 plain, train.take_step = train.take_step, take_step
@@ -353,10 +355,10 @@ def arguments(tmp_path, tiny_config, chatter):
 
 
 def waiting(arguments, folder, **options):
-    """A started torchrun of a run that has written a checkpoint and waits in its fifth step, or is on the way there."""
+    """A started torchrun of a run that has written checkpoints, and of which both processes wait in the fifth step."""
     (folder / "waiting.py").write_text(WAITING, encoding="utf-8")
     started = torchrun(*arguments, program=[folder / "waiting.py"], **options)
-    while not (folder / "out" / "checkpoint" / CHECKPOINT).is_file():
+    while not all((folder / f"waits {rank}").exists() for rank in range(2)):
         assert started.poll() is None, started.communicate()
         time.sleep(0.01)
     return started
