@@ -128,8 +128,9 @@ class ContinueLoRA(Method):
     """Train the adapters that the model already has, of whatever kind they are, and freeze everything else.
 
     They may come from :func:`lora_lab.load_adapter`, from an earlier ``fit``, or from
-    :func:`lora_lab.adapters.combine`. A of LoRA-FA stays frozen. The optimiser starts anew. For a run that was only
-    interrupted, pass ``fit`` a ``checkpoint_dir`` instead: it then continues bit for bit.
+    :func:`lora_lab.adapters.combine`. A of LoRA-FA stays frozen, unless a file lies between: files of PEFT know
+    LoRA-FA as plain LoRA. The optimiser starts anew. For a run that was only interrupted, pass ``fit`` a
+    ``checkpoint_dir`` instead: it then continues bit for bit.
     """
 
     name = "continue"
