@@ -14,7 +14,7 @@ from lora_lab import LoRA, LoRALinear, demo, plots
 from lora_lab.ablation.learning_rate import BestRate
 from lora_lab.costs.bill import MIB, PARTS, SAVED, Bill, Moment, Part
 from lora_lab.history import COLUMNS, History
-from lora_lab.methods import LoRA, Method
+from lora_lab.methods import Method
 from tests.helpers import LOSSES, PEAKED, PNG, STEP, bill, bounds, legend, moments, points, said, sweep
 
 
