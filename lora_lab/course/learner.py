@@ -29,7 +29,7 @@ State = Literal["done", "tried"]
 _ICONS = {GREEN: "✓", AMBER: "✗", GREY: "○"}
 
 
-_states: dict[str, State] = {}  # of the exercises that this kernel has checked
+_states: dict[str, str] = {}  # of the exercises that this kernel has checked
 _hints_shown: dict[str, int] = {}
 
 
@@ -158,12 +158,12 @@ def _about_hints(exercise: Exercise) -> str:
     return f'hint("{exercise.name}") gives {which}.'
 
 
-def _recall() -> tuple[dict[str, State], str]:
+def _recall() -> tuple[dict[str, str], str]:
     """What became of each exercise that was checked, in this kernel or before.
 
     The second value is empty, or a sentence that says that ``progress.json`` was damaged and has been moved aside.
     """
-    stored: dict[str, State] = {}
+    stored: dict[str, str] = {}
     damaged = ""
     if Path(MANIFEST).is_file():
         try:
