@@ -134,26 +134,23 @@ next_rate = Exercise(
 )
 
 
+def steadily(rng, rates, slope):
+    """Rates in any order, with three losses each, which change by a slope from one rate to the next."""
+    return {rates[i]: (1 + slope * i + rng.normal(0, 0.001, 3)).tolist() for i in rng.permutation(4)}
+
+
 @next_rate.must()
 def goes_on_above(next_rate, rng):
     """If the largest rate is best, the result is larger by the factor between the two largest rates."""
-    for factor in (2.0, 3.0, 10.0):
-        rates = [0.001, 0.0015, *(0.0015 * factor**i for i in (1, 2))]
-        losses = {rates[i]: (1 - 0.1 * i + rng.normal(0, 0.001, 3)).tolist() for i in rng.permutation(4)}
-        if not close(next_rate(losses), rates[-1] * factor):
-            return False
-    return True
+    grids = {factor: [0.001, 0.0015, 0.0015 * factor, 0.0015 * factor**2] for factor in (2.0, 3.0, 10.0)}
+    return all(close(next_rate(steadily(rng, rates, -0.1)), rates[-1] * factor) for factor, rates in grids.items())
 
 
 @next_rate.must()
 def goes_on_below(next_rate, rng):
     """If the smallest rate is best, the result is smaller by the factor between the two smallest rates."""
-    for factor in (2.0, 3.0, 10.0):
-        rates = [0.001, 0.001 * factor, 0.0015 * factor, 0.002 * factor]
-        losses = {rates[i]: (1 + 0.1 * i + rng.normal(0, 0.001, 3)).tolist() for i in rng.permutation(4)}
-        if not close(next_rate(losses), 0.001 / factor):
-            return False
-    return True
+    grids = {factor: [0.001, 0.001 * factor, 0.0015 * factor, 0.002 * factor] for factor in (2.0, 3.0, 10.0)}
+    return all(close(next_rate(steadily(rng, rates, 0.1)), 0.001 / factor) for factor, rates in grids.items())
 
 
 @next_rate.must()
