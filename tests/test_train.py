@@ -843,7 +843,7 @@ def net():
 
 
 def small_llama():
-    return Llama(LlamaConfig(**TINY))
+    return Llama(LlamaConfig(20, 16, 24, 2, 4, 2, 4))
 
 
 def hooked():
@@ -867,8 +867,6 @@ def uncounted(part, rows):
     return task
 
 
-TINY = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
-TINY |= {"num_key_value_heads": 2, "head_dim": 4}
 FIRST_BATCH = DataOrder(12, 0).rows(0, 4)
 NUMBERS = {
     "steps": [0, 10**20],
