@@ -124,7 +124,7 @@ def is_not_at_the_end(peak, rng):
 
 # What is saved
 
-TARGETS = ({"gate"}, {"up"}, {"down"}, {"gate", "up"}, {"gate", "down"}, {"up", "down"}, {"gate", "up", "down"})
+TARGETS = [("gate",), ("up",), ("down",), ("gate", "up"), ("gate", "down"), ("up", "down"), ("gate", "up", "down")]
 
 
 def mlp_and_targets(rng):
