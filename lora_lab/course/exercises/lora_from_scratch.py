@@ -1,7 +1,5 @@
 """Exercises of lesson 03: LoRA, line by line."""
 
-from __future__ import annotations
-
 import copy
 import math
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """Exercises of lesson 10: variants of LoRA."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
