@@ -11,7 +11,9 @@ import os
 import shlex
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -96,25 +98,17 @@ def finetune(
 
     chosen = finetune.method_of(method, rank, alpha)
     if preview:
-        _preview(task, model, allow_special)
+        data = ll.tasks.task_of(task, models.pretrained.load_tokenizer(model), allow_special)
+        print(data.describe())
+        if isinstance(data, ll.tasks.PairTask):
+            print(data.preview(3))
         return None
-    if out is not None:
-        folder = system.files.as_path(out, "--out")
-    else:
-        folder = finetune.OUT if overwrite else finetune.find_unused_folder(checkpoint_every is not None)
-    training = {"steps": steps, "batch_size": batch, "seed": seed, "eval_examples": eval_examples}
-    options: dict[str, Any] = {**training, "lr": lr, "batches": "by_length" if by_length else "random"}
-    options |= {"model": model, "device": device, "allow_special": allow_special, "overwrite": overwrite}
-    result = finetune.run(task, chosen, folder, half=half, checkpoint_every=checkpoint_every, **options)
-    return {"folder": str(folder), **result}
-
-
-def _preview(task: str, model: str, allow_special: bool) -> None:
-    """Print what a model would read and learn."""
-    data = ll.tasks.task_of(task, models.pretrained.load_tokenizer(model), allow_special)
-    print(data.describe())
-    if isinstance(data, ll.tasks.PairTask):
-        print(data.preview(3))
+    if out is None:
+        out = str(finetune.OUT if overwrite else finetune.find_unused_folder(checkpoint_every is not None))
+    options: dict[str, Any] = {"steps": steps, "batch_size": batch, "seed": seed, "eval_examples": eval_examples}
+    options |= {"lr": lr, "batches": "by_length" if by_length else "random", "half": half, "overwrite": overwrite}
+    options |= {"model": model, "device": device, "allow_special": allow_special, "checkpoint_every": checkpoint_every}
+    return {"folder": out, **finetune.run(task, chosen, out, **options)}
 
 
 # Use
@@ -238,7 +232,7 @@ def memory(
     batch: int = 1,
     seq: int | None = None,
     rank: int = 8,
-    dtype: str = "bfloat16",
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
     device: str = "cuda",
     largest: Literal["batch", "seq"] | None = None,
     bills: bool = False,
@@ -253,7 +247,7 @@ def memory(
         batch: sequences per step
         seq: tokens per sequence (default: 512; leave it out for pictures)
         rank: LoRA's rank
-        dtype: type of the weights: bfloat16 or float32
+        dtype: type of the weights
         device: cuda (estimated if there is no GPU) or cpu
         largest: also search for the largest batch or context that fits (takes minutes)
         bills: also print the memory of each setup, part by part
@@ -265,10 +259,11 @@ def memory(
         ``reserved_bytes``; ``saved_bytes`` and ``saved_bytes_by_kind``, what autograd has saved at the end of the
         forward pass; ``source`` and ``setting`` in words.
     """
+    import torch
+
     from lora_lab.costs.fake import build_on_meta
     from lora_lab.costs.memory import parse_bytes, report, training_setups
 
-    weights = _dtype(dtype)
     if largest and not budget:
         raise ValueError("--largest needs --budget, such as --budget 24GiB, to search for what fits into it.")
     built = build_on_meta(models.pretrained.architecture(model))
@@ -277,7 +272,7 @@ def memory(
     rows = report(
         built,
         model,
-        training_setups(rank, weights, lean=isinstance(built, ll.Llama)),
+        training_setups(rank, getattr(torch, dtype), lean=isinstance(built, ll.Llama)),
         batch_size=batch,
         seq_len=length,
         device=device,
@@ -295,7 +290,7 @@ def speed(
     seq: int | None = None,
     rank: tuple[int, ...] = (8,),
     card: str | None = None,
-    dtype: str | None = None,
+    dtype: Literal["bfloat16", "float32"] | None = None,
     device: str | None = None,
     measure: int | None = None,
 ) -> dict[str, Any]:
@@ -310,7 +305,7 @@ def speed(
         seq: tokens per sequence (default: 128; leave it out for pictures)
         rank: LoRA's ranks
         card: predict for another GPU from its datasheet, such as l40s; an unknown name lists the GPUs
-        dtype: type of the weights: bfloat16 or float32 (default: bfloat16 with --card, otherwise as they are)
+        dtype: type of the weights (default: bfloat16 with --card, otherwise as they are)
         device: cpu, cuda, ... (default: the best available)
         measure: also measure real steps, in this many rounds
 
@@ -324,6 +319,8 @@ def speed(
         ``variant``, ``seconds`` with ``lower_quartile_seconds`` and ``upper_quartile_seconds``, ``tokens_per_second``,
         ``ratio`` with its 95 % interval ``ratio_low`` to ``ratio_high``, and ``verdict``.
     """
+    import torch
+
     from lora_lab.costs import speed
     from lora_lab.costs.fake import build_on_meta
     from lora_lab.costs.setup import Setup
@@ -336,7 +333,7 @@ def speed(
     factory = models.pretrained.architecture(model)
     length = _length(build_on_meta(factory), seq, 128)
     named = dtype or ("bfloat16" if card else None)
-    weights = None if named is None else _dtype(named)
+    weights = named and getattr(torch, named)
     variants = {"full": Setup(ll.FullFineTuning(), weights)}
     variants |= {f"LoRA r={each}": Setup(ll.LoRA(each, 2 * each), weights) for each in rank}
     counts = {}
@@ -359,15 +356,6 @@ def speed(
 def _length(model: Any, length: int | None, default: int) -> int | None:
     """Return the number of tokens that was asked for, or the default for a model that reads tokens."""
     return default if length is None and getattr(model, "main_input_name", "") != "pixel_values" else length
-
-
-def _dtype(name: str) -> Any:
-    import torch
-
-    dtypes = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float32": torch.float32, "fp32": torch.float32}
-    if name not in dtypes:
-        raise ValueError(f"--dtype is {name!r}, but it must be bfloat16 or float32.")
-    return dtypes[name]
 
 
 # Analyse and compare
@@ -405,25 +393,19 @@ def analyze(tuned: str, /, base: str | None = None, out: str = "runs/analyze") -
     frame = ll.spectra.report(before, after)
     for by in ("kind", "depth"):
         print(ll.spectra.table(frame, by), end="\n\n")
-    _save_table(frame, folder / "layers.csv")
+    _write(partial(frame.to_csv, index=False), folder / "layers.csv")
     ll.plots.use_style()
     for statistic in ll.plots.STATISTICS if frame.depth.notna().any() else ():
         if statistic in frame:
-            _save_picture(ll.plots.by_depth(frame, statistic), folder / f"{statistic}.png")
+            _write(ll.plots.by_depth(frame, statistic).figure.savefig, folder / f"{statistic}.png")
     medians = {f"by_{by}": system.schema.rows_of(ll.spectra.group(frame, by).reset_index()) for by in ("kind", "depth")}
     return {"folder": out, **medians, "layers": system.schema.rows_of(frame)}
 
 
-def _save_table(frame: Any, path: Path) -> None:
-
+def _write(save: Callable[[Path], Any], path: Path) -> None:
+    """Save a result as a file, whole or not at all, and say where it is."""
     with system.files.atomic_file(path) as temporary:
-        frame.to_csv(temporary, index=False)
-    print(f"Written: {path}")
-
-
-def _save_picture(axes: Any, path: Path) -> None:
-
-    ll.plots.save(axes.figure, path)
+        save(temporary)
     print(f"Written: {path}")
 
 
@@ -486,14 +468,14 @@ def ablate(
     print(f"{len(grid)} trials; results in {folder / 'trials'}, from which a run that was stopped continues")
     net, data = ablation.studies.study(task, seq, model=model)
     frame = ablation.ablate(net, data, grid, folder / "trials", n_jobs=jobs, engine=engine)
-    _save_table(frame, folder / "table.csv")
+    _write(partial(frame.to_csv, index=False), folder / "table.csv")
     ll.plots.use_style()
-    _save_picture(ll.plots.loss_by_rate(frame), folder / "rates.png")
-    _save_picture(ll.plots.learning_and_forgetting(frame), folder / "forgetting.png")
+    _write(ll.plots.loss_by_rate(frame).figure.savefig, folder / "rates.png")
+    _write(ll.plots.learning_and_forgetting(frame).figure.savefig, folder / "forgetting.png")
     verdict = None
     if len(set(ranks)) > 1:
         verdict = ablation.smallest_sufficient_rank(frame, margin or ablation.studies.defaults_of(task).margin)
-        _save_picture(ll.plots.rank_verdict(verdict), folder / "verdict.png")
+        _write(ll.plots.rank_verdict(verdict).figure.savefig, folder / "verdict.png")
         print(f"\n{verdict}")
         verdict = verdict.to_dict()
     return {"folder": out, "trials": len(grid), "evaluations": system.schema.rows_of(frame), "verdict": verdict}

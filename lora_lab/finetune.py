@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from lora_lab import checkpoint
-from lora_lab.adapters.card import CARD, is_free, yield_to
-from lora_lab.adapters.peft_format import CONFIG, WEIGHTS, save_adapter
+from lora_lab.adapters.peft_format import CARD, CONFIG, WEIGHTS, is_free, save_adapter
 from lora_lab.history import History
 from lora_lab.inject import lora_layers
 from lora_lab.methods import AsItIs, FullFineTuning, Method, PartialFineTuning
@@ -177,7 +176,8 @@ def save_run(
     with files.atomic_files(folder, remove=_find_outdated(folder, history.method["name"])) as temporary:
         if lora_layers(net):
             save_adapter(net, temporary, base=base, dtype=dtype, history=history)
-            yield_to(folder, temporary)
+            if not is_free(folder):
+                (temporary / CARD).unlink()
         else:
             save_model(net, temporary, tokenizer)
         history.save(temporary / "history.json")

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +57,6 @@ def check_file(path: str | Path, what: str) -> None:
     """Raise FileNotFoundError if there is no such file; ``what`` it should be, such as "a table"."""
     if not as_path(path, "path").is_file():
         raise FileNotFoundError(f"There is no file {shortened(str(path))}; give the path of {what}.")
-
-
-def check_folder(folder: str | Path, what: str) -> None:
-    """Raise FileNotFoundError if there is no such folder; ``what`` it should be, such as "a saved adapter"."""
-    folder, named = as_path(folder, "folder"), shortened(str(folder))
-    if folder.is_file():
-        raise FileNotFoundError(f"{named} is a file, but the path of a folder is expected, {what}.")
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"There is no folder {named}; give the path of {what} (names of a hub are not downloaded)."
-        )
 
 
 @contextmanager
@@ -249,7 +238,7 @@ def hold_folder(folder: str | Path) -> Iterator[None]:
 def is_held(folder: str | Path) -> bool:
     """Return whether a folder is held by :func:`hold_folder`."""
     try:
-        with hold_folder(folder) if (Path(folder) / _LOCK).exists() else nullcontext():
+        with hold_folder(folder):
             return False
     except FileExistsError:
         return True
@@ -259,21 +248,15 @@ def check_replaceable(path: str | Path, names: Iterable[str]) -> None:
     """Check that a file which is about to be replaced does not exist yet, or is one that lora_lab wrote.
 
     Args:
-        path: of a ``.json`` or ``.csv`` file.
-        names: the keys, or the columns, by which our own file is known.
+        path: of a file of text.
+        names: words, such as keys or columns, by which our own file is known.
 
     Raises:
         ValueError: it is another file.
     """
     path = Path(path)
-    if not path.exists():
-        return
-    try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""  # a device may never end
-        content = json.loads(text) if path.suffix == ".json" else text.partition("\n")[0].split(",")
-    except (ValueError, RecursionError, OSError):
-        content = None
-    if not isinstance(content, dict | list) or any(name not in content for name in names):
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""  # a device may never end
+    if path.exists() and any(name not in text for name in names):
         raise ValueError(
             f"{path} was not written by this command, which would replace it; name another folder (--out), or move the "
             "file away."
