@@ -154,13 +154,12 @@ def chat(
     adapters = {Path(folder).name: folder for folder in adapter}
     if len(adapters) < len(adapter):
         raise ValueError("Two of the adapters' folders have the same name; rename one, because names choose adapters.")
-    bases = set() if model else {find_base(folder) for folder in adapter}
+    bases = {model} if model else {find_base(folder) for folder in adapter} or {models.pretrained.SMOLLM2}
     if len(bases) > 1:
         raise ValueError(f"The adapters are of different models, {', '.join(sorted(bases))}; choose one with --model.")
     if prompt is not None and len(adapter) > 1:
         raise ValueError(f"One answer takes one adapter, but --adapter names {len(adapter)}.")
-    base = model or next(iter(bases), models.pretrained.SMOLLM2)
-    loaded, tokenizer = models.pretrained.load_pretrained(base, device=device)
+    loaded, tokenizer = models.pretrained.load_pretrained(bases.pop(), device=device)
     if prompt is not None:
         _answer(loaded, tokenizer, prompt, adapter, tokens, plain, sampling)
         return
@@ -199,7 +198,9 @@ def export(source: str, /, *, out: str, merged: bool = False, dtype: str | None 
         merged: write the whole model, with the adapter merged into its base
         dtype: dtype of matrices: f32, f16 (the default) or q8_0; for a folder f32 (the default), f16 or bf16
     """
-    folder, target = Path(source), Path(out)
+    from lora_lab.adapters.export import is_adapter
+
+    target = Path(out)
     as_folder = target.suffix != ".gguf"
     if as_folder and not merged:
         raise ValueError(
@@ -209,16 +210,11 @@ def export(source: str, /, *, out: str, merged: bool = False, dtype: str | None 
     if not as_folder:
         models.gguf.check_target(target, dtype or "f16")
     system.files.check_writable(target if as_folder else target.parent)
-    system.files.repair(folder)
-    if folder.is_dir() and not any((folder / name).is_file() for name in (ll.adapters.CONFIG, "config.json")):
-        raise FileNotFoundError(f"{source} holds neither an adapter ({ll.adapters.CONFIG}) nor a model (config.json).")
     if as_folder:
-        ll.adapters.save_merged(folder, target, dtype or "f32")
-    elif (folder / ll.adapters.CONFIG).is_file():
-        ll.adapters.save_gguf(folder, target, merged=merged, dtype=dtype or "f16")
+        ll.adapters.save_merged(source, target, dtype or "f32")
     else:
-        model, tokenizer = models.pretrained.load_pretrained(source, device="cpu")
-        models.pretrained.save_model(model, target, tokenizer, format="gguf", dtype=dtype or "f16")
+        whole = merged or not is_adapter(source)
+        ll.adapters.save_gguf(source, target, merged=whole, dtype=dtype or "f16")
     size = sum(path.stat().st_size for path in (target.iterdir() if as_folder else [target]))
     print(f"Written: {target} ({size / 1e6:,.1f} MB)")
 
@@ -376,9 +372,10 @@ def analyze(tuned: str, /, base: str | None = None, out: str = "runs/analyze") -
         and ``by_depth``, their medians over the number of ``layers`` there. A statistic, such as ``stable_rank``, has
         the band of noise beside it: ``stable_rank_low`` and ``stable_rank_high``.
     """
-    system.files.repair(tuned)
-    is_adapter = (Path(tuned) / ll.adapters.CONFIG).is_file()
-    if not is_adapter and base is None:
+    from lora_lab.adapters.export import is_adapter
+
+    adapter = is_adapter(tuned)
+    if not adapter and base is None:
         raise ValueError(
             f"{tuned} is not an adapter (it lacks {ll.adapters.CONFIG}); a fine-tuned model needs --base as well."
         )
@@ -386,9 +383,9 @@ def analyze(tuned: str, /, base: str | None = None, out: str = "runs/analyze") -
     system.files.check_writable(folder)
     system.files.check_replaceable(folder / "layers.csv", ("layer", "kind", "depth"))
     before = None if base is None else models.pretrained.load_pretrained(base, device="cpu")[0]
-    after = tuned if is_adapter else models.pretrained.load_pretrained(tuned, device="cpu")[0]
+    after = tuned if adapter else models.pretrained.load_pretrained(tuned, device="cpu")[0]
     keys = [set() if model is None or isinstance(model, str) else {*model.state_dict()} for model in (before, after)]
-    if not is_adapter and (differ := keys[0] ^ keys[1]):
+    if not adapter and (differ := keys[0] ^ keys[1]):
         raise ValueError(f"Only one of {tuned} and {base} has {min(differ)}; give the model's own base.")
     frame = ll.spectra.report(before, after)
     for by in ("kind", "depth"):

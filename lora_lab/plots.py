@@ -56,7 +56,8 @@ METHOD_COLOURS = {
     "chance": "#999999",
 }
 # Colour and hatch of each part of a memory bill. The saved activations share a colour: they are one kind of memory.
-PART_LOOKS: dict[str, tuple[str, str]] = {
+Looks = dict[str, tuple[str, str]]
+PART_LOOKS: Looks = {
     Part.FROZEN: ("#999999", ""),
     Part.TRAINED: (COLOURS[0], "//"),
     Part.GRADIENTS: (COLOURS[1], "\\\\"),
@@ -207,12 +208,7 @@ def _draw_seeds(ax: Axes, place: int, values: Series, style: Mapping[str, Any], 
         ax.vlines(values.mean(), place - 0.35, place + 0.35, color=style["color"], linewidth=2)
 
 
-def stacked_bars(
-    bars: Mapping[str, Mapping[str, float]],
-    ylabel: str,
-    looks: Mapping[str, tuple[str, str]],
-    ax: Axes | None = None,
-) -> Axes:
+def stacked_bars(bars: Mapping[str, Mapping[str, float]], ylabel: str, looks: Looks, ax: Axes | None = None) -> Axes:
     """One bar a key, its parts stacked in one order, with the total above.
 
     Args:
@@ -460,12 +456,7 @@ def by_rank(lines: Mapping[str, Mapping[int, float]], ylabel: str, ax: Axes | No
     return legend_beside(ax)
 
 
-def best_rates(
-    lines: Mapping[str, Mapping[int, BestRate]],
-    full: BestRate | None = None,
-    power: float | None = None,
-    ax: Axes | None = None,
-) -> Axes:
+def best_rates(lines: Mapping[str, Mapping[int, BestRate]], full: BestRate | None = None, power: float = 0) -> Axes:
     """Best learning rates against the rank, both logarithmic, with 95 % intervals; a line for each label.
 
     An arrow in place of an interval's end: the grid does not bound it. A best rate at the edge of its grid is hollow.
@@ -473,17 +464,16 @@ def best_rates(
     Args:
         lines: label -> rank -> best rate.
         full: full fine-tuning's, drawn as a line with a band.
-        power: a thin line falls as rank ** power from where the first line begins.
+        power: a thin line falls as rank ** power from where the first line begins; none if it is 0.
     """
-    ax = ax or plt.subplots()[1]
+    ax = plt.subplots()[1]
     if full is not None and full.vertex is not None:
         blue = METHOD_COLOURS["full"]
         ax.axhline(full.vertex, color=blue, label="full fine-tuning")
         ax.axhspan(full.lower or full.tried, full.upper or full.tried, color=blue, alpha=0.15, linewidth=0)
-    count = len(lines)
     for i, (label, by_rank) in enumerate(lines.items()):
         style = {**_style(i), "color": (COLOURS[1], "#6b2f00", *_NEUTRAL)[i]}
-        ranks = np.array([*by_rank]) * 1.06 ** (i - (count - 1) / 2)
+        ranks = np.array([*by_rank]) * 1.06 ** (i - (len(lines) - 1) / 2)
         middles = np.array([best.vertex or best.tried for best in by_rank.values()])
         ax.plot(ranks, middles, label=label, markevery=[best.vertex is not None for best in by_rank.values()], **style)
         for x, y, best in zip(ranks, middles, by_rank.values(), strict=True):
@@ -491,11 +481,10 @@ def best_rates(
                 ax.plot(x, y, style["marker"], color=style["color"], markerfacecolor="white")
             low, high = (y / 1.6 if best.lower is None else best.lower), (y * 1.6 if best.upper is None else best.upper)
             ax.plot([x, x], [low, high], color=style["color"], linewidth=1)
-            ends = (low, "v" if best.lower is None else "_"), (high, "^" if best.upper is None else "_")
-            for end, marker in ends:
+            for end, marker in (low, "v" if best.lower is None else "_"), (high, "^" if best.upper is None else "_"):
                 ax.plot(x, end, marker, color=style["color"], markersize=5)
     every = sorted({rank for by_rank in lines.values() for rank in by_rank})
-    if power is not None:
+    if power:
         first = next(iter(lines.values()))
         start = first[min(first)]
         falling = (start.vertex or start.tried) * (np.array(every) / min(first)) ** power

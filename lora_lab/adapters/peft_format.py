@@ -212,8 +212,8 @@ def load_adapter(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
     adaptable = {name for name, module in modules.items() if lora_class(module, variant) is not None}
     if unknown := factors.keys() - adaptable:
         raise ValueError(
-            f"{label} adapts {min(unknown)!r}, but the model has no such layer, or none of a kind that can be adapted "
-            "so; is it the adapter's base model?"
+            f"{label} adapts {min(unknown)!r}, but the model has no such layer, or none that "
+            f"{(variant or LoRALayer).__name__} adapts; is it the adapter's base model?"
         )
     match_layers(model, list(factors), (), variant)  # which refuses weights that two layers share
     for name, table in tables.items():

@@ -101,7 +101,6 @@ def test_adapter_strength_and_off_decide_the_next_answer(conversation, folders, 
     ):
         answer = expected(USER, seed, folder, factor)
         assert hear(line, "/new", PROMPT).endswith(f"A new conversation begins.\n{answer}\n"), line
-    conversation.use(None)
     assert not lora_layers(conversation.model)
 
 

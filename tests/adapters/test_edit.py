@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
-import peft
 import pytest
 import torch
 from torch import nn
@@ -201,24 +200,6 @@ def test_a_saved_adapter_is_read_without_its_model(tmp_path, kind):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=0)
-
-
-def test_pefts_adapters_are_read_with_their_own_ranks(tmp_path):
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2"], rank_pattern={"2": 2}, use_rslora=True)
-    model = peft.get_peft_model(
-        torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3)), config
-    )
-    model.save_pretrained(tmp_path)
-    found = read_adapter(tmp_path)
-    assert {name: tuple(value.shape) for name, value in found.items() if "lora" in name} == {
-        "0.lora_A": (4, 6),
-        "0.lora_B": (5, 4),
-        "2.lora_A": (2, 5),
-        "2.lora_B": (3, 2),
-    }
-    for name in ("0", "2"):
-        theirs = model.base_model.model.get_submodule(name).scaling["default"]
-        assert float(found[f"{name}.scaling"]) == pytest.approx(theirs)
 
 
 def test_layers_are_read_in_the_order_of_their_numbers(tmp_path):

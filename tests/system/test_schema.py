@@ -198,8 +198,3 @@ def test_a_frames_missing_values_are_null_and_its_numbers_pythons():
         {"n": 1, "x": 0.5, "t": "a", "m": 1},
         {"n": None, "x": None, "t": None, "m": 2},
     ]
-
-
-def test_what_json_has_no_form_for_is_an_error():
-    with pytest.raises(ValueError, match="object"):
-        json_text({"a": object()})
