@@ -150,6 +150,7 @@ REFUSED = [  # arguments, and what the one line of the error names
     (("chat", "a", "--repetition-penalty", 0), "repetition_penalty"),
     (("chat", "a", "--seed", HUGE), "seed"),
     (("chat", "--plain"), "--plain"),
+    (("chat", "--adapter", "a", "--adapter", "b/a"), "same name"),
     (("chat", "a", "--adapter", "no-such-folder"), "no-such-folder"),
     (("demo", "--seed", HUGE), "seed"),
     (("demo", "--rank", HUGE), "rank"),

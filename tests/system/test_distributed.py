@@ -212,21 +212,13 @@ def test_without_the_sums_two_processes_differ_from_one(two):
     assert largest_difference(results["without sums"], run("unequal targets")) > 1e-2
 
 
-def test_sums_keep_dtypes_and_layouts(two):
-    _, (matrix, vector, scalar) = two[0], two[1]["mixed"]
-    assert matrix.tolist() == torch.ones(3, 2).tolist()
-    assert matrix.stride() == (1, 3)
+def test_sums_keep_dtypes_and_layouts_the_first_shares_values_and_it_alone_calls_on_row(two):
+    _, results = two
+    matrix, vector, scalar = results["mixed"]
+    assert (matrix.tolist(), matrix.stride()) == (torch.ones(3, 2).tolist(), (1, 3))
     assert vector.tolist() == [1.2000000000000002] * 3
     assert (matrix.dtype, vector.dtype, scalar.item()) == (torch.float32, torch.float64, 2.0)
-
-
-def test_each_process_gets_the_value_of_the_first(two):
-    _, results = two
     assert results["from first"] == ["of process 0"] * 2
-
-
-def test_rank_0_alone_calls_on_row_with_each_row(two):
-    _, results = two
     assert results["seen"] == results["dropout"][0][0]
 
 
