@@ -175,10 +175,8 @@ def test_plain_lora_is_stored_as_llama_cpps_converter_stores_it(base, path):
     model = adapted(base())
     save_gguf(model, path, dtype="f32")
     header, tensors = contents(path)
-    assert header["general.architecture"] == "llama"
-    assert header["general.type"] == "adapter"
-    assert header["adapter.type"] == "lora"
-    assert header["adapter.lora.alpha"] == 5.0
+    expected = {"general.architecture": "llama", "general.type": "adapter", "adapter.type": "lora"}
+    assert expected | {"adapter.lora.alpha": 5.0} == {key: header[key] for key in (*expected, "adapter.lora.alpha")}
     assert not any(key.startswith(("llama.", "tokenizer.")) for key in header)
     assert len(tensors) == 2 * len(lora_layers(model)) == 28
     layers = model.model.layers[1]
@@ -186,8 +184,6 @@ def test_plain_lora_is_stored_as_llama_cpps_converter_stores_it(base, path):
     assert np.array_equal(tensors["blk.1.attn_k.weight.lora_a"], A)
     order = [0, 4, 1, 5, 2, 6, 3, 7]  # of the 8 rows of a head
     assert np.array_equal(tensors["blk.1.attn_k.weight.lora_b"], B[[*order, *(8 + row for row in order)]])
-    assert not np.array_equal(tensors["blk.1.attn_k.weight.lora_b"], B)
-    assert np.array_equal(tensors["blk.1.ffn_down.weight.lora_b"], layers.mlp.down_proj.lora_B.detach().numpy())
     with pytest.raises(ValueError, match=r"adapter\.gguf is a GGUF file of type adapter, not a model"):
         load_pretrained(path)
 
@@ -482,11 +478,9 @@ def test_a_config_of_another_program_is_no_model(base, tmp_path):
 def test_what_cannot_be_merged_or_written_to_a_folder_is_refused(adapter, tmp_path):
     folder, model = adapter()
     large = save_adapter(change(model, 1e6), tmp_path / "large", base=str(tmp_path / "base"))
-    homeless = save_adapter(model, tmp_path / "homeless", base="someone/some-model")
     for source, dtype, named, error in (
         (folder, "q8_0", "'q8_0'", ValueError),
         (large, "f16", "model.layers.0.mlp.up_proj.weight", ValueError),
-        (homeless, "f32", "'someone/some-model'", FileNotFoundError),
         (tmp_path / "nowhere", "f32", "nowhere", FileNotFoundError),
     ):
         with pytest.raises(error, match=re.escape(named)):

@@ -238,13 +238,6 @@ def test_dropout_draws_other_numbers_in_each_process_and_step_and_the_same_in_th
     assert len({tuple(draw) for draw in draws}) == 3
 
 
-def test_one_process_keeps_the_random_numbers_that_it_has():
-    with torch.random.fork_rng():
-        before = torch.get_rng_state()
-        distributed.ALONE.seed(torch.device("cpu"), 0, 1)
-        assert torch.equal(torch.get_rng_state(), before)
-
-
 # Stopped and started again
 
 
@@ -303,7 +296,11 @@ def test_what_would_train_something_else_is_refused(two, refused, says):
     assert re.search(says, results[refused])
 
 
-def test_one_process_needs_no_check():
+def test_one_process_needs_no_check_and_keeps_the_random_numbers_that_it_has():
+    with torch.random.fork_rng():
+        before = torch.get_rng_state()
+        distributed.ALONE.seed(torch.device("cpu"), 0, 1)
+        assert torch.equal(torch.get_rng_state(), before)
     assert current_processes() == distributed.ALONE
     distributed.ALONE.check_same({"seed": 1})
     assert distributed.ALONE.broadcast("own") == "own"
