@@ -52,6 +52,16 @@ def split_state(state: Mapping[str, Tensor], source: str) -> dict[str, Factors]:
     return factors
 
 
+def join_state(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
+    """Return the adapter that :func:`split_state` splits."""
+    state: dict[str, Tensor] = {}
+    for name, (tensors, *scalars) in factors.items():
+        alpha, scaling = torch.tensor(scalars, dtype=torch.float64)  # ()
+        parts = {**tensors, "alpha": alpha, "scaling": scaling}
+        state |= {f"{name}.{part}": value for part, value in parts.items()}
+    return state
+
+
 def check_factors(name: str, tensors: Mapping[str, Tensor], rank: int, source: str) -> None:
     """Raise ValueError if a layer's tensors do not hold finite floating-point numbers, or are of another rank."""
     A, B = tensors["lora_A"], tensors["lora_B"]

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from lora_lab.adapters.edit import Factors, check_factors, check_fit, put_on, split_state
+from lora_lab.adapters.edit import Factors, check_factors, check_fit, join_state, put_on, split_state
 from lora_lab.history import History
 from lora_lab.inject import adapter_state, lora_layers, match_layers, name_matches, require_no_adapters, uncompiled
 from lora_lab.layers import LoRAConv1D, LoRAEmbedding, lora_class
@@ -270,13 +270,7 @@ def read_adapter(folder: str | Path) -> dict[str, Tensor]:
         ValueError: a file is damaged or from another save, or the adapter uses a setting that is not supported here.
     """
     factors = read(folder).factors
-    state: dict[str, Tensor] = {}
-    for name in sorted(factors, key=_natural_key):
-        tensors, alpha, scaling = factors[name]
-        state |= {f"{name}.{part}": tensor for part, tensor in tensors.items()}
-        state[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float64)  # ()
-        state[f"{name}.scaling"] = torch.tensor(scaling, dtype=torch.float64)  # ()
-    return state
+    return join_state({name: factors[name] for name in sorted(factors, key=_natural_key)})
 
 
 def read(source: str | Path | Mapping[str, Tensor]) -> Adapter:
