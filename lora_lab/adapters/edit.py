@@ -56,7 +56,7 @@ def join_state(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
     """Return the adapter that :func:`split_state` splits."""
     state: dict[str, Tensor] = {}
     for name, (tensors, *scalars) in factors.items():
-        alpha, scaling = torch.tensor(scalars, dtype=torch.float64)  # ()
+        alpha, scaling = (torch.tensor(scalar, dtype=torch.float64) for scalar in scalars)  # (), ()
         parts = {**tensors, "alpha": alpha, "scaling": scaling}
         state |= {f"{name}.{part}": value for part, value in parts.items()}
     return state
