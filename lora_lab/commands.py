@@ -243,7 +243,7 @@ def memory(
         batch: sequences per step
         seq: tokens per sequence (default: 512; leave it out for pictures)
         rank: LoRA's rank
-        dtype: type of the weights
+        dtype: type of the weights: bfloat16 or float32
         device: cuda (estimated if there is no GPU) or cpu
         largest: also search for the largest batch or context that fits (takes minutes)
         bills: also print the memory of each setup, part by part
@@ -301,7 +301,7 @@ def speed(
         seq: tokens per sequence (default: 128; leave it out for pictures)
         rank: LoRA's ranks
         card: predict for another GPU from its datasheet, such as l40s; an unknown name lists the GPUs
-        dtype: type of the weights (default: bfloat16 with --card, otherwise as they are)
+        dtype: type of the weights: bfloat16 or float32 (default: bfloat16 with --card, otherwise as they are)
         device: cpu, cuda, ... (default: the best available)
         measure: also measure real steps, in this many rounds
 
