@@ -96,7 +96,7 @@ def finetune(
     """
     from lora_lab import finetune
 
-    chosen = finetune.method_of(method, rank, alpha)
+    chosen = finetune.make_method(method, rank, alpha)
     if preview:
         data = ll.tasks.task_of(task, models.pretrained.load_tokenizer(model), allow_special)
         print(data.describe())
@@ -263,7 +263,7 @@ def memory(
     if largest and not budget:
         raise ValueError("--largest needs --budget, such as --budget 24GiB, to search for what fits into it.")
     built = build_on_meta(models.pretrained.architecture(model))
-    length = _length(built, seq, 512)
+    length = _choose_length(built, seq, 512)
     budget_bytes = parse_bytes(budget) if budget else None
     rows = report(
         built,
@@ -327,7 +327,7 @@ def speed(
     costs = speed.cards.cost_model(card) if card else None
     chosen, why = system.device.pick_device(device)
     factory = models.pretrained.architecture(model)
-    length = _length(build_on_meta(factory), seq, 128)
+    length = _choose_length(build_on_meta(factory), seq, 128)
     named = dtype or ("bfloat16" if card else None)
     weights = named and getattr(torch, named)
     variants = {"full": Setup(ll.FullFineTuning(), weights)}
@@ -349,7 +349,7 @@ def speed(
     return result
 
 
-def _length(model: Any, length: int | None, default: int) -> int | None:
+def _choose_length(model: Any, length: int | None, default: int) -> int | None:
     """Return the number of tokens that was asked for, or the default for a model that reads tokens."""
     return default if length is None and getattr(model, "main_input_name", "") != "pixel_values" else length
 

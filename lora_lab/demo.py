@@ -70,7 +70,7 @@ class Voice:
     model_bytes: int
 
 
-def before_training(device: str | None) -> tuple[str, Voice]:
+def answer_before_training(device: str | None) -> tuple[str, Voice]:
     """Return how the model continues the prompt before any training, and what an adapter makes of its voice."""
     model, tokenizer = load_pretrained(device=device)
     continuation = _continuation(model, tokenizer)
@@ -133,7 +133,7 @@ def run(
     files.check_replaceable(out / "demo.json", ("machine", "results"))
     print(f"Device: {why}")
     print("\n[1/4] SmolLM2-135M-Instruct, before any training")
-    before, voice = run_in_subprocess(before_training, device)
+    before, voice = run_in_subprocess(answer_before_training, device)
     print(f"\n{STORY}\n{_quote(voice.base)}")
     print(f"\nThe same with the adapter {VOICE}, which is installed with lora_lab:\n{_quote(voice.adapted)}")
     print(f"\nThe beginning of a sentence, which both methods will be trained to continue:\n{_quote(before)}")
@@ -147,7 +147,7 @@ def run(
             raise MemoryError(f"{reason}; full fine-tuning of SmolLM2-135M needs about 4 GiB of free memory.") from None
         print(_quote(results[-1].sample))
     print("\n[4/4] Side by side\n")
-    print(table(results).to_string(col_space=17))
+    print(make_table(results).to_string(col_space=17))
     picture = draw(results, out / "demo.png")
     machine = machine_info(chosen)
     files.write_json(
@@ -156,7 +156,7 @@ def run(
     )
     report = out / "demo.html"
     with files.atomic_file(report) as temporary:
-        temporary.write_text(page(results, before, voice, picture, machine, steps, seed), encoding="utf-8")
+        temporary.write_text(write_page(results, before, voice, picture, machine, steps, seed), encoding="utf-8")
     allocator = " (torch's allocator)" if chosen.type == "cuda" else ""
     print(CLOSING.format(allocator=allocator, prompt=PROMPT, page=report, picture=picture, out=out))
     return out
@@ -179,7 +179,7 @@ Try next:
   make lab     opens the lessons, at 00_first_look.ipynb"""
 
 
-def table(results: list[Result]) -> DataFrame:
+def make_table(results: list[Result]) -> DataFrame:
     """Return the results as texts, one column per method."""
     import pandas
 
@@ -218,7 +218,7 @@ def draw(results: list[Result], path: Path) -> Path:
     return path
 
 
-def page(
+def write_page(
     results: list[Result], before: str, voice: Voice, picture: Path, machine: dict[str, str], steps: int, seed: int
 ) -> str:
     """Return the run as one HTML file that needs no other: texts, table and picture."""
@@ -231,7 +231,7 @@ def page(
     samples = {"before training": before, **{result.label: result.sample for result in results}}
     facts: dict[str, Any] = {"steps": steps, "seed": seed, "batch_size": BATCH_SIZE, "seq_len": SEQ_LEN}
     facts |= {"prompt": STORY, "adapter": VOICE, "voice": voice, "answers": answers, "samples": samples}
-    facts |= {"styles": plots.line_styles([*answers, *samples]), "table": table(results), "machine": machine}
+    facts |= {"styles": plots.line_styles([*answers, *samples]), "table": make_table(results), "machine": machine}
     return template.render(facts, picture=base64.b64encode(picture.read_bytes()).decode())
 
 

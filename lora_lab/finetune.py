@@ -41,7 +41,7 @@ SHOWN = 3  # answers printed before and after
 _SAVED = ("result.json", "history.json", *FILES, CONFIG, WEIGHTS)  # a folder with one of them is in use
 
 
-def method_of(name: str, rank: int, alpha: float | None = None) -> Method:
+def make_method(name: str, rank: int, alpha: float | None = None) -> Method:
     """Return a method by name, with alpha twice the rank by default.
 
     Raises:
@@ -132,15 +132,15 @@ def run(
         chosen, why = pick_device(device)
         net, tokenizer = load_pretrained(model, device=chosen)
         data = task_of(task, tokenizer, allow_special)
-        print(_heading(why, data))
+        print(_describe_start(why, data))
         _check_checkpoint(checkpoints, new_history(data, method, config, net), net, overwrite)
         history, losses = _train(net, data, method, config, checkpoints, every, dtype)
         about = {"name": data.name, "fingerprint": data.fingerprint, "about": data.about}
         result = {"task": about, "method": history.method, "settings": history.settings}
         result |= {"machine": machine_info(chosen)} | losses
-        print(f"\n{table(result)}")
+        print(f"\n{make_table(result)}")
         if current_processes().rank == 0:
-            saved = net, tokenizer, history, base_name(model), dtype, result
+            saved = net, tokenizer, history, name_base(model), dtype, result
             files.save_or_rescue(lambda folder: save_run(folder, *saved), out)
             checkpoint.remove(checkpoints)
     print(f"\nSaved in {out}")
@@ -225,7 +225,7 @@ def _train(
     limit = config.eval_examples
     result = {"before": _evaluate(net, data, limit)}
     print(f"{method}: {config.steps} steps of {config.batch_size} examples at learning rate {config.lr:g}")
-    if (before := checkpoint.stored_history(checkpoints)) is not None:
+    if (before := checkpoint.read_history(checkpoints)) is not None:
         print(f"Going on from step {before.rows[-1]['step']}, with the checkpoint in {checkpoints}")
     with checkpoint.advise(checkpoints):
         history = fit(net, data, method, config, checkpoint_dir=checkpoints, checkpoint_every=every)
@@ -237,7 +237,7 @@ def _train(
     return history, result
 
 
-def _heading(why: str, data: Task) -> str:
+def _describe_start(why: str, data: Task) -> str:
     """Return the device and the reason for it, how many processes there are, and the data."""
     text, processes = f"Device: {why}\n", current_processes().world_size
     if processes > 1:
@@ -255,7 +255,7 @@ def _round_adapters(net: nn.Module, dtype: torch.dtype) -> None:
             tensor.copy_(tensor.to(dtype))
 
 
-def base_name(model: str) -> str:
+def name_base(model: str) -> str:
     """Return what an adapter's config says of its base: the absolute path of a folder or a file, or else the name."""
     return str(Path(model).resolve()) if model != SMOLLM2 and Path(model).exists() else model
 
@@ -295,7 +295,7 @@ def _evaluate(net: nn.Module, data: Task, limit: int | None) -> dict[str, Any]:
     return result
 
 
-def table(result: dict[str, Any]) -> str:
+def make_table(result: dict[str, Any]) -> str:
     """Return losses and scores before and after, and some predictions, as text."""
     import pandas
 

@@ -174,7 +174,7 @@ def test_a_run_killed_at_one_moment_after_another_ends_bit_identical(tmp_path, k
 
     for moment, options, step in ((1, {}, None), (2, {}, 2), (9, {"on_row": die}, 4), (1, {}, 4), (0.05, {}, 4)):
         run_killed(lambda options=options: run(kind, tmp_path, **options), moment)
-        history = checkpoint.stored_history(tmp_path)
+        history = checkpoint.read_history(tmp_path)
         assert (history and history.rows[-1]["step"]) == step or isinstance(moment, float)
     assert_same_end(run(kind, tmp_path, on_row=lambda row: steps.append(row["step"])), expected)
     assert steps
@@ -214,11 +214,11 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, keep):
     with pytest.raises(ValueError, match=r"checkpoint\.safetensors is damaged .*delete it to restart the run"):
         run("lora", tmp_path)
     with pytest.raises(ValueError, match=r"checkpoint\.safetensors is damaged .*delete it to restart the run"):
-        checkpoint.stored_history(tmp_path)
+        checkpoint.read_history(tmp_path)
     (tmp_path / CHECKPOINT).unlink()
-    assert checkpoint.stored_history(tmp_path) is None
+    assert checkpoint.read_history(tmp_path) is None
     _, history = run("lora", tmp_path)
-    assert checkpoint.stored_history(tmp_path).rows == history.rows
+    assert checkpoint.read_history(tmp_path).rows == history.rows
 
 
 def content_of(path):
@@ -375,7 +375,7 @@ def test_a_history_of_any_length_is_stored(tmp_path):
     checkpoint.save(tmp_path, model, torch.optim.AdamW(model.parameters()), history)
     header = int.from_bytes((tmp_path / CHECKPOINT).read_bytes()[:8], "little")
     assert header < 1000
-    assert checkpoint.stored_history(tmp_path) == history
+    assert checkpoint.read_history(tmp_path) == history
 
 
 class Masked(nn.Module):

@@ -166,14 +166,14 @@ training loss         3.150 -> 2.650    3.150 -> 2.400
 validation loss       3.250 -> 2.750    3.250 -> 2.500
 off-domain loss       4.250 -> 3.750    4.250 -> 3.500
 """
-    assert demo.table(RESULTS).to_string(col_space=17) == expected.strip("\n")
+    assert demo.make_table(RESULTS).to_string(col_space=17) == expected.strip("\n")
 
 
 def test_the_page_escapes_texts_and_says_if_the_base_is_not_back(tmp_path):
     voice = demo.Voice("<b>", "a & b", "other", 1_200_000, 538_000_000)
     picture = tmp_path / "demo.png"
     picture.write_bytes(PNG)
-    text = demo.page(RESULTS, "before", voice, picture, {"cpu": "x"}, 4, 3)
+    text = demo.write_page(RESULTS, "before", voice, picture, {"cpu": "x"}, 4, 3)
     assert "<blockquote>&lt;b&gt;</blockquote>" in text
     assert "a &amp; b" in text
     assert "1.2 MB beside a model of\n538 MB" in text

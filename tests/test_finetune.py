@@ -58,7 +58,7 @@ def stop(monkeypatch):
 
     def run(*options, **where):
         with monkeypatch.context() as patch:
-            patch.setattr(finetune, "table", interrupt)
+            patch.setattr(finetune, "make_table", interrupt)
             assert finetune_sums(*options, **where) == 130
 
     return run
@@ -323,7 +323,7 @@ def test_an_adapter_finds_its_base_from_any_folder(tiny, tmp_path, tiny_config, 
 def test_the_name_of_a_base_stays_a_name(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / SMOLLM2).mkdir()
-    assert [finetune.base_name(name) for name in (SMOLLM2, "someone/model")] == [SMOLLM2, "someone/model"]
+    assert [finetune.name_base(name) for name in (SMOLLM2, "someone/model")] == [SMOLLM2, "someone/model"]
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -385,6 +385,6 @@ def test_bad_input_is_told_in_one_sentence_if_possible_before_a_model_is_loaded(
 
 
 def test_methods_by_name():
-    assert finetune.method_of("full", 8) == FullFineTuning()
-    assert finetune.method_of("lora", 4) == LoRA(4, 8)
-    assert finetune.method_of("rslora", 4, alpha=3.0) == RsLoRA(4, 3.0)
+    assert finetune.make_method("full", 8) == FullFineTuning()
+    assert finetune.make_method("lora", 4) == LoRA(4, 8)
+    assert finetune.make_method("rslora", 4, alpha=3.0) == RsLoRA(4, 3.0)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lora_lab.adapters.peft_format import CONFIG, load_adapter, read, read_adapter, read_config, variant_of
+from lora_lab.adapters.peft_format import CONFIG, find_variant, load_adapter, read, read_adapter, read_config
 from lora_lab.inject import adapter_state, lora_layers, merge
 from lora_lab.lora import LoRALayer
 from lora_lab.models import pretrained
@@ -159,7 +159,7 @@ def _write_adapter(source: nn.Module | str | Path, path: Path, dtype: str) -> No
         layout = layout_of(model)
         load_adapter(model, state)  # which raises if a name or a shape is not the base's
     for name, layer in lora_layers(model).items():
-        if variant_of(name, layer) == "use_dora":
+        if find_variant(name, layer) == "use_dora":
             raise ValueError(
                 f"{name!r} has an adapter of type DoRA, whose update is more than scaling * B A, so llama.cpp cannot "
                 "add it to a base; write the whole model with merged=True."

@@ -93,7 +93,7 @@ def save_adapter(
     folder = as_path(folder, "folder")
     check_separate(folder, "adapter")
     layers = lora_layers(model, required=True)
-    settings = {(variant_of(name, layer), getattr(layer.dropout, "p", 0.0)) for name, layer in layers.items()}
+    settings = {(find_variant(name, layer), getattr(layer.dropout, "p", 0.0)) for name, layer in layers.items()}
     if len(settings) > 1:
         raise ValueError(
             f"The adapters differ in (variant, dropout): {sorted(settings)}; one of each can be saved in one folder."
@@ -101,7 +101,7 @@ def save_adapter(
     factors = {name: drop_start(each) for name, each in split_state(adapter_state(model), "The model").items()}
     config = _make_config(model, factors, base, *settings.pop())
     tensors = {
-        f"{_PREFIX}{name}.{_ending(layers[name], part)}": tensor.to("cpu", dtype).contiguous()
+        f"{_PREFIX}{name}.{_find_ending(layers[name], part)}": tensor.to("cpu", dtype).contiguous()
         for name, each in factors.items()
         for part, tensor in each.tensors.items()
     }
@@ -109,13 +109,13 @@ def save_adapter(
     with atomic_files(folder) as temporary:
         write_json(temporary / CONFIG, config)
         if is_free(folder):
-            text = card(config, sum(tensor.numel() for tensor in tensors.values()), history)
+            text = write_card(config, sum(tensor.numel() for tensor in tensors.values()), history)
             (temporary / CARD).write_text(text, encoding="utf-8", errors="backslashreplace")
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
     return folder
 
 
-def variant_of(name: str, layer: LoRALayer) -> str:
+def find_variant(name: str, layer: LoRALayer) -> str:
     """Return PEFT's setting for a layer's variant, or "" for what is saved as plain LoRA.
 
     Raises:
@@ -176,7 +176,7 @@ def _shortest_targets(model: nn.Module, names: list[str]) -> list[str]:
     return sorted(endings) if matches == set(names) else names
 
 
-def _ending(layer: LoRALayer, part: str) -> str:
+def _find_ending(layer: LoRALayer, part: str) -> str:
     """Return how the name of a part of a layer's adapter ends in a file."""
     if part == _MAGNITUDE:
         return part
@@ -426,7 +426,7 @@ def is_free(folder: str | Path) -> bool:
     return not path.exists() or (path.is_file() and _MARK in path.read_text(encoding="utf-8", errors="replace"))
 
 
-def card(config: Mapping[str, Any], parameters: int, history: History | None = None) -> str:
+def write_card(config: Mapping[str, Any], parameters: int, history: History | None = None) -> str:
     """Return the card's text.
 
     Args:

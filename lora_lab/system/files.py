@@ -72,7 +72,7 @@ def atomic_files(folder: str | Path, remove: Iterable[str] = ()) -> Iterator[Pat
         OSError: the folder cannot be written to, or has a folder with the name of a new file.
     """
     folder, remove = Path(folder), tuple(remove)
-    with _workspace(folder) as temporary:
+    with _make_workspace(folder) as temporary:
         try:
             yield temporary
             files = sorted(temporary.iterdir(), key=lambda file: file.suffix != ".safetensors")  # tensors first
@@ -104,7 +104,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to ``path``, unless another process has made ``path`` by then."""
     path = Path(path)
-    with _workspace(path.parent) as folder:
+    with _make_workspace(path.parent) as folder:
         temporary = folder / path.name
         temporary.mkdir()
         yield temporary
@@ -206,7 +206,7 @@ def check_writable(folder: str | Path, leave: bool = False) -> None:
     Args:
         leave: whether the folder stays if it did not exist, because other processes may be about to write to it too.
     """
-    with _workspace(Path(folder)) as temporary:
+    with _make_workspace(Path(folder)) as temporary:
         (temporary / "trial").write_bytes(bytes(4096))
     if leave:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -222,7 +222,7 @@ def hold_folder(folder: str | Path) -> Iterator[None]:
     """
     folder = Path(folder)
     try:
-        with _made(folder), FileLock(folder / _LOCK, timeout=0):
+        with _make(folder), FileLock(folder / _LOCK, timeout=0):
             try:
                 yield
             finally:
@@ -282,9 +282,9 @@ def save_or_rescue(save: Callable[[Path], Any], folder: str | Path) -> Any:
 
 
 @contextmanager
-def _workspace(folder: Path) -> Iterator[Path]:
+def _make_workspace(folder: Path) -> Iterator[Path]:
     """Yield a hidden folder within ``folder``, and remove what a process killed days ago has left there."""
-    with _made(folder):
+    with _make(folder):
         for leftover in folder.glob(f"{_NEW}*"):
             with suppress(OSError):  # another process may have just removed it
                 if time.time() - leftover.stat().st_mtime > _DAY:
@@ -298,7 +298,7 @@ def _workspace(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _made(folder: Path) -> Iterator[None]:
+def _make(folder: Path) -> Iterator[None]:
     """Make a folder, and those above it, for the block; what is empty at its end is removed again."""
     try:
         made = [path for path in (folder, *folder.parents) if not path.exists()]
