@@ -216,9 +216,8 @@ def stacked_bars(bars: Mapping[str, Mapping[str, float]], ylabel: str, looks: Lo
         looks: part -> colour and hatch, such as ``PART_LOOKS``.
     """
     ax = ax or plt.subplots()[1]
-    parts = list(dict.fromkeys(part for heights in bars.values() for part in heights))
     positions, bottom = range(len(bars)), np.zeros(len(bars))
-    for part in parts:
+    for part in dict.fromkeys(part for heights in bars.values() for part in heights):
         heights = np.array([each.get(part, 0.0) for each in bars.values()])
         ax.bar(positions, heights, bottom=bottom, width=0.6, label=part, **filling(*looks[part]))
         bottom += heights
@@ -260,16 +259,15 @@ def memory_of_a_step(bill: Bill, ax: Axes | None = None, around_peak: int | None
     ax = ax or plt.subplots()[1]
     peak = max(bill.timeline, key=lambda moment: moment.total_bytes).operation
     moments = [m for m in bill.timeline if around_peak is None or abs(m.operation - peak) <= around_peak]
+    positions, step = np.array([moment.operation for moment in moments], dtype=float), None
     if around_peak is None:
-        last = moments[-1].operation
-        positions = np.array([100 * moment.operation / last for moment in moments])
+        positions = 100 * positions / positions[-1]
         ax.set_xlabel("operations done (% of the step)")
     else:
-        positions = np.array([moment.operation - peak for moment in moments], dtype=float)
+        positions, step = positions - peak, "mid"
         ax.set_xlabel("operations from the peak")
     parts = _parts(moment.parts for moment in bill.timeline)
     heights = np.array([[moment.parts.get(part, 0) / MIB for moment in moments] for part in parts])
-    step = None if around_peak is None else "mid"
     for low, high, part in zip(np.vstack([0 * heights[:1], heights.cumsum(0)]), heights.cumsum(0), parts, strict=False):
         look = {**filling(*PART_LOOKS[part]), "linewidth": 0}
         ax.fill_between(positions, low, high, label=part, step=step, **look)
@@ -689,29 +687,25 @@ def matrices(layer: LoRALinear) -> Figure:
     Args:
         layer: has ``base``, ``lora_A``, ``lora_B`` and ``scaling``, as the learner's layer in lesson 03 does too.
     """
-    update = layer.scaling * (layer.lora_B @ layer.lora_A)
-    parts = {"W0": layer.base.weight, "A": layer.lora_A, "B": layer.lora_B, "update": update}
-    arrays = {name: part.detach().float().cpu().numpy() for name, part in parts.items()}
-    limits = {name: float(np.quantile(np.abs(array), 0.99)) or 1.0 for name, array in arrays.items()}
-    out_features, in_features = arrays["W0"].shape
-    rank = len(arrays["A"])
+    parts = {
+        "W0": ("$W_0$, frozen", layer.base.weight),
+        "A": ("$A$", layer.lora_A),
+        "B": ("$B$", layer.lora_B),
+        "update": (f"update: {layer.scaling:g} $B A$", layer.scaling * (layer.lora_B @ layer.lora_A)),
+    }
     mosaic: Any = [[".", ".", "A"], ["W0", "B", "update"]]
     figure, axes = plt.subplot_mosaic(mosaic, figsize=(9, 5), width_ratios=[5, 1.4, 5], height_ratios=[1, 4])
-    captions = {
-        "W0": f"$W_0$, frozen ({out_features} x {in_features})",
-        "A": f"$A$ ({rank} x {in_features})",
-        "B": f"$B$ ({out_features} x {rank})",
-        "update": f"update: {layer.scaling:g} $B A$ ({out_features} x {in_features})",
-    }
-    for name, array in arrays.items():
-        look: Any = {"cmap": "RdBu_r", "vmin": -limits[name], "vmax": limits[name], "aspect": "auto"}
+    for name, (symbol, part) in parts.items():
+        array = part.detach().float().cpu().numpy()
+        limit = float(np.quantile(np.abs(array), 0.99)) or 1.0
+        look: Any = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit, "aspect": "auto"}
         image = axes[name].imshow(array, interpolation="nearest", **look)
-        axes[name].set_title(captions[name])
+        axes[name].set_title(f"{symbol} ({array.shape[0]} x {array.shape[1]})")
         axes[name].grid(False)
         axes[name].set(xticks=[], yticks=[])
         bar = figure.colorbar(image, ax=axes[name], format="%.2g", location="bottom" if name != "A" else "right")
         if name == "B":  # too narrow for more than two numbers
-            bar.set_ticks([-0.75 * limits[name], 0.75 * limits[name]])
+            bar.set_ticks([-0.75 * limit, 0.75 * limit])
     axes["W0"].set(xlabel="input", ylabel="output")
     axes["update"].set(xlabel="input")
     return figure
