@@ -26,10 +26,7 @@ from lora_lab.system.files import (
     save_or_rescue,
     write_json,
 )
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+from tests.helpers import names
 
 
 def save(folder, text, remove=()):
