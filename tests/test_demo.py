@@ -54,17 +54,9 @@ def test_demo_fine_tunes_both_ways_and_keeps_what_it_says(small_demo, tmp_path, 
     arguments = ("--steps", 4, "--seed", 3, "--rank", 2, "--device", "cpu:0", "--out", out)
     assert command("demo", *arguments) == 0
     printed = capsys.readouterr().out
-    for part in (
-        "Device: cpu:0 because it was asked for",
-        "[1/4] SmolLM2-135M-Instruct, before any training",
-        "[2/4] LoRA r=2: 4 steps of 2 x 16 tokens at learning rate ",
-        "[3/4] full fine-tuning: 4 steps of 2 x 16 tokens at learning rate ",
-        "[4/4] Side by side",
-        "One seed is an illustration, not a comparison",
-        *(str(out / name) for name in ("demo.html", "demo.png", "lora", "full", "demo.json")),
-        "00_first_look.ipynb",
-    ):
+    for part in ("Device: cpu:0", "[2/4] LoRA r=2: 4 steps of 2 x 16 tokens", "[4/4] Side by side"):
         assert part in printed
+    assert all(str(out / name) in printed for name in ("demo.html", "demo.png", "lora", "full", "demo.json"))
     assert printed.count(f"    | {demo.PROMPT}") == 3  # a sample before, and one after each training
 
     base = load_pretrained(small_demo, device="cpu")[0]
@@ -72,7 +64,6 @@ def test_demo_fine_tunes_both_ways_and_keeps_what_it_says(small_demo, tmp_path, 
     trained = sum(2 * (m.in_features + m.out_features) for n, m in base.named_modules() if n.endswith("_proj"))
     rows = table_rows(printed)
     assert rows[""] == ["LoRA r=2", "full fine-tuning"]
-    assert rows["learning rate"] == ["0.002", "0.0002"]
     assert rows["trained parameters"] == [f"{trained:,}", f"{total:,}"]
     files = [out / "lora" / "adapter_model.safetensors", out / "full" / "model.safetensors"]
     assert rows["file to keep, MB"] == [f"{path.stat().st_size / 1e6:.1f}" for path in files]
