@@ -149,8 +149,7 @@ def chat(
     system.schema.check(tokens, system.schema.Size, "--tokens")
     if plain and prompt is None:
         raise ValueError('--plain continues a text; give one, such as lora-lab chat "Once upon a time" --plain.')
-    sampling = {"temperature": temperature, "seed": seed, "repetition_penalty": repetition_penalty}
-    models.decoding.Sampling(**sampling)  # which raises before the model is loaded
+    sampling = models.decoding.Sampling(temperature, seed, repetition_penalty)
     adapters = {Path(folder).name: folder for folder in adapter}
     if len(adapters) < len(adapter):
         raise ValueError("Two of the adapters' folders have the same name; rename one, because names choose adapters.")
@@ -163,26 +162,25 @@ def chat(
     if prompt is not None:
         _answer(loaded, tokenizer, prompt, adapter, tokens, plain, sampling)
         return
-    conversation = Conversation(loaded, tokenizer, adapters, max_new_tokens=tokens, **sampling)
+    conversation = Conversation(loaded, tokenizer, adapters, max_new_tokens=tokens, **vars(sampling))
     print(HELP)
     talk(conversation, lambda: input(f"{conversation.name or 'base'}> "), lambda text: print(text, end="", flush=True))
 
 
 def _answer(
-    model: Any, tokenizer: Any, prompt: str, adapter: tuple[str, ...], tokens: int, plain: bool, sampling: dict
+    model: Any, tokenizer: Any, prompt: str, adapter: tuple[str, ...], tokens: int, plain: bool, sampling: Any
 ) -> None:
     """Print one answer, or the continuation of a text as it is made."""
-    import torch
+    from lora_lab.adapters.chat import continue_ids
 
     for folder in adapter:
         ll.load_adapter(model, folder)
     if not plain:
-        print(ll.reply(model, tokenizer, prompt, max_new_tokens=tokens, **sampling))
+        print(ll.reply(model, tokenizer, prompt, max_new_tokens=tokens, **vars(sampling)))
         return
-    ids = torch.tensor(tokenizer.encode(prompt, add_special_tokens=True), dtype=torch.long)
-    ids = ids.to(next(model.parameters()).device)
-    continuation = models.reading.stream(model, ids, tokens, tokenizer.eos_id, **sampling)
-    for part in chain([prompt], tokenizer.decode_stream(continuation), ["\n"]):
+    ids = tokenizer.encode(prompt, add_special_tokens=True)
+    continuation = continue_ids(model, tokenizer, ids, tokens, tokenizer.eos_id, sampling)
+    for part in chain([prompt], continuation, ["\n"]):
         print(part, end="", flush=True)
 
 

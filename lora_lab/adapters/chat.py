@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import threading
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -85,11 +85,9 @@ class Conversation:
         try:
             if self.name is not None:
                 load_adapter(self.model, self.adapters[self.name])
-            ids = torch.tensor(self.tokenizer.encode(self.tokenizer.chat(self.messages)))  # (length,)
-            ids = ids.to(next(self.model.parameters()).device)
+            ids, end = self.tokenizer.encode(self.tokenizer.chat(self.messages)), stop_token(self.tokenizer)
             with nullcontext() if self.name is None else strength(self.model, self.strength):
-                tokens = stream(self.model, ids, self.max_new_tokens, stop_token(self.tokenizer), **vars(self.sampling))
-                for part in self.tokenizer.decode_stream(tokens):
+                for part in continue_ids(self.model, self.tokenizer, ids, self.max_new_tokens, end, self.sampling):
                     said += part
                     yield part
         finally:
@@ -99,6 +97,14 @@ class Conversation:
                 self.messages.append({"role": "assistant", "content": said.strip() or "..."})
             else:
                 self.messages.pop()
+
+
+def continue_ids(
+    model: nn.Module, tokenizer: Tokenizer, ids: list[int], most: int, end: int | None, sampling: Sampling
+) -> Iterator[str]:
+    """Return how a model continues these tokens, as parts of a text, until the token ``end`` or ``most`` new ones."""
+    prompt = torch.tensor(ids, dtype=torch.long, device=next(model.parameters()).device)  # (length,)
+    return tokenizer.decode_stream(stream(model, prompt, most, end, **vars(sampling)))
 
 
 # In a terminal
