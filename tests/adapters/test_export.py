@@ -504,7 +504,7 @@ def test_the_command_writes_adapters_and_models_of_every_form(base, base_folder,
         assert command("export", source, "--out", out, "--dtype", dtype, *["--merged"] * merged) == 0
         size = sum(each.stat().st_size for each in (out.iterdir() if out.is_dir() else [out]))
         assert f"Written: {out} ({size / 1e6:,.1f} MB)\n" in capsys.readouterr().out
-        expected = tmp_path / f"expected-{dtype}-{merged}.gguf"
+        expected = tmp_path / "expected" / out.name  # a file holds its name
         if source == folder:
             save_gguf(folder, expected, merged=merged, dtype=dtype)
         elif out == path:
