@@ -22,6 +22,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -397,20 +398,19 @@ class CostModel:
         if fixed < 1 or not 1 <= between[0] <= between[1] or between[1] < fixed:
             raise ValueError(f"between is {between}, but it must ascend and end at {max(1, fixed)} tokens or more.")
 
+        counts = [max(1, math.ceil(between[0] / fixed))]
+        while counts[-1] < between[1] // fixed:
+            counts.append(min(2 * counts[-1], between[1] // fixed))
+
         def point(count: int) -> tuple[int, float]:
             """Return the tokens of ``count`` sequences, or of that length, and the ratio's logarithm."""
             sizes = (count, seq_len) if batch_size is None else (batch_size, count)
             ratio = self.predict(model, {"first": first, "second": second}, *sizes, **options).ratio("second")
             return count * fixed, math.log(ratio)
 
-        count, most = max(1, math.ceil(between[0] / fixed)), between[1] // fixed
-        low = point(count)
-        while count < most:
-            count = min(2 * count, most)
-            high = point(count)
-            if low[1] * high[1] < 0:
-                return round(low[0] * (high[0] / low[0]) ** (low[1] / (low[1] - high[1])))
-            low = high
+        for (low, before), (high, after) in pairwise(map(point, counts)):
+            if before * after < 0:
+                return round(low * (high / low) ** (before / (before - after)))
         return None
 
     def __str__(self) -> str:
