@@ -16,13 +16,14 @@ import torch
 from torch import nn
 
 from lora_lab.costs import cards
-from lora_lab.costs.cost_model import CAUSES, MEMORY, UPDATE, CostModel, Prediction, cost_model
+from lora_lab.costs.cost_model import CAUSES, MEMORY, UPDATE, cost_model
 from lora_lab.costs.fake import Source, fake_copy
-from lora_lab.costs.flops import ADAPTERS, WEIGHT, Flops, break_even_rank, flops
+from lora_lab.costs.flops import ADAPTERS, WEIGHT, break_even_rank, flops
 from lora_lab.costs.setup import Setup, as_setup
-from lora_lab.costs.timing import Times, step_time
+from lora_lab.costs.timing import step_time
 from lora_lab.methods import Method
 from lora_lab.system.device import own_randomness
+from lora_lab.system.schema import Size, check
 
 __all__ = [
     "ADAPTERS",
@@ -30,11 +31,6 @@ __all__ = [
     "MEMORY",
     "UPDATE",
     "WEIGHT",
-    "Communication",
-    "CostModel",
-    "Flops",
-    "Prediction",
-    "Times",
     "break_even_rank",
     "cards",
     "communication",
@@ -52,20 +48,16 @@ class Communication:
 
     Args:
         gradient_bytes: the gradients of all trained parameters, in their dtypes.
-        parameters: the number of trained tensors.
+        reduced_bytes: what is summed over the processes: the gradients, the loss, and for each parameter whether it has
+            a gradient.
         processes: how many train together.
         setting: the model and the setup.
     """
 
     gradient_bytes: int
-    parameters: int
+    reduced_bytes: int
     processes: int
     setting: str
-
-    @property
-    def reduced_bytes(self) -> int:
-        """What is summed over the processes: the gradients, the loss, and for each parameter whether it has one."""
-        return self.gradient_bytes + _NUMBER * (1 + self.parameters)
 
     @property
     def sent_bytes(self) -> float:
@@ -76,11 +68,6 @@ class Communication:
         copied.
         """
         return 2 * (self.processes - 1) / self.processes * self.reduced_bytes
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all numbers, in values of JSON."""
-        names = ("setting", "processes", "parameters", "gradient_bytes", "reduced_bytes", "sent_bytes")
-        return {name: getattr(self, name) for name in names}
 
     def __str__(self) -> str:
         return (
@@ -99,11 +86,11 @@ def communication(model: Source, method: Method | Setup, processes: int = 2, **o
     Raises:
         ValueError: ``processes`` is below 1, an option is out of range, or the model cannot be made ready.
     """
-    if processes < 1:
-        raise ValueError(f"processes is {processes}, but it must be at least 1.")
+    check(processes, Size, "processes")
     setup, cpu = as_setup(method, options), torch.device("cpu")
     with fake_copy(model, cpu, setup.dtype) as twin, own_randomness(cpu, 0):
         groups = setup.step(twin).optimizer.param_groups
-        trained: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
-        size = sum(parameter.numel() * parameter.element_size() for parameter in trained)
-        return Communication(size, len(trained), processes, f"{type(twin).__name__}, {setup.describe()}")
+    trained: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
+    gradients = sum(parameter.nbytes for parameter in trained)
+    reduced = gradients + _NUMBER * (1 + len(trained))
+    return Communication(gradients, reduced, processes, f"{type(twin).__name__}, {setup.describe()}")
