@@ -273,10 +273,13 @@ class StorageLog(StepTracer):
         self._alive: dict[int, tuple[_Life, weakref.ref]] = {}
         self._sums: list[tuple[_Life, _Life]] = []  # a gradient, and the sum of it and another
         self._of_batch: set[int] = set()
+        self._paused = False
         self._calls: dict[Hashable, tuple[int, int, list[_Life], Callable[[], Tensor]]] = {}
 
     def on_operation(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         """Count the operation, and register the storages of its results."""
+        if self._paused:
+            return
         self._operations.append((self.phase, function._opname, self._where()))
         for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(tensor, Tensor):
@@ -302,8 +305,9 @@ class StorageLog(StepTracer):
             self._calls[key] = time, len(self._operations), self._lives[count:], like
             return result
         begun, ended, lives, like = self._calls[key]
+        self._paused = True
         result = like()
-        del self._operations[time:], self._lives[count:]  # what making it has added
+        self._paused = False
         self._operations += [(self.phase, name, self._where()) for _, name, _ in self._operations[begun:ended]]
         for life in lives:
             died = life.died - begun + time if life.died < ended else math.inf

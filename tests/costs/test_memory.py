@@ -622,18 +622,6 @@ def test_so_it_is_where_logits_are_few_and_the_peak_is_elsewhere(method, way):
     assert rehearsed.parts == {part: size for part, size in real.parts.items() if part != REST}
 
 
-@pytest.mark.slow
-def test_the_real_model_is_predicted_within_three_percent(smollm2):
-    model, tokenizer = smollm2
-    ids = torch.tensor([tokenizer.encode("Low-rank adaptation changes a model by a product of two matrices. " * 3)])
-    batch = ids[:, :33][:, :-1], ids[:, 1:33]
-    before = model.lm_head.weight.detach().clone()
-    rehearsed, real = predict(model, LoRA(8), 1, 32), measure(model, LoRA(8), batch)
-    assert rehearsed.peak_bytes == pytest.approx(real.peak_bytes, rel=0.03)
-    assert rehearsed.parts["frozen weights"] == real.parts["frozen weights"] == 4 * 134_515_008
-    assert torch.equal(model.lm_head.weight, before)
-
-
 # The two are independent
 
 
