@@ -39,8 +39,6 @@ __all__ = [
     "step_time",
 ]
 
-_NUMBER = 8  # bytes of a float64: the loss, and for each parameter whether it has a gradient
-
 
 @dataclass(frozen=True)
 class Communication:
@@ -50,30 +48,19 @@ class Communication:
         gradient_bytes: the gradients of all trained parameters, in their dtypes.
         reduced_bytes: what is summed over the processes: the gradients, the loss, and for each parameter whether it has
             a gradient.
+        sent_bytes: what each process sends, and receives, at the least: 2 (n - 1) / n of what is summed, without
+            headers. A ring reaches that (Patarasu and Yuan 2009, Bandwidth optimal all-reduce algorithms for clusters
+            of workstations, section 3): each process passes on 1/n of the data n - 1 times to be added, and n - 1 times
+            to be copied.
         processes: how many train together.
         setting: the model and the setup.
     """
 
     gradient_bytes: int
     reduced_bytes: int
+    sent_bytes: float
     processes: int
     setting: str
-
-    @property
-    def sent_bytes(self) -> float:
-        """What each process sends, and receives, at the least: 2 (n - 1) / n of what is summed, without headers.
-
-        A ring reaches that (Patarasu and Yuan 2009, Bandwidth optimal all-reduce algorithms for clusters of
-        workstations, section 3): each process passes on 1/n of the data n - 1 times to be added, and n - 1 times to be
-        copied.
-        """
-        return 2 * (self.processes - 1) / self.processes * self.reduced_bytes
-
-    def __str__(self) -> str:
-        return (
-            f"{self.setting}: of {self.processes} processes each sends {self.sent_bytes / 1e6:,.1f} MB a step "
-            f"({self.gradient_bytes / 1e6:,.1f} MB of gradients)"
-        )
 
 
 def communication(model: Source, method: Method | Setup, processes: int = 2, **options: Any) -> Communication:
@@ -92,5 +79,6 @@ def communication(model: Source, method: Method | Setup, processes: int = 2, **o
         groups = setup.step(twin).optimizer.param_groups
     trained: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
     gradients = sum(parameter.nbytes for parameter in trained)
-    reduced = gradients + _NUMBER * (1 + len(trained))
-    return Communication(gradients, reduced, processes, f"{type(twin).__name__}, {setup.describe()}")
+    reduced = gradients + torch.float64.itemsize * (1 + len(trained))
+    sent = 2 * (processes - 1) / processes * reduced
+    return Communication(gradients, reduced, sent, processes, f"{type(twin).__name__}, {setup.describe()}")
