@@ -32,7 +32,7 @@ def deep(config=SHAPE):
 
 @pytest.fixture
 def both_ways(monkeypatch):
-    """Predicts twice, with both shortcuts and without, and says whether all blocks were rehearsed the first time."""
+    """Predicts twice, with both shortcuts and without, and says whether blocks were left out the first time."""
 
     def predict_twice(*args, **options):
         depths, plain = [], memory.StorageLog
@@ -50,7 +50,7 @@ def both_ways(monkeypatch):
             whole = predict(*args, **options)
         assert short == whole  # the parts, the moment, what is saved, and every point of the timeline
         assert str(short) == str(whole)
-        return depth == depths[-1]
+        return depth < depths[-1]
 
     return predict_twice
 
@@ -72,7 +72,7 @@ def both_ways(monkeypatch):
     ids=str,
 )
 def test_a_bill_from_a_few_blocks_is_that_from_all_byte_for_byte(method, options, both_ways):
-    assert not both_ways(deep(), method, 2, 24, **options)
+    assert both_ways(deep(), method, 2, 24, **options)
 
 
 @pytest.mark.slow
@@ -92,7 +92,7 @@ def test_so_is_one_of_matrices_that_are_dequantised_in_slices(columns, layers, o
     monkeypatch.setattr(quantize, "_AT_ONCE", 44 * columns)  # of 64 and of 100 rows the last slice is smaller
     shape = replace(SHAPE, num_hidden_layers=layers, intermediate_size=100)
     config = replace(shape, hidden_size=columns, num_attention_heads=2, head_dim=columns // 2)
-    assert both_ways(deep(config), LoRA(8, targets=TWO), 2, 24, nf4=True, **options) == (layers < 6)
+    assert both_ways(deep(config), LoRA(8, targets=TWO), 2, 24, nf4=True, **options) == (layers == 6)
 
 
 def test_slices_that_differ_in_values_only_are_dequantised_once(monkeypatch):
@@ -110,10 +110,10 @@ def test_slices_that_differ_in_values_only_are_dequantised_once(monkeypatch):
 @pytest.mark.slow
 def test_so_is_one_whose_peak_lies_in_a_block(both_ways):
     config = replace(SHAPE, vocab_size=16, intermediate_size=2000)
-    assert not both_ways(deep(config), LoRA(8), 2, 48, **CKPT)
+    assert both_ways(deep(config), LoRA(8), 2, 48, **CKPT)
     wide = DoRA(8, targets=["down_proj"])
     assert "layers" in predict(deep(config), wide, 1, 2).moment
-    assert not both_ways(deep(config), wide, 1, 2)
+    assert both_ways(deep(config), wide, 1, 2)
 
 
 def test_the_shortcut_rehearses_few_blocks(monkeypatch):
@@ -130,9 +130,9 @@ def test_the_shortcut_rehearses_few_blocks(monkeypatch):
 def test_blocks_that_differ_are_not_taken_for_alike(both_ways):
     model = deep(SEVEN)
     top = last_blocks(model, 1)  # six blocks below are alike, but the names are those of the whole model
-    assert both_ways(model, LoRA(8, targets=top), 2, 24)
+    assert not both_ways(model, LoRA(8, targets=top), 2, 24)
     named = [f"model.layers.{i}.self_attn.q_proj" for i in range(7)]  # all alike, but a shorter model lacks some
-    assert both_ways(model, LoRA(8, targets=named), 2, 24)
+    assert not both_ways(model, LoRA(8, targets=named), 2, 24)
     assert longest_run(model).count == 7
     model.model.layers[4].mlp.register_forward_hook(lambda *_: None)
     assert longest_run(model) is None
@@ -157,7 +157,7 @@ class Alternating(nn.Module):
 def test_a_model_of_unknown_code_is_rehearsed_whole(both_ways):
     batch = torch.zeros(3, 8), torch.zeros(3, dtype=torch.long)
     assert longest_run(Alternating()) is None
-    assert both_ways(Alternating(), FullFineTuning(), batch=batch)
+    assert not both_ways(Alternating(), FullFineTuning(), batch=batch)
 
 
 SIZES = {"vocab_size": 120, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6}
@@ -183,9 +183,9 @@ def test_models_of_transformers_have_the_same_bill_from_a_few_blocks(name, chang
     batch = ids, (torch.zeros(2, dtype=torch.long) if name == "Bert" else ids)
     # Adapters on queries let the first block differ from the others: no gradient flows to its input.
     targets = ["query" if name == "Bert" else "q_proj"]
-    assert not both_ways(model, LoRA(4, targets=targets), batch=batch, device="cpu")
+    assert both_ways(model, LoRA(4, targets=targets), batch=batch, device="cpu")
     if name in ("Llama", "Bert"):  # checkpointing is the same in all of them
-        assert not both_ways(model, FullFineTuning(), batch=batch, device="cpu", **CKPT)
+        assert both_ways(model, FullFineTuning(), batch=batch, device="cpu", **CKPT)
 
 
 @pytest.mark.slow
@@ -198,14 +198,14 @@ def test_models_of_transformers_have_the_same_bill_from_a_few_blocks(name, chang
 )
 def test_models_of_transformers_whose_blocks_differ_are_rehearsed_whole(name, changes, both_ways):
     model, ids = transformers_model(name, **changes), torch.zeros(2, 12, dtype=torch.long)
-    assert both_ways(model, LoRA(4, targets=["q_proj"]), batch=(ids, ids), device="cpu")
+    assert not both_ways(model, LoRA(4, targets=["q_proj"]), batch=(ids, ids), device="cpu")
 
 
 def test_a_model_that_peft_made_ready_has_the_same_bill_from_a_few_blocks(tiny_hf, both_ways):
     import peft
 
     model = peft.get_peft_model(tiny_hf(num_hidden_layers=6), peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    assert not both_ways(model, AsItIs(), 2, 12)
+    assert both_ways(model, AsItIs(), 2, 12)
 
 
 @pytest.mark.parametrize(("kinds", "alike"), [(["near"] * 5 + ["far"], False), (["near"] * 6, True)])
