@@ -275,7 +275,7 @@ def memory(
         with_bills=bills,
     )
     facts = {"model": model, "batch_size": batch, "seq_len": length, "dtype": dtype, "device": device}
-    return {**facts, "budget_bytes": budget_bytes, "setups": [row.to_dict() for row in rows]}
+    return {**facts, "budget_bytes": budget_bytes, "setups": rows}
 
 
 def speed(

@@ -20,8 +20,11 @@ import torch
 
 from lora_lab import Llama, LoRAConfig, cli, inject, load_pretrained, save_adapter, save_model
 from lora_lab.ablation.compare import RankResult, RankVerdict
-from lora_lab.costs.memory import Bill, Part, SetupRow
-from lora_lab.costs.speed import Flops, Prediction, Times
+from lora_lab.costs.cost_model import Prediction
+from lora_lab.costs.flops import Flops
+from lora_lab.costs.memory import report
+from lora_lab.costs.setup import Setup
+from lora_lab.costs.timing import Times
 from lora_lab.models import pretrained
 from lora_lab.models.decoding import Sampling
 from tests.helpers import ROOT, command, error_line, printed_json, randomise
@@ -236,13 +239,10 @@ def test_doctor_says_in_one_line_which_variable_is_wrong(monkeypatch, capsys, va
         assert value in error_line(capsys)
 
 
-def test_keys_that_json_may_have_are_documented():
+def test_keys_that_json_may_have_are_documented(tiny_config):
     documented = {name: set(re.findall(r"``(\w+)``", each.__doc__)) for name, each in cli.COMMANDS.items()}
     for name, keys in (
-        (
-            "memory",
-            SetupRow("LoRA", Bill({Part.FROZEN: 5}, "forward pass", "predicted", "a model")).to_dict(),
-        ),
+        ("memory", report(Llama(tiny_config), "tiny", {"full": Setup()}, 1, 4, "cpu")[0]),
         ("speed", Flops({("layers", "forward"): 4}, 2, "a model").to_dict()),
         ("speed", Prediction({"full": {"Python": 1.0}}, {}, 2).to_dict()),
         ("speed", Times({"full": [1.0, 2.0]}, 2).to_dict()),
