@@ -119,7 +119,7 @@ def gaps(record: Record) -> dict[tuple[int, int], Gap]:
             raise ValueError(f"{setup}: fewer than {MIN_SEEDS} seeds have a result for it and for full fine-tuning")
         test, validation = (_block_losses(lora, part) - _block_losses(full, part) for part in ("test", "validation"))
         at_edge = bool(pandas.concat([lora, full])["edge"].fillna("").any())
-        every[int(rank), int(steps)] = Gap(test, validation, at_edge, MARGIN)
+        every[int(cast(float, rank)), int(cast(float, steps))] = Gap(test, validation, at_edge, MARGIN)
     return _together(every)
 
 
@@ -198,7 +198,8 @@ def gains(record: Record, reference: str = FROM_SCRATCH) -> dict[Case, Gap]:
             raise ValueError(f"{data}, {model}, {n_train} examples: fewer than {MIN_SEEDS} seeds")
         wrong = (right[reference] - right[FINE_TUNED])[higher.index].dropna()
         at_edge = bool(case["edge"].fillna("").any())
-        every[str(data), str(model), int(n_train)] = Gap(higher.to_numpy(float), wrong.to_numpy(float), at_edge)
+        key = str(data), str(model), cast(int, n_train)
+        every[key] = Gap(higher.to_numpy(float), wrong.to_numpy(float), at_edge)
     return _together(every)
 
 

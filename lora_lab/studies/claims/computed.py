@@ -60,24 +60,24 @@ def fresh_adapter(claim: Claim) -> Answer:
 def b_zero(claim: Claim) -> Answer:
     """Gradients of A and B at the first step and after it, and the loss after ten steps."""
     layer, x, y = adapted_linear(16, 4, 8.0), random_matrix(64, 16, seed=1), random_matrix(64, 16, seed=2)
-    losses, gradients = [], []
-    for loss in _descend(layer, x, y, torch.optim.SGD([layer.lora_A, layer.lora_B], lr=0.5), steps=10):
-        losses.append(loss)
-        gradients.append([float(factor.grad.abs().max()) for factor in (layer.lora_A, layer.lora_B)])
-    (a_first, b_first), (a_second, _), *_ = gradients
+    optimizer = torch.optim.SGD([layer.lora_A, layer.lora_B], lr=0.5)
+    losses, gradients = zip(*_descend(layer, x, y, optimizer, steps=10), strict=True)
+    (a_first, b_first), (a_second, _), *_ = [[float(each.abs().max()) for each in of_step] for of_step in gradients]
     text = f"first step: gradient of A {a_first:g}, of B {b_first:.2g}; second step: A {a_second:.2g}"
     learned = a_first == 0 < b_first and losses[-1] < losses[0]
     return not learned, f"{text}; the loss falls from {losses[0]:.3f} to {losses[-1]:.3f} in ten steps"
 
 
-def _descend(layer: LoRALinear, x: Tensor, y: Tensor, optimizer: Optimizer, steps: int) -> Iterator[float]:
-    """Yield the loss before each step; the gradients are those of that step."""
+def _descend(
+    layer: LoRALinear, x: Tensor, y: Tensor, optimizer: Optimizer, steps: int
+) -> Iterator[tuple[float, tuple[Tensor, ...]]]:
+    """Yield the loss before each step, and the gradients of A and B."""
     for _ in range(steps):
-        optimizer.zero_grad()
         loss = F.mse_loss(layer(x), y)
-        loss.backward()
+        gradients = torch.autograd.grad(loss, [layer.lora_A, layer.lora_B])
+        layer.lora_A.grad, layer.lora_B.grad = gradients
         optimizer.step()
-        yield loss.item()
+        yield loss.item(), gradients
 
 
 @decides("subtracting-recovers-w0", on="the precision")
@@ -135,7 +135,7 @@ def adam_losses(factor: float, lr_a: float, lr_b: float, alpha: float, steps: in
     layer, x, y = adapted_linear(16, 4, alpha), random_matrix(64, 16, seed=1), random_matrix(64, 16, seed=2)
     layer.lora_A.data *= factor
     groups = [{"params": [layer.lora_A], "lr": lr_a}, {"params": [layer.lora_B], "lr": lr_b}]
-    return [*_descend(layer, x, y, torch.optim.Adam(groups, eps=1e-30), steps)]
+    return [loss for loss, _ in _descend(layer, x, y, torch.optim.Adam(groups, eps=1e-30), steps)]
 
 
 @decides("two-real-knobs")
