@@ -437,7 +437,7 @@ def forgets_more_at_defaults(claim: Claim, record: Record) -> Answer:
     """What both have forgotten after the last step, at the rates of PEFT's benchmark; at equal learning beside it."""
     lora, full = "LoRA r=32, PEFT's rate", "full, PEFT's rate"
     trials = overfitting.summarise_trials(_frame(record, lora, full))
-    row = compare_by_seed(trials, "forgotten_at_last", full).set_index("setup").loc[lora]
+    row = compare_by_seed(trials, "forgotten_at_last", full).set_index("setup").to_dict("index")[lora]
     text = f"after the last step {row['difference']:+.4f} ({row['lower']:+.4f} to {row['upper']:+.4f}) nats"
     beside = "; ".join(words for _, words in _at_equal_learning(record, lora, full))
     return above(row["lower"], row["upper"]), f"{text}; at equal learning: {beside}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise, product
 from typing import Any
@@ -315,7 +315,7 @@ def _best_asking(record: Record) -> float:
     results = _results(record, "sentiment")
     rows = pandas.DataFrame([row for setup in ("zero-shot", "few-shot") for row in results.get(setup, ())])
     prompts = rows[~rows["control"]].groupby(["k", "calibration"], sort=False)[["validation", "accuracy"]].mean()
-    return float(prompts["accuracy"][prompts["validation"].idxmax()])
+    return float(prompts["accuracy"].to_numpy()[prompts["validation"].argmax()])
 
 
 @decides("chrf-40-means-translation", record="downstream", on="the run")
@@ -330,16 +330,18 @@ def chrf_forty(claim: Claim, record: Record) -> Cases:
 
 # Losses of two setups, each at its own rate
 
-Pairs = Iterator[tuple[pandas.Series, pandas.Series, bool]]
+Row = Mapping[Any, Any]  # of the table of compare_losses
 
 
-def _compare(record: Record, data: Sequence[str], pairs: Sequence[tuple[str, str]], part: str = "test") -> Pairs:
+def _compare(
+    record: Record, data: Sequence[str], pairs: Sequence[tuple[str, str]], part: str = "test"
+) -> Iterator[tuple[Row, Row, bool]]:
     """Yield the rows of :func:`compare_losses` of each setup and its reference, and whether they may be judged."""
     frame = record.frame()
     for setup, reference in pairs:
-        table = compare_losses(frame[frame["data"].isin(data)], reference, part, MARGIN).set_index("setup")
-        row = table.loc[setup]
-        yield row, table.loc[reference], row["why"] == "" and row["seeds"] >= MIN_SEEDS
+        table = compare_losses(frame[frame["data"].isin(data)], reference, part, MARGIN).to_dict("records")
+        rows = {row["setup"]: row for row in table}
+        yield rows[setup], rows[reference], rows[setup]["why"] == "" and rows[setup]["seeds"] >= MIN_SEEDS
 
 
 @decides("qlora-matches-16-bits", record="quantised", on="the base it is compared with")
@@ -359,18 +361,18 @@ def merge_into_dequantised(claim: Claim, record: Record) -> Cases:
         yield answer if judged else None, _difference(into_float32, merged)
 
 
-def _difference(row: pandas.Series, reference: pandas.Series) -> str:
+def _difference(row: Row, reference: Row) -> str:
     ends = f"({row['lower']:+.4f} to {row['upper']:+.4f}, {row['seeds']} seeds)"
     edge = ", a rate at the edge of its grid" if row["why"] == "edge" else ""
-    return f"{row.name} less {reference.name}: {row['difference']:+.4f} nats {ends}{edge}"
+    return f"{row['setup']} less {reference['setup']}: {row['difference']:+.4f} nats {ends}{edge}"
 
 
 TAUGHT_AND_TUNED = [(f"LoRA, {rates}", f"full, {rates}") for rates in ("as taught", "tuned")]
 
 
-def _rates(lora: pandas.Series, full: pandas.Series) -> str:
+def _rates(lora: Row, full: Row) -> str:
     """Return the rates of a course, or tuned ones, in words."""
-    rates = str(lora.name).removeprefix("LoRA, ")
+    rates = lora["setup"].removeprefix("LoRA, ")
     return f"{rates} (rates {full['lr']:.3g} and {lora['lr']:.3g}, {lora['seeds']} seeds)"
 
 
