@@ -88,7 +88,7 @@ def bound_together(values: np.ndarray, cases: int) -> tuple[float, float]:
     return cast(tuple[float, float], (lower, upper))  # never of a single seed
 
 
-def _together(every: Mapping[Any, Gap]) -> dict[Any, Gap]:
+def _bound_all(every: Mapping[Any, Gap]) -> dict[Any, Gap]:
     """Return the cases with bounds that hold for all of them together."""
     return {case: replace(gap, cases=len(every)) for case, gap in every.items()}
 
@@ -120,7 +120,7 @@ def gaps(record: Record) -> dict[tuple[int, int], Gap]:
         test, validation = (_block_losses(lora, part) - _block_losses(full, part) for part in ("test", "validation"))
         at_edge = bool(pandas.concat([lora, full])["edge"].fillna("").any())
         every[int(cast(float, rank)), int(cast(float, steps))] = Gap(test, validation, at_edge, MARGIN)
-    return _together(every)
+    return _bound_all(every)
 
 
 def _block_losses(rows: pandas.DataFrame, part: str) -> np.ndarray:
@@ -200,7 +200,7 @@ def gains(record: Record, reference: str = FROM_SCRATCH) -> dict[Case, Gap]:
         at_edge = bool(case["edge"].fillna("").any())
         key = str(data), str(model), cast(int, n_train)
         every[key] = Gap(higher.to_numpy(float), wrong.to_numpy(float), at_edge)
-    return _together(every)
+    return _bound_all(every)
 
 
 def _gain(values: np.ndarray, cases: int) -> tuple[float, float, float]:
@@ -247,7 +247,7 @@ def _decide_gains(answered: Sequence[Answered], always: bool = False) -> Result:
 @decides("fine-tuning-beats-scratch", record="head_start")
 def beats_scratch(claim: Claim, record: Record) -> Result:
     """Test losses after equally many steps, where there are few examples."""
-    few = _together({case: gap for case, gap in gains(record).items() if case[2] <= FEW})
+    few = _bound_all({case: gap for case, gap in gains(record).items() if case[2] <= FEW})
     return _decide_gains([(case, gap, gap.as_good) for case, gap in few.items()])
 
 
@@ -258,7 +258,7 @@ def scratch_never_pays(claim: Claim, record: Record) -> Result:
 
 
 def _on_digits(every: Mapping[Case, Gap]) -> dict[Case, Gap]:
-    return _together({case: gap for case, gap in every.items() if case[0] != DOCS})
+    return _bound_all({case: gap for case, gap in every.items() if case[0] != DOCS})
 
 
 @decides("head-start-shrinks-with-data", record="head_start")
@@ -268,7 +268,7 @@ def shrinks_with_data(claim: Claim, record: Record) -> Result:
     Gains are those in test loss, by which the rates were chosen.
     """
     every, (fewest, *_, most) = _on_digits(gains(record)), SIZES
-    few = _together({case[:2]: gap for case, gap in every.items() if case[2] == fewest and not gap.contradicted})
+    few = _bound_all({case[:2]: gap for case, gap in every.items() if case[2] == fewest and not gap.contradicted})
     many = {name: every[(*name, most)] for name in few}
     shrunk = {
         name: Gap(gap.values - many[name].values, np.array([]), many[name].at_edge)
@@ -276,7 +276,7 @@ def shrinks_with_data(claim: Claim, record: Record) -> Result:
         if gap.as_good
     }
     cases = []
-    for (data, model), gap in _together(shrunk).items():
+    for (data, model), gap in _bound_all(shrunk).items():
         words = "{:+.2f} nats (bounds {:+.2f} to {:+.2f})".format(*_gain(gap.values, gap.cases))
         cases.append((gap.as_good, f"{data}, {model}: {words}"))
     result = decide_cases(cases, "the net and the change of the data")

@@ -267,7 +267,7 @@ def judge(
             results.append(replace(result, shown_by=shown_by, date=record.date, machine=record.device))
     if not results:
         return Result(OPEN, f"there is no record {decider.record!r}", shown_by=f"no record {decider.record!r}")
-    return _together(results)
+    return _combine_machines(results)
 
 
 class _Notebook(TypedDict):
@@ -298,7 +298,7 @@ def judge_record(claim: Claim, record: records.Record, *beside: records.Record) 
         return Result(OPEN, f"this record lacks what is needed ({type(error).__name__}: {error})")
 
 
-def _together(results: list[Result]) -> Result:
+def _combine_machines(results: list[Result]) -> Result:
     """Return the verdict of several machines' records: what is decided counts, not what one of them leaves open."""
     decided = [result for result in results if result.verdict != OPEN] or results
     newest = max(decided, key=lambda result: result.date or "")

@@ -401,7 +401,6 @@ FULL_AT_EDGE = where(lambda row: row["setup"] == "full", edge="largest")
 TO_THE_END = "LoRA r=8: less at 64, 96, 128, 160, 192, 224; undecided at 256, 288; more at 320"
 OVERFITTING = [  # claim, change, folder, verdict, words
     (LESS, unchanged, None, ON_EQUAL, "64 examples, LoRA r=8: less at 24, 32, 40, 48, 56, 64"),
-    (LESS, unchanged, None, ON_EQUAL, "256 examples, LoRA r=8: more at 2"),
     (LESS, FULL_AT_EDGE, None, "open", "64 examples, LoRA r=1: the rate of full is at an edge; "),
     (LESS, where(is_lora, gap=None), None, "open", "lacks what is needed"),  # without training losses
     (LESS, unchanged, GRID, "open", TO_THE_END),

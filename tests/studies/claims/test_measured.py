@@ -147,12 +147,6 @@ def test_only_the_record_of_a_gpu_decides_what_is_stated_of_one():
     assert (result.verdict, "only on a CPU" in result.measured) == ("open", True)
 
 
-def test_slower_cases_are_counted():
-    (record,) = records.load_all("speed").values()
-    slower = [row for row in record.rows if is_lora(row) and row["verdict"].startswith("slower")]
-    assert f"slower in {len(slower)}," in changed(FASTER, unchanged).measured
-
-
 # Tasks
 
 
