@@ -556,7 +556,6 @@ def claims(id: str | None = None, /, records: str | None = None, lessons: str | 
     """
     from lora_lab.studies import claims
     from lora_lab.studies.claims.ledger import WIDTH
-    from lora_lab.studies.records import KINDS
 
     for name, folder in (("records", records), ("lessons", lessons)):
         if folder and not Path(folder).is_dir():
@@ -566,7 +565,7 @@ def claims(id: str | None = None, /, records: str | None = None, lessons: str | 
         print(claims.table(entries, max(WIDTH, shutil.get_terminal_size((WIDTH, 0)).columns)))
         return [entry.to_dict() for entry in entries.values()]
     entry = claims.verdict(id, records, lessons)
-    print(f"{entry.explained()}\n\n{entry.how_to_run(KINDS)}")
+    print(f"{entry.explained()}\n\n{entry.how_to_run()}")
     return [entry.to_dict()]
 
 
