@@ -601,13 +601,11 @@ def course(
     if grading:
         from lora_lab.course.sheets import write_course
 
-        print(write_course(folder, list(only)))
+        print("\n".join(write_course(folder, list(only))))
         print(f"In {folder}, for each sheet: nbgrader generate_assignment NAME (docs/teach.md has the rest)")
         return
     check_files(list(add))
-    print(copy_lessons(folder, solved, list(only)))
-    if result := str(add_files(folder, list(add))):
-        print(result)
+    print("\n".join(copy_lessons(folder, solved, list(only)) + add_files(folder, list(add))))
     first = str(Path(folder) / choose_lessons(list(only))[0].name)
     quoted = shlex.quote(first) if os.name == "posix" else subprocess.list2cmdline([first])
     print(f"Open the first one: jupyter lab {quoted}")
