@@ -696,17 +696,17 @@ def fake_packs(monkeypatch, most=99, refuse=lambda trials: False):
     """A pack that runs its trials one by one, and the sizes of the packs that were asked for."""
     sizes = []
 
-    def fit_packed(model, task, runs, *, progress, **options):
-        sizes.append(len(runs))
-        if refuse(runs):
+    def fit_packed(model, task, trials, **_):
+        sizes.append(len(trials))
+        if refuse(trials):
             raise packed.PackingError("these cannot be packed after all")
-        if len(runs) > most:
-            raise MemoryError(f"{len(runs)} are too many")
+        if len(trials) > most:
+            raise MemoryError(f"{len(trials)} are too many")
         results = []
-        for one in runs:
+        for one in trials:
             own = copy.deepcopy(model)
             try:
-                history = fit(own, task, one.method, lr=one.lr, seed=one.seed, **options)
+                history = fit(own, task, one.method, one)
             except run.DivergedError as error:
                 results.append(packed.PackedResult(None, error))
             else:
@@ -827,7 +827,7 @@ def test_a_pack_too_large_for_the_memory_is_halved(monkeypatch):
 
 
 def test_what_only_the_attempt_shows_to_be_no_pack_runs_apart(monkeypatch):
-    sizes = fake_packs(monkeypatch, refuse=lambda runs: True)
+    sizes = fake_packs(monkeypatch, refuse=lambda trials: True)
     frame = apart(grid(), engine="auto")
     same(frame, apart(grid()))
     assert sizes == [4]

@@ -21,8 +21,15 @@ import numpy as np
 
 from lora_lab.ablation import overfitting, rank_advice
 from lora_lab.ablation.compare import RankResult, compare_losses, last_rows, smallest_sufficient_rank
-from lora_lab.ablation.learning_rate import best_rate, losses_by_rate
-from lora_lab.ablation.stats import CONFIDENCE, block_losses_of, interval, resampled_means, t_bounds
+from lora_lab.ablation.stats import (
+    CONFIDENCE,
+    best_rate,
+    block_losses_of,
+    interval,
+    losses_by_rate,
+    resampled_means,
+    t_bounds,
+)
 from lora_lab.costs.bill import MIB
 from lora_lab.models import shapes
 from lora_lab.studies.claims.counted import rank_of_equal_memory

@@ -1,7 +1,7 @@
 """Verdicts on learning rates, from the record "rates": best rates by rank, under two rules for alpha.
 
 A best rate is the vertex of a parabola, and what compares best rates has the interval of a bootstrap over seeds and
-blocks of examples (:mod:`lora_lab.ablation.learning_rate`). Those of the language model are judged; the digits net is
+blocks of examples (:mod:`lora_lab.ablation.stats`). Those of the language model are judged; the digits net is
 stated beside it. Each claim has a margin: it stands if the interval lies within the margin around what is claimed,
 falls if it lies outside, and is open otherwise.
 """
@@ -16,8 +16,16 @@ from typing import cast
 import numpy as np
 import pandas
 
-from lora_lab.ablation.learning_rate import best_rate, losses_by_rate, powers, ratio_interval, sample_vertices, slope
-from lora_lab.ablation.stats import CONFIDENCE, outer_bounds
+from lora_lab.ablation.stats import (
+    CONFIDENCE,
+    best_rate,
+    losses_by_rate,
+    outer_bounds,
+    powers,
+    ratio_interval,
+    sample_vertices,
+    slope,
+)
 from lora_lab.studies.claims.deciding import FALLS, STANDS, Answer, Claim, decide_cases, decides, excludes_zero, within
 from lora_lab.studies.records import Record
 
