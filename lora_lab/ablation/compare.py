@@ -154,8 +154,10 @@ def _losses_of_trials(frame: pandas.DataFrame, by: str) -> pandas.DataFrame:
         return rows.assign(loss=np.where((rows["outcome"] == "done") & rows["test_loss"].notna(), losses, math.nan))
     frame, trial = frame.reset_index(drop=True), trial_columns(frame)
     curves = frame.sort_values("step", kind="stable").groupby(trial)["validation_loss"]
-    losses = curves.transform({"best_loss": "min", "last_loss": "last"}[by]).where(frame["outcome"] == "done")
-    return frame.assign(loss=losses, reason=frame.get("reason", "")).drop_duplicates(trial)
+    losses = curves.transform("min") if by == "best_loss" else curves.transform("last")
+    return frame.assign(loss=losses.where(frame["outcome"] == "done"), reason=frame.get("reason", "")).drop_duplicates(
+        trial
+    )
 
 
 def trial_columns(frame: pandas.DataFrame) -> list[str]:
@@ -456,9 +458,10 @@ def at_rates(rates: pandas.DataFrame, seeds: Sequence[int], **options: Any) -> p
     import pandas
 
     frames = []
-    for size, of_size in rates.groupby("n_train"):
-        lrs = {setup: rows["lr"].tolist() for setup, rows in of_size.groupby("setup", sort=False)}
-        frames += by_size(lrs=lrs, sizes=[int(size)], seeds=seeds, choose=len(seeds), **options)
+    for size in sorted(set(rates["n_train"].astype(int))):
+        of_size = rates[rates["n_train"] == size].groupby("setup", sort=False)
+        lrs = {str(setup): rows["lr"].tolist() for setup, rows in of_size}
+        frames += by_size(lrs=lrs, sizes=[size], seeds=seeds, choose=len(seeds), **options)
     return pandas.concat(frames, ignore_index=True)
 
 
@@ -747,7 +750,8 @@ def smallest_sufficient_rank(frame: pandas.DataFrame, margin: float = 0.01, meth
     margin = check(margin, Positive, "margin")
     trials = _comparable(frame, method)
     seeds = tuple(sorted(int(seed) for seed in trials["seed"].unique()))
-    choices = {int(rank): choose_rate(of_rank, seeds) for rank, of_rank in trials.groupby("rank")}  # ascending
+    tried = sorted(int(rank) for rank in trials["rank"].unique())
+    choices = {rank: choose_rate(trials[trials["rank"] == rank], seeds) for rank in tried}
     *smaller, largest = choices
     if not smaller:
         raise ValueError(f"The frame has only rank {largest}; ranks are compared, so it takes at least two.")

@@ -173,20 +173,28 @@ def interval(samples: np.ndarray) -> tuple[float, float]:
     return float(lower), float(upper)
 
 
-def rank_correlation(runs: pandas.DataFrame, target: str, predictor: str) -> tuple[float, float, float]:
-    """Return how well one column orders the runs as the other does: Spearman's correlation, with its 95 % interval.
+def rank_correlations(runs: pandas.DataFrame, target: str, predictors: Sequence[str]) -> pandas.DataFrame:
+    """Return how well each predictor orders the runs as the target does: Spearman's correlation, with intervals.
 
-    Runs of one setup differ by their seeds alone, so they count as one observation: the two-sided interval is that of a
-    bootstrap that draws whole setups with replacement.
+    Runs of one setup differ by their seeds alone, so they count as one observation: the two-sided 95 % intervals are
+    those of a bootstrap that draws whole setups with replacement.
 
     Args:
-        runs: one row a run, with ``setup`` and ``lr``; a row that lacks a value is left out.
-        target, predictor: columns.
+        runs: one row a run, with ``setup`` and ``lr``; a row that lacks the target or a predictor is left out.
+        target: the column that is to be predicted.
+        predictors: columns; the others are compared with the first.
+
+    Returns:
+        Columns ``predictor``, ``correlation``, ``lower`` and ``upper``; and ``difference_lower`` and
+        ``difference_upper``: by how much the first predictor's correlation is further from zero, in the same resamples.
 
     Raises:
         ValueError: there are fewer than four setups, or a column is constant.
     """
-    columns = [target, predictor]
+    import pandas
+    from scipy.stats import rankdata
+
+    columns = [target, *predictors]
     runs = runs.dropna(subset=columns)
     setups = [of_setup[columns].to_numpy(float) for _, of_setup in runs.groupby(["setup", "lr"], dropna=False)]
     if (count := len(setups)) < 4:
@@ -194,17 +202,19 @@ def rank_correlation(runs: pandas.DataFrame, target: str, predictor: str) -> tup
     if constant := [name for name in columns if runs[name].nunique() == 1]:
         raise ValueError(f"{constant[0]!r} is the same in all runs, so it correlates with nothing; leave it out.")
 
-    def correlate(drawn: Iterable[int]) -> float:
-        from scipy.stats import rankdata
-
-        ranks = rankdata(np.concatenate([setups[i] for i in drawn]), axis=0)  # (runs, 2), ties share their mean
+    def correlate(drawn: Iterable[int]) -> np.ndarray:
+        ranks = rankdata(np.concatenate([setups[i] for i in drawn]), axis=0)  # ties share their mean
         with np.errstate(invalid="ignore", divide="ignore"):  # NaN where a column is constant, as it may be by chance
-            return float(np.corrcoef(ranks, rowvar=False)[0, 1])
+            return np.corrcoef(ranks, rowvar=False)[0, 1:]  # (predictors,)
 
     random = np.random.default_rng(0)
-    samples = [correlate(random.integers(count, size=count)) for _ in range(RESAMPLES)]
-    lower, upper = np.nanquantile(samples, [_TAIL, 1 - _TAIL], method="nearest")
-    return correlate(range(count)), float(lower), float(upper)
+    samples = np.array([correlate(random.integers(count, size=count)) for _ in range(RESAMPLES)])
+    ahead = np.abs(samples[:, :1]) - np.abs(samples)  # (resamples, predictors)
+    table = {"predictor": [*predictors], "correlation": correlate(range(count))}
+    for prefix, values in {"": samples, "difference_": ahead}.items():
+        bounds = np.nanquantile(values, [_TAIL, 1 - _TAIL], axis=0, method="nearest")
+        table |= zip((f"{prefix}lower", f"{prefix}upper"), bounds, strict=True)
+    return pandas.DataFrame(table)
 
 
 # The best learning rate

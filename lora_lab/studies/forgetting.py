@@ -15,7 +15,7 @@ remedies     LoRA of rank 8 learns Python's manual: as it is, at three rates; wi
              belongs to. Remedies are compared where they have learned as much:
 
     compare_over_rates(frame, "forgotten", "LoRA r=8", share=0.9)           # lora_lab.ablation.overfitting
-    rank_correlation(runs, "forgotten_at_last", "score_divergence")         # lora_lab.ablation.stats
+    rank_correlations(runs, "forgotten_at_last", ["score_divergence", ...])  # lora_lab.ablation.stats
 
 The rows of a setup that ends in "scaled" are the same trials with their adapters at several strengths: ``step`` is the
 strength in per cent.

@@ -259,7 +259,7 @@ class Case:
             frames = (train(seeds, self.lrs) for seeds in self._together(self.choosing))
         lrs = {setup: choice.lr for setup, choice in choices.items()}
         edges = {setup: choice.edge for setup, choice in choices.items()}
-        at_chosen = {setup: [lr] for setup, lr in lrs.items()}
+        at_chosen = {setup: [cast(float, lr)] for setup, lr in lrs.items()}
         judged = (train(seeds, at_chosen) for seeds in self._together(self.judging) if lrs)
         for stage, of_stage in (("choosing", frames), ("judging", judged)):
             for frame in of_stage:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lora_lab import evaluate
 from lora_lab.ablation import Grid, ablate
-from lora_lab.ablation.stats import BlockLosses, block_losses_of, rank_correlation
+from lora_lab.ablation.stats import BlockLosses, block_losses_of, rank_correlations
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
 from lora_lab.tasks import Pair, digits, from_pairs
@@ -81,27 +81,36 @@ def runs(setups=12, seeds=3, noise=0.1, seed=0):
     return pandas.DataFrame(rows)
 
 
-def test_the_correlation_is_spearmans_with_ties_and_without():
+def table(frame, *predictors):
+    return rank_correlations(frame, "target", predictors).set_index("predictor")
+
+
+def test_correlations_are_spearmans_with_ties_and_without_rows_that_lack_a_value():
     frame = runs(noise=0.5)
-    for column in (frame["cause"], frame["cause"].round()):
-        expected = spearmanr(frame["target"], column).statistic
-        assert rank_correlation(frame.assign(cause=column), "target", "cause")[0] == pytest.approx(expected)
-    lacking = frame.assign(cause=frame["cause"].where(frame.index != 3))
-    assert rank_correlation(lacking, "target", "cause") == rank_correlation(frame.drop(3), "target", "cause")
+    for tied in (frame, frame.assign(cause=frame["cause"].round())):
+        found = table(tied, "cause", "mirror", "chance")["correlation"]
+        for name in ("cause", "mirror", "chance"):
+            assert found[name] == pytest.approx(spearmanr(tied["target"], tied[name]).statistic)
+    frame.loc[0, "cause"] = np.nan
+    assert table(frame, "cause").equals(table(frame.drop(0), "cause"))
 
 
-def test_the_interval_finds_a_planted_cause_and_its_opposite_and_nothing_in_chance():
-    _, lower, upper = rank_correlation(runs(), "target", "cause")
-    assert 0.8 < lower < upper <= 1
-    assert rank_correlation(runs(), "target", "mirror")[2] < -0.8
-    _, lower, upper = rank_correlation(runs(), "target", "chance")
-    assert lower < 0 < upper
+def test_a_planted_cause_is_above_chance_and_ahead_of_what_has_none():
+    found = table(runs(), "cause", "mirror", "chance")
+    assert found.loc["cause", "lower"] > 0.8
+    assert found.loc["mirror", "upper"] < -0.8
+    assert found.loc["chance", "lower"] < 0 < found.loc["chance", "upper"]
+    assert found.loc["chance", "difference_lower"] > 0
+    assert found.loc["mirror", "difference_lower"] <= 0 <= found.loc["mirror", "difference_upper"]
+    back = table(runs(), "chance", "cause").loc["cause"]
+    assert back["difference_upper"] == pytest.approx(-found.loc["chance", "difference_lower"], abs=0.15)
+    assert back["difference_upper"] < 0
 
 
 def test_more_seeds_of_the_same_setups_are_no_more_evidence():
     def width(setups, seeds):
-        _, lower, upper = rank_correlation(runs(setups, seeds, noise=0.5, seed=3), "target", "cause")
-        return upper - lower
+        row = table(runs(setups, seeds, noise=0.5, seed=3), "cause").iloc[0]
+        return row["upper"] - row["lower"]
 
     assert width(6, 60) > 0.5 * width(6, 3) > width(60, 3)
 
@@ -109,4 +118,4 @@ def test_more_seeds_of_the_same_setups_are_no_more_evidence():
 def test_what_cannot_be_correlated_is_refused():
     for frame, named in ((runs(3), "runs of 3 setups"), (runs().assign(cause=1.0), "'cause' is the same in all runs")):
         with pytest.raises(ValueError, match=named):
-            rank_correlation(frame, "target", "cause")
+            table(frame, "cause")

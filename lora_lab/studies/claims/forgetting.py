@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from lora_lab.ablation.compare import compare_by_seed
 from lora_lab.ablation.overfitting import at_equal_learning, compare_over_rates, summarise_trials
-from lora_lab.ablation.stats import rank_correlation, t_bounds
+from lora_lab.ablation.stats import rank_correlations, t_bounds
 from lora_lab.studies.claims.deciding import Answer, Cases, Claim, decides, excludes_zero
 from lora_lab.studies.claims.measured import MIN_SEEDS
 from lora_lab.studies.records import Record
@@ -74,7 +74,7 @@ def divergence_predicts(claim: Claim, record: Record) -> Cases:
     frame = _frame(record)
     trials = summarise_trials(frame).merge(frame[["setup", "rank"]].drop_duplicates())
     predictors = ["score_divergence", "score_size", "rank", "lr"]
-    table = rank_correlation(trials, "forgotten_at_last", predictors)
+    table = rank_correlations(trials, "forgotten_at_last", predictors)
     names = {"score_divergence": "KL on the new task", "score_size": "size of the update", "lr": "rate"}
     for row in table.to_dict("records"):
         name, prefix = names.get(row["predictor"], row["predictor"]), "difference_"
@@ -126,7 +126,8 @@ def overshoots(claim: Claim, record: Record) -> Cases:
 def inverse_to_the_loss(claim: Claim, record: Record) -> Answer:
     """Whether the setups without a remedy that have the lower validation loss have forgotten more: the sign alone."""
     plain = [name for name in set(_frame(record)["setup"]) if name.startswith(("LoRA", "full"))]
-    trials = summarise_trials(_frame(record, plain))
-    correlation, lower, upper = rank_correlation(trials, "forgotten_at_last", "last_loss")
-    text = f"rank correlation of forgetting with the loss {correlation:+.2f}"
-    return excludes_zero(-upper, -lower), f"{text} ({lower:+.2f} to {upper:+.2f}), {len(plain)} setups"
+    table = rank_correlations(summarise_trials(_frame(record, plain)), "forgotten_at_last", ["last_loss"])
+    row = table.iloc[0]
+    text = f"rank correlation of forgetting with the loss {row['correlation']:+.2f}"
+    text = f"{text} ({row['lower']:+.2f} to {row['upper']:+.2f}), {len(plain)} setups"
+    return excludes_zero(-row["upper"], -row["lower"]), text
