@@ -448,7 +448,7 @@ def _attempt(job: _Job, task: Task, trials: Sequence[Trial], together: bool) -> 
 
 def _train(job: _Job, model: nn.Module, task: Task, trials: Sequence[Trial], together: bool) -> list[_File]:
     """Train trials, from where they have paused if they have, to where they are to pause or to the end."""
-    stored = {trial: checkpoint.stored_history(job.checkpoint_dir(trial)) for trial in trials}
+    stored = {trial: checkpoint.read_history(job.checkpoint_dir(trial)) for trial in trials}
     parts: dict[int, list[Trial]] = {}
     for trial, history in stored.items():  # after an interrupt some are further than others
         parts.setdefault(0 if history is None else len(history.rows) - 1, []).append(trial)
@@ -478,7 +478,7 @@ def _run_one(job: _Job, model: nn.Module, task: Task, trial: Trial) -> _File:
     try:
         history = fit(model, task, trial.method, config=trial, progress=False, **options)
     except _PausedError:
-        return _file(trial, model, PAUSED, checkpoint.stored_history(place))
+        return _file(trial, model, PAUSED, checkpoint.read_history(place))
     except DivergedError as error:
         return _file(trial, model, "failed", reason=str(error))
     return _judge(job, trial, model, task, history)
@@ -504,7 +504,7 @@ def _end_of_pack(job: _Job, model: nn.Module, task: Task, trial: Trial, result: 
 def _read_paused(job: _Job, model: nn.Module, task: Task, trial: Trial) -> packed.PackedResult:
     """Return what a pack, or fit, had reached with a trial."""
     place, (student, optimizer, parameters) = job.checkpoint_dir(trial), _student(model, task, trial)
-    history = cast(History, checkpoint.stored_history(place))
+    history = cast(History, checkpoint.read_history(place))
     with own_randomness(next(model.parameters()).device, trial.seed):
         checkpoint.resume(place, student, optimizer, history)
     state = {name: optimizer.state[parameter] for name, parameter in parameters.items()}
