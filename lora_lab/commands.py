@@ -188,7 +188,8 @@ def _answer(
         return
     ids = torch.tensor(tokenizer.encode(prompt, add_special_tokens=True), dtype=torch.long)
     ids = ids.to(next(model.parameters()).device)
-    continuation = models.reading.stream(model, ids, tokens, tokenizer.eos_id, **sampling)
+    sampler = models.decoding.Sampling(**sampling)
+    continuation = models.reading.stream(model, ids, tokens, tokenizer.eos_id, sampler)
     for part in chain([prompt], tokenizer.decode_stream(continuation), ["\n"]):
         print(part, end="", flush=True)
 

@@ -64,7 +64,7 @@ class Conversation:
         require_no_adapters(model)
         reader_of(model)
         if tokenizer.chat_template is None:
-            raise ValueError("This tokenizer has no chat template, so the model cannot chat; use stream or generate.")
+            raise ValueError("This tokenizer has no chat template, so the model cannot chat; use generate.")
         self.model, self.tokenizer, self.adapters = model, tokenizer, dict(adapters or {})
         self.messages: list[dict[str, str]] = []
         self.name: str | None = None  # of the adapter in use
@@ -102,7 +102,7 @@ class Conversation:
             ids = torch.tensor(self.tokenizer.encode(self.tokenizer.chat(self.messages)))  # (length,)
             ids = ids.to(next(self.model.parameters()).device)
             with nullcontext() if self.name is None else strength(self.model, self.strength):
-                tokens = stream(self.model, ids, self.max_new_tokens, stop_token(self.tokenizer), **vars(self.sampling))
+                tokens = stream(self.model, ids, self.max_new_tokens, stop_token(self.tokenizer), self.sampling)
                 for part in self.tokenizer.decode_stream(tokens):
                     said += part
                     yield part
