@@ -212,23 +212,6 @@ def test_chatting_without_a_template_says_what_to_do(tiny_tokenizer):
         tiny_tokenizer.chat(CHATS[0])
 
 
-def test_messages_that_the_template_refuses_are_an_error(tokenizer, tiny_tokenizer):
-    with pytest.raises(ValueError, match="chat template refuses these messages"):
-        tokenizer.chat([{"role": "user"}])
-    strict = Tokenizer(tiny_tokenizer.backend, chat_template="{{ raise_exception('users only') }}")
-    with pytest.raises(ValueError, match="refuses these messages: users only"):
-        strict.chat(CHATS[0])
-
-
-def test_a_template_sees_the_special_tokens_and_cannot_reach_out(tiny_tokenizer):
-    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}{{ eos_token }}"
-    with_tokens = Tokenizer(tiny_tokenizer.backend, eos_id=259, bos_id=258, chat_template=template)
-    assert with_tokens.chat([{"role": "user", "content": "x"}]) == "<s>x</s>"
-    hostile = Tokenizer(tiny_tokenizer.backend, chat_template="{{ ''.__class__.__mro__ }}")
-    with pytest.raises(ValueError, match="refuses"):
-        hostile.chat(CHATS[0])
-
-
 # Files
 
 
