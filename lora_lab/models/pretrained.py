@@ -35,7 +35,7 @@ from lora_lab.inject import lora_layers, replace
 from lora_lab.models import quantize, shapes
 from lora_lab.models.gguf import StoredModel, layout_of, read_gguf, read_header, write_gguf
 from lora_lab.models.llama import Llama
-from lora_lab.models.shapes import config_from_hf, config_to_hf, misfit, read_entries
+from lora_lab.models.shapes import config_from_hf, config_to_hf, find_misfit, read_entries
 from lora_lab.models.tokenizer import TEMPLATE, Tokenizer
 from lora_lab.system import files
 from lora_lab.system.device import pick_device
@@ -101,7 +101,7 @@ def load_pretrained(
     path = _smollm2_folder() if str(source) == SMOLLM2 else files.as_path(source, "source")
     if path.is_dir():
         entries = read_entries(path)
-        reason = misfit(entries)
+        reason = find_misfit(entries)
         if str(source) != SMOLLM2:
             which = f"a model of transformers, because {reason}" if reason else "a lora_lab.Llama"
             print(f"{path}: {which}.", file=sys.stderr)
@@ -167,7 +167,7 @@ def architecture(source: str | Path) -> Callable[[], nn.Module]:
             f"{', '.join(shapes.TABLE)}."
         )
     entries = read_entries(path)
-    if misfit(entries) is None:
+    if find_misfit(entries) is None:
         return partial(Llama, config_from_hf(entries, path))
     return partial(build_by_transformers, _read_config(path))
 

@@ -269,7 +269,7 @@ def shape_of(blocks: Tensor, kind: str) -> tuple[int, int]:
     return rows, row_bytes // BYTES_PER_BLOCK[kind] * BLOCK
 
 
-def rounded(weight: Tensor, kind: str) -> Tensor:
+def round_matrix(weight: Tensor, kind: str) -> Tensor:
     """Return a matrix as blocks of this kind hold it: quantised and dequantised, in float32.
 
     Args:
@@ -349,7 +349,7 @@ class BlockWeight(QuantizedLayer):
         step = step.repeat_interleave(_GROUP, dim=0)[first:last]  # (13824, 1)
         return self.format.decode(block, step, mean)  # (13824, 64)
 
-    def requantized(self, weight: Tensor) -> BlockWeight:
+    def requantize(self, weight: Tensor) -> BlockWeight:
         """Return a new layer in blocks of the same kind and size, with another matrix; a bias is copied.
 
         Args:

@@ -100,7 +100,7 @@ class LlamaReader(Reader):
         other.cache.layers = dict(self.cache.layers)
         return other
 
-    def repeated(self, mask: Tensor) -> LlamaReader:
+    def repeat(self, mask: Tensor) -> LlamaReader:
         """Return a reader of a batch of texts that all begin with the one text that this one has read, without padding.
 
         Padding between that beginning and the rest of a text would move them away from each other. So the keys of the

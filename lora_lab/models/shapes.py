@@ -106,13 +106,13 @@ def config_to_hf(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def misfit(entries: dict[str, Any]) -> str | None:
+def find_misfit(entries: dict[str, Any]) -> str | None:
     """Return why a config's model is not a :class:`lora_lab.Llama`, or None if it is one."""
     if (kind := entries.get("model_type")) != "llama":
         return f"it is of type {kind!r:.80}, and lora_lab builds only 'llama'"
     if (activation := entries.get("hidden_act", "silu")) != "silu":
         return f"its activation is {activation!r:.80}, and lora_lab builds only 'silu'"
-    if (scaled := positions(entries)[1]) not in ("default", "llama3"):
+    if (scaled := read_positions(entries)[1]) not in ("default", "llama3"):
         return f"its positions are scaled by {scaled!r:.80}, and lora_lab builds only 'default' and 'llama3'"
     if "quantization_config" in entries:
         return "its weights are quantised in a format that lora_lab does not read"
@@ -120,7 +120,7 @@ def misfit(entries: dict[str, Any]) -> str | None:
     return f"it is a {heads[0]:.80}, and lora_lab builds only causal language models" if heads else None
 
 
-def positions(entries: dict[str, Any]) -> tuple[dict[str, Any], str]:
+def read_positions(entries: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """Return the settings of rotary positions, and how they are scaled."""
     # transformers 5 has one entry for all of them, older versions have two.
     rope = entries.get("rope_parameters") or entries.get("rope_scaling") or {}
@@ -137,7 +137,7 @@ def config_from_hf(hf: dict[str, Any], where: str | Path) -> LlamaConfig:
     Raises:
         ValueError: an entry is missing, is not a number, or is out of its range.
     """
-    rope, kind = positions(hf)
+    rope, kind = read_positions(hf)
     heads = hf.get("num_attention_heads")
     entries = {name: hf[name] for name in LlamaConfig.__dataclass_fields__ if name in hf}
     try:

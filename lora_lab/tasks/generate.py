@@ -130,7 +130,7 @@ def _read_batches(
         longest = max(map(len, batch))
         ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in batch])  # (16, length)
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch])  # (16, length)
-        reader = shared.repeated(mask.to(device)) if shared else reader_of(model, mask.to(device))
+        reader = shared.repeat(mask.to(device)) if shared else reader_of(model, mask.to(device))
         yield reader.read(ids.to(device)), reader
 
 

@@ -34,7 +34,7 @@ from lora_lab.models.quantize import (
     dequantize,
     nf4,
     quantize_nf4,
-    rounded,
+    round_matrix,
 )
 from lora_lab.tasks import Examples, Task, cross_entropy
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
@@ -799,7 +799,7 @@ def test_constant_blocks_and_numbers_half_way_between_two_codes_are_the_librarys
 def test_a_requantised_layer_is_one_made_of_the_other_matrix(kind, bias):
     layer, other = in_blocks(WEIGHT, kind, bias, torch.bfloat16).eval(), normal(48, 96, seed=8)
     before = snapshot(layer)
-    again = layer.requantized(other)
+    again = layer.requantize(other)
     assert snapshot(layer) == before
     expected = in_blocks(other, kind, bias, torch.bfloat16)
     assert vars(again).keys() == vars(layer).keys()
@@ -814,11 +814,11 @@ def test_a_requantised_layer_is_one_made_of_the_other_matrix(kind, bias):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_rounded_matrix_is_what_a_layer_in_blocks_holds(kind):
-    weight = rounded(WEIGHT.bfloat16(), kind)
+    weight = round_matrix(WEIGHT.bfloat16(), kind)
     assert torch.equal(weight, in_blocks(WEIGHT.bfloat16().float(), kind).weight)
     assert weight.dtype == torch.float32
     assert not torch.equal(weight, WEIGHT.bfloat16().float())
-    torch.testing.assert_close(rounded(weight, kind), weight, rtol=0.02, atol=0.02)  # it is on the grid already
+    torch.testing.assert_close(round_matrix(weight, kind), weight, rtol=0.02, atol=0.02)  # it is on the grid already
 
 
 def sum_by_hand(layer, weight):
