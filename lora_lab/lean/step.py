@@ -244,20 +244,18 @@ def apply_lean(model: nn.Module, lean: Lean) -> None:
         _return_memory_at_once()
     if lean.base_dtype is not None:
         _cast_base(model, lean.base_dtype)
-    trunk, embedding, head = model.model, cast(Any, model.model.embed_tokens), cast(Any, model.lm_head)
+    trunk, head = model.model, model.lm_head
     for block in trunk.layers:
         make_lean(block, lean.checkpoint)
     for module in trunk.modules():
         if isinstance(module, RMSNorm | BlockEmbedding):
             _raise_to_float32(module)
-    if isinstance(embedding, nn.Embedding):
-        embedding.__class__ = LeanEmbedding
+    if isinstance(trunk.embed_tokens, nn.Embedding):
+        cast(Any, trunk.embed_tokens).__class__ = LeanEmbedding
     if isinstance(head, LoRALayer):  # called with float32, now and when it is merged
         _raise_to_float32(head.base)
-    elif isinstance(head, BlockLinear):
-        head.__class__ = LeanBlockHead
-    elif isinstance(head, nn.Linear):
-        head.__class__ = LeanHead
+    elif isinstance(head, BlockLinear | nn.Linear):
+        cast(Any, head).__class__ = LeanBlockHead if isinstance(head, BlockLinear) else LeanHead
 
 
 def _check_is_llama(model: nn.Module) -> Llama:
