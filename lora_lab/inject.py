@@ -185,7 +185,7 @@ def _merge_in_blocks(layer: LoRALayer) -> Any:
     if not isinstance(layer.base, QuantizedLayer):
         return layer.merged()
     # The update is added before the sum is rounded to the precision in which the model computes.
-    return layer.base.requantized(layer.base.weight + layer.delta()).train(layer.training)  # (48, 64)
+    return layer.base.requantize(layer.base.weight + layer.delta()).train(layer.training)  # (48, 64)
 
 
 def _merge_into(base: nn.Module, model: nn.Module, layers: dict[str, LoRALayer]) -> dict[str, Any]:

@@ -136,7 +136,7 @@ class QuantizedLayer(nn.Module):
     """A frozen layer whose weight is stored in fewer bits, and dequantised where it is used.
 
     A subclass has the ``shape`` (out, in) and the ``dtype`` of the dequantised matrix as attributes, and defines
-    ``weight``, that matrix, and :meth:`requantized`: see ``lora_lab.models.quantize.BlockWeight``.
+    ``weight``, that matrix, and :meth:`requantize`: see ``lora_lab.models.quantize.BlockWeight``.
     """
 
     shape: tuple[int, int]
@@ -147,13 +147,13 @@ class QuantizedLayer(nn.Module):
         """The dequantised matrix, (48, 64)."""
         raise NotImplementedError(f"{type(self).__name__} must define weight, the dequantised matrix.")
 
-    def requantized(self, weight: Tensor) -> QuantizedLayer:
+    def requantize(self, weight: Tensor) -> QuantizedLayer:
         """Return a new frozen layer like this one, in the same format, with another matrix; this layer does not change.
 
         Args:
             weight: (48, 64), in floating point.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define requantized, which stores another matrix.")
+        raise NotImplementedError(f"{type(self).__name__} must define requantize, which stores another matrix.")
 
 
 # Which class adapts which kind of layer

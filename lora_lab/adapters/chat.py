@@ -59,7 +59,7 @@ class Conversation:
         require_no_adapters(model)
         reader_of(model)
         if tokenizer.chat_template is None:
-            raise ValueError("This tokenizer has no chat template, so the model cannot chat; use stream or generate.")
+            raise ValueError("This tokenizer has no chat template, so the model cannot chat; use generate.")
         self.model, self.tokenizer, self.adapters = model, tokenizer, dict(adapters or {})
         self.messages: list[dict[str, str]] = []
         self.name = next(iter(self.adapters), None)  # of the adapter that answers; None is the base
@@ -104,7 +104,7 @@ def continue_ids(
 ) -> Iterator[str]:
     """Return how a model continues these tokens, as parts of a text, until the token ``end`` or ``most`` new ones."""
     prompt = torch.tensor(ids, dtype=torch.long, device=next(model.parameters()).device)  # (length,)
-    return tokenizer.decode_stream(stream(model, prompt, most, end, **vars(sampling)))
+    return tokenizer.decode_stream(stream(model, prompt, most, end, sampling))
 
 
 # In a terminal

@@ -22,8 +22,7 @@ In reading order:
     linear     LoRA's matrix multiplications, with a hand-written backward pass
     blocks     norm, rotation, attention and SwiGLU that save fewer activations; checkpointing
     loss       cross-entropy without whole logits
-    optim      flat AdamW
-    step       gives a Llama lean blocks, and makes the step that trains it, in parallel threads too
+    step       gives a Llama lean blocks, and makes the step that trains it: flat AdamW, parallel threads
 
 Shapes in the comments: SmolLM2-135M, 4 sequences of 128 tokens, which is 512 rows; rank 8.
 
@@ -32,7 +31,6 @@ References: Hu et al. 2021, arXiv 2106.09685, equation 3; the order of multiplic
 """
 
 from lora_lab.lean.loss import cross_entropy, token_losses
-from lora_lab.lean.optim import FlatAdamW
-from lora_lab.lean.step import Lean, LeanStep, apply_lean
+from lora_lab.lean.step import FlatAdamW, Lean, LeanStep, apply_lean
 
 __all__ = ["FlatAdamW", "Lean", "LeanStep", "apply_lean", "cross_entropy", "token_losses"]

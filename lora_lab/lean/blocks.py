@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import count
 from typing import Any
 
 import torch
@@ -75,10 +76,6 @@ def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # torch.utils.checkpoint does, which loads torch's compiler at its first call (60 MB, and a second).
 
 
-class _AllSaved(Exception):
-    """The forward pass has saved all it saved the first time; what is left to compute is not needed."""
-
-
 def recompute(function: Callable[..., Tensor], *arguments: Tensor | None, random: bool) -> Tensor:
     """``function(*arguments)``, of which only the arguments are saved, and the parameters that it reads.
 
@@ -88,40 +85,30 @@ def recompute(function: Callable[..., Tensor], *arguments: Tensor | None, random
         random: whether it draws from torch's random generators; the second time it draws the same.
     """
     redraw = _remember_random_states(arguments) if random else nullcontext
-    count = 0
-    again: dict[int, Tensor] = {}  # by their order, the tensors saved in the second forward pass
+    numbers = count()  # instead of the tensors that the first forward pass saves
+    again: dict[int, Tensor] = {}  # by these numbers, what the second forward pass saves
 
-    def number(_: Tensor) -> int:
-        nonlocal count
-        count += 1
-        return count - 1
-
-    def compute_again(index: int) -> Tensor:
+    def compute_again(number: int) -> Tensor:
         if not again:
             with redraw():
-                again.update(enumerate(_saved_tensors(function, arguments, count)))
-        return again.pop(index)
+                again.update(enumerate(_saved_tensors(function, arguments)))
+        return again.pop(number)
 
-    with saved_tensors_hooks(number, compute_again):
+    with saved_tensors_hooks(lambda _: next(numbers), compute_again):
         return function(*arguments)
 
 
-def _saved_tensors(function: Callable[..., Tensor], arguments: tuple[Tensor | None, ...], count: int) -> list[Tensor]:
-    """Return the first ``count`` tensors that a forward pass saves; it is left as soon as it has saved them."""
+def _saved_tensors(function: Callable[..., Tensor], arguments: tuple[Tensor | None, ...]) -> list[Tensor]:
+    """Return the tensors that a forward pass saves, in order."""
     saved: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
         saved.append(tensor.detach())  # detached, because an output would keep its own graph alive
-        if len(saved) == count:
-            raise _AllSaved
         return saved[-1]
 
     inputs = [None if each is None else each.detach().requires_grad_(each.requires_grad) for each in arguments]
-    try:
-        with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
-            function(*inputs)
-    except _AllSaved:
-        pass
+    with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
+        function(*inputs)
     return saved
 
 
@@ -199,24 +186,22 @@ def make_lean(block: Any, checkpoint: bool) -> None:
     block.checkpoint = checkpoint
 
 
-class LeanEmbedding(nn.Module):
+class LeanEmbedding(nn.Embedding):
     """An embedding that returns its rows in float32, whatever the dtype of its table."""
 
-    def __init__(self, embedding: nn.Embedding) -> None:
-        super().__init__()
-        self.weight = embedding.weight  # (49152, 576)
-
     def forward(self, ids: Tensor) -> Tensor:
-        rows = F.embedding(ids, self.weight)  # (4, 128, 576)
+        rows = super().forward(ids)  # (4, 128, 576)
         return rows.to(at_least_float32(rows.dtype))  # (4, 128, 576)
 
 
 class LeanHead(nn.Module):
-    """A head that multiplies in the dtype of its weight, and returns logits in the dtype of its input."""
+    """A head that multiplies in the dtype of its weight, and returns logits in the dtype of its input.
 
-    def __init__(self, head: nn.Linear) -> None:
-        super().__init__()
-        self.weight, self.bias = head.weight, head.bias  # (49152, 576)
+    It has been an ``nn.Linear``, and is none any more, so that nobody takes it for a layer to adapt.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)  # (4, 128, 49152)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeGuard, cast
+from typing import TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,9 +57,8 @@ def gated_linear(layer: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _fuse(layers: Sequence[LoRALinear], x: Tensor, up: Tensor | None = None) -> Sequence[Tensor]:
-    bases = [(layer.base, layer.scaling) for layer in layers]
     factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
-    return _LoRALinears.apply(x, up, bases, *factors)  # 3 x (4, 128, 1536)
+    return _LoRALinears.apply(x, up, layers, *factors)  # 3 x (4, 128, 1536)
 
 
 def is_plain_lora(layer: nn.Module) -> TypeGuard[LoRALinear]:
@@ -119,34 +118,24 @@ def cast_addmm_(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return total.addmm_(x, weight) if weight.dtype == x.dtype else total.add_(x.to(weight.dtype) @ weight)
 
 
-Base = tuple[nn.Linear | BlockLinear, float]  # with the scaling of its adapter
-
-
-class _Adapted(NamedTuple):
-    base: nn.Linear | BlockLinear
-    scaling: float
-    A: Tensor
-    B: Tensor
-
-
-def _forward(x: Tensor, group: Sequence[_Adapted]) -> tuple[list[Tensor], Tensor]:
+def _forward(x: Tensor, layers: Sequence[LoRALinear]) -> tuple[list[Tensor], Tensor]:
     """Return outputs (rows, out) of adapted layers, and A x of all of them: (8 for each layer, rows)."""
-    narrow = _stack([A for _, _, A, _ in group]) @ x.T  # (24, 576) @ (576, 512) -> (24, 512)
+    narrow = _stack([layer.lora_A for layer in layers]) @ x.T  # (24, 576) @ (576, 512) -> (24, 512)
     outputs, rounded = [], x
-    for (base, scaling, A, B), Ax in zip(group, narrow.split(_ranks(group)), strict=True):
-        weight = base.weight  # (1536, 576)
+    for layer, Ax in zip(layers, narrow.split(_ranks(layers)), strict=True):
+        weight, B, scaling = layer.base.weight, layer.lora_B, layer.scaling  # (1536, 576), (1536, 8)
         if _fuse_is_cheaper(len(x), x.shape[1], weight):
-            y = x @ torch.addmm(weight, B, A, alpha=scaling).T  # (512, 1536)
+            y = x @ torch.addmm(weight, B, layer.lora_A, alpha=scaling).T  # (512, 1536)
         else:
             if rounded.dtype != weight.dtype:
-                rounded = x.to(weight.dtype)  # (512, 576), once for the whole group
+                rounded = x.to(weight.dtype)  # (512, 576), once for all layers
             y = (rounded @ weight.T).to(x.dtype).addmm_(Ax.T, B.T, alpha=scaling)  # (512, 1536)
-        outputs.append(y if base.bias is None else y.add_(base.bias))  # (512, 1536)
+        outputs.append(y if layer.bias is None else y.add_(layer.bias))  # (512, 1536)
     return outputs, narrow
 
 
 def _backward(
-    gs: Sequence[Tensor], x: Tensor | None, narrow: Tensor, group: Sequence[_Adapted], needs_dx: bool
+    gs: Sequence[Tensor], x: Tensor | None, narrow: Tensor, layers: Sequence[LoRALinear], needs_dx: bool
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Return the gradient of the input, (rows, in) or None, and the gradients of A and B of each layer in turn.
 
@@ -156,32 +145,32 @@ def _backward(
         narrow: A x of all layers.
         needs_dx: whether to compute the gradient of the input.
     """
-    ranks = _ranks(group)
+    ranks = _ranks(layers)
     # With the short side first, these matrix multiplications take half the time.
     narrow_gs = [
-        (B.T @ g.T).mul_(scaling)  # (8, 1536) @ (1536, 512) -> (8, 512)
-        for g, (_, scaling, _, B) in zip(gs, group, strict=True)
+        (layer.lora_B.T @ g.T).mul_(layer.scaling)  # (8, 1536) @ (1536, 512) -> (8, 512)
+        for layer, g in zip(layers, gs, strict=True)
     ]
     dBs = [
-        (Ax @ g).mul_(scaling).T if B.requires_grad else None  # (8, 512) @ (512, 1536) -> (1536, 8)
-        for Ax, g, (_, scaling, _, B) in zip(narrow.split(ranks), gs, group, strict=True)
+        (Ax @ g).mul_(layer.scaling).T if layer.lora_B.requires_grad else None  # (8, 512) @ (512, 1536) -> (1536, 8)
+        for layer, Ax, g in zip(layers, narrow.split(ranks), gs, strict=True)
     ]
-    dx = _input_gradient(gs, narrow_gs, group) if needs_dx else None  # (512, 576)
-    dAs = [None] * len(group)
+    dx = _input_gradient(gs, narrow_gs, layers) if needs_dx else None  # (512, 576)
+    dAs = [None] * len(layers)
     if x is not None:
         dAs = (_stack(narrow_gs) @ x).split(ranks)  # (24, 512) @ (512, 576) -> 3 x (8, 576)
     return dx, [gradient for pair in zip(dAs, dBs, strict=True) for gradient in pair]
 
 
-def _input_gradient(gs: Sequence[Tensor], narrow_gs: Sequence[Tensor], group: Sequence[_Adapted]) -> Tensor | None:
+def _input_gradient(gs: Sequence[Tensor], narrow_gs: Sequence[Tensor], layers: Sequence[LoRALinear]) -> Tensor | None:
     """Return the sum of (W + s B A)^T g over the layers: (rows, in)."""
     dx, separate = None, []
-    for g, narrow_g, (base, scaling, A, B) in zip(gs, narrow_gs, group, strict=True):
-        weight = base.weight  # (1536, 576)
+    for g, narrow_g, layer in zip(gs, narrow_gs, layers, strict=True):
+        weight = layer.base.weight  # (1536, 576)
         if _fuse_is_cheaper(len(g), weight.shape[0], weight):
-            weight = torch.addmm(weight, B, A, alpha=scaling)  # (1536, 576)
+            weight = torch.addmm(weight, layer.lora_B, layer.lora_A, alpha=layer.scaling)  # (1536, 576)
         else:
-            separate.append((narrow_g, A))
+            separate.append((narrow_g, layer.lora_A))
         dx = cast_matmul(g, weight) if dx is None else cast_addmm_(dx, g, weight)  # (512, 576)
     if dx is not None and separate:
         narrow_gs, As = zip(*separate, strict=True)
@@ -189,8 +178,8 @@ def _input_gradient(gs: Sequence[Tensor], narrow_gs: Sequence[Tensor], group: Se
     return dx
 
 
-def _ranks(group: Sequence[_Adapted]) -> list[int]:
-    return [layer.A.shape[0] for layer in group]
+def _ranks(layers: Sequence[LoRALinear]) -> list[int]:
+    return [layer.rank for layer in layers]
 
 
 def _stack(parts: Sequence[Tensor]) -> Tensor:
@@ -204,33 +193,29 @@ class _LoRALinears(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, up: Tensor | None, bases: Sequence[Base], *factors: Tensor):
+    def forward(ctx, x: Tensor, up: Tensor | None, layers: Sequence[LoRALinear], *factors: Tensor):
         inputs = x if up is None else F.silu(x).mul_(up)  # (4, 128, 1536)
         rows = inputs.reshape(-1, x.shape[-1])  # (4, 128, 576) -> (512, 576)
-        outputs, narrow = _forward(rows, _group(bases, factors))
+        outputs, narrow = _forward(rows, layers)
         a_is_trained = any(ctx.needs_input_grad[3::2])
-        ctx.save_for_backward(x if up is not None else rows if a_is_trained else None, up, narrow, *factors)
-        ctx.bases, ctx.shape, ctx.a_is_trained = bases, x.shape, a_is_trained
+        ctx.save_for_backward(x if up is not None else rows if a_is_trained else None, up, narrow)
+        ctx.layers, ctx.shape, ctx.a_is_trained = layers, x.shape, a_is_trained
         return tuple(y.view(*x.shape[:-1], -1) for y in outputs)  # 3 x (4, 128, 1536)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gs: Tensor):
-        x, up, narrow, *factors = ctx.saved_tensors
-        group, flat_gs = _group(ctx.bases, factors), [g.reshape(-1, g.shape[-1]) for g in gs]  # 3 x (512, 1536)
+        x, up, narrow = ctx.saved_tensors
+        flat_gs = [g.reshape(-1, g.shape[-1]) for g in gs]  # 3 x (512, 1536)
         if up is None:
-            dx, factor_gradients = _backward(flat_gs, x, narrow, group, ctx.needs_input_grad[0])
+            dx, factor_gradients = _backward(flat_gs, x, narrow, ctx.layers, ctx.needs_input_grad[0])
             return None if dx is None else dx.view(ctx.shape), None, None, *factor_gradients
         activated = F.silu(x)  # (4, 128, 1536)
         rows = (activated * up).view(-1, x.shape[-1]) if ctx.a_is_trained else None  # (512, 1536)
-        dx, factor_gradients = _backward(flat_gs, rows, narrow, group, any(ctx.needs_input_grad[:2]))
+        dx, factor_gradients = _backward(flat_gs, rows, narrow, ctx.layers, any(ctx.needs_input_grad[:2]))
         if dx is None:
             return None, None, None, *factor_gradients
         dx = dx.view(ctx.shape)  # (4, 128, 1536)
         d_up = activated.mul_(dx)  # (4, 128, 1536)
         d_gate = torch.ops.aten.silu_backward(dx.mul_(up), x)  # (4, 128, 1536)
         return d_gate, d_up, None, *factor_gradients
-
-
-def _group(bases: Sequence[Base], factors: Sequence[Tensor]) -> list[_Adapted]:
-    return [_Adapted(*base, A, B) for base, A, B in zip(bases, factors[::2], factors[1::2], strict=True)]

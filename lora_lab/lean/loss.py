@@ -119,7 +119,9 @@ def _by_vocabulary(
     for start, stop in head.slices():
         weight = head.rows(start, stop)  # (1820, 576)
         logits = cast_matmul(hidden, weight.T)  # (512, 576) @ (576, 1820) -> (512, 1820)
-        in_slice, index = _locate_in_slice(targets, start, stop)  # (512, 1), (512, 1)
+        # Masked, not indexed, so that shapes do not depend on the data, which fake tensors do not have.
+        in_slice = ((targets >= start) & (targets < stop))[:, None]  # (512, 1)
+        index = (targets - start).clamp(0, stop - start - 1)[:, None]  # (512, 1), any of the slice for the others
         target_logit = torch.where(in_slice, logits.gather(1, index), target_logit)  # (512, 1)
         higher = torch.maximum(top, logits.amax(1, keepdim=True))  # (512, 1)
         shrink, top = (top - higher).exp_(), higher  # (512, 1)
@@ -131,12 +133,3 @@ def _by_vocabulary(
         del weight, logits, exponentials  # before those of the next slice are allocated
     losses = (top + total.log() - target_logit)[:, 0]  # (512,)
     return losses, mean_row.div_(total).sub_(target_row) if with_gradient else None
-
-
-def _locate_in_slice(targets: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Return whether each target lies in a slice of the vocabulary, and its index there (or any valid one): (512, 1).
-
-    Masked, not indexed, so that shapes do not depend on the data, which fake tensors do not have.
-    """
-    in_slice = (targets >= start) & (targets < stop)  # (512,)
-    return in_slice[:, None], (targets - start).clamp(0, stop - start - 1)[:, None]  # (512, 1), (512, 1)

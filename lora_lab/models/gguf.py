@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from lora_lab.models.llama import Llama, LlamaConfig, RopeScaling, rotary_frequencies
 from lora_lab.models.quantize import BLOCK, BYTES_PER_BLOCK
-from lora_lab.models.shapes import config_from_hf, positions
+from lora_lab.models.shapes import config_from_hf, read_positions
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system.files import atomic_file
 from lora_lab.system.schema import Number, check
@@ -366,7 +366,7 @@ def layout_of(model: nn.Module) -> Layout:
             f"The model is a {kind}, but a GGUF file holds a lora_lab.Llama or {', '.join(_ARCHITECTURES)}; {_REMEDY}."
         )
     architecture, entries = _ARCHITECTURES[kind], model.config.to_dict()  # pyright: ignore
-    entries["rope_type"] = positions(entries)[1]
+    entries["rope_type"] = read_positions(entries)[1]
     expected: dict[str, Any] = {"hidden_act": "silu", "rope_type": "default"}
     if architecture == "llama" and entries["rope_type"] == "llama3":
         del expected["rope_type"]

@@ -19,9 +19,8 @@ References: Touvron et al. 2023, "LLaMA", arXiv 2302.13971, section 2.2; RMSNorm
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -348,15 +347,23 @@ class Llama(nn.Module):
                 normal = torch.randn(parameter.shape, generator=generator, device="cpu")  # equal on all devices
                 parameter.copy_(normal * 0.02)
 
-    def generate(self, ids: Tensor, max_new_tokens: int, stop: int | None = None, **sampling: Any) -> Tensor:
-        """Continue one prompt, and return the new tokens only.
+    def generate(
+        self,
+        ids: Tensor,
+        max_new_tokens: int,
+        stop: int | None = None,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        repetition_penalty: float = 1.0,
+    ) -> Tensor:
+        """Continue one prompt, and return the new tokens only; ``lora_lab.models.reading.stream`` does so one by one.
 
         Args:
             ids: the prompt, (length,), at least one token.
             max_new_tokens: maximum number of new tokens.
             stop: a token that ends the text (it is not returned).
-            **sampling: temperature, seed and repetition_penalty: the fields of
-                :class:`lora_lab.models.decoding.Sampling`.
+            temperature, seed, repetition_penalty: as for :class:`lora_lab.models.decoding.Sampling`.
 
         Returns:
             Token ids (new,), new <= max_new_tokens.
@@ -366,16 +373,13 @@ class Llama(nn.Module):
                 and ``max_new_tokens`` together exceed ``max_position_embeddings``; or the temperature or the penalty is
                 out of range.
         """
-        return torch.tensor(list(self.stream(ids, max_new_tokens, stop, **sampling)), dtype=torch.long)  # (new,)
-
-    def stream(self, ids: Tensor, max_new_tokens: int, stop: int | None = None, **sampling: Any) -> Iterator[int]:
-        """Return the tokens of :meth:`generate` one by one, as they are made; with the same arguments and errors."""
-        cache = KeyValueCache()
+        sampling, cache = Sampling(temperature, seed, repetition_penalty), KeyValueCache()
 
         def read(new: Tensor) -> Tensor:
             return self.lm_head(self.model(new, cache=cache)[:, -1])  # (1, new) -> (1, 49152)
 
-        return continue_text(self, read, ids, max_new_tokens, stop, Sampling(**sampling))
+        tokens = continue_text(self, read, ids, max_new_tokens, stop, sampling)
+        return torch.tensor(list(tokens), dtype=torch.long)  # (new,)
 
 
 def _mask(

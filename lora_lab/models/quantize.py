@@ -58,22 +58,18 @@ class BlockFormat:
     """How the bytes of a block encode its weights.
 
     Args:
-        decode: uint8 (blocks, bytes) -> float32 (blocks, weights). With a ``group`` it also takes each block's step
-            (blocks, 1) and the mean of all scales.
+        decode: uint8 (blocks, bytes) -> float32 (blocks, weights). Where scales are quantised, it also takes each
+            block's step (blocks, 1) and the mean of all scales.
         encode: the reverse: a matrix of any floating-point dtype and the weights in a block -> the blocks, and the
-            steps (None without a ``group``), as :func:`nf4` returns them.
+            steps, as :func:`nf4` returns them (None if scales are not quantised).
         scale_bytes: bytes at the start of a block that hold its scale (and minimum); the codes follow.
         bits: of a code.
-        block: weights in a block; None: any even number.
-        group: blocks that share a step of their quantised scales; None: scales are not quantised.
     """
 
     decode: Callable[..., Tensor]
     encode: Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
     scale_bytes: int
     bits: int
-    block: int | None = None
-    group: int | None = None
 
 
 def _q4_1(block: Tensor) -> Tensor:
@@ -241,10 +237,10 @@ def _not_zero(scale: Tensor) -> Tensor:
 
 
 FORMATS = {
-    "Q4_1": BlockFormat(_q4_1, _to_q4_1, scale_bytes=4, bits=4, block=BLOCK),
-    "Q8_0": BlockFormat(_q8_0, _to_q8_0, scale_bytes=2, bits=8, block=BLOCK),
+    "Q4_1": BlockFormat(_q4_1, _to_q4_1, scale_bytes=4, bits=4),
+    "Q8_0": BlockFormat(_q8_0, _to_q8_0, scale_bytes=2, bits=8),
     "NF4": BlockFormat(_nf4, partial(nf4, double=False), scale_bytes=4, bits=4),
-    "NF4-double": BlockFormat(_nf4_double, nf4, scale_bytes=1, bits=4, group=_GROUP),
+    "NF4-double": BlockFormat(_nf4_double, nf4, scale_bytes=1, bits=4),
 }
 BYTES_PER_BLOCK = {kind: FORMATS[kind].scale_bytes + BLOCK * FORMATS[kind].bits // 8 for kind in ("Q4_1", "Q8_0")}
 
@@ -273,15 +269,15 @@ def shape_of(blocks: Tensor, kind: str) -> tuple[int, int]:
     return rows, row_bytes // BYTES_PER_BLOCK[kind] * BLOCK
 
 
-def rounded(weight: Tensor, kind: str) -> Tensor:
+def round_matrix(weight: Tensor, kind: str) -> Tensor:
     """Return a matrix as blocks of this kind hold it: quantised and dequantised, in float32.
 
     Args:
         weight: a floating-point matrix (rows, columns).
         kind: in :data:`FORMATS`; NF4's blocks are of 64 weights.
     """
-    packed, steps = FORMATS[kind].encode(weight, FORMATS[kind].block or 64)  # (13824, 33), (55, 4)
-    return BlockWeight(packed, kind, weight.shape, steps).weight  # (1536, 576)
+    packed, steps = FORMATS[kind].encode(weight, BLOCK if kind in BYTES_PER_BLOCK else 64)  # (13824, 33), (55, 4)
+    return BlockWeight(packed, kind, weight.shape, steps=steps).weight  # (1536, 576)
 
 
 # Layers
@@ -298,18 +294,21 @@ class BlockWeight(QuantizedLayer):
             share it.
         kind: "Q4_1", "Q8_0", "NF4" or "NF4-double".
         shape: (rows, columns) of the matrix.
+        bias: of a linear layer, (rows,), or None.
         steps: for NF4-double: what :func:`nf4` returned beside the blocks.
         dtype: a floating-point dtype.
     """
 
     packed: nn.Parameter
     steps: nn.Parameter | None
+    bias: nn.Parameter | None
 
     def __init__(
         self,
         packed: Tensor,
         kind: str,
         shape: Sequence[int],
+        bias: Tensor | None = None,
         steps: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -318,6 +317,7 @@ class BlockWeight(QuantizedLayer):
         self.block = (packed.shape[1] - self.format.scale_bytes) * 8 // self.format.bits  # weights
         self.packed = _freeze(packed)  # (27648, 20)
         self.steps = None if steps is None else _freeze(steps)  # None, or (55, 4)
+        self.bias = None if bias is None else _freeze(bias)  # None, or (1536,)
         rows, columns = shape
         self.kind, self.shape, self.dtype = kind, (rows, columns), dtype
 
@@ -343,13 +343,13 @@ class BlockWeight(QuantizedLayer):
     def _decode(self, first: int, last: int) -> Tensor:
         """Return the weights of some blocks."""
         block = self.packed[first:last]  # (27648, 20)
-        if self.steps is None or self.format.group is None:
+        if self.steps is None:
             return self.format.decode(block)  # (27648, 32)
         mean, step = self.steps.view(torch.float32).split((1, len(self.steps) - 1))  # (1, 1), (54, 1)
-        step = step.repeat_interleave(self.format.group, dim=0)[first:last]  # (13824, 1)
+        step = step.repeat_interleave(_GROUP, dim=0)[first:last]  # (13824, 1)
         return self.format.decode(block, step, mean)  # (13824, 64)
 
-    def requantized(self, weight: Tensor) -> BlockWeight:
+    def requantize(self, weight: Tensor) -> BlockWeight:
         """Return a new layer in blocks of the same kind and size, with another matrix; a bias is copied.
 
         Args:
@@ -376,24 +376,18 @@ class BlockLinear(BlockWeight):
     It computes what an ``nn.Linear`` with the dequantised weight computes. It saves neither a weight nor its input for
     the backward pass.
 
-    Args: as for :class:`BlockWeight`, with shape (out, in), and
-        bias: (out,), or None.
+    Args: as for :class:`BlockWeight`, with shape (out, in).
     """
 
-    bias: nn.Parameter | None
+    @property
+    def out_features(self) -> int:
+        """As of an ``nn.Linear``."""
+        return self.shape[0]
 
-    def __init__(
-        self,
-        packed: Tensor,
-        kind: str,
-        shape: Sequence[int],
-        bias: Tensor | None = None,
-        steps: Tensor | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__(packed, kind, shape, steps, dtype)
-        self.out_features, self.in_features = self.shape
-        self.bias = None if bias is None else _freeze(bias)  # None, or (1536,)
+    @property
+    def in_features(self) -> int:
+        """As of an ``nn.Linear``."""
+        return self.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
         # To generate a token is to multiply one row, in which dequantising takes nearly all the time.
@@ -444,14 +438,15 @@ class BlockEmbedding(BlockWeight):
     Args: as for :class:`BlockWeight`, with shape (tokens, width). No block may lie in two rows, so it is one of GGUF's.
     """
 
-    def __init__(self, packed: Tensor, kind: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> None:
-        super().__init__(packed, kind, shape, dtype=dtype)
-        self.num_embeddings, self.embedding_dim = self.shape
+    @property
+    def num_embeddings(self) -> int:
+        """As of an ``nn.Embedding``."""
+        return self.shape[0]
 
     def forward(self, ids: Tensor) -> Tensor:
         blocks = F.embedding(ids, self.packed.view(self.num_embeddings, -1))  # (4, 128) -> (4, 128, 612) bytes
         rows = dequantize(blocks.view(-1, blocks.shape[-1]), self.kind).to(self.dtype)  # (512, 576)
-        return rows.view(*ids.shape, self.embedding_dim)  # (4, 128, 576)
+        return rows.view(*ids.shape, self.shape[1])  # (4, 128, 576)
 
 
 def _is_real_on_cpu(tensor: Tensor) -> bool:

@@ -100,7 +100,7 @@ class LlamaReader(Reader):
         other.cache.layers = dict(self.cache.layers)
         return other
 
-    def repeated(self, mask: Tensor) -> LlamaReader:
+    def repeat(self, mask: Tensor) -> LlamaReader:
         """Return a reader of a batch of texts that all begin with the one text that this one has read, without padding.
 
         Padding between that beginning and the rest of a text would move them away from each other. So the keys of the
@@ -145,16 +145,15 @@ def reader_of(model: nn.Module, mask: Tensor | None = None) -> Reader:
     return Reader(model, mask)
 
 
-def stream(
-    model: nn.Module, ids: Tensor, max_new_tokens: int, stop: int | None = None, **sampling: Any
-) -> Iterator[int]:
+def stream(model: nn.Module, ids: Tensor, max_new_tokens: int, stop: int | None, sampling: Sampling) -> Iterator[int]:
     """Return the tokens that follow a prompt, one by one, as they are made.
 
     Args:
         model: as for :func:`reader_of`.
-        ids, max_new_tokens, stop, **sampling: as for :meth:`lora_lab.Llama.generate`.
+        ids, max_new_tokens, stop: as for :meth:`lora_lab.Llama.generate`.
+        sampling: how tokens are chosen.
 
     Raises:
         ValueError: as for :meth:`lora_lab.Llama.generate` and :func:`reader_of`.
     """
-    return continue_text(model, reader_of(model).read, ids, max_new_tokens, stop, Sampling(**sampling))
+    return continue_text(model, reader_of(model).read, ids, max_new_tokens, stop, sampling)

@@ -24,28 +24,18 @@ from lora_lab.system.schema import check
 _MOST = {"layer": MOST_LAYERS, "layers": MOST_LAYERS, "experts": MOST_LAYERS, "labels": 10**6}
 # The entries of a config.json for the fields of RopeScaling, in order.
 _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-_COLUMNS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-    "max_position_embeddings",
-    "rope_theta",
-    "tie_word_embeddings",
-)
+# LlamaConfig's fields in order, vocab_size to max_position_embeddings; then rope_theta and tie_word_embeddings.
 _ROWS: dict[str, tuple[Any, ...]] = {
-    "smollm2-135m": (576, 1536, 30, 9, 3, 49152, 8192, 1e5, True),
-    "smollm2-360m": (960, 2560, 32, 15, 5, 49152, 8192, 1e5, True),
-    "smollm2-1.7b": (2048, 8192, 24, 32, 32, 49152, 8192, 1.3e5, True),
-    "llama-3.2-1b": (2048, 8192, 16, 32, 8, 128256, 131072, 5e5, True),
-    "llama-3.2-3b": (3072, 8192, 28, 24, 8, 128256, 131072, 5e5, True),
-    "llama-3-8b": (4096, 14336, 32, 32, 8, 128256, 8192, 5e5, False),
-    "llama-3-70b": (8192, 28672, 80, 64, 8, 128256, 8192, 5e5, False),
-    "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936, 32768, 1e6, True),
-    "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, 151936, 131072, 1e6, True),
-    "qwen2.5-7b": (3584, 18944, 28, 28, 4, 152064, 131072, 1e6, False),
+    "smollm2-135m": (49152, 576, 1536, 30, 9, 3, 64, 8192, 1e5, True),
+    "smollm2-360m": (49152, 960, 2560, 32, 15, 5, 64, 8192, 1e5, True),
+    "smollm2-1.7b": (49152, 2048, 8192, 24, 32, 32, 64, 8192, 1.3e5, True),
+    "llama-3.2-1b": (128256, 2048, 8192, 16, 32, 8, 64, 131072, 5e5, True),
+    "llama-3.2-3b": (128256, 3072, 8192, 28, 24, 8, 128, 131072, 5e5, True),
+    "llama-3-8b": (128256, 4096, 14336, 32, 32, 8, 128, 8192, 5e5, False),
+    "llama-3-70b": (128256, 8192, 28672, 80, 64, 8, 128, 8192, 5e5, False),
+    "qwen2.5-0.5b": (151936, 896, 4864, 24, 14, 2, 64, 32768, 1e6, True),
+    "qwen2.5-1.5b": (151936, 1536, 8960, 28, 12, 2, 128, 131072, 1e6, True),
+    "qwen2.5-7b": (152064, 3584, 18944, 28, 28, 4, 128, 131072, 1e6, False),
 }
 _OF_FAMILY: dict[str, dict[str, Any]] = {
     "llama-3.2": {"rope_scaling": RopeScaling(32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)},
@@ -53,12 +43,8 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
 }
 # Llama 3.1 8B and 70B differ from Llama 3 only in their positions: 131072, scaled by a factor of 8.
 TABLE = {
-    name: LlamaConfig(
-        **dict(zip(_COLUMNS, sizes, strict=True)),
-        head_dim=sizes[0] // sizes[3],
-        **_OF_FAMILY.get(name.rpartition("-")[0], {}),
-    )
-    for name, sizes in _ROWS.items()
+    name: LlamaConfig(*sizes, rope_theta=theta, tie_word_embeddings=tied, **_OF_FAMILY.get(name.rpartition("-")[0], {}))
+    for name, (*sizes, theta, tied) in _ROWS.items()
 }
 
 
@@ -120,13 +106,13 @@ def config_to_hf(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def misfit(entries: dict[str, Any]) -> str | None:
+def find_misfit(entries: dict[str, Any]) -> str | None:
     """Return why a config's model is not a :class:`lora_lab.Llama`, or None if it is one."""
     if (kind := entries.get("model_type")) != "llama":
         return f"it is of type {kind!r:.80}, and lora_lab builds only 'llama'"
     if (activation := entries.get("hidden_act", "silu")) != "silu":
         return f"its activation is {activation!r:.80}, and lora_lab builds only 'silu'"
-    if (scaled := positions(entries)[1]) not in ("default", "llama3"):
+    if (scaled := read_positions(entries)[1]) not in ("default", "llama3"):
         return f"its positions are scaled by {scaled!r:.80}, and lora_lab builds only 'default' and 'llama3'"
     if "quantization_config" in entries:
         return "its weights are quantised in a format that lora_lab does not read"
@@ -134,7 +120,7 @@ def misfit(entries: dict[str, Any]) -> str | None:
     return f"it is a {heads[0]:.80}, and lora_lab builds only causal language models" if heads else None
 
 
-def positions(entries: dict[str, Any]) -> tuple[dict[str, Any], str]:
+def read_positions(entries: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """Return the settings of rotary positions, and how they are scaled."""
     # transformers 5 has one entry for all of them, older versions have two.
     rope = entries.get("rope_parameters") or entries.get("rope_scaling") or {}
@@ -151,7 +137,7 @@ def config_from_hf(hf: dict[str, Any], where: str | Path) -> LlamaConfig:
     Raises:
         ValueError: an entry is missing, is not a number, or is out of its range.
     """
-    rope, kind = positions(hf)
+    rope, kind = read_positions(hf)
     heads = hf.get("num_attention_heads")
     entries = {name: hf[name] for name in LlamaConfig.__dataclass_fields__ if name in hf}
     try:

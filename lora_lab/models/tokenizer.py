@@ -35,12 +35,10 @@ PRE_TOKENIZERS = {
 # What is done to a text first, by our own entry in a GGUF file's header, which has none for it. Of Qwen2's files that
 # lack the entry it is Unicode's NFC.
 _NORMALIZER = "lora_lab.normalizer"
+_GGML = "tokenizer.ggml."  # begins the entries of a tokenizer in a GGUF file's header
 _GGUF_IDS = {"eos_id": "eos", "bos_id": "bos", "pad_id": "padding"}
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
 _ROLES = ("system", "user", "assistant")
-# What is checked of a GGUF file's header before the library builds the tokenizer, which checks the rest.
-_IDS = {f"tokenizer.ggml.{long}_token_id": Count for long in _GGUF_IDS.values()}
-_Header: Any = TypedDict("_Header", _IDS | {"tokenizer.chat_template": str}, total=False)  # pyright: ignore
 
 
 @runtime_checkable
@@ -56,7 +54,7 @@ def check_tokenizer(tokenizer: Any, interface: type = TextTokenizer) -> None:
         raise ValueError(f"tokenizer is {short_repr(tokenizer)}, but it must be one that load_tokenizer returns.")
 
 
-class _Word(TypedDict):
+class _Token(TypedDict):
     content: str
 
 
@@ -68,9 +66,9 @@ class _NamedTemplate(TypedDict):
 class _Settings(TypedDict, total=False):
     """What is read of a tokenizer_config.json."""
 
-    eos_token: str | _Word | None
-    bos_token: str | _Word | None
-    pad_token: str | _Word | None
+    eos_token: str | _Token | None
+    bos_token: str | _Token | None
+    pad_token: str | _Token | None
     chat_template: str | list[_NamedTemplate] | None
 
 
@@ -190,12 +188,8 @@ class Tokenizer:
                 'This tokenizer has no chat template; pass plain text, a .txt file or lines of {"text": ...}.'
             )
         self.check_text("\n".join(str(text) for message in messages for text in message.values()))
-        variables = {
-            "messages": list(messages),
-            "add_generation_prompt": add_generation_prompt,
-            "eos_token": self._token("eos_id") or "",
-            "bos_token": self._token("bos_id") or "",
-        }
+        variables = {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        variables |= {f"{name}_token": self._token(f"{name}_id") or "" for name in ("eos", "bos")}
         try:
             return render(self.chat_template, variables)
         except Exception as error:  # a template is a program, which can raise whatever Python does
@@ -204,13 +198,10 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json as Hugging Face reads them."""
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        for name in ("eos", "bos", "pad"):
-            token = self._token(f"{name}_id")
-            if token is not None:
-                config[f"{name}_token"] = token
-        if self.chat_template is not None:
-            config["chat_template"] = self.chat_template
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        config |= {f"{name}_token": self._token(f"{name}_id") for name in ("eos", "bos", "pad")}
+        config["chat_template"] = self.chat_template
+        config = {name: value for name, value in config.items() if value is not None}
         with atomic_files(folder, remove=[TEMPLATE]) as temporary:  # an older template would be read first
             (temporary / "tokenizer.json").write_text(self.backend.to_str(), encoding="utf-8")
             write_json(temporary / "tokenizer_config.json", config)
@@ -249,7 +240,7 @@ class Tokenizer:
             text = token["content"] if isinstance(token, dict) else token
             ids[name] = backend.token_to_id(_whole(text, str(path)))  # None if there is none
         template = config.get("chat_template")
-        if isinstance(template, list):  # several named templates
+        if isinstance(template, list):
             template = {each["name"]: each["template"] for each in template}.get("default")
         if (folder / TEMPLATE).is_file():
             template = (folder / TEMPLATE).read_bytes().decode()
@@ -265,22 +256,24 @@ class Tokenizer:
         Raises:
             ValueError: the file's tokenizer is of a kind that is not built here.
         """
-        kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "gpt-2")
+        ggml = {key.removeprefix(_GGML): value for key, value in fields.items()}
+        kind, pre = ggml.get("model"), ggml.get("pre", "gpt-2")
         if kind != "gpt2" or pre not in list(PRE_TOKENIZERS):  # a list, because pre may be anything
             raise ValueError(
                 f"The GGUF file's tokenizer ({kind!r:.80}, {pre!r:.80}) is not 'gpt2' with one of {[*PRE_TOKENIZERS]}; "
                 "load the model's Hugging Face folder instead."
             )
-        check(fields, _Header, "The GGUF file's header")
-        ids = {name: fields.get(f"tokenizer.ggml.{long}_token_id") for name, long in _GGUF_IDS.items()}
+        ids = {name: ggml.get(f"{long}_token_id") for name, long in _GGUF_IDS.items()}
+        check(ids, dict[str, Count | None], "The GGUF file's header")
+        template = check(fields.get("tokenizer.chat_template"), str | None, "The GGUF file's chat template")
         try:
-            backend = _backend(fields, pre, ids)
+            backend = _backend(ggml, pre, ids)
             _try_out(backend)
         except Exception as error:  # the library raises plain Exception
             raise ValueError(
                 f"The GGUF file's tokenizer cannot be built ({shortened(str(error))}); copy or download it again."
             ) from None
-        return cls(backend, chat_template=fields.get("tokenizer.chat_template"), **ids)
+        return cls(backend, chat_template=template, **ids)
 
     def to_gguf(self, vocab_size: int) -> dict[str, Any]:
         """Return a GGUF header's entries from which :meth:`from_gguf` and llama.cpp build the same tokenizer.
@@ -311,11 +304,11 @@ class Tokenizer:
         entries: dict[str, Any] = {"model": "gpt2", "tokens": tokens, "token_type": types, "merges": merges}
         entries |= {"add_space_prefix": False, "add_bos_token": self.encode("a", True) != self.encode("a")}
         entries |= {f"{long}_token_id": getattr(self, name) for name, long in _GGUF_IDS.items()}
-        header = {f"tokenizer.ggml.{name}": value for name, value in entries.items() if value is not None}
+        header = {_GGML + name: value for name, value in entries.items() if value is not None}
         if self.chat_template:
             header["tokenizer.chat_template"] = self.chat_template
         for pre in PRE_TOKENIZERS:  # the one from which the same tokenizer comes back
-            made = header | {"tokenizer.ggml.pre": pre}
+            made = header | {f"{_GGML}pre": pre}
             if pre == "qwen2":
                 made[_NORMALIZER] = (state["normalizer"] or {}).get("type", "none")
             with suppress(ValueError):
@@ -363,26 +356,26 @@ def _try_out(backend: Backend) -> None:
         raise ValueError(f"it loses letters: {letters!r} comes back as {decoded!r:.200}")
 
 
-def _backend(header: dict[str, Any], pre: str, ids: dict[str, int | None]) -> Backend:
+def _backend(ggml: dict[str, Any], pre: str, ids: dict[str, int | None]) -> Backend:
     """Return the tokenizer of a GGUF file's header.
 
     Raises:
         Exception: whatever the library raises, or that an id is no token's.
     """
-    tokens, types = header["tokenizer.ggml.tokens"], header["tokenizer.ggml.token_type"]
-    typed = list(zip(tokens, types, strict=True))
+    tokens = ggml["tokens"]
+    typed = list(zip(tokens, ggml["token_type"], strict=True))
     special = {name: None if i is None else tokens[i] for name, i in ids.items()}
-    merges = [tuple(merge.split(" ")) for merge in header["tokenizer.ggml.merges"]]
+    merges = [tuple(merge.split(" ")) for merge in ggml["merges"]]
     # Llama 3 does not split a word that is a token, whatever the merges would make of it.
     vocabulary = {token: i for i, token in enumerate(tokens)}
     backend = Backend(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe"))
-    if header.get(_NORMALIZER, "NFC" if pre == "qwen2" else "none") == "NFC":
+    if ggml.get(_NORMALIZER, "NFC" if pre == "qwen2" else "none") == "NFC":
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer, backend.decoder = PRE_TOKENIZERS[pre], decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, kind in typed if kind == _CONTROL])
     backend.add_tokens([AddedToken(t, normalized=False) for t, kind in typed if kind == _USER_DEFINED])
     # llama.cpp puts the begin token before a Llama 3 text unless the file forbids it.
-    if header.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe") and (bos := special["bos_id"]) is not None:
+    if ggml.get("add_bos_token", pre == "llama-bpe") and (bos := special["bos_id"]) is not None:
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids["bos_id"])]
         )

@@ -36,7 +36,7 @@ from lora_lab.inject import adapter_state, inject, lora_layers
 from lora_lab.lean import Lean
 from lora_lab.methods import LoRA
 from lora_lab.models.pretrained import SMOLLM2, load_pretrained
-from lora_lab.models.quantize import quantize_nf4, rounded
+from lora_lab.models.quantize import quantize_nf4, round_matrix
 from lora_lab.studies.recorder import ON_TEST, Planned, Row, Source, plan_trial, record_tuned, tell_tuned
 from lora_lab.system.schema import plain
 from lora_lab.task import Task
@@ -146,7 +146,7 @@ class Merges:
 
 
 def _quantise(weight: Tensor, kind: str | None) -> Tensor:
-    return weight if kind is None else rounded(weight, kind)
+    return weight if kind is None else round_matrix(weight, kind)
 
 
 def rounding(layers: Iterable[tuple[Tensor, Tensor]], kind: str) -> dict[str, float]:
@@ -163,7 +163,7 @@ def rounding(layers: Iterable[tuple[Tensor, Tensor]], kind: str) -> dict[str, fl
     """
     sums: dict[str, float] = dict.fromkeys(("V", "D", "base", "merged", "change", "product"), 0.0)
     for V, D in layers:
-        before, after = rounded(V, kind), rounded(V + D, kind)  # (192, 576)
+        before, after = round_matrix(V, kind), round_matrix(V + D, kind)  # (192, 576)
         change = after - before  # (192, 576)
         squares = {"V": V, "D": D, "base": before - V, "merged": after - V - D, "change": change}
         for name, matrix in squares.items():

@@ -62,12 +62,9 @@ def write_replies(
     for prompt in prompts:
         ids = tokenizer.encode(tokenizer.chat([{"role": "user", "content": prompt}]))
         for _ in range(each):
-            reply = []
-            for token in model.stream(torch.tensor(ids, device=device), tokens, temperature=1.0, seed=len(replies)):
-                reply.append(token)
-                if token == stop:
-                    break
-            replies.append({"prompt": ids, "reply": reply})
+            inputs, seed = torch.tensor(ids, device=device), len(replies)
+            reply = model.generate(inputs, tokens, stop, temperature=1.0, seed=seed).tolist()
+            replies.append({"prompt": ids, "reply": reply if len(reply) == tokens else [*reply, stop]})
     write_json(path, {"temperature": 1.0, "replies": replies}, indent=None)
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lora_lab.models.decoding import check_context
+from lora_lab.models.decoding import Sampling, check_context
 from lora_lab.models.llama import Llama
 from lora_lab.models.reading import LlamaReader, Reader, reader_of, stream
 from lora_lab.models.tokenizer import check_tokenizer
@@ -47,7 +47,8 @@ def reply(
     check_tokenizer(tokenizer, ChatTokenizer)
     text = tokenizer.chat([{"role": "user", "content": prompt}])
     ids = torch.tensor(tokenizer.encode(text), dtype=torch.long, device=next(model.parameters()).device)  # (length,)
-    return tokenizer.decode(list(stream(model, ids, max_new_tokens, stop_token(tokenizer), **sampling))).strip()
+    tokens = stream(model, ids, max_new_tokens, stop_token(tokenizer), Sampling(**sampling))
+    return tokenizer.decode(list(tokens)).strip()
 
 
 @torch.no_grad()
@@ -129,7 +130,7 @@ def _read_batches(
         longest = max(map(len, batch))
         ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in batch])  # (16, length)
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch])  # (16, length)
-        reader = shared.repeated(mask.to(device)) if shared else reader_of(model, mask.to(device))
+        reader = shared.repeat(mask.to(device)) if shared else reader_of(model, mask.to(device))
         yield reader.read(ids.to(device)), reader
 
 

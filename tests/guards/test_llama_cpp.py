@@ -19,16 +19,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
-from tokenizers import Tokenizer as Backend
 
 from lora_lab import Llama, LoRAConfig, inject, load_adapter, load_pretrained, save_model
 from lora_lab.adapters import save_gguf, shipped, strength
+from lora_lab.models.decoding import Sampling
 from lora_lab.models.llama import RopeScaling
 from lora_lab.models.reading import stream
-from lora_lab.models.tokenizer import PRE_TOKENIZERS, Tokenizer
+from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.variants import DoRALinear, PiSSALinear, RsLoRALinear
 from tests.helpers import logits, random_ids, randomise, randomise_all
+from tests.models.test_gguf import bytes_tokenizer
 from tests.tiny_models import RELATIVES, relative, trained_tokenizer
 
 FOLDER = os.environ.get("LORA_LAB_LLAMA_CPP")
@@ -66,7 +66,7 @@ class Result:
 
 def greedy(run):
     """The tokens that our model continues the prompt with."""
-    return list(stream(run.ours, torch.tensor(run.prompt), run.count))
+    return list(stream(run.ours, torch.tensor(run.prompt), run.count, None, Sampling()))
 
 
 def answers(runs, continued, folder):
@@ -122,23 +122,11 @@ def check(name, result, bound):
 # Small models, with everything that a file may hold
 
 
-def tokenizer_of(words):
-    """All bytes, a few merges and two special tokens, split into words by a rule of GGUF's."""
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "the", "12", "Ġ12"]
-    merges = [("t", "h"), ("th", "e"), ("1", "2"), ("Ġ", "12")]
-    backend = Backend(
-        models.BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=words == "llama-bpe")
-    )
-    backend.pre_tokenizer, backend.decoder = PRE_TOKENIZERS[words], decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<s>", "</s>")])
-    return Tokenizer(backend, bos_id=260, eos_id=261)
-
-
 SHAPES = {
-    "gpt-2": {"vocab_size": 262},
+    "gpt-2": {"vocab_size": 265},
     "smollm": {"vocab_size": 300, "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
     "llama-bpe": {
-        "vocab_size": 262,
+        "vocab_size": 265,
         "head_dim": 64,
         "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 32),
         "rope_theta": 500000.0,
@@ -153,31 +141,38 @@ ADAPTERS = {
 }
 
 
-@pytest.mark.parametrize("words", SHAPES)
-def test_small_models_give_our_logits_merged_and_with_their_adapters(tiny_config, tmp_path, words):
-    base = randomise_all(Llama(dataclasses.replace(tiny_config, **SHAPES[words])).eval())
-    tokenizer = tokenizer_of(words)
-    runs = {"base": Run(base, tokenizer, save_model(base, tmp_path / "base.gguf", tokenizer, "gguf", "f32"))}
+def check_with_adapters(base, tokenizer, folder, label):
+    """Compare a base alone, with each kind of adapter, and with that adapter merged; the base must be told from them.
+
+    Returns:
+        What llama.cpp computed of each.
+    """
+    runs = {"base": Run(base, tokenizer, save_model(base, folder / "base.gguf", tokenizer, "gguf", "f32"))}
     for name, options in ADAPTERS.items():
         if "targets" in options and base.config.tie_word_embeddings:
             continue
-        model = copy.deepcopy(base)
-        options = dict(options)
+        model, options = copy.deepcopy(base), dict(options)
         inject(model, LoRAConfig(4, 6.0, targets=options.pop("targets", "all-linear")), **options)
         randomise(model, size=0.1)
         assert (logits(model, random_ids(1, 9)) - logits(base, random_ids(1, 9))).abs().max() > 0.1
-        path = save_gguf(model, tmp_path / f"{name} merged.gguf", merged=True, dtype="f32", tokenizer=tokenizer)
+        path = save_gguf(model, folder / f"{name} merged.gguf", merged=True, dtype="f32", tokenizer=tokenizer)
         runs[f"{name} merged"] = Run(model, tokenizer, path)
         if name != "DoRA":
-            path = save_gguf(model, tmp_path / f"{name}.gguf", dtype="f32")
-            runs[name] = Run(model, tokenizer, tmp_path / "base.gguf", path)
-    results = dict(zip(runs, run_all(list(runs.values()), tmp_path), strict=True))
-    for name, result in results.items():
-        check(f"{words}, {name}", result, 1e-3)
+            path = save_gguf(model, folder / f"{name}.gguf", dtype="f32")
+            runs[name] = Run(model, tokenizer, folder / "base.gguf", path)
+    results = run_all(list(runs.values()), folder)
+    for name, result in zip(runs, results, strict=True):
+        check(f"{label}, {name}", result, 1e-3)
         assert result.texts_equal
-    wrong = dataclasses.replace(runs["LoRA"], ours=base)
-    (result,) = run_all([wrong], tmp_path)
-    assert result.difference > 0.05
+    (wrong,) = run_all([dataclasses.replace(runs["LoRA"], ours=base)], folder)
+    assert wrong.difference > 0.05
+    return results
+
+
+@pytest.mark.parametrize("words", SHAPES)
+def test_small_models_give_our_logits_merged_and_with_their_adapters(tiny_config, tmp_path, words):
+    base = randomise_all(Llama(dataclasses.replace(tiny_config, **SHAPES[words])).eval())
+    check_with_adapters(base, bytes_tokenizer(words), tmp_path, words)
 
 
 # Relatives of a Llama, as transformers computes them
@@ -186,26 +181,8 @@ def test_small_models_give_our_logits_merged_and_with_their_adapters(tiny_config
 @pytest.mark.parametrize("kind", RELATIVES)
 def test_relatives_give_the_logits_of_transformers_merged_and_with_their_adapters(tmp_path, kind):
     base, tokenizer = relative(kind), trained_tokenizer(RELATIVES[kind][3])
-    runs = {"base": Run(base, tokenizer, save_model(base, tmp_path / "base.gguf", tokenizer, "gguf", "f32"))}
-    for name, options in ADAPTERS.items():
-        if "targets" in options and base.config.tie_word_embeddings:
-            continue
-        model, options = copy.deepcopy(base), dict(options)
-        inject(model, LoRAConfig(4, 6.0, targets=options.pop("targets", "all-linear")), **options)
-        randomise(model, size=0.1)
-        assert (logits(model, random_ids(1, 9)) - logits(base, random_ids(1, 9))).abs().max() > 0.1
-        path = save_gguf(model, tmp_path / f"{name} merged.gguf", merged=True, dtype="f32", tokenizer=tokenizer)
-        runs[f"{name} merged"] = Run(model, tokenizer, path)
-        if name != "DoRA":
-            path = save_gguf(model, tmp_path / f"{name}.gguf", dtype="f32")
-            runs[name] = Run(model, tokenizer, tmp_path / "base.gguf", path)
-    results = dict(zip(runs, run_all(list(runs.values()), tmp_path), strict=True))
-    for name, result in results.items():
-        check(f"{kind}, {name}", result, 1e-3)
-        assert result.texts_equal
+    for result in check_with_adapters(base, tokenizer, tmp_path, kind):
         assert result.template == tokenizer.chat_template
-    (result,) = run_all([dataclasses.replace(runs["LoRA"], ours=base)], tmp_path)
-    assert result.difference > 0.05
 
 
 def test_hard_texts_are_split_as_qwen2s_tokenizer_splits_them(tmp_path):
@@ -224,8 +201,8 @@ def test_hard_texts_are_split_as_qwen2s_tokenizer_splits_them(tmp_path):
 
 def test_llama_cpps_own_scale_is_strength(tiny_config, tmp_path):
     base, tokenizer = (
-        randomise_all(Llama(dataclasses.replace(tiny_config, vocab_size=262)).eval()),
-        tokenizer_of("gpt-2"),
+        randomise_all(Llama(dataclasses.replace(tiny_config, vocab_size=265)).eval()),
+        bytes_tokenizer(),
     )
     save_model(base, tmp_path / "base.gguf", tokenizer, "gguf", "f32")
     inject(base, LoRAConfig(4, 6.0))

@@ -65,20 +65,6 @@ def test_random_numbers_that_are_not_restored_give_other_gradients():
     assert not torch.allclose(ours[1], gradients(by_us, block, x, None)[1])
 
 
-def test_the_function_is_left_as_soon_as_it_has_saved_what_is_needed():
-    reached = []
-
-    def function(x):
-        y = x.exp()  # saves its output
-        reached.append(len(reached))
-        return y + 1  # saves nothing
-
-    x = draw(3).requires_grad_()
-    recompute(function, x, random=False).sum().backward()
-    assert reached == [0]
-    torch.testing.assert_close(x.grad, x.detach().exp(), rtol=0, atol=0)
-
-
 def test_an_error_of_the_function_is_raised_and_a_pass_without_gradients_is_computed_once():
     block = Block()
     with torch.no_grad():

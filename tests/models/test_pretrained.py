@@ -6,9 +6,7 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
-import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -23,8 +21,7 @@ from lora_lab.models import pretrained
 from lora_lab.models.llama import RopeScaling
 from lora_lab.models.pretrained import load_tokenizer
 from lora_lab.models.quantize import BlockEmbedding, BlockLinear, BlockWeight
-from lora_lab.tasks import cross_entropy
-from tests.helpers import logits, names, random_ids, randomise, relative_error, run_killed
+from tests.helpers import logits, names, random_ids, relative_error, run_killed, run_python
 from tests.models.test_gguf import VARIANTS
 
 ENTRY = "smollm2-135m-v1"
@@ -78,24 +75,13 @@ def test_all_weights_are_bit_equal_to_the_gguf_librarys(smollm2, gguf_reader):
 # The cache
 
 
-def child(code, cache):
-    """A Python process that has ``pretrained`` and runs ``code`` with another cache."""
-    before = "import os, signal\nfrom lora_lab.models import pretrained\n"
-    return subprocess.Popen(
-        [sys.executable, "-c", before + code],
-        env={**os.environ, "LORA_LAB_CACHE": str(cache)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 @pytest.fixture(scope="module")
 def raced(smollm2_gguf, tmp_path_factory):
     """A cache with the GGUF file, and what two processes said that then loaded the model at the same time."""
     cache = tmp_path_factory.mktemp("cache")
     (cache / smollm2_gguf.name).symlink_to(smollm2_gguf)
     code = """
+from lora_lab.models import pretrained
 whole = pretrained.read_gguf
 def told(path):
     print("converts")
@@ -105,10 +91,9 @@ model, tokenizer = pretrained.load_pretrained(device="cpu", keep_blocks=True)
 import torch
 print(len(tokenizer), sum(parameter.sum(dtype=torch.float64).item() for parameter in model.parameters()))
 """
-    processes = [child(code, cache) for _ in range(2)]
-    said = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
-    yield cache, [output.split("\n") for output, _ in said]
+    with ThreadPoolExecutor(2) as pool:
+        done = pool.map(lambda _: run_python(code, LORA_LAB_CACHE=str(cache)), range(2))
+    yield cache, [process.stdout.split("\n") for process in done]
     shutil.rmtree(cache)
 
 
@@ -131,9 +116,9 @@ def loaded(raced):
     """What a process has imported that loaded the entry alone, in blocks and then in full, and the peak after each."""
     cache, _ = raced
     (cache / pretrained.FILE).unlink()
-    process = child(
-        """
+    code = """
 import json, sys, torch
+from lora_lab.models import pretrained
 from lora_lab.system.process import peak_bytes
 peaks = [peak_bytes(torch.device("cpu"))]
 for keep in (True, False):
@@ -142,12 +127,8 @@ for keep in (True, False):
     del model
 imported = sorted({"gguf", "transformers", "peft", "safetensors", "tokenizers"} & set(sys.modules))
 print(json.dumps([imported, *peaks]))
-""",
-        cache,
-    )
-    output, errors = process.communicate()
-    assert process.returncode == 0, errors
-    return json.loads(output)
+"""
+    return json.loads(run_python(code, LORA_LAB_CACHE=str(cache)).stdout)
 
 
 @pytest.mark.slow
@@ -173,13 +154,6 @@ def test_a_conversion_killed_half_way_loses_nothing_and_the_next_load_converts(
     assert any(name.startswith(".lora_lab-new-") for name in names(empty_cache))  # so it was killed in the middle
     assert same_weights(load_pretrained(device="cpu")[0], load_pretrained(path, device="cpu")[0])
     assert [name for name in names(empty_cache) if name[0] != "."] == [path.name, ENTRY]
-
-
-def test_a_damaged_entry_of_the_cache_says_so(empty_cache, smollm2, smollm2_gguf):
-    shutil.copytree(smollm2_gguf.parent / ENTRY, empty_cache / ENTRY)
-    os.truncate(empty_cache / ENTRY / "model.safetensors", 1_000_000)
-    with pytest.raises(ValueError, match=r"model.safetensors is damaged.*make or copy it anew"):
-        load_pretrained()
 
 
 # GGUF files, written here as llama.cpp writes them
@@ -353,7 +327,7 @@ def array(kind, values):
 REFUSED_HEADERS = [  # an entry, its value (None: it is left out), and what must be named
     ("tokenizer.ggml.model", "llama", "llama"),
     ("tokenizer.ggml.pre", "tekken", "tekken"),
-    ("tokenizer.ggml.tokens", None, "tokenizer.ggml.tokens"),
+    ("tokenizer.ggml.tokens", None, "tokens"),
     ("llama.block_count", None, "llama.block_count"),
     ("llama.block_count", 10**9, "num_hidden_layers is 1000000000"),
     ("llama.block_count", 3, "tensor model.layers.2.* is missing"),
@@ -480,23 +454,9 @@ REFUSED_WEIGHTS = [
     *(({"metadata": {KINDS: kinds}}, "model.safetensors") for kinds in ("{", "[" * 100_000, "[1]", f'{{"{NORM}": 5}}')),
     ({"metadata": {KINDS: f'{{"{NORM}": "Q4_1"}}'}}, NORM),
 ]
-REFUSED_CONFIGS = [
-    ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
-    ({"hidden_size": None}, "hidden_size"),
+REFUSED_CONFIGS = [  # more of them: see test_shapes
     ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
     ({"num_hidden_layers": 900}, "tensor model.layers.* is missing"),
-    ({"vocab_size": 2**40}, "vocab_size is 1099511627776"),
-    ({"head_dim": 2**30}, "head_dim is 1073741824"),
-    ({"rope_parameters": {"rope_theta": 0}}, "rope_theta is 0"),
-    ({"rope_parameters": {"rope_theta": math.nan}}, "rope_theta is nan"),
-    ({"rope_parameters": {"rope_theta": "10000"}}, "rope_theta is '10000'"),
-    ({"rope_parameters": 5}, "rope_parameters is 5"),
-    ({"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05"),
-    ({"num_attention_heads": 0}, "num_attention_heads is 0"),
-    ({"architectures": [5]}, "architectures.0 is 5"),
-    ({"architectures": "Llama"}, "architectures is 'Llama'"),
-    ({"model_type": "mistral", "num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
-    ({"text_config": {"n_layers": 10**9}}, "n_layers is 1000000000"),
 ]
 REFUSED_INDEXES = [
     ({"weight_map": {"x": "../elsewhere.safetensors"}}, "elsewhere.safetensors"),
@@ -603,11 +563,11 @@ def variant_name(changes):
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=variant_name)
-def test_a_saved_model_is_read_with_equal_logits_by_transformers_and_here(tiny, tiny_tokenizer, tmp_path, changes):
+def test_a_saved_model_is_read_with_equal_logits_by_transformers_and_here(tiny, chatter, tmp_path, changes):
     from transformers import AutoTokenizer
 
     model = tiny(**changes)
-    assert save_model(model, tmp_path / "m", tiny_tokenizer) == tmp_path / "m"
+    assert save_model(model, tmp_path / "m", chatter) == tmp_path / "m"
     theirs = hf_load(tmp_path / "m")
     assert same_weights(model, theirs)
     assert same_logits(model, theirs)
@@ -617,13 +577,15 @@ def test_a_saved_model_is_read_with_equal_logits_by_transformers_and_here(tiny, 
     loaded, tokenizer = load_pretrained(tmp_path / "m", device="cpu")
     assert loaded.config == model.config
     assert same_weights(loaded, theirs)
-    assert tokenizer.encode("the <s>") == tiny_tokenizer.encode("the <s>")
+    assert tokenizer.encode("the <s>") == chatter.encode("the <s>")
     assert names(tmp_path / "m") == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     hf_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
     assert (hf_tokenizer.eos_token_id, hf_tokenizer.bos_token_id) == (259, 258)
     assert theirs.config.eos_token_id == 259
+    messages = [{"role": "user", "content": "Hi"}]
+    assert hf_tokenizer.apply_chat_template(messages, tokenize=False) == chatter.chat(messages, False)
     for text in (*TEXTS, "the <s>"):
-        assert hf_tokenizer(text)["input_ids"] == tiny_tokenizer.encode(text)
+        assert hf_tokenizer(text)["input_ids"] == chatter.encode(text)
 
 
 def test_a_model_saved_in_half_precision_stays_in_it(tiny, tiny_tokenizer, tmp_path):
@@ -638,29 +600,12 @@ def test_a_model_saved_in_half_precision_stays_in_it(tiny, tiny_tokenizer, tmp_p
 
 def test_without_a_tokenizer_the_weights_alone_are_saved(tiny, tmp_path):
     model = tiny()
+    (tmp_path / "chat_template.jinja").write_text("theirs")  # it stays with the tokenizer, if there is one
     save_model(model, tmp_path)
-    assert names(tmp_path) == ["config.json", "model.safetensors"]
+    assert names(tmp_path) == ["chat_template.jinja", "config.json", "model.safetensors"]
     assert same_logits(hf_load(tmp_path), model)
     with pytest.raises(FileNotFoundError, match=r"lacks the file tokenizer\.json"):
         load_pretrained(tmp_path)
-
-
-def test_transformers_reads_the_real_model_and_its_tokenizer_alike(smollm2):
-    from transformers import AutoTokenizer
-
-    model, tokenizer = smollm2
-    with tempfile.TemporaryDirectory() as folder:  # half a gigabyte, so it does not stay
-        save_model(model, folder, tokenizer)
-        theirs, their_tokenizer = hf_load(folder), AutoTokenizer.from_pretrained(folder)
-    assert same_weights(theirs, model)
-    ids = torch.tensor([tokenizer.encode(TEXTS[0])])
-    assert torch.equal(logits(theirs, ids), logits(model, ids))
-    for text in TEXTS:
-        assert their_tokenizer(text)["input_ids"] == tokenizer.encode(text)
-    messages = [{"role": "user", "content": "Hi"}]
-    assert their_tokenizer.apply_chat_template(messages, tokenize=False) == tokenizer.chat(messages, False)
-    special = their_tokenizer.eos_token_id, their_tokenizer.bos_token_id, their_tokenizer.pad_token_id
-    assert special == (2, 1, 2)
 
 
 @pytest.mark.parametrize("format", ["safetensors", "gguf"])
@@ -707,14 +652,6 @@ def test_saving_over_shards_of_another_model_leaves_none_of_it(tiny, tiny_hf, hf
     assert same_weights(load_pretrained(folder, device="cpu")[0], model)
 
 
-def test_saving_over_another_model_leaves_none_of_its_template(tiny, tiny_tokenizer, tmp_path):
-    (tmp_path / "chat_template.jinja").write_text("theirs")
-    save_model(tiny(), tmp_path)
-    assert (tmp_path / "chat_template.jinja").is_file()  # with the tokenizer that is there, if there is one
-    save_model(tiny(), tmp_path, tiny_tokenizer)
-    assert load_pretrained(tmp_path, device="cpu")[1].chat_template is None
-
-
 # Matrices that stay in their blocks
 
 
@@ -741,27 +678,6 @@ def test_kept_blocks_stand_for_the_same_weights(in_blocks, smollm2):
     assert in_blocks.lm_head.packed is in_blocks.model.embed_tokens.packed
     ids = random_ids(2, 16, 49152)
     assert relative_error(logits(in_blocks, ids), logits(dense, ids)) < 1e-5
-
-
-@pytest.mark.slow
-def test_in_blocks_the_real_model_writes_and_learns_what_the_dense_one_does(in_blocks, smollm2):
-    (dense, tokenizer), ids = smollm2, random_ids(2, 16, 49152)
-    prompt = torch.tensor(tokenizer.encode(TEXTS[0]))
-    written = in_blocks.generate(prompt, 6)
-    assert len(written) == 6
-    assert torch.equal(written, dense.generate(prompt, 6))
-    learned = []
-    for model in (copy.deepcopy(in_blocks), copy.deepcopy(dense)):
-        assert len(inject(model, LoRAConfig(rank=2))) == 210
-        loss = cross_entropy(randomise(model, size=0.02), ids[:, :-1], ids[:, 1:])
-        loss.backward()
-        learned.append({"loss": loss} | {name: p.grad for name, p in model.named_parameters() if p.requires_grad})
-    ours, theirs = learned
-    assert ours.keys() == theirs.keys()
-    assert relative_error(ours.pop("loss"), theirs["loss"]) < 1e-5
-    for name, gradient in ours.items():
-        assert gradient.norm() > 0
-        assert relative_error(gradient, theirs[name]) < 1e-3, name
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q8_0"])

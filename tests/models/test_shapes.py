@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -107,8 +108,21 @@ REFUSED = [
     ({"hidden_size": ...}, "hidden_size"),
     ({"hidden_size": "64"}, "hidden_size"),
     ({"num_attention_heads": None}, "None"),
+    ({"num_attention_heads": 0}, "num_attention_heads is 0"),
     ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
     ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+    ({"model_type": "mistral", "num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+    ({"text_config": {"n_layers": 10**9}}, "n_layers is 1000000000"),
+    ({"vocab_size": 2**40}, "vocab_size is 1099511627776"),
+    ({"head_dim": 2**30}, "head_dim is 1073741824"),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+    ({"rope_parameters": {"rope_theta": 0}}, "rope_theta is 0"),
+    ({"rope_parameters": {"rope_theta": math.nan}}, "rope_theta is nan"),
+    ({"rope_parameters": {"rope_theta": "10000"}}, "rope_theta is '10000'"),
+    ({"rope_parameters": 5}, "rope_parameters is 5"),
+    ({"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05"),
+    ({"architectures": [5]}, "architectures.0 is 5"),
+    ({"architectures": "Llama"}, "architectures is 'Llama'"),
     ('{"half": ', "config.json"),
     ("[1]", "config.json"),
     ("null", "config.json"),

@@ -212,23 +212,6 @@ def test_chatting_without_a_template_says_what_to_do(tiny_tokenizer):
         tiny_tokenizer.chat(CHATS[0])
 
 
-def test_messages_that_the_template_refuses_are_an_error(tokenizer, tiny_tokenizer):
-    with pytest.raises(ValueError, match="chat template refuses these messages"):
-        tokenizer.chat([{"role": "user"}])
-    strict = Tokenizer(tiny_tokenizer.backend, chat_template="{{ raise_exception('users only') }}")
-    with pytest.raises(ValueError, match="refuses these messages: users only"):
-        strict.chat(CHATS[0])
-
-
-def test_a_template_sees_the_special_tokens_and_cannot_reach_out(tiny_tokenizer):
-    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}{{ eos_token }}"
-    with_tokens = Tokenizer(tiny_tokenizer.backend, eos_id=259, bos_id=258, chat_template=template)
-    assert with_tokens.chat([{"role": "user", "content": "x"}]) == "<s>x</s>"
-    hostile = Tokenizer(tiny_tokenizer.backend, chat_template="{{ ''.__class__.__mro__ }}")
-    with pytest.raises(ValueError, match="refuses"):
-        hostile.chat(CHATS[0])
-
-
 # Files
 
 
@@ -390,28 +373,16 @@ def test_llama3_takes_a_word_that_is_a_token_whole_whatever_its_merges_say():
     assert pieces(Tokenizer.from_gguf(header(pre="gpt-2")), "that") == ["th", "a", "t"]
 
 
-def test_a_llama3_header_encodes_as_the_same_tokenizer_built_by_hand():
-    fields = header(pre="llama-bpe")
-    tokens = fields["tokenizer.ggml.tokens"]
+def test_llama3_texts_are_cut_by_the_published_rule():
     words = (  # as published with Llama 3
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
-    by_hand = Backend(
-        models.BPE({token: i for i, token in enumerate(tokens)}, [("t", "h"), ("th", "e")], ignore_merges=True)
-    )
-    by_hand.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(words), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    by_hand.decoder = decoders.ByteLevel()
-    by_hand.add_special_tokens([AddedToken(token, normalized=False) for token in ("<s>", "</s>")])
-    by_hand.add_tokens([AddedToken("<note>", normalized=False)])
-    made = Tokenizer.from_gguf(fields)
-    for text in (*TEXTS, "the 12345 that's"):
-        assert made.encode(text) == by_hand.encode(text, add_special_tokens=False).ids
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    by_hand = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words), "isolated"), in_bytes])
+    made = Tokenizer.from_gguf(header(pre="llama-bpe"))
+    for text in (*hard_texts(), "the 12345 that's"):
+        assert made.backend.pre_tokenizer.pre_tokenize_str(text) == by_hand.pre_tokenize_str(text)
         assert made.decode(made.encode(text)) == text
 
 
