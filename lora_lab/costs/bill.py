@@ -205,7 +205,7 @@ class Recording:
             saved[part] += _round_up(size, block)
         return Bill(at_peak, self._describe(peak), source, self.setting, _order(saved), timeline)
 
-    def moments(self, block: int = 1) -> Iterator[Mapping[str, int]]:
+    def moments(self, block: int) -> Iterator[Mapping[str, int]]:
         """Yield bytes by part after each operation, in whole blocks; it is the same mapping each time."""
         now = Counter[str]()
         for operation in self.operations:
