@@ -308,7 +308,8 @@ class StorageLog(StepTracer):
         self._paused = True
         result = like()
         self._paused = False
-        self._operations += [(self.phase, name, self._where()) for _, name, _ in self._operations[begun:ended]]
+        where = self._where()
+        self._operations += [(self.phase, name, where) for _, name, _ in self._operations[begun:ended]]
         for life in lives:
             died = life.died - begun + time if life.died < ended else math.inf
             copy = replace(life, born=life.born - begun + time, died=died, node=_node(), savers=set())
