@@ -205,7 +205,7 @@ class Recording:
             saved[part] += _round_up(size, block)
         return Bill(at_peak, self._describe(peak), source, self.setting, _order(saved), timeline)
 
-    def moments(self, block: int = 1) -> Iterator[Mapping[str, int]]:
+    def moments(self, block: int) -> Iterator[Mapping[str, int]]:
         """Yield bytes by part after each operation, in whole blocks; it is the same mapping each time."""
         now = Counter[str]()
         for operation in self.operations:
@@ -308,7 +308,8 @@ class StorageLog(StepTracer):
         self._paused = True
         result = like()
         self._paused = False
-        self._operations += [(self.phase, name, self._where()) for _, name, _ in self._operations[begun:ended]]
+        where = self._where()
+        self._operations += [(self.phase, name, where) for _, name, _ in self._operations[begun:ended]]
         for life in lives:
             died = life.died - begun + time if life.died < ended else math.inf
             copy = replace(life, born=life.born - begun + time, died=died, node=_node(), savers=set())

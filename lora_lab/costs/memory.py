@@ -53,7 +53,6 @@ from lora_lab.system.schema import NotNegative, check
 from lora_lab.system.wording import progress_bar
 from lora_lab.train import Batch
 
-_SIZES = ("batch_size", "seq_len")
 _LARGEST_SIZE = 2**20  # the largest batch or context that is considered
 _BLOCK = 512  # bytes: CUDA's allocator returns multiples of this
 
@@ -488,9 +487,14 @@ def report(
                 if not rows:
                     print(_heading(name, bill, batch_size, seq_len, budget_bytes, look_for))
                 print(row.rstrip(), flush=True)
-            fits = {"setup": label, "fits": None if free is None else free >= 0, "free_bytes": free}
-            found = {f"largest_{size}": most if size.startswith(str(look_for)) else None for size in _SIZES}
-            rows.append({**fits, **found, **bill.to_dict()})
+            found = {
+                "setup": label,
+                "fits": None if free is None else free >= 0,
+                "free_bytes": free,
+                "largest_batch_size": most if look_for == "batch" else None,
+                "largest_seq_len": most if look_for == "seq" else None,
+            }
+            rows.append(found | bill.to_dict())
             bar.update()
     if any(Part.WORKSPACE in bill.parts for bill in bills):  # they are for CUDA
         print("In addition, CUDA's own context takes a few hundred MiB on the GPU, and the allocator leaves gaps.")

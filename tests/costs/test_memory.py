@@ -1424,7 +1424,6 @@ def test_without_a_gpu_a_card_is_estimated_and_said_to_be(one_way, tmp_path, cap
         (["--batch", 0], "batch_size is 0"),
         (["--seq", 0], "seq_len is 0"),
         (["--rank", 0], "rank is 0"),
-        (["--dtype", "int8"], "--dtype is 'int8'"),
         (["--largest", "batch"], "--largest needs --budget"),
         (["--device", "banana"], "banana"),
     ],
