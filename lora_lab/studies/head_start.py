@@ -28,7 +28,7 @@ from lora_lab.costs.fake import Factory
 from lora_lab.methods import FullFineTuning
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.models.pretrained import SMOLLM2
-from lora_lab.studies.claims.head_start import DOCS, FINE_TUNED, FROM_SCRATCH, LONGER, SIZES
+from lora_lab.studies.claims.compared import DOCS, FINE_TUNED, FROM_SCRATCH, LONGER, SIZES
 from lora_lab.studies.recorder import Case, record_cases, tell_trial
 from lora_lab.task import Task
 from lora_lab.tasks.arrays import CHANGES

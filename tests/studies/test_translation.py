@@ -10,7 +10,7 @@ from lora_lab import records
 from lora_lab.ablation import studies
 from lora_lab.models.llama import Llama
 from lora_lab.studies import recorder, translation
-from lora_lab.studies.claims.measured import right_by
+from lora_lab.studies.claims.measured import right_by_kind
 from lora_lab.studies.recorder import Planned, record_tuned
 from lora_lab.tasks import Pair, from_pairs
 from lora_lab.tasks.sentences import COMBINATION, WORD, sentences
@@ -88,8 +88,8 @@ def test_names_are_marked_by_what_no_baseline_gets_right(record):
 
 
 def test_sentences_are_marked_by_what_training_shows_and_by_their_grammar(record):
-    table = right_by(record, "sentences-fr", "LoRA r=8").set_index("kind")
-    assert table["examples"].to_dict() == {COMBINATION: 100, WORD: 60}
-    assert (table["share"] == 0).all()  # of an untrained model
-    features = right_by(record, "sentences-fr", "LoRA r=8", "features").set_index("features")
-    assert {"feminine", "plural", "adjective after the noun", "elision"} <= set(features.index)
+    table = right_by_kind(record, "sentences-fr", "LoRA r=8")
+    assert {row["kind"]: row["examples"] for row in table} == {COMBINATION: 100, WORD: 60}
+    assert all(row["share"] == 0 for row in table)  # of an untrained model
+    features = record.frame().query("data == 'sentences-fr' and stage == 'example'")["features"]
+    assert {"feminine", "plural", "adjective after the noun", "elision"} <= set(", ".join(features).split(", "))
