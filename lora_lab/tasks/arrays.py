@@ -224,6 +224,6 @@ def _split(targets: Tensor, seed: int, stratified: bool) -> list[Any]:
     from sklearn.model_selection import train_test_split
 
     stratify = targets.numpy() if stratified and int(targets.bincount().min()) >= 10 else None
-    options = {"test_size": max(1, len(targets) // 10), "random_state": seed}
+    options: dict[str, Any] = {"test_size": max(1, len(targets) // 10), "random_state": seed}
     rest, test = train_test_split(np.arange(len(targets)), stratify=stratify, **options)
     return [*train_test_split(rest, stratify=None if stratify is None else stratify[rest], **options), test]

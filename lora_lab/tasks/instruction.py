@@ -29,7 +29,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -220,8 +220,10 @@ def from_pairs(
     check_tokenizer(tokenizer, Tokenizer)
     max_tokens, seed = check(max_tokens, Size, "max_tokens"), check(seed, Seed, "seed")
     check(metric, Metric, "metric")
+    split: dict[str, list[Pair]]
     if isinstance(pairs, Mapping):
-        split = {part: list(map(_as_pair, own)) for part, own in pairs.items()}
+        by_part = cast("Mapping[str, Iterable[Any]]", pairs)
+        split = {part: list(map(_as_pair, own)) for part, own in by_part.items()}
     else:
         split = _split(list(map(_as_pair, pairs)), seed)
     if set(split) != set(PARTS) or not all(split.values()):
@@ -532,7 +534,7 @@ def share_rows(task: Task, length: int = 512) -> RowTask:
     for part, examples in task.parts.items():
         if (longest := max(_lengths(examples))) > length:
             raise ValueError(f"length is {length}, but an example of the {part} part has {longest} tokens.")
-    rows = {part: _rows(examples, length) for part, examples in task.parts.items()}
+    rows: dict[str, Any] = {part: _rows(examples, length) for part, examples in task.parts.items()}
     return RowTask(**vars(task) | rows | {"loss": row_cross_entropy, "source": task, "length": length})
 
 

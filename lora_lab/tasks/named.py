@@ -102,15 +102,15 @@ def parse(entry: Any) -> StoredExample:
     return StoredExample(content, own.get("part") or "", frozenset(entry.keys() - own.keys()))
 
 
-def _turns(form: list[str], entry: dict[str, Any]) -> tuple[Turn, ...]:
+def _turns(form: Sequence[str], entry: dict[str, Any]) -> tuple[Turn, ...]:
     """Return the turns of an entry: perhaps a system turn, then user and assistant in turn, the assistant last."""
     match form:
         case ["text"]:
             return ()
         case ["messages"]:
-            turns = [(turn["role"], turn["content"]) for turn in entry["messages"]]
+            turns: list[Turn] = [(turn["role"], turn["content"]) for turn in entry["messages"]]
         case ["conversations"]:
-            turns = [(_ROLES.get(turn["from"], turn["from"]), turn["value"]) for turn in entry["conversations"]]
+            turns = [(_ROLES.get(turn["from"]) or turn["from"], turn["value"]) for turn in entry["conversations"]]
         case _:
             question, answer = (entry[key] for key in form)
             context = entry.get("input") or ""
