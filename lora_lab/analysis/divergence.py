@@ -157,4 +157,4 @@ def with_replay(task: Task, samples: Examples, share: float) -> Task:
     samples = samples[torch.arange(count) % len(samples)]  # (count, length)
     train = pad([*task.train.inputs, *samples.inputs], [*task.train.targets, *samples.targets])
     plain: dict[str, Any] = {field.name: getattr(task, field.name) for field in fields(Task)}
-    return Task(**plain | {"train": train})
+    return replace(Task(**plain), train=train)
