@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from importlib import import_module
-from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
@@ -23,10 +22,9 @@ import torch
 from torch import nn
 
 from lora_lab.ablation import studies
-from lora_lab.ablation.compare import Grids, Study, compare_tuned, label_setups, last_rows, tune_by_seed
+from lora_lab.ablation.compare import Grids, Study, ablate_setups, compare_tuned, last_rows, tune_by_seed
 from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.results import SCORE
-from lora_lab.ablation.run import ablate
 from lora_lab.ablation.stats import block_losses_of
 from lora_lab.costs.cost_model import cost_model
 from lora_lab.costs.fake import Factory
@@ -252,14 +250,16 @@ class Case:
         ``edge`` is where in its grid the chosen rate of a setup lies, as of
         :class:`lora_lab.ablation.compare.Choice`, and ``chosen`` whether the trial is at that rate.
         """
-        train, best = partial(self._train, device, folder), None
+        train, choices = partial(self._train, device, folder), {}
         if self.judging:
-            frames, best = tune_by_seed(lambda *of: train([of[0]], of[1]), self.lrs, self.choosing, self.widen, self.by)
+            frames, choices = tune_by_seed(
+                lambda *of: train([of[0]], of[1]), self.lrs, self.choosing, self.widen, self.by
+            )
         else:
             frames = (train(seeds, self.lrs) for seeds in self._together(self.choosing))
-        chosen = {} if best is None else best.set_index("setup").to_dict()
-        lrs, edges = chosen.get("lr", {}), chosen.get("edge", {})
-        at_chosen = {setup: [lr] for setup, lr in lrs.items()}
+        lrs = {setup: choice.lr for setup, choice in choices.items()}
+        edges = {setup: choice.edge for setup, choice in choices.items()}
+        at_chosen = {setup: [cast(float, lr)] for setup, lr in lrs.items()}
         judged = (train(seeds, at_chosen) for seeds in self._together(self.judging) if lrs)
         for stage, of_stage in (("choosing", frames), ("judging", judged)):
             for frame in of_stage:
@@ -279,9 +279,8 @@ class Case:
             together.setdefault(self.starts.get(setup, start_from_base), []).append(setup)
         for start, setups in together.items():
             trials = {setup: [self.trial(setup, lr, seed) for lr in lrs[setup] for seed in seeds] for setup in setups}
-            every, options = [*chain(*trials.values())], {"n_jobs": studies.processes(device), **self.options}
-            table = ablate(start(first, device), partial(self.task, first), every, folder, **options)
-            frames.append(label_setups(table, trials))
+            options = {"n_jobs": studies.processes(device), **self.options}
+            frames.append(ablate_setups(start(first, device), partial(self.task, first), trials, folder, **options))
         return pandas.concat(frames, ignore_index=True)
 
 
