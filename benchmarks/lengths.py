@@ -30,14 +30,15 @@ import common
 import torch
 
 import lora_lab as ll
+from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.tasks import TASKS, PairTask, from_pairs, share_rows
-from lora_lab.tasks.instruction import PARTS, ChatTokenizer
+from lora_lab.tasks.instruction import PARTS
 from lora_lab.train import TrainConfig, data_order, make_step
 
 SAMPLED = 5  # steps of a measurement
 
 
-def mixture(tokenizer: ChatTokenizer) -> PairTask:
+def mixture(tokenizer: Tokenizer) -> PairTask:
     """The pairs of both tasks, part by part."""
     tasks = [TASKS[name](tokenizer) for name in ("sentiment", "summarise")]
     pairs = {part: [pair for task in tasks for pair in task.pairs[part]] for part in PARTS}

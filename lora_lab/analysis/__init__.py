@@ -1,7 +1,7 @@
 """What did training do to the model?
 
 spectra     what it wrote into the weights, beside what chance, or a training with nothing to learn, would have written
-divergence  how far it moved the model from its base, and a loss that holds it near
+divergence  how far it moved the model from its base, and what holds it near
 diagnosis   why does my adapter do nothing?
 """
 

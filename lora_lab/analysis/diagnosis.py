@@ -28,9 +28,9 @@ _PEFT_PREFIX = "base_model.model."
 # Values of PEFT's init_lora_weights with which A or B starts at zero, so that an update of zero means an untrained one.
 _ZERO_STARTS = (True, False, "gaussian", "eva")
 
-
 Status = Literal["ok", "problem", "not checked"]
 Result = tuple[Status, str]  # of a check: the last two fields of a Finding
+Parameters = Mapping[str, nn.Parameter]  # by name
 
 
 @dataclass(frozen=True)
@@ -108,31 +108,39 @@ def diagnose(
     layers = lora_layers(model)
     our_names = {f"{name}.{part}" for name, layer in layers.items() for part in layer.parts}
     parameters = dict(model.named_parameters())
-    adapter_parameters = {
-        name: parameter
-        for name, parameter in parameters.items()
-        if name in our_names or not _PARTS.isdisjoint(name.split("."))
-    }
-    adapters = _pair_factors(adapter_parameters)
-    base_prefix = {adapter.layer: "base_layer." for adapter in adapters} | dict.fromkeys(layers, "base.")
+    own = {name: p for name, p in parameters.items() if name in our_names or not _PARTS.isdisjoint(name.split("."))}
+    adapters = _pair_factors(own)
+    inside = {adapter.layer: "base_layer." for adapter in adapters} | dict.fromkeys(layers, "base.")
     results = {
         "adapters": _check_adapters(model, adapters),
-        "trainable": _check_trainable(parameters, adapter_parameters),
+        "trainable": _check_trainable(parameters, own),
         "dtype": _check_dtype(parameters),
-        "optimizer": _check_optimizer(parameters, adapter_parameters, optimizer),
+        "optimizer": _check_optimizer(parameters, own, optimizer),
         "update": _check_update(model, adapters, optimizer),
-        "base": _check_base(model, base_prefix, base),
+        "base": _check_base(model, inside, base),
         "loading": _check_loading(load_report),
     }
     return Diagnosis(tuple(Finding(check, *result) for check, result in results.items()))
 
 
-def _pair_factors(adapter_parameters: dict[str, nn.Parameter]) -> list[_Adapter]:
-    factors: dict[tuple[str, str | None], dict[str, Tensor]] = {}
-    for name, parameter in adapter_parameters.items():
+def _pair_factors(own: Parameters) -> list[_Adapter]:
+    """Return the adapters of which both factors are among these parameters."""
+    factors: dict[tuple[str, str | None], dict[str, Tensor]] = defaultdict(dict)
+    for name, parameter in own.items():
         if match := _FACTOR.fullmatch(name):
-            factors.setdefault((match["layer"] or "", match["adapter"]), {})[match["part"]] = parameter
+            factors[match["layer"] or "", match["adapter"]][match["part"]] = parameter
     return [_Adapter(*key, **parts) for key, parts in factors.items() if parts.keys() == {"A", "B"}]
+
+
+def _tell(counts: str, advice: str = "") -> Result:
+    """Return a problem, if there is advice, and otherwise that all is well."""
+    return ("problem", f"{counts}; {advice}.") if advice else ("ok", f"{counts}.")
+
+
+def _count(names: list[str], total: int | None = None) -> str:
+    """Return how many names there are, of how many, and the first of them: "2 of 9, such as 'first.weight'"."""
+    count = str(len(names)) if total is None else f"{len(names)} of {total}"
+    return f"{count}, such as {names[0]!r}" if names else count
 
 
 def _check_adapters(model: nn.Module, adapters: list[_Adapter]) -> Result:
@@ -144,58 +152,50 @@ def _check_adapters(model: nn.Module, adapters: list[_Adapter]) -> Result:
     )
 
 
-def _check_trainable(parameters: dict[str, nn.Parameter], adapter_parameters: dict[str, nn.Parameter]) -> Result:
-    trainable = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-    outside = [name for name in trainable if name not in adapter_parameters]
+def _check_trainable(parameters: Parameters, own: Parameters) -> Result:
+    trainable = {name: parameter.numel() for name, parameter in parameters.items() if parameter.requires_grad}
+    outside = [name for name in trainable if name not in own]
     inside = len(trainable) - len(outside)
     counts = (
-        f"Trainable tensors in adapters: {inside} of {len(adapter_parameters)}; outside the adapters: "
-        f"{_count(outside)}; trainable parameters: {sum(parameter.numel() for parameter in trainable.values()):,}"
+        f"Trainable tensors in adapters: {inside} of {len(own)}; outside the adapters: {_count(outside)}; trainable "
+        f"parameters: {sum(trainable.values()):,}"
     )
-    if adapter_parameters and not inside:
-        return "problem", (
-            f"{counts}; call requires_grad_(True) on the adapters' parameters, or load them with is_trainable=True in "
-            "peft (for inference, frozen adapters are fine)."
+    if own and not inside:
+        return _tell(
+            counts,
+            "call requires_grad_(True) on the adapters' parameters, or load them with is_trainable=True in peft (for "
+            "inference, frozen adapters are fine)",
         )
-    if not trainable:
-        return "problem", f"{counts}; call requires_grad_(True) on the parameters to train."
-    return "ok", f"{counts}."
+    return _tell(counts, "" if trainable else "call requires_grad_(True) on the parameters to train")
 
 
-def _check_dtype(parameters: dict[str, nn.Parameter]) -> Result:
+def _check_dtype(parameters: Parameters) -> Result:
     dtypes = {name: parameter.dtype for name, parameter in parameters.items() if parameter.requires_grad}
     if not dtypes:
         return "not checked", "Nothing is trainable, so there is no dtype to check."
     if half := [name for name, dtype in dtypes.items() if dtype == torch.float16]:
-        return "problem", (
-            f"Trainable tensors in float16: {_count(half, len(dtypes))}; a GradScaler refuses them and small updates "
-            "are lost to rounding, so store them in float32 (parameter.data = parameter.data.float()) and let autocast "
-            "compute in float16."
+        return _tell(
+            f"Trainable tensors in float16: {_count(half, len(dtypes))}",
+            "a GradScaler refuses them and small updates are lost to rounding, so store them in float32 "
+            "(parameter.data = parameter.data.float()) and let autocast compute in float16",
         )
     names = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()})
     return "ok", f"Trainable tensors are stored in {', '.join(names)}."
 
 
-def _check_optimizer(
-    parameters: dict[str, nn.Parameter],
-    adapter_parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer | None,
-) -> Result:
+def _check_optimizer(parameters: Parameters, own: Parameters, optimizer: torch.optim.Optimizer | None) -> Result:
     if optimizer is None:
         return "not checked", "Pass optimizer= to check that it holds the model's parameters."
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     foreign = held - {id(parameter) for parameter in parameters.values()}
-    trainable = [name for name, parameter in adapter_parameters.items() if parameter.requires_grad]
-    missing = [name for name in trainable if id(adapter_parameters[name]) not in held]
+    trainable = [name for name, parameter in own.items() if parameter.requires_grad]
+    missing = [name for name in trainable if id(own[name]) not in held]
     counts = (
         f"Adapter tensors that the optimizer lacks: {_count(missing, len(trainable))}; "
         f"tensors that it holds and the model does not: {len(foreign)}"
     )
-    if not foreign and not missing:
-        return "ok", f"{counts}."
-    return "problem", (
-        f"{counts}; create the optimizer after inject, load, switch and to(), all of which may replace parameters."
-    )
+    advice = "create the optimizer after inject, load, switch and to(), all of which may replace parameters"
+    return _tell(counts, advice if foreign or missing else "")
 
 
 def _check_update(model: nn.Module, adapters: list[_Adapter], optimizer: torch.optim.Optimizer | None) -> Result:
@@ -204,37 +204,35 @@ def _check_update(model: nn.Module, adapters: list[_Adapter], optimizer: torch.o
     buffers = dict(model.named_buffers())
     zero = {str(adapter): reason for adapter in adapters if (reason := _why_zero(adapter, buffers))}
     count = f"Adapters with an update of zero: {len(zero)} of {len(adapters)}"
+    if not zero and (starts := _other_starts(model)):
+        return "not checked", (
+            f"Neither A nor B started at zero (init_lora_weights is {', '.join(starts)}), so their values do not show "
+            "whether they were trained."
+        )
     if not zero:
-        if starts := _other_starts(model):
-            return "not checked", (
-                f"Neither A nor B started at zero (init_lora_weights is {', '.join(starts)}), so their values "
-                "do not show whether they were trained."
-            )
-        return "ok", f"{count}."
+        return _tell(count)
     layer, reason = next(iter(zero.items()))
     count += f" (in {layer} {reason})"
-    if optimizer is not None and not _has_stepped(optimizer):
+    if optimizer is not None and not any(state.get("step", 1) > 0 for state in optimizer.state.values() if state):
         return "not checked", (
             f"{count}, as expected before training: the optimizer has not taken a step yet; check again after one."
         )
-    return "problem", (
-        f"{count}, so the model computes what its base computes, which is right only before training; check that "
-        "gradients reach the adapters (a checkpoint needs use_reentrant=False, or inputs that require gradients), or "
-        "that the names in the loaded file match the model's."
+    return _tell(
+        f"{count}, so the model computes what its base computes, which is right only before training",
+        "check that gradients reach the adapters (a checkpoint needs use_reentrant=False, or inputs that require "
+        "gradients), or that the names in the loaded file match the model's",
     )
 
 
 def _why_zero(adapter: _Adapter, buffers: dict[str, Tensor]) -> str:
-    """Why the update of a layer is zero, or "" if it is not."""
-    if adapter.A.is_meta or adapter.B.is_meta:
+    """Return why the update of a layer is zero, or "" if it is not."""
+    A, B = adapter.A, adapter.B
+    if A.is_meta or B.is_meta:
         return "A or B is on the meta device, where it has no values"
     start_A, start_B = (buffers.get(f"{adapter.layer}.start_{part}") for part in "AB")  # of our PiSSA
     if start_A is not None and start_B is not None:
-        unchanged = torch.equal(adapter.A, start_A) and torch.equal(adapter.B, start_B)
-        return "A and B are equal to their start" if unchanged else ""
-    if not bool(adapter.B.any()):
-        return "B is all zeros"
-    return "" if bool(adapter.A.any()) else "A is all zeros"
+        return "A and B are equal to their start" if torch.equal(A, start_A) and torch.equal(B, start_B) else ""
+    return next((f"{part} is all zeros" for part, factor in (("B", B), ("A", A)) if not factor.any()), "")
 
 
 def _other_starts(model: nn.Module) -> list[str]:
@@ -242,10 +240,6 @@ def _other_starts(model: nn.Module) -> list[str]:
     configs = getattr(model, "peft_config", None)
     starts = [getattr(config, "init_lora_weights", True) for config in (configs or {}).values()]
     return sorted({str(start) for start in starts if start not in _ZERO_STARTS})
-
-
-def _has_stepped(optimizer: torch.optim.Optimizer) -> bool:
-    return any(state.get("step", 1) > 0 for state in optimizer.state.values() if state)
 
 
 # What a frozen tensor may be beside the base's: the status of the check, and the text after the count.
@@ -263,12 +257,12 @@ _BESIDE_BASE: dict[str, Result] = {
 }
 
 
-def _check_base(model: nn.Module, base_prefix: dict[str, str], base: nn.Module | Mapping[str, Tensor] | None) -> Result:
+def _check_base(model: nn.Module, inside: dict[str, str], base: nn.Module | Mapping[str, Tensor] | None) -> Result:
     if base is None:
         return "not checked", "Pass base= to check that the frozen tensors have its values."
     expected = base.state_dict() if isinstance(base, nn.Module) else base
     found: dict[str, list[str]] = defaultdict(list)
-    for name, base_name, tensor in _frozen_tensors(model, base_prefix):
+    for name, base_name, tensor in _frozen_tensors(model, inside):
         keys = (base_name, name, name.removeprefix(_PEFT_PREFIX))  # base may have been wrapped in place
         value = next((expected[key] for key in keys if key in expected), None)
         found[_compare_with_base(tensor, value)].append(base_name)
@@ -290,22 +284,19 @@ def _compare_with_base(tensor: Tensor, value: Tensor | None) -> str:
     return "equal" if torch.equal(tensor, value.to(tensor.device, tensor.dtype)) else "differ from base"
 
 
-def _frozen_tensors(model: nn.Module, base_prefix: dict[str, str]) -> Iterator[tuple[str, str, Tensor]]:
-    """Name, name in the pre-trained model, and value of every tensor that is neither trained nor part of an adapter.
+def _frozen_tensors(model: nn.Module, inside: dict[str, str]) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield name, name in the pre-trained model, and value of every tensor that is neither trained nor an adapter's.
 
-    ``base_prefix`` maps the name of an adapted layer to the name by which it holds the pre-trained one.
+    ``inside`` maps the name of an adapted layer to the name by which it holds the pre-trained one.
     """
+    held = {f"{layer}." if layer else "": name for layer, name in inside.items()}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor) or tensor.requires_grad or ".modules_to_save." in name:
             continue
-        layer = next((layer for layer in base_prefix if name.startswith(f"{layer}." if layer else "")), None)
-        base_name = name
-        if layer is not None:
-            inside = name.removeprefix(f"{layer}." if layer else "")
-            if not inside.startswith(base_prefix[layer]):
-                continue  # a tensor of the adapter
-            base_name = f"{layer}.{inside.removeprefix(base_prefix[layer])}".removeprefix(".")
-        yield name, base_name.removeprefix(_PEFT_PREFIX).replace(".original_module.", "."), tensor.detach()
+        layer = next((layer for layer in held if name.startswith(layer)), None)
+        base_name = name if layer is None else layer + name.removeprefix(layer + held[layer])
+        if layer is None or name.startswith(layer + held[layer]):  # any other is a tensor of the adapter
+            yield name, base_name.removeprefix(_PEFT_PREFIX).replace(".original_module.", "."), tensor.detach()
 
 
 def _check_loading(report: Any) -> Result:
@@ -313,16 +304,9 @@ def _check_loading(report: Any) -> Result:
         return "not checked", "Pass load_report= to check that all names matched."
     missing = [key for key in report.missing_keys if not _PARTS.isdisjoint(key.split("."))]
     unexpected = list(report.unexpected_keys)
-    counts = f"Adapter tensors not filled: {_count(missing)}; stored tensors not used: {_count(unexpected)}"
-    if not missing and not unexpected:
-        return "ok", f"{counts}."
-    return "problem", (
-        f"{counts}; the stored names are not this model's, so rename them, or load into the class of model that the "
-        "adapter was trained on."
+    advice = (
+        "the stored names are not this model's, so rename them, or load into the class of model that the adapter was "
+        "trained on"
     )
-
-
-def _count(names: list[str], total: int | None = None) -> str:
-    """Return how many names there are, of how many, and the first of them: "2 of 9, such as 'first.weight'"."""
-    count = str(len(names)) if total is None else f"{len(names)} of {total}"
-    return f"{count}, such as {names[0]!r}" if names else count
+    counts = f"Adapter tensors not filled: {_count(missing)}; stored tensors not used: {_count(unexpected)}"
+    return _tell(counts, advice if missing or unexpected else "")

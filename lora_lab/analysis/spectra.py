@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from lora_lab.adapters.peft_format import read_adapter
+from lora_lab.adapters.peft_format import read, read_adapter
 from lora_lab.inject import lora_layers
 from lora_lab.layers import LoRAConv1D, LoRAEmbedding
 from lora_lab.lora import LoRALayer
@@ -126,19 +126,13 @@ def updates(before: Weights | None, after: Source, *, progress: bool | None = No
     """
     if isinstance(after, Mapping) and any(isinstance(value, Update) for value in after.values()):
         return {name: value for name, value in after.items() if isinstance(value, Update)}
-    after = cast(Weights | str | Path, after)
-    weights = {} if before is None else _matrices(before)
-    adapter = _read_adapter(after)
-    if adapter:
-        return _decompose(adapter, weights)
+    if adapter := _read_adapter(cast(Weights | str | Path, after)):
+        return _decompose(adapter, {} if before is None else _matrices(before))
     if before is None:
         raise ValueError("after has no adapters, so before is needed to compute the change; pass the model before.")
-    tuned = _matrices(after)
-    names = _common_names(weights, tuned)
-    result = {}
-    with progress_bar(len(names), "decomposing", progress, "matrix") as bar:
-        for name in names:
-            old, new = weights[name], tuned[name]
+    pairs, result = _pair_matrices(before, cast(Weights, after)), {}
+    with progress_bar(len(pairs), "decomposing", progress, "matrix") as bar:
+        for name, (old, new) in pairs.items():
             dtype = torch.promote_types(torch.promote_types(old.dtype, new.dtype), torch.float32)
             result[name] = Update(svd(new.to(dtype) - old.to(dtype)), None, old)
             bar.update()
@@ -159,19 +153,19 @@ def singular_values(before: Weights, after: Weights, *, progress: bool | None = 
     Raises:
         ValueError: as for :func:`updates`.
     """
-    old, new = _matrices(before), _matrices(after)
-    names, threads = _common_names(old, new), torch.get_num_threads()
+    pairs, threads = _pair_matrices(before, after), torch.get_num_threads()
 
     def work(name: str) -> Tensor:
-        S = matrix_singular_values(new[name].double() - old[name].double())  # (192,)
+        old, new = pairs[name]
+        S = matrix_singular_values(new.double() - old.double())  # (192,)
         bar.update()
         return S
 
-    on_cpu = all(matrices[name].device.type == "cpu" for matrices in (old, new) for name in names)
-    with progress_bar(len(names), "singular values", progress, "matrix") as bar, ThreadPoolExecutor(threads) as pool:
+    on_cpu = all(matrix.device.type == "cpu" for pair in pairs.values() for matrix in pair)
+    with progress_bar(len(pairs), "singular values", progress, "matrix") as bar, ThreadPoolExecutor(threads) as pool:
         torch.set_num_threads(1)
         try:
-            return dict(zip(names, (pool.map if on_cpu else map)(work, names), strict=True))
+            return dict(zip(pairs, (pool.map if on_cpu else map)(work, pairs), strict=True))
         finally:
             torch.set_num_threads(threads)
 
@@ -363,10 +357,8 @@ def table(frame: DataFrame, by: str = "kind") -> str:
 # Reading
 
 
-def _matrices(source: Weights | str | Path) -> dict[str, Tensor]:
+def _matrices(source: Weights) -> dict[str, Tensor]:
     """Return the weights with two dimensions or more, by layer, as matrices; each tensor once."""
-    if isinstance(source, str | Path):
-        raise ValueError(f"before is {str(source)!r}; load it first, with load_pretrained(...).")
     state = dict(source.named_parameters()) if isinstance(source, nn.Module) else source
     return {
         _layer_of(name, state): tensor.detach().flatten(1)
@@ -382,21 +374,18 @@ def _layer_of(name: str, state: Mapping[str, Tensor]) -> str:
     return layer if f"{layer}.lora_A" in state else module
 
 
-def _common_names(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the matrices that both have, if their shapes agree."""
-    names = [name for name in before if name in after]
-    if not names:
-        raise ValueError(
-            f"The two have no matrix of the same name (such as {next(iter(before), 'none')!r} and "
-            f"{next(iter(after), 'none')!r}); pass two states of one model."
-        )
-    for name in names:
-        if before[name].shape != after[name].shape:
-            raise ValueError(
-                f"{name!r} has shape {tuple(before[name].shape)} before and {tuple(after[name].shape)} after; "
-                "pass two states of one model."
-            )
-    return names
+def _pair_matrices(before: Weights, after: Weights) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the matrices that both have, by name, if their shapes agree."""
+    old, new = _matrices(before), _matrices(after)
+    pairs = {name: (old[name], new[name]) for name in old if name in new}
+    if not pairs:
+        example = next(iter(old), "none")
+        raise ValueError(f"The two have no matrix of the same name, such as {example!r}; pass two states of one model.")
+    for name, (first, second) in pairs.items():
+        if first.shape != second.shape:
+            shapes = f"{tuple(first.shape)} before and {tuple(second.shape)} after"
+            raise ValueError(f"{name!r} has shape {shapes}; pass two states of one model.")
+    return pairs
 
 
 def _read_adapter(source: Weights | str | Path) -> dict[str, _Factors | Update]:
@@ -404,20 +393,15 @@ def _read_adapter(source: Weights | str | Path) -> dict[str, _Factors | Update]:
     if isinstance(source, nn.Module):
         return {name: _update_of(layer) for name, layer in lora_layers(source).items()}
     state = read_adapter(source) if isinstance(source, str | Path) else source
-    factors: dict[str, _Factors | Update] = {}
-    for name, tensor in state.items():
-        layer, _, part = name.rpartition(".")
-        if part == "lora_magnitude_vector":
-            raise ValueError(
-                f"The adapter of {layer!r} is DoRA's, whose update depends on the base; pass the model that it is on."
-            )
-        if part == "lora_A":
-            A, B, scaling = tensor.flatten(1), state[f"{layer}.lora_B"].flatten(1), float(state[f"{layer}.scaling"])
-            if f"{layer}.start_A" in state:  # PiSSA's, whose update is B A - B0 A0
-                A = torch.cat([A, state[f"{layer}.start_A"].flatten(1)])  # (2 r, in)
-                B = torch.cat([B, -state[f"{layer}.start_B"].flatten(1)], dim=1)  # (out, 2 r)
-            factors[layer] = _Factors(B, A, scaling)
-    return factors
+    if not any(name.endswith(".lora_A") for name in state):
+        return {}
+    adapter = read(state)
+    if adapter.config["use_dora"]:
+        raise ValueError("The adapter is DoRA's, whose update depends on the base; pass the model that it is on.")
+    return {
+        name: _Factors(each.tensors["lora_B"].flatten(1), each.tensors["lora_A"].flatten(1), each.scaling)
+        for name, each in adapter.factors.items()
+    }
 
 
 def _update_of(layer: LoRALayer) -> _Factors | Update:

@@ -28,8 +28,8 @@ def cross_entropy(model: Llama, inputs: Tensor, targets: Tensor, rows: int = 256
     tensor of (tokens, vocabulary) is saved.
 
     Args:
-        inputs, targets: token ids (batch, length), or as for :func:`lora_lab.tasks.rows.row_cross_entropy`; a target of
-            -100 does not count.
+        inputs, targets: token ids (batch, length), or as for :func:`lora_lab.tasks.instruction.row_cross_entropy`; a
+            target of -100 does not count.
         rows: tokens whose logits exist at the same time.
         every_target: whether the caller knows that every target counts. If not, the targets are read, which makes
             Python wait for a GPU. If True is wrong, a target of -100 raises an error, or makes the loss NaN if the

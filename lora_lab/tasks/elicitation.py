@@ -46,9 +46,7 @@ def few_shot(task: PairTask, k: int, seed: int = 0, *, random_answers: bool = Fa
     "Rethinking the Role of Demonstrations", section 4.
     """
     if any(pair.before for pairs in task.pairs.values() for pair in pairs):
-        raise ValueError(
-            f"Task {task.name!r} has turns before its prompts, where the examples would go; use one of single prompts."
-        )
+        raise ValueError(f"Task {task.name!r} has turns before its prompts; give one of single prompts.")
     examples = task.limited(k, seed).pairs["train"]
     others = task.limited(2 * k, seed).pairs["train"][k:] if random_answers else examples
     before = tuple(

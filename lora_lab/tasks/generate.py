@@ -13,20 +13,13 @@ from torch import Tensor, nn
 from lora_lab.models.decoding import Sampling, check_context
 from lora_lab.models.llama import Llama
 from lora_lab.models.reading import LlamaReader, Reader, reader_of, stream
-from lora_lab.models.tokenizer import check_tokenizer
+from lora_lab.models.tokenizer import Tokenizer, check_tokenizer
 from lora_lab.system.schema import Size, check
 from lora_lab.task import IGNORE, context_length, restore_modes
-from lora_lab.tasks.instruction import ChatTokenizer, Pair, PairTask, encode, stop_token
+from lora_lab.tasks.instruction import Pair, PairTask, encode, stop_token
 
 
-def reply(
-    model: nn.Module,
-    tokenizer: ChatTokenizer,
-    prompt: str,
-    *,
-    max_new_tokens: int = 80,
-    **sampling: Any,
-) -> str:
+def reply(model: nn.Module, tokenizer: Tokenizer, prompt: str, *, max_new_tokens: int = 80, **sampling: Any) -> str:
     """Return the model's answer to one prompt, which is put into the model's chat template.
 
     Args:
@@ -44,7 +37,7 @@ def reply(
             :meth:`lora_lab.Llama.generate`.
     """
     reader_of(model)  # refuses a model that cannot answer, before the template is asked
-    check_tokenizer(tokenizer, ChatTokenizer)
+    check_tokenizer(tokenizer, Tokenizer)
     text = tokenizer.chat([{"role": "user", "content": prompt}])
     ids = torch.tensor(tokenizer.encode(text), dtype=torch.long, device=next(model.parameters()).device)  # (length,)
     tokens = stream(model, ids, max_new_tokens, stop_token(tokenizer), Sampling(**sampling))

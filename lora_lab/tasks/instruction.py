@@ -1,4 +1,4 @@
-r"""Tasks of prompts and answers: the model reads both in its own chat format, and the loss counts the answers alone.
+"""Tasks of prompts and answers: the model reads both in its own chat format, and the loss counts the answers alone.
 
     task = from_pairs(tokenizer, [Pair("Capital of France?", "Paris"), ...])
     task = from_jsonl(tokenizer, "mine.jsonl")      # {"prompt": "...", "answer": "..."} or chat messages on each line
@@ -6,28 +6,51 @@ r"""Tasks of prompts and answers: the model reads both in its own chat format, a
 
 The prompt is put through the model's chat template; the answer follows, up to and including the token that ends the
 turn. Targets of the prompt are IGNORE, so the loss is the mean over the tokens of the answers: in a conversation of
-several turns, of all the assistant's. All pairs of a group
-(the same source, the same wording) go to one part, so that validation and test repeat nothing from training.
+several turns, of all the assistant's. All pairs of a group (the same source, the same wording) go to one part, so that
+validation and test repeat nothing from training.
+
+Short examples need no padding if several share a row ("packing"; Krell et al. 2021, "Efficient Sequence Packing without
+Cross-contamination", arXiv 2107.02027):
+
+    task = share_rows(task, length=512)
+    fit(model, task, LoRA(rank=8), steps=100, lr=1e-3, batch_size=2)  # a batch is of rows now, each of many examples
+
+Beside its token ids a row holds the position of each token in its example. From them the model knows where another
+example begins: no token attends to another example, and positions start again at 0. So the loss of a row is that of its
+examples in rows of their own.
 """
 
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, insort
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Literal, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lora_lab.models.tokenizer import TextTokenizer, check_tokenizer
+from lora_lab.models.tokenizer import Tokenizer, check_tokenizer
+from lora_lab.system.provenance import describe_value
 from lora_lab.system.schema import Count, Seed, Size, check
 from lora_lab.system.wording import count_noun, short_repr
-from lora_lab.task import IGNORE, Examples, Task, draw_rows
+from lora_lab.task import (
+    IGNORE,
+    Examples,
+    Task,
+    accepts,
+    cross_entropy,
+    draw_rows,
+    logits,
+    mean_cross_entropy,
+    restore_modes,
+)
 from lora_lab.tasks.python_docs import off_domain_texts, windows
 
 PARTS = ("train", "validation", "test")
@@ -36,24 +59,9 @@ Turn = tuple[str, str]  # role and content
 _SAMPLE = "Good day."  # of an assistant
 _MOST_CHARACTERS = 1000  # per token, more than any token has: a text above this limit is too long without tokenising it
 _MOST_CLASSES, _NEARLY_ALL = 20, 0.9  # distinct answers, with more of which they are no labels; a suspicious share
+# The root mean square difference of logits up to which it is rounding, in their standard deviations.
+_ROUNDING, _ROUNDING_OF_HALF = 1e-3, 0.1
 T = TypeVar("T")
-
-
-@runtime_checkable
-class ChatTokenizer(TextTokenizer, Protocol):
-    """A chat model's tokenizer: the part of it that a :class:`PairTask` needs."""
-
-    eos_id: int | None
-    pad_id: int | None
-
-    @property
-    def special_tokens(self) -> Mapping[str, int]: ...
-
-    def check_text(self, text: str, what: str = "A text", allow_special: bool = False) -> None: ...
-
-    def decode(self, ids: Sequence[int]) -> str: ...
-
-    def chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,7 @@ class PairTask(Task):
     """
 
     pairs: Mapping[str, Sequence[Pair]] = field(kw_only=True, repr=False, compare=False)
-    tokenizer: ChatTokenizer = field(kw_only=True, repr=False, compare=False)
+    tokenizer: Tokenizer = field(kw_only=True, repr=False, compare=False)
     metric: Metric = ""
     licence: str = ""
     left_out: int = field(default=0, compare=False)
@@ -181,7 +189,7 @@ class PairTask(Task):
 
 
 def from_pairs(
-    tokenizer: ChatTokenizer,
+    tokenizer: Tokenizer,
     pairs: Iterable[Pair | tuple[str, str]] | Mapping[str, Iterable[Pair | tuple[str, str]]],
     *,
     name: str = "pairs",
@@ -209,28 +217,26 @@ def from_pairs(
         ValueError: an argument is of another type, there is no such metric, a text is empty, an example too long, a
             part empty or missing, a group in two parts, a prompt in two parts, or there are fewer than three groups.
     """
-    check_tokenizer(tokenizer, ChatTokenizer)
+    check_tokenizer(tokenizer, Tokenizer)
     max_tokens, seed = check(max_tokens, Size, "max_tokens"), check(seed, Seed, "seed")
     check(metric, Metric, "metric")
     split: dict[str, list[Pair]]
     if isinstance(pairs, Mapping):
-        pairs = cast("Mapping[str, Iterable[Any]]", pairs)
-        split = {part: list(map(_as_pair, part_pairs)) for part, part_pairs in pairs.items()}
+        by_part = cast("Mapping[str, Iterable[Any]]", pairs)
+        split = {part: list(map(_as_pair, own)) for part, own in by_part.items()}
     else:
-        split = _split(map(_as_pair, pairs), seed)
+        split = _split(list(map(_as_pair, pairs)), seed)
     if set(split) != set(PARTS) or not all(split.values()):
         filled = sorted(part for part in split if split[part])
         raise ValueError(f"pairs has the parts {filled}, but it must have {', '.join(PARTS)}.")
     _check_disjoint(split)
-    examples: dict[str, Padded] = {}
+    examples: dict[str, Any] = {}
     count = sum(map(len, split.values()))
     for part in PARTS:
         split[part], examples[part] = _encode_part(tokenizer, part, _shuffle(split[part], seed), max_tokens, skip_long)
     return PairTask(
-        name=name,
-        train=examples["train"],
-        validation=examples["validation"],
-        test=examples["test"],
+        name,
+        **examples,
         off_domain=windows(tokenizer, off_domain_texts(), 64),
         unit="tokens",
         about=about or "questions and answers of your own; off-domain: scikit-learn's descriptions of data sets",
@@ -242,15 +248,13 @@ def from_pairs(
     )
 
 
-def _as_pair(pair: Pair | tuple[str, str]) -> Pair:
-    if isinstance(pair, Pair):
-        return pair
-    if isinstance(pair, str) or len(pair) != 2:
-        raise ValueError(
-            f"pairs holds {short_repr(pair)}, but each must be a Pair, or a prompt and an answer such as ('Capital of "
-            "France?', 'Paris')."
-        )
-    return Pair(*pair)
+def _as_pair(pair: Any) -> Pair:
+    match pair:
+        case Pair():
+            return pair
+        case [str(prompt), str(answer)]:
+            return Pair(prompt, answer)
+    raise ValueError(f"pairs holds {short_repr(pair)}, but each must be a Pair, or two texts: a prompt and an answer.")
 
 
 def list_counts(counts: Mapping[str, int]) -> str:
@@ -264,21 +268,20 @@ def _suspicions(task: PairTask) -> Iterator[str]:
         yield f"{task.left_out:,} pairs were left out, because they have too many tokens"
     stop = stop_token(task.tokenizer)
     for part, pairs in task.pairs.items():
-        targets, texts = task.parts[part].targets, [(pair.context, pair.answer) for pair in pairs]  # (n, length)
-        counted = targets != IGNORE  # (n, length)
-        learned, last = counted.any(1), counted.shape[1] - 1 - counted.flip(1).int().argmax(1)  # (n,)
-        ends = targets.gather(1, last[:, None])[:, 0]  # (n,)
+        texts = [(pair.context, pair.answer) for pair in pairs]
         first = {text: i for i, text in reversed([*enumerate(texts)])}
-        rows = {
-            "train on nothing, because no token counts": ~learned,
-            "do not end with the token that ends a turn, so the model never learns to stop": learned
-            & (ends != (ends if stop is None else stop)),
-            "repeat another example word for word": torch.tensor([first[text] != i for i, text in enumerate(texts)]),
+        learned = [row[row != IGNORE].tolist() for row in task.parts[part].targets]
+        found = {
+            "train on nothing, because no token counts": [not tokens for tokens in learned],
+            "do not end with the token that ends a turn, so the model never learns to stop": [
+                stop is not None and tokens[-1:] not in ([], [stop]) for tokens in learned
+            ],
+            "repeat another example word for word": [first[text] != i for i, text in enumerate(texts)],
         }
-        for what, found in rows.items():
-            if found.any():
-                example = texts[int(found.int().argmax())][0]
-                yield f"{part}: {int(found.sum()):,} of {len(texts):,} examples {what}, such as {example!r:.60}"
+        for what, rows in found.items():
+            if any(rows):
+                example = texts[rows.index(True)][0]
+                yield f"{part}: {sum(rows):,} of {len(texts):,} examples {what}, such as {example!r:.60}"
         (answer, most), *others = Counter(answer for _, answer in texts).most_common()
         if 0 < len(others) < _MOST_CLASSES and most > _NEARLY_ALL * len(texts):
             yield f"{part}: {most:,} of {len(texts):,} answers are {answer!r:.60}; a constant guess scores as much"
@@ -293,7 +296,7 @@ def _group(pair: Pair) -> str:
     return pair.group or _prompt_group(pair.context)
 
 
-def _split(pairs: Iterable[Pair], seed: int) -> dict[str, list[Pair]]:
+def _split(pairs: Sequence[Pair], seed: int) -> dict[str, list[Pair]]:
     """Return whole groups in random order: validation and test get what fits into a tenth of the pairs each.
 
     scikit-learn's GroupShuffleSplit counts groups where this counts pairs, and would change every data set.
@@ -302,17 +305,14 @@ def _split(pairs: Iterable[Pair], seed: int) -> dict[str, list[Pair]]:
     for pair in pairs:
         groups[_group(pair)].append(pair)
     if len(groups) < len(PARTS):
-        count = sum(map(len, groups.values()))
         raise ValueError(
-            f"There are {count_noun(count, 'pair')} in {count_noun(len(groups), 'group')} of the same prompt or group, "
-            f"but {', '.join(PARTS)} need at least one group each; give more pairs with other prompts, or smaller "
-            "groups."
+            f"There are {count_noun(len(pairs), 'pair')} in {count_noun(len(groups), 'group')} of the same prompt or "
+            "group, but each part needs a group; give more pairs with other prompts, or smaller groups."
         )
-    tenth, remaining = max(1, sum(map(len, groups.values())) // 10), _shuffle(list(groups.values()), seed)
+    tenth, remaining = max(1, len(pairs) // 10), _shuffle(list(groups.values()), seed)
     split: dict[str, list[Pair]] = {part: [] for part in PARTS}
     for part in ("validation", "test"):  # neither may stay empty: the first group that fits, or else the smallest
-        fitting = [group for group in remaining if len(group) <= tenth]
-        group = fitting[0] if fitting else min(remaining, key=len)
+        group = next((group for group in remaining if len(group) <= tenth), min(remaining, key=len))
         remaining.remove(group)
         split[part] += group
     largest = max(remaining, key=len)  # nor may training
@@ -343,7 +343,7 @@ def _messages(pair: Pair) -> list[dict[str, str]]:
     return [{"role": role, "content": content} for role, content in turns]
 
 
-def encode(tokenizer: ChatTokenizer, pair: Pair) -> tuple[list[int], list[int]]:
+def encode(tokenizer: Tokenizer, pair: Pair) -> tuple[list[int], list[int]]:
     """Return inputs and targets of one pair, of equal length; targets of all but the assistant's turns are IGNORE.
 
     Raises:
@@ -357,7 +357,7 @@ def encode(tokenizer: ChatTokenizer, pair: Pair) -> tuple[list[int], list[int]]:
     return ids[:-1], targets[1:]
 
 
-def _turns(tokenizer: ChatTokenizer, messages: Sequence[dict[str, str]]) -> list[tuple[str, str]]:
+def _turns(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> list[tuple[str, str]]:
     """Return a conversation as the template writes it, in a piece for each answer: (what is read, what is learned).
 
     What is learned is the assistant's text and the token that ends the turn, with what the template puts before the
@@ -379,16 +379,13 @@ def _turns(tokenizer: ChatTokenizer, messages: Sequence[dict[str, str]]) -> list
     turns, begin = [], 0
     for prompt, end in zip(prompts, ends, strict=True):
         if not (begin <= len(prompt) < end and whole.startswith(prompt)):
-            raise ValueError(
-                "The model's chat template does not end a prompt where its answer begins, so the tokens of the answer "
-                "cannot be identified; use a model with another template."
-            )
+            raise ValueError("The model's chat template does not end a prompt where its answer begins; use another.")
         turns.append((whole[begin : len(prompt)], whole[len(prompt) : end]))
         begin = end
     return turns
 
 
-def _turn_end(tokenizer: ChatTokenizer) -> str:
+def _turn_end(tokenizer: Tokenizer) -> str:
     """Return what the template writes after the text of an assistant's turn, up to the end of the line."""
     text = tokenizer.chat(
         [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _SAMPLE}], add_generation_prompt=False
@@ -396,7 +393,7 @@ def _turn_end(tokenizer: ChatTokenizer) -> str:
     return text.rpartition(_SAMPLE)[2].rstrip("\n")
 
 
-def stop_token(tokenizer: ChatTokenizer) -> int | None:
+def stop_token(tokenizer: Tokenizer) -> int | None:
     """Return the token at which an answer ends: the one with which the chat template closes an assistant's turn.
 
     In some models it is not the one that ends a text, ``eos_id``, which is returned where the template closes no turn
@@ -410,27 +407,167 @@ def stop_token(tokenizer: ChatTokenizer) -> int | None:
 
 
 def _encode_part(
-    tokenizer: ChatTokenizer, part: str, pairs: Sequence[Pair], max_tokens: int, skip_long: bool
+    tokenizer: Tokenizer, part: str, pairs: Sequence[Pair], max_tokens: int, skip_long: bool
 ) -> tuple[list[Pair], Padded]:
     """Return the pairs of a part that are short enough, and their examples, padded to the longest of them."""
-    short: list[Pair] = []
-    inputs: list[Tensor] = []
-    targets: list[Tensor] = []
+    short: list[tuple[Pair, Tensor, Tensor]] = []  # pairs with their inputs and targets, (length,) each
     for pair in pairs:
         if not pair.prompt.strip() or not pair.answer.strip():
             raise ValueError(f"{pair!r:.120} has an empty text; give both prompt and answer.")
-        huge = len(pair.context) + len(pair.answer) > max_tokens * _MOST_CHARACTERS
-        input_ids, target_ids = ([], []) if huge else encode(tokenizer, pair)
-        if not huge and len(input_ids) < max_tokens:
-            short.append(pair)
-            inputs.append(torch.tensor(input_ids))  # (length,)
-            targets.append(torch.tensor(target_ids))  # (length,)
-        elif not skip_long:
-            raise ValueError(
-                f"The pair with the prompt {pair.prompt[:60]!r} has more than {max_tokens} tokens; shorten it, or "
-                "raise max_tokens."
-            )
+        if len(pair.context) + len(pair.answer) <= max_tokens * _MOST_CHARACTERS:
+            ids, targets = encode(tokenizer, pair)
+            if len(ids) < max_tokens:
+                short.append((pair, torch.tensor(ids), torch.tensor(targets)))
+                continue
+        if not skip_long:
+            what = f"The pair with the prompt {pair.prompt[:60]!r}"
+            raise ValueError(f"{what} has more than {max_tokens} tokens; shorten it, or raise max_tokens.")
     if not short:
         raise ValueError(f"All pairs of the {part} part have more than {max_tokens} tokens; raise max_tokens.")
-    pad_id = next((token for token in (tokenizer.pad_id, tokenizer.eos_id) if token is not None), 0)
-    return short, pad(inputs, targets, pad_id)
+    examples = pad([ids for _, ids, _ in short], [targets for _, _, targets in short], tokenizer.pad_id or 0)
+    return [pair for pair, _, _ in short], examples
+
+
+# Several examples in one row
+
+
+def row_cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """``cross_entropy`` of rows that hold several examples each.
+
+    Our Llama and the models of transformers can skip logits. They are asked only for the columns in which a target of
+    some row counts: answers are a small part of the tokens, and logits a large part of the work. (Fake tensors have no
+    values, so for them all columns are computed.)
+
+    Args:
+        model: a causal language model that takes ``position_ids``.
+        inputs: token ids and their positions in their examples, (batch, 2, length).
+        targets: (batch, length).
+    """
+    ids, positions = inputs.unbind(1)  # (2, 512), (2, 512)
+    options = {"position_ids": positions}
+    if accepts(model, "logits_to_keep") and not isinstance(targets, FakeTensor):
+        columns = (targets != IGNORE).any(0).nonzero().flatten()  # (100,)
+        options["logits_to_keep"], targets = columns, targets[:, columns]  # (100,), (2, 100)
+    return mean_cross_entropy(logits(model, ids, **options), targets)  # ()
+
+
+@dataclass(frozen=True)
+class RowTask(PairTask):
+    """A :class:`PairTask` whose rows hold several examples each; :func:`share_rows` makes it.
+
+    Args:
+        source: the same examples in rows of their own. Descriptions, previews and answers are of its pairs.
+        length: the most tokens of a row.
+    """
+
+    source: PairTask = field(kw_only=True, repr=False, compare=False)
+    length: int = field(kw_only=True)
+
+    def describe(self) -> str:
+        """Return a summary as for the examples in rows of their own, and a line on the rows of each part."""
+        lines = [self.source.describe(), f"  in rows of up to {self.length} tokens, which examples share:"]
+        for part, rows in self.parts.items():
+            examples = self.source.parts[part]
+            each, filled = len(examples) / len(rows), sum(_lengths(examples)) / rows.targets.numel()
+            lines.append(f"  {part:<11}{len(rows):>6} rows of {each:.1f} examples, {1 - filled:.1%} padding")
+        return "\n".join([*lines, f"  fingerprint {self.fingerprint}"])
+
+    def preview(self, count: int = 2, part: str = "train") -> str:
+        """Return the first examples as the model sees them, and how many rows all of them share."""
+        rows = self.part(part)
+        last = f"in {len(rows)} rows of up to {self.length} tokens, none of which attends to another example"
+        return f"{self.source.preview(count, part)}\n{last}"
+
+    def limited(self, n_train: int, seed: int | None = None) -> RowTask:
+        """Return a smaller task, as for :class:`lora_lab.tasks.Task`; examples are counted, not rows."""
+        return share_rows(self.source.limited(n_train, seed), self.length)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Check a model as for :class:`Task`, and that it keeps the first two examples of a row separate.
+
+        Raises:
+            ValueError: as for :class:`Task`; or it takes no positions, as one with an encoder and a decoder, or its
+                logits are not those of the examples in rows of their own, as for one that looks ahead.
+        """
+        self.source.check_model(model)
+        shared = (self.train[row : row + 1].inputs for row in range(len(self.train)))  # (1, 2, tokens) each
+        row = next((inputs for inputs in shared if int((inputs[0, 1] == 0).sum()) > 1), None)
+        if not accepts(model, "position_ids") or (row is not None and _mixes(model, row)):
+            raise ValueError(
+                f"In a {type(model).__name__} the examples of a row would change each other's logits, because it is "
+                "not causal or does not read position_ids; use task.source, whose examples have rows of their own."
+            )
+
+
+@torch.no_grad()
+def _mixes(model: nn.Module, row: Tensor) -> bool:
+    """Return whether the first two examples of a row (1, 2, tokens) have other logits than each alone."""
+    (ids,), (positions,) = row.to(next(model.parameters()).device).unbind(1)  # (512,), (512,)
+    _, second, end = [*(positions == 0).nonzero().flatten().tolist(), len(ids)][:3]
+    with restore_modes(model):
+        model.eval()
+        separate = [logits(model, each[None]) for each in (ids[:second], ids[second:end])]
+        shared = logits(model, ids[None, :end], position_ids=positions[None, :end])  # (1, end, vocabulary)
+    expected = torch.cat(separate, 1).double()  # (1, end, vocabulary)
+    rounding = _ROUNDING if shared.dtype in (torch.float32, torch.float64) else _ROUNDING_OF_HALF
+    return bool((shared.double() - expected).square().mean().sqrt() > rounding * expected.std())
+
+
+def share_rows(task: Task, length: int = 512) -> RowTask:
+    """Return the same examples in rows that hold several each, with the same loss and gradient for each of them.
+
+    The batch size of a run, and the number of examples of an evaluation, then count rows. A row is filled with the
+    longest example that still fits, so that each part has few rows, and the same examples always share one.
+
+    Args:
+        task: prompts and answers, for a causal language model.
+        length: the most tokens of a row.
+
+    Raises:
+        ValueError: the task is of another kind or has a loss of its own, its rows hold several examples already, or
+            an example is longer than a row.
+    """
+    if not isinstance(task, PairTask) or task.loss is not cross_entropy:
+        what = f"Task {task.name!r} is a {type(task).__name__} with the loss {describe_value(task.loss)!r}"
+        raise ValueError(f"{what}, but only a PairTask with cross_entropy can share rows; use it as it is.")
+    length = check(length, Size, "length")
+    for part, examples in task.parts.items():
+        if (longest := max(_lengths(examples))) > length:
+            raise ValueError(f"length is {length}, but an example of the {part} part has {longest} tokens.")
+    rows: dict[str, Any] = {part: _rows(examples, length) for part, examples in task.parts.items()}
+    return RowTask(**vars(task) | rows | {"loss": row_cross_entropy, "source": task, "length": length})
+
+
+def _lengths(examples: Examples) -> list[int]:
+    lengths = examples.lengths
+    return [examples.targets.shape[1]] * len(examples) if lengths is None else lengths.tolist()
+
+
+def _rows(examples: Examples, length: int) -> Padded:
+    """Return examples in rows: inputs (rows, 2, longest), targets (rows, longest)."""
+    lengths = _lengths(examples)
+    inputs, targets = [], []
+    for row in _fill_rows(lengths, length):
+        ids = torch.cat([examples.inputs[index, : lengths[index]] for index in row])  # (tokens,)
+        positions = torch.cat([torch.arange(lengths[index]) for index in row])  # (tokens,)
+        inputs.append(torch.stack([ids, positions], 1))  # (tokens, 2)
+        targets.append(torch.cat([examples.targets[index, : lengths[index]] for index in row]))  # (tokens,)
+    padded = pad(inputs, targets)
+    return Padded(padded.inputs.mT.contiguous(), padded.targets)  # (rows, 2, longest), (rows, longest)
+
+
+def _fill_rows(lengths: Sequence[int], length: int) -> list[list[int]]:
+    """Return the indices of each row's examples, by the rule of best fit, longest first; rows are in random order."""
+    rows: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (tokens that still fit into a row, the row), sorted
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        place = bisect_left(rooms, (lengths[index], 0))
+        if place < len(rooms):
+            room, row = rooms.pop(place)
+        else:
+            room, row = length, len(rows)
+            rows.append([])
+        rows[row].append(index)
+        insort(rooms, (room - lengths[index], row))
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))  # (rows,)
+    return [rows[row] for row in order.tolist()]

@@ -32,16 +32,10 @@ def score(task: PairTask, predictions: Sequence[str], part: str = "test") -> dic
         ValueError: the task has no metric or no such part, or there are no predictions, or more than prompts.
     """
     if task.metric not in METRICS:
-        raise ValueError(
-            f"Task {task.name!r} has the metric {task.metric!r}, but answers are scored by one of "
-            f'{", ".join(METRICS)}; name one where the task is made, such as from_pairs(metric="summary").'
-        )
+        raise ValueError(f"metric is {task.metric!r}, but answers are scored by one of {', '.join(METRICS)}.")
     pairs = task.pairs_of(part)
     if isinstance(predictions, str) or not 1 <= len(predictions) <= len(pairs):
-        raise ValueError(
-            f"predictions has length {len(predictions)}, but it must be a list of 1 to {len(pairs)} texts, one for "
-            f"each of the first prompts of the {part} part."
-        )
+        raise ValueError(f"predictions has length {len(predictions)}, but must be a list of 1 to {len(pairs)} texts.")
     return METRICS[task.metric](predictions, [pair.answer for pair in pairs[: len(predictions)]])
 
 

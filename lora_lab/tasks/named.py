@@ -16,20 +16,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from typing_extensions import TypedDict
 
+from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system.files import check_file
 from lora_lab.system.schema import check
 from lora_lab.system.wording import count_noun, short_repr, shortened
 from lora_lab.task import Task
 from lora_lab.tasks.datasets import LANGUAGES, sentiment, style, summarise, translate, tweets
-from lora_lab.tasks.instruction import PARTS, ChatTokenizer, Pair, PairTask, Turn, from_pairs, list_counts
+from lora_lab.tasks.instruction import PARTS, Pair, PairTask, Turn, from_pairs, list_counts
 from lora_lab.tasks.python_docs import docs, off_domain_texts, windows
 from lora_lab.tasks.sentences import PROMPTS, sentences
 
@@ -38,17 +38,12 @@ if TYPE_CHECKING:
 
 # Examples in JSON
 
-_FORMS = (  # the keys of each; an entry has the first form whose keys it has
-    ("messages",),
-    ("conversations",),
-    ("instruction", "output", "input"),
-    ("instruction", "output"),
-    ("prompt", "answer"),
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("question", "answer"),
-    ("text",),
+# The keys of each; an entry has the first form whose keys it has.
+_FORMS = (
+    "messages; conversations; instruction and output; prompt and answer; prompt and completion; prompt and response; "
+    "question and answer; text"
 )
+_KEYS = [form.split(" and ") for form in _FORMS.split("; ")]
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # ShareGPT's names
 
 
@@ -58,26 +53,16 @@ class _Message(TypedDict):
 
 
 _Said = TypedDict("_Said", {"from": Literal["system", "user", "assistant", "human", "gpt", "chatgpt"], "value": str})
+_SCHEMAS = {  # of the keys whose value is no text
+    "messages": list[_Message],
+    "conversations": list[_Said],
+    "input": str | None,
+    "group": str | None,
+    "part": Literal["", "train", "validation", "test"] | None,
+}
 
 
-class _Entry(TypedDict, total=False):
-    messages: list[_Message]
-    conversations: list[_Said]
-    instruction: str
-    input: str | None
-    output: str
-    prompt: str
-    answer: str
-    completion: str
-    response: str
-    question: str
-    text: str
-    group: str | None
-    part: Literal["", "train", "validation", "test"] | None
-
-
-@dataclass(frozen=True)
-class StoredExample:
+class StoredExample(NamedTuple):
     """One example as a file has it.
 
     Args:
@@ -90,12 +75,6 @@ class StoredExample:
     part: str = ""
     ignored: frozenset[str] = frozenset()
 
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """All texts that a model would read."""
-        pair = self.content
-        return (pair,) if isinstance(pair, str) else (pair.context, pair.answer)
-
 
 def parse(entry: Any) -> StoredExample:
     """Return the example in an entry of any of the forms: a line of JSON, or what it says.
@@ -105,51 +84,50 @@ def parse(entry: Any) -> StoredExample:
     """
     try:
         entry = check(json.loads(entry) if isinstance(entry, str) else entry, dict[str, Any], "the line")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
-    except RecursionError:
-        raise ValueError("not an example, but lists within lists without end") from None
-    form = next((keys for keys in _FORMS if entry.keys() >= {*keys}), None)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from None
+    form = next((keys for keys in _KEYS if entry.keys() >= {*keys}), None)
     if form is None:
-        forms = "; ".join(" and ".join(keys) for keys in _FORMS)
-        raise ValueError(f"has the keys {shortened(str(sorted(entry)), 80)}, but must have those of a form: {forms}")
-    own = {key: entry[key] for key in (*form, "group", "part") if key in entry}
-    check(own, _Entry)
+        raise ValueError(f"has the keys {shortened(str(sorted(entry)), 80)}, but must have those of a form: {_FORMS}")
+    more = ("input",) if form[0] == "instruction" else ()
+    own = {key: entry[key] for key in (*form, *more, "group", "part") if key in entry}
+    for key, value in own.items():
+        check(value, _SCHEMAS.get(key, str), key)
     turns = _turns(form, own)
     for key in form:
         texts = [own[key]] if isinstance(own[key], str) else [text for _, text in turns]
-        if key != "input" and not all(text.strip() for text in texts):
+        if not all(text.strip() for text in texts):
             raise ValueError(f"{key} has an empty text")
     content = own["text"] if not turns else Pair(turns[-2][1], turns[-1][1], own.get("group") or "", turns[:-2])
     return StoredExample(content, own.get("part") or "", frozenset(entry.keys() - own.keys()))
 
 
-def _turns(form: tuple[str, ...], entry: dict[str, Any]) -> tuple[Turn, ...]:
+def _turns(form: Sequence[str], entry: dict[str, Any]) -> tuple[Turn, ...]:
     """Return the turns of an entry: perhaps a system turn, then user and assistant in turn, the assistant last."""
-    if form == ("text",):
-        return ()
-    if form == ("messages",):
-        turns: list[Turn] = [(turn["role"], turn["content"]) for turn in entry["messages"]]
-    elif form == ("conversations",):
-        turns = [(_ROLES.get(turn["from"]) or turn["from"], turn["value"]) for turn in entry["conversations"]]
-    else:
-        context = entry.get("input") or ""
-        prompt = entry[form[0]] + (f"\n\n{context}" if context.strip() else "")
-        turns = [("user", prompt), ("assistant", entry[form[1]])]
+    match form:
+        case ["text"]:
+            return ()
+        case ["messages"]:
+            turns: list[Turn] = [(turn["role"], turn["content"]) for turn in entry["messages"]]
+        case ["conversations"]:
+            turns = [(_ROLES.get(turn["from"]) or turn["from"], turn["value"]) for turn in entry["conversations"]]
+        case _:
+            question, answer = (entry[key] for key in form)
+            context = entry.get("input") or ""
+            prompt = f"{question}\n\n{context}" if context.strip() else question
+            turns = [("user", prompt), ("assistant", answer)]
     roles = [role for role, _ in turns]
     spoken = roles[1:] if roles[:1] == ["system"] else roles
     if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
-        raise ValueError(
-            f"the turns are of {shortened(', '.join(roles) or 'nobody', 80)}, but must be of the user and the "
-            "assistant in turn, the assistant last; only the first may be of the system"
-        )
+        said = f"the turns are of {shortened(', '.join(roles) or 'nobody', 80)}"
+        raise ValueError(f"{said}, but must be of user and assistant in turn; only the first may be of the system")
     return tuple(turns)
 
 
 # Files
 
 
-def from_jsonl(tokenizer: ChatTokenizer, path: str | Path, *, allow_special: bool = False, **options: Any) -> Task:
+def from_jsonl(tokenizer: Tokenizer, path: str | Path, *, allow_special: bool = False, **options: Any) -> Task:
     """Return a task from a file of JSON Lines, one example on each line, in any of the forms above.
 
     The task of texts is to predict the next token; all others are a :class:`PairTask`. Keys that are not part of a
@@ -190,7 +168,7 @@ def from_jsonl(tokenizer: ChatTokenizer, path: str | Path, *, allow_special: boo
 
 
 def from_table(
-    tokenizer: ChatTokenizer,
+    tokenizer: Tokenizer,
     table: Any,
     *,
     prompt: str = "prompt",
@@ -219,24 +197,18 @@ def from_table(
     columns |= {role: column for role, column in {"group": group, "part": part}.items() if column is not None}
     for role, column in columns.items():
         if column not in frame.columns:
-            raise ValueError(
-                f"{name} has no column {short_repr(column)}, but {shortened(str([*map(str, frame.columns)]))}; rename "
-                f"the right one, or name it in Python: from_table(tokenizer, table, {role}=...)."
-            )
-    cells = frame[list(columns.values())].itertuples(index=False)
-    rows = (dict(zip(columns, map(_text, row), strict=True)) for row in cells)
+            names = shortened(str([*map(str, frame.columns)]))
+            raise ValueError(f"{name} has no column {short_repr(column)}, but {names}; name the right one: {role}=...")
+    cells = frame[list(columns.values())].astype(object)
+    cells = cells.where(cells.notna(), "")
+    rows = (dict(zip(columns, map(str, row), strict=True)) for row in cells.itertuples(index=False))
     stored = _read(tokenizer, name, "row", enumerate(rows, start=1))
     options = {"name": Path(name).stem, "about": f"from {name}"} | options
     return _task_of_pairs(tokenizer, name, stored, part is not None, options)
 
 
 def from_text(
-    tokenizer: ChatTokenizer,
-    path: str | Path,
-    *,
-    seq_len: int = 128,
-    name: str | None = None,
-    allow_special: bool = False,
+    tokenizer: Tokenizer, path: str | Path, *, seq_len: int = 128, name: str | None = None, allow_special: bool = False
 ) -> Task:
     """Return the task of predicting the next token of a text file of your own.
 
@@ -267,13 +239,14 @@ def from_text(
 def _read_lines(path: Path) -> list[str]:
     """Return the lines of a text file. Unlike those of ``str.splitlines`` none ends at U+2028, which JSON may hold."""
     try:
-        text = path.read_bytes().decode().removeprefix("\ufeff")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start}); unpack it, or save it as UTF-8.") from None
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    if (place := next((number for number, line in enumerate(lines, start=1) if "\0" in line), None)) is not None:
-        raise ValueError(f"{path} is no text (line {place} holds a zero byte); save it as UTF-8.")
-    return lines
+    before, zero, _ = text.partition("\0")
+    if zero:
+        line = before.count("\n") + 1
+        raise ValueError(f"{path} is no text (line {line} holds a zero byte); save it as UTF-8.")
+    return text.split("\n")
 
 
 def _read_frame(table: Any) -> tuple[DataFrame, str]:
@@ -296,21 +269,12 @@ def _read_frame(table: Any) -> tuple[DataFrame, str]:
     except ImportError:
         raise ValueError(f"{path} needs the library pyarrow; install it with pip install pyarrow.") from None
     except (ValueError, OSError) as error:  # pandas' and pyarrow's errors of format derive from these
-        reason = shortened(str(error)).removesuffix(".")
-        raise ValueError(
-            f"{path} cannot be read as a table ({reason}); save it anew (CSV and TSV: as UTF-8, with as many cells in "
-            "each row as there are columns)."
-        ) from None
-
-
-def _text(cell: Any) -> str:
-    import pandas
-
-    return "" if pandas.api.types.is_scalar(cell) and pandas.isna(cell) else str(cell)
+        reason = f"{path} cannot be read as a table ({shortened(str(error)).removesuffix('.')})"
+        raise ValueError(f"{reason}; save it as UTF-8, with as many cells in each row as columns.") from None
 
 
 def _read(
-    tokenizer: ChatTokenizer, name: str, unit: str, entries: Iterable[tuple[int, Any]], allow_special: bool = False
+    tokenizer: Tokenizer, name: str, unit: str, entries: Iterable[tuple[int, Any]], allow_special: bool = False
 ) -> list[StoredExample]:
     """Return the examples in a file or table, whose texts hold no special tokens.
 
@@ -327,8 +291,10 @@ def _read(
     for number, entry in entries:
         try:
             example = parse(entry)
-            for text in example.texts:
-                tokenizer.check_text(text, allow_special=allow_special and isinstance(example.content, str))
+            content = example.content
+            texts = [content] if isinstance(content, str) else [content.context, content.answer]
+            for text in texts:
+                tokenizer.check_text(text, allow_special=allow_special and isinstance(content, str))
             stored.append(example)
         except ValueError as error:
             problems.append(f"{unit} {number}: {shortened(str(error), 250).removesuffix('.')}")
@@ -341,23 +307,21 @@ def _read(
 
 
 def _task_of_pairs(
-    tokenizer: ChatTokenizer, name: str, stored: Sequence[StoredExample], is_split: bool, options: dict[str, Any]
+    tokenizer: Tokenizer, name: str, stored: Sequence[StoredExample], is_split: bool, options: dict[str, Any]
 ) -> PairTask:
     """Return the task of examples which are split already, or not."""
-    pairs: Iterable[Any] = [example.content for example in stored]
-    if not is_split:
-        return from_pairs(tokenizer, pairs, **options)
-    parts = [example.part for example in stored]
-    if not all(parts):
-        raise ValueError(
-            f'{name} has "part" on {len(parts) - parts.count("")} of {len(parts)} examples; give it on all.'
-        )
-    split = {part: [pair for pair, own in zip(pairs, parts, strict=True) if own == part] for part in PARTS}
-    return from_pairs(tokenizer, split, **options)
+    pairs: Any = [example.content for example in stored]
+    if is_split:
+        parts = [example.part for example in stored]
+        if not all(parts):
+            known = len(parts) - parts.count("")
+            raise ValueError(f'{name} has "part" on {known} of {len(parts)} examples; give it on all.')
+        pairs = {part: [pair for pair, own in zip(pairs, parts, strict=True) if own == part] for part in PARTS}
+    return from_pairs(tokenizer, pairs, **options)
 
 
 def _task_of_texts(
-    tokenizer: ChatTokenizer, path: Path, texts: Sequence[str], unit: str, name: str, about: str, seq_len: int = 128
+    tokenizer: Tokenizer, path: Path, texts: Sequence[str], unit: str, name: str, about: str, seq_len: int = 128
 ) -> Task:
     """Return the task of texts that stay whole: of every ten, the ninth goes to validation, the tenth to test."""
     split = {  # the large part last, so that too few texts are refused at once
@@ -369,22 +333,20 @@ def _task_of_texts(
     for part, own in split.items():
         parts[part] = windows(tokenizer, own, seq_len)
         if len(parts[part]) == 0:
-            raise ValueError(
-                f"{path} has {count_noun(len(texts), unit)}, too few for a {part} part of {seq_len} tokens an "
-                f"example; give more or longer {unit}s, or a smaller seq_len."
-            )
-    tokens = torch.cat([examples.inputs.flatten() for examples in parts.values()]).bincount()  # (vocabulary,)
-    special = {token: int(tokens[i]) for token, i in tokenizer.special_tokens.items() if i < len(tokens) and tokens[i]}
-    if special:
-        about += f", with the special tokens {list_counts(special)}"
+            few = f"{path} has {count_noun(len(texts), unit)}, too few for a {part} part"
+            raise ValueError(f"{few} of {seq_len} tokens an example; give more {unit}s, or a smaller seq_len.")
+    special = tokenizer.special_tokens
+    ids = torch.cat([examples.inputs.flatten() for examples in parts.values()])  # (tokens,)
+    counts = ids.bincount(minlength=max(special.values(), default=0) + 1)  # (vocabulary,)
+    if found := {token: int(counts[i]) for token, i in special.items() if counts[i]}:
+        about += f", with the special tokens {list_counts(found)}"
     about += "; off-domain: scikit-learn's descriptions of data sets"
-    off_domain = windows(tokenizer, off_domain_texts(), seq_len)
-    return Task(name, **parts, off_domain=off_domain, unit="tokens", about=about)
+    return Task(name, **parts, off_domain=windows(tokenizer, off_domain_texts(), seq_len), unit="tokens", about=about)
 
 
 # Names
 
-TASKS: dict[str, Callable[[ChatTokenizer], Task]] = {
+TASKS: dict[str, Callable[[Tokenizer], Task]] = {
     "docs": docs,
     "summarise": summarise,
     **{f"translate-{code}": partial(translate, language=code) for code in LANGUAGES},
@@ -412,14 +374,12 @@ def check_name(name: str) -> None:
     if name in TASKS:
         return
     if Path(name).suffix not in READERS:
-        raise ValueError(
-            f"task is {name!r}, but it must be one of {', '.join(TASKS)}, or a file whose name ends in one of "
-            f"{', '.join(READERS)}."
-        )
+        files = f"a file whose name ends in one of {', '.join(READERS)}"
+        raise ValueError(f"task is {name!r}, but it must be one of {', '.join(TASKS)}, or {files}.")
     check_file(name, "your examples")
 
 
-def task_of(name: str, tokenizer: ChatTokenizer, allow_special: bool = False) -> Task:
+def task_of(name: str, tokenizer: Tokenizer, allow_special: bool = False) -> Task:
     """Return a task by its name in :data:`TASKS`, or from a file of prompts and answers or of plain text.
 
     Args:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -42,15 +42,10 @@ def docs(tokenizer: TextTokenizer, seq_len: int = 128) -> Task:
     for i, group in enumerate(_group_related(pages)):
         part = {1: "validation", 3: "test"}.get(i % 5, "train")
         split[part if len(group) < 8 else "train"] += group  # the one large group is for training
-    return Task(
-        name="docs",
-        train=windows(tokenizer, split["train"], seq_len),
-        validation=windows(tokenizer, split["validation"], seq_len),
-        test=windows(tokenizer, split["test"], seq_len),
-        off_domain=windows(tokenizer, off_domain_texts(), seq_len),
-        unit="tokens",
-        about="Python's reference manual, cut by page; off-domain: scikit-learn's descriptions of data sets",
-    )
+    parts: dict[str, Any] = {part: windows(tokenizer, texts, seq_len) for part, texts in split.items()}
+    off_domain = windows(tokenizer, off_domain_texts(), seq_len)
+    about = "Python's reference manual, cut by page; off-domain: scikit-learn's descriptions of data sets"
+    return Task("docs", **parts, off_domain=off_domain, unit="tokens", about=about)
 
 
 def windows(tokenizer: TextTokenizer, texts: Sequence[str], seq_len: int) -> Examples:
@@ -93,20 +88,15 @@ def _group_related(pages: Sequence[str]) -> list[list[str]]:
     """Return groups of pages, in order: those that share a paragraph of at least 60 characters are in one group."""
     # scipy's DisjointSet forgets the order in which groups were merged, and so the order of the pages, which the data
     # depends on. Its import would also cost every training process half a second and 28 MiB.
-    groups: list[tuple[set[str], list[str]]] = []  # paragraphs and pages of each group
+    paragraphs = {
+        page: {text for part in page.split("\n\n") if len(text := " ".join(part.split())) >= 60} for page in pages
+    }
+    groups: list[list[str]] = []
     for page in pages:
-        paragraphs = {" ".join(paragraph.split()) for paragraph in page.split("\n\n")}
-        paragraphs = {paragraph for paragraph in paragraphs if len(paragraph) >= 60}
-        members: list[str] = []
-        unrelated = []
-        for group in groups:
-            if group[0].isdisjoint(paragraphs):
-                unrelated.append(group)
-            else:
-                paragraphs |= group[0]
-                members += group[1]
-        groups = [*unrelated, (paragraphs, [*members, page])]
-    return sorted((members for _, members in groups), key=lambda members: pages.index(members[0]))
+        related = [group for group in groups if any(paragraphs[page] & paragraphs[other] for other in group)]
+        groups = [group for group in groups if group not in related]
+        groups.append([*chain(*related), page])
+    return sorted(groups, key=lambda group: pages.index(group[0]))
 
 
 def off_domain_texts() -> list[str]:

@@ -20,9 +20,11 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from lora_lab.tasks.instruction import ChatTokenizer, Pair, PairTask, from_pairs
+from lora_lab.models.tokenizer import Tokenizer
+from lora_lab.system.schema import check
+from lora_lab.tasks.instruction import Pair, PairTask, from_pairs
 
 COMBINATION, WORD = "new combination", "new word"
 PROMPTS = {"fr": "Translate into French: ", "en": "Translate into English: "}
@@ -40,17 +42,13 @@ ring bague f, cup tasse f, spoon cuillère f, key clé f, letter lettre f, flowe
 clock horloge f, ladder échelle f, plate assiette f, scarf écharpe f, doll poupée f, blanket couverture f"""
 _NEW_THINGS = """umbrella parapluie, glove gant, flag drapeau, drum tambour, candle bougie f, sword épée f,
 dress robe f, needle aiguille f"""
-# English, masculine, feminine, and before a vowel if it differs; those of the first line stand before the noun.
-_BEFORE = {
-    "people": "small petit petite, young jeune jeune, old vieux vieille vieil",
-    "things": "small petit petite, big grand grande, pretty joli jolie, old vieux vieille vieil, "
-    "new nouveau nouvelle nouvel",
-}
-_AFTER = {
-    "people": "rich riche riche, famous célèbre célèbre, tired fatigué fatiguée, happy heureux heureuse, "
-    "strong fort forte, sad triste triste",
-    "things": "red rouge rouge, black noir noire, white blanc blanche, green vert verte, blue bleu bleue, "
-    "heavy lourd lourde, round rond ronde, broken cassé cassée",
+# English, masculine, feminine, and before a vowel if it differs; those before the semicolon stand before the noun.
+_ADJECTIVES = {
+    "people": """small petit petite, young jeune jeune, old vieux vieille vieil; rich riche riche,
+famous célèbre célèbre, tired fatigué fatiguée, happy heureux heureuse, strong fort forte, sad triste triste""",
+    "things": """small petit petite, big grand grande, pretty joli jolie, old vieux vieille vieil,
+new nouveau nouvelle nouvel; red rouge rouge, black noir noire, white blanc blanche, green vert verte, blue bleu bleue,
+heavy lourd lourde, round rond ronde, broken cassé cassée""",
 }
 # English, French for one, for many, and the stem of the future.
 _VERBS = """see voit voient verr, look+at regarde regardent regarder, look+for cherche cherchent chercher,
@@ -141,7 +139,7 @@ class Sentence(NamedTuple):
         return tuple(name for name, needed in needs.items() if needed)
 
 
-def sentences(tokenizer: ChatTokenizer, target: str = "fr", max_tokens: int = 96) -> PairTask:
+def sentences(tokenizer: Tokenizer, target: str = "fr", max_tokens: int = 96) -> PairTask:
     """Return a task of sentences to translate from English into French, or from French into English.
 
     Args:
@@ -152,8 +150,7 @@ def sentences(tokenizer: ChatTokenizer, target: str = "fr", max_tokens: int = 96
     Raises:
         ValueError: ``target`` is neither.
     """
-    if target not in PROMPTS:
-        raise ValueError(f"target is {target!r}, but it must be 'fr' or 'en'.")
+    check(target, Literal["fr", "en"], "target")
     pairs = {part: [_pair(each, target) for _, each in of_part] for part, of_part in corpus(target).items()}
     return from_pairs(
         tokenizer,
@@ -234,8 +231,11 @@ def _nouns(text: str) -> list[Noun]:
 
 @cache
 def _adjectives(kind: str) -> list[Adjective]:
-    forms = [(each, True) for each in _entries(_BEFORE[kind])] + [(each, False) for each in _entries(_AFTER[kind])]
-    return [Adjective(each[0], each[1], each[2], [*each, each[1]][3], before) for each, before in forms]
+    return [
+        Adjective(english, masculine, feminine, before_vowel[0] if before_vowel else masculine, before)
+        for before, text in zip((True, False), _ADJECTIVES[kind].split(";"), strict=True)
+        for english, masculine, feminine, *before_vowel in _entries(text)
+    ]
 
 
 # The grammar
@@ -243,18 +243,16 @@ def _adjectives(kind: str) -> list[Adjective]:
 
 def _english(phrase: Phrase, french_order: bool = False) -> list[str]:
     noun = phrase.noun.english
-    if phrase.plural:
-        noun = _IRREGULAR.get(noun) or _with_s(noun)
-    words = [noun]
+    words = [(_IRREGULAR.get(noun) or _with_s(noun)) if phrase.plural else noun]
     if adjective := phrase.adjective:
-        words = [noun, adjective.english] if french_order and not adjective.before else [adjective.english, noun]
+        words = [*words, adjective.english] if french_order and not adjective.before else [adjective.english, *words]
     determiner = "an" if phrase.determiner == "a" and words[0][0] in "aeiou" else phrase.determiner
     return [determiner, *words]
 
 
 def _french(phrase: Phrase) -> list[str]:
     noun, adjective = phrase.noun, phrase.adjective
-    words = [_french_plural(noun.french) if phrase.plural else noun.french]
+    words = [_french_noun(phrase)]
     if adjective:
         form = adjective.feminine if noun.feminine else adjective.masculine
         if phrase.plural:
@@ -262,18 +260,21 @@ def _french(phrase: Phrase) -> list[str]:
         elif not noun.feminine and adjective.before and _is_vowel(noun.french):
             form = adjective.before_vowel
         words = [form, *words] if adjective.before else [*words, form]
-    if phrase.plural:
-        return [_MANY[phrase.determiner], *words]
-    forms = _ONE[phrase.determiner].split()
-    return [forms[noun.feminine + 2 * _is_vowel(words[0])], *words]
+    return [_french_determiner(phrase, noun.feminine + 2 * _is_vowel(words[0])), *words]
 
 
 def _look_up(phrase: Phrase) -> list[str]:
     """Return French words in the order of English, without gender or elision, but with the number."""
     adjective = [phrase.adjective.masculine] if phrase.adjective else []
-    if phrase.plural:
-        return [_MANY[phrase.determiner], *adjective, _french_plural(phrase.noun.french)]
-    return [_ONE[phrase.determiner].split()[0], *adjective, phrase.noun.french]
+    return [_french_determiner(phrase, 0), *adjective, _french_noun(phrase)]
+
+
+def _french_determiner(phrase: Phrase, form: int) -> str:
+    return _MANY[phrase.determiner] if phrase.plural else _ONE[phrase.determiner].split()[form]
+
+
+def _french_noun(phrase: Phrase) -> str:
+    return _french_plural(phrase.noun.french) if phrase.plural else phrase.noun.french
 
 
 def _english_verb(sentence: Sentence) -> list[str]:

@@ -4,6 +4,7 @@ The threads are those of the public issue trackers: peft#137 is issue 137 of hug
 """
 
 import copy
+import re
 import warnings
 from collections import OrderedDict, namedtuple
 
@@ -122,25 +123,10 @@ def test_a_trained_model_is_healthy_in_every_check(whose):
     assert diagnosis.ok
     assert diagnosis.problems == ()
     assert diagnose(fresh, base=base, load_report=report).ok
-    assert [finding.text for finding in diagnosis.findings] == [
-        "Layers with adapters: 2.",
-        "Trainable tensors in adapters: 4 of 4; outside the adapters: 0; trainable parameters: 40.",
-        "Trainable tensors are stored in float32.",
-        "Adapter tensors that the optimizer lacks: 0 of 4; tensors that it holds and the model does not: 0.",
-        "Adapters with an update of zero: 0 of 2.",
-        "Frozen tensors equal to base's: 9 of 9.",
-        "Adapter tensors not filled: 0; stored tensors not used: 0.",
-    ]
-
-
-@WHOSE
-def test_what_lacks_its_argument_is_not_checked_and_never_ok(whose):
-    diagnosis = diagnose(trained(whose))
-    not_checked = {check: "not checked" for check in ("optimizer", "base", "loading")}
-    assert statuses(diagnosis) == dict.fromkeys(CHECKS, "ok") | not_checked
-    assert "optimizer=" in text(diagnosis, "optimizer")
-    assert "base=" in text(diagnosis, "base")
-    assert "load_report=" in text(diagnosis, "loading")
+    counts = {"adapters": "2", "trainable": "4 of 4", "optimizer": "0 of 4", "update": "0 of 2", "base": "9 of 9"}
+    assert all(count in text(diagnosis, check) for check, count in counts.items())
+    without_argument = dict.fromkeys(("optimizer", "base", "loading"), "not checked")
+    assert statuses(diagnose(model)) == dict.fromkeys(CHECKS, "ok") | without_argument
 
 
 @pytest.mark.parametrize("method", [LoRA, RsLoRA, LoRAFA, PiSSA, DoRA], ids=lambda method: method.name)
@@ -152,10 +138,8 @@ def test_every_variant_is_healthy_once_it_is_trained_and_zero_before(method):
     assert "zero: 2 of 2 (in 'first' " in text(untrained, "update")
     optimizer = adamw(model)
     assert diagnose(model, optimizer, Net()).ok  # but the update is not checked yet
-    train(model, optimizer)
-    diagnosis = diagnose(model, optimizer, Net())
-    assert set(statuses(diagnosis).values()) == {"ok", "not checked"}
-    assert statuses(diagnosis)["update"] == statuses(diagnosis)["base"] == statuses(diagnosis)["optimizer"] == "ok"
+    diagnosis = diagnose(train(model, optimizer), optimizer, Net())
+    assert statuses(diagnosis) == dict.fromkeys(CHECKS, "ok") | {"loading": "not checked"}
 
 
 # No adapters
@@ -174,6 +158,11 @@ def test_a_model_whose_adapters_were_merged_or_never_put_on_has_none(whose):
         assert "adapters" in problems(diagnosis)
         assert "This Net has no adapters" in text(diagnosis, "adapters")
         assert statuses(diagnosis)["update"] == "not checked"
+    assert problems(diagnose(Net())) == ["adapters"]
+    assert problems(diagnose(Net().requires_grad_(False))) == ["adapters", "trainable"]
+    assert "outside the adapters: 6, such as 'first.weight'; " in text(diagnose(Net()), "trainable")
+    assert statuses(diagnose(Net(), base=Net()))["base"] == "ok"  # the norm's statistics are frozen
+    assert statuses(diagnose(nn.Linear(2, 2), base=nn.Linear(2, 2)))["base"] == "not checked"
 
 
 def test_half_of_a_pair_is_no_adapter():
@@ -200,13 +189,9 @@ class Gated(LoRALinear):
 def test_the_parts_of_a_layer_of_ones_own_belong_to_the_adapter():
     model = trained("ours", layer=Gated)
     assert diagnose(model, base=Net()).ok
-    assert text(diagnose(model), "trainable") == (
-        "Trainable tensors in adapters: 6 of 6; outside the adapters: 0; trainable parameters: 42."
-    )
+    assert "6 of 6; outside the adapters: 0; trainable parameters: 42." in text(diagnose(model), "trainable")
     without_gates = torch.optim.SGD([p for name, p in model.named_parameters() if "lora_" in name], lr=0.1)
-    assert "that the optimizer lacks: 2 of 6, such as 'first.gate'; " in text(
-        diagnose(model, without_gates), "optimizer"
-    )
+    assert "lacks: 2 of 6, such as 'first.gate'; " in text(diagnose(model, without_gates), "optimizer")
 
 
 # Nothing trainable
@@ -229,22 +214,12 @@ def test_a_model_that_was_frozen_after_the_adapters_were_put_on_trains_nothing_o
     for trains_head in (False, True):
         model.requires_grad_(False)
         head.requires_grad_(trains_head)
-        diagnosis = diagnose(model)
-        assert problems(diagnosis) == ["trainable"]
-        assert "in adapters: 0 of 4; outside the adapters: " + ("1, such as " if trains_head else "0; ") in text(
-            diagnosis, "trainable"
-        )
+        outside = "1, such as " if trains_head else "0; "
+        assert problems(diagnose(model)) == ["trainable"]
+        assert f"in adapters: 0 of 4; outside the adapters: {outside}" in text(diagnose(model), "trainable")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad or "lora_" in name)
         assert diagnose(model).ok
-
-
-def test_a_plain_model_that_is_frozen_trains_nothing():
-    assert problems(diagnose(Net())) == ["adapters"]
-    assert "outside the adapters: 6, such as 'first.weight'; " in text(diagnose(Net()), "trainable")
-    diagnosis = diagnose(Net().requires_grad_(False))
-    assert problems(diagnosis) == ["adapters", "trainable"]
-    assert "trainable parameters: 0; call requires_grad_(True)" in text(diagnosis, "trainable")
 
 
 # float16
@@ -270,10 +245,7 @@ def test_diffusers_6086_adapters_in_float16_are_refused_by_a_grad_scaler(whose):
             scaler.step(optimizer)
         diagnosis = diagnose(model, optimizer, Net().half())
         assert problems(diagnosis) == (["dtype"] if is_faulty else [])
-        if is_faulty:
-            assert text(diagnosis, "dtype").startswith("Trainable tensors in float16: 4 of 4, such as ")
-        else:
-            assert text(diagnosis, "dtype") == "Trainable tensors are stored in float32."
+        assert ("in float16: 4 of 4, such as " if is_faulty else "stored in float32.") in text(diagnosis, "dtype")
 
 
 # The optimiser
@@ -288,9 +260,8 @@ def test_an_optimizer_made_before_the_adapters_does_not_know_them(whose):
     before = model(X)
     train(model, early)
     assert torch.equal(model(X), before)
-    diagnosis = diagnose(model, early, Net())
-    assert problems(diagnosis) == ["optimizer"]
-    assert text(diagnosis, "optimizer").startswith("Adapter tensors that the optimizer lacks: 4 of 4, such as ")
+    assert problems(diagnose(model, early, Net())) == ["optimizer"]
+    assert "lacks: 4 of 4, such as " in text(diagnose(model, early, Net()), "optimizer")
     late = adamw(model)
     train(model, late)
     assert not torch.equal(model(X), before)
@@ -310,8 +281,8 @@ def test_an_optimizer_made_before_the_model_was_moved_holds_other_parameters(who
         torch.__future__.set_overwrite_module_params_on_conversion(False)
     diagnosis = diagnose(model, before_the_move, Net())
     assert problems(diagnosis) == ["optimizer"]
-    assert text(diagnosis, "optimizer").startswith("Adapter tensors that the optimizer lacks: 4 of 4, such as ")
-    assert "; tensors that it holds and the model does not: 4; create" in text(diagnosis, "optimizer")
+    assert "lacks: 4 of 4, such as " in text(diagnosis, "optimizer")
+    assert "the model does not: 4; " in text(diagnosis, "optimizer")
     assert statuses(diagnose(model, adamw(model)))["optimizer"] == "ok"
 
 
@@ -321,12 +292,11 @@ def test_an_optimizer_may_hold_frozen_parameters_but_none_of_another_model_and_e
     everything = torch.optim.SGD(model.parameters(), lr=0.1)
     assert diagnose(model, everything).ok
     everything.add_param_group({"params": [other.weight]})
-    assert "lacks: 0 of 4; tensors that it holds and the model does not: 1; create" in text(
-        diagnose(model, everything), "optimizer"
-    )
     all_but_one = torch.optim.SGD([p for p in model.parameters() if p.requires_grad][:-1], lr=0.1)
-    assert "that the optimizer lacks: 1 of 4, such as " in text(diagnose(model, all_but_one), "optimizer")
-    assert problems(diagnose(model, all_but_one)) == ["optimizer"]
+    for optimizer, says in ((everything, "lacks: 0 of 4; .* does not: 1;"), (all_but_one, "lacks: 1 of 4, such as ")):
+        diagnosis = diagnose(model, optimizer)
+        assert problems(diagnosis) == ["optimizer"]
+        assert re.search(says, text(diagnosis, "optimizer"))
 
 
 # An update of zero
@@ -367,33 +337,20 @@ def test_an_embeddings_adapter_is_zero_by_its_a(whose):
 @WHOSE
 def test_before_the_first_step_an_update_of_zero_is_as_it_should_be_and_without_an_optimizer_a_problem(whose):
     model = adapted(whose)
-    optimizer = adamw(model)
     assert problems(diagnose(model)) == ["update"]
-    fresh = diagnose(model, optimizer)
-    assert fresh.ok
-    assert statuses(fresh)["update"] == "not checked"
-    assert "has not taken a step yet" in text(fresh, "update")
-    assert not any(optimizer.state[p] for p in model.parameters())  # looking makes empty entries
-    assert statuses(diagnose(model, optimizer))["update"] == "not checked"
-    for p in model.parameters():  # as an optimiser has it that makes its state at once
-        if p.requires_grad:
-            optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p)}
-    assert statuses(diagnose(model, optimizer))["update"] == "not checked"
-    optimizer.state.clear()
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p) if p.requires_grad else None
-    optimizer.step()  # a step in which nothing came to the adapters
-    assert problems(diagnose(model, optimizer)) == ["update"]
-
-
-def test_momentum_counts_as_a_step_on_record():
-    model = adapted("ours")
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
-    for expected in ("not checked", "problem"):
-        assert statuses(diagnose(model, optimizer))["update"] == expected
+    momentum = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    for optimizer in (adamw(model), momentum):
+        assert not any(optimizer.state[p] for p in model.parameters())  # looking makes empty entries
+        fresh = diagnose(model, optimizer)
+        assert fresh.ok
+        assert statuses(fresh)["update"] == "not checked"
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
-        optimizer.step()
+        optimizer.step()  # a step in which nothing came to the adapters
+        assert problems(diagnose(model, optimizer)) == ["update"]
+    for state in optimizer.state.values():  # as an optimiser has it that makes its state at once
+        state["step"] = torch.tensor(0.0)
+    assert statuses(diagnose(model, optimizer))["update"] == "not checked"
 
 
 def test_pissas_update_is_zero_where_a_and_b_are_where_they_started():
@@ -472,29 +429,24 @@ def test_peft_1836_a_merge_in_place_changes_the_base_and_taking_it_back_does_not
             for name, delta in deltas.items():
                 model.get_submodule(name).base.weight.sub_(delta)
     assert problems(merged) == ["base"]
-    assert text(merged, "base").startswith("Frozen tensors that differ from base: 2 of 9, such as 'first.weight'; ")
+    assert "that differ from base: 2 of 9, such as 'first.weight'; " in text(merged, "base")
     assert problems(diagnose(model, base=Net())) == ["base"]
 
 
 @WHOSE
 @pytest.mark.parametrize("name", ["first.weight", "second.bias", "norm.weight", "norm.running_mean"])
 def test_one_changed_number_anywhere_in_the_frozen_part_is_found_and_named(whose, name):
-    model, base = trained(whose), Net()
+    net, base = Net(), Net()
+    for each in (net, base):
+        each.register_buffer("empty", torch.empty(0))  # which shares no memory
+    model = trained(whose, net)
     for given in (base, base.state_dict(), dict(base.state_dict())):
         assert statuses(diagnose(model, base=given))["base"] == "ok"
     with torch.no_grad():
         base.state_dict()[name].view(-1)[-1].add_(1e-3)
     diagnosis = diagnose(model, base=base.state_dict())
     assert problems(diagnosis) == ["base"]
-    assert f"Frozen tensors that differ from base: 1 of 9, such as {name!r}; " in text(diagnosis, "base")
-
-
-@WHOSE
-def test_running_statistics_that_moved_in_train_mode_are_a_changed_base(whose):
-    model = adapted(whose).train()
-    diagnosis = diagnose(train(model, adamw(model)), base=Net())
-    assert problems(diagnosis) == ["base"]
-    assert "that differ from base: 3 of 9, such as 'norm.running_mean'" in text(diagnosis, "base")
+    assert f"that differ from base: 1 of 10, such as {name!r}; " in text(diagnosis, "base")
 
 
 @WHOSE
@@ -506,9 +458,8 @@ def test_a_base_that_is_inside_the_model_cannot_show_a_change(whose):
     with torch.no_grad():
         next(p for name, p in model.named_parameters() if name.endswith("norm.bias")).add_(1.0)
     for inside in (net, same_memory):
-        finding = next(found for found in diagnose(model, base=inside).findings if found.check == "base")
-        assert finding.status == "not checked"
-        assert "Frozen tensors that share base's memory: 9 of 9, such as " in finding.text
+        assert statuses(diagnose(model, base=inside))["base"] == "not checked"
+        assert "share base's memory: 9 of 9, such as " in text(diagnose(model, base=inside), "base")
     assert problems(diagnose(model, base=copied)) == ["base"]
 
 
@@ -550,21 +501,13 @@ def test_a_copy_of_the_adapted_model_from_before_training_is_a_base_too(whose):
 
 def test_a_head_that_peft_trains_beside_the_adapters_is_no_change_of_the_base():
     model = trained("peft", targets=["first"], modules_to_save=["second"])
-    diagnosis = diagnose(model, base=Net())
-    assert diagnosis.ok
-    assert text(diagnosis, "base") == "Frozen tensors equal to base's: 9 of 9."
+    assert diagnose(model, base=Net()).ok
+    assert "9 of 9" in text(diagnose(model, base=Net()), "base")
     model.requires_grad_(False)  # as it is loaded for use
-    assert text(diagnose(model, base=Net()), "base") == "Frozen tensors equal to base's: 9 of 9."
+    assert "equal to base's: 9 of 9" in text(diagnose(model, base=Net()), "base")
     with torch.no_grad():
         model.base_model.model.second.original_module.weight.add_(1.0)
     assert "such as 'second.weight'" in text(diagnose(model, base=Net()), "base")
-
-
-def test_an_empty_tensor_is_not_taken_for_shared_memory():
-    model, base = Net(), Net()
-    for net in (model, base):
-        net.register_buffer("nothing", torch.empty(0))
-    assert text(diagnose(trained("ours", model), base=base), "base") == "Frozen tensors equal to base's: 10 of 10."
 
 
 @WHOSE
@@ -575,16 +518,10 @@ def test_a_layer_whose_name_begins_with_that_of_an_adapted_one_is_compared_too(w
         return nn.Sequential(OrderedDict(layers))
 
     model, base = trained(whose, net(), targets=["proj"]), net()
-    assert text(diagnose(model, base=base), "base") == "Frozen tensors equal to base's: 4 of 4."
+    assert "equal to base's: 4 of 4" in text(diagnose(model, base=base), "base")
     with torch.no_grad():
         base.proj2.weight.add_(1.0)
     assert "that differ from base: 1 of 4, such as 'proj2.weight'" in text(diagnose(model, base=base), "base")
-
-
-def test_without_a_frozen_tensor_there_is_nothing_to_compare():
-    diagnosis = diagnose(nn.Linear(2, 2), base=nn.Linear(2, 2))
-    assert statuses(diagnosis)["base"] == "not checked"
-    assert "no frozen tensor" in text(diagnosis, "base")
 
 
 def test_an_adapted_layer_by_itself_is_a_model_too():
@@ -592,9 +529,8 @@ def test_an_adapted_layer_by_itself_is_a_model_too():
     layer = LoRALinear(copy.deepcopy(base), rank=2, alpha=4)
     optimizer = adamw(layer)
     train(layer, optimizer)
-    diagnosis = diagnose(layer, optimizer, base)
-    assert set(statuses(diagnosis).values()) == {"ok", "not checked"}
-    assert text(diagnosis, "base") == "Frozen tensors equal to base's: 2 of 2."
+    assert diagnose(layer, optimizer, base).ok
+    assert "equal to base's: 2 of 2" in text(diagnose(layer, optimizer, base), "base")
     with torch.no_grad():
         layer.base.bias.add_(1.0)
     assert problems(diagnose(layer, optimizer, base)) == ["base"]
@@ -629,22 +565,20 @@ def test_transformers_36594_an_adapter_of_another_class_of_model_leaves_every_b_
 
 
 @pytest.mark.parametrize(
-    ("missing", "unexpected", "says"),
+    ("missing", "unexpected", "counts"),
     [
-        (["model.embed.weight", "x.base_layer.weight"], [], None),
-        (["x.lora_B.default.weight"], [], "Adapter tensors not filled: 1, such as 'x.lora_B.default.weight'; "),
-        (["x.lora_embedding_A.default"], [], "Adapter tensors not filled: 1, such as "),
-        (["x.weight", "x.lora_A"], [], "Adapter tensors not filled: 1, such as 'x.lora_A'; "),
-        (["x.lora_magnitude_vector.default.weight"], [], "Adapter tensors not filled: 1, such as "),
-        ([], ["y.lora_A.weight", "z"], "Adapter tensors not filled: 0; stored tensors not used: 2, such as 'y.lora_A"),
+        (["model.embed.weight", "x.base_layer.weight"], [], (0, 0)),
+        (["x.lora_B.default.weight"], [], (1, 0)),
+        (["x.lora_embedding_A.default"], [], (1, 0)),
+        (["x.weight", "x.lora_A"], [], (1, 0)),
+        (["x.lora_magnitude_vector.default.weight"], [], (1, 0)),
+        ([], ["y.lora_A.weight", "z"], (0, 2)),
     ],
 )
-def test_only_adapter_keys_count_as_missing_and_every_key_counts_as_left_over(missing, unexpected, says):
+def test_only_adapter_keys_count_as_missing_and_every_key_counts_as_left_over(missing, unexpected, counts):
     diagnosis = diagnose(trained("ours"), load_report=Report(missing, unexpected))
-    assert problems(diagnosis) == ([] if says is None else ["loading"])
-    assert statuses(diagnosis)["loading"] == ("ok" if says is None else "problem")
-    if says is not None:
-        assert text(diagnosis, "loading").startswith(says)
+    assert problems(diagnosis) == ([] if counts == (0, 0) else ["loading"])
+    assert tuple(map(int, re.findall(r": (\d+)", text(diagnosis, "loading")))) == counts
 
 
 # What a diagnosis is, and what it leaves alone

@@ -1,6 +1,7 @@
-"""Rows against numpy on the dense updates, every kind of source, the nulls, and what is refused."""
+"""Rows against numpy on the dense updates, every kind of source, the control with nothing to learn, what is refused."""
 
 import copy
+import math
 from collections import OrderedDict
 
 import numpy as np
@@ -8,11 +9,16 @@ import pandas
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from lora_lab import (
+    FullFineTuning,
+    LoRA,
     LoRAConfig,
     adapter_state,
     cli,
+    evaluate,
+    fit,
     inject,
     lora_layers,
     merge,
@@ -23,9 +29,12 @@ from lora_lab import (
     save_model,
     spectra,
 )
+from lora_lab.ablation.studies import pretrained_digits
+from lora_lab.analysis.spectra import DrawnLabels
 from lora_lab.layers import LoRAConv2d, LoRAEmbedding
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
+from lora_lab.task import IGNORE
 from lora_lab.tasks import digits
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
 from tests.helpers import PNG, perturbed, printed_json, randomise
@@ -37,14 +46,14 @@ def trained(model, kind=None, r=3):
     return randomise(model, size=0.1)
 
 
-def dense_row(delta, W):
-    """What the row must hold, by numpy from the whole matrices."""
+def assert_row(row, delta, W):
+    """The row holds what numpy finds in the whole matrices."""
     delta, W = delta.detach().double().numpy(), W.detach().double().numpy()
     U, S, Vh = np.linalg.svd(delta, full_matrices=False)
     energy = np.cumsum(S**2) / np.sum(S**2)
     share = S / S.sum()
     k = min(8, np.count_nonzero(S / S[0] > 1e-6))
-    return {
+    expected = {
         "out": delta.shape[0],
         "in": delta.shape[1],
         "norm": np.linalg.norm(delta),
@@ -55,6 +64,7 @@ def dense_row(delta, W):
         "relative_norm": np.linalg.norm(delta) / np.linalg.norm(W),
         "amplification": np.linalg.norm(delta) / np.linalg.norm(U[:, :k].T @ W @ Vh[:k].T),
     }
+    assert {key: float(row[key]) for key in expected} == pytest.approx(expected, rel=2e-3)
 
 
 @pytest.mark.parametrize("kind", [None, RsLoRALinear, LoRAFALinear, PiSSALinear])
@@ -68,10 +78,8 @@ def test_rows_are_those_of_the_dense_updates(tiny_config, kind):
     assert list(frame.index) == names
     for name in names:
         W = base.get_submodule(name).weight
-        expected = dense_row(merged.get_submodule(name).weight - W, W)
-        if kind is PiSSALinear:  # twice the rank, the start taken off
-            assert frame["rank"][name] == 6
-        assert {key: float(frame[key][name]) for key in expected} == pytest.approx(expected, rel=2e-3)
+        assert_row(frame.loc[name], merged.get_submodule(name).weight - W, W)
+        assert frame["rank"][name] == (6 if kind is PiSSALinear else 3)  # PiSSA's start is taken off
     assert set(frame.kind) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert set(frame.depth) == set(range(tiny_config.num_hidden_layers))
 
@@ -117,8 +125,7 @@ def test_two_models_are_compared_matrix_by_matrix():
     assert frame["rank"].isna().all()
     for name in frame.index:
         W = base.get_submodule(name).weight
-        expected = dense_row(model.get_submodule(name).weight - W, W)
-        assert {key: float(frame[key][name]) for key in expected} == pytest.approx(expected, rel=2e-3)
+        assert_row(frame.loc[name], model.get_submodule(name).weight - W, W)
     again = spectra.report(base.state_dict(), model.state_dict())
     np.testing.assert_allclose(again.norm, frame.norm)
 
@@ -203,12 +210,8 @@ def test_embeddings_convolutions_and_a_base_in_4_bits(tiny_config):
     frame = spectra.report(None, randomise(model)).set_index("layer")
     assert (frame["out"].tolist(), frame["in"].tolist()) == ([12, 8], [20, 27])
     for name, layer in lora_layers(model).items():
-        W = layer.base.weight.flatten(1)
-        delta = layer.delta().flatten(1)
-        if name == "0":
-            W, delta = W.T, delta.T
-        expected = dense_row(delta, W)
-        assert {key: float(frame[key][name]) for key in expected} == pytest.approx(expected, rel=2e-3)
+        W, delta = layer.base.weight.flatten(1), layer.delta().flatten(1)
+        assert_row(frame.loc[name], *((delta.T, W.T) if name == "0" else (delta, W)))
     model = Llama(tiny_config)
     quantize_nf4(model)
     assert spectra.report(None, trained(model)).relative_norm.between(0, 10).all()
@@ -258,7 +261,6 @@ REFUSED = [
     (lambda: spectra.report(None, DigitsMLP()), ValueError, "after has no adapters"),
     (lambda: spectra.report(DigitsMLP(), DigitsMLP(32)), ValueError, "'hidden1' has shape"),
     (lambda: spectra.report(DigitsMLP(), nn.Linear(2, 2)), ValueError, "no matrix of the same name"),
-    (lambda: spectra.report("folder", DigitsMLP()), ValueError, "load it first"),
     (lambda: spectra.report(None, "no folder"), FileNotFoundError, "no folder"),
     (lambda: spectra.report(None, adapter_state(trained(DigitsMLP(), DoRALinear))), ValueError, "DoRA's"),
     (lambda: spectra.report(None, spoil(trained(DigitsMLP()))), ValueError, "NaN"),
@@ -281,6 +283,80 @@ def test_nothing_of_the_model_changes():
     spectra.report(None, model)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
+
+
+# A training with nothing to learn
+
+
+def test_nothing_is_learned_from_the_bases_own_labels(one_thread):
+    def gain(task):
+        """How far the loss on the digits' labels falls in a training on others."""
+        model = pretrained_digits()
+        before = evaluate(model, digits(), "validation")
+        fit(model, task, FullFineTuning(), steps=150, lr=3e-3, batch_size=32, progress=False)
+        return before - evaluate(model, digits(), "validation")
+
+    own, control = gain(digits()), gain(spectra.null(digits(), pretrained_digits()))
+    assert own > 1
+    assert control < 0.1 * own
+
+
+def test_no_model_predicts_the_labels_better_than_the_base():
+    base, task = pretrained_digits(), digits()
+    control = spectra.null(task, base)
+
+    def loss(model):
+        torch.manual_seed(0)
+        return sum(control.loss(model, task.train.inputs, task.train.targets).item() for _ in range(20)) / 20
+
+    entropy = torch.distributions.Categorical(logits=base(task.train.inputs)).entropy().mean().item()
+    assert loss(base) == pytest.approx(entropy, rel=0.05)
+    assert loss(perturbed(base)) > loss(base) + 0.01
+
+
+@torch.no_grad()
+def test_labels_follow_the_temperature():
+    base, task = pretrained_digits(), digits()
+    torch.manual_seed(0)
+    uniform = DrawnLabels(base, math.inf)(base, task.train.inputs, task.train.targets)
+    expected = -F.log_softmax(base(task.train.inputs), -1).mean()
+    assert uniform.item() == pytest.approx(expected.item(), rel=0.1)
+    assert uniform > 2 * DrawnLabels(base)(base, task.train.inputs, task.train.targets)
+
+
+def test_targets_that_do_not_count_stay_so(tiny_config):
+    base = Llama(tiny_config, seed=3)
+    ids = torch.randint(tiny_config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+    targets = ids[:, 1:].clone()
+    targets[:, :6] = IGNORE
+    torch.manual_seed(1)
+    loss = DrawnLabels(base)(base, ids[:, :-1], targets)
+    torch.manual_seed(1)
+    scores = base(ids[:, :-1])
+    labels = torch.multinomial(scores.flatten(0, 1).softmax(-1), 1).view(2, 8)
+    assert loss.item() == pytest.approx(F.cross_entropy(scores[:, 6:].flatten(0, 1), labels[:, 6:].flatten()).item())
+
+
+def test_the_base_is_copied_and_a_run_is_repeatable():
+    base = pretrained_digits()
+    control, model = spectra.null(digits(), base), copy.deepcopy(base)
+    losses = []
+    for start in (model, base):  # the second run trains what the control was made of
+        history = fit(start, control, LoRA(2, 4), steps=5, lr=1e-2, batch_size=8, seed=1, progress=False)
+        losses.append([row["train_loss"] for row in history.rows[1:]])
+    assert losses[0] == losses[1]
+    assert not any(parameter.requires_grad for parameter in control.loss.base.parameters())
+
+
+def test_an_evaluation_repeats_and_takes_nothing_from_what_training_draws():
+    base, task = pretrained_digits(), digits()
+    control, state = spectra.null(task, base), torch.get_rng_state()
+    with torch.no_grad():
+        first, again = (control.loss(base, task.train.inputs, task.train.targets).item() for _ in range(2))
+    assert first == again
+    assert torch.equal(torch.get_rng_state(), state)
+    training = [control.loss(base, task.train.inputs, task.train.targets).item() for _ in range(2)]
+    assert training[0] != training[1]
 
 
 # The command
@@ -326,22 +402,16 @@ def test_analyze_prints_tables_and_writes_layers_and_pictures(saved, tmp_path, c
 def test_analyze_as_json_has_the_layers_and_their_medians(saved, tmp_path, capsys):
     model, arguments = saved
     assert cli.main([*arguments, "--json"]) == 0
-    document, rest = printed_json(capsys)
+    document, _ = printed_json(capsys)
     assert document["folder"] == str(tmp_path / "out")
-    assert "Written: " in rest
-    frame = spectra.report(None, model).set_index("layer")
-    layers = {row["layer"]: row for row in document["layers"]}
-    assert sorted(layers) == sorted(frame.index)
-    for name, row in layers.items():
-        numbers = ["norm", "stable_rank", "stable_rank_low", "effective_rank", "energy_rank_high", "amplification"]
-        assert [row[column] for column in numbers] == pytest.approx(frame.loc[name, numbers].tolist(), rel=1e-4)
-        assert (row["out"], row["in"], row["rank"]) == (*frame.loc[name, ["out", "in"]], 3)
+    layers = pandas.DataFrame(document["layers"]).set_index("layer")
+    frame = spectra.report(None, model).set_index("layer").loc[layers.index].astype(layers.dtypes)
+    pandas.testing.assert_frame_equal(layers, frame, rtol=1e-4)
     for by, count in (("kind", 7), ("depth", 2)):
-        rows = document[f"by_{by}"]
-        assert len(rows) == count
-        for row in rows:
-            same = [layer["norm"] for layer in layers.values() if layer[by] == row[by]]
-            assert (row["layers"], row["norm"]) == (len(same), pytest.approx(np.median(same)))
+        assert len(document[f"by_{by}"]) == count
+        for row in document[f"by_{by}"]:
+            same = frame.norm[frame[by] == row[by]]
+            assert (row["layers"], row["norm"]) == (len(same), pytest.approx(same.median(), rel=1e-4))
 
 
 def test_what_analyze_does_not_know_is_null_in_json(tmp_path, capsys):

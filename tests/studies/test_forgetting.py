@@ -19,11 +19,11 @@ from lora_lab.ablation import studies
 from lora_lab.ablation.halving import Halving
 from lora_lab.ablation.overfitting import by_stopping_point, by_training_loss, compare_over_rates, summarise_trials
 from lora_lab.ablation.stats import rank_correlations
+from lora_lab.analysis import divergence
 from lora_lab.models.llama import Llama
 from lora_lab.models.shapes import config
 from lora_lab.studies import forgetting, recorder
 from lora_lab.studies.forgetting import DistanceFromBase, Remedy, make_task, update_norm
-from lora_lab.tasks import base_text
 from tests.helpers import COMMIT
 from tests.studies.conftest import counting_on
 
@@ -53,8 +53,7 @@ def make(small_world, tiny_config, tmp_path_factory):
     ]
     path = tmp_path_factory.mktemp("replies") / "replies.json"
     path.write_text(json.dumps({"temperature": 1.0, "replies": replies}))
-    small_world.setattr(forgetting, "base_replies", partial(base_text.base_replies, path))
-    small_world.setattr(forgetting, "on_base_text", partial(base_text.on_base_text, path=path))
+    small_world.setattr(divergence, "REPLIES", path)
     small_world.setattr(studies, "language_model", make)
     small_world.setattr(studies, "docs_task", counting_on)
     small_world.setattr(recorder, "cost_model", lambda device: SimpleNamespace(predict=predict))

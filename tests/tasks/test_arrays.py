@@ -10,8 +10,8 @@ from sklearn.datasets import load_diabetes, load_digits, load_iris
 from torch import nn
 from torch.nn import functional as F
 
-from lora_lab import LoRA, LoRAConfig, fit, inject
-from lora_lab.models.digits import DigitsMLP, DigitsTransformer
+from lora_lab import LoRA, fit
+from lora_lab.models.digits import DigitsMLP
 from lora_lab.tasks import Examples, Task, cross_entropy, digits, from_arrays, mean_squared_error, planted
 
 PARTS = ("train", "validation", "test", "off_domain")
@@ -110,16 +110,6 @@ def test_other_digits_are_five_to_nine_after_zero_to_four(pictures):
     assert len(digits(n_train=600, change="other digits").test) == 96
 
 
-@pytest.mark.parametrize("net", [DigitsMLP, DigitsTransformer])
-def test_nets_in_float64_read_pictures_in_float32(net):
-    pictures = digits().train.inputs[:4]
-    double = net(dtype=torch.float64)
-    assert torch.equal(double(pictures), double(pictures.double()))
-    inject(double, LoRAConfig(2))
-    assert double(pictures).dtype == torch.float64
-    assert net()(pictures).dtype == pictures.dtype == torch.float32
-
-
 # Planted
 
 
@@ -170,13 +160,8 @@ def test_off_domain_answers_are_the_models_own_three_times_as_far_out():
         assert not torch.allclose(task.validation.targets, model(task.validation.inputs), atol=0.1)
     assert float(task.off_domain.inputs.std()) == pytest.approx(3.0, rel=0.05)
     assert float(task.train.inputs.std()) == pytest.approx(1.0, rel=0.05)
-
-
-def test_parts_of_planted_share_no_input():
-    task = planted(one_layer(), n_train=40)
-    assert [len(part) for part in task.parts.values()] == [40, 256, 256, 256]
     rows = [tuple(row) for part in task.parts.values() for row in part.inputs.tolist()]
-    assert len(set(rows)) == len(rows)
+    assert len(set(rows)) == len(rows) == 512 + 3 * 256  # parts share no input
 
 
 def test_planted_touches_the_target_layers_only_and_leaves_the_model_alone():
@@ -206,19 +191,14 @@ def test_planted_repeats_by_seed_and_leaves_the_global_generator_alone():
     assert planted(model, seed=5).fingerprint != first
 
 
-def test_a_planted_task_is_made_on_the_cpu_wherever_the_model_is(monkeypatch):
+def test_a_planted_task_is_made_on_the_cpu_wherever_the_model_is_and_of_its_type(monkeypatch):
     model, moved = one_layer(), []
     monkeypatch.setattr(nn.Module, "cpu", lambda self: moved.append(self) or self)
-    planted(model)
+    task = planted(model.double())
     assert len(moved) == 1  # a copy:
     assert moved[0] is not model
-
-
-def test_a_planted_task_is_of_the_type_of_the_models_weights():
-    task = planted(one_layer().double())
-    assert {part.inputs.dtype for part in task.parts.values()} == {torch.float64}
-    assert {part.targets.dtype for part in task.parts.values()} == {torch.float64}
-    assert not any(part.targets.requires_grad for part in task.parts.values())
+    tensors = [tensor for part in task.parts.values() for tensor in (part.inputs, part.targets)]
+    assert all(tensor.dtype == torch.float64 and not tensor.requires_grad for tensor in tensors)
 
 
 # Arrays
@@ -247,6 +227,8 @@ def test_numbers_are_predicted_in_columns():
     assert task.train.targets.shape == (442 - 2 * 44, 1)
     assert from_arrays(X, np.stack([y, -y], 1), kind="regression").test.targets.shape == (44, 2)
     assert from_arrays(X, y).loss is cross_entropy  # its numbers are whole
+    tensors = [torch.tensor(each, requires_grad=True) for each in (X, y + 0.5)]
+    assert from_arrays(*tensors).fingerprint == task.fingerprint
     assert from_arrays(X, y > 100).train.targets.unique().tolist() == [0, 1]
 
 
@@ -256,11 +238,6 @@ def test_a_task_of_arrays_trains():
     assert "off-domain" not in task.about
     history = fit(DigitsMLP(), task, LoRA(8), steps=60, lr=2e-2, batch_size=32)
     assert history.rows[-1]["validation_loss"] < 0.7 * history.rows[0]["validation_loss"]
-
-
-def test_tensors_that_require_gradients_are_arrays():
-    X, y = torch.rand(30, 4, requires_grad=True), torch.arange(30) % 2
-    assert len(from_arrays(X, y).train) == len(from_arrays(X.detach(), y).train)
 
 
 # What is refused

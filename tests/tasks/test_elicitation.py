@@ -124,9 +124,7 @@ def test_too_few_examples_and_conversations_are_refused(chatter, task):
     with pytest.raises(ValueError, match="n_train is 14, but it must be from 1 to 12"):
         few_shot(task, 7, random_answers=True)
     pairs = [Pair(f"{i}?", "yes", before=(("system", "Be brief."),)) for i in range(5)]
-    with pytest.raises(
-        ValueError, match=r"^Task 'pairs' has turns before its prompts, where the examples would go; use"
-    ):
+    with pytest.raises(ValueError, match="'pairs' has turns before its prompts"):
         few_shot(from_pairs(chatter, pairs), 1)
 
 
@@ -147,14 +145,6 @@ def test_calibration_divides_by_the_mean_probability_of_each_label():
     scores = calibrate(torch.tensor(np.log(probabilities)), torch.tensor(np.log(reference)) - 7)
     assert scores.exp().numpy() == pytest.approx(probabilities / [0.8, 0.2])
     assert scores.argmax(1).tolist() == [1, 0, 1] != probabilities.argmax(1).tolist()
-
-
-def test_calibration_removes_a_preference_that_has_nothing_to_do_with_the_text():
-    generator = torch.Generator().manual_seed(0)
-    scores, reference = torch.randn(50, 3, generator=generator), torch.zeros(4, 3)
-    preference = torch.tensor([0.0, 2.0, -1.0])
-    assert torch.equal((scores + preference).argmax(1), scores.argmax(1)) is False
-    assert torch.equal(calibrate(scores + preference, reference + preference).argmax(1), scores.argmax(1))
 
 
 # Probe

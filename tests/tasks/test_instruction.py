@@ -1,6 +1,7 @@
 """Tasks of prompts and responses: what counts, how batches are cut, what is split and what is refused."""
 
 import dataclasses
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -80,14 +81,8 @@ def test_what_is_taken_of_padded_rows_is_as_long_as_its_longest_counted_row():
         assert plain.inputs.shape[1] == 9
         assert (taken.targets != IGNORE).sum() == (plain.targets != IGNORE).sum()
     assert rows.inputs.shape == (4, 9)  # they themselves stay as they are
-
-
-def test_a_part_of_a_part_is_cut_again_and_rows_where_nothing_counts_are_empty():
-    rows = padded([(1, 2), (2, 5), (), (3, 7)])
-    assert rows[1:][:1].inputs.shape == (1, 6)
-    assert rows[1:].inputs.shape == (3, 8)
-    assert rows[2:3].inputs.shape == rows[2:3].targets.shape == (1, 0)
-    assert len(rows[2:3]) == 1
+    assert rows[1:][:1].inputs.shape == (1, 6)  # a part of a part is cut again
+    assert padded([(1, 2), ()])[1:].inputs.shape == (1, 0)
 
 
 def unequal(count=40):
@@ -385,15 +380,8 @@ LONGER = (
 
 def learned(tokenizer, pair):
     """The texts that are learned, by stretch."""
-    _, targets = encode(tokenizer, pair)
-    stretches, current = [], []
-    for target in [*targets, IGNORE]:
-        if target != IGNORE:
-            current.append(target)
-        elif current:
-            stretches.append(tokenizer.decode(current))
-            current = []
-    return stretches
+    stretches = groupby(encode(tokenizer, pair)[1], lambda target: target != IGNORE)
+    return [tokenizer.decode([*targets]) for counts, targets in stretches if counts]
 
 
 def test_every_turn_of_the_assistant_is_learned_to_its_end_and_nothing_else(chatter):
@@ -426,53 +414,38 @@ def checks(task):
     return [line.removeprefix("  check: ") for line in task.describe().splitlines() if line.startswith("  check: ")]
 
 
-def changed(task, part, change):
-    targets = task.parts[part].targets.clone()
-    change(targets)
-    return dataclasses.replace(task, **{part: Padded(task.parts[part].inputs, targets)})
-
-
-def test_a_sound_task_has_no_such_lines(chatter):
-    assert checks(from_pairs(chatter, sums())) == []
+def hide(task, part, hidden):
+    """The task in which the targets that are hidden do not count; its lines."""
+    targets = task.parts[part].targets.masked_fill(hidden, IGNORE)
+    return checks(dataclasses.replace(task, **{part: Padded(task.parts[part].inputs, targets)}))
 
 
 def test_rows_that_train_on_nothing_or_never_end_are_counted_with_an_example(chatter):
     task = from_pairs(chatter, sums())
-    first = task.pairs["train"][0].prompt
-
-    def silence(targets):
-        targets[:2] = IGNORE
-
-    assert checks(changed(task, "train", silence)) == [
-        f"train: 2 of 32 examples train on nothing, because no token counts, such as {first!r}"
-    ]
-
-    def open_end(targets):
-        targets[0][targets[0] == chatter.eos_id] = IGNORE
-
-    changed_task = changed(task, "validation", open_end)
-    (line,) = checks(changed_task)
-    assert line.startswith("validation: 1 of 4 examples do not end with the token that ends a turn, so the model never")
-    assert line.endswith(f"such as {task.pairs['validation'][0].prompt!r}")
+    assert checks(task) == []
+    (line,) = hide(task, "train", torch.arange(32)[:, None] < 2)
+    assert line.startswith("train: 2 of 32 examples train on nothing")
+    assert line.endswith(f"such as {task.pairs['train'][0].prompt!r}")
+    (line,) = hide(task, "validation", (torch.arange(4)[:, None] == 1) & (task.validation.targets == chatter.eos_id))
+    assert line.startswith("validation: 1 of 4 examples do not end with the token that ends a turn")
+    assert line.endswith(f"such as {task.pairs['validation'][1].prompt!r}")
 
 
 def test_repeated_examples_and_nearly_constant_answers_are_named(chatter):
     task = from_pairs(chatter, [*sums(30), *[Pair("0 plus one?", "1")] * 5])
     part = next(part for part in task.pairs if Pair("0 plus one?", "1") in task.pairs[part])
-    line = f"{part}: 5 of {len(task.pairs[part])} examples repeat another example word for word, such as '0 plus one?'"
-    assert line in checks(task)
+    start, end = f"{part}: 5 of {len(task.pairs[part])} examples repeat another", "such as '0 plus one?'"
+    assert any(line.startswith(start) and line.endswith(end) for line in checks(task))
     labels = [Pair(f"Text {i}", "good" if i % 20 else "bad") for i in range(200)]
     lines = checks(from_pairs(chatter, labels, metric="classification"))
-    assert any(
-        line.startswith("train: ") and "answers are 'good'; a constant guess scores as much" in line for line in lines
-    )
+    assert any(line.startswith("train: ") and "answers are 'good'" in line for line in lines)
 
 
 def test_pairs_that_are_left_out_are_counted(chatter):
     pairs = [*sums(30), Pair("long?", "word " * 200)]
     task = from_pairs(chatter, pairs, max_tokens=64, skip_long=True)
     assert task.left_out == 1
-    assert checks(task)[0] == "1 pairs were left out, because they have too many tokens"
+    assert checks(task)[0].startswith("1 pairs were left out")
 
 
 @pytest.mark.parametrize("where", ["prompt", "answer"])

@@ -31,7 +31,7 @@ def test_scores_are_those_of_hand_computed_cases():
 def test_a_score_of_what_cannot_be_scored_is_refused(chatter):
     task, named = from_pairs(chatter, sums()), from_pairs(chatter, sums(), metric="translation")
     for call, word in (
-        (lambda: score(task, ["1"]), "metric ''"),
+        (lambda: score(task, ["1"]), "metric is ''"),
         (lambda: trivial(task), "baseline"),
         (lambda: score(named, ["1"] * 99), "predictions has length 99"),
         (lambda: score(named, []), "predictions has length 0"),

@@ -66,7 +66,7 @@ def test_a_text_is_no_conversation_and_other_keys_are_ignored_by_name():
 REFUSED_ENTRIES = [
     ('"text"', "the line is 'text'"),
     ("text", "not JSON .*column 1"),
-    ("[" * 100_000, "lists within lists"),
+    ("[" * 100_000, "not JSON .*recursion"),
     ({}, r"keys \[\]"),
     ({"content": "x"}, "'content'"),
     ({"prompt": "a"}, "'prompt'.*prompt and completion"),
@@ -77,7 +77,7 @@ REFUSED_ENTRIES = [
     ({"prompt": "a", "answer": "b", "group": 3}, "group is 3"),
     ({"prompt": "a", "answer": "b", "part": "dev"}, "part is 'dev'"),
     ({"messages": "hello"}, "messages is 'hello'"),
-    ({"messages": [{"role": "user"}]}, "messages.0.content"),
+    ({"messages": [{"role": "user"}]}, "messages .*0.content"),
     ({"messages": [{"role": "user", "content": ["x"]}]}, "content is .'x'."),
     ({"conversations": [{"from": 3, "value": "x"}]}, "from is 3"),
     ({"messages": chat([("tool", "x"), ASSISTANT])}, "role is 'tool'"),
@@ -137,24 +137,13 @@ def test_a_file_of_texts_becomes_next_token_prediction(chatter, tmp_path):
     task = from_jsonl(chatter, path, seq_len=16)
     assert type(task) is Task
     assert task.train.inputs.shape[1] == 16
-    path.write_text("\n".join([*lines, json.dumps({"prompt": "a", "answer": "b"})]))
-    with pytest.raises(ValueError, match="has 60 texts and 1 conversations; split them"):
-        from_jsonl(chatter, path)
-    path.write_text(lines[0])
-    with pytest.raises(ValueError, match="has 1 text, too few for a"):
-        from_jsonl(chatter, path)
 
 
 def test_options_of_a_file_are_those_of_its_form(chatter, tmp_path):
     pairs = write(tmp_path / "pairs.jsonl", *({"prompt": f"{i}?", "answer": "yes"} for i in range(20)))
     texts = write(tmp_path / "texts.jsonl", *({"text": f"This is text {i}. " * 12} for i in range(20)))
     task = from_jsonl(chatter, pairs, name="mine", metric="classification", seed=3, licence="ours", max_tokens=99)
-    assert (task.name, task.about, task.metric, task.licence) == (
-        "mine",
-        "from the file pairs.jsonl",
-        task.metric,
-        "ours",
-    )
+    assert (task.name, task.metric, task.licence) == ("mine", "classification", "ours")
     assert task.pairs == from_pairs(chatter, [(f"{i}?", "yes") for i in range(20)], seed=3).pairs
     assert from_jsonl(chatter, texts).train.inputs.shape[1] == 128
     assert from_jsonl(chatter, texts, seq_len=64).train.inputs.shape[1] == 64
@@ -169,56 +158,9 @@ def test_a_file_may_bring_its_own_split(chatter, tmp_path):
     rows = [{"prompt": f"{i}?", "answer": "yes", "part": part} for i, part in enumerate(parts)]
     task = from_jsonl(chatter, write(tmp_path / "mine.jsonl", *rows))
     assert {part: len(own) for part, own in task.pairs.items()} == {"train": 5, "validation": 2, "test": 3}
-    del rows[0]["part"]
-    with pytest.raises(ValueError, match='"part" on 9 of 10 examples'):
-        from_jsonl(chatter, write(tmp_path / "mine.jsonl", *rows))
-
-
-GOOD = b'{"prompt": "x", "answer": "y"}'
-REFUSED_FILES = {
-    "broken": (GOOD + b"\n{", "line 2: not JSON"),
-    "ends too early": (GOOD + b'\n{"prompt":"abc","answer":"d"\n', "line 2: not JSON .*column 29"),
-    "list": (GOOD + b"\n[1]", "line 2: the line is .1."),
-    "nine": (b"?\n" * 9, "has 9 malformed lines: line 1: .*line 5: .*; and 4 more"),
-    "nothing": (b"", "is empty"),
-    "blank": (b"\n" * 100_000, "is empty"),
-    "gzip": (gzip.compress(b"{}"), "is not UTF-8 .byte 1."),
-    "utf-16": ("{}".encode("utf-16"), "is not UTF-8 .byte 0."),
-    "no mark": ("{}".encode("utf-16-le"), "line 1 holds a zero byte"),
-    "late byte": (b"\n" * 100_000 + b"\xff", "is not UTF-8 .byte 100000."),
-    "array": (b'\n [\n {"prompt": "a", "answer": "b"},\n', "JSON array"),
-    "deep": (b'{"prompt": ' + b"[" * 100_000, "line 1: not an example"),
-    "digits": (b'{"prompt": ' + b"1" * 5000 + b"}", "line 1: Exceeds the limit"),
-    "long key": (b'{"' + b"k" * 1_000_000 + b'": 1}', "line 1: has the keys .*k [.]{3}"),
-}
-
-
-@pytest.mark.parametrize(("content", "named"), REFUSED_FILES.values(), ids=REFUSED_FILES)
-def test_files_that_are_no_json_lines_are_refused_in_a_short_sentence(chatter, tmp_path, content, named):
-    (tmp_path / "x.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match=named) as raised:
-        from_jsonl(chatter, tmp_path / "x.jsonl")
-    assert len(str(raised.value)) < 600
-    assert "\n" not in str(raised.value)
-    assert "line 6" not in str(raised.value)
 
 
 # Texts
-
-
-def test_files_that_are_missing_empty_or_no_text_are_refused(chatter, tmp_path):
-    for read in (from_jsonl, from_text):
-        with pytest.raises(FileNotFoundError, match="nowhere"):
-            read(chatter, tmp_path / "nowhere")
-        with pytest.raises(ValueError, match="path is 'A text") as raised:
-            read(chatter, "A text\n\nin place of a path. " * 200)
-        assert len(str(raised.value)) < 400
-        (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
-        with pytest.raises(ValueError, match="is not UTF-8"):
-            read(chatter, tmp_path / "bytes")
-    for count in (1, 8):
-        with pytest.raises(ValueError, match=f"has {count} paragraph.*validation part of 128 tokens"):
-            from_text(chatter, write(tmp_path / "short.txt", "\n\n".join(["A longer text. " * 20] * count)))
 
 
 def test_a_text_becomes_a_task_whose_parts_share_no_paragraph(chatter, tmp_path):
@@ -251,33 +193,6 @@ def test_line_separators_of_unicode_are_text_and_no_line_ends(chatter, tmp_path,
     assert "\r" not in read
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"prompt": "x \ud83d", "answer": "y"},
-        {"prompt": "x", "answer": "y \ud83d"},
-        {"messages": [{"role": "user", "content": "\ud83d"}, {"role": "assistant", "content": "y"}]},
-        {"instruction": "x", "input": "\udcff", "output": "y"},
-        {"text": "\ude00"},
-    ],
-    ids=["prompt", "answer", "chat", "input", "text"],
-)
-def test_half_a_character_is_named_by_file_and_line(chatter, tmp_path, row):
-    good = {"prompt": "a whole one: \U0001f600", "answer": "y"}
-    path = write(tmp_path / "half.jsonl", good, row)
-    for allow_special in (False, True):
-        with pytest.raises(ValueError, match=r"half\.jsonl has 1 malformed line: line 2: .* half a character"):
-            from_jsonl(chatter, path, allow_special=allow_special)
-
-
-def test_special_tokens_never_become_turns_in_chats(chatter, tmp_path):
-    rows = [{"prompt": f"{i}?", "answer": "a"} for i in range(9)]
-    path = write(tmp_path / "turns.jsonl", *rows, {"prompt": "x</s>\n<s>assistant: yes", "answer": "a"})
-    for allow_special in (False, True):  # that is for texts alone
-        with pytest.raises(ValueError, match=r"line 10: A text holds '</s>', which the model reads as a special token"):
-            from_jsonl(chatter, path, allow_special=allow_special)
-
-
 def test_special_tokens_become_tokens_of_texts_only_where_that_is_asked_for(chatter, tmp_path):
     paragraphs = [f"This is paragraph {i}, and some more words, so that it is long enough." for i in range(40)]
     plain = from_text(chatter, write(tmp_path / "text.txt", "\n\n".join(paragraphs)), seq_len=32)
@@ -286,11 +201,9 @@ def test_special_tokens_become_tokens_of_texts_only_where_that_is_asked_for(chat
     lines = write(
         tmp_path / "lines.jsonl", *({"text": text} for text in [*paragraphs[:3], "Here </s>", *paragraphs[4:]])
     )
-    with pytest.raises(
-        ValueError, match=r"Line 7 of .*text\.txt holds '</s>'.*; remove or rewrite it \(.*allow_special"
-    ):
+    with pytest.raises(ValueError, match=r"Line 7 of .*text\.txt holds '</s>'"):
         from_text(chatter, path, seq_len=32)
-    with pytest.raises(ValueError, match="line 4: A text holds '</s>'"):
+    with pytest.raises(ValueError, match=r"line 4: .*'</s>'"):
         from_jsonl(chatter, lines, seq_len=32)
     for task in (from_text(chatter, path, seq_len=32, allow_special=True), task_of(str(lines), chatter, True)):
         assert "with the special tokens '</s>' (1 time)" in task.describe()
@@ -344,8 +257,6 @@ def test_two_columns_become_prompts_and_answers(chatter, table):
     assert torch.equal(task.train.inputs, expected.train.inputs)
     assert task.metric == "classification"
     assert task.name in ("mine", "table", "dataset")
-    with pytest.raises(ValueError, match=r"has no column None, but .*; rename the right one, or .*, answer="):
-        from_table(chatter, table, prompt="text", answer=None)
 
 
 def test_a_parquet_file_is_read_too_or_what_it_needs_is_named(chatter, tmp_path, monkeypatch):
@@ -378,10 +289,6 @@ def test_columns_may_decide_groups_and_the_split(chatter):
     assert sum(map(len, parts)) == len(set().union(*parts)) == 6
     task = from_table(chatter, frame, **COLUMNS, part="fold")
     assert [len(task.pairs[part]) for part in ("train", "validation", "test")] == [20, 5, 5]
-    with pytest.raises(ValueError, match='table has "part" on 0 of 30 examples'):
-        from_table(chatter, frame.assign(none=""), **COLUMNS, part="none")
-    with pytest.raises(ValueError, match="table has 30 malformed rows: row 1: part is 'w0'"):
-        from_table(chatter, frame, **COLUMNS, part="writer")
 
 
 @pytest.mark.parametrize(
@@ -398,36 +305,6 @@ def test_an_empty_cell_is_named_by_its_row(chatter, empty, dtype):
         from_table(chatter, frame, **COLUMNS)
 
 
-REFUSED_FILES = {
-    "one column": (b"prompt\na\n", "'answer'"),
-    "zeros": (bytes(100_000), "'prompt'"),
-    "gzip": (gzip.compress(b"prompt,answer"), "cannot be read"),
-    "utf-16": ("prompt,answer\na,b\n".encode("utf-16"), "UTF-8"),
-    "bytes": (b"prompt,answer\n\xff\xfe,x\n", "UTF-8"),
-    "ragged": (b"prompt,answer\na,b,c,d\n" + b"a,b,c,d,e\n", "as many cells"),
-    "blank": (b"\n" * 100_000, "No columns"),
-    "empty": (b"", "No columns"),
-}
-
-
-@pytest.mark.parametrize(("content", "named"), REFUSED_FILES.values(), ids=REFUSED_FILES)
-def test_files_that_are_no_tables_are_refused_in_a_short_sentence(chatter, tmp_path, content, named):
-    (tmp_path / "x.csv").write_bytes(content)
-    with pytest.raises(ValueError, match=rf"x\.csv.*{named}") as raised:
-        from_table(chatter, tmp_path / "x.csv")
-    assert len(str(raised.value)) < 700
-
-
-def test_a_column_or_a_file_that_is_not_there_is_named(chatter, tmp_path):
-    for column in (5, None, "texts"):
-        with pytest.raises(ValueError, match="prompt="):
-            from_table(chatter, FRAME, prompt=column, answer="label")
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        from_table(chatter, tmp_path / "nowhere.csv")
-    with pytest.raises(ValueError, match="xlsx"):
-        from_table(chatter, tmp_path / "mine.xlsx")
-
-
 def test_rare_letters_and_numbers_in_a_file_are_text(chatter, tmp_path):
     rows = "\n".join(f"{i}\u2028\x85\x0b\x1e,{i * i}" for i in range(12))
     (tmp_path / "mine.csv").write_text(f"prompt,answer\n{rows}\n", encoding="utf-8")
@@ -437,8 +314,83 @@ def test_rare_letters_and_numbers_in_a_file_are_text(chatter, tmp_path):
     assert all(pair.prompt.endswith("\u2028\x85\x0b\x1e") for pair in pairs)
 
 
-@pytest.mark.parametrize(("text", "says"), [("x</s>", "a special token"), ("\ud83d", "half a character")])
-def test_special_tokens_and_half_characters_are_named_by_their_row(chatter, text, says):
-    frame = pandas.DataFrame({"prompt": ["a", "b", text, "d"], "answer": ["1", "2", "3", "4"]})
-    with pytest.raises(ValueError, match=f"table has 1 malformed row: row 3: .*{says}"):
-        from_table(chatter, frame)
+# What is refused
+
+
+def lines(*rows):
+    return "\n".join(map(json.dumps, rows)).encode()
+
+
+GOOD = {"prompt": "x", "answer": "y"}
+REFUSED_FILES = {
+    "broken.jsonl": (lines(GOOD) + b"\n{", "line 2: not JSON"),
+    "early.jsonl": (lines(GOOD) + b'\n{"prompt":"abc","answer":"d"\n', "line 2: not JSON .*column 29"),
+    "list.jsonl": (lines(GOOD, [1]), "line 2: the line is .1."),
+    "nine.jsonl": (b"?\n" * 9, "9 malformed lines: line 1: .*line 5: .*; and 4 more"),
+    "nothing.jsonl": (b"", "is empty"),
+    "blank.jsonl": (b"\n" * 100_000, "is empty"),
+    "gzip.jsonl": (gzip.compress(b"{}"), "not UTF-8 .byte 1."),
+    "utf-16.jsonl": ("{}".encode("utf-16"), "not UTF-8 .byte 0."),
+    "no mark.jsonl": ("{}".encode("utf-16-le"), "line 1 holds a zero byte"),
+    "late byte.jsonl": (b"\n" * 100_000 + b"\xff", "not UTF-8 .byte 100000."),
+    "array.jsonl": (b'\n [\n {"prompt": "a", "answer": "b"},\n', "JSON array"),
+    "deep.jsonl": (b'{"prompt": ' + b"[" * 100_000, "line 1: not JSON"),
+    "digits.jsonl": (b'{"prompt": ' + b"1" * 5000 + b"}", "line 1: Exceeds the limit"),
+    "long key.jsonl": (b'{"' + b"k" * 1_000_000 + b'": 1}', "line 1: has the keys .*k [.]{3}"),
+    "mixed.jsonl": (lines(GOOD, {"text": "a"}), "1 texts and 1 conversations"),
+    "few.jsonl": (lines({"text": "a"}), "1 text,.* validation part of 128 tokens"),
+    "parts.jsonl": (lines(GOOD | {"part": "test"}, GOOD), "on 1 of 2 examples"),
+    "half prompt.jsonl": (lines(GOOD, {"prompt": "x \ud83d", "answer": "y"}), "line 2: .* half a character"),
+    "half answer.jsonl": (lines(GOOD, {"prompt": "x", "answer": "y \ud83d"}), "line 2: .* half a character"),
+    "half chat.jsonl": (lines({"messages": chat([("user", "\ud83d"), ASSISTANT])}), "line 1: .* half a character"),
+    "half input.jsonl": (lines({"instruction": "x", "input": "\udcff", "output": "y"}), "line 1: .* half a character"),
+    "half text.jsonl": (lines({"text": "\ude00"}), "line 1: .* half a character"),
+    "turns.jsonl": (lines(GOOD, {"prompt": "x</s>\n<s>assistant: yes", "answer": "a"}), "line 2: .*'</s>'"),
+    "answer.jsonl": (lines({"prompt": "x", "answer": "a</s>"}), "line 1: .*'</s>'"),
+    "bytes.txt": (b"\xff\xfe\x00", "not UTF-8"),
+    "few.txt": (b"\n\n".join([b"A longer text. " * 20] * 8), "8 paragraphs.*validation part of 128 tokens"),
+    "column.csv": (b"prompt\na\n", "'answer'"),
+    "zeros.csv": (bytes(100_000), "'prompt'"),
+    "gzip.csv": (gzip.compress(b"prompt,answer"), "cannot be read"),
+    "utf-16.csv": ("prompt,answer\na,b\n".encode("utf-16"), "UTF-8"),
+    "bytes.tsv": (b"prompt\tanswer\n\xff\xfe\tx\n", "UTF-8"),
+    "ragged.csv": (b"prompt,answer\na,b,c,d\n" + b"a,b,c,d,e\n", "cells"),
+    "blank.csv": (b"\n" * 100_000, "No columns"),
+    "empty.csv": (b"", "No columns"),
+    "special.csv": (b"prompt,answer\na,b\nx</s>,c\n", "row 2: .*'</s>'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_FILES)
+def test_files_that_make_no_task_are_refused_in_a_short_sentence(chatter, tmp_path, name):
+    content, named = REFUSED_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    texts = '"text"' in content.decode(errors="replace") or name.endswith(".txt")
+    for allow_special in (False, True) if not texts else (False,):  # that is for texts alone
+        with pytest.raises(ValueError, match=rf"{name}.*{named}") as raised:
+            task_of(str(tmp_path / name), chatter, allow_special)
+        assert len(str(raised.value)) < 700
+        assert "\n" not in str(raised.value)
+        assert "line 6" not in str(raised.value)
+
+
+REFUSED = [
+    (lambda t: from_jsonl(t, "nowhere"), FileNotFoundError, "nowhere"),
+    (lambda t: from_text(t, "nowhere"), FileNotFoundError, "nowhere"),
+    (lambda t: from_table(t, "nowhere.csv"), FileNotFoundError, "nowhere"),
+    (lambda t: from_jsonl(t, "A text\n\nin place of a path. " * 200), ValueError, "path is 'A text"),
+    (lambda t: from_text(t, "A text\n\nin place of a path. " * 200), ValueError, "path is 'A text"),
+    (lambda t: from_table(t, "mine.xlsx"), ValueError, "mine.xlsx"),
+    (lambda t: from_table(t, FRAME), ValueError, "'prompt'.*prompt="),
+    (lambda t: from_table(t, FRAME, prompt=5), ValueError, "column 5.*prompt="),
+    (lambda t: from_table(t, FRAME, prompt="text", answer=None), ValueError, "column None.*answer="),
+    (lambda t: from_table(t, FRAME.assign(fold=""), **COLUMNS, part="fold"), ValueError, "on 0 of 30"),
+    (lambda t: from_table(t, FRAME, **COLUMNS, part="x"), ValueError, "30 malformed rows: row 1: part is '0.5'"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "named"), REFUSED)
+def test_what_cannot_be_read_is_named(chatter, call, error, named):
+    with pytest.raises(error, match=named) as raised:
+        call(chatter)
+    assert len(str(raised.value)) < 600

@@ -13,8 +13,7 @@ from lora_lab.ablation import Trial, ablate
 from lora_lab.costs.memory import predict
 from lora_lab.tasks import IGNORE, Examples, Pair, PairTask, digits, docs, from_pairs, share_rows
 from lora_lab.tasks.generate import answers
-from lora_lab.tasks.instruction import Padded
-from lora_lab.tasks.rows import row_cross_entropy
+from lora_lab.tasks.instruction import Padded, row_cross_entropy
 from tests.helpers import ByteTokenizer, randomise, randomise_all, snapshot
 from tests.tiny_models import bert, falcon, fresh, gemma3, gpt2, llama, qwen3, t5
 
