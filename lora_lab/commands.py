@@ -392,7 +392,7 @@ def analyze(tuned: str, /, base: str | None = None, out: str = "runs/analyze") -
     ll.plots.use_style()
     for statistic in ll.plots.STATISTICS if frame.depth.notna().any() else ():
         if statistic in frame:
-            _write(ll.plots.by_depth(frame, statistic).figure.savefig, folder / f"{statistic}.png")
+            _draw(ll.plots.by_depth(frame, statistic), folder / f"{statistic}.png")
     medians = {f"by_{by}": system.schema.rows_of(ll.spectra.group(frame, by).reset_index()) for by in ("kind", "depth")}
     return {"folder": out, **medians, "layers": system.schema.rows_of(frame)}
 
@@ -402,6 +402,10 @@ def _write(save: Callable[[Path], Any], path: Path) -> None:
     with system.files.atomic_file(path) as temporary:
         save(temporary)
     print(f"Written: {path}")
+
+
+def _draw(axes: Any, path: Path) -> None:
+    _write(axes.figure.savefig, path)
 
 
 def ablate(
@@ -465,12 +469,12 @@ def ablate(
     frame = ablation.ablate(net, data, grid, folder / "trials", n_jobs=jobs, engine=engine)
     _write(partial(frame.to_csv, index=False), folder / "table.csv")
     ll.plots.use_style()
-    _write(ll.plots.loss_by_rate(frame).figure.savefig, folder / "rates.png")
-    _write(ll.plots.learning_and_forgetting(frame).figure.savefig, folder / "forgetting.png")
+    _draw(ll.plots.loss_by_rate(frame), folder / "rates.png")
+    _draw(ll.plots.learning_and_forgetting(frame), folder / "forgetting.png")
     verdict = None
     if len(set(ranks)) > 1:
         verdict = ablation.smallest_sufficient_rank(frame, margin or ablation.studies.defaults_of(task).margin)
-        _write(ll.plots.rank_verdict(verdict).figure.savefig, folder / "verdict.png")
+        _draw(ll.plots.rank_verdict(verdict), folder / "verdict.png")
         print(f"\n{verdict}")
         verdict = verdict.to_dict()
     return {"folder": out, "trials": len(grid), "evaluations": system.schema.rows_of(frame), "verdict": verdict}
