@@ -35,6 +35,7 @@ import torch
 import lora_lab as ll
 from lora_lab import records
 from lora_lab.ablation import ablate, fit_packed, smallest_sufficient_rank, studies
+from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.packed import Run
 from lora_lab.costs.fake import copy_sharing_weights
 from lora_lab.costs.setup import Setup
@@ -81,12 +82,17 @@ def digits(rounds: int, steps: int) -> None:
     compare(calls, rounds, "a sweep")
 
 
+def list_trials(planned: recorded.Plan, lean: ll.Lean | None) -> list[Trial]:
+    """The trials of a study of ranks by that step."""
+    return [trial for trial, _ in planned.sweep(lean).trials()]
+
+
 def study(rounds: int) -> None:
     """A third of the recorded study."""
     device = ll.device.pick_device()[0]
     planned = recorded.plan(device)
     fewer = {"seeds": 1, "steps": planned.steps // 10, "eval_examples": planned.eval_examples // 10}
-    trials = partial(recorded.trials, replace(planned, **fewer))
+    trials = partial(list_trials, replace(planned, **fewer))
     model, task = studies.study("docs", planned.seq_len, device)
     jobs = studies.processes(device)
     print(f"\nstudy on {device}: {len(trials(None))} trials, {fewer['steps']} steps, {jobs} processes")
@@ -104,7 +110,7 @@ def verdicts(folder: str = "runs/ablation-bf16") -> None:
     planned = recorded.plan(device)
     model, task = studies.study("docs", planned.seq_len, device)
     jobs = studies.processes(device)
-    trials = recorded.trials(planned, ll.Lean(torch.bfloat16))
+    trials = list_trials(planned, ll.Lean(torch.bfloat16))
     print(f"\nverdicts: {len(trials)} trials over a base in bfloat16 (about half an hour on two cores)", flush=True)
     # Small packs, of which less is lost when they are stopped.
     over_bf16 = ablate(model, task, trials, folder, n_jobs=jobs, budget_bytes=1_500_000_000)
