@@ -2,10 +2,10 @@
 
     cost_model().predict(model, {"full": FullFineTuning(), "LoRA": LoRA(8)}, 4, 128)
 
-The operations of a step are rehearsed on fake tensors. Each takes the longer of two times, computing its FLOPs and
-moving its bytes, and the time of a call. The rates are measured on this machine: that of a matrix product at its own
-shape, the bandwidth of the memory, and what Python and autograd take for a call. (:mod:`lora_lab.costs.cards` takes
-them from a datasheet.)
+The operations of a step are rehearsed on fake tensors. Each takes three times: computing its FLOPs, moving its bytes,
+and the call. A CPU takes one after the other; on a GPU they overlap, and the longest counts. The rates are measured on
+this machine: that of a matrix product at its own shape, the bandwidth of the memory, and what a small step takes
+beyond both, for each call. (:mod:`lora_lab.costs.cards` takes them from a datasheet.)
 
 LoRA skips the weight gradients of the frozen layers, so that it needs fewer FLOPs than full fine-tuning: with adapters
 in all blocks of a deep model, at least about two thirds of them. It adds small matrix multiplications and passes over
@@ -22,6 +22,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -397,20 +398,19 @@ class CostModel:
         if fixed < 1 or not 1 <= between[0] <= between[1] or between[1] < fixed:
             raise ValueError(f"between is {between}, but it must ascend and end at {max(1, fixed)} tokens or more.")
 
+        counts = [max(1, math.ceil(between[0] / fixed))]
+        while counts[-1] < between[1] // fixed:
+            counts.append(min(2 * counts[-1], between[1] // fixed))
+
         def point(count: int) -> tuple[int, float]:
             """Return the tokens of ``count`` sequences, or of that length, and the ratio's logarithm."""
             sizes = (count, seq_len) if batch_size is None else (batch_size, count)
             ratio = self.predict(model, {"first": first, "second": second}, *sizes, **options).ratio("second")
             return count * fixed, math.log(ratio)
 
-        count, most = max(1, math.ceil(between[0] / fixed)), between[1] // fixed
-        low = point(count)
-        while count < most:
-            count = min(2 * count, most)
-            high = point(count)
-            if low[1] * high[1] < 0:
-                return round(low[0] * (high[0] / low[0]) ** (low[1] / (low[1] - high[1])))
-            low = high
+        for (low, before), (high, after) in pairwise(map(point, counts)):
+            if before * after < 0:
+                return round(low * (high / low) ** (before / (before - after)))
         return None
 
     def __str__(self) -> str:
@@ -429,14 +429,13 @@ def trace_work(setup: Setup, model: nn.Module, batch: Batch) -> StepWork:
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds of an operation: the longer of computing and moving bytes, and those of the call.
+    """Seconds of an operation: of computing, of moving bytes, and of the call.
 
     Args:
         flops_per_second: operation -> the rate of its products.
         bytes_per_second: the memory's bandwidth.
         call_s: what it takes to call an operation.
-        overlaps: whether the device works while the next operation is called, as a GPU does, so that the longer of the
-            two counts and not their sum.
+        overlaps: whether the device does all three at once, as a GPU does, so that the longest counts and not the sum.
     """
 
     flops_per_second: Callable[[OperatorCall], float]
@@ -447,9 +446,9 @@ class Roofline:
     def __call__(self, operation: OperatorCall) -> float:
         """Return the seconds of one operation; those on lists of tensors share their calls."""
         computing = operation.flops / self.flops_per_second(operation) if operation.flops else 0.0
-        working = max(computing, operation.moved_bytes / self.bytes_per_second)
+        moving = operation.moved_bytes / self.bytes_per_second
         calling = 0.0 if operation.of_list else self.call_s
-        return max(working, calling) if self.overlaps else working + calling
+        return max(computing, moving, calling) if self.overlaps else computing + moving + calling
 
 
 class ProductRates:
@@ -491,8 +490,8 @@ def _ones(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, d
 def cost_model(device: torch.device | str | None = None) -> CostModel:
     """Measure what the components of training steps cost on this machine, in a few seconds.
 
-    It measures the memory's bandwidth, by an update of AdamW, and what Python and autograd take for a call, by a step
-    of a tiny Llama. The rates of matrix products are measured when a prediction needs them.
+    It measures the memory's bandwidth, by an update of AdamW, and what Python, autograd and torch's threads take for a
+    call, by a step of a small Llama. The rates of matrix products are measured when a prediction needs them.
 
     On CUDA the clock waits for the device; this path has never been run.
 
@@ -500,13 +499,14 @@ def cost_model(device: torch.device | str | None = None) -> CostModel:
         device: where steps are to run; default the best one.
     """
     device = pick_device(device)[0]
-    rates, bandwidth, call_s = ProductRates(device), _measure_bandwidth(device), _measure_call(device)
+    rates, bandwidth = ProductRates(device), _measure_bandwidth(device)
+    work = Roofline(rates, bandwidth, call_s=0.0, overlaps=device.type == "cuda")
+    seconds = replace(work, call_s=_measure_call(work, device))
     shown = {
         "large matrix products, float32": f"{rates.of_square(torch.float32) / GIGA:,.0f} GFLOP/s",
         "memory": f"{bandwidth / GIGA:,.1f} GB/s",
-        "a call by Python and autograd": f"{call_s * 1e6:,.1f} us",
+        "a call": f"{seconds.call_s * 1e6:,.1f} us",
     }
-    seconds = Roofline(rates, bandwidth, call_s, overlaps=device.type == "cuda")
     return CostModel(seconds, device, shown, str(device))
 
 
@@ -517,12 +517,14 @@ def _measure_bandwidth(device: torch.device) -> float:
     return 7 * 4 * _WEIGHTS / median_seconds(torch.optim.AdamW([weight], fused=True).step, device)
 
 
-def _measure_call(device: torch.device) -> float:
-    """Return the seconds of each operation in a step that hardly computes."""
-    setup, factory = Setup(LoRA(rank=2)), partial(Llama, LlamaConfig(64, 16, 32, 2, 2, 1, 8))
+def _measure_call(work: Roofline, device: torch.device) -> float:
+    """Return the seconds of a call: what a small step of LoRA takes beyond the work that its calls do not hide."""
+    setup, factory = Setup(LoRA(rank=8)), partial(Llama, LlamaConfig(4096, 512, 1536, 2, 8, 2, 64))
     with fake_copy(factory, device) as twin:
-        launches = trace_work(setup, twin, batch_for(twin, 1, 4, None)).launches()
+        traced = trace_work(setup, twin, batch_for(twin, 1, 32, None))
     with own_randomness(device, 0):
         model = build_model(factory, device)
-        step, batch = setup.step(model), batch_for(model, 1, 4, None)
-        return median_seconds(lambda: step([batch], [1.0]), device) / launches
+        step, batch = setup.step(model), batch_for(model, 1, 32, None)
+        taken = median_seconds(lambda: step([batch], [1.0]), device)
+    working = 0.0 if work.overlaps else sum(traced.seconds(work).values())
+    return max(0.0, taken - working) / traced.launches()

@@ -1,5 +1,6 @@
 """Step times predicted from prices that the tests set, and how prices are measured."""
 
+import math
 import re
 from collections import Counter
 from dataclasses import replace
@@ -294,18 +295,23 @@ def test_sizes_that_do_not_divide_the_range_are_looked_at_once(fixed):
 # Costs
 
 
-def test_an_operation_takes_the_longer_of_computing_and_moving_and_its_call():
-    moved = 3 * 4 * 64**2
-    product = OperatorCall("mm", moved, 2 * 64**3)
-    for overlaps in (False, True):
+def test_an_operation_takes_computing_moving_and_its_call_and_where_they_overlap_the_longest():
+    product = OperatorCall("mm", 3 * 4 * 64**2, 2 * 64**3)
+    parts = {"computing": 2 * 64**3 / 1e9, "moving": 3 * 4 * 64**2 / 1e8, "calling": 1e-3}
+    for call, times in ((product, parts.values()), (replace(product, of_list=True), list(parts.values())[:2])):
+        assert Roofline(lambda _: 1e9, 1e8, 1e-3, overlaps=False)(call) == sum(times)
+        assert Roofline(lambda _: 1e9, 1e8, 1e-3, overlaps=True)(call) == max(times)
 
-        def price(call, rate, bandwidth, call_s, overlaps=overlaps):
-            return Roofline(lambda _: rate, bandwidth, call_s, overlaps)(call)
 
-        assert price(product, 1e6, 1e12, 0.0) == 2 * 64**3 / 1e6
-        assert price(product, 1e12, 1e6, 0.0) == moved / 1e6
-        assert price(product, 1e12, 1e6, 2.0) == (2.0 if overlaps else moved / 1e6 + 2.0)
-        assert price(replace(product, of_list=True), 1e12, 1e6, 2.0) == moved / 1e6
+def test_a_call_takes_what_is_left_of_a_small_step(monkeypatch):
+    monkeypatch.setattr(cost_model, "median_seconds", lambda function, device: 2.0)
+    work = Roofline(lambda _: math.inf, math.inf, call_s=0.0, overlaps=False)
+    alone = cost_model._measure_call(work, CPU)
+    launches = 2.0 / alone
+    assert launches == round(launches) > 300
+    half = Roofline(lambda _: math.inf, 1.0, call_s=0.0, overlaps=False)
+    assert cost_model._measure_call(half, CPU) == 0.0  # the bytes alone take longer than the step took
+    assert cost_model._measure_call(replace(half, overlaps=True), CPU) == alone
 
 
 def test_each_product_is_timed_once_at_its_shape_and_large_ones_count_at_the_rate_of_a_square(monkeypatch):
