@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -27,7 +27,7 @@ from lora_lab.inject import lora_layers, match_layers
 from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.rank import intruder_dimensions, subspace_similarity
-from lora_lab.studies.recorder import CurveSweep, Recorder, Row, record_sweeps
+from lora_lab.studies.recorder import CurveSweep, Recorder, Row, record_sweeps, tell_row
 from lora_lab.system.schema import plain
 from lora_lab.system.wording import progress_bar
 from lora_lab.task import Task
@@ -99,7 +99,10 @@ def describe(device: torch.device) -> dict[str, Any]:
     return {"study": "docs", "alpha": "twice the rank", **vars(planned), "lrs": lrs}
 
 
-ABLATION = record_sweeps("ablation", lambda device: [plan(device).sweep(Lean())], describe)
+ABLATION = replace(
+    record_sweeps("ablation", lambda device: [plan(device).sweep(Lean())], describe),
+    line=lambda row: tell_row(row | {"task": "", "model": ""}),  # which are fingerprints here
+)
 
 
 # Spectra

@@ -35,7 +35,7 @@ def test_a_record_of_spectra_tells_of_every_layer(small_study, tmp_path, monkeyp
     assert (lora.stable_rank <= 8).all()
     assert full.relative_norm.between(1e-6, 1).all()
     printed = capsys.readouterr().out
-    assert printed.count("test ") == 10
+    assert printed.count("test_loss ") == 10
 
 
 def test_a_cut_at_full_rank_loses_nothing_of_what_linear_layers_learned(small_study, monkeypatch):
@@ -122,7 +122,8 @@ def test_an_ablations_record_can_be_judged_as_the_table_itself(small_study, tmp_
     printed = capsys.readouterr().out
     assert printed.count("test_loss ") == 8
     row = frame[(frame.step == 4) & (frame["rank"] == 4) & (frame.lr == 1e-2) & (frame.seed == 1)].iloc[0]
-    assert f"validation_loss {row.validation_loss:.4f}  test_loss {row.test_loss:.4f}" in printed
+    losses = f"validation_loss {row.validation_loss:.4f}  off_domain_loss {row.off_domain_loss:.4f}"
+    assert f"\nrank 4  lr 0.01  seed 1: {losses}  test_loss {row.test_loss:.4f}\n" in printed
     make, task = small_study
     history = fit(make(), task(), LoRA(4, 8), lr=1e-2, seed=1, steps=4, batch_size=4, eval_every=4, eval_examples=5)
     assert row.validation_loss == pytest.approx(history.rows[-1]["validation_loss"], rel=1e-4)
