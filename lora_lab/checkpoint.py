@@ -41,15 +41,15 @@ def save(folder: str | Path, model: nn.Module, optimizer: Optimizer, history: Hi
     Args:
         folder: for this run alone.
         model, optimizer, history: of the run.
-        hashes: of the weights by which the run is known. "frozen" (:func:`frozen_hash`, the default): those that
-            training must not change, checked after preparation. "start" (:func:`parameters_hash`): those of the loaded
+        hashes: of the weights by which the run is known. "frozen" (:func:`hash_frozen`, the default): those that
+            training must not change, checked after preparation. "start" (:func:`hash_parameters`): those of the loaded
             model, checked before it is changed.
 
     Raises:
         DivergedError: a trained parameter is NaN or infinite; the previous checkpoint stays.
         OSError: the file cannot be written.
     """
-    device, tensors = next(model.parameters()).device, _trained(model)
+    device, tensors = next(model.parameters()).device, _find_trained(model)
     for name, parameter in model.named_parameters():  # a buffer may be infinite, such as a causal mask
         if parameter.requires_grad and not bool((finite := torch.isfinite(parameter.detach())).all()):
             stop_if_diverged(f"parameter {name!r}", parameter.detach()[~finite][0].item(), history.rows[-1])
@@ -60,7 +60,7 @@ def save(folder: str | Path, model: nn.Module, optimizer: Optimizer, history: Hi
         tensors["random.cuda"] = torch.cuda.get_rng_state(device)
     # A tensor, because a header of safetensors holds at most 100 MB. vars, because asdict copies every row.
     tensors["history"] = torch.frombuffer(bytearray(json.dumps(vars(history)).encode()), dtype=torch.uint8)
-    save_tensors(Path(folder) / _CHECKPOINT, tensors, hashes or {"frozen": frozen_hash(model)})
+    save_tensors(Path(folder) / _CHECKPOINT, tensors, hashes or {"frozen": hash_frozen(model)})
 
 
 def resume(folder: Folder, model: nn.Module, optimizer: Optimizer, history: History, hashes: Hashes = None) -> int:
@@ -77,10 +77,10 @@ def resume(folder: Folder, model: nn.Module, optimizer: Optimizer, history: Hist
     """
     if (saved := _read(folder)) is None:
         return 0
-    _check_run(saved, history, hashes or {"frozen": frozen_hash(model)})
+    _check_run(saved, history, hashes or {"frozen": hash_frozen(model)})
     device, tensors = next(model.parameters()).device, saved.tensors
     cpu_state, gpu_state = tensors.pop("random.cpu", torch.empty(0)), tensors.pop("random.cuda", None)
-    state = _trained(model)
+    state = _find_trained(model)
     for name, parameter in model.named_parameters():
         # AdamW makes its state at its first step; it is made here so that names and shapes can be compared, and then
         # filled. There is none for a parameter that took no part in the loss.
@@ -88,14 +88,14 @@ def resume(folder: Folder, model: nn.Module, optimizer: Optimizer, history: Hist
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 new = torch.zeros((), device=parameter.device) if key == "step" else torch.zeros_like(parameter)
                 state[f"optimizer.{name}.{key}"] = optimizer.state[parameter].setdefault(key, new)
-    if different := _forms(tensors).items() ^ _forms(state).items():
+    if different := _describe(tensors).items() ^ _describe(state).items():
         raise ValueError(f"{saved.path} does not fit this model: they differ in {min(different)}; use another folder.")
     try:  # first, because these may raise; own_randomness restores the previous states
         torch.set_rng_state(cpu_state)
         if device.type == "cuda" and gpu_state is not None:  # a run may be resumed on a machine without a GPU
             torch.cuda.set_rng_state(gpu_state, device)
     except (RuntimeError, TypeError) as error:
-        raise _damaged(saved.path, error) from None
+        raise _report_damage(saved.path, error) from None
     for name, value in state.items():
         value.copy_(tensors[name])
     history.rows, history.optimizer_bytes = saved.history.rows, saved.history.optimizer_bytes
@@ -114,10 +114,10 @@ def check_belongs(folder: Folder, history: History, model: nn.Module) -> None:
         ValueError: the file is damaged, or the checkpoint is of another run.
     """
     if (saved := _read(folder)) is not None:
-        _check_run(saved, history, {"start": parameters_hash(model)})
+        _check_run(saved, history, {"start": hash_parameters(model)})
 
 
-def stored_history(folder: Folder) -> History | None:
+def read_history(folder: Folder) -> History | None:
     """Return the history of the run whose checkpoint is in a folder; None without a checkpoint.
 
     Raises:
@@ -143,7 +143,7 @@ def advise(folder: Folder) -> Iterator[None]:
     except (KeyboardInterrupt, ProcessEndedError) as error:
         if folder is None:
             advice = "the run cannot be resumed, because it writes no checkpoints"
-        elif (history := stored_history(folder)) is None:
+        elif (history := read_history(folder)) is None:
             advice = f"{folder} holds no checkpoint yet, so start the same command again from the beginning"
         else:
             step = history.rows[-1]["step"]
@@ -163,17 +163,17 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, s
         save_file(copies, temporary, metadata={**note, "sha256": _checksum(copies, note)})
 
 
-def parameters_hash(model: nn.Module) -> str:
+def hash_parameters(model: nn.Module) -> str:
     """Return a hash of all parameters."""
-    return tensors_hash(dict(model.named_parameters()))
+    return hash_tensors(dict(model.named_parameters()))
 
 
-def frozen_hash(model: nn.Module) -> str:
+def hash_frozen(model: nn.Module) -> str:
     """Return a hash of the frozen parameters: an adapter must be resumed on the base that it was trained on."""
-    return tensors_hash({name: p for name, p in model.named_parameters() if not p.requires_grad})
+    return hash_tensors({name: p for name, p in model.named_parameters() if not p.requires_grad})
 
 
-def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of names and values, as hexadecimal digits."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
@@ -197,11 +197,11 @@ def _read(folder: Folder) -> _Saved | None:
         if len(history.rows) < 2:
             raise ValueError("it has no step")
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _damaged(path, error) from None
+        raise _report_damage(path, error) from None
     return _Saved(path, tensors, hashes, history)
 
 
-def _damaged(path: Path, error: Exception) -> ValueError:
+def _report_damage(path: Path, error: Exception) -> ValueError:
     reason = shortened(str(error)).removesuffix(".")
     return ValueError(f"{path} is damaged ({reason}); delete it to restart the run.")
 
@@ -223,7 +223,7 @@ def _check_run(saved: _Saved, history: History, hashes: Mapping[str, str]) -> No
             raise ValueError(f"{saved.path} {weights}; load the same model, or use another folder.")
 
 
-def _trained(model: nn.Module) -> dict[str, Tensor]:
+def _find_trained(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors that training changes, trainable parameters and buffers, by their names in a checkpoint.
 
     Non-persistent buffers, those that are not in ``model.state_dict()``, are left out: the model computes them itself.
@@ -233,11 +233,11 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
     return parameters | {f"buffer.{name}": buffer for name, buffer in model.named_buffers() if name in persistent}
 
 
-def _forms(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def _describe(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in tensors.items()}
 
 
 def _checksum(tensors: Mapping[str, Tensor], note: Mapping[str, str]) -> str:
     """Return the SHA-256 of the note and of each tensor's name, dtype, shape and values."""
-    values = tensors_hash(dict(sorted(tensors.items())))
-    return hashlib.sha256(json.dumps([note, _forms(tensors), values], sort_keys=True).encode()).hexdigest()
+    values = hash_tensors(dict(sorted(tensors.items())))
+    return hashlib.sha256(json.dumps([note, _describe(tensors), values], sort_keys=True).encode()).hexdigest()

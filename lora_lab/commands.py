@@ -11,7 +11,9 @@ import os
 import shlex
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -94,27 +96,19 @@ def finetune(
     """
     from lora_lab import finetune
 
-    chosen = finetune.method_of(method, rank, alpha)
+    chosen = finetune.make_method(method, rank, alpha)
     if preview:
-        _preview(task, model, allow_special)
+        data = ll.tasks.task_of(task, models.pretrained.load_tokenizer(model), allow_special)
+        print(data.describe())
+        if isinstance(data, ll.tasks.PairTask):
+            print(data.preview(3))
         return None
-    if out is not None:
-        folder = system.files.as_path(out, "--out")
-    else:
-        folder = finetune.OUT if overwrite else finetune.find_unused_folder(checkpoint_every is not None)
-    training = {"steps": steps, "batch_size": batch, "seed": seed, "eval_examples": eval_examples}
-    options: dict[str, Any] = {**training, "lr": lr, "batches": "by_length" if by_length else "random"}
-    options |= {"model": model, "device": device, "allow_special": allow_special, "overwrite": overwrite}
-    result = finetune.run(task, chosen, folder, half=half, checkpoint_every=checkpoint_every, **options)
-    return {"folder": str(folder), **result}
-
-
-def _preview(task: str, model: str, allow_special: bool) -> None:
-    """Print what a model would read and learn."""
-    data = ll.tasks.task_of(task, models.pretrained.load_tokenizer(model), allow_special)
-    print(data.describe())
-    if isinstance(data, ll.tasks.PairTask):
-        print(data.preview(3))
+    if out is None:
+        out = str(finetune.OUT if overwrite else finetune.find_unused_folder(checkpoint_every is not None))
+    options: dict[str, Any] = {"steps": steps, "batch_size": batch, "seed": seed, "eval_examples": eval_examples}
+    options |= {"lr": lr, "batches": "by_length" if by_length else "random", "half": half, "overwrite": overwrite}
+    options |= {"model": model, "device": device, "allow_special": allow_special, "checkpoint_every": checkpoint_every}
+    return {"folder": out, **finetune.run(task, chosen, out, **options)}
 
 
 # Use
@@ -155,41 +149,38 @@ def chat(
     system.schema.check(tokens, system.schema.Size, "--tokens")
     if plain and prompt is None:
         raise ValueError('--plain continues a text; give one, such as lora-lab chat "Once upon a time" --plain.')
-    sampling = {"temperature": temperature, "seed": seed, "repetition_penalty": repetition_penalty}
-    models.decoding.Sampling(**sampling)  # which raises before the model is loaded
+    sampling = models.decoding.Sampling(temperature, seed, repetition_penalty)
     adapters = {Path(folder).name: folder for folder in adapter}
     if len(adapters) < len(adapter):
         raise ValueError("Two of the adapters' folders have the same name; rename one, because names choose adapters.")
-    bases = set() if model else {find_base(folder) for folder in adapter}
+    bases = {model} if model else {find_base(folder) for folder in adapter} or {models.pretrained.SMOLLM2}
     if len(bases) > 1:
         raise ValueError(f"The adapters are of different models, {', '.join(sorted(bases))}; choose one with --model.")
     if prompt is not None and len(adapter) > 1:
         raise ValueError(f"One answer takes one adapter, but --adapter names {len(adapter)}.")
-    base = model or next(iter(bases), models.pretrained.SMOLLM2)
-    loaded, tokenizer = models.pretrained.load_pretrained(base, device=device)
+    loaded, tokenizer = models.pretrained.load_pretrained(bases.pop(), device=device)
     if prompt is not None:
         _answer(loaded, tokenizer, prompt, adapter, tokens, plain, sampling)
         return
-    conversation = Conversation(loaded, tokenizer, adapters, max_new_tokens=tokens, **sampling)
+    conversation = Conversation(loaded, tokenizer, adapters, max_new_tokens=tokens, **vars(sampling))
     print(HELP)
     talk(conversation, lambda: input(f"{conversation.name or 'base'}> "), lambda text: print(text, end="", flush=True))
 
 
 def _answer(
-    model: Any, tokenizer: Any, prompt: str, adapter: tuple[str, ...], tokens: int, plain: bool, sampling: dict
+    model: Any, tokenizer: Any, prompt: str, adapter: tuple[str, ...], tokens: int, plain: bool, sampling: Any
 ) -> None:
     """Print one answer, or the continuation of a text as it is made."""
-    import torch
+    from lora_lab.adapters.chat import continue_ids
 
     for folder in adapter:
         ll.load_adapter(model, folder)
     if not plain:
-        print(ll.reply(model, tokenizer, prompt, max_new_tokens=tokens, **sampling))
+        print(ll.reply(model, tokenizer, prompt, max_new_tokens=tokens, **vars(sampling)))
         return
-    ids = torch.tensor(tokenizer.encode(prompt, add_special_tokens=True), dtype=torch.long)
-    ids = ids.to(next(model.parameters()).device)
-    continuation = models.reading.stream(model, ids, tokens, tokenizer.eos_id, **sampling)
-    for part in chain([prompt], tokenizer.decode_stream(continuation), ["\n"]):
+    ids = tokenizer.encode(prompt, add_special_tokens=True)
+    continuation = continue_ids(model, tokenizer, ids, tokens, tokenizer.eos_id, sampling)
+    for part in chain([prompt], continuation, ["\n"]):
         print(part, end="", flush=True)
 
 
@@ -205,7 +196,9 @@ def export(source: str, /, *, out: str, merged: bool = False, dtype: str | None 
         merged: write the whole model, with the adapter merged into its base
         dtype: dtype of matrices: f32, f16 (the default) or q8_0; for a folder f32 (the default), f16 or bf16
     """
-    folder, target = Path(source), Path(out)
+    from lora_lab.adapters.export import is_adapter
+
+    target = Path(out)
     as_folder = target.suffix != ".gguf"
     if as_folder and not merged:
         raise ValueError(
@@ -215,16 +208,11 @@ def export(source: str, /, *, out: str, merged: bool = False, dtype: str | None 
     if not as_folder:
         models.gguf.check_target(target, dtype or "f16")
     system.files.check_writable(target if as_folder else target.parent)
-    system.files.repair(folder)
-    if folder.is_dir() and not any((folder / name).is_file() for name in (ll.adapters.CONFIG, "config.json")):
-        raise FileNotFoundError(f"{source} holds neither an adapter ({ll.adapters.CONFIG}) nor a model (config.json).")
     if as_folder:
-        ll.adapters.save_merged(folder, target, dtype or "f32")
-    elif (folder / ll.adapters.CONFIG).is_file():
-        ll.adapters.save_gguf(folder, target, merged=merged, dtype=dtype or "f16")
+        ll.adapters.save_merged(source, target, dtype or "f32")
     else:
-        model, tokenizer = models.pretrained.load_pretrained(source, device="cpu")
-        models.pretrained.save_model(model, target, tokenizer, format="gguf", dtype=dtype or "f16")
+        whole = merged or not is_adapter(source)
+        ll.adapters.save_gguf(source, target, merged=whole, dtype=dtype or "f16")
     size = sum(path.stat().st_size for path in (target.iterdir() if as_folder else [target]))
     print(f"Written: {target} ({size / 1e6:,.1f} MB)")
 
@@ -238,7 +226,7 @@ def memory(
     batch: int = 1,
     seq: int | None = None,
     rank: int = 8,
-    dtype: str = "bfloat16",
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
     device: str = "cuda",
     largest: Literal["batch", "seq"] | None = None,
     bills: bool = False,
@@ -265,19 +253,20 @@ def memory(
         ``reserved_bytes``; ``saved_bytes`` and ``saved_bytes_by_kind``, what autograd has saved at the end of the
         forward pass; ``source`` and ``setting`` in words.
     """
+    import torch
+
     from lora_lab.costs.fake import build_on_meta
     from lora_lab.costs.memory import parse_bytes, report, training_setups
 
-    weights = _dtype(dtype)
     if largest and not budget:
         raise ValueError("--largest needs --budget, such as --budget 24GiB, to search for what fits into it.")
     built = build_on_meta(models.pretrained.architecture(model))
-    length = _length(built, seq, 512)
+    length = _choose_length(built, seq, 512)
     budget_bytes = parse_bytes(budget) if budget else None
     rows = report(
         built,
         model,
-        training_setups(rank, weights, lean=isinstance(built, ll.Llama)),
+        training_setups(rank, getattr(torch, dtype), lean=isinstance(built, ll.Llama)),
         batch_size=batch,
         seq_len=length,
         device=device,
@@ -286,7 +275,7 @@ def memory(
         with_bills=bills,
     )
     facts = {"model": model, "batch_size": batch, "seq_len": length, "dtype": dtype, "device": device}
-    return {**facts, "budget_bytes": budget_bytes, "setups": [row.to_dict() for row in rows]}
+    return {**facts, "budget_bytes": budget_bytes, "setups": rows}
 
 
 def speed(
@@ -295,7 +284,7 @@ def speed(
     seq: int | None = None,
     rank: tuple[int, ...] = (8,),
     card: str | None = None,
-    dtype: str | None = None,
+    dtype: Literal["bfloat16", "float32"] | None = None,
     device: str | None = None,
     measure: int | None = None,
 ) -> dict[str, Any]:
@@ -324,6 +313,8 @@ def speed(
         ``variant``, ``seconds`` with ``lower_quartile_seconds`` and ``upper_quartile_seconds``, ``tokens_per_second``,
         ``ratio`` with its 95 % interval ``ratio_low`` to ``ratio_high``, and ``verdict``.
     """
+    import torch
+
     from lora_lab.costs import speed
     from lora_lab.costs.fake import build_on_meta
     from lora_lab.costs.setup import Setup
@@ -334,9 +325,9 @@ def speed(
     costs = speed.cards.cost_model(card) if card else None
     chosen, why = system.device.pick_device(device)
     factory = models.pretrained.architecture(model)
-    length = _length(build_on_meta(factory), seq, 128)
+    length = _choose_length(build_on_meta(factory), seq, 128)
     named = dtype or ("bfloat16" if card else None)
-    weights = None if named is None else _dtype(named)
+    weights = named and getattr(torch, named)
     variants = {"full": Setup(ll.FullFineTuning(), weights)}
     variants |= {f"LoRA r={each}": Setup(ll.LoRA(each, 2 * each), weights) for each in rank}
     counts = {}
@@ -356,18 +347,9 @@ def speed(
     return result
 
 
-def _length(model: Any, length: int | None, default: int) -> int | None:
+def _choose_length(model: Any, length: int | None, default: int) -> int | None:
     """Return the number of tokens that was asked for, or the default for a model that reads tokens."""
     return default if length is None and getattr(model, "main_input_name", "") != "pixel_values" else length
-
-
-def _dtype(name: str) -> Any:
-    import torch
-
-    dtypes = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float32": torch.float32, "fp32": torch.float32}
-    if name not in dtypes:
-        raise ValueError(f"--dtype is {name!r}, but it must be bfloat16 or float32.")
-    return dtypes[name]
 
 
 # Analyse and compare
@@ -388,9 +370,10 @@ def analyze(tuned: str, /, base: str | None = None, out: str = "runs/analyze") -
         and ``by_depth``, their medians over the number of ``layers`` there. A statistic, such as ``stable_rank``, has
         the band of noise beside it: ``stable_rank_low`` and ``stable_rank_high``.
     """
-    system.files.repair(tuned)
-    is_adapter = (Path(tuned) / ll.adapters.CONFIG).is_file()
-    if not is_adapter and base is None:
+    from lora_lab.adapters.export import is_adapter
+
+    adapter = is_adapter(tuned)
+    if not adapter and base is None:
         raise ValueError(
             f"{tuned} is not an adapter (it lacks {ll.adapters.CONFIG}); a fine-tuned model needs --base as well."
         )
@@ -398,32 +381,26 @@ def analyze(tuned: str, /, base: str | None = None, out: str = "runs/analyze") -
     system.files.check_writable(folder)
     system.files.check_replaceable(folder / "layers.csv", ("layer", "kind", "depth"))
     before = None if base is None else models.pretrained.load_pretrained(base, device="cpu")[0]
-    after = tuned if is_adapter else models.pretrained.load_pretrained(tuned, device="cpu")[0]
+    after = tuned if adapter else models.pretrained.load_pretrained(tuned, device="cpu")[0]
     keys = [set() if model is None or isinstance(model, str) else {*model.state_dict()} for model in (before, after)]
-    if not is_adapter and (differ := keys[0] ^ keys[1]):
+    if not adapter and (differ := keys[0] ^ keys[1]):
         raise ValueError(f"Only one of {tuned} and {base} has {min(differ)}; give the model's own base.")
     frame = ll.spectra.report(before, after)
     for by in ("kind", "depth"):
         print(ll.spectra.table(frame, by), end="\n\n")
-    _save_table(frame, folder / "layers.csv")
+    _write(partial(frame.to_csv, index=False), folder / "layers.csv")
     ll.plots.use_style()
     for statistic in ll.plots.STATISTICS if frame.depth.notna().any() else ():
         if statistic in frame:
-            _save_picture(ll.plots.by_depth(frame, statistic), folder / f"{statistic}.png")
+            _write(ll.plots.by_depth(frame, statistic).figure.savefig, folder / f"{statistic}.png")
     medians = {f"by_{by}": system.schema.rows_of(ll.spectra.group(frame, by).reset_index()) for by in ("kind", "depth")}
     return {"folder": out, **medians, "layers": system.schema.rows_of(frame)}
 
 
-def _save_table(frame: Any, path: Path) -> None:
-
+def _write(save: Callable[[Path], Any], path: Path) -> None:
+    """Save a result as a file, whole or not at all, and say where it is."""
     with system.files.atomic_file(path) as temporary:
-        frame.to_csv(temporary, index=False)
-    print(f"Written: {path}")
-
-
-def _save_picture(axes: Any, path: Path) -> None:
-
-    ll.plots.save(axes.figure, path)
+        save(temporary)
     print(f"Written: {path}")
 
 
@@ -486,14 +463,14 @@ def ablate(
     print(f"{len(grid)} trials; results in {folder / 'trials'}, from which a run that was stopped continues")
     net, data = ablation.studies.study(task, seq, model=model)
     frame = ablation.ablate(net, data, grid, folder / "trials", n_jobs=jobs, engine=engine)
-    _save_table(frame, folder / "table.csv")
+    _write(partial(frame.to_csv, index=False), folder / "table.csv")
     ll.plots.use_style()
-    _save_picture(ll.plots.loss_by_rate(frame), folder / "rates.png")
-    _save_picture(ll.plots.learning_and_forgetting(frame), folder / "forgetting.png")
+    _write(ll.plots.loss_by_rate(frame).figure.savefig, folder / "rates.png")
+    _write(ll.plots.learning_and_forgetting(frame).figure.savefig, folder / "forgetting.png")
     verdict = None
     if len(set(ranks)) > 1:
         verdict = ablation.smallest_sufficient_rank(frame, margin or ablation.studies.defaults_of(task).margin)
-        _save_picture(ll.plots.rank_verdict(verdict), folder / "verdict.png")
+        _write(ll.plots.rank_verdict(verdict).figure.savefig, folder / "verdict.png")
         print(f"\n{verdict}")
         verdict = verdict.to_dict()
     return {"folder": out, "trials": len(grid), "evaluations": system.schema.rows_of(frame), "verdict": verdict}
@@ -579,7 +556,6 @@ def claims(id: str | None = None, /, records: str | None = None, lessons: str | 
     """
     from lora_lab.studies import claims
     from lora_lab.studies.claims.ledger import WIDTH
-    from lora_lab.studies.records import KINDS
 
     for name, folder in (("records", records), ("lessons", lessons)):
         if folder and not Path(folder).is_dir():
@@ -589,7 +565,7 @@ def claims(id: str | None = None, /, records: str | None = None, lessons: str | 
         print(claims.table(entries, max(WIDTH, shutil.get_terminal_size((WIDTH, 0)).columns)))
         return [entry.to_dict() for entry in entries.values()]
     entry = claims.verdict(id, records, lessons)
-    print(f"{entry.explained()}\n\n{entry.how_to_run(KINDS)}")
+    print(f"{entry.explained()}\n\n{entry.how_to_run()}")
     return [entry.to_dict()]
 
 
@@ -625,13 +601,11 @@ def course(
     if grading:
         from lora_lab.course.sheets import write_course
 
-        print(write_course(folder, list(only)))
+        print("\n".join(write_course(folder, list(only))))
         print(f"In {folder}, for each sheet: nbgrader generate_assignment NAME (docs/teach.md has the rest)")
         return
     check_files(list(add))
-    print(copy_lessons(folder, solved, list(only)))
-    if result := str(add_files(folder, list(add))):
-        print(result)
+    print("\n".join(copy_lessons(folder, solved, list(only)) + add_files(folder, list(add))))
     first = str(Path(folder) / choose_lessons(list(only))[0].name)
     quoted = shlex.quote(first) if os.name == "posix" else subprocess.list2cmdline([first])
     print(f"Open the first one: jupyter lab {quoted}")

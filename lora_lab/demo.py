@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 VOICE = "lighthouse-keeper"
 STORY = "Write a small story about a bucket with a hole."
 PROMPT = "The with statement is used to"
+REST = "the rest: torch, Python, the heap"  # of the memory at the peak
 # By data/README.md of the adapter: greedy decoding goes in circles.
 SAMPLING: dict[str, Any] = {"max_new_tokens": 130, "temperature": 0.5, "repetition_penalty": 1.1, "seed": 3}
 SEQ_LEN, BATCH_SIZE, EVAL_EXAMPLES, SAMPLE_TOKENS = 64, 4, 16, 48
@@ -69,7 +70,7 @@ class Voice:
     model_bytes: int
 
 
-def before_training(device: str | None) -> tuple[str, Voice]:
+def answer_before_training(device: str | None) -> tuple[str, Voice]:
     """Return how the model continues the prompt before any training, and what an adapter makes of its voice."""
     model, tokenizer = load_pretrained(device=device)
     continuation = _continuation(model, tokenizer)
@@ -92,7 +93,7 @@ def train(label: str, method: Method, lr: float, steps: int, seed: int, device: 
     history = fit(model, task, method, steps=steps, lr=lr, seed=seed, eval_examples=EVAL_EXAMPLES, **options)
     peak = peak_bytes(next(model.parameters()).device)  # now, because what follows is not part of training
     bill = predict(model, AsItIs(), BATCH_SIZE, SEQ_LEN)  # fit has prepared the model already
-    memory = {**bill.parts, "the rest: torch, Python, the heap": max(0, peak - bill.peak_bytes)}
+    memory = {**bill.parts, REST: max(0, peak - bill.peak_bytes)}
     after = evaluate(model, task, "train", BATCH_SIZE, EVAL_EXAMPLES)
     files.save_or_rescue(lambda folder: save_run(folder, model, tokenizer, history), out)
     size = (out / (WEIGHTS if lora_layers(model) else "model.safetensors")).stat().st_size
@@ -132,7 +133,7 @@ def run(
     files.check_replaceable(out / "demo.json", ("machine", "results"))
     print(f"Device: {why}")
     print("\n[1/4] SmolLM2-135M-Instruct, before any training")
-    before, voice = run_in_subprocess(before_training, device)
+    before, voice = run_in_subprocess(answer_before_training, device)
     print(f"\n{STORY}\n{_quote(voice.base)}")
     print(f"\nThe same with the adapter {VOICE}, which is installed with lora_lab:\n{_quote(voice.adapted)}")
     print(f"\nThe beginning of a sentence, which both methods will be trained to continue:\n{_quote(before)}")
@@ -146,7 +147,7 @@ def run(
             raise MemoryError(f"{reason}; full fine-tuning of SmolLM2-135M needs about 4 GiB of free memory.") from None
         print(_quote(results[-1].sample))
     print("\n[4/4] Side by side\n")
-    print(table(results).to_string(col_space=17))
+    print(make_table(results).to_string(col_space=17))
     picture = draw(results, out / "demo.png")
     machine = machine_info(chosen)
     files.write_json(
@@ -155,7 +156,7 @@ def run(
     )
     report = out / "demo.html"
     with files.atomic_file(report) as temporary:
-        temporary.write_text(page(results, before, voice, picture, machine, steps, seed), encoding="utf-8")
+        temporary.write_text(write_page(results, before, voice, picture, machine, steps, seed), encoding="utf-8")
     allocator = " (torch's allocator)" if chosen.type == "cuda" else ""
     print(CLOSING.format(allocator=allocator, prompt=PROMPT, page=report, picture=picture, out=out))
     return out
@@ -178,7 +179,7 @@ Try next:
   make lab     opens the lessons, at 00_first_look.ipynb"""
 
 
-def table(results: list[Result]) -> DataFrame:
+def make_table(results: list[Result]) -> DataFrame:
     """Return the results as texts, one column per method."""
     import pandas
 
@@ -207,10 +208,9 @@ def draw(results: list[Result], path: Path) -> Path:
     figure, (left, right) = plots.plt.subplots(1, 2, figsize=(12, 4.6))
     plots.curves({result.label: result.history for result in results}, ax=left)
     left.set_title("Both learn: loss on unseen pages (one seed)")
-    present = {part for result in results for part in result.memory}
-    parts = [*(part for part in PARTS if part in present), *sorted(present.difference(PARTS))]
+    parts = [part for part in (*PARTS, REST) if any(part in result.memory for result in results)]
     bars = {result.label: {part: result.memory.get(part, 0) / MIB for part in parts} for result in results}
-    looks = {part: plots.PART_LOOKS.get(part, plots.PART_LOOKS[Part.REST]) for part in parts}
+    looks = plots.PART_LOOKS | {REST: plots.PART_LOOKS[Part.REST]}
     plots.stacked_bars(bars, "memory at the peak (MiB)", looks=looks, ax=right)
     right.set_title("What the memory is for, at the peak of a step")
     plots.save(figure, path)
@@ -218,7 +218,7 @@ def draw(results: list[Result], path: Path) -> Path:
     return path
 
 
-def page(
+def write_page(
     results: list[Result], before: str, voice: Voice, picture: Path, machine: dict[str, str], steps: int, seed: int
 ) -> str:
     """Return the run as one HTML file that needs no other: texts, table and picture."""
@@ -229,25 +229,10 @@ def page(
     template = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"), autoescape=True)
     answers = {"base": voice.base, "with the adapter": voice.adapted, "adapter off": voice.off}
     samples = {"before training": before, **{result.label: result.sample for result in results}}
-    styles = plots.line_styles([*answers, *samples])
-    answers, samples = (
-        [(who, text, styles[who]["color"]) for who, text in said.items()] for said in (answers, samples)
-    )
-    return template.render(
-        model="SmolLM2-135M-Instruct",
-        steps=steps,
-        seed=seed,
-        batch_size=BATCH_SIZE,
-        seq_len=SEQ_LEN,
-        prompt=STORY,
-        adapter=VOICE,
-        voice=voice,
-        answers=answers,
-        table=table(results),
-        picture=base64.b64encode(picture.read_bytes()).decode(),
-        samples=samples,
-        machine=machine,
-    )
+    facts: dict[str, Any] = {"steps": steps, "seed": seed, "batch_size": BATCH_SIZE, "seq_len": SEQ_LEN}
+    facts |= {"prompt": STORY, "adapter": VOICE, "voice": voice, "answers": answers, "samples": samples}
+    facts |= {"styles": plots.line_styles([*answers, *samples]), "table": make_table(results), "machine": machine}
+    return template.render(facts, picture=base64.b64encode(picture.read_bytes()).decode())
 
 
 def _continuation(model: Llama, tokenizer: Tokenizer) -> str:

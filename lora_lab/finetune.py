@@ -7,8 +7,7 @@ run("mine.jsonl", LoRA(rank=8, alpha=16), "runs/mine")        # {"prompt": ..., 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import chain, count
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,7 @@ import torch
 from torch import nn
 
 from lora_lab import checkpoint
-from lora_lab.adapters.card import CARD, is_free, yield_to
-from lora_lab.adapters.peft_format import CONFIG, WEIGHTS, save_adapter
+from lora_lab.adapters.peft_format import CARD, CONFIG, WEIGHTS, is_free, save_adapter
 from lora_lab.history import History
 from lora_lab.inject import lora_layers
 from lora_lab.methods import AsItIs, FullFineTuning, Method, PartialFineTuning
@@ -43,7 +41,7 @@ SHOWN = 3  # answers printed before and after
 _SAVED = ("result.json", "history.json", *FILES, CONFIG, WEIGHTS)  # a folder with one of them is in use
 
 
-def method_of(name: str, rank: int, alpha: float | None = None) -> Method:
+def make_method(name: str, rank: int, alpha: float | None = None) -> Method:
     """Return a method by name, with alpha twice the rank by default.
 
     Raises:
@@ -72,15 +70,15 @@ def find_unused_folder(checkpoints: bool) -> Path:
             folder; a run without them leaves such a folder alone.
     """
     processes = current_processes()
-    folders = chain([OUT], (OUT.with_name(f"{OUT.name}-{number}") for number in count(2)))
-    free = (
-        folder
-        for folder in folders
-        if _find_saved(folder) is None
-        and (checkpoints or not (folder / CHECKPOINTS).exists())
-        and not files.is_held(folder)
-    )
-    return processes.broadcast(next(free) if processes.rank == 0 else OUT)
+    folder, number = OUT, 1
+    while processes.rank == 0 and (
+        _find_saved(folder) is not None
+        or (not checkpoints and (folder / CHECKPOINTS).exists())
+        or files.is_held(folder)
+    ):
+        number += 1
+        folder = OUT.with_name(f"{OUT.name}-{number}")
+    return processes.broadcast(folder)
 
 
 def run(
@@ -126,26 +124,23 @@ def run(
         raise ValueError(f"{method.name!r} saves a whole model, but half precision is for adapters; leave --half out.")
     check_name(task)
     lr = lr if lr is not None else 1e-4 if isinstance(method, FullFineTuning) else 1e-3
-    often: dict[str, Any] = {
-        "eval_every": max(1, steps // 4),
-        "eval_examples": 64,
-    }  # an evaluation is as slow as several steps
-    config = TrainConfig(steps=steps, lr=lr, **(often | training))
+    seldom: dict[str, Any] = {"eval_every": max(1, steps // 4), "eval_examples": 64}  # each is as slow as several steps
+    config = TrainConfig(steps=steps, lr=lr, **(seldom | training))
     every, out = check(checkpoint_every, Size | None, "checkpoint_every"), files.as_path(out, "out")
     dtype, checkpoints = torch.float16 if half else None, out / CHECKPOINTS if every else None
     with _hold(out, model, method, overwrite):
         chosen, why = pick_device(device)
         net, tokenizer = load_pretrained(model, device=chosen)
         data = task_of(task, tokenizer, allow_special)
-        print(_heading(why, data))
+        print(_describe_start(why, data))
         _check_checkpoint(checkpoints, new_history(data, method, config, net), net, overwrite)
         history, losses = _train(net, data, method, config, checkpoints, every, dtype)
         about = {"name": data.name, "fingerprint": data.fingerprint, "about": data.about}
         result = {"task": about, "method": history.method, "settings": history.settings}
         result |= {"machine": machine_info(chosen)} | losses
-        print(f"\n{table(result)}")
+        print(f"\n{make_table(result)}")
         if current_processes().rank == 0:
-            saved = net, tokenizer, history, base_name(model), dtype, result, overwrite
+            saved = net, tokenizer, history, name_base(model), dtype, result
             files.save_or_rescue(lambda folder: save_run(folder, *saved), out)
             checkpoint.remove(checkpoints)
     print(f"\nSaved in {out}")
@@ -160,24 +155,21 @@ def save_run(
     base: str = SMOLLM2,
     dtype: torch.dtype | None = None,
     result: dict[str, Any] | None = None,
-    overwrite: bool = True,
 ) -> None:
     """Save the adapter, or the whole model, with the history of its training and a result.json, in one transaction.
 
     Args:
-        folder: where to.
+        folder: where to; what an earlier run saved there is replaced.
         net, tokenizer, history: what was trained, and how.
         base: what an adapter's config says of its base.
         dtype: of an adapter's tensors; None keeps theirs.
         result: the content of result.json.
-        overwrite: whether the folder may hold an earlier run's results; they are replaced.
     """
-    if not overwrite:
-        _check_unused(folder)  # again, because something else may have been saved there in the meantime
     with files.atomic_files(folder, remove=_find_outdated(folder, history.method["name"])) as temporary:
         if lora_layers(net):
             save_adapter(net, temporary, base=base, dtype=dtype, history=history)
-            yield_to(folder, temporary)
+            if not is_free(folder):
+                (temporary / CARD).unlink()
         else:
             save_model(net, temporary, tokenizer)
         history.save(temporary / "history.json")
@@ -196,10 +188,13 @@ def _hold(out: Path, model: str, method: Method, overwrite: bool) -> Iterator[No
     with files.hold_folder(out):
         files.check_writable(out)
         files.check_replaceable(out / "result.json", ("method", "settings", "before", "after"))
-        if not overwrite:
-            _check_unused(out)
-        saved = _earlier_method(out) or method.name  # what an earlier run saved is removed, if this one saves the other
-        check_separate(out, "adapter" if saves_adapter(saved) else "model")
+        if not overwrite and (name := _find_saved(out)) is not None:
+            raise FileExistsError(
+                f"{out} holds {name} already; name another folder (--out), or pass --overwrite to replace what an "
+                "earlier run saved there."
+            )
+        # What an earlier run saved is no obstacle: it is removed, if this one saves the other.
+        check_separate(out, "adapter" if _saved_adapter(out, method.name) else "model")
         yield
 
 
@@ -230,7 +225,7 @@ def _train(
     limit = config.eval_examples
     result = {"before": _evaluate(net, data, limit)}
     print(f"{method}: {config.steps} steps of {config.batch_size} examples at learning rate {config.lr:g}")
-    if (before := checkpoint.stored_history(checkpoints)) is not None:
+    if (before := checkpoint.read_history(checkpoints)) is not None:
         print(f"Going on from step {before.rows[-1]['step']}, with the checkpoint in {checkpoints}")
     with checkpoint.advise(checkpoints):
         history = fit(net, data, method, config, checkpoint_dir=checkpoints, checkpoint_every=every)
@@ -242,7 +237,7 @@ def _train(
     return history, result
 
 
-def _heading(why: str, data: Task) -> str:
+def _describe_start(why: str, data: Task) -> str:
     """Return the device and the reason for it, how many processes there are, and the data."""
     text, processes = f"Device: {why}\n", current_processes().world_size
     if processes > 1:
@@ -260,7 +255,7 @@ def _round_adapters(net: nn.Module, dtype: torch.dtype) -> None:
             tensor.copy_(tensor.to(dtype))
 
 
-def base_name(model: str) -> str:
+def name_base(model: str) -> str:
     """Return what an adapter's config says of its base: the absolute path of a folder or a file, or else the name."""
     return str(Path(model).resolve()) if model != SMOLLM2 and Path(model).exists() else model
 
@@ -270,28 +265,19 @@ def _find_saved(folder: Path) -> str | None:
     return next((name for name in _SAVED if (folder / name).exists()), None)
 
 
-def _check_unused(folder: Path) -> None:
-    if (name := _find_saved(folder)) is not None:
-        raise FileExistsError(
-            f"{folder} holds {name} already; name another folder (--out), or pass --overwrite to replace what an "
-            "earlier run saved there."
-        )
-
-
-def _earlier_method(folder: Path) -> str | None:
-    """Return the name of the method of the run whose result.json the folder holds; None if there is none."""
-    try:
-        return files.read_json(folder / "result.json")["method"]["name"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
+def _saved_adapter(folder: Path, method: str) -> bool:
+    """Return whether the run whose result.json the folder holds saved an adapter; without one, if this one will."""
+    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+        method = files.read_json(folder / "result.json")["method"]["name"]
+    return saves_adapter(method)
 
 
 def _find_outdated(folder: Path, method: str) -> tuple[str, ...]:
     """Return the files that an earlier run saved in the folder, by its result.json, and that would be left over."""
-    earlier = _earlier_method(folder) or method
-    if saves_adapter(earlier) == saves_adapter(method):
+    adapter = _saved_adapter(folder, method)
+    if adapter == saves_adapter(method):
         return ()
-    return (CONFIG, WEIGHTS, *([CARD] if is_free(folder) else [])) if saves_adapter(earlier) else (*FILES, GENERATION)
+    return (CONFIG, WEIGHTS, *([CARD] if is_free(folder) else [])) if adapter else (*FILES, GENERATION)
 
 
 def _evaluate(net: nn.Module, data: Task, limit: int | None) -> dict[str, Any]:
@@ -309,7 +295,7 @@ def _evaluate(net: nn.Module, data: Task, limit: int | None) -> dict[str, Any]:
     return result
 
 
-def table(result: dict[str, Any]) -> str:
+def make_table(result: dict[str, Any]) -> str:
     """Return losses and scores before and after, and some predictions, as text."""
     import pandas
 

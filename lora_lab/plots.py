@@ -56,7 +56,8 @@ METHOD_COLOURS = {
     "chance": "#999999",
 }
 # Colour and hatch of each part of a memory bill. The saved activations share a colour: they are one kind of memory.
-PART_LOOKS: dict[str, tuple[str, str]] = {
+Looks = dict[str, tuple[str, str]]
+PART_LOOKS: Looks = {
     Part.FROZEN: ("#999999", ""),
     Part.TRAINED: (COLOURS[0], "//"),
     Part.GRADIENTS: (COLOURS[1], "\\\\"),
@@ -207,12 +208,7 @@ def _draw_seeds(ax: Axes, place: int, values: Series, style: Mapping[str, Any], 
         ax.vlines(values.mean(), place - 0.35, place + 0.35, color=style["color"], linewidth=2)
 
 
-def stacked_bars(
-    bars: Mapping[str, Mapping[str, float]],
-    ylabel: str,
-    looks: Mapping[str, tuple[str, str]],
-    ax: Axes | None = None,
-) -> Axes:
+def stacked_bars(bars: Mapping[str, Mapping[str, float]], ylabel: str, looks: Looks, ax: Axes | None = None) -> Axes:
     """One bar a key, its parts stacked in one order, with the total above.
 
     Args:
@@ -220,9 +216,8 @@ def stacked_bars(
         looks: part -> colour and hatch, such as ``PART_LOOKS``.
     """
     ax = ax or plt.subplots()[1]
-    parts = list(dict.fromkeys(part for heights in bars.values() for part in heights))
     positions, bottom = range(len(bars)), np.zeros(len(bars))
-    for part in parts:
+    for part in dict.fromkeys(part for heights in bars.values() for part in heights):
         heights = np.array([each.get(part, 0.0) for each in bars.values()])
         ax.bar(positions, heights, bottom=bottom, width=0.6, label=part, **filling(*looks[part]))
         bottom += heights
@@ -264,16 +259,15 @@ def memory_of_a_step(bill: Bill, ax: Axes | None = None, around_peak: int | None
     ax = ax or plt.subplots()[1]
     peak = max(bill.timeline, key=lambda moment: moment.total_bytes).operation
     moments = [m for m in bill.timeline if around_peak is None or abs(m.operation - peak) <= around_peak]
+    positions, step = np.array([moment.operation for moment in moments], dtype=float), None
     if around_peak is None:
-        last = moments[-1].operation
-        positions = np.array([100 * moment.operation / last for moment in moments])
+        positions = 100 * positions / positions[-1]
         ax.set_xlabel("operations done (% of the step)")
     else:
-        positions = np.array([moment.operation - peak for moment in moments], dtype=float)
+        positions, step = positions - peak, "mid"
         ax.set_xlabel("operations from the peak")
     parts = _parts(moment.parts for moment in bill.timeline)
     heights = np.array([[moment.parts.get(part, 0) / MIB for moment in moments] for part in parts])
-    step = None if around_peak is None else "mid"
     for low, high, part in zip(np.vstack([0 * heights[:1], heights.cumsum(0)]), heights.cumsum(0), parts, strict=False):
         look = {**filling(*PART_LOOKS[part]), "linewidth": 0}
         ax.fill_between(positions, low, high, label=part, step=step, **look)
@@ -460,12 +454,7 @@ def by_rank(lines: Mapping[str, Mapping[int, float]], ylabel: str, ax: Axes | No
     return legend_beside(ax)
 
 
-def best_rates(
-    lines: Mapping[str, Mapping[int, BestRate]],
-    full: BestRate | None = None,
-    power: float | None = None,
-    ax: Axes | None = None,
-) -> Axes:
+def best_rates(lines: Mapping[str, Mapping[int, BestRate]], full: BestRate | None = None, power: float = 0) -> Axes:
     """Best learning rates against the rank, both logarithmic, with 95 % intervals; a line for each label.
 
     An arrow in place of an interval's end: the grid does not bound it. A best rate at the edge of its grid is hollow.
@@ -473,17 +462,16 @@ def best_rates(
     Args:
         lines: label -> rank -> best rate.
         full: full fine-tuning's, drawn as a line with a band.
-        power: a thin line falls as rank ** power from where the first line begins.
+        power: a thin line falls as rank ** power from where the first line begins; none if it is 0.
     """
-    ax = ax or plt.subplots()[1]
+    ax = plt.subplots()[1]
     if full is not None and full.vertex is not None:
         blue = METHOD_COLOURS["full"]
         ax.axhline(full.vertex, color=blue, label="full fine-tuning")
         ax.axhspan(full.lower or full.tried, full.upper or full.tried, color=blue, alpha=0.15, linewidth=0)
-    count = len(lines)
     for i, (label, by_rank) in enumerate(lines.items()):
         style = {**_style(i), "color": (COLOURS[1], "#6b2f00", *_NEUTRAL)[i]}
-        ranks = np.array([*by_rank]) * 1.06 ** (i - (count - 1) / 2)
+        ranks = np.array([*by_rank]) * 1.06 ** (i - (len(lines) - 1) / 2)
         middles = np.array([best.vertex or best.tried for best in by_rank.values()])
         ax.plot(ranks, middles, label=label, markevery=[best.vertex is not None for best in by_rank.values()], **style)
         for x, y, best in zip(ranks, middles, by_rank.values(), strict=True):
@@ -491,11 +479,10 @@ def best_rates(
                 ax.plot(x, y, style["marker"], color=style["color"], markerfacecolor="white")
             low, high = (y / 1.6 if best.lower is None else best.lower), (y * 1.6 if best.upper is None else best.upper)
             ax.plot([x, x], [low, high], color=style["color"], linewidth=1)
-            ends = (low, "v" if best.lower is None else "_"), (high, "^" if best.upper is None else "_")
-            for end, marker in ends:
+            for end, marker in (low, "v" if best.lower is None else "_"), (high, "^" if best.upper is None else "_"):
                 ax.plot(x, end, marker, color=style["color"], markersize=5)
     every = sorted({rank for by_rank in lines.values() for rank in by_rank})
-    if power is not None:
+    if power:
         first = next(iter(lines.values()))
         start = first[min(first)]
         falling = (start.vertex or start.tried) * (np.array(every) / min(first)) ** power
@@ -700,29 +687,25 @@ def matrices(layer: LoRALinear) -> Figure:
     Args:
         layer: has ``base``, ``lora_A``, ``lora_B`` and ``scaling``, as the learner's layer in lesson 03 does too.
     """
-    update = layer.scaling * (layer.lora_B @ layer.lora_A)
-    parts = {"W0": layer.base.weight, "A": layer.lora_A, "B": layer.lora_B, "update": update}
-    arrays = {name: part.detach().float().cpu().numpy() for name, part in parts.items()}
-    limits = {name: float(np.quantile(np.abs(array), 0.99)) or 1.0 for name, array in arrays.items()}
-    out_features, in_features = arrays["W0"].shape
-    rank = len(arrays["A"])
+    parts = {
+        "W0": ("$W_0$, frozen", layer.base.weight),
+        "A": ("$A$", layer.lora_A),
+        "B": ("$B$", layer.lora_B),
+        "update": (f"update: {layer.scaling:g} $B A$", layer.scaling * (layer.lora_B @ layer.lora_A)),
+    }
     mosaic: Any = [[".", ".", "A"], ["W0", "B", "update"]]
     figure, axes = plt.subplot_mosaic(mosaic, figsize=(9, 5), width_ratios=[5, 1.4, 5], height_ratios=[1, 4])
-    captions = {
-        "W0": f"$W_0$, frozen ({out_features} x {in_features})",
-        "A": f"$A$ ({rank} x {in_features})",
-        "B": f"$B$ ({out_features} x {rank})",
-        "update": f"update: {layer.scaling:g} $B A$ ({out_features} x {in_features})",
-    }
-    for name, array in arrays.items():
-        look: Any = {"cmap": "RdBu_r", "vmin": -limits[name], "vmax": limits[name], "aspect": "auto"}
+    for name, (symbol, part) in parts.items():
+        array = part.detach().float().cpu().numpy()
+        limit = float(np.quantile(np.abs(array), 0.99)) or 1.0
+        look: Any = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit, "aspect": "auto"}
         image = axes[name].imshow(array, interpolation="nearest", **look)
-        axes[name].set_title(captions[name])
+        axes[name].set_title(f"{symbol} ({array.shape[0]} x {array.shape[1]})")
         axes[name].grid(False)
         axes[name].set(xticks=[], yticks=[])
         bar = figure.colorbar(image, ax=axes[name], format="%.2g", location="bottom" if name != "A" else "right")
         if name == "B":  # too narrow for more than two numbers
-            bar.set_ticks([-0.75 * limits[name], 0.75 * limits[name]])
+            bar.set_ticks([-0.75 * limit, 0.75 * limit])
     axes["W0"].set(xlabel="input", ylabel="output")
     axes["update"].set(xlabel="input")
     return figure

@@ -318,7 +318,7 @@ def fit(
         step.processes = processes
         set_training_mode(model)
         history.count(model)
-        hashes = None if start is None else {"frozen": checkpoint.frozen_hash(model), "start": start}
+        hashes = None if start is None else {"frozen": checkpoint.hash_frozen(model), "start": start}
         run = model, step.optimizer, history, hashes
         done = checkpoint.resume(checkpoint_dir, *run)
         check_alike(processes, model, history, done)
@@ -387,7 +387,7 @@ def check_checkpoints(folder: str | Path | None, every: int | None, model: nn.Mo
     checkpoint.check_belongs(folder, history, model)
     if current_processes().rank == 0:
         check_writable(folder)
-    return checkpoint.parameters_hash(model)
+    return checkpoint.hash_parameters(model)
 
 
 def new_history(task: Task, method: Method, config: TrainConfig, model: nn.Module) -> History:
@@ -395,7 +395,7 @@ def new_history(task: Task, method: Method, config: TrainConfig, model: nn.Modul
     about = {"name": task.name, "fingerprint": task.fingerprint, "unit": task.unit}
     history = History(about, method.settings(), config.settings())
     if isinstance(method, ContinueLoRA) and lora_layers(model):
-        history.method["start"] = checkpoint.tensors_hash(adapter_state(model))
+        history.method["start"] = checkpoint.hash_tensors(adapter_state(model))
     return history
 
 
@@ -477,7 +477,7 @@ def check_alike(processes: Processes, model: nn.Module, history: History, done: 
     groups = {"task": history.task, "method": history.method, "settings": history.settings}
     values = {f"{group}.{name}": value for group, entries in groups.items() for name, value in entries.items()}
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    values |= {"the step of the checkpoint": done, "the hash of the weights": checkpoint.tensors_hash(tensors)}
+    values |= {"the step of the checkpoint": done, "the hash of the weights": checkpoint.hash_tensors(tensors)}
     processes.check_same(values)
 
 

@@ -122,20 +122,14 @@ def chatter(tiny_tokenizer):
     return Tokenizer(tiny_tokenizer.backend, eos_id=259, bos_id=258, chat_template=template)
 
 
+TINY = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+TINY |= {"num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": True}
+
+
 @pytest.fixture(scope="session")
 def tiny_config():
     """The shape of a Llama that computes in milliseconds, and knows the tiny tokenizer's tokens."""
-    return LlamaConfig(
-        vocab_size=260,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-    )
+    return LlamaConfig(**TINY, head_dim=8)
 
 
 @pytest.fixture(scope="session")
@@ -148,19 +142,8 @@ def tiny_hf():
     from transformers import LlamaForCausalLM
 
     def make(seed=0, **changes):
-        shape = {
-            "vocab_size": 260,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 128,
-            "tie_word_embeddings": True,
-            "bos_token_id": 258,
-            "eos_token_id": 259,
-        }
-        return randomise_all(LlamaForCausalLM(HFConfig(**(shape | changes))).eval(), seed)
+        config = HFConfig(**(TINY | {"bos_token_id": 258, "eos_token_id": 259} | changes))
+        return randomise_all(LlamaForCausalLM(config).eval(), seed)
 
     return make
 

@@ -18,11 +18,13 @@ import psutil
 import pytest
 import torch
 
-import lora_lab
 from lora_lab import Llama, LoRAConfig, cli, inject, load_pretrained, save_adapter, save_model
 from lora_lab.ablation.compare import RankResult, RankVerdict
-from lora_lab.costs.memory import Bill, Part, SetupRow
-from lora_lab.costs.speed import Flops, Prediction, Times
+from lora_lab.costs.cost_model import Prediction
+from lora_lab.costs.flops import Flops
+from lora_lab.costs.memory import report
+from lora_lab.costs.setup import Setup
+from lora_lab.costs.timing import Times
 from lora_lab.models import pretrained
 from lora_lab.models.decoding import Sampling
 from tests.helpers import ROOT, command, error_line, printed_json, randomise
@@ -35,8 +37,9 @@ from tests.helpers import ROOT, command, error_line, printed_json, randomise
         ("lora_lab.studies.steps.run_in_subprocess", ["record", "memory", "--device", "cpu"]),
         ("lora_lab.ablation.ablate", ["ablate", "--task", "planted"]),
         ("lora_lab.analysis.spectra.report", ["analyze", "adapter"]),
+        ("lora_lab.adapters.save_merged", ["export", "adapter", "--merged"]),
     ],
-    ids=["demo", "record", "ablate", "analyze"],
+    ids=["demo", "record", "ablate", "analyze", "export"],
 )
 def test_what_takes_minutes_says_before_it_starts_that_its_folder_cannot_be_written_to(
     tuned, tmp_path, capsys, monkeypatch, work, arguments
@@ -115,18 +118,6 @@ def continuation(model, tokenizer, prompt, n, temperature=0.0, seed=0, penalty=1
     return tokenizer.decode(model.generate(ids, n, tokenizer.eos_id, **vars(sampling)).tolist())
 
 
-def test_chat_puts_an_adapter_on_the_model_that_it_was_trained_on(tiny_smollm2, tuned, tmp_path, capsys, tiny_config):
-    from lora_lab.models.pretrained import SMOLLM2
-
-    model, folder = tuned
-    other = save_model(Llama(tiny_config, seed=9).eval(), tmp_path / "other", load_pretrained(tiny_smollm2)[1])
-    outputs = []
-    for base in (str(other), SMOLLM2, None):
-        save_adapter(model, folder, base=base)
-        outputs.append(written(capsys, "the dog", "--adapter", folder))
-    assert outputs[0] != outputs[1] == outputs[2]
-
-
 def test_chat_takes_length_temperature_seed_and_penalty(tiny_smollm2, capsys):
     model, tokenizer = load_pretrained(tiny_smollm2, device="cpu")
     draws = [written(capsys, "a", "--temperature", 1.5, "--seed", seed, "--tokens", 9) for seed in (4, 4, 5)]
@@ -161,6 +152,7 @@ REFUSED = [  # arguments, and what the one line of the error names
     (("chat", "a", "--repetition-penalty", 0), "repetition_penalty"),
     (("chat", "a", "--seed", HUGE), "seed"),
     (("chat", "--plain"), "--plain"),
+    (("chat", "--adapter", "a", "--adapter", "b/a"), "same name"),
     (("chat", "a", "--adapter", "no-such-folder"), "no-such-folder"),
     (("demo", "--seed", HUGE), "seed"),
     (("demo", "--rank", HUGE), "rank"),
@@ -188,7 +180,6 @@ REFUSED = [  # arguments, and what the one line of the error names
     (("memory", "--budget", "9" * 400 + "GB"), "unit"),
     (("memory", "--batch", HUGE), "batch_size"),
     (("memory", "--largest", "batch"), "--budget"),
-    (("memory", "--dtype", "int8"), "int8"),
     (("analyze", "no-such-folder"), "no-such-folder"),
     (("export", "no-such-folder", "--out", "folder"), "--merged"),
     (("record", "taste"), "taste"),
@@ -230,13 +221,10 @@ def test_doctor_says_what_there_is_in_words_and_as_json_with_sizes_in_bytes(monk
     assert command("doctor", "--json") == 0
     document, rest = printed_json(capsys)
     found = {line[:16].rstrip(): line[17:] for line in rest.splitlines()}
-    assert (document["lora_lab"], document["torch"]) == (lora_lab.__version__, torch.__version__)
     assert (document["device"], document["effort"], document["cache_folder"]) == ("cpu", "full", str(tmp_path))
     assert "LORA_LAB_DEVICE" in found["device reason"]
     assert found["effort"].startswith("full ")
-    assert found["cache folder"].startswith(str(tmp_path))
     assert document["memory_total_bytes"] == psutil.virtual_memory().total > document["memory_available_bytes"] > 2**20
-    assert document["has_pip"] is (importlib.util.find_spec("pip") is not None)
     assert document["model_is_cached"] is False
     (tmp_path / pretrained._CACHE_ENTRY).mkdir()
     assert command("doctor", "--json") == 0
@@ -251,13 +239,10 @@ def test_doctor_says_in_one_line_which_variable_is_wrong(monkeypatch, capsys, va
         assert value in error_line(capsys)
 
 
-def test_keys_that_json_may_have_are_documented():
+def test_keys_that_json_may_have_are_documented(tiny_config):
     documented = {name: set(re.findall(r"``(\w+)``", each.__doc__)) for name, each in cli.COMMANDS.items()}
     for name, keys in (
-        (
-            "memory",
-            SetupRow("LoRA", Bill({Part.FROZEN: 5}, "forward pass", "predicted", "a model")).to_dict(),
-        ),
+        ("memory", report(Llama(tiny_config), "tiny", {"full": Setup()}, 1, 4, "cpu")[0]),
         ("speed", Flops({("layers", "forward"): 4}, 2, "a model").to_dict()),
         ("speed", Prediction({"full": {"Python": 1.0}}, {}, 2).to_dict()),
         ("speed", Times({"full": [1.0, 2.0]}, 2).to_dict()),
@@ -378,7 +363,7 @@ def test_arguments_arrive_as_they_are_declared(monkeypatch):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["dmeo"], ["demo", "--steps", "many"], ["export"], ["ablate", "--ranks", "2,x"]],
+    [["dmeo"], ["demo", "--steps", "many"], ["export"], ["ablate", "--ranks", "2,x"], ["memory", "--dtype", "int8"]],
 )
 def test_a_command_line_that_makes_no_sense_shows_the_usage(capsys, arguments):
     with pytest.raises(SystemExit) as done:
@@ -422,15 +407,3 @@ def test_help_loads_no_library_that_takes_long(arguments):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "lora_lab.cli" in done.stdout.split()
     assert not {"torch", "numpy", "pandas", "matplotlib"} & set(done.stdout.split())
-
-
-@pytest.mark.parametrize(("name", "merged"), [("x.gguf", False), ("whole", True)])
-def test_an_export_says_before_it_loads_a_model_that_its_place_cannot_be_written_to(
-    tuned, tmp_path, capsys, monkeypatch, name, merged
-):
-    monkeypatch.setattr("lora_lab.adapters.save_gguf", lambda *_, **__: pytest.fail("started"))
-    monkeypatch.setattr("lora_lab.adapters.save_merged", lambda *_, **__: pytest.fail("started"))
-    (tmp_path / "file").write_text("mine")
-    options = ["--merged"] if merged else []
-    assert command("export", tuned[1], "--out", tmp_path / "file" / name, *options) == 1
-    assert "cannot be written to (" in error_line(capsys)

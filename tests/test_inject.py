@@ -31,7 +31,7 @@ from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.quantize import BlockLinear
 from lora_lab.variants import DoRALinear, RsLoRALinear
 from tests.helpers import perturbed, randomise, relative_error, snapshot
-from tests.tiny_models import PICTURES, SHAPE, Pictures, bert, falcon, fresh, gpt2, llama, t5, vit, whisper
+from tests.tiny_models import PICTURES, SHAPE, Pictures, bert, falcon, fresh, gpt2, llama, mixtral, t5, vit, whisper
 
 
 @pytest.fixture(autouse=True)
@@ -361,10 +361,6 @@ def reached(model, **options):
         warnings.simplefilter("always")
         names = inject(model, LoRAConfig(rank=2, **options))
     return names, caught
-
-
-def mixtral():
-    return hf.MixtralForCausalLM(hf.MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2))
 
 
 def test_experts_of_a_mixture_are_named_as_not_adapted():

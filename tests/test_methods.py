@@ -33,10 +33,10 @@ from lora_lab import (
 from lora_lab.methods import AsItIs
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.models.quantize import quantize_nf4
-from lora_lab.tasks import Task, mean_squared_error, planted
+from lora_lab.tasks import mean_squared_error, planted
 from lora_lab.train import DataOrder
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
-from tests.helpers import Stopped, snapshot
+from tests.helpers import snapshot
 
 
 def trainable(model):
@@ -235,12 +235,9 @@ TASK = planted(pretrained(), rank=2, noise=0.0, n_train=64)
 RATES = {LoRAPlus: 2e-3}  # the others' is 2e-2
 
 
-def train(kind, folder=None, loss=None, **options):
-    model, task = pretrained(), TASK
-    if loss is not None:
-        task = Task(**(vars(TASK) | {"loss": loss}))
-    options = {"steps": 30, "lr": RATES.get(kind, 2e-2), "batch_size": 16, "eval_every": 10} | options
-    return model, fit(model, task, kind(rank=2, alpha=4), checkpoint_dir=folder, **options)
+def train(kind):
+    model, options = pretrained(), {"steps": 30, "lr": RATES.get(kind, 2e-2), "batch_size": 16, "eval_every": 10}
+    return model, fit(model, TASK, kind(rank=2, alpha=4), **options)
 
 
 @KINDS
@@ -261,28 +258,6 @@ def test_a_variant_learns_and_the_base_keeps_its_bits(kind):
     assert history.trainable_parameters == sum(p.numel() for p in start.parameters() if p.requires_grad)
     untrained_loss = mean_squared_error(before, TASK.validation.inputs, TASK.validation.targets)
     assert history.rows[0]["validation_loss"] == pytest.approx(untrained_loss.item(), rel=1e-6)
-
-
-@KINDS
-def test_a_stopped_run_of_a_variant_goes_on_from_its_checkpoint_bit_for_bit(kind, tmp_path):
-    calls = []
-
-    def stopping(model, inputs, targets):
-        if torch.is_grad_enabled():
-            calls.append(None)
-            if len(calls) == 6:
-                raise Stopped
-        return mean_squared_error(model, inputs, targets)
-
-    stopping.__name__ = mean_squared_error.__name__  # the task's fingerprint holds it
-    options = {"steps": 8, "checkpoint_every": 2}
-    with pytest.raises(Stopped):
-        train(kind, tmp_path, stopping, **options)
-    (resumed, history), (whole, expected) = train(kind, tmp_path, stopping, **options), train(kind, steps=8)
-    assert len(calls) == 6 + 4  # four steps were not made again
-    assert [row["train_loss"] for row in history.rows] == [row["train_loss"] for row in expected.rows]
-    for name, value in adapter_state(whole).items():
-        assert torch.equal(adapter_state(resumed)[name], value)
 
 
 # LoRA+

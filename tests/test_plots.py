@@ -15,7 +15,7 @@ from lora_lab.ablation.learning_rate import BestRate
 from lora_lab.costs.bill import MIB, PARTS, SAVED, Bill, Moment, Part
 from lora_lab.history import COLUMNS, History
 from lora_lab.methods import Method
-from tests.helpers import LOSSES, PEAKED, PNG, STEP, bill, bounds, legend, moments, points, said, sweep
+from tests.helpers import LOSSES, PEAKED, PNG, STEP, bill, bounds, legend, points, said, sweep
 
 
 def history(validation, method="full"):
@@ -159,15 +159,15 @@ def test_every_part_of_a_bill_has_a_look_of_its_own_the_same_in_every_figure(tmp
     results = [
         demo.Result(label, history([1.0], method=method), 1.0, 1.0, memory, 1, 1, "")
         for label, method, memory in (
-            ("LoRA r=8", "lora", {**few, "the rest: heap": 3 * MIB}),
-            ("full", "full", {str(Part.FROZEN): MIB, **few, "the rest: heap": MIB}),
+            ("LoRA r=8", "lora", {**few, demo.REST: 3 * MIB}),
+            ("full", "full", {str(Part.FROZEN): MIB, **few, demo.REST: MIB}),
         )
     ]
     demo.draw(results, tmp_path / "demo.png")
     bars = {c.get_label(): (c[0].get_facecolor(), c[0].get_hatch()) for c in figures[0].axes[1].containers}
-    rest = {"the rest: heap": looks[Part.REST]}
+    rest = {demo.REST: looks[Part.REST]}
     assert bars == {part: looks[part] for part in (Part.FROZEN, Part.GRADIENTS, Part.OPTIMISER)} | rest
-    assert list(bars) == ["frozen weights", "gradients", "optimiser state", "the rest: heap"]
+    assert list(bars) == ["frozen weights", "gradients", "optimiser state", demo.REST]
     assert [line.get_color() for line in figures[0].axes[0].get_lines()] == [
         plots.METHOD_COLOURS["lora"],
         plots.METHOD_COLOURS["full"],
@@ -195,13 +195,6 @@ def test_a_step_is_drawn_from_its_first_operation_to_its_last_with_phases_and_pe
     borders = [line.get_xdata()[0] for line in ax.get_lines() if line.get_linestyle() == ":"]
     assert borders == [20.0, 60.0, 100.0]
     assert ax.get_ylim() == pytest.approx((0, 1.25 * 17))  # room for the names of the phases
-
-
-def test_phases_too_narrow_for_their_names_have_a_line_alone():
-    rows = [("forward", {"frozen": 1})] * 20 + [("clipping", {"frozen": 1})] + [("optimiser step", {"frozen": 1})] * 20
-    ax = plots.memory_of_a_step(bill(moments(*rows), frozen=1))
-    assert said(ax.texts) == ["peak 1", "forward", "optimiser step"]
-    assert [line.get_xdata()[0] for line in ax.get_lines() if line.get_linestyle() == ":"] == [50.0, 52.5]
 
 
 def test_around_the_peak_each_operation_is_drawn():
@@ -242,13 +235,6 @@ def test_ratios_have_intervals_lines_to_compare_with_and_markers_alone_beside_a_
     ax = plots.ratios({"by hand": {n: 1 / n for n in range(1, 20)}, "measured": {4: 0.3}}, "ratio")
     assert ax.get_lines()[0].get_marker() == "None"
     assert ax.containers[0][0].get_linestyle() == "None"
-
-
-def test_colours_and_markers_stay_apart():
-    assert len(set(plots.COLOURS)) == len(set(plots.MARKERS)) == 8
-    assert set(plots.COLOURS) == {  # Okabe and Ito 2008
-        "#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7",
-    }  # fmt: skip
 
 
 def layers(*rows):

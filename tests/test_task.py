@@ -12,7 +12,7 @@ from lora_lab import LoRA, fit
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.task import accepts
 from lora_lab.tasks import IGNORE, Examples, Task, cross_entropy, digits, mean_squared_error
-from tests.helpers import ROOT, run_python
+from tests.helpers import ROOT, run_python, small_task
 
 PARTS = ("train", "validation", "test", "off_domain")
 
@@ -244,22 +244,11 @@ def test_the_fingerprint_of_an_unusual_loss_is_the_same_in_another_process():
     assert done.stdout.split() == [tiny(loss=loss).fingerprint for loss in UNUSUAL.values()]
 
 
-def classes():
-    """Pictures of noise in ten classes, for the digits' net."""
-
-    def part(n, seed):
-        generator = torch.Generator().manual_seed(seed)
-        return Examples(torch.randn(n, 64, generator=generator), torch.randint(0, 10, (n,), generator=generator))
-
-    return Task("noise", *(part(8, seed) for seed in range(4)))
-
-
 @EACH
 def test_any_callable_trains_as_a_loss(loss, tmp_path):
     def run(loss, **options):
         model = DigitsMLP(width=8)
-        data = dataclasses.replace(classes(), loss=loss)
-        return model, fit(model, data, LoRA(rank=2), steps=3, lr=0.05, batch_size=4, **options)
+        return model, fit(model, small_task(loss), LoRA(rank=2), steps=3, lr=0.05, batch_size=4, **options)
 
     def plain(model, inputs, targets):  # the same in a function
         return loss(model, inputs, targets)
@@ -268,7 +257,7 @@ def test_any_callable_trains_as_a_loss(loss, tmp_path):
     assert history.curve("train_loss") == expected.curve("train_loss")
     assert all(map(torch.equal, model.state_dict().values(), twin.state_dict().values()))
     assert run(loss, checkpoint_dir=tmp_path)[1] == history  # it knows its checkpoint again
-    assert f"fingerprint {history.task['fingerprint']}" in dataclasses.replace(classes(), loss=loss).describe()
+    assert f"fingerprint {history.task['fingerprint']}" in small_task(loss).describe()
 
 
 # What is refused

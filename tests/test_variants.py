@@ -16,7 +16,6 @@ from lora_lab import (
     inject,
     load_adapter,
     lora_layers,
-    merge,
     save_adapter,
 )
 from lora_lab.adapters.edit import switch
@@ -246,7 +245,7 @@ def test_pissa_refuses_a_rank_above_the_weights_smaller_side_and_leaves_the_net_
     assert inject(model, LoRAConfig(rank=7), layer=PiSSALinear) == ["first", "second"]
 
 
-# Dropout and dtypes
+# Dropout
 
 
 def test_dropout_acts_on_the_input_of_as_part_alone_under_dora():
@@ -277,42 +276,6 @@ def test_dropout_acts_on_the_whole_update_under_pissa_and_in_its_difference():
     assert layer.as_plain_lora().training
     assert not layer.eval().as_plain_lora().training
     assert torch.equal(layer(x), layer(x))
-
-
-@ALL
-def test_adapters_of_a_half_precision_net_are_float32_and_its_dtype_comes_out(kind):
-    x, model = inputs(torch.bfloat16), randomise(net(kind, dtype=torch.bfloat16))
-    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
-    out = model(x)
-    assert out.dtype == torch.bfloat16
-    exact = copy.deepcopy(model)
-    merge(exact)
-    assert relative_error(out, exact.double()(x.double())) < 0.02
-    assert relative_error(out, net(dtype=torch.bfloat16)(x)) > 0.1
-    out.float().square().sum().backward()
-    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
-
-
-# Merging
-
-
-@ALL
-@BIAS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_a_merged_net_computes_the_same_and_not_what_it_did_before(kind, bias, dtype):
-    x, model = inputs(dtype), randomise(net(kind, bias, dtype))
-    before = copy.deepcopy(model.state_dict())
-    with torch.no_grad():
-        unmerged = model(x)
-        plain = model.first.merged()
-        assert type(plain) is nn.Linear
-        torch.testing.assert_close(plain.weight, model.first.base.weight + model.first.delta())
-        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-        assert merge(model) == ["first", "second"]
-        assert relative_error(model(x), unmerged) < (1e-6 if dtype == torch.float32 else 1e-14)
-        assert relative_error(model(x), net(bias=bias, dtype=dtype)(x)) > 0.1
-    assert lora_layers(model) == {}
-    assert not any(p.requires_grad for p in model.parameters())
 
 
 # PiSSA as a difference

@@ -161,19 +161,9 @@ def whisper() -> nn.Module:
         for side in ("encoder", "decoder")
         for what, n in [("layers", 1), ("attention_heads", 2), ("ffn_dim", 24)]
     }
-    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-    config = hf.WhisperConfig(
-        **sides,
-        **tokens,
-        vocab_size=40,
-        num_mel_bins=8,
-        d_model=16,
-        max_source_positions=10,
-        max_target_positions=16,
-        dropout=0.0,
-        suppress_tokens=None,
-        begin_suppress_tokens=None,
-    )
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "vocab_size": 40}
+    sizes = {"num_mel_bins": 8, "d_model": 16, "max_source_positions": 10, "max_target_positions": 16, "dropout": 0.0}
+    config = hf.WhisperConfig(**sides, **tokens, **sizes, suppress_tokens=None, begin_suppress_tokens=None)
     return hf.WhisperForConditionalGeneration(config)
 
 

@@ -14,8 +14,9 @@ from markup import escaped, table
 from lora_lab import claims, plots, records
 from lora_lab.ablation import overfitting
 from lora_lab.costs.memory import MIB
+from lora_lab.studies.claims.compared import select_inner_rates
 from lora_lab.studies.claims.deciding import DECIDERS, DEPENDS, FALLS, OPEN, STANDS, Result, judge_record
-from lora_lab.studies.claims.measured import ALSO, select_inner_rates, time_interval
+from lora_lab.studies.claims.measured import ALSO, time_interval
 from lora_lab.studies.records import KINDS, Published, Record
 from lora_lab.studies.steps import SMALL
 
@@ -203,7 +204,7 @@ def rounded(value: float) -> str:
 def quantities(board: Board, name: str) -> tuple[pandas.DataFrame, list[str], list[str]]:
     """A row for each setup and seed, NaN where no record has a quantity; doubts; and where the numbers are from."""
     record = board.every[name]
-    curves, _, doubts = select_inner_rates(record)
+    curves, doubts = select_inner_rates(record)
     trials = overfitting.summarise_trials(curves).rename(columns={"best_loss": "loss"})
     size = trials["n_train"].max()
     trials = trials[trials["n_train"] == size].copy()
@@ -216,7 +217,7 @@ def quantities(board: Board, name: str) -> tuple[pandas.DataFrame, list[str], li
         values, origin = of_a_step(board.of_kind(kind), column, record.device, tokens)
         trials[quantity] = [values.get(setup, math.nan) / unit for setup in trials["setup"]]
         origins.append(f"{quantity.capitalize()}: {origin or f'no record of {kind} yet'}.")
-    return trials, [doubt for doubt in doubts if doubt.startswith(f"{size:g} examples")], origins
+    return trials, [doubt for doubt in doubts.values() if doubt.startswith(f"{size:g} examples")], origins
 
 
 def where(record: Record) -> str:

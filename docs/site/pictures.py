@@ -11,8 +11,8 @@ from lora_lab import plots
 from lora_lab.ablation import overfitting
 from lora_lab.ablation.compare import smallest_sufficient_rank
 from lora_lab.ablation.learning_rate import best_rate, losses_by_rate
-from lora_lab.studies.claims import head_start as claims_on_head_start
-from lora_lab.studies.claims.measured import MARGIN, select_inner_rates, time_interval
+from lora_lab.studies.claims import compared
+from lora_lab.studies.claims.measured import MARGIN, time_interval
 from lora_lab.studies.claims.rates import FIXED_ALPHA, FULL, SAME_SCALING, best_by_rank
 from lora_lab.studies.records import Record
 
@@ -93,7 +93,7 @@ def ablation(record: Record) -> Picture:
 
 
 def overfitted(record: Record) -> Picture:
-    curves, *_ = select_inner_rates(record)
+    curves, _ = compared.select_inner_rates(record)
     best = overfitting.summarise_trials(curves)
     rises = best.groupby(["n_train", "setup"], sort=False)["forgotten_at_last"].mean()
     words = ", ".join(f"{setup} with {size:g} examples {rise:+.2f}" for (size, setup), rise in rises.items())
@@ -102,8 +102,8 @@ def overfitted(record: Record) -> Picture:
 
 
 def head_start(record: Record) -> Picture:
-    table = claims_on_head_start.table(claims_on_head_start.gains(record))
-    digits = table[table["data"] != claims_on_head_start.DOCS]
+    table = compared.table(compared.gains(record))
+    digits = table[table["data"] != compared.DOCS]
     each = [
         f"{row['data']}, {row['model']}, {row['n_train']} {row['points']:+.0f}" for row in digits.to_dict("records")
     ]

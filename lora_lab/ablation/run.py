@@ -396,7 +396,7 @@ class _Pause:
 
     def stored(self, trial: Trial) -> History | None:
         """Return the history of a trial as far as its checkpoint."""
-        return checkpoint.stored_history(self.checkpoint_dir(trial))
+        return checkpoint.read_history(self.checkpoint_dir(trial))
 
     def on_row(self, row: Mapping[str, Any]) -> None:
         """Raise :class:`_PausedError` after the step; its checkpoint has been written by then."""

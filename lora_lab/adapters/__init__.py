@@ -2,8 +2,7 @@
 extract it, lower its rank, and combine several.
 
 edit         switch, off, strength, extract, resize
-card         the model card in an adapter's folder
-peft_format  adapters as files, in the format of the PEFT library; those that are installed with lora_lab
+peft_format  adapters as files, in the format of the PEFT library, with a model card; those installed with lora_lab
 arithmetic   combine: several adapters as one
 export       a whole model with its adapter merged, as a Hugging Face folder; files for llama.cpp and Ollama
 chat         a conversation whose adapter changes between answers, in a terminal or a notebook

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_lab.adapters.edit import truncate_product
+from lora_lab.adapters.edit import Factors, join_state, truncate_product
 from lora_lab.adapters.peft_format import read
 from lora_lab.lora import LoRALayer
 from lora_lab.system.schema import Number, Size, check
@@ -83,23 +83,18 @@ def combine(
             A, B = (tensors[part] for part in LoRALayer.parts)
             exact = torch.promote_types(A.dtype, torch.float32)
             layers.setdefault(name, []).append((weight * scaling, A.to(exact), B.to(exact)))
-    result = Combined()
-    result.errors = {}
+    factors, errors = {}, {}
     for name, terms in layers.items():
-        _check_shapes(name, terms, same_rank=how == "linear")
-        A, B, result.errors[name] = _add(terms, how, rank)
-        result |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
-        result[f"{name}.alpha"] = torch.tensor(float(len(A)), dtype=torch.float64)  # ()
-        result[f"{name}.scaling"] = torch.tensor(1.0, dtype=torch.float64)  # ()
+        if len({(A.shape[1:], len(B), B.shape[2:]) for _, A, B in terms}) > 1:
+            raise ValueError(f"The adapters of {name!r} are of layers of different shapes; combine those of one base.")
+        ranks = [len(A) for _, A, _ in terms]
+        if how == "linear" and len(set(ranks)) > 1:
+            raise ValueError(f"The adapters of {name!r} have ranks {ranks}, but 'linear' needs equal ones; use 'cat'.")
+        A, B, errors[name] = _add(terms, how, rank)
+        factors[name] = Factors({"lora_A": A, "lora_B": B}, float(len(A)), 1.0)
+    result = Combined(join_state(factors))
+    result.errors = errors
     return result
-
-
-def _check_shapes(name: str, terms: Sequence[tuple[float, Tensor, Tensor]], same_rank: bool) -> None:
-    if len({(A.shape[1:], len(B), B.shape[2:]) for _, A, B in terms}) > 1:
-        raise ValueError(f"The adapters of {name!r} are of layers of different shapes; combine those of one base.")
-    ranks = [len(A) for _, A, _ in terms]
-    if same_rank and len(set(ranks)) > 1:
-        raise ValueError(f"The adapters of {name!r} have ranks {ranks}, but 'linear' needs equal ones; use 'cat'.")
 
 
 def _add(terms: Sequence[tuple[float, Tensor, Tensor]], how: str, rank: int | None) -> tuple[Tensor, Tensor, float]:

@@ -11,9 +11,8 @@ import html
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, nullcontext
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +26,6 @@ from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system.schema import Number, check
 from lora_lab.tasks.instruction import stop_token
 
-if TYPE_CHECKING:
-    import ipywidgets
-
 Adapters = Mapping[str, str | Path | Mapping[str, Tensor]]  # name -> a folder, or an adapter in memory
 SAMPLING: dict[str, Any] = {"temperature": 0.5, "repetition_penalty": 1.1}  # of a chat, unless others are given
 
@@ -38,11 +34,10 @@ class Conversation:
     """The messages so far, and the adapter that the next answer is given with.
 
     Args:
-        model: our Llama or a causal language model of transformers, without adapters. It stays so when no adapter is in
-            use.
+        model: our Llama or a causal language model of transformers, without adapters, as it is between two answers.
         tokenizer: of the model, with a chat template.
-        adapters: name -> a folder or an adapter in memory, as for :func:`lora_lab.load_adapter`; the first is in use at
-            the start.
+        adapters: name -> a folder or an adapter in memory, as for :func:`lora_lab.load_adapter`; the first one answers
+            at the start.
         max_new_tokens: where an answer is cut if the model does not end it before.
         **sampling: as for :meth:`lora_lab.Llama.generate`, on top of :data:`SAMPLING`; the seed rises by 1 with each
             answer.
@@ -67,51 +62,49 @@ class Conversation:
             raise ValueError("This tokenizer has no chat template, so the model cannot chat; use stream or generate.")
         self.model, self.tokenizer, self.adapters = model, tokenizer, dict(adapters or {})
         self.messages: list[dict[str, str]] = []
-        self.name: str | None = None  # of the adapter in use
+        self.name = next(iter(self.adapters), None)  # of the adapter that answers; None is the base
         self.strength = 1.0
         self.max_new_tokens = max_new_tokens
         self.sampling = Sampling(**SAMPLING | sampling)
-        for name in reversed(self.adapters):  # all are tried now, so that an error comes before the first question
-            self.use(name)
+        for source in self.adapters.values():  # tried now, so that an error comes before the first question
+            load_adapter(model, source)
+            take_off(model)
 
-    def use(self, name: str | None) -> None:
-        """Put another adapter on the model; None takes it off.
-
-        Raises:
-            ValueError: there is no adapter of that name, or as for :func:`lora_lab.load_adapter`.
-        """
-        if name is not None and name not in self.adapters:
-            raise ValueError(f"There is no adapter {name!r}; there are {', '.join(self.adapters) or 'none'}.")
-        take_off(self.model)
-        self.name = None
-        if name is not None:
-            load_adapter(self.model, self.adapters[name])
-            self.name = name
-
-    def answer(self, text: str) -> Iterator[str]:
+    def answer(self, text: str) -> Generator[str, None, None]:
         """Return the answer to what a user says, in parts, as they are made.
 
-        If the caller stops early, what was made until then is the answer that the conversation goes on with.
+        The adapter is on the model meanwhile, and on it alone. If the caller stops early, what was made until then is
+        the answer that the conversation goes on with.
 
         Raises:
-            ValueError: as for :meth:`lora_lab.models.tokenizer.Tokenizer.chat`.
+            ValueError: as for :meth:`lora_lab.models.tokenizer.Tokenizer.chat` and :func:`lora_lab.load_adapter`.
         """
+        require_no_adapters(self.model)  # such as were trained since the last answer: they would be lost
         self.messages.append({"role": "user", "content": text})
         said = ""
         try:
-            ids = torch.tensor(self.tokenizer.encode(self.tokenizer.chat(self.messages)))  # (length,)
-            ids = ids.to(next(self.model.parameters()).device)
+            if self.name is not None:
+                load_adapter(self.model, self.adapters[self.name])
+            ids, end = self.tokenizer.encode(self.tokenizer.chat(self.messages)), stop_token(self.tokenizer)
             with nullcontext() if self.name is None else strength(self.model, self.strength):
-                tokens = stream(self.model, ids, self.max_new_tokens, stop_token(self.tokenizer), **vars(self.sampling))
-                for part in self.tokenizer.decode_stream(tokens):
+                for part in continue_ids(self.model, self.tokenizer, ids, self.max_new_tokens, end, self.sampling):
                     said += part
                     yield part
         finally:
+            take_off(self.model)
             self.sampling = dataclasses.replace(self.sampling, seed=self.sampling.seed + 1)
             if said:
                 self.messages.append({"role": "assistant", "content": said.strip() or "..."})
             else:
                 self.messages.pop()
+
+
+def continue_ids(
+    model: nn.Module, tokenizer: Tokenizer, ids: list[int], most: int, end: int | None, sampling: Sampling
+) -> Iterator[str]:
+    """Return how a model continues these tokens, as parts of a text, until the token ``end`` or ``most`` new ones."""
+    prompt = torch.tensor(ids, dtype=torch.long, device=next(model.parameters()).device)  # (length,)
+    return tokenizer.decode_stream(stream(model, prompt, most, end, **vars(sampling)))
 
 
 # In a terminal
@@ -158,10 +151,14 @@ def obey(conversation: Conversation, line: str) -> str:
     """
     match line.split(maxsplit=1):
         case ["/adapter", name]:
-            conversation.use(name)
+            if name not in conversation.adapters:
+                raise ValueError(
+                    f"There is no adapter {name!r}; there are {', '.join(conversation.adapters) or 'none'}."
+                )
+            conversation.name = name
             return f"The next answer is given with {name}, at strength {conversation.strength:g}."
         case ["/off"]:
-            conversation.use(None)
+            conversation.name = None
             return "From the next answer on it is the base model that answers."
         case ["/strength", number]:
             conversation.strength = check(float(number), Number, "The strength")
@@ -227,7 +224,7 @@ class Chat:
     """The widgets of a conversation, made by :func:`chat`. A program can drive them as a reader does.
 
     Attributes:
-        conversation: what the model reads; between answers no adapter is in use in it.
+        conversation: what the model reads.
         adapter, strength: a drop-down (name, or None for the base) and a slider; the next answer is given with them.
         field, send, stop, new: the field for a message, and the buttons.
         messages: a box with one HTML widget for each message, answer and error.
@@ -238,7 +235,6 @@ class Chat:
         import ipywidgets
 
         self.conversation = conversation
-        conversation.use(None)  # the model is as it was, so that the cell can be run again
         options = [(name, name) for name in conversation.adapters] + [(BASE, None)]
         look: dict[str, Any] = {"style": {"description_width": "initial"}, "layout": {"flex": "1 1 15em"}}
         self.adapter = ipywidgets.Dropdown(options=options, description="adapter", **look)
@@ -300,20 +296,19 @@ class Chat:
             self._stopped.clear()
             name, strength = self.adapter.value, self.strength.value
             label = BASE if name is None else name if strength == 1 else f"{name} × {strength:g}"  # noqa: RUF001 - a sign of multiplication
-            _show(self._add_message(), "you", text, _USER)
-            view = self._add_message()
-            self._thread = threading.Thread(
-                target=self._answer, args=(text, name, strength, partial(_show, view, label)), daemon=True
-            )
+            self.conversation.name, self.conversation.strength = name, strength
+            self._show_message("you", _USER)(text)
+            show = self._show_message(label)
+            self._thread = threading.Thread(target=self._answer, args=(text, show), daemon=True)
             self._enable()
             self._thread.start()
 
-    def _answer(self, text: str, name: str | None, strength: float, show: Callable[..., None]) -> None:
+    def _answer(self, text: str, show: Callable[..., None]) -> None:
         """Show the answer in parts, and at its end, or where it ended, why."""
         show("")
         answer = ""
         try:
-            with closing(self._generate(text, name, strength)) as parts:
+            with closing(self.conversation.answer(text)) as parts:
                 for part in parts:
                     answer += part
                     show(answer)
@@ -331,27 +326,22 @@ class Chat:
             self._thread = None
             self._enable()
 
-    def _generate(self, text: str, name: str | None, strength: float) -> Generator[str, None, None]:
-        """Yield the answer in parts, with the adapter on the model."""
-        require_no_adapters(self.conversation.model)  # such as were trained since the last answer: they would be lost
-        try:
-            self.conversation.use(name)
-            self.conversation.strength = strength
-            yield from self.conversation.answer(text)
-        finally:
-            self.conversation.use(None)
-
     def _begin(self) -> None:
         """Begin a new conversation."""
         self.conversation.messages.clear()
         self.messages.children = ()
 
-    def _add_message(self) -> ipywidgets.HTML:
+    def _show_message(self, label: str, colour: str = _MODEL) -> Callable[..., None]:
+        """Add a message, and return a function that shows a text in it."""
         import ipywidgets
 
         view = ipywidgets.HTML()
         self.messages.children = (*self.messages.children, view)
-        return view
+
+        def show(text: str, colour: str = colour) -> None:
+            view.value = _MESSAGE.format(colour=colour, label=html.escape(label), text=html.escape(text))
+
+        return show
 
     def _enable(self) -> None:
         """Disable what cannot be used now.
@@ -362,7 +352,3 @@ class Chat:
             control.disabled = self.busy
         self.strength.disabled = self.busy or self.adapter.value is None
         self.stop.disabled = not self.busy
-
-
-def _show(view: ipywidgets.HTML, label: str, text: str, colour: str = _MODEL) -> None:
-    view.value = _MESSAGE.format(colour=colour, label=html.escape(label), text=html.escape(text))

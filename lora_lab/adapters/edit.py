@@ -9,17 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_lab.inject import (
-    LoRAConfig,
-    adapter_state,
-    inject,
-    lora_layers,
-    match_layers,
-    replace,
-    require_no_adapters,
-    uncompiled,
-)
-from lora_lab.layers import LoRAConv1D
+from lora_lab.inject import adapter_state, lora_layers, match_layers, replace, require_no_adapters, uncompiled
+from lora_lab.layers import LoRAConv1D, lora_class
 from lora_lab.lora import LoRALayer
 from lora_lab.rank import energy_rank, product_svd, svd, truncate
 from lora_lab.system.schema import Number, Positive, Size, check, check_finite
@@ -59,6 +50,16 @@ def split_state(state: Mapping[str, Tensor], source: str) -> dict[str, Factors]:
         check_factors(name, parts, len(parts["lora_A"]), source)
         factors[name] = Factors(parts, *scalars)
     return factors
+
+
+def join_state(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
+    """Return the adapter that :func:`split_state` splits."""
+    state: dict[str, Tensor] = {}
+    for name, (tensors, *scalars) in factors.items():
+        alpha, scaling = (torch.tensor(scalar, dtype=torch.float64) for scalar in scalars)  # (), ()
+        parts = {**tensors, "alpha": alpha, "scaling": scaling}
+        state |= {f"{name}.{part}": value for part, value in parts.items()}
+    return state
 
 
 def check_factors(name: str, tensors: Mapping[str, Tensor], rank: int, source: str) -> None:
@@ -106,17 +107,19 @@ def set_factors(layer: LoRALayer, tensors: Mapping[str, Tensor], alpha: float) -
 
 def put_on(
     model: nn.Module, factors: Mapping[str, Factors], dropout: float = 0.0, layer: type[LoRALayer] | None = None
-) -> list[str]:
-    """Freeze a model and put adapters on it, in place, and return the names of the adapted layers.
+) -> None:
+    """Freeze a model and put adapters that fit it on the layers of these names, in place.
 
     Args:
-        factors: of each layer, which fit the model.
         layer: as for :func:`lora_lab.inject`.
     """
-    names = inject(model, LoRAConfig(1, dropout=dropout, targets=list(factors)), layer=layer)
-    for name, adapted in lora_layers(model).items():
-        set_factors(adapted, factors[name].tensors, factors[name].alpha)
-    return names
+    model.requires_grad_(False)
+    for name, each in factors.items():
+        base = model.get_submodule(name)
+        adapted: Any = lora_class(base, layer)
+        adapted = adapted(base, 1, 1.0, dropout, torch.Generator())
+        set_factors(adapted, each.tensors, each.alpha)
+        replace(model, name, adapted.train(base.training))
 
 
 # Adapters on a model
@@ -246,7 +249,7 @@ def extract(
     base = uncompiled(base)
     require_no_adapters(base)
     factors, errors = {}, {}
-    for name, lora_class in match_layers(base, "all-linear", ()).items():
+    for name, kind in match_layers(base, "all-linear", ()).items():
         before: Any = base.get_submodule(name).weight  # (48, 64)
         after = tuned.get(f"{name}.weight")
         if after is None or after.shape != before.shape:
@@ -257,7 +260,7 @@ def extract(
         exact = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
         difference = after.to(before.device, exact) - before.to(exact)  # (48, 64)
         check_finite([(f"{name}.weight", difference)], "The change")
-        change = svd(difference.T if issubclass(lora_class, LoRAConv1D) else difference)  # (48, 48), (48,), (48, 64)
+        change = svd(difference.T if issubclass(kind, LoRAConv1D) else difference)  # (48, 48), (48,), (48, 64)
         if not change.S.any():
             continue
         most = len(change.S) if rank is None else min(rank, len(change.S))

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lora_lab.adapters.peft_format import CONFIG, load_adapter, read, read_adapter, read_config, variant_of
+from lora_lab.adapters.peft_format import CONFIG, find_variant, load_adapter, read, read_adapter, read_config
 from lora_lab.inject import adapter_state, lora_layers, merge
 from lora_lab.lora import LoRALayer
 from lora_lab.models import pretrained
@@ -46,20 +46,29 @@ def find_base(folder: str | Path) -> str:
     return base
 
 
-def load_merged(folder: str | Path) -> tuple[nn.Module, Tokenizer]:
-    """Return the base of an adapter, in float32 on the CPU, with the adapter merged into it, and the base's tokenizer.
+def load_merged(source: str | Path) -> tuple[nn.Module, Tokenizer]:
+    """Return a whole model, in float32 on the CPU, and its tokenizer.
 
     Args:
-        folder: of the adapter, whose base is the model that its config names (SmolLM2-135M-Instruct if none).
+        source: the folder of an adapter, which is merged into the model that its config names (SmolLM2-135M-Instruct if
+            none); or a model, as for :func:`lora_lab.load_pretrained`.
 
     Raises:
-        FileNotFoundError: the folder, a file in it or its base is not there.
+        FileNotFoundError: the adapter, its base, or the model is not there.
         ValueError: the adapter does not fit its base.
     """
-    model, tokenizer = pretrained.load_pretrained(find_base(folder), device="cpu")
-    load_adapter(model, folder)
+    if not is_adapter(source):
+        return pretrained.load_pretrained(str(source), device="cpu")
+    model, tokenizer = pretrained.load_pretrained(find_base(source), device="cpu")
+    load_adapter(model, source)
     merge(model)
     return model, tokenizer
+
+
+def is_adapter(source: str | Path) -> bool:
+    """Return whether there is a folder with an adapter; a save that was killed is completed first."""
+    repair(source)
+    return (Path(source) / CONFIG).is_file()
 
 
 def save_merged(source: str | Path, folder: str | Path, dtype: str = "f32") -> Path:
@@ -68,8 +77,7 @@ def save_merged(source: str | Path, folder: str | Path, dtype: str = "f32") -> P
     ``transformers.AutoModelForCausalLM.from_pretrained(folder)`` reads it, and llama.cpp's ``convert_hf_to_gguf.py``.
 
     Args:
-        source: the folder of an adapter, which is merged into its base; or a model, as for
-            :func:`lora_lab.load_pretrained`.
+        source: as for :func:`load_merged`.
         folder: must be neither that of the adapter nor that of its base.
         dtype: of the weights: "f32" (exact), "f16" or "bf16".
 
@@ -80,14 +88,12 @@ def save_merged(source: str | Path, folder: str | Path, dtype: str = "f32") -> P
         OSError: the folder cannot be written to, or the disk is full.
     """
     source, folder = Path(source), Path(folder)
-    repair(source)
-    is_adapter = (source / CONFIG).is_file()
-    base = Path(find_base(source)) if is_adapter else source
+    base = Path(find_base(source)) if is_adapter(source) else source
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, but a folder is written in one of {', '.join(DTYPES)}.")
     if any(folder.exists() and read.exists() and folder.samefile(read) for read in (source, base)):
         raise ValueError(f"{folder} holds what is read, which would be lost; choose another folder for the model.")
-    model, tokenizer = load_merged(source) if is_adapter else pretrained.load_pretrained(str(source), device="cpu")
+    model, tokenizer = load_merged(source)
     model.to(DTYPES[dtype])
     for name, tensor in model.state_dict().items():
         if not bool(tensor.isfinite().all()):
@@ -116,7 +122,8 @@ def save_gguf(
 
     Args:
         source: a :class:`lora_lab.Llama` with adapters, or a Llama, Mistral, Qwen2 or Qwen3 of transformers; or the
-            folder of an adapter, whose base is the model that its config names (SmolLM2-135M-Instruct if none).
+            folder of an adapter, whose base is the model that its config names (SmolLM2-135M-Instruct if none); with
+            ``merged`` also as for :func:`load_merged`.
         path: of the file, which must end in ".gguf".
         merged: write the base with the adapters merged into it, and the tokenizer.
         dtype: of matrices: "f32", "f16" or "q8_0" (8.5 bits per weight, where rows are whole blocks of 32; the B of a
@@ -152,7 +159,7 @@ def _write_adapter(source: nn.Module | str | Path, path: Path, dtype: str) -> No
         layout = layout_of(model)
         load_adapter(model, state)  # which raises if a name or a shape is not the base's
     for name, layer in lora_layers(model).items():
-        if variant_of(name, layer) == "use_dora":
+        if find_variant(name, layer) == "use_dora":
             raise ValueError(
                 f"{name!r} has an adapter of type DoRA, whose update is more than scaling * B A, so llama.cpp cannot "
                 "add it to a base; write the whole model with merged=True."

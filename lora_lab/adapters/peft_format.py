@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import platform
 import re
 import warnings
 from collections import Counter
@@ -23,19 +24,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from lora_lab.adapters.card import CARD, card, is_free
-from lora_lab.adapters.edit import Factors, check_factors, check_fit, put_on, split_state
+from lora_lab.adapters.edit import Factors, check_factors, check_fit, join_state, put_on, split_state
 from lora_lab.history import History
-from lora_lab.inject import adapter_state, lora_layers, name_matches, require_no_adapters, uncompiled
+from lora_lab.inject import adapter_state, lora_layers, match_layers, name_matches, require_no_adapters, uncompiled
 from lora_lab.layers import LoRAConv1D, LoRAEmbedding, lora_class
 from lora_lab.lora import LoRALayer
 from lora_lab.models.pretrained import ADAPTER_CONFIG, check_separate
-from lora_lab.system.files import as_path, atomic_files, check_folder, read_carried_json, read_json, repair, write_json
+from lora_lab.system.files import as_path, atomic_files, read_carried_json, read_json, repair, write_json
+from lora_lab.system.provenance import version
 from lora_lab.system.schema import Dropout, Positive, Size, check, check_finite
 from lora_lab.system.wording import count_noun, short_repr, shortened
 from lora_lab.variants import LORA_METHODS, PiSSALinear
 
-CONFIG, WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
+CONFIG, WEIGHTS, CARD = ADAPTER_CONFIG, "adapter_model.safetensors", "README.md"
 _PREFIX = "base_model.model."
 _MAGNITUDE = "lora_magnitude_vector"
 _BASE = "base"  # stands for the frozen weight that PEFT saves beside an adapted embedding's factors
@@ -92,7 +93,7 @@ def save_adapter(
     folder = as_path(folder, "folder")
     check_separate(folder, "adapter")
     layers = lora_layers(model, required=True)
-    settings = {(variant_of(name, layer), getattr(layer.dropout, "p", 0.0)) for name, layer in layers.items()}
+    settings = {(find_variant(name, layer), getattr(layer.dropout, "p", 0.0)) for name, layer in layers.items()}
     if len(settings) > 1:
         raise ValueError(
             f"The adapters differ in (variant, dropout): {sorted(settings)}; one of each can be saved in one folder."
@@ -100,7 +101,7 @@ def save_adapter(
     factors = {name: drop_start(each) for name, each in split_state(adapter_state(model), "The model").items()}
     config = _make_config(model, factors, base, *settings.pop())
     tensors = {
-        f"{_PREFIX}{name}.{_ending(layers[name], part)}": tensor.to("cpu", dtype).contiguous()
+        f"{_PREFIX}{name}.{_find_ending(layers[name], part)}": tensor.to("cpu", dtype).contiguous()
         for name, each in factors.items()
         for part, tensor in each.tensors.items()
     }
@@ -108,13 +109,13 @@ def save_adapter(
     with atomic_files(folder) as temporary:
         write_json(temporary / CONFIG, config)
         if is_free(folder):
-            text = card(config, sum(tensor.numel() for tensor in tensors.values()), history)
+            text = write_card(config, sum(tensor.numel() for tensor in tensors.values()), history)
             (temporary / CARD).write_text(text, encoding="utf-8", errors="backslashreplace")
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
     return folder
 
 
-def variant_of(name: str, layer: LoRALayer) -> str:
+def find_variant(name: str, layer: LoRALayer) -> str:
     """Return PEFT's setting for a layer's variant, or "" for what is saved as plain LoRA.
 
     Raises:
@@ -175,7 +176,7 @@ def _shortest_targets(model: nn.Module, names: list[str]) -> list[str]:
     return sorted(endings) if matches == set(names) else names
 
 
-def _ending(layer: LoRALayer, part: str) -> str:
+def _find_ending(layer: LoRALayer, part: str) -> str:
     """Return how the name of a part of a layer's adapter ends in a file."""
     if part == _MAGNITUDE:
         return part
@@ -206,58 +207,48 @@ def load_adapter(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
     label = "The adapter" if isinstance(source, Mapping) else str(source)
     config, factors, tables = read(source)
     variant = next((layer for setting, layer in _VARIANTS.items() if config.get(setting)), None)
-    _check_names(model, factors, variant, label)
+    dropout = config.get("lora_dropout", 0.0)
+    modules = dict(model.named_modules())
+    adaptable = {name for name, module in modules.items() if lora_class(module, variant) is not None}
+    if unknown := factors.keys() - adaptable:
+        raise ValueError(
+            f"{label} adapts {min(unknown)!r}, but the model has no such layer, or none that "
+            f"{(variant or LoRALayer).__name__} adapts; is it the adapter's base model?"
+        )
+    match_layers(model, list(factors), (), variant)  # which refuses weights that two layers share
     for name, table in tables.items():
-        weight = model.get_submodule(name).weight
-        if not (isinstance(weight, Tensor) and torch.equal(table, weight.detach().cpu().to(table.dtype))):
+        weight: Any = modules[name].weight
+        if not torch.equal(table, weight.detach().cpu().to(table.dtype)):
             raise ValueError(f"{label} has its own weight for {name!r}, which is not the model's; load that first.")
     for name, each in factors.items():
-        check_fit(name, _try_on(model.get_submodule(name), variant), each.tensors, label)
-    left_out = _find_targets(model, config, variant) - factors.keys()
-    names = put_on(model, factors, config.get("lora_dropout", 0.0), variant)
+        check_fit(name, _try_on(modules[name], variant, dropout), each.tensors, label)
+    left_out = _find_targets(config, adaptable) - factors.keys()
+    put_on(model, factors, dropout, variant)
     if left_out:
         warnings.warn(
             f"{label} has nothing for {count_noun(len(left_out), 'layer')} that its target_modules match, such as "
             f"{min(left_out, key=_natural_key)!r}, so they stay as they are; is it the adapter's own base model?",
             stacklevel=2,
         )
-    return names
+    return list(lora_layers(model))
 
 
-def _check_names(model: nn.Module, names: Collection[str], variant: type[LoRALayer] | None, source: str) -> None:
-    """Raise ValueError if the model lacks a layer, has another kind of layer there, or one more of such a name."""
-    modules = dict(model.named_modules())
-    for name in sorted(names, key=lambda name: name not in modules):
-        module = modules.get(name)
-        if module is None or lora_class(module, variant) is None:
-            kind, adapter = type(module).__name__, (variant or LoRALayer).__name__
-            found = "no such layer" if module is None else f"a {kind} there, which {adapter} does not adapt"
-            raise ValueError(f"{source} adapts {name!r}, but the model has {found}; is it the adapter's base model?")
-    for name in modules.keys() - names:
-        if target := next((target for target in names if name_matches(name, target)), None):
-            raise ValueError(f"{source} adapts {target!r}, but a target of that name would also adapt {name!r}.")
-
-
-def _try_on(module: nn.Module, variant: type[LoRALayer] | None) -> Any:
+def _try_on(module: nn.Module, variant: type[LoRALayer] | None, dropout: float) -> Any:
     """Return an adapted layer of rank 1 on torch's meta device, to be asked for shapes; the module does not change."""
     shapes = {id(tensor): nn.Parameter(tensor.to("meta"), False) for tensor in module.parameters()}
     adapted: Any = lora_class(module, variant)
-    return adapted(copy.deepcopy(module, shapes), 1, 1.0)
+    return adapted(copy.deepcopy(module, shapes), 1, 1.0, dropout)
 
 
-def _find_targets(model: nn.Module, config: Mapping[str, Any], variant: type[LoRALayer] | None) -> set[str]:
-    """Return the layers that the config's target_modules match, where they are names or endings of names.
+def _find_targets(config: Mapping[str, Any], names: Collection[str]) -> set[str]:
+    """Return those of the names that the config's target_modules match, where they are names or endings of names.
 
     Empty where PEFT would leave some of them out by another setting.
     """
     targets = config.get("target_modules")
     if not isinstance(targets, list) or any(config.get(setting) for setting in _NARROWING):
         return set()
-    return {
-        name
-        for name, module in model.named_modules()
-        if any(name_matches(name, target) for target in targets) and lora_class(module, variant) is not None
-    }
+    return {name for name in names if any(name_matches(name, target) for target in targets)}
 
 
 # Read
@@ -279,13 +270,7 @@ def read_adapter(folder: str | Path) -> dict[str, Tensor]:
         ValueError: a file is damaged or from another save, or the adapter uses a setting that is not supported here.
     """
     factors = read(folder).factors
-    state: dict[str, Tensor] = {}
-    for name in sorted(factors, key=_natural_key):
-        tensors, alpha, scaling = factors[name]
-        state |= {f"{name}.{part}": tensor for part, tensor in tensors.items()}
-        state[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float64)  # ()
-        state[f"{name}.scaling"] = torch.tensor(scaling, dtype=torch.float64)  # ()
-    return state
+    return join_state({name: factors[name] for name in sorted(factors, key=_natural_key)})
 
 
 def read(source: str | Path | Mapping[str, Tensor]) -> Adapter:
@@ -410,7 +395,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         ValueError: it is damaged, or uses a setting of PEFT that is not supported here.
     """
     folder = as_path(folder, "folder")
-    check_folder(folder, "a saved adapter")
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"There is no folder {shortened(str(folder))}; give the path of a saved adapter (names of a hub are not "
+            "downloaded)."
+        )
     repair(folder)
     config = check(read_json(folder / CONFIG), _Settings, str(folder / CONFIG))
     both = all(config.get(name) for name in _VARIANTS)
@@ -422,6 +411,86 @@ def read_config(folder: str | Path) -> dict[str, Any]:
                 f"supported here{' with the other variant' * both}; merge it in peft, and load the merged model."
             )
     return config
+
+
+# The model card, which the Hugging Face Hub reads, and people too
+
+_MARK = (
+    "<!-- This card is written by lora_lab, and again when the adapter is saved. Remove this line to keep yours. -->"
+)
+
+
+def is_free(folder: str | Path) -> bool:
+    """Return whether a card may be written to a folder: it has none, or one by lora_lab that nobody has claimed."""
+    path = Path(folder) / CARD
+    return not path.exists() or (path.is_file() and _MARK in path.read_text(encoding="utf-8", errors="replace"))
+
+
+def write_card(config: Mapping[str, Any], parameters: int, history: History | None = None) -> str:
+    """Return the card's text.
+
+    Args:
+        config: the adapter's settings, with PEFT's names.
+        parameters: the number of values in the adapter.
+        history: of the training run; None leaves out how it was trained.
+    """
+    base, targets = config["base_model_name_or_path"], config["target_modules"]
+    kind = next((kind.__name__ for kind in LORA_METHODS.values() if config.get(str(kind.peft))), "LoRA")
+    on_hub = base and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) and not Path(base).exists()  # which takes names alone
+    exceptions = " (exceptions in adapter_config.json)" if config["rank_pattern"] or config["alpha_pattern"] else ""
+    settings = {
+        "base model": f"`{base}`" if base else "not recorded",
+        "method": kind,
+        "rank, alpha": f"{config['r']}, {config['lora_alpha']:g}{exceptions}",
+        "dropout": f"{config['lora_dropout']:g}",
+        "adapted layers": f"{len(targets)} layers" if len(targets) > 12 else ", ".join(f"`{name}`" for name in targets),
+        "parameters": f"{parameters:,}",
+    }
+    title = f" for {base}" if base else ""
+    front = f"base_model: {base}\n" if on_hub else ""
+    training = "" if history is None else f"\n## Training\n\n{_table(_describe(history))}\n"
+    return f"""---
+{front}library_name: peft
+tags:
+- lora
+- lora_lab
+---
+{_MARK}
+
+# {kind} adapter{title}
+
+{_table(settings)}
+{training}
+## Use
+
+The folder is in PEFT's format. With lora_lab: `lora_lab.load_adapter(model, folder)`; with PEFT:
+`peft.PeftModel.from_pretrained(model, folder)`.
+
+Saved with lora_lab {version()}, torch {torch.__version__}, Python {platform.python_version()}.
+"""
+
+
+def _describe(history: History) -> dict[str, str]:
+    """Return what a run trained on and how, and its losses before and after, as rows of a table."""
+    settings, rows, method = history.settings, history.rows, history.method
+    result = {
+        "task": f"{history.task['name']} (fingerprint `{history.task['fingerprint'][:12]}`)",
+        "method": method["name"],
+        "steps, examples a step": f"{len(rows) - 1:,}, {settings['batch_size']}",
+        "learning rate": f"{settings['lr']:g}, {settings['schedule']}",
+        "seed": str(settings["seed"]),
+    }
+    if "start" in method:
+        result["continued from"] = f"an adapter with the hash `{method['start'][:12]}`"
+    for part, label in (("validation", "validation loss"), ("off_domain", "off-domain loss")):
+        losses = [row[f"{part}_loss"] for row in rows if row[f"{part}_loss"] is not None]
+        if losses:
+            result[f"{label}, before and after"] = f"{losses[0]:.3f}, {losses[-1]:.3f}"
+    return result
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items())])
 
 
 # Adapters that are installed with lora_lab

@@ -1,8 +1,7 @@
 """What does a training step cost? The step that ``fit`` takes is traced on fake tensors, counted, measured and timed.
 
 fake        models of fake tensors, and copies that share their weights
-setup       Setup: how a model is trained, as far as its cost depends on it
-trace       every operation of a step, with its phase and module
+setup       Setup: how a model is trained, as far as its cost depends on it; its step, operation by operation
 bill        the bytes at a step's peak by part, from a recording of its storages
 repeated    rehearses a stack of identical blocks by a few of them
 memory      the memory bill: predict, measure, largest; which setups fit on a card

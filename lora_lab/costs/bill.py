@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from lora_lab.costs.fake import storage_of
-from lora_lab.costs.trace import Kind, StepTracer, output_width
+from lora_lab.costs.setup import Kind, StepTracer, output_width
 from lora_lab.inject import output_head
 from lora_lab.train import Batch, TrainingStep
 
@@ -76,6 +76,8 @@ class Moment:
 class Bill:
     """What a training step needs at its peak, in bytes by part; the parts add up to the peak.
 
+    ``one - other`` is the difference in each part, negative where the first needs less.
+
     Args:
         parts: part -> bytes, with the names of :class:`Part`. Batches themselves are not counted.
         moment: the operation at which the peak is reached.
@@ -125,49 +127,25 @@ class Bill:
 
     def plus(self, part: str, size: int) -> Bill:
         """Return the same bill with one more part, of ``size`` bytes."""
-        return replace(self, parts=ordered({**self.parts, part: size}))
+        return replace(self, parts=_order({**self.parts, part: size}))
 
-    def __sub__(self, other: Bill) -> Difference:
-        names = [part for part in PARTS if part in self.parts or part in other.parts]
-        return Difference(
-            {part: self.parts.get(part, 0) - other.parts.get(part, 0) for part in names}, self.setting, other.setting
-        )
+    def __sub__(self, other: Bill) -> Bill:
+        either = [part for part in PARTS if part in self.parts or part in other.parts]
+        parts: dict[str, int] = {part: self.parts.get(part, 0) - other.parts.get(part, 0) for part in either}
+        return Bill(parts, "", "difference", f"{self.setting} minus {other.setting}")
 
     def __str__(self) -> str:
-        lines = [f"{self.setting}: {self.source}"]
-        lines += [
-            f"  {part:<26}{_mib(size):>12} MiB {size / self.peak_bytes:>5.0%}" for part, size in self.parts.items()
-        ]
-        lines.append(f"  {'peak':<26}{_mib(self.peak_bytes):>12} MiB, in the {self.moment}")
+        differs = self.source == "difference"  # then there are signs, and neither shares nor a moment
+        rows = [(part, size, "" if differs else f"{size / self.peak_bytes:>6.0%}") for part, size in self.parts.items()]
+        rows.append(("peak", self.peak_bytes, "" if differs else f", in the {self.moment}"))
         if self.reserved_bytes is not None:
-            lines.append(f"  {'reserved by the allocator':<26}{_mib(self.reserved_bytes):>12} MiB")
-        return "\n".join(lines)
+            rows.append(("reserved by the allocator", self.reserved_bytes, ""))
+        sign = "+" if differs else ""
+        lines = [f"  {name:<26}{size / MIB:>{sign}12,.1f} MiB{note}" for name, size, note in rows]
+        return "\n".join([f"{self.setting}: {self.source}", *lines])
 
 
-@dataclass(frozen=True)
-class Difference:
-    """One bill minus another, in bytes by part: negative where the first needs less."""
-
-    parts: Mapping[str, int]
-    first: str
-    second: str
-
-    @property
-    def peak_bytes(self) -> int:
-        """The difference of the peaks."""
-        return sum(self.parts.values())
-
-    def __str__(self) -> str:
-        lines = [f"{self.first} minus {self.second}"]
-        lines += [f"  {part:<26}{_mib(size, '+'):>12} MiB" for part, size in self.parts.items()]
-        return "\n".join([*lines, f"  {'peak':<26}{_mib(self.peak_bytes, '+'):>12} MiB"])
-
-
-def _mib(size: int, sign: str = "") -> str:
-    return f"{size / MIB:{sign},.1f}"
-
-
-def ordered(parts: Mapping[str, int]) -> dict[str, int]:
+def _order(parts: Mapping[str, int]) -> dict[str, int]:
     """Return the parts that are not 0, in the order in which bills list them."""
     return {part: parts[part] for part in PARTS if parts.get(part)}
 
@@ -175,14 +153,13 @@ def ordered(parts: Mapping[str, int]) -> dict[str, int]:
 # Recordings
 
 
-@dataclass(frozen=True)
-class RecordedOperation:
+class RecordedOperation(NamedTuple):
     """One operation of a step.
 
     Args:
-        phase: one of ``trace.PHASES``, or "before".
+        phase: one of ``setup.PHASES``, or "before".
         name: torch's name of the operator.
-        module: which module allocates, or what it belongs to outside all modules; empty if that is not known.
+        module: which module calls it, or what it belongs to outside all modules; empty if that is not known.
         allocated: storages that exist from this operation on. The first operation of a step has all from before it.
         released: storages that are released after this operation and before the next.
     """
@@ -212,26 +189,25 @@ class Recording:
             source: as in :class:`Bill`.
             block: every storage is rounded up to a multiple of this many bytes, as the device's allocator does.
         """
-        totals = [sum(parts.values()) for parts in self._moments(block)]
-        peak = max(range(len(totals)), key=totals.__getitem__)
+        totals = [sum(parts.values()) for parts in self.moments(block)]
+        peak, last = totals.index(max(totals)), len(totals) - 1
         spread = _POINTS - 2 * _NEAR_PEAK - 1
-        chosen = {round(i * (len(totals) - 1) / (spread - 1)) for i in range(spread)}
+        chosen = {round(i * last / (spread - 1)) for i in range(spread)}
         chosen |= {*range(peak - _NEAR_PEAK, peak + _NEAR_PEAK + 1)}
-        timeline: list[Moment] = []
-        at_peak: dict[str, int] = {}
-        for i, parts in enumerate(self._moments(block)):
-            if i in chosen:
-                timeline.append(Moment(self.operations[i].phase, ordered(parts), i))
-            if i == peak:
-                at_peak = ordered(parts)
-        saved: Counter[str] = Counter()
+        timeline = [
+            Moment(self.operations[i].phase, _order(parts), i)
+            for i, parts in enumerate(self.moments(block))
+            if i in chosen
+        ]
+        at_peak = next(moment.parts for moment in timeline if moment.operation == peak)
+        saved = Counter[str]()
         for part, size in self.saved:
             saved[part] += _round_up(size, block)
-        return Bill(at_peak, self._describe(peak), source, self.setting, ordered(saved), timeline)
+        return Bill(at_peak, self._describe(peak), source, self.setting, _order(saved), timeline)
 
-    def _moments(self, block: int) -> Iterator[Counter[str]]:
-        """Bytes by part after each operation; it is the same counter each time."""
-        now: Counter[str] = Counter()
+    def moments(self, block: int = 1) -> Iterator[Mapping[str, int]]:
+        """Yield bytes by part after each operation, in whole blocks; it is the same mapping each time."""
+        now = Counter[str]()
         for operation in self.operations:
             for part, size in operation.allocated:
                 now[part] += _round_up(size, block)
@@ -253,44 +229,35 @@ def _round_up(size: int, block: int) -> int:
 
 @dataclass
 class _Life:
-    """A storage from its allocation to its release, and who used it."""
+    """A storage from its allocation to its release.
+
+    Args:
+        size: bytes.
+        born, died: numbers of operations.
+        node: of autograd's graph, which was running.
+        known: the part that it belongs to, unless that depends on who saves it.
+        unsaved: the part that it belongs to if nobody does.
+        savers: the kinds of the modules that do.
+    """
 
     size: int
     born: int
-    phase: str
-    kind: Kind
-    module: str
-    recomputing: bool
-    wide: bool
     node: int | None
+    known: Part | None
+    unsaved: Part
     died: float = math.inf
     savers: set[Kind] = field(default_factory=set)
-    named: Part | None = None
 
     @property
     def part(self) -> Part:
         """The part of the bill that it belongs to, as far as is known by the end of the step."""
-        if self.named is not None:
-            return self.named
-        if self.recomputing:
-            return Part.RECOMPUTED
-        if self.wide or Kind.LOGITS in self.savers:
+        if self.known is not None:
+            return self.known
+        if Kind.LOGITS in self.savers:
             return Part.LOGITS
         if self.savers:
             return Part(f"saved: {min(self.savers - {Kind.ADAPTERS}, default=Kind.ADAPTERS)}")
-        return Part.LOGITS if self.kind == Kind.LOGITS and self.phase == "forward" else Part.TEMPORARIES
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A recorded function call: its operations, and its storages with times relative to its first operation.
-
-    The one storage that is not released is that of the result. ``like`` makes an empty tensor of its form.
-    """
-
-    names: Sequence[str]
-    lives: Sequence[_Life]
-    like: Callable[[], Tensor]
+        return self.unsaved
 
 
 class StorageLog(StepTracer):
@@ -298,24 +265,22 @@ class StorageLog(StepTracer):
 
     def __init__(self, step: TrainingStep) -> None:
         super().__init__(step)
-        self.width = output_width(step.model)
+        self._width = output_width(step.model)
         head = output_head(step.model)
         self._head_shape = head.weight.shape if head is not None and head.weight.requires_grad else None
-        self.lives: list[_Life] = []
-        self.phases: list[str] = []  # of each operation; its index is the time
-        self.names: list[str] = []
+        self._operations: list[tuple[str, str, str]] = []  # phase, name and module; an index is a time
+        self._lives: list[_Life] = []
         self._alive: dict[int, tuple[_Life, weakref.ref]] = {}
         self._sums: list[tuple[_Life, _Life]] = []  # a gradient, and the sum of it and another
         self._of_batch: set[int] = set()
-        self._calls: dict[Hashable, _Call] = {}
         self._paused = False
+        self._calls: dict[Hashable, tuple[int, int, list[_Life], Callable[[], Tensor]]] = {}
 
     def on_operation(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         """Count the operation, and register the storages of its results."""
         if self._paused:
             return
-        self.phases.append(self.phase)
-        self.names.append(function._opname)
+        self._operations.append((self.phase, function._opname, self._where()))
         for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._enter(tensor)
@@ -323,37 +288,39 @@ class StorageLog(StepTracer):
             self._note_sum(args[0], out)
 
     def once(self, key: Hashable, function: Callable[[], Tensor]) -> Tensor:
-        """Return what ``function()`` returns on fake tensors; it is run for the first call with a key only.
+        """Return what ``function()`` returns on fake tensors; after the first call with a key, an empty tensor like it.
+
+        The operations and storages of the first call are then written down again. Of these storages only the result's
+        is still there when the function returns.
 
         Args:
             key: determines the operations, together with the phase.
             function: makes a new tensor, calls no module, and saves nothing for the backward pass.
         """
-        key, start = (key, self.phase), len(self.phases)
-        if (call := self._calls.get(key)) is None:
-            first = len(self.lives)
+        key = key, self.phase, self.recomputing, self._unsaved()
+        time, count = len(self._operations), len(self._lives)
+        if key not in self._calls:
             result = function()
-            lives = [replace(life, born=life.born - start, died=life.died - start) for life in self.lives[first:]]
             like = partial(torch.empty_strided, result.shape, result.stride(), dtype=result.dtype, device=result.device)
-            self._calls[key] = _Call(self.names[start:], lives, like)
+            self._calls[key] = time, len(self._operations), self._lives[count:], like
             return result
+        begun, ended, lives, like = self._calls[key]
         self._paused = True
-        result = call.like()
+        result = like()
         self._paused = False
-        self.phases += [self.phase] * len(call.names)
-        self.names += call.names
-        now = {"kind": self.kind, "module": self.module, "recomputing": self.recomputing, "node": _node()}
-        for life in call.lives:
-            copy = replace(life, born=start + life.born, died=start + life.died, savers=set(), **now)
-            self.lives.append(copy)
-            if copy.died == math.inf:
+        self._operations += [(self.phase, name, self._where()) for _, name, _ in self._operations[begun:ended]]
+        for life in lives:
+            died = life.died - begun + time if life.died < ended else math.inf
+            copy = replace(life, born=life.born - begun + time, died=died, node=_node(), savers=set())
+            self._lives.append(copy)
+            if died == math.inf:
                 self._follow(result, copy)
         return result
 
     def run(self, batches: Sequence[Batch], weights: Sequence[float]) -> None:
         """Take one step and follow it; what an earlier step left behind is part of it."""
         self._name()
-        self._start = len(self.phases)
+        self._start = len(self._operations)
         self._of_batch = {storage_of(tensor) for batch in batches for tensor in batch}
         with on_saved(self._save):
             super().run(batches, weights)
@@ -361,32 +328,35 @@ class StorageLog(StepTracer):
 
     def recording(self, setting: str) -> Recording:
         """Return the recording of the last step, of the model, setup and batch that ``setting`` names."""
-        self._merge_sums()
-        times = range(self._start, len(self.phases))
-        last_forward = max((time for time in times if self.phases[time] == "forward"), default=self._start)
-        allocated: dict[int, list[_Life]] = {time: [] for time in times}
-        released: dict[float, list[_Life]] = {time: [] for time in times}
-        for life in self.lives:
-            if life.died >= self._start:
-                allocated[max(life.born, self._start)].append(life)
-                released.setdefault(life.died, []).append(life)
+        # Where nothing else refers to a gradient, autograd adds the next one to it in place (input_buffer.cpp), but not
+        # while operations are being followed: then the sum is a new storage, and the gradient is released.
+        for first, total in reversed(self._sums):  # a sum may be the first gradient of the next one
+            if first.died == total.born:
+                first.died, first.known, total.size = total.died, total.known, 0
+        self._sums.clear()
+        lives = [life for life in self._lives if life.died >= self._start]
+        allocated, released = defaultdict[float, list[_Life]](list), defaultdict[float, list[_Life]](list)
+        for life in lives:
+            allocated[max(life.born, self._start)].append(life)
+            released[life.died].append(life)
         operations = [
             RecordedOperation(
-                self.phases[time],
-                self.names[time],
-                next(
-                    (life.module or life.kind for life in allocated[time] if life.born == time and _has_module(life)),
-                    "",
-                ),
-                _storages(allocated[time]),
-                _storages(released[time]),
+                phase, name, module if time in allocated else "", _storages(allocated[time]), _storages(released[time])
             )
-            for time in times
+            for time, (phase, name, module) in enumerate(self._operations[self._start :], start=self._start)
         ]
-        saved = [life for life in self.lives if life.savers and life.named is None]
-        return Recording(
-            setting, operations, _storages(life for life in saved if life.born <= last_forward < life.died)
-        )
+        forward = [time for time, (phase, *_) in enumerate(self._operations) if phase == "forward"]
+        last = max(forward, default=self._start)
+        saved = [life for life in lives if life.savers and life.part not in (*STATIC, Part.HEAD_GRADIENT)]
+        return Recording(setting, operations, _storages(life for life in saved if life.born <= last < life.died))
+
+    def _where(self) -> str:
+        """Return the module that is running, or that the loss is computed; nothing is known in the backward pass."""
+        return (self.module or self.kind) if self.phase == "forward" or self.recomputing else ""
+
+    def _unsaved(self) -> Part:
+        """Return the part to which a storage belongs that nobody saves."""
+        return Part.LOGITS if self.kind == Kind.LOGITS and self.phase == "forward" else Part.TEMPORARIES
 
     def _name(self) -> None:
         """Record which storages are weights, gradients and optimiser state by now."""
@@ -401,20 +371,22 @@ class StorageLog(StepTracer):
         for part, tensors in named.items():
             for tensor in tensors:
                 self._enter(tensor)  # tensors from before the first step are registered here
-                self._alive[storage_of(tensor)][0].named = part
+                self._alive[storage_of(tensor)][0].known = part
 
     def _enter(self, tensor: Tensor) -> None:
         key = storage_of(tensor)
         if key in self._alive or key in self._of_batch:
             return
-        wide = self.width is not None and tensor.ndim > 1 and tensor.shape[-1] == self.width
-        time = max(0, len(self.phases) - 1)
-        life = _Life(
-            tensor.untyped_storage().nbytes(), time, self.phase, self.kind, self.module, self.recomputing, wide, _node()
-        )
+        known = None
         if self.phase == "backward" and tensor.shape == self._head_shape:
-            life.named = Part.HEAD_GRADIENT
-        self.lives.append(life)
+            known = Part.HEAD_GRADIENT
+        elif self.recomputing:
+            known = Part.RECOMPUTED
+        elif tensor.ndim > 1 and tensor.shape[-1] == self._width:
+            known = Part.LOGITS
+        time = max(0, len(self._operations) - 1)
+        life = _Life(tensor.untyped_storage().nbytes(), time, _node(), known, self._unsaved())
+        self._lives.append(life)
         self._follow(tensor, life)
 
     def _follow(self, tensor: Tensor, life: _Life) -> None:
@@ -422,7 +394,7 @@ class StorageLog(StepTracer):
         key = storage_of(tensor)
 
         def dead(_: weakref.ref) -> None:
-            life.died = len(self.phases) - 1
+            life.died = len(self._operations) - 1
             self._alive.pop(key, None)
 
         self._alive[key] = (life, weakref.ref(tensor.untyped_storage(), dead))
@@ -439,17 +411,6 @@ class StorageLog(StepTracer):
         if torch.ops.aten.is_non_overlapping_and_dense(first):
             self._sums.append((before[0], after[0]))
 
-    def _merge_sums(self) -> None:
-        """Make one storage of a gradient and a sum that a real step adds to it in place.
-
-        Autograd does so where nothing else refers to the gradient (input_buffer.cpp), but not while operations are
-        being followed: then the sum is a new storage, and the gradient is released.
-        """
-        for first, total in reversed(self._sums):  # a sum may be the first gradient of the next one
-            if first.died == total.born:
-                first.died, first.named, total.size = total.died, total.named, 0
-        self._sums.clear()
-
     def _save(self, tensor: Tensor) -> None:
         if (entry := self._alive.get(storage_of(tensor))) is not None:
             entry[0].savers.add(self.kind)
@@ -459,11 +420,6 @@ def _node() -> int | None:
     """Return the number of the node of autograd's graph that is running in the backward pass."""
     node = torch._C._current_autograd_node()
     return None if node is None else node._sequence_nr()
-
-
-def _has_module(life: _Life) -> bool:
-    """Return whether a module was running when the storage was allocated, or the loss was computed."""
-    return life.phase == "forward" or life.recomputing
 
 
 def _storages(lives: Iterable[_Life]) -> list[Storage]:

@@ -28,9 +28,7 @@ from lora_lab.task import logits
 from lora_lab.train import Batch
 
 Factory = Callable[[], nn.Module]
-Source = (
-    nn.Module | Factory | str | Path
-)  # a model, what makes one, or what names one: see models.pretrained.architecture
+Source = nn.Module | Factory | str | Path  # a model, what makes one, or a name for models.pretrained.architecture
 _GROUPED_MM = torch.ops.aten._grouped_mm.default
 _MOST_REAL = 2**20  # elements of the largest tensor that a rehearsal computes with real values
 
@@ -157,17 +155,17 @@ def fake_copy(
     if device.type not in ("cpu", "meta"):
         pick_device(device)  # raises if it does not exist
     model = build_on_meta(model)
-    # A model may hold tensors that are neither parameters nor buffers.
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    converter: dict[int, Any] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # a model may hold tensors that are no parameters or buffers
+
+    def pretend(tensor: Tensor) -> Tensor:
         fake = mode.from_tensor(tensor.detach())
         cast_to = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        if (fake.device, fake.dtype) != (device, cast_to):
-            with mode:
-                fake = torch.empty_strided(fake.size(), fake.stride(), dtype=cast_to, device=device)
-        converter[id(tensor)] = _same_kind(tensor, fake)
-    twin = copy.deepcopy(model, converter)
+        if (fake.device, fake.dtype) == (device, cast_to):
+            return fake
+        with mode:
+            return torch.empty_strided(fake.size(), fake.stride(), dtype=cast_to, device=device)
+
+    twin = _copy_with(model, pretend)
     for module in twin.modules():
         if dtype is not None and isinstance(module, BlockWeight):
             module.dtype = dtype  # as module.to(dtype) would set it
@@ -214,17 +212,23 @@ def copy_sharing_weights(model: nn.Module, left_out: Iterable[nn.Module] = ()) -
     Args:
         left_out: modules that the copy has an empty module in place of.
     """
-    copies: dict[int, Any] = {id(module): nn.Module() for module in left_out}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        copies[id(tensor)] = _same_kind(tensor, tensor.detach())
-    return copy.deepcopy(model, copies)
+    return _copy_with(model, Tensor.detach, left_out)
 
 
 def meta_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Return a copy on the meta device, where tensors have shapes only; ``dtype`` as in :func:`fake_copy`."""
-    tensors = [*model.parameters(), *model.buffers()]
-    twin = copy.deepcopy(model, {id(tensor): _same_kind(tensor, tensor.detach().to("meta")) for tensor in tensors})
+    twin = _copy_with(model, lambda tensor: tensor.detach().to("meta"))
     return twin if dtype is None else twin.to(dtype)
+
+
+def _copy_with(model: nn.Module, change: Callable[[Tensor], Tensor], left_out: Iterable[nn.Module] = ()) -> nn.Module:
+    """Return a copy of a model with other parameters and buffers: what ``change`` makes of each."""
+    copies: dict[int, Any] = {id(module): nn.Module() for module in left_out}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        changed = change(tensor)
+        trains = tensor.requires_grad
+        copies[id(tensor)] = nn.Parameter(changed, trains) if isinstance(tensor, nn.Parameter) else changed
+    return copy.deepcopy(model, copies)
 
 
 def build_model(model: Source, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
@@ -249,10 +253,6 @@ def _call_factory(factory: Factory | str | Path, device: torch.device | str) -> 
         factory = architecture(factory)
     with torch.device(device), torch.random.fork_rng(devices=[]):
         return factory()
-
-
-def _same_kind(like: Tensor, tensor: Tensor) -> Tensor:
-    return nn.Parameter(tensor, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else tensor
 
 
 def unshare_trainable(model: nn.Module, shared: set[int]) -> None:

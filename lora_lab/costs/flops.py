@@ -22,9 +22,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from lora_lab.costs.fake import Source, batch_for, build_on_meta, fake_copy, storage_of
-from lora_lab.costs.repeated import count_short, longest_run, prepare_shapes, transformer_blocks
-from lora_lab.costs.setup import Setup, as_setup, setting_of
-from lora_lab.costs.trace import StepTracer, adapter_modules
+from lora_lab.costs.repeated import extend_counts, longest_run, prepare_shapes, rehearse, transformer_blocks
+from lora_lab.costs.setup import Setup, StepTracer, adapter_modules, as_setup, setting_of
 from lora_lab.inject import lora_layers, output_head
 from lora_lab.layers import is_linear
 from lora_lab.lora import LoRALayer, LoRALinear
@@ -372,8 +371,7 @@ def flops(
 
     model = build_on_meta(model)
     prepared = prepare_shapes(model, setup)
-    run = longest_run(prepared)
-    counts = (run and count_short(model, run, count)) or count(model)[1]
+    counts = rehearse(model, longest_run(prepared), count, extend_counts)
     tokens, length = size_of(*counted_batch)
     known = not counts[ATTENTION, FORWARD] or (length is not None and _attention(prepared) is not None)
     plain = not any(name == AGAIN for _, name in counts) and _is_plain_stack(prepared)

@@ -15,11 +15,12 @@ so that the two can disagree, and what the parts do not explain is shown as a pa
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -42,16 +43,17 @@ from lora_lab.costs.fake import (
     storage_of,
     unshare_trainable,
 )
-from lora_lab.costs.repeated import longest_run, prepare_shapes, record_short
+from lora_lab.costs.repeated import extend_recording, longest_run, prepare_shapes, rehearse
 from lora_lab.costs.setup import Setup, as_setup, setting_of
 from lora_lab.lean.step import Lean
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.models.quantize import BlockWeight
 from lora_lab.system.device import own_randomness, pick_device
 from lora_lab.system.schema import NotNegative, check
-from lora_lab.system.wording import progress_bar, short_repr
+from lora_lab.system.wording import progress_bar
 from lora_lab.train import Batch
 
+_SIZES = ("batch_size", "seq_len")
 _LARGEST_SIZE = 2**20  # the largest batch or context that is considered
 _BLOCK = 512  # bytes: CUDA's allocator returns multiples of this
 
@@ -101,7 +103,7 @@ class _Rehearsal:
 
     def __init__(self, model: Source, setup: Setup, device: torch.device | str | None) -> None:
         setup.check_watchable()
-        self.device, self.estimated = device_to_predict(model, device)
+        self.device, self.estimated = _device_to_predict(model, device)
         self.model, self.setup = build_on_meta(model), setup
         self.run = longest_run(prepare_shapes(self.model, setup))
 
@@ -109,20 +111,15 @@ class _Rehearsal:
         """Return the bill of a step on such a batch, as from :func:`predict`."""
 
         def record(model: nn.Module) -> tuple[nn.Module, Recording]:
-            with ExitStack() as stack:
-                twin = stack.enter_context(fake_copy(model, self.device, self.setup.dtype))
-                stack.enter_context(own_randomness(torch.device("cpu"), 0))
+            with fake_copy(model, self.device, self.setup.dtype) as twin, own_randomness(torch.device("cpu"), 0):
                 step = self.setup.step(twin)
                 fake_batch = batch_for(twin, batch_size, seq_len, batch)
-                if self.estimated:
-                    stack.enter_context(_cuda_attention())
-                    stack.enter_context(_fused_norms())
                 log = StorageLog(step)
-                stack.enter_context(_dequantise_once(log))
-                log.run_second(*self.setup.batches(fake_batch))
+                with _allocate_as_cuda() if self.estimated else nullcontext(), _dequantise_once(log):
+                    log.run_second(*self.setup.batches(fake_batch))
                 return step.model, log.recording(setting_of(self.setup, step.model, fake_batch))
 
-        recording = (self.run and record_short(self.model, self.run, record)) or record(self.model)[1]
+        recording = rehearse(self.model, self.run, record, extend_recording)
         if not self.estimated and self.device.type != "cuda":
             return recording.bill("predicted")
         bill = recording.bill("estimated for CUDA, not measured" if self.estimated else "predicted", _BLOCK)
@@ -189,12 +186,12 @@ def measure(
         batch = on_each(batch, lambda tensor: tensor.to(device))
         parts, weights = setup.batches(batch)
         gc.collect()  # garbage that is freed during the step would be subtracted from its memory
-        with _meter(device) as meter:
+        with (_cuda_meter if device.type == "cuda" else _cpu_meter)(device) as meter:
             step = setup.step(twin)
             if isinstance(model, nn.Module):
                 unshare_trainable(twin, before)
             step(parts, weights)
-            with meter.second_step():
+            with meter.second_step:
                 step(parts, weights)
         after = {storage_of(t): t.untyped_storage().nbytes() for t in [*twin.parameters(), *twin.buffers()]}
         del held
@@ -209,80 +206,60 @@ def measure(
     return replace(bill, reserved_bytes=meter.reserved_bytes)
 
 
+@dataclass
 class _Meter:
     """The most that the allocator handed out during the second step, counted from when the meter was started.
 
     The peak includes ``ends_bytes``, which were handed out but not requested. ``workspace_bytes`` come on top.
     """
 
-    peak_bytes = ends_bytes = workspace_bytes = 0
+    second_step: AbstractContextManager
+    workspace_bytes: int = 0
+    peak_bytes: int = 0
+    ends_bytes: int = 0
     reserved_bytes: int | None = None
 
-    @contextmanager
-    def second_step(self) -> Iterator[None]:
-        """Mark the step that counts."""
-        yield
 
-
-class _ProfilerMeter(_Meter):
+@contextmanager
+def _cpu_meter(device: torch.device) -> Iterator[_Meter]:
     """On the CPU: the profiler's events, one for each allocation and each release."""
-
-    @contextmanager
-    def second_step(self) -> Iterator[None]:
-        with torch.profiler.record_function("lora_lab: second step"):
-            yield
-
-    def read(self, profiler: torch.profiler.profile) -> None:
-        """Add up the events."""
-        autograd_profiler = profiler.profiler
-        assert autograd_profiler is not None  # it has been started,
-        assert autograd_profiler.kineto_results is not None  # and stopped
-        events = autograd_profiler.kineto_results.events()
-        (step,) = (event for event in events if event.name() == "lora_lab: second step")
-        total = 0
-        allocations: list[Any] = [event for event in events if event.name() == "[memory]"]  # the stub lacks nbytes
-        for at, size in sorted((event.start_ns(), event.nbytes()) for event in allocations):
-            total += size
-            if step.start_ns() <= at <= step.end_ns():
-                self.peak_bytes = max(self.peak_bytes, total)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise the profiler reports its start and stop on stderr
+    name = "lora_lab: second step"
+    meter = _Meter(torch.profiler.record_function(name))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        yield meter
+    found: Any = profiler.profiler  # the stub lacks what is there once the profiler has been stopped
+    events = found.kineto_results.events()
+    (step,) = (event for event in events if event.name() == name)
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    totals = zip(changes, itertools.accumulate(size for _, size in changes), strict=True)
+    meter.peak_bytes = max(total for (at, _), total in totals if step.start_ns() <= at <= step.end_ns())
 
 
-class _CudaMeter(_Meter):
+@contextmanager
+def _cuda_meter(device: torch.device) -> Iterator[_Meter]:
     """On CUDA: the caching allocator's own high-water mark."""
-
-    def __init__(self, device: torch.device) -> None:
-        _take_workspaces(device)  # otherwise they would count in the first step of a process, and in no other
-        self.device, self.workspace_bytes = device, _workspace_bytes(device)
-        self.before = torch.cuda.memory_allocated(device)
-        self.requested_before = torch.cuda.memory_stats(device).get("requested_bytes.all.current", 0)
+    _take_workspaces(device)  # otherwise they would count in the first step of a process, and in no other
+    before = torch.cuda.memory_allocated(device)
+    requested_before = torch.cuda.memory_stats(device).get("requested_bytes.all.current", 0)
 
     @contextmanager
-    def second_step(self) -> Iterator[None]:
-        torch.cuda.reset_peak_memory_stats(self.device)
+    def second_step() -> Iterator[None]:
+        torch.cuda.reset_peak_memory_stats(device)
         yield
-        self.peak_bytes = torch.cuda.max_memory_allocated(self.device) - self.before
-        self.reserved_bytes = torch.cuda.max_memory_reserved(self.device)
-        requested = torch.cuda.memory_stats(self.device).get("requested_bytes.all.peak", 0)
-        if requested:  # not every allocator counts it
-            self.ends_bytes = self.peak_bytes - (requested - self.requested_before)
+        meter.peak_bytes = torch.cuda.max_memory_allocated(device) - before
+        meter.reserved_bytes = torch.cuda.max_memory_reserved(device)
+        requested = torch.cuda.memory_stats(device).get("requested_bytes.all.peak")
+        meter.ends_bytes = 0 if requested is None else meter.peak_bytes - (requested - requested_before)
+
+    meter = _Meter(second_step(), _workspace_bytes(device))
+    yield meter
 
 
 def _take_workspaces(device: torch.device) -> None:
     """Multiply matrices once forward and once backward, in the same two threads as a step."""
     square = torch.ones(16, 16, device=device, requires_grad=True)
     (square @ square).sum().backward()
-
-
-@contextmanager
-def _meter(device: torch.device) -> Iterator[_Meter]:
-    if device.type == "cuda":
-        yield _CudaMeter(device)
-        return
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise the profiler reports its start and stop on stderr
-    meter = _ProfilerMeter()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        yield meter
-    meter.read(profiler)
 
 
 def largest(
@@ -297,6 +274,9 @@ def largest(
 ) -> tuple[int, Bill]:
     """Return the largest batch, or the longest context, whose step fits into ``budget_bytes``, by :func:`predict`.
 
+    Memory grows nearly linearly with the size, so that a secant finds the size in about 4 bills. Bisection would need
+    20, and a bill takes seconds.
+
     Args:
         batch_size, seq_len: pass one of them; the other is searched, up to 2^20.
         model, method, device, **options: as for :func:`predict`.
@@ -309,22 +289,12 @@ def largest(
     """
     if (batch_size is None) == (seq_len is None):
         raise ValueError(f"batch_size is {batch_size} and seq_len {seq_len}; pass exactly one: the other is searched.")
-
     budget_bytes = check(budget_bytes, NotNegative, "budget_bytes")
     rehearsal = _Rehearsal(model, as_setup(method, options), device)
 
     def bill_of(size: int) -> Bill:
         return rehearsal.bill(size if batch_size is None else batch_size, size if seq_len is None else seq_len)
 
-    return _secant_search(bill_of, budget_bytes)
-
-
-def _secant_search(bill_of: Callable[[int], Bill], budget_bytes: int) -> tuple[int, Bill]:
-    """Return the largest size that fits, and its bill, as :func:`largest` returns them.
-
-    Memory grows nearly linearly with the size, so that a secant finds the size in about 4 bills. Bisection would need
-    20, and a bill takes seconds.
-    """
     low, low_bill, high = 1, bill_of(1), _LARGEST_SIZE + 1  # low fits, high does not
     if low_bill.peak_bytes > budget_bytes:
         return 0, low_bill
@@ -361,11 +331,12 @@ def saved_bytes(forward: Callable[[], Any], model: nn.Module) -> int:
         if storage_of(tensor) not in excluded:
             sizes[storage_of(tensor)] = tensor.untyped_storage().nbytes()
 
-    with ExitStack() as stack:
-        enter = register_module_forward_pre_hook(lambda module, args: threads.add(threading.get_ident()))
-        stack.callback(enter.remove)
-        stack.enter_context(on_saved(count))
-        result = forward()  # held until the end, so that no address is used twice
+    enter = register_module_forward_pre_hook(lambda module, args: threads.add(threading.get_ident()))
+    try:
+        with on_saved(count):
+            result = forward()  # held until the end, so that no address is used twice
+    finally:
+        enter.remove()
     if threads - {threading.get_ident()}:
         raise ValueError(
             "The model ran in several threads, but what autograd saves is seen by hooks that hold for one thread "
@@ -379,47 +350,31 @@ def saved_bytes(forward: Callable[[], Any], model: nn.Module) -> int:
 
 
 @contextmanager
-def _replace_function(name: str, function: Callable[..., Tensor]) -> Iterator[None]:
-    """A context in which a function of torch.nn.functional is another one.
+def _allocate_as_cuda() -> Iterator[None]:
+    """A context in which attention and RMS norms allocate and save what they would on CUDA; their values mean nothing.
 
-    A torch function mode would not see blocks that are recomputed in the backward pass.
+    CUDA has no fused kernel for heads in float32 that share keys and values, so it computes all scores. It has one for
+    norms, but not with a weight of another dtype than the input's. A torch function mode would not see blocks that are
+    recomputed in the backward pass.
     """
-    plain = getattr(nn.functional, name)
-    setattr(nn.functional, name, function)
-    try:
-        yield
-    finally:
-        setattr(nn.functional, name, plain)
-
-
-def _cuda_attention() -> AbstractContextManager:
-    """A context in which attention allocates what it would allocate on CUDA.
-
-    CUDA has no fused kernel for heads in float32 that share keys and values, so it computes all scores.
-    """
-    plain = nn.functional.scaled_dot_product_attention
+    functional = nn.functional
+    plain_attention, plain_norm = functional.scaled_dot_product_attention, functional.rms_norm
 
     def attention(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         shared = query.dtype == torch.float32 and query.shape[-3] != key.shape[-3]
         with sdpa_kernel(SDPBackend.MATH) if shared else nullcontext():
-            return plain(query, key, *args, **kwargs)
+            return plain_attention(query, key, *args, **kwargs)
 
-    return _replace_function("scaled_dot_product_attention", attention)
-
-
-def _fused_norms() -> AbstractContextManager:
-    """A context in which F.rms_norm allocates and saves what CUDA's fused kernel does, but computes nothing.
-
-    torch before 2.9 has no such kernel, and none takes a weight of another dtype than the input's.
-    """
-    plain = nn.functional.rms_norm
-
-    def fused(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None):
+    def norm(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None):
         if weight is not None and weight.dtype != input.dtype:
-            return plain(input, normalized_shape, weight, eps)
+            return plain_norm(input, normalized_shape, weight, eps)
         return _FusedNorm.apply(input, weight, len(normalized_shape))
 
-    return _replace_function("rms_norm", fused if hasattr(torch.ops.aten, "_fused_rms_norm_backward") else plain)
+    functional.scaled_dot_product_attention, functional.rms_norm = attention, norm
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention, functional.rms_norm = plain_attention, plain_norm
 
 
 class _FusedNorm(torch.autograd.Function):
@@ -438,18 +393,14 @@ class _FusedNorm(torch.autograd.Function):
         return torch.empty_like(x) if needs_x else None, torch.empty_like(weight) if needs_weight else None, None
 
 
-def device_to_predict(model: Source, device: torch.device | str | None) -> tuple[torch.device, bool]:
+def _device_to_predict(model: Source, device: torch.device | str | None) -> tuple[torch.device, bool]:
     """Return the device to rehearse on, and whether it only stands in for a CUDA device that is not available."""
     if device is None:
         device = device_of(model) if isinstance(model, nn.Module) else torch.device("meta")
         device = pick_device()[0] if device.type == "meta" else device
-    try:
-        device = torch.device(device)
-    except (RuntimeError, TypeError, ValueError):
-        raise ValueError(f"device is {short_repr(device)}, but it must be a device such as 'cpu' or 'cuda'.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if re.fullmatch(r"cuda(:\d+)?", str(device)) and not torch.cuda.is_available():
         return torch.device("cpu"), True
-    return device, False
+    return pick_device(device)[0], False
 
 
 def _workspace_bytes(device: torch.device | None) -> int:
@@ -488,50 +439,6 @@ def training_setups(rank: int = 8, dtype: torch.dtype | None = None, lean: bool 
     return {label: setup for label, setup in setups.items() if lean or setup.lean is None}
 
 
-@dataclass(frozen=True)
-class SetupRow:
-    """A row of the table: a training setup and what it needs.
-
-    Args:
-        setup: the label.
-        bill: its memory.
-        budget_bytes: the card's memory; None if no card was named.
-        look_for: "batch" or "seq", if the largest that fits was searched for.
-        largest: what was found, in sequences or in tokens per sequence.
-    """
-
-    setup: str
-    bill: Bill
-    budget_bytes: int | None = None
-    look_for: str | None = None
-    largest: int | None = None
-
-    @property
-    def free_bytes(self) -> int | None:
-        """What the card has left at the peak: negative if the setup does not fit, None without a card."""
-        return None if self.budget_bytes is None else self.budget_bytes - self.bill.peak_bytes
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the row and its bill, in values of JSON."""
-        free = self.free_bytes
-        return {
-            "setup": self.setup,
-            "fits": None if free is None else free >= 0,
-            "free_bytes": free,
-            "largest_batch_size": self.largest if self.look_for == "batch" else None,
-            "largest_seq_len": self.largest if self.look_for == "seq" else None,
-            **self.bill.to_dict(),
-        }
-
-    def __str__(self) -> str:
-        row = f"{self.setup:<32}{self.bill.peak_bytes / GIB:>6.2f} GiB"
-        if (free := self.free_bytes) is not None:
-            row += f"  {'yes' if free >= 0 else 'no':<4}{f'({free / GIB:+.2f} GiB)':<14}"
-        if self.largest is not None:
-            row += f"{self.largest:>13,}"
-        return row.rstrip()
-
-
 def report(
     model: Source,
     name: str,
@@ -542,7 +449,7 @@ def report(
     budget_bytes: int | None = None,
     look_for: str | None = None,
     with_bills: bool = False,
-) -> list[SetupRow]:
+) -> list[dict[str, Any]]:
     """Print which training setups fit on a card, each row as soon as it is computed, and return the rows.
 
     A bar on standard error shows which bill is being made, and how many there are.
@@ -555,32 +462,40 @@ def report(
         look_for: "batch" or "seq": also find the largest that fits, with the other unchanged.
         with_bills: print each bill, part by part, after the table.
 
+    Returns:
+        A row for each setup, in values of JSON: its bill, and what the card has left at the peak.
+
     Raises:
-        ValueError: there is no setup, a size is to be found without a budget, or as for :func:`predict`.
+        ValueError: a size is to be found without a budget, or as for :func:`predict`.
     """
-    if not setups:
-        raise ValueError("setups is empty, so there is nothing to report; give some, such as training_setups(8).")
     if look_for and budget_bytes is None:
         raise ValueError(f"look_for is {look_for!r}, but budget_bytes is missing; give the memory to fit into.")
-    rows: list[SetupRow] = []
+    bills: list[Bill] = []
+    rows: list[dict[str, Any]] = []
     with progress_bar(len(setups), "memory", None, "setup") as bar:
         for label, setup in setups.items():
             bar.set_description(label)
-            bill, most = predict(model, setup, batch_size, seq_len, device=device), None
+            bills.append(bill := predict(model, setup, batch_size, seq_len, device=device))
+            row, free, most = f"{label:<32}{bill.peak_bytes / GIB:>6.2f} GiB", None, None
+            if budget_bytes is not None:
+                free = budget_bytes - bill.peak_bytes
+                row += f"  {'yes' if free >= 0 else 'no':<4}{f'({free / GIB:+.2f} GiB)':<14}"
             if look_for and budget_bytes is not None:
                 fixed = {"seq_len": seq_len} if look_for == "batch" else {"batch_size": batch_size}
                 most = largest(model, setup, budget_bytes, device=device, **fixed)[0]
+                row += f"{most:>13,}"
             with bar.external_write_mode():
                 if not rows:
                     print(_heading(name, bill, batch_size, seq_len, budget_bytes, look_for))
-                rows.append(SetupRow(label, bill, budget_bytes, look_for, most))
-                print(rows[-1], flush=True)
+                print(row.rstrip(), flush=True)
+            fits = {"setup": label, "fits": None if free is None else free >= 0, "free_bytes": free}
+            found = {f"largest_{size}": most if size.startswith(str(look_for)) else None for size in _SIZES}
+            rows.append({**fits, **found, **bill.to_dict()})
             bar.update()
-    predicted_for, estimated = device_to_predict(model, device)
-    if estimated or predicted_for.type == "cuda":
+    if any(Part.WORKSPACE in bill.parts for bill in bills):  # they are for CUDA
         print("In addition, CUDA's own context takes a few hundred MiB on the GPU, and the allocator leaves gaps.")
-    for row in rows if with_bills else ():
-        print(f"\n{row.bill}")
+    for bill in bills if with_bills else ():
+        print(f"\n{bill}")
     return rows
 
 

@@ -3,9 +3,9 @@
 A Llama of 80 equal blocks takes 80 times the same operations, and a rehearsal spends nearly all its time on them. The
 recordings of the same model with two and with three blocks show what one more block adds to a step: a stretch of
 operations in each forward and each backward pass, further entries in what is allocated at once for all weights, and
-nothing else. :func:`extend` adds it as often as blocks are missing, and checks what it can: the stretch that the third
-block adds must be, byte for byte, the one before it. What is only counted, such as FLOPs, needs no more than the counts
-of the two (:func:`count_short`).
+nothing else. :func:`extend_recording` adds it as often as blocks are missing, and checks what it can: the stretch that
+the third block adds must be, byte for byte, the one before it. What is only counted, such as FLOPs, needs no more than
+the counts of the two (:func:`extend_counts`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import itertools
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar, cast
@@ -31,8 +32,11 @@ from lora_lab.system.device import own_randomness
 Key = TypeVar("Key", bound=Hashable)
 Rehearsed = TypeVar("Rehearsed")  # what a rehearsal records or counts
 Rehearse = Callable[[nn.Module], tuple[nn.Module, Rehearsed]]  # also returns the model that it has prepared
+Extend = Callable[[Rehearsed, Rehearsed, int], Rehearsed]
 _FEWEST = 6  # blocks; below, two rehearsals of a shorter model would save little
 _LIBRARIES = {"torch", "transformers", "peft", "lora_lab"}  # whose models treat blocks alike that look alike
+_NAME = operator.attrgetter("phase", "name")
+_BYTES = operator.attrgetter("name", "allocated", "released")
 _INDICES = {"layer", "layer_idx", "layer_id", "layer_index"}  # what our Llama and transformers call a block's number
 
 
@@ -142,148 +146,109 @@ def prepare_shapes(model: nn.Module, setup: Setup) -> nn.Module:
         return setup.step(meta_copy(model, setup.dtype)).model
 
 
-def _rehearse_short(model: nn.Module, run: BlockRun, rehearse: Rehearse[Rehearsed]) -> Iterator[Rehearsed]:
-    """Rehearse the model with 2, 3 and 4 blocks of a run; end early if the method does not fit a shortened model."""
-    for blocks in (2, 3, 4):
-        try:
-            short, rehearsed = rehearse(run.shorten(model, blocks))
-        except ValueError:  # the method names blocks one by one, and some of them are left out
-            return
-        if not run.fits(short, blocks):
-            return
-        yield rehearsed
-
-
-def count_short(model: nn.Module, run: BlockRun, count: Rehearse[Counter[Key]]) -> Counter[Key] | None:
-    """Return what counting a step of the whole model would give, if each further block adds what the third one adds.
+def rehearse(
+    model: nn.Module, run: BlockRun | None, record: Rehearse[Rehearsed], extend: Extend[Rehearsed]
+) -> Rehearsed:
+    """Return what a rehearsal of the whole model records; if possible, from those with two to four blocks of a run.
 
     Args:
         model: as it is before it is prepared.
         run: what :func:`longest_run` found in the prepared model.
-        count: prepares a copy of a model and counts something in a step.
-
-    Returns:
-        The counts; None if the method does not fit a shortened model.
+        record: prepares a copy of a model, and records something of a step.
+        extend: makes the record of a longer model from those of two shorter ones, of which the second has a block more,
+            and from the number of blocks that the first lacks; raises ValueError if they do not determine it.
     """
-    counts = list(itertools.islice(_rehearse_short(model, run, count), 2))
-    if len(counts) < 2:
-        return None
-    few, more = counts
-    return Counter({key: few[key] + (run.count - 2) * (more[key] - few[key]) for key in few | more})
+    if run is None:
+        return record(model)[1]
+    shorter = None
+    for blocks in (2, 3, 4):
+        try:
+            short, longer = record(run.shorten(model, blocks))
+        except ValueError:  # the method names blocks one by one, and some of them are left out
+            break
+        if not run.fits(short, blocks):
+            break
+        if shorter is not None:
+            with suppress(ValueError):
+                return extend(shorter, longer, run.count - blocks + 1)
+        shorter = longer
+    return record(model)[1]
 
 
-def record_short(model: nn.Module, run: BlockRun, record: Rehearse[Recording]) -> Recording | None:
-    """Return what recording the whole model would give, from recordings of it with two to four blocks of a run.
-
-    Args:
-        model, run: as for :func:`count_short`.
-        record: prepares a copy of a model and records a step.
-
-    Returns:
-        The recording; None if the shortened models do not determine it.
-    """
-    pairs = itertools.pairwise(_rehearse_short(model, run, record))
-    longest = (extend(*pair, run.count - few) for few, pair in enumerate(pairs, start=2))
-    return next((recording for recording in longest if recording is not None), None)
+def extend_counts(shorter: Counter[Key], longer: Counter[Key], blocks: int) -> Counter[Key]:
+    """Return the counts of a model with ``blocks`` more blocks than in ``shorter``; ``longer`` has one more."""
+    return Counter({key: shorter[key] + blocks * (longer[key] - shorter[key]) for key in shorter | longer})
 
 
-def extend(shorter: Recording, longer: Recording, blocks: int) -> Recording | None:
+def extend_recording(shorter: Recording, longer: Recording, blocks: int) -> Recording:
     """Return the recording of a model with ``blocks`` more blocks than in ``shorter``; ``longer`` has one more.
 
-    Returns:
-        The recording; None if the two differ in more than a regular block.
+    Raises:
+        ValueError: the two differ in more than a regular block.
     """
     few, more = (
-        [list(same) for _, same in itertools.groupby(recording.operations, key=lambda operation: operation.phase)]
+        [list(same) for _, same in itertools.groupby(recording.operations, key=operator.attrgetter("phase"))]
         for recording in (shorter, longer)
     )
+    passes = [_extend_pass(*both, blocks) for both in zip(few, more, strict=True)]
     saved = _extrapolate(shorter.saved, longer.saved, blocks)
-    if saved is None or len(few) != len(more):
-        return None
-    operations: list[RecordedOperation] = []
-    for passes in zip(few, more, strict=True):
-        if (longest := _extend_pass(*passes, blocks)) is None:
-            return None
-        operations += longest
-    return Recording(longer.setting, operations, saved)
+    return Recording(longer.setting, list(itertools.chain(*passes)), saved)
 
 
 def _extend_pass(
     few: Sequence[RecordedOperation], more: Sequence[RecordedOperation], blocks: int
-) -> list[RecordedOperation] | None:
-    """:func:`extend` for one forward pass, one backward pass or one step of the optimiser."""
+) -> list[RecordedOperation]:
+    """:func:`extend_recording` for one forward pass, one backward pass or one step of the optimiser."""
     length = len(more) - len(few)  # of the stretch that one block adds
-    alike = itertools.takewhile(lambda pair: _same_name(*pair), zip(few, more, strict=False))
+    alike = itertools.takewhile(lambda pair: _NAME(pair[0]) == _NAME(pair[1]), zip(few, more, strict=False))
     latest = sum(1 for _ in alike)  # where the stretch may begin: it can be moved forward by parts of a period
     for place in range(latest, length - 1, -1):
         before, stretch, after = more[place - length : place], more[place : place + length], more[place + length :]
-        if length < 0 or not all(map(_same_name, few[place:], after)):
-            return None
-        if all(map(_same_bytes, before, stretch)):
-            shared = [_interpolate(*pair, blocks) for pair in zip(few, [*more[:place], *after], strict=True)]
-            known = [operation for operation in shared if operation is not None]
-            if len(known) == len(few):
-                copies = _copy_stretch(few[place - length : place], before, stretch, blocks)
-                return [*known[:place], *copies, *known[place:]]
-    return None
+        if length < 0 or [*map(_NAME, few[place:])] != [*map(_NAME, after)]:
+            break
+        if [*map(_BYTES, before)] == [*map(_BYTES, stretch)]:
+            with suppress(ValueError):
+                shared = [_interpolate(*pair, blocks) for pair in zip(few, [*more[:place], *after], strict=True)]
+                last = list(zip(few[place - length : place], before, stretch, strict=True))
+                copies = [
+                    _renumber(same, (1 - blocks, blocks - i, i)) if same[-1].module else same[-1]
+                    for i in range(1, blocks + 1)
+                    for same in last
+                ]
+                return [*shared[:place], *copies, *shared[place:]]
+    raise ValueError("No block is like the one before.")
 
 
-def _copy_stretch(
-    before_in_few: Sequence[RecordedOperation],
-    before: Sequence[RecordedOperation],
-    stretch: Sequence[RecordedOperation],
-    blocks: int,
-) -> Iterator[RecordedOperation]:
-    """Yield the stretch once for each of the further blocks, with the numbers of these blocks in the modules' names."""
-    for copy in range(1, blocks + 1):
-        for few, earlier, last in zip(before_in_few, before, stretch, strict=True):
-            if not last.module:
-                yield last
-                continue
-            names, weights = (few.module, earlier.module, last.module), (1 - blocks, blocks - copy, copy)
-            module = _renumber(names, weights)
-            yield RecordedOperation(last.phase, last.name, module, last.allocated, last.released)
-
-
-def _same_name(one: RecordedOperation, other: RecordedOperation) -> bool:
-    return (one.phase, one.name) == (other.phase, other.name)
-
-
-def _same_bytes(one: RecordedOperation, other: RecordedOperation) -> bool:
-    return (one.name, one.allocated, one.released) == (other.name, other.allocated, other.released)
-
-
-def _interpolate(few: RecordedOperation, more: RecordedOperation, blocks: int) -> RecordedOperation | None:
+def _interpolate(few: RecordedOperation, more: RecordedOperation, blocks: int) -> RecordedOperation:
     """Return an operation that both have: its sizes and numbers change by the same amount with each block."""
     allocated = _extrapolate(few.allocated, more.allocated, blocks)
     released = _extrapolate(few.released, more.released, blocks)
-    if allocated is None or released is None:
-        return None
-    module = _renumber((few.module, more.module), (1 - blocks, blocks))
-    return RecordedOperation(few.phase, few.name, module, allocated, released)
+    return _renumber((few, more), (1 - blocks, blocks))._replace(allocated=allocated, released=released)
 
 
-def _extrapolate(few: Sequence[Storage], more: Sequence[Storage], blocks: int) -> Sequence[Storage] | None:
-    """Return storages that grow in size, or in number, by the same amount with each block; None if any shrinks."""
+def _extrapolate(few: Sequence[Storage], more: Sequence[Storage], blocks: int) -> Sequence[Storage]:
+    """Return storages that grow in size, or in number, by the same amount with each block."""
     if few == more:  # nearly always
         return few
     fewer, further = Counter(few), Counter(more)
     storages = list((fewer & further).elements())
-    old, new = sorted((fewer - further).elements()), sorted((further - fewer).elements())
+    changed = [sorted(rest.elements(), reverse=True) for rest in (fewer - further, further - fewer)]
     for part in Part:
-        of_old, of_new = ([size for of_part, size in rest if of_part == part] for rest in (old, new))
-        added = len(of_new) - len(of_old)
-        if added < 0 or any(map(operator.gt, of_old, of_new[added:])):
-            return None
-        storages += blocks * [(part, size) for size in of_new[:added]]
-        pairs = zip(of_old, of_new[added:], strict=True)
-        storages += [(part, size + blocks * (larger - size)) for size, larger in pairs]
+        old_sizes, new_sizes = ([size for of_part, size in rest if of_part == part] for rest in changed)
+        for size, larger in itertools.zip_longest(old_sizes, new_sizes):
+            if larger is None or (size or 0) > larger:
+                raise ValueError("A storage becomes smaller.")
+            storages += blocks * [(part, larger)] if size is None else [(part, size + blocks * (larger - size))]
     return storages
 
 
+def _renumber(alike: tuple[RecordedOperation, ...], weights: tuple[int, ...]) -> RecordedOperation:
+    """Return the last operation; each number in its module's name is the weighted sum of those of all operations."""
+    return alike[-1]._replace(module=_number(tuple(operation.module for operation in alike), weights))
+
+
 @lru_cache(maxsize=2**14)
-def _renumber(names: tuple[str, ...], weights: tuple[int, ...]) -> str:
-    """Return the last name, with each number in it replaced by the weighted sum of those at its place in all names."""
+def _number(names: tuple[str, ...], weights: tuple[int, ...]) -> str:
     texts = [re.split(r"(\d+)", name) for name in names]
     if len(set(map(len, texts))) > 1:
         return names[-1]

@@ -16,13 +16,14 @@ import torch
 from torch import nn
 
 from lora_lab.costs import cards
-from lora_lab.costs.cost_model import CAUSES, MEMORY, UPDATE, CostModel, Prediction, cost_model
+from lora_lab.costs.cost_model import CAUSES, MEMORY, UPDATE, cost_model
 from lora_lab.costs.fake import Source, fake_copy
-from lora_lab.costs.flops import ADAPTERS, WEIGHT, Flops, break_even_rank, flops
+from lora_lab.costs.flops import ADAPTERS, WEIGHT, break_even_rank, flops
 from lora_lab.costs.setup import Setup, as_setup
-from lora_lab.costs.timing import Times, step_time
+from lora_lab.costs.timing import step_time
 from lora_lab.methods import Method
 from lora_lab.system.device import own_randomness
+from lora_lab.system.schema import Size, check
 
 __all__ = [
     "ADAPTERS",
@@ -30,11 +31,6 @@ __all__ = [
     "MEMORY",
     "UPDATE",
     "WEIGHT",
-    "Communication",
-    "CostModel",
-    "Flops",
-    "Prediction",
-    "Times",
     "break_even_rank",
     "cards",
     "communication",
@@ -43,8 +39,6 @@ __all__ = [
     "step_time",
 ]
 
-_NUMBER = 8  # bytes of a float64: the loss, and for each parameter whether it has a gradient
-
 
 @dataclass(frozen=True)
 class Communication:
@@ -52,41 +46,21 @@ class Communication:
 
     Args:
         gradient_bytes: the gradients of all trained parameters, in their dtypes.
-        parameters: the number of trained tensors.
+        reduced_bytes: what is summed over the processes: the gradients, the loss, and for each parameter whether it has
+            a gradient.
+        sent_bytes: what each process sends, and receives, at the least: 2 (n - 1) / n of what is summed, without
+            headers. A ring reaches that (Patarasu and Yuan 2009, Bandwidth optimal all-reduce algorithms for clusters
+            of workstations, section 3): each process passes on 1/n of the data n - 1 times to be added, and n - 1 times
+            to be copied.
         processes: how many train together.
         setting: the model and the setup.
     """
 
     gradient_bytes: int
-    parameters: int
+    reduced_bytes: int
+    sent_bytes: float
     processes: int
     setting: str
-
-    @property
-    def reduced_bytes(self) -> int:
-        """What is summed over the processes: the gradients, the loss, and for each parameter whether it has one."""
-        return self.gradient_bytes + _NUMBER * (1 + self.parameters)
-
-    @property
-    def sent_bytes(self) -> float:
-        """What each process sends, and receives, at the least: 2 (n - 1) / n of what is summed, without headers.
-
-        A ring reaches that (Patarasu and Yuan 2009, Bandwidth optimal all-reduce algorithms for clusters of
-        workstations, section 3): each process passes on 1/n of the data n - 1 times to be added, and n - 1 times to be
-        copied.
-        """
-        return 2 * (self.processes - 1) / self.processes * self.reduced_bytes
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all numbers, in values of JSON."""
-        names = ("setting", "processes", "parameters", "gradient_bytes", "reduced_bytes", "sent_bytes")
-        return {name: getattr(self, name) for name in names}
-
-    def __str__(self) -> str:
-        return (
-            f"{self.setting}: of {self.processes} processes each sends {self.sent_bytes / 1e6:,.1f} MB a step "
-            f"({self.gradient_bytes / 1e6:,.1f} MB of gradients)"
-        )
 
 
 def communication(model: Source, method: Method | Setup, processes: int = 2, **options: Any) -> Communication:
@@ -99,11 +73,12 @@ def communication(model: Source, method: Method | Setup, processes: int = 2, **o
     Raises:
         ValueError: ``processes`` is below 1, an option is out of range, or the model cannot be made ready.
     """
-    if processes < 1:
-        raise ValueError(f"processes is {processes}, but it must be at least 1.")
+    check(processes, Size, "processes")
     setup, cpu = as_setup(method, options), torch.device("cpu")
     with fake_copy(model, cpu, setup.dtype) as twin, own_randomness(cpu, 0):
         groups = setup.step(twin).optimizer.param_groups
-        trained: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
-        size = sum(parameter.numel() * parameter.element_size() for parameter in trained)
-        return Communication(size, len(trained), processes, f"{type(twin).__name__}, {setup.describe()}")
+    trained: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
+    gradients = sum(parameter.nbytes for parameter in trained)
+    reduced = gradients + torch.float64.itemsize * (1 + len(trained))
+    sent = 2 * (processes - 1) / processes * reduced
+    return Communication(gradients, reduced, sent, processes, f"{type(twin).__name__}, {setup.describe()}")

@@ -24,8 +24,7 @@ from lora_lab.costs.fake import (
     unshare_trainable,
 )
 from lora_lab.costs.flops import size_of
-from lora_lab.costs.setup import Setup, as_setup
-from lora_lab.costs.trace import output_width
+from lora_lab.costs.setup import Setup, as_setup, output_width
 from lora_lab.methods import Method
 from lora_lab.system.device import own_randomness
 from lora_lab.system.process import BusyCores
@@ -99,16 +98,14 @@ class Times:
         if interval is None:
             return f"inconclusive after {count_noun(len(self.ratios(name)), 'round')}; take 6 or more"
         low, high = interval
-        between = f"{low:.2f} to {high:.2f} of {first}'s time"
-        if self.disturbance:
-            return f"inconclusive on a busy machine: {between}"
-        if high < 1:
-            return f"faster: {between}"
-        if low > 1:
-            return f"slower: {between}"
-        if high - low > _TOO_WIDE:
-            return f"inconclusive, because the times vary too much: {between}"
-        return f"no significant difference: {between}"
+        reasons = {
+            "inconclusive on a busy machine": bool(self.disturbance),
+            "faster": high < 1,
+            "slower": low > 1,
+            "inconclusive, because the times vary too much": high - low > _TOO_WIDE,
+        }
+        found = next((words for words, holds in reasons.items() if holds), "no significant difference")
+        return f"{found}: {low:.2f} to {high:.2f} of {first}'s time"
 
     def to_dict(self) -> dict[str, Any]:
         """Return one entry a variant and what holds for all of them, in values of JSON."""

@@ -3,7 +3,6 @@
 lessons     what the notebooks show: predictions, tables, claims, pictures with sliders
 exercise    what an exercise is, and all of them by name
 exercises/  the exercises, one file for each lesson: inputs, wrong answers, properties, hints
-values      equal up to rounding, and what differs
 judge       right, a known mistake, or what else is wrong, without a trace of the code that is judged
 learner     check, hint, progress: what is shown, and what is remembered
 figures     what one lesson draws; all other figures are in lora_lab.plots
@@ -15,6 +14,6 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    ["copies", "exercise", "exercises", "figures", "judge", "learner", "lessons", "values"],
+    ["copies", "exercise", "exercises", "figures", "judge", "learner", "lessons"],
     {"learner": ["check", "hint", "progress"]},
 )

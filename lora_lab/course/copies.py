@@ -13,15 +13,14 @@ Without such lines the solution becomes ``raise NotImplementedError("your code h
 
 from __future__ import annotations
 
-import ast
 import copy
 import filecmp
 import hashlib
+import itertools
 import os
 import re
 import shutil
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
@@ -29,14 +28,7 @@ from nbformat import NotebookNode
 from typing_extensions import TypedDict
 
 from lora_lab.course.learner import MANIFEST
-from lora_lab.system.files import (
-    as_path,
-    atomic_file,
-    atomic_files,
-    atomic_folder,
-    read_json,
-    write_json,
-)
+from lora_lab.system.files import as_path, atomic_file, atomic_files, atomic_folder, read_json, write_json
 from lora_lab.system.provenance import shipped_folder
 from lora_lab.system.schema import check
 from lora_lab.system.wording import count_noun
@@ -47,6 +39,7 @@ SOLUTION = re.compile(
     rf"^(?P<indent> *){BEGIN}\n(?P<lines>.*?)^ *{END}\n(?P<stub>(?: *{STUB}[^\n]*\n)*)", re.DOTALL | re.MULTILINE
 )
 NOTEBOOK_METADATA, CELL_METADATA = ("kernelspec", "language_info"), ("jupyter", "tags")  # what the learner gets of it
+BESIDE = "Newer than the lesson that you have changed, so written beside it"
 RAISE = 'raise NotImplementedError("your code here")'
 
 
@@ -63,15 +56,14 @@ def student(notebook: NotebookNode) -> NotebookNode:
     that the learner does not need, such as the state of sliders.
 
     Raises:
-        ValueError: markers do not come in pairs or stand outside code, or a stub is not Python or would stop the
-            notebook, because it raises outside a function.
+        ValueError: markers do not come in pairs or stand outside code.
     """
     result = copy.deepcopy(notebook)
     _reduce(result.metadata, NOTEBOOK_METADATA)
     for number, cell in enumerate(result.cells, start=1):
         _reduce(cell.metadata, CELL_METADATA)
         if cell.cell_type == "code":
-            cell.source = _strip_solutions(cell.source, f"Cell {number}")
+            cell.source = SOLUTION.sub(_stub, f"{cell.source}\n").removesuffix("\n")
             cell.outputs, cell.execution_count = [], None
         if BEGIN in cell.source or END in cell.source:
             raise ValueError(f"Cell {number} has {BEGIN!r} or {END!r} without the other or outside code; mend it.")
@@ -83,49 +75,9 @@ def _reduce(metadata: NotebookNode, names: Sequence[str]) -> None:
         del metadata[name]
 
 
-def _strip_solutions(source: str, where: str) -> str:
-    """Return the code of a cell with stubs in place of its solutions."""
-
-    def stub_of(solution: re.Match[str]) -> str:
-        if BEGIN in solution["lines"]:
-            return solution[0]
-        return solution["stub"].replace(STUB, "") or f"{solution['indent']}{RAISE}\n"
-
-    stub = SOLUTION.sub(stub_of, f"{source}\n").removesuffix("\n")
-    if stub == source:
-        return source
-    try:
-        tree = ast.parse(stub)
-    except SyntaxError as error:
-        raise ValueError(f"{where} is not Python without its solution ({error}); mend the stub.") from None
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    inside = {node for function in functions for node in ast.walk(function)}
-    if any(isinstance(node, ast.Raise) and node not in inside for node in ast.walk(tree)):
-        raise ValueError(
-            f"{where} would stop the notebook, because its solution is not in a function; move it into one."
-        )
-    return stub
-
-
-@dataclass(frozen=True)
-class Copied:
-    """What :func:`copy_lessons` did.
-
-    Attributes:
-        written: names of the lessons that are new in the folder, or newer.
-        beside: names of files with a newer lesson, beside one that the learner has changed.
-        unchanged: number of lessons that stay as they are.
-    """
-
-    written: tuple[str, ...]
-    beside: tuple[str, ...]
-    unchanged: int
-
-    def __str__(self) -> str:
-        lines = [f"Written: {name}" for name in self.written]
-        lines += [f"Newer than the lesson that you have changed, so written beside it: {name}" for name in self.beside]
-        lines += [f"Already there: {count_noun(self.unchanged, 'lesson')}"] if self.unchanged else []
-        return "\n".join(lines)
+def _stub(solution: re.Match[str]) -> str:
+    """Return what the learner starts from in place of a solution."""
+    return solution["stub"].replace(STUB, "") or f"{solution['indent']}{RAISE}\n"
 
 
 def choose_lessons(only: Sequence[str] = ()) -> list[Path]:
@@ -145,7 +97,7 @@ def choose_lessons(only: Sequence[str] = ()) -> list[Path]:
     return [lesson for lesson in lessons if not only or lesson.stem.startswith(tuple(only))]
 
 
-def copy_lessons(folder: str | Path, solved: bool = False, only: Sequence[str] = ()) -> Copied:
+def copy_lessons(folder: str | Path, solved: bool = False, only: Sequence[str] = ()) -> list[str]:
     """Copy lessons into a folder, without ever overwriting a file that was changed since it was written.
 
     A lesson that was not changed is replaced by a newer version. If it was changed, the newer version is written once
@@ -156,6 +108,9 @@ def copy_lessons(folder: str | Path, solved: bool = False, only: Sequence[str] =
         folder: is made if it does not exist.
         solved: with the solutions and all outputs.
         only: beginnings of lessons' names, such as "03"; all lessons by default.
+
+    Returns:
+        What was done, in lines to print.
 
     Raises:
         ValueError: the folder is a file or a course to grade, or has the other version, solved or not; a lesson is
@@ -173,8 +128,7 @@ def copy_lessons(folder: str | Path, solved: bool = False, only: Sequence[str] =
         there, here = ("without", "with") if solved else ("with", "without")
         raise ValueError(f"{folder} has the lessons {there} solutions; name another folder for those {here} solutions.")
     hashes, versions = before["written"], before["versions"]
-    written: list[str] = []
-    beside: list[str] = []
+    done: list[str] = []
     lessons = choose_lessons(only)
     there = {lesson.name for lesson in lessons} | {path.name for path in folder.glob("*.ipynb")}
     missing = {lesson.name for lesson in choose_lessons()} - there
@@ -188,10 +142,11 @@ def copy_lessons(folder: str | Path, solved: bool = False, only: Sequence[str] =
                 name = lesson.name if untouched else _free_name(folder, lesson.stem, digest, hashes)
                 if _digest(folder / name) != digest:
                     (temporary / name).write_bytes(content)
-                    (written if untouched else beside).append(name)
+                    done.append(f"{'Written' if untouched else BESIDE}: {name}")
                 hashes[name], versions[lesson.name] = digest, version
         write_json(temporary / MANIFEST, {"solved": solved, "written": hashes, "versions": versions})
-    return Copied(tuple(written), tuple(beside), len(lessons) - len(written) - len(beside))
+    unchanged = len(lessons) - len(done)
+    return done + [f"Already there: {count_noun(unchanged, 'lesson')}"] * (unchanged > 0)
 
 
 def _strip_links(notebook: bytes, missing: Collection[str]) -> bytes:
@@ -201,26 +156,6 @@ def _strip_links(notebook: bytes, missing: Collection[str]) -> bytes:
         return link[1] if link[2] in missing else link[0]
 
     return re.sub(r"\[([^\[\]]*)\]\((\w+\.ipynb)\)", replaced, notebook.decode()).encode()
-
-
-@dataclass(frozen=True)
-class Added:
-    """What :func:`add_files` did.
-
-    Attributes:
-        copied: names of files and folders that were copied.
-        differing: names of those that were there already, with other content.
-    """
-
-    copied: tuple[str, ...]
-    differing: tuple[str, ...]
-
-    def __str__(self) -> str:
-        lines = [f"Added: {name}" for name in self.copied]
-        lines += [
-            f"Kept, though yours is different now; delete it there to copy yours: {name}" for name in self.differing
-        ]
-        return "\n".join(lines)
 
 
 def check_files(paths: Sequence[str | Path]) -> None:
@@ -242,19 +177,23 @@ def check_files(paths: Sequence[str | Path]) -> None:
                 )
 
 
-def add_files(folder: str | Path, paths: Sequence[str | Path]) -> Added:
+def add_files(folder: str | Path, paths: Sequence[str | Path]) -> list[str]:
     """Copy files and folders of a class, such as its data or a model, to the lessons; what is there already stays.
+
+    Returns:
+        What was done, in lines to print.
 
     Raises:
         OSError: one of them does not exist, or the folder cannot be written to.
         ValueError: as for :func:`check_files`.
     """
     check_files(paths)
-    copied, differing = [], []
+    done = []
     for path in map(Path, paths):
         target = Path(folder) / path.resolve().name
         if target.exists():
-            differing += [] if _is_same(path, target) else [target.name]
+            if not _is_same(path, target):
+                done.append(f"Kept, though yours is different now; delete it there to copy yours: {target.name}")
             continue
         if path.is_dir():
             with atomic_folder(target) as temporary:
@@ -262,8 +201,8 @@ def add_files(folder: str | Path, paths: Sequence[str | Path]) -> Added:
         else:
             with atomic_file(target) as temporary:
                 shutil.copyfile(path, temporary)
-        copied.append(target.name)
-    return Added(tuple(copied), tuple(differing))
+        done.append(f"Added: {target.name}")
+    return done
 
 
 def _is_same(one: Path, other: Path) -> bool:
@@ -294,12 +233,8 @@ def _student_bytes(lesson: Path) -> bytes:
 
 def _free_name(folder: Path, stem: str, digest: str, hashes: dict[str, str]) -> str:
     """The first of NAME.new.ipynb, NAME.new2.ipynb, ... that is not there or was not changed."""
-    number = 1
-    while True:
-        name = f"{stem}.new{number if number > 1 else ''}.ipynb"
-        if _digest(folder / name) in (None, digest, hashes.get(name)):
-            return name
-        number += 1
+    names = (f"{stem}.new{number if number > 1 else ''}.ipynb" for number in itertools.count(1))
+    return next(name for name in names if _digest(folder / name) in (None, digest, hashes.get(name)))
 
 
 def _digest(path: Path) -> str | None:

@@ -5,11 +5,9 @@ The solution stands in its lesson, between ``### BEGIN SOLUTION`` and ``### END 
 
     exercise = Exercise(
         "gradient",
-        "01_low_rank",
         inputs=errors_and_inputs,
         wrong={"Sum over the tokens; you divided by their number.": ("delta.T @ z", "delta.T @ z / len(z)")},
         hints=["For one token the gradient is an outer product."],
-        minutes=8,
         praise="Each token adds one direction.",
     )
 
@@ -28,6 +26,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +39,7 @@ import torch
 from lora_lab.system.provenance import shipped_folder
 
 Edit = str | tuple[str, ...]
+TIME = re.compile(r"\*\*(?:Core|Deeper|Project)\*\*, about (\d+) minutes\.")  # stands in the text of each exercise
 Holds = TypeVar("Holds", bound=Callable[..., Any])
 EXERCISES: dict[str, Exercise] = {}  # by name, in the order of the lessons
 REFLECTIONS: dict[str, Reflection] = {}  # by the lesson's name
@@ -83,12 +83,33 @@ def answers(cells: Sequence[Mapping[str, Any]]) -> Iterator[Answer]:
                 raise ValueError(f"Cell {number + 1} has a solution: let its last line be check(name, function).")
 
 
+class Stated(NamedTuple):
+    """What its lesson says of an exercise.
+
+    Attributes:
+        lesson: its file name without suffix, such as "03_lora_from_scratch".
+        function: the name of the function or class that is checked.
+        source: the solution, without comments.
+        minutes: a guess of the time that a learner needs.
+    """
+
+    lesson: str
+    function: str
+    source: str
+    minutes: int
+
+
 @cache
-def _solutions(lesson: str) -> dict[str, tuple[str, str]]:
-    """For each exercise of a lesson the name of its function or class, and the source without comments."""
-    cells = json.loads((shipped_folder("notebooks") / f"{lesson}.ipynb").read_text(encoding="utf-8"))["cells"]
-    trees = {each: ast.parse("".join(cells[each.cell]["source"])).body[:-1] for each in answers(cells)}
-    return {each.exercise: (each.function, ast.unparse(ast.Module(tree, []))) for each, tree in trees.items()}
+def _stated() -> dict[str, Stated]:
+    """What the lessons say of all exercises, by the exercises' names."""
+    exercises = {}
+    for path in shipped_folder("notebooks").glob("[0-9]*.ipynb"):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        for each in answers(cells):
+            source = ast.unparse(ast.Module(ast.parse("".join(cells[each.cell]["source"])).body[:-1], []))
+            text = "".join("".join(cell["source"]) for cell in cells[: each.cell] if cell["cell_type"] == "markdown")
+            exercises[each.exercise] = Stated(path.stem, each.function, source, int(TIME.findall(text)[-1]))
+    return exercises
 
 
 @dataclass(frozen=True)
@@ -113,32 +134,22 @@ class Exercise:
 
     Args:
         name: unique; the learner writes ``check(name, answer)``.
-        lesson: the file name of its lesson without suffix, such as "03_lora_from_scratch".
         hints: shown one at a time; the last may say almost all.
-        minutes: a guess of the time that a learner needs.
         praise: one line after success: why it matters.
-        difficulty: 1 core, 2 deeper, 3 project.
         inputs: takes a numpy Generator and returns fresh arguments, a tuple. Small arrays, never rank 1, alpha = rank,
             square or symmetric, so that mistakes do not coincide. None: the properties decide.
         wrong: sentence -> an edit, as in :meth:`answer`, or a list of edits. An answer that agrees with one on all
             inputs gets the sentence, which says what broke, and the likely mistake, in at most 160 characters.
         draws: number of fresh inputs for one check; without inputs, of trials of each property.
-        rtol, atol: tolerance relative to the largest entry of the expected array, and absolute tolerance. Integers,
-            booleans and strings are compared exactly.
         uses: names of exercises whose solutions this one calls.
     """
 
     name: str
-    lesson: str
     hints: Sequence[str]
-    minutes: int
     praise: str
-    difficulty: int = 1
     inputs: Callable[[np.random.Generator], tuple[Any, ...]] | None = None
     wrong: Mapping[str, Edit | list[Edit]] = field(default_factory=dict)
     draws: int = 6
-    rtol: float = 1e-5
-    atol: float = 1e-9
     uses: Sequence[str] = ()
     properties: list[Property] = field(default_factory=list)
 
@@ -155,14 +166,9 @@ class Exercise:
         return register
 
     @property
-    def function(self) -> str:
-        """The name of the function or class that is checked."""
-        return _solutions(self.lesson)[self.name][0]
-
-    @property
-    def source(self) -> str:
-        """The solution, without comments."""
-        return _solutions(self.lesson)[self.name][1]
+    def stated(self) -> Stated:
+        """What its lesson says of it."""
+        return _stated()[self.name]
 
     @cached_property
     def solution(self) -> Any:
@@ -178,7 +184,7 @@ class Exercise:
         Raises:
             ValueError: an old text is not in the solution.
         """
-        source = self.source
+        source = self.stated.source
         if isinstance(edit, str):
             source = f"{source.splitlines()[0]}\n{textwrap.indent(textwrap.dedent(edit), '    ')}"
         else:
@@ -187,9 +193,9 @@ class Exercise:
                     raise ValueError(f"{old!r} is not in the solution of {self.name!r}, which is:\n{source}")
                 source = source.replace(old, new)
         names = dict(self.properties[0].holds.__globals__)  # the imports and helpers of the lesson's file
-        names |= {EXERCISES[name].function: EXERCISES[name].solution for name in self.uses}
+        names |= {EXERCISES[name].stated.function: EXERCISES[name].solution for name in self.uses}
         exec(compile(source, f"<{self.name}>", "exec"), names)
-        return names[self.function]
+        return names[self.stated.function]
 
     @cached_property
     def mistakes(self) -> list[tuple[Any, str]]:

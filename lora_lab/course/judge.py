@@ -1,6 +1,8 @@
 """Is an answer right? If it is not: a known mistake, or the first of some general findings, in one or two sentences.
 
 A learner's code leaves no trace: arguments are copied, output is captured, errors are values, and time is limited.
+What answers return are numbers, booleans, strings, None, arrays, tensors, and tuples, lists and dicts of them. They are
+compared up to rounding; a tensor may equal an array, and a list a tuple.
 """
 
 from __future__ import annotations
@@ -12,12 +14,13 @@ import inspect
 import io
 import linecache
 import random
+import reprlib
 import signal
 import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, TypeVar
@@ -26,13 +29,18 @@ import numpy as np
 import torch
 
 from lora_lab.course.exercise import Exercise
-from lora_lab.course.values import SHOWN, as_array, difference, factor, same, short_text, size
 
 Value = TypeVar("Value")
 SECONDS = 2.0  # for one check
 HOLE = "____"  # stands in a stub where the learner is to write
 NOT_STARTED = "Not started yet. Write your code, run the cell again, and it is checked."
 REPEAT = 0.02  # seconds until the alarm rings again, in case the code has caught the exception
+TOLERANCE = 1e-4  # of floats, as in grading
+SHOWN = 12  # arrays with more entries are described by their shape
+_MATCHING_KINDS = {"b": "b", "i": "iu", "u": "iu", "f": "iuf", "c": "iufc"}  # kinds of numpy's dtypes
+_KIND_NAMES = {"b": "True or False", "i": "whole numbers", "u": "whole numbers", "f": "floats", "c": "complex numbers"}
+_TYPE_NAMES = {"str": "a string", "NoneType": "None", "type": "a class"}
+_TYPE_NAMES |= {name: f"a {name}" for name in ("list", "tuple", "dict", "set")}
 
 
 # A call
@@ -84,7 +92,7 @@ def call(function: Callable[..., Any], arguments: Sequence[Any], names: Sequence
 
 def _differs(after: Any, before: Any) -> bool:
     """Whether an argument was changed; False for objects that do not even equal a copy of themselves."""
-    return not same(after, before, 0.0, 0.0) and same(copy.deepcopy(before), before, 0.0, 0.0)
+    return not same(after, before, 0.0) and same(copy.deepcopy(before), before, 0.0)
 
 
 def limited(function: Callable[[], Value], seconds: float) -> Value:
@@ -200,15 +208,15 @@ def _by_inputs(exercise: Exercise, answer: Callable[..., Any], rng: np.random.Ge
     if any(each.value is ... or _is_stub(each.error, answer) for each in outcomes):
         return Verdict(None, NOT_STARTED)
     pairs = list(zip(outcomes, expected, strict=True))
-    wrong = [number for number, (outcome, right) in enumerate(pairs) if not _agrees(outcome, right, exercise)]
-    changed = sorted({name for outcome, right in pairs for name in outcome.changed - right.changed})
+    wrong = [number for number, (outcome, right) in enumerate(pairs) if not _agrees(outcome, right)]
+    changed = sorted({name for outcome in outcomes for name in outcome.changed})
     if not wrong and not changed:
         return None
 
     def known_mistake() -> str | None:
         for mistake, sentence in exercise.mistakes:
             both = zip(outcomes, cases, strict=True)
-            if all(_agrees(outcome, call(mistake, case, names), exercise) for outcome, case in both):
+            if all(_agrees(outcome, call(mistake, case, names)) for outcome, case in both):
                 return sentence
         return None
 
@@ -257,13 +265,11 @@ def _warm_up(exercise: Exercise) -> None:
         each.holds(exercise.solution, np.random.default_rng())
 
 
-def _agrees(outcome: Called, reference: Called, exercise: Exercise) -> bool:
-    """Return whether a call did what another did; it may have changed further arguments."""
-    if not reference.changed <= outcome.changed:
-        return False
+def _agrees(outcome: Called, reference: Called) -> bool:
+    """Return whether a call returned or raised what another did."""
     if outcome.error is not None or reference.error is not None:
         return type(outcome.error) is type(reference.error) and str(outcome.error) == str(reference.error)
-    return same(outcome.value, reference.value, exercise.rtol, exercise.atol)
+    return same(outcome.value, reference.value)
 
 
 Pairs = Sequence[tuple[Called, Called]]  # what the answer did, and what the solution did
@@ -342,3 +348,139 @@ def _example(names: Sequence[str], case: Sequence[Any], outcome: Called, right: 
     indent = "\n" + " " * (width + 3)
     rows = zip(labels, [*case, *results], strict=True)
     return "\n".join(f"{label:<{width}} = {short_text(value)}".replace("\n", indent) for label, value in rows)
+
+
+# Values
+
+
+def as_array(value: Any) -> np.ndarray | None:
+    """Return a number, array or tensor as an array; None for everything else."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        array = value.float().numpy() if value.dtype in (torch.bfloat16, torch.float16) else value.numpy()
+    elif isinstance(value, np.ndarray | np.generic | bool | int | float | complex):
+        array = np.asarray(value)
+    else:
+        return None
+    return array if array.dtype.kind in _MATCHING_KINDS else None
+
+
+def same(value: Any, expected: Any, rtol: float = TOLERANCE) -> bool:
+    """Return whether a value equals another; floats up to a tolerance, relative to the largest that is expected."""
+    try:
+        return _same(value, expected, rtol)
+    except Exception:  # the comparison of objects that a learner made
+        return False
+
+
+def _same(value: Any, expected: Any, rtol: float) -> bool:
+    array, reference = as_array(value), as_array(expected)
+    if array is not None and reference is not None:
+        if array.shape != reference.shape or array.dtype.kind not in _MATCHING_KINDS[reference.dtype.kind]:
+            return False
+        if (array == reference).all() or reference.dtype.kind in "biu":
+            return bool((array == reference).all())
+        scale = np.max(np.abs(reference), initial=1e-6, where=np.isfinite(reference))
+        return np.allclose(array, reference, rtol=0.0, atol=rtol * scale, equal_nan=True)
+    if isinstance(expected, Mapping):
+        keys = isinstance(value, Mapping) and value.keys() == expected.keys()
+        return keys and all(_same(value[key], expected[key], rtol) for key in expected)
+    if isinstance(expected, list | tuple):
+        length = isinstance(value, list | tuple) and len(value) == len(expected)
+        return length and all(_same(*pair, rtol) for pair in zip(value, expected, strict=True))
+    return type(value) is type(expected) and bool(value == expected)
+
+
+def difference(value: Any, expected: Any, subject: str = "The result") -> str | None:
+    """Return a sentence about a difference of type, shape, kind of number or NaN; None if there is none of these.
+
+    Args:
+        subject: what the value is, at the beginning of the sentence.
+    """
+    if value is None:
+        return None if expected is None else f"{subject} is None. Is the return missing?"
+    array, reference = as_array(value), as_array(expected)
+    if array is not None and reference is not None:
+        return _difference_of_arrays(array, reference, subject)
+    kinds = next((each for each in (list | tuple, Mapping) if isinstance(expected, each)), type(expected))
+    if reference is not None or not isinstance(value, kinds):
+        return f"{subject} is {_type_of(value)}, but it should be {_type_of(expected)}."
+    parts: list[tuple[Any, Any, str]] = []
+    if isinstance(expected, Mapping):
+        if missing := [key for key in expected if key not in value]:
+            return f"{subject} lacks the key {missing[0]!r}."
+        if extra := [key for key in value if key not in expected]:
+            return f"{subject} has the key {reprlib.repr(extra[0])}, which should not be there."
+        parts = [(value[key], expected[key], f"The entry {key!r}") for key in expected]
+    elif isinstance(expected, list | tuple):
+        if len(value) != len(expected):
+            return f"{subject} has {len(value)} items, but it should have {len(expected)}."
+        parts = [(value[i], expected[i], f"Item {i} of the result") for i in range(len(expected))]
+    return next(filter(None, (difference(*part) for part in parts)), None)
+
+
+def _difference_of_arrays(array: np.ndarray, reference: np.ndarray, subject: str) -> str | None:
+    if array.shape != reference.shape:
+        if array.ndim == 2 and array.shape == reference.shape[::-1]:
+            return f"{subject} is transposed: its shape is {array.shape}, but it should be {reference.shape}."
+        if reference.shape and array.shape:
+            return f"{subject} has the shape {array.shape}, but it should have {reference.shape}."
+        one, other = (f"an array of shape {each.shape}" if each.shape else "a number" for each in (array, reference))
+        return f"{subject} is {one}, but it should be {other}."
+    kind = reference.dtype.kind
+    if array.dtype.kind not in _MATCHING_KINDS[kind]:
+        return f"{subject} consists of {_KIND_NAMES[array.dtype.kind]}, but {_KIND_NAMES[kind]} are expected."
+    if not np.isfinite(array).all() and np.isfinite(reference).all():
+        return f"{subject} holds {'NaN' if np.isnan(array).any() else 'infinity'}."
+    return None
+
+
+def factor(value: Any, expected: Any) -> float | None:
+    """Return the number c, not 1, for which a value is c times another, up to rounding; None if there is none."""
+    array, reference = as_array(value), as_array(expected)
+    if array is None or reference is None or array.shape != reference.shape:
+        return None
+    if "b" in (array.dtype.kind, reference.dtype.kind):
+        return None
+    array, reference = array.astype(float), reference.astype(float)
+    square = float(np.vdot(reference, reference))
+    if square == 0.0 or not np.isfinite(array).all():
+        return None
+    ratio = float(np.vdot(reference, array)) / square
+    return ratio if abs(ratio - 1) > 1e-4 and abs(ratio) > 1e-9 and same(array, ratio * reference) else None
+
+
+def size(value: Any) -> int:
+    """Return how many numbers or other single items a value holds."""
+    array = as_array(value)
+    if array is not None:
+        return array.size
+    items = value.values() if isinstance(value, Mapping) else value
+    return sum(map(size, items)) if isinstance(value, Mapping | list | tuple | set) else 1
+
+
+def short_text(value: Any) -> str:
+    """Return a value as a short text with rounded numbers; large arrays by their shape."""
+    array = as_array(value)
+    if array is not None and array.size > SHOWN:
+        return f"an array of shape {array.shape}"
+    if array is not None and array.ndim:
+        return np.array2string(array, precision=3, suppress_small=True, max_line_width=80)
+    if array is not None:
+        return f"{array.item():.4g}" if array.dtype.kind == "f" else str(array.item())
+    if isinstance(value, list | tuple) and len(value) <= SHOWN:
+        inner = ", ".join(map(short_text, value))
+        return f"[{inner}]" if isinstance(value, list) else f"({inner})"
+    if isinstance(value, Mapping) and len(value) <= SHOWN:
+        return "{" + ", ".join(f"{key!r}: {short_text(entry)}" for key, entry in value.items()) + "}"
+    return reprlib.repr(value)
+
+
+def _type_of(value: Any) -> str:
+    array = as_array(value)
+    if array is None:
+        name = type(value).__name__
+        return _TYPE_NAMES.get(name, f"of type {name}")
+    if array.ndim:
+        return f"an array of shape {array.shape}"
+    return {"b": "True or False", "i": "a whole number", "u": "a whole number"}.get(array.dtype.kind, "a number")

@@ -9,13 +9,11 @@ from __future__ import annotations
 import difflib
 import html
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from IPython.display import display
-from typing_extensions import TypedDict
 
 import lora_lab.course.exercises  # noqa: F401  # registers them
 from lora_lab.course.exercise import EXERCISES, Exercise
@@ -26,18 +24,12 @@ from lora_lab.system.files import read_json, write_json
 MANIFEST = ".lora_lab_course.json"  # a folder with this file is a learner's copy of the lessons
 PROGRESS = "progress.json"
 LINES, LINE = 10, 100  # of what an answer printed: as many lines are shown, of as many characters
-HEADS = ("lesson", "exercise", "state", "minutes")
 GREEN, AMBER, GREY = "#009e73", "#e69f00", "#999999"
+State = Literal["done", "tried"]
 _ICONS = {GREEN: "✓", AMBER: "✗", GREY: "○"}
 
 
-class _Progress(TypedDict):
-    done: list[str]
-    tried: list[str]
-
-
-_passed: set[str] = set()
-_tried: set[str] = set()
+_states: dict[str, str] = {}  # of the exercises that this kernel has checked
 _hints_shown: dict[str, int] = {}
 
 
@@ -60,7 +52,7 @@ class Box:
     colour: str = GREY
 
     def __repr__(self) -> str:
-        lines = [f"{_ICONS[self.colour]} {self.title} {self.text}", self.example, self.footer]
+        lines = [f"{_ICONS[self.colour]} {self.title} {self.text}".rstrip(), self.example, self.footer]
         return "\n".join(filter(None, lines))
 
     def _repr_html_(self) -> str:
@@ -98,12 +90,12 @@ def check(name: str, answer: Any) -> Passed:
         return Passed(False)
     verdict = judge(exercise, answer)
     if verdict.passed:
-        _passed.add(name)
+        _states[name] = "done"
         display(Box("Correct.", verdict.text, footer=_remember(), colour=GREEN))
     elif verdict.passed is None:
         display(Box("Open.", verdict.text, footer=_about_hints(exercise)))
     else:
-        _tried.add(name)
+        _states.setdefault(name, "tried")
         printed = verdict.printed.strip().splitlines()
         shown = [line[:LINE] for line in printed[:LINES]] + ["..."] * (len(printed) > LINES)
         said = "\n".join(["It printed:", *shown]) if printed else ""
@@ -132,40 +124,20 @@ def progress(lesson: str = "") -> None:
     Args:
         lesson: the beginning of a lesson's name, such as "03"; all lessons by default.
     """
-    done, tried, damaged = _recall()
+    states, damaged = _recall()
     if damaged:
         display(Box("Damaged.", damaged, colour=AMBER))
-    display(Map([each for each in EXERCISES.values() if each.lesson.startswith(lesson)], done, tried))
-
-
-class Map:
-    """A table of exercises with their state."""
-
-    def __init__(self, exercises: Sequence[Exercise], done: set[str], tried: set[str]) -> None:
-        self.rows: list[tuple[str, ...]] = [HEADS]
-        for each in sorted(exercises, key=lambda exercise: exercise.lesson):  # stable: in a lesson, in its order
-            state = "✓ done" if each.name in done else "✗ tried" if each.name in tried else "○ open"
-            self.rows.append((each.lesson, each.name, state, str(each.minutes)))
-        minutes = sum(each.minutes for each in exercises if each.name not in done)
-        count = sum(each.name in done for each in exercises)
-        self.summary = f"{count} of {len(exercises)} exercises done"
-        self.summary += f"; the others take about {minutes} minutes." if minutes else "."
-
-    def __repr__(self) -> str:
-        widths = [max(map(len, column)) for column in zip(*self.rows, strict=True)]
-        lines = ["  ".join(map(str.ljust, row, widths)) for row in self.rows]
-        return "\n".join([self.summary, *(line.rstrip() for line in lines)])
-
-    def _repr_html_(self) -> str:
-        colours = {"✓": GREEN, "✗": AMBER, "○": GREY}
-        left = "text-align: left"
-        rows = "".join(
-            f'<tr><td style="{left}">{lesson}</td><td style="{left}"><code>{name}</code></td>'
-            f'<td style="{left}; border-left: 4px solid {colours[state[0]]}">{state}</td><td>{minutes}</td></tr>'
-            for lesson, name, state, minutes in self.rows[1:]
-        )
-        heads = "".join(f'<th style="{left}">{head}</th>' for head in HEADS)
-        return f"<p><b>{self.summary}</b></p><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+    chosen = [each for each in EXERCISES.values() if each.stated.lesson.startswith(lesson)]
+    rows = [("lesson", "exercise", "state", "minutes")]
+    for each in chosen:
+        state = {"done": "✓ done", "tried": "✗ tried"}.get(states.get(each.name, ""), "○ open")
+        rows.append((each.stated.lesson, each.name, state, str(each.stated.minutes)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    minutes = [each.stated.minutes for each in chosen if states.get(each.name) != "done"]
+    title = f"{len(chosen) - len(minutes)} of {len(chosen)} exercises done."
+    rest = f"The others take about {sum(minutes)} minutes." if minutes else ""
+    display(Box(title, rest, table, colour=GREY if minutes else GREEN))
 
 
 def _look_up(name: Any) -> Exercise | None:
@@ -186,23 +158,22 @@ def _about_hints(exercise: Exercise) -> str:
     return f'hint("{exercise.name}") gives {which}.'
 
 
-def _recall() -> tuple[set[str], set[str], str]:
-    """Names of the exercises that are done, and of those that were tried, in this kernel or before.
+def _recall() -> tuple[dict[str, str], str]:
+    """What became of each exercise that was checked, in this kernel or before.
 
-    The third value is empty, or a sentence that says that ``progress.json`` was damaged and has been moved aside.
+    The second value is empty, or a sentence that says that ``progress.json`` was damaged and has been moved aside.
     """
-    done, tried, damaged = set(_passed), set(_tried), ""
+    stored: dict[str, str] = {}
+    damaged = ""
     if Path(MANIFEST).is_file():
         try:
-            stored = read_json(PROGRESS)
-            schema.check(stored, _Progress)
-            done |= set(stored["done"])
-            tried |= set(stored["tried"])
+            stored = schema.check(read_json(PROGRESS), dict[str, State])
         except FileNotFoundError:
             pass  # there is none yet
         except (OSError, ValueError):
             damaged = _move_aside()
-    return done, tried, damaged
+    done = {name: state for name, state in stored.items() if state == "done"}
+    return stored | _states | done, damaged  # what is done stays done
 
 
 def _move_aside() -> str:
@@ -221,11 +192,11 @@ def _remember() -> str:
     """Save which exercises are done and tried, in a learner's folder; a sentence if that fails or one was damaged."""
     if not Path(MANIFEST).is_file():
         return ""
-    done, tried, damaged = _recall()
+    states, damaged = _recall()
     if damaged and Path(PROGRESS).exists():
         return damaged
     try:
-        write_json(PROGRESS, {"done": sorted(done), "tried": sorted(tried)})
+        write_json(PROGRESS, states)
     except OSError as error:
         return f"{PROGRESS} could not be written ({error.strerror}), so this is remembered until the kernel stops."
     return damaged

@@ -21,7 +21,6 @@ import secrets
 import types
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +94,6 @@ def sheet(lesson: NotebookNode, name: str, seed: int) -> NotebookNode:
         lesson: with the solutions.
         name: the file name of the lesson without suffix.
         seed: of the hidden tests' inputs.
-
-    Raises:
-        ValueError: an exercise has no heading.
     """
     solved = list(answers(lesson.cells))
     title = lesson.cells[0].source.splitlines()[0].removeprefix("# ")
@@ -134,8 +130,6 @@ def _section(cells: Sequence[NotebookNode]) -> str:
 def _exercise_text(cells: Sequence[NotebookNode], exercise: str, origin: str) -> Iterator[NotebookNode]:
     """From the heading of an exercise on: the text, with its origin, and code that only defines functions."""
     starts = [number for number, cell in enumerate(cells) if f"\n{HEADING}" in f"\n{cell.source}"]
-    if not starts:
-        raise ValueError(f"There is no heading {HEADING!r} before the exercise {exercise!r}; add it to its text.")
     for number, cell in enumerate(cells[starts[-1] :]):
         source = cell.source if number else cell.source[f"\n{cell.source}".rindex(f"\n{HEADING}") :]
         if cell.cell_type == "markdown":
@@ -220,9 +214,9 @@ def hidden_cell(exercise: str, seed: int) -> str:
     texts: dict[str, str] = {}
     for function in [close, *each.points, points]:
         _collect(function.__name__, function, texts)
-    given = [EXERCISES[name].source for name in each.uses]  # a mistake in these costs nothing here
+    given = [EXERCISES[name].stated.source for name in each.uses]  # a mistake in these costs nothing here
     names = ", ".join(test.__name__ for test in each.points)
-    parts = [PREAMBLE, *given, *texts.values(), f"points({each.function}, [{names}], {seed})"]
+    parts = [PREAMBLE, *given, *texts.values(), f"points({each.stated.function}, [{names}], {seed})"]
     return "\n\n\n".join(parts)
 
 
@@ -256,26 +250,7 @@ def _globals(code: types.CodeType) -> Iterator[str]:
 # The course
 
 
-@dataclass(frozen=True)
-class Written:
-    """What :func:`write_course` did.
-
-    Attributes:
-        folder: of the course.
-        written, there: names of the sheets that are new, and of those that were there already.
-    """
-
-    folder: Path
-    written: tuple[str, ...]
-    there: tuple[str, ...]
-
-    def __str__(self) -> str:
-        lines = [f"Written: {self.folder / 'source' / name / name}.ipynb" for name in self.written]
-        lines += [f"Already there, so left as it is: {name}" for name in self.there]
-        return "\n".join(lines)
-
-
-def write_course(folder: str | Path, only: Sequence[str] = (), seed: int | None = None) -> Written:
+def write_course(folder: str | Path, only: Sequence[str] = (), seed: int | None = None) -> list[str]:
     """Write a course of nbgrader: a sheet for each lesson, in ``source/``, and the settings.
 
     What is there already stays as it is.
@@ -285,6 +260,9 @@ def write_course(folder: str | Path, only: Sequence[str] = (), seed: int | None 
         only: beginnings of lessons' names, such as "03"; all by default.
         seed: of the hidden tests' inputs; drawn for each sheet by default, so that it stands in this course alone.
 
+    Returns:
+        What was done, in lines to print.
+
     Raises:
         ValueError: the folder is a file or has the lessons; or a lesson that was asked for is unknown.
         OSError: the folder cannot be written to.
@@ -292,18 +270,20 @@ def write_course(folder: str | Path, only: Sequence[str] = (), seed: int | None 
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or (folder / MANIFEST).exists()):
         raise ValueError(f"{folder} is a file or holds the lessons; name another folder for the course to grade.")
-    new: dict[str, NotebookNode] = {}
-    there = []
+    new: dict[Path, NotebookNode] = {}
+    done = []
     for path in choose_lessons(only):
-        name, lesson = path.stem, nbformat.read(path, as_version=4)
-        if (folder / "source" / name).exists():
-            there.append(name)
-        else:
-            new[name] = sheet(lesson, name, secrets.randbelow(2**31) if seed is None else seed)
-    for name, notebook in new.items():
-        with atomic_folder(folder / "source" / name) as temporary:
-            nbformat.write(notebook, temporary / f"{name}.ipynb")
+        target = folder / "source" / path.stem
+        if target.exists():
+            done.append(f"Already there, so left as it is: {path.stem}")
+            continue
+        lesson = nbformat.read(path, as_version=4)
+        new[target] = sheet(lesson, path.stem, secrets.randbelow(2**31) if seed is None else seed)
+        done.append(f"Written: {target / path.name}")
+    for target, notebook in new.items():
+        with atomic_folder(target) as temporary:
+            nbformat.write(notebook, temporary / f"{target.name}.ipynb")
     if not (folder / CONFIG).exists():
         with atomic_file(folder / CONFIG) as temporary:
             temporary.write_text(SETTINGS, encoding="utf-8")
-    return Written(folder, tuple(new), tuple(there))
+    return done

@@ -27,7 +27,7 @@ from lora_lab.ablation.grid import Trial
 from lora_lab.methods import FullFineTuning
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.models.pretrained import SMOLLM2
-from lora_lab.studies.claims.head_start import DOCS, FINE_TUNED, FROM_SCRATCH, LONGER, SIZES
+from lora_lab.studies.claims.compared import DOCS, FINE_TUNED, FROM_SCRATCH, LONGER, SIZES
 from lora_lab.studies.recorder import CurveSweep, plan_judges, plan_size, record_sweeps, start_from_random
 from lora_lab.task import Task
 from lora_lab.tasks.arrays import CHANGES

@@ -277,7 +277,8 @@ class BlockSweep(Sweep):
         seeds, judge = (self.choosing, self.judging), (self.chosen_on, self.judged_on)
         study = Study(trials, self.lrs, *seeds, *judge, self.block, self.widen, self.beyond, self.answered)
         model, task = (self.source or partial(studies.study, self.data, self.seq_len or 64))(device)
-        folder, options = folder / self.data, {"n_jobs": studies.processes(device) if self.seq_len else 1}
+        options: dict[str, Any] = {"n_jobs": studies.processes(device) if self.seq_len else 1}
+        folder = folder / self.data
         columns, judged = [*_BLOCK_COLUMNS, *[f"{SCORE}accuracy"] * self.answered], {}
         for frame in compare_tuned(model, task, study, folder, **options):
             for row in read_rows(last_rows(frame).assign(data=self.data), columns):

@@ -55,8 +55,8 @@ class Plan:
 
     def sweep(self, lean: Lean | None = None) -> CurveSweep:
         """Return all ranks at all their rates with all seeds; a lean step in float32 gives the same in less time."""
-        options = {"steps": self.steps, "batch_size": self.batch_size, "eval_examples": self.eval_examples}
-        options |= {"eval_every": self.steps, "lean": lean}
+        options: dict[str, Any] = {"steps": self.steps, "batch_size": self.batch_size, "eval_every": self.steps}
+        options |= {"eval_examples": self.eval_examples, "lean": lean}
         return CurveSweep(
             {f"r={rank}": (Trial(LoRA(rank, 2 * rank), lrs[0], **options), lrs) for rank, lrs in self.lrs.items()},
             range(self.seeds),

@@ -57,7 +57,7 @@ def _find_faults(record: Record) -> Iterator[str]:
     for claim_id, decider in DECIDERS.items():
         if decider.record == record.what:
             try:
-                decider.decide_record(every[claim_id], record)
+                decider.decide(every[claim_id], record)
             except (KeyError, TypeError, ValueError) as error:
                 reason = f"{type(error).__name__}: {str(error).removesuffix('.')}"
                 yield f"lacks what decides the claim {claim_id!r} ({reason}); update lora_lab"

@@ -162,7 +162,8 @@ CENTRES = {  # by rank
 
 def plan_rates(device: torch.device) -> Iterator[BlockSweep]:
     """Yield what two cores can do in a few hours, or a GPU in one; the rates and their intervals are all it asks."""
-    sizes = {  # steps and batch, the step of LoRA, who chooses, on how many examples, and of how many tokens
+    # Steps and batch, the step of LoRA, the seeds that choose, on how many examples, and of how many tokens.
+    sizes: dict[str, tuple[Any, ...]] = {
         "digits": ((200, 32), None, range(5), 200, None),
         "docs": (plan_size(device), HALVED, _docs_seeds(device), 128, 64),
     }

@@ -130,8 +130,8 @@ def process_group() -> Iterator[None]:
     from torch.distributed.rendezvous import rendezvous
 
     store = next(rendezvous("env://"))[0]
-    signal.signal(signal.SIGTERM, _on_sigterm)
-    signal.signal(signal.SIGINT, _on_sigint)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
     try:
         _take_gpu()
         dist.init_process_group()
@@ -164,14 +164,11 @@ def _take_gpu() -> None:
         torch.cuda.set_device(local_rank)
 
 
-def _on_sigterm(*_: Any) -> None:
+def _stop(number: int, _: Any) -> None:
+    """End the run at a signal, and ignore it, and the SIGTERM that follows, while the last words are said."""
+    signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise ProcessEndedError("SIGTERM")
-
-
-def _on_sigint(*_: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt if number == signal.SIGINT else ProcessEndedError("SIGTERM")
 
 
 @contextmanager
@@ -187,5 +184,7 @@ def _errors_in_one_sentence() -> Iterator[None]:
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):  # gloo's errors have no class of their own
             raise
+        if signal.getsignal(signal.SIGTERM) is _stop:  # torchrun sends it now, when the last words are being said
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         reason = re.sub(r"^\[[^\]]*\] ", "", str(error)).splitlines()[0].split(". ")[0]
         raise ProcessEndedError(reason) from None

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +59,6 @@ def check_file(path: str | Path, what: str) -> None:
         raise FileNotFoundError(f"There is no file {shortened(str(path))}; give the path of {what}.")
 
 
-def check_folder(folder: str | Path, what: str) -> None:
-    """Raise FileNotFoundError if there is no such folder; ``what`` it should be, such as "a saved adapter"."""
-    folder, named = as_path(folder, "folder"), shortened(str(folder))
-    if folder.is_file():
-        raise FileNotFoundError(f"{named} is a file, but the path of a folder is expected, {what}.")
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"There is no folder {named}; give the path of {what} (names of a hub are not downloaded)."
-        )
-
-
 @contextmanager
 def atomic_files(folder: str | Path, remove: Iterable[str] = ()) -> Iterator[Path]:
     """Yield a temporary folder; when the block ends without an error, its files move to ``folder``.
@@ -83,7 +72,7 @@ def atomic_files(folder: str | Path, remove: Iterable[str] = ()) -> Iterator[Pat
         OSError: the folder cannot be written to, or has a folder with the name of a new file.
     """
     folder, remove = Path(folder), tuple(remove)
-    with _workspace(folder) as temporary:
+    with _make_workspace(folder) as temporary:
         try:
             yield temporary
             files = sorted(temporary.iterdir(), key=lambda file: file.suffix != ".safetensors")  # tensors first
@@ -115,7 +104,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to ``path``, unless another process has made ``path`` by then."""
     path = Path(path)
-    with _workspace(path.parent) as folder:
+    with _make_workspace(path.parent) as folder:
         temporary = folder / path.name
         temporary.mkdir()
         yield temporary
@@ -217,7 +206,7 @@ def check_writable(folder: str | Path, leave: bool = False) -> None:
     Args:
         leave: whether the folder stays if it did not exist, because other processes may be about to write to it too.
     """
-    with _workspace(Path(folder)) as temporary:
+    with _make_workspace(Path(folder)) as temporary:
         (temporary / "trial").write_bytes(bytes(4096))
     if leave:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -233,7 +222,7 @@ def hold_folder(folder: str | Path) -> Iterator[None]:
     """
     folder = Path(folder)
     try:
-        with _made(folder), FileLock(folder / _LOCK, timeout=0):
+        with _make(folder), FileLock(folder / _LOCK, timeout=0):
             try:
                 yield
             finally:
@@ -249,7 +238,7 @@ def hold_folder(folder: str | Path) -> Iterator[None]:
 def is_held(folder: str | Path) -> bool:
     """Return whether a folder is held by :func:`hold_folder`."""
     try:
-        with hold_folder(folder) if (Path(folder) / _LOCK).exists() else nullcontext():
+        with hold_folder(folder):
             return False
     except FileExistsError:
         return True
@@ -259,21 +248,15 @@ def check_replaceable(path: str | Path, names: Iterable[str]) -> None:
     """Check that a file which is about to be replaced does not exist yet, or is one that lora_lab wrote.
 
     Args:
-        path: of a ``.json`` or ``.csv`` file.
-        names: the keys, or the columns, by which our own file is known.
+        path: of a file of text.
+        names: words, such as keys or columns, by which our own file is known.
 
     Raises:
         ValueError: it is another file.
     """
     path = Path(path)
-    if not path.exists():
-        return
-    try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""  # a device may never end
-        content = json.loads(text) if path.suffix == ".json" else text.partition("\n")[0].split(",")
-    except (ValueError, RecursionError, OSError):
-        content = None
-    if not isinstance(content, dict | list) or any(name not in content for name in names):
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""  # a device may never end
+    if path.exists() and any(name not in text for name in names):
         raise ValueError(
             f"{path} was not written by this command, which would replace it; name another folder (--out), or move the "
             "file away."
@@ -299,9 +282,9 @@ def save_or_rescue(save: Callable[[Path], Any], folder: str | Path) -> Any:
 
 
 @contextmanager
-def _workspace(folder: Path) -> Iterator[Path]:
+def _make_workspace(folder: Path) -> Iterator[Path]:
     """Yield a hidden folder within ``folder``, and remove what a process killed days ago has left there."""
-    with _made(folder):
+    with _make(folder):
         for leftover in folder.glob(f"{_NEW}*"):
             with suppress(OSError):  # another process may have just removed it
                 if time.time() - leftover.stat().st_mtime > _DAY:
@@ -315,7 +298,7 @@ def _workspace(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _made(folder: Path) -> Iterator[None]:
+def _make(folder: Path) -> Iterator[None]:
     """Make a folder, and those above it, for the block; what is empty at its end is removed again."""
     try:
         made = [path for path in (folder, *folder.parents) if not path.exists()]

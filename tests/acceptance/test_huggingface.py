@@ -14,7 +14,6 @@ from lora_lab.tasks import Examples, Task
 from tests.acceptance import ROOT
 
 CONFIGS = ROOT / "tests" / "data" / "configs"
-LARGE = {"hidden_size", "n_embd", "d_model", "intermediate_size", "n_inner", "d_ff"}
 SMALL = {  # what makes each config's model tiny
     "bert-base-uncased": {},
     "gemma-3-1b": {"head_dim": 8, "layer_types": None},

@@ -47,18 +47,6 @@ def test_these_lessons_exist_and_answer_the_readmes_questions():
     assert dict(rows) == LESSONS
 
 
-@each_lesson
-def test_a_lesson_is_stored_with_its_outputs_and_no_error(name):
-    notebook = lesson(name)
-    assert notebook.cells[0].source.startswith("# ")
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert all(cell.execution_count for cell in cells if cell.source.strip())
-    outputs = [output for cell in cells for output in cell.outputs]
-    assert len(outputs) > 5
-    errors = [cell for cell in cells if any(output.output_type == "error" for output in cell.outputs)]
-    assert all("raises-exception" in cell.metadata.get("tags", []) for cell in errors)
-
-
 @pytest.fixture(scope="module")
 def copies(main, tmp_path_factory):
     """Return the folders of a learner's copy and of the solved one."""

@@ -59,16 +59,8 @@ def settled(model):
 
 
 def llama(width=16, dtype=torch.float32):
-    config = LlamaConfig(
-        vocab_size=20,
-        hidden_size=width,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=4,
-    )
-    return settled(Llama(config)).to(dtype)
+    """Two layers of four heads of 4 numbers that share two keys and values; it knows 20 tokens."""
+    return settled(Llama(LlamaConfig(20, width, 24, 2, 4, 2, 4))).to(dtype)
 
 
 def sentences():
@@ -96,12 +88,12 @@ RUN = {"steps": 4, "lr": 0.02, "batch_size": 5, "seed": 3, "warmup": 1, "eval_ev
 # A loop in plain torch, to hold runs against
 
 
-def by_hand(model, task, groups, parts=1, weight_decay=0.0, clip=1.0, **changes):
+def by_hand(model, task, groups, accumulate=1, weight_decay=0.0, clip=1.0, **changes):
     """Return the rows that ``fit`` should write, without their seconds.
 
     Args:
         groups: the optimiser's; "factor" multiplies the learning rate.
-        parts: micro-batches.
+        accumulate: micro-batches.
     """
     options = RUN | changes
     steps, size, seed = options["steps"], options["batch_size"], options["seed"]
@@ -133,7 +125,7 @@ def by_hand(model, task, groups, parts=1, weight_decay=0.0, clip=1.0, **changes)
         rows = [evaluated(step=0, train_loss=None, lr=None, grad_norm=None, tokens=0)]
         for step in range(1, steps + 1):
             batch = task.train[order[(step - 1) * size : step * size]]
-            whole, length = counted(batch), math.ceil(len(batch) / parts)
+            whole, length = counted(batch), math.ceil(len(batch) / accumulate)
             optimizer.zero_grad()
             losses = []
             for start in range(0, len(batch), length):
@@ -196,10 +188,9 @@ class Decomposed(Adapted):
         return F.linear(x, self.length[:, None] * unit, self.base.bias)
 
 
-def adapt(model, method, seed=3):
-    """Adapters on all linear layers but a Llama's head, or on the targets; and the optimiser's groups."""
+def adapt(model, method, seed):
+    """Put adapters on all linear layers but a Llama's head, or on the targets, and return them."""
     generator = torch.Generator().manual_seed(seed)
-    model.requires_grad_(False)
     kind = {PiSSA: Principal, DoRA: Decomposed}.get(type(method), Adapted)
     layers = []
     for name, module in list(model.named_modules()):
@@ -208,13 +199,18 @@ def adapt(model, method, seed=3):
             layers.append(kind(module, method, generator))
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layers[-1])
+    return layers
+
+
+def prepare(model, method, seed=3):
+    """Make a model ready for a method, and return the optimiser's groups."""
+    model.requires_grad_(isinstance(method, FullFineTuning))
+    for part in getattr(method, "modules", ()):
+        model.get_submodule(part).requires_grad_(True)
+    layers = adapt(model, method, seed) if isinstance(method, LoRA) else []
     if isinstance(method, LoRAPlus):
         As, Bs = [layer.A for layer in layers], [layer.B for layer in layers]
         return [{"params": As}, {"params": Bs, "factor": method.ratio}]
-    return trainable(model)
-
-
-def trainable(model):
     return [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
 
 
@@ -233,45 +229,29 @@ def assert_near(rows, expected, tolerance):
 # Runs that take the loop's operations in its order: equal to the last bit, in float32
 
 LLAMA, NET = (llama, sentences()), (lambda: DigitsMLP(width=16), pictures())
-BOTH = pytest.mark.parametrize(("make", "task"), [LLAMA, NET], ids=["llama", "net"])
-EXACT = [LoRA(rank=2), RsLoRA(rank=3), LoRAPlus(rank=2, ratio=5.0), LoRAFA(rank=2), LoRA(rank=2, dropout=0.25)]
+ON_BOTH = {
+    "lora": (LoRA(rank=2), {}),
+    "rslora": (RsLoRA(rank=3), {}),
+    "lora+": (LoRAPlus(rank=2, ratio=5.0), {}),
+    "lora-fa": (LoRAFA(rank=2), {}),
+    "dropout": (LoRA(rank=2, dropout=0.25), {}),
+    "in two parts": (LoRA(rank=2), {"accumulate": 2}),
+    "full": (FullFineTuning(), {"weight_decay": 0.1, "clip": None}),
+}
+EXACT = {f"{name}, llama": (*LLAMA, *row) for name, row in ON_BOTH.items()}
+EXACT |= {f"{name}, net": (*NET, *row) for name, row in ON_BOTH.items()}
+EXACT |= {"partial, llama": (*LLAMA, PartialFineTuning(("lm_head",)), {})}
+EXACT |= {"partial, net": (*NET, PartialFineTuning(("head",)), {})}
+EXACT |= {"checkpointing": (*LLAMA, LoRA(rank=2), {"gradient_checkpointing": True})}
 
 
-@BOTH
-@pytest.mark.parametrize("method", EXACT, ids=["lora", "rslora", "lora+", "lora-fa", "dropout"])
-def test_lora_and_its_kin_equal_the_loop_to_the_last_bit(make, task, method):
+@pytest.mark.parametrize("name", EXACT)
+def test_a_run_equals_the_loop_to_the_last_bit(name):
+    make, task, method, options = EXACT[name]
     model = make()
-    expected = by_hand(model, task, adapt(model, method))
-    assert without_seconds(fit(make(), task, method, **RUN)) == expected
+    expected = by_hand(model, task, prepare(model, method), **options)
+    assert without_seconds(fit(make(), task, method, **RUN, **options)) == expected
     assert expected[-1]["validation_loss"] != expected[0]["validation_loss"]
-
-
-@BOTH
-def test_full_fine_tuning_equals_the_loop_to_the_last_bit(make, task):
-    model = make()
-    expected = by_hand(model, task, trainable(model), weight_decay=0.1, clip=None)
-    assert without_seconds(fit(make(), task, FullFineTuning(), **RUN, weight_decay=0.1, clip=None)) == expected
-
-
-@pytest.mark.parametrize(("make", "task", "part"), [(*LLAMA, "lm_head"), (*NET, "head")], ids=["llama", "net"])
-def test_partial_fine_tuning_equals_the_loop_to_the_last_bit(make, task, part):
-    model = make().requires_grad_(False)
-    model.get_submodule(part).requires_grad_(True)
-    expected = by_hand(model, task, trainable(model))
-    assert without_seconds(fit(make(), task, PartialFineTuning((part,)), **RUN)) == expected
-
-
-@BOTH
-def test_a_batch_in_two_parts_equals_the_loop_to_the_last_bit(make, task):
-    model, method = make(), LoRA(rank=2)
-    expected = by_hand(model, task, adapt(model, method), parts=2)
-    assert without_seconds(fit(make(), task, method, **RUN, accumulate=2)) == expected
-
-
-def test_gradient_checkpointing_equals_the_loop_to_the_last_bit():
-    model, method = llama(), LoRA(rank=2)
-    expected = by_hand(model, sentences(), adapt(model, method))
-    assert without_seconds(fit(llama(), sentences(), method, **RUN, gradient_checkpointing=True)) == expected
 
 
 # Runs whose sums are in another order: in float64
@@ -294,7 +274,7 @@ BOTH64 = pytest.mark.parametrize(
 @pytest.mark.parametrize("method", [PiSSA(rank=2), DoRA(rank=2)], ids=["pissa", "dora"])
 def test_pissa_and_dora_are_what_the_loop_makes_of_their_equations(make, task, method):
     model = make()
-    expected = by_hand(model, task, adapt(model, method))
+    expected = by_hand(model, task, prepare(model, method))
     assert_near(without_seconds(fit(make(), task, method, **RUN)), expected, 1e-9)
 
 
@@ -304,7 +284,7 @@ LEANS = [Lean(), Lean(checkpoint=True), Lean(threads=2)]
 @pytest.mark.parametrize("lean", LEANS, ids=["lean", "checkpoint", "threads"])
 def test_a_lean_run_is_the_loops(lean):
     model, method = llama64(), LoRA(rank=2)
-    expected = by_hand(model, sentences(), adapt(model, method))
+    expected = by_hand(model, sentences(), prepare(model, method))
     assert_near(without_seconds(fit(llama64(), sentences(), method, **RUN, lean=lean)), expected, 1e-9)
 
 
@@ -321,7 +301,7 @@ class Rounded(nn.Module):
 
 def test_a_lean_run_on_a_base_in_bfloat16_is_that_of_its_rounded_layers():
     model, method = llama(), LoRA(rank=2)
-    groups = adapt(model, method)
+    groups = prepare(model, method)
     for module in [*model.modules()]:
         if isinstance(module, Adapted):
             module.base = Rounded(module.base)
@@ -354,7 +334,7 @@ def test_a_run_on_a_base_in_nf4_is_that_of_its_levels():
             scale = blocks.abs().amax(1, keepdim=True)
             nearest = ((blocks / scale)[..., None] - levels).abs().argmin(-1)
             module.weight.data = (levels[nearest] * scale).view_as(module.weight)
-    expected = by_hand(model, sentences(), adapt(model, method))
+    expected = by_hand(model, sentences(), prepare(model, method))
     quantized = base()
     quantize_nf4(quantized, double=False)
     assert_near(without_seconds(fit(quantized, sentences(), method, **RUN)), expected, 1e-6)
@@ -368,7 +348,7 @@ def test_each_trial_of_a_pack_is_the_loops(make, task):
     frame = ablate(make, task, trials, engine="packed", progress=False)
     for rank, lr, seed in runs:
         model = make()
-        expected = by_hand(model, task, adapt(model, LoRA(rank, alpha=6.0), seed), lr=lr, seed=seed)
+        expected = by_hand(model, task, prepare(model, LoRA(rank, alpha=6.0), seed), lr=lr, seed=seed)
         rows = frame[frame["rank"] == rank]
         for column in ("validation_loss", "off_domain_loss"):
             assert rows[column].tolist() == pytest.approx([row[column] for row in expected], rel=1e-9)

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import lora_lab
-from lora_lab import Llama, LoRAConfig, adapter_state, inject, load_adapter, lora_layers, save_adapter, save_model
+from lora_lab import Llama, LoRAConfig, adapter_state, inject, load_adapter, lora_layers, save_adapter
 from lora_lab.adapters import strength
 from lora_lab.adapters.chat import BASE, HELP, Conversation, talk
 from lora_lab.models.decoding import Sampling
 from lora_lab.variants import DoRALinear
-from tests.helpers import command, error_line, randomise, run_python, snapshot
+from tests.helpers import randomise, run_python, snapshot
 
 PROMPT = "What is 2 + 2?"
 USER = [{"role": "user", "content": PROMPT}]
@@ -101,7 +101,6 @@ def test_adapter_strength_and_off_decide_the_next_answer(conversation, folders, 
     ):
         answer = expected(USER, seed, folder, factor)
         assert hear(line, "/new", PROMPT).endswith(f"A new conversation begins.\n{answer}\n"), line
-    conversation.use(None)
     assert not lora_layers(conversation.model)
 
 
@@ -141,20 +140,6 @@ def test_a_talk_goes_on_until_the_user_quits_and_an_interruption_ends_an_answer_
     assert " [stopped]" in shown
     assert "From the next answer on it is the base model that answers." in shown
     assert len(conversation.messages) == 4
-
-
-def test_the_command_talks(tiny_config, chatter, folders, tmp_path, capsys, monkeypatch):
-    save_model(Llama(tiny_config), tmp_path / "talker", chatter)
-    read, prompts = typed([PROMPT, "/adapter two", PROMPT]), []
-    monkeypatch.setattr("builtins.input", lambda prompt: prompts.append(prompt) or read())
-    arguments = [part for folder in folders.values() for part in ("--adapter", folder)]
-    assert command("chat", *arguments, "--model", tmp_path / "talker", "--tokens", 5) == 0
-    assert prompts == ["one> ", "one> ", "two> ", "two> "]
-    assert "The next answer is given with two, at strength 1." in capsys.readouterr().out
-    assert command("chat", "--tokens", 0) == 1
-    assert "--tokens is 0" in error_line(capsys)
-    assert command("chat", "--adapter", folders["one"], "--adapter", folders["one"]) == 1
-    assert "have the same name" in error_line(capsys)
 
 
 def test_what_cannot_chat_is_refused_and_nothing_shown(tiny_config, chatter, tiny_tokenizer, tmp_path, shown):

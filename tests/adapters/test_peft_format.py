@@ -11,17 +11,21 @@ from functools import partial
 import peft
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_lab import (
+    ContinueLoRA,
+    LoRA,
     LoRAConfig,
     LoRALinear,
+    RsLoRA,
     adapter_state,
+    fit,
     inject,
     load_adapter,
     load_pretrained,
@@ -29,10 +33,10 @@ from lora_lab import (
     save_adapter,
 )
 from lora_lab.adapters.edit import switch
-from lora_lab.adapters.peft_format import CONFIG, WEIGHTS, find_values, read_adapter, read_config
+from lora_lab.adapters.peft_format import CARD, CONFIG, WEIGHTS, find_values, read_adapter, read_config
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
-from tests.helpers import PIXELS, randomise, snapshot
+from tests.helpers import PIXELS, randomise, small_task, snapshot
 from tests.tiny_models import PICTURES, Pictures, pictures
 
 IDS = torch.randint(0, 260, (2, 9), generator=torch.Generator().manual_seed(5))
@@ -80,16 +84,14 @@ def check_both(folder, model, make, inputs=PIXELS):
 # Both ways with peft
 
 
-@pytest.mark.parametrize("exclude", [[], ["layers.0.mlp.down_proj", "layers.1.self_attn.q_proj"]], ids=["", "but"])
-def test_peft_reads_what_is_saved_here_and_gives_the_same_logits(pair, tmp_path, exclude):
+def test_peft_reads_an_adapter_of_a_part_of_the_layers(pair, tmp_path):
     theirs, load = pair
-    base, ours = logits(theirs), load()
-    names = inject(ours, LoRAConfig(rank=3, alpha=5, exclude=exclude))
+    ours = load()
+    names = inject(ours, LoRAConfig(rank=3, alpha=5, exclude=["layers.0.mlp.down_proj", "layers.1.self_attn.q_proj"]))
     read = peft.PeftModel.from_pretrained(theirs, save_adapter(randomise(ours), tmp_path / "adapter"))
     layers = [name for name, module in read.named_modules() if isinstance(module, peft.tuners.lora.Linear)]
     assert [name.removeprefix("base_model.model.") for name in layers] == names
     torch.testing.assert_close(logits(read), logits(ours), rtol=0, atol=1e-5)
-    assert (logits(read) - base).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
@@ -109,52 +111,6 @@ def test_what_peft_saved_is_read_here_and_gives_the_same_logits(pair, tmp_path, 
     assert (logits(ours) - base).abs().max() > 0.1
 
 
-@pytest.mark.slow
-def test_peft_reads_an_adapter_of_the_real_model(smollm2, tmp_path):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    model, tokenizer = smollm2
-    ids = torch.tensor([tokenizer.encode("The with statement is used to")])
-    ours = copy.deepcopy(model)
-    inject(ours, LoRAConfig(rank=8, alpha=16))
-    randomise(ours)
-    save_adapter(ours, tmp_path)
-    shape = {name: value for name, value in vars(model.config).items() if name != "rope_theta"}
-    config = LlamaConfig(**shape, rope_parameters={"rope_type": "default", "rope_theta": model.config.rope_theta})
-    with torch.device("meta"):
-        theirs = LlamaForCausalLM(config)
-    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config)
-    theirs.load_state_dict(model.state_dict(), assign=True)
-    base = logits(theirs, ids)
-    assert torch.equal(base, logits(model, ids))
-    expected = logits(ours, ids)
-    found = logits(peft.PeftModel.from_pretrained(theirs, tmp_path), ids)
-    assert (expected - base).abs().max() > 1
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
-class SameEnding(nn.Module):
-    """A linear layer and another kind of module whose names end alike."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.ModuleDict({"proj": nn.Linear(64, 6)})
-        self.outer = nn.ModuleDict({"proj": nn.LayerNorm(6)})
-
-    def forward(self, x):
-        return self.outer["proj"](self.inner["proj"](x))
-
-
-def test_peft_reads_adapters_beside_another_kind_of_module_of_the_same_ending(tmp_path):
-    torch.manual_seed(0)
-    ours = SameEnding()
-    theirs = copy.deepcopy(ours)
-    inject(ours, LoRAConfig(rank=2, alpha=5))
-    save_adapter(randomise(ours), tmp_path)
-    read = peft.PeftModel.from_pretrained(theirs, tmp_path)
-    torch.testing.assert_close(logits(read, PIXELS), logits(ours, PIXELS), rtol=0, atol=1e-5)
-
-
 # The files
 
 
@@ -162,34 +118,35 @@ def test_config_has_pefts_keys(tmp_path):
     model = adapted(rank=3, alpha=5.0, dropout=0.1, targets=["hidden1", "head"])
     assert save_adapter(model, tmp_path / "new" / "folder", base="some-model") == tmp_path / "new" / "folder"
     config = json.loads((tmp_path / "new" / "folder" / CONFIG).read_text())
-    expected = {
-        "peft_type": "LORA",
-        "r": 3,
-        "lora_alpha": 5.0,
-        "lora_dropout": 0.1,
-        "target_modules": ["head", "hidden1"],
-        "base_model_name_or_path": "some-model",
-        "task_type": None,
-        "bias": "none",
-        "use_dora": False,
-        "use_rslora": False,
-        "inference_mode": True,
-    }
-    assert {name: config[name] for name in expected} == expected
     assert config.keys() <= {field.name for field in peft.LoraConfig.__dataclass_fields__.values()}
+    expected = {"r": 3, "lora_alpha": 5.0, "lora_dropout": 0.1, "target_modules": ["head", "hidden1"], "bias": "none"}
+    assert {name: config[name] for name in expected} == expected
+    assert (config["base_model_name_or_path"], config["task_type"]) == ("some-model", None)
+
+
+def folders(**modules):
+    """A module in which each of these is called the same, in a folder of its own: "base"."""
+    return nn.ModuleDict({folder: nn.ModuleDict({"base": module}) for folder, module in modules.items()})
 
 
 @pytest.mark.parametrize(
-    ("config", "expected"),
+    ("model", "config", "expected"),
     [
-        ({"targets": ["q_proj", "v_proj"]}, ["q_proj", "v_proj"]),
-        ({}, ["down_proj", "embed", "head", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
-        ({"targets": ["layers.1.q_proj"]}, ["layers.1.q_proj"]),
-        ({"targets": ["layers.0.q_proj", "v_proj"]}, ["layers.0.q_proj", "layers.0.v_proj", "layers.1.v_proj"]),
+        (DigitsTransformer(), {"targets": ["q_proj", "v_proj"]}, ["q_proj", "v_proj"]),
+        (DigitsTransformer(), {}, ["down_proj", "embed", "head", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
+        (DigitsTransformer(), {"targets": ["layers.1.q_proj"]}, ["layers.1.q_proj"]),
+        (
+            DigitsTransformer(),
+            {"targets": ["layers.0.q_proj", "v_proj"]},
+            ["layers.0.q_proj", "layers.0.v_proj", "layers.1.v_proj"],
+        ),
+        (folders(a=nn.Linear(4, 4), b=nn.Linear(4, 4)), {}, ["base"]),  # the adapters' own base layers do not count
+        (folders(a=nn.Linear(4, 4), b=nn.LayerNorm(4)), {}, ["a.base"]),
     ],
 )
-def test_targets_are_endings_where_they_name_exactly_these_layers_and_full_names_elsewhere(tmp_path, config, expected):
-    model = DigitsTransformer()
+def test_targets_are_endings_where_they_name_exactly_these_layers_and_full_names_elsewhere(
+    tmp_path, model, config, expected
+):
     inject(model, LoRAConfig(rank=1, **config))
     save_adapter(model, tmp_path)
     assert json.loads((tmp_path / CONFIG).read_text())["target_modules"] == expected
@@ -223,16 +180,6 @@ def test_a_saved_adapter_comes_back_bit_for_bit(tmp_path, targets):
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert [name for name, parameter in back.named_parameters() if parameter.requires_grad] == trained
     assert (back.hidden2.scaling, back.hidden2.dropout.p) == (5 / 3, 0.25)
-
-
-def test_saving_over_an_older_adapter_leaves_only_the_new_one(tmp_path):
-    save_adapter(adapted(seed=1, rank=2), tmp_path)
-    newer = adapted(seed=2, rank=4, targets=["hidden1"])
-    save_adapter(newer, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", CONFIG, WEIGHTS]
-    back = DigitsMLP(width=16)
-    assert load_adapter(back, tmp_path) == ["hidden1"]
-    assert torch.equal(logits(back, PIXELS), logits(newer, PIXELS))
 
 
 # Ranks and alphas by layer, variants, kinds of layer
@@ -282,37 +229,22 @@ def test_a_rank_of_one_layer_is_not_that_of_another_whose_name_ends_alike(tmp_pa
     check_both(save_adapter(model, tmp_path), model, Nested)
 
 
-def test_of_two_patterns_that_match_the_first_of_the_file_counts_as_in_peft(tmp_path):
-    # peft sorts them as it writes, so that what it reads back may be another function than what it saved.
-    patterns = {"head": 1.0, ".*": 6.0}
-    names = ["hidden1", "hidden2", "head"]
-    config = peft.LoraConfig(r=2, lora_alpha=3.0, target_modules=names, alpha_pattern=patterns)
-    theirs = randomise(peft.get_peft_model(DigitsMLP(width=16), config))
-    theirs.save_pretrained(tmp_path)
-    read = peft.PeftModel.from_pretrained(DigitsMLP(width=16), tmp_path)
-    assert (theirs.base_model.model.head.scaling, read.base_model.model.head.scaling) == (
-        {"default": 0.5},
-        {"default": 3.0},
-    )
-    ours = DigitsMLP(width=16)
-    load_adapter(ours, tmp_path)
-    assert ours.head.scaling == 3.0
-    torch.testing.assert_close(logits(ours, PIXELS), logits(read, PIXELS), rtol=1e-5, atol=1e-5)
+def test_a_layer_of_the_same_ending_of_which_the_file_has_nothing_stays_as_it_is_as_in_peft(tmp_path):
+    model = nn.ModuleDict({"proj": nn.Linear(64, 6)})
+    inject(model, LoRAConfig(2))
+    save_adapter(randomise(model), tmp_path)
+    ours, theirs = Nested(), Nested()
+    with pytest.warns(UserWarning, match=r"'inner\.proj'"):
+        assert load_adapter(ours, tmp_path) == ["proj"]
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        theirs = peft.PeftModel.from_pretrained(theirs, tmp_path)
+    torch.testing.assert_close(logits(ours, PIXELS), logits(theirs, PIXELS), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits(ours, PIXELS), logits(Nested(), PIXELS), atol=0.1)
 
 
 VARIANTS = pytest.mark.parametrize(
     ("setting", "kind"), [("use_rslora", RsLoRALinear), ("use_dora", DoRALinear)], ids=["rsLoRA", "DoRA"]
 )
-
-
-def test_layers_called_base_are_saved_by_their_ending_as_others_are(tmp_path):
-    model = nn.ModuleDict({"base": nn.Linear(4, 4), "inner": nn.ModuleDict({"base": nn.Linear(4, 4)})})
-    inject(model, LoRAConfig(rank=2))
-    save_adapter(model, tmp_path)
-    assert json.loads((tmp_path / CONFIG).read_text())["target_modules"] == ["base"]
-    assert load_adapter(
-        nn.ModuleDict({"base": nn.Linear(4, 4), "inner": nn.ModuleDict({"base": nn.Linear(4, 4)})}), tmp_path
-    )
 
 
 @VARIANTS
@@ -337,11 +269,6 @@ def test_variants_of_peft_are_read(tmp_path, setting, kind):
     load_adapter(ours, tmp_path)
     assert {type(layer) for layer in lora_layers(ours).values()} == {kind}
     torch.testing.assert_close(logits(ours, PIXELS), logits(theirs, PIXELS), rtol=1e-5, atol=1e-5)
-    plain = pictures(targets=["hidden", "head"], rank=3, alpha=2.0)
-    switch(plain, {name: value for name, value in adapter_state(ours).items() if "magnitude" not in name})
-    for layer in lora_layers(plain).values():
-        layer.alpha = 2.0  # as the file says, and plain LoRA makes another scaling of it
-    assert (logits(plain, PIXELS) - logits(ours, PIXELS)).abs().max() > 0.01
 
 
 @VARIANTS
@@ -376,22 +303,6 @@ def test_an_adapter_in_memory_becomes_plain_lora_or_dora_of_the_same_function(ki
     assert {(type(layer), layer.rank) for layer in lora_layers(back).values()} == {(loaded, rank)}
     torch.testing.assert_close(logits(back, PIXELS), logits(model, PIXELS), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(logits(model, PIXELS), logits(Pictures(), PIXELS), atol=0.1)
-
-
-def test_every_kind_of_layer_has_pefts_names_and_shapes(tmp_path):
-    model = pictures(targets=["patches", "places", "head"])
-    save_adapter(model, tmp_path)
-    stored = {name.removeprefix("base_model.model."): value for name, value in load_file(tmp_path / WEIGHTS).items()}
-    assert torch.equal(stored["head.lora_B.weight"], model.head.lora_B)
-    assert {name: value.shape for name, value in stored.items()} == {
-        "head.lora_A.weight": (2, 8),
-        "head.lora_B.weight": (3, 2),
-        "patches.lora_A.weight": (2, 1, 4, 4),
-        "patches.lora_B.weight": (6, 2, 1, 1),
-        "places.lora_embedding_A": (2, 4),
-        "places.lora_embedding_B": (6, 2),
-    }
-    assert json.loads((tmp_path / CONFIG).read_text())["fan_in_fan_out"] is False
 
 
 def with_table(pair, folder):
@@ -489,7 +400,7 @@ SETTINGS = [
     ({"use_dora": "yes"}, "use_dora"),
     ({"use_dora": True, "use_rslora": True}, "use_dora"),
     ({"use_dora": True}, "lora_magnitude_vector"),
-    ({"r": 2}, "rank 2"),
+    *(({"r": rank}, f"rank {rank}") for rank in (2, 10**6)),
     *(
         ({setting: {pattern: 3}}, setting)
         for setting in ("rank_pattern", "alpha_pattern")
@@ -549,7 +460,7 @@ def test_a_missing_file_is_named(saved, name):
 STATE = adapter_state(adapted())
 PISSA = adapter_state(pictures(targets=["head"], layer=PiSSALinear))
 STATES = [
-    ({}, "targets is empty"),
+    ({}, "targets=[]"),
     *(
         ({key: value for key, value in STATE.items() if key != name}, name)
         for name in ("head.lora_B", "head.alpha", "head.scaling")
@@ -591,34 +502,6 @@ def test_what_is_no_folder_is_refused(folder):
 def test_a_config_of_another_save_is_refused(tmp_path, values):
     edit(save_adapter(adapted(), tmp_path), **values)
     refuse(tmp_path, next(iter(values)))
-
-
-class Largest(TorchDispatchMode):
-    """The size of the largest tensor that is made."""
-
-    size = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.size = max(self.size, tensor.numel())
-        return result
-
-
-def test_a_rank_of_a_million_in_the_config_takes_no_memory(saved):
-    edit(saved, r=10**6)
-    with Largest() as made:
-        refuse(saved, "rank 1000000")
-    assert made.size < 10**5
-    with pytest.raises(ValueError, match="rank 1000000"):
-        read_adapter(saved)
-    edit(saved, rank_pattern={".*": 3})  # so that no layer has the rank of a million
-    back = DigitsMLP(width=16)
-    with Largest() as made:
-        load_adapter(back, saved)
-    assert made.size < 10**5
-    assert [layer.rank for layer in lora_layers(back).values()] == [3, 3, 3]
 
 
 @pytest.mark.parametrize("pattern", [r"((\w+\.?)+)+!", "(.*.*)*!", "(a|a)*!", ".*" * 400 + "!"])
@@ -663,21 +546,10 @@ def test_settings_of_peft_that_change_nothing_are_accepted(saved):
     assert torch.equal(logits(back, PIXELS), logits(adapted(), PIXELS))
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_adapters_of_peft_that_also_changed_the_base_are_refused(tmp_path, init):
-    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["hidden1", "head"], init_lora_weights=init)
-    randomise(peft.get_peft_model(DigitsMLP(width=16), config)).save_pretrained(tmp_path)
-    refuse(tmp_path, "init_lora_weights")
-
-
-def test_weights_in_a_pickle_are_not_opened_and_the_message_says_how_peft_converts_them(saved):
+def test_weights_in_a_pickle_are_not_opened(saved):
     torch.save(load_file(saved / WEIGHTS), saved / "adapter_model.bin")
     (saved / WEIGHTS).unlink()
     refuse(saved, "adapter_model.bin", FileNotFoundError)
-    peft.PeftModel.from_pretrained(DigitsMLP(width=16), saved).save_pretrained(saved)
-    back = DigitsMLP(width=16)
-    load_adapter(back, saved)
-    assert torch.equal(logits(back, PIXELS), logits(adapted(), PIXELS))
 
 
 def test_a_compiled_model_is_saved_and_loaded_by_the_names_of_its_own_layers(tmp_path):
@@ -704,14 +576,6 @@ def test_layers_that_the_targets_match_and_the_file_lacks_are_warned_of(tmp_path
         load_adapter(blocks(2), tmp_path)
         edit(tmp_path, exclude_modules=["block2.0", "block3.0"])
         load_adapter(blocks(4), tmp_path)
-
-
-def test_a_name_that_would_also_match_another_layer_is_refused(tmp_path):
-    model = nn.ModuleDict({"proj": nn.Linear(4, 4)})
-    inject(model, LoRAConfig(rank=2))
-    save_adapter(model, tmp_path)
-    other = nn.ModuleDict({"proj": nn.Linear(4, 4), "inner": nn.ModuleDict({"proj": nn.Linear(4, 4)})})
-    refuse(tmp_path, "inner.proj", model=other)
 
 
 class Halved(LoRALinear):
@@ -783,3 +647,68 @@ def test_what_cannot_be_saved_is_refused_and_the_old_adapter_stays(tmp_path, sav
 def test_a_number_that_float16_does_not_hold_is_saved_in_bfloat16(tmp_path):
     save_adapter(changed("hidden2", 1e5), tmp_path, dtype=torch.bfloat16)
     assert load_file(tmp_path / WEIGHTS)["base_model.model.hidden2.lora_B.weight"].max() > 9e4
+
+
+# The card
+
+
+OPTIONS = {"steps": 4, "eval_every": 2, "batch_size": 4, "lr": 1e-2, "seed": 3}
+
+
+def trained(method, model=None):
+    model = model or DigitsMLP()
+    return model, fit(model, small_task(), method, **OPTIONS)
+
+
+def rows(folder):
+    """The tables of a folder's card as a dictionary."""
+    lines = (folder / CARD).read_text().splitlines()
+    cells = [line.strip("|").split("|") for line in lines if line.startswith("| ") and line.count("|") == 3]
+    return {name.strip(): value.strip() for name, value in cells}
+
+
+def test_the_hub_reads_base_and_library_and_people_the_settings(tmp_path):
+    model, history = trained(RsLoRA(rank=3, alpha=5, targets=["hidden1", "head"]))
+    save_adapter(model, tmp_path, base="some-lab/some-model", history=history)
+    card = ModelCard.load(tmp_path / CARD)
+    assert (card.data.base_model, card.data.library_name) == ("some-lab/some-model", "peft")
+    assert card.data.tags == ["lora", "lora_lab"]
+    assert "| method | RsLoRA |" in card.content
+    losses = [history.rows[i]["validation_loss"] for i in (0, -1)]
+    expected = {"base model": "`some-lab/some-model`", "rank, alpha": "3, 5", "adapted layers": "`head`, `hidden1`"}
+    expected |= {"parameters": f"{3 * (64 + 128 + 128 + 10):,}", "method": "rslora", "steps, examples a step": "4, 4"}
+    expected |= {"seed": "3", "validation loss, before and after": f"{losses[0]:.3f}, {losses[1]:.3f}"}
+    expected["task"] = f"small (fingerprint `{small_task().fingerprint[:12]}`)"
+    assert expected.items() <= rows(tmp_path).items()
+    assert "continued from" not in rows(tmp_path)
+
+
+@pytest.mark.parametrize("base", [None, "smollm2-135m", "a folder/with a model", "../model", "runs/model"])
+def test_a_base_that_is_no_name_on_the_hub_is_not_given_to_it(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "model").mkdir(parents=True)  # a folder that exists is no name there either
+    save_adapter(adapted(), tmp_path, base=base)
+    assert ModelCard.load(tmp_path / CARD).data.base_model is None
+    assert rows(tmp_path)["base model"] == ("not recorded" if base is None else f"`{base}`")
+    assert "## Training" not in (tmp_path / CARD).read_text()
+
+
+def test_a_continued_adapter_names_what_it_was_continued_from_and_ranks_that_differ_are_mentioned(tmp_path):
+    load_adapter(model := DigitsMLP(), adapter_state(trained(LoRA(2))[0]))
+    _, history = trained(ContinueLoRA(), model)
+    model.head.alpha *= 2
+    save_adapter(model, tmp_path, history=history)
+    assert rows(tmp_path)["continued from"] == f"an adapter with the hash `{history.method['start'][:12]}`"
+    assert rows(tmp_path)["rank, alpha"].endswith(" (exceptions in adapter_config.json)")
+
+
+def test_the_lab_renews_its_own_card_and_leaves_yours(tmp_path):
+    model, history = trained(LoRA(2))
+    save_adapter(model, tmp_path)
+    save_adapter(model, tmp_path, history=history)
+    renewed = (tmp_path / CARD).read_text()
+    assert "## Training" in renewed
+    mine = "".join(line for line in renewed.splitlines(True) if not line.startswith("<!--")) + "\nMy words.\n"
+    (tmp_path / CARD).write_text(mine)
+    save_adapter(model, tmp_path)
+    assert (tmp_path / CARD).read_text() == mine

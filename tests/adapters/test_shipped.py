@@ -1,17 +1,14 @@
 """The adapters that are installed with lora_lab: they fit the real model, and do what their README says."""
 
 import copy
-import inspect
 import json
 import re
-import shlex
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_lab import adapter_state, cli, load_adapter, lora_layers, reply
+from lora_lab import adapter_state, load_adapter, lora_layers, reply
 from lora_lab.adapters import CONFIG, WEIGHTS, shipped, strength
 from lora_lab.models.pretrained import SMOLLM2
 from lora_lab.studies.downstream import scores
@@ -27,12 +24,6 @@ ALL = pytest.mark.parametrize("name", NAMES)
 
 def result(name):
     return json.loads((DATA / name / "result.json").read_text(encoding="utf-8"))
-
-
-def section(name):
-    """What the README says of an adapter."""
-    (text,) = re.findall(rf"^## {name}\n(.*?)(?=^## |\Z)", README, flags=re.DOTALL | re.MULTILINE)
-    return text
 
 
 def test_every_adapter_has_a_section_and_every_section_an_adapter():
@@ -56,36 +47,6 @@ def test_another_name_is_refused_with_those_that_exist(name):
     message = f"There is no shipped adapter {name!r}; choose one of {', '.join(NAMES)}."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         shipped(name)
-
-
-@ALL
-def test_the_command_in_the_readme_is_the_one_that_trained_it(name):
-    (line,) = re.findall(r"^ +(lora-lab finetune .*)$", section(name), flags=re.MULTILINE)
-    arguments = shlex.split(line)[1:]
-    given = vars(cli.make_parser(arguments).parse_args(arguments))
-    defaults = {each.name: each.default for each in inspect.signature(cli.COMMANDS["finetune"]).parameters.values()}
-    options = SimpleNamespace(**defaults | given)
-    stored = result(name)
-    assert (options.task, options.half, options.out) == (stored["task"]["name"], True, f"runs/{name}")
-    assert (options.method, options.rank, options.alpha) == ("lora", stored["method"]["rank"], None)
-    assert stored["method"]["alpha"] == 2 * options.rank
-    settings = stored["settings"]
-    assert [settings[key] for key in ("steps", "batch_size", "lr", "seed", "eval_examples")] == [
-        options.steps,
-        options.batch,
-        options.lr,
-        options.seed,
-        options.eval_examples,
-    ]
-
-
-@ALL
-def test_the_losses_in_the_readme_are_those_of_the_run(name):
-    stored = result(name)
-    for key in ("validation_loss", "test_loss", "off_domain_loss"):
-        label = key.removesuffix("_loss").replace("_", "-")
-        row = f"| {label} loss, nats a token | {stored['before'][key]:.3f} | {stored['after'][key]:.3f} |"
-        assert row in section(name)
 
 
 @ALL

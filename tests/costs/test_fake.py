@@ -14,12 +14,13 @@ from lora_lab.costs.fake import (
     device_of,
     fake_copy,
     meta_copy,
+    storage_of,
     token_batch,
     unshare_trainable,
 )
 from lora_lab.models.digits import DigitsMLP
 
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")
 X = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
 DIGITS = X, torch.arange(6)
 
@@ -30,9 +31,7 @@ def values(model):
 
 
 def same(one, other):
-    return one.keys() == other.keys() and all(
-        torch.equal(one[name][0], other[name][0]) and one[name][1] == other[name][1] for name in one
-    )
+    return all(torch.equal(a[0], b[0]) and a[1] == b[1] for a, b in zip(one.values(), other.values(), strict=True))
 
 
 # Batches
@@ -68,16 +67,13 @@ def test_in_a_pretence_all_tensors_are_fake_with_the_shapes_of_the_real_ones():
     model = Odd()
     before = values(model)
     with fake_copy(model) as twin:
-        assert twin is not model
         tensors = dict([*twin.named_parameters(), *twin.named_buffers()])
         assert tensors.keys() == before.keys()
         for name, tensor in tensors.items():
+            real, trains = before[name]
             assert isinstance(tensor, FakeTensor)
-            real = before[name][0]
-            assert (tensor.shape, tensor.stride(), tensor.dtype, tensor.device) == (
-                real.shape, real.stride(), real.dtype, CPU,
-            )  # fmt: skip
-            assert tensor.requires_grad == before[name][1]
+            assert (tensor.shape, tensor.stride(), tensor.dtype) == (real.shape, real.stride(), real.dtype)
+            assert (tensor.device, tensor.requires_grad) == (CPU, trains)
         assert twin.second.weight is twin.first.weight is twin.kept
         assert isinstance(twin.first.weight, nn.Parameter)
         assert twin.nothing is None
@@ -91,12 +87,6 @@ def test_in_a_pretence_all_tensors_are_fake_with_the_shapes_of_the_real_ones():
     assert type(torch.ones(3)) is torch.Tensor
     assert same(values(model), before)
     assert model(X).shape == (6, 10)
-
-
-def test_a_pretence_ends_after_an_error_too():
-    with pytest.raises(RuntimeError, match="planted"), fake_copy(Odd()):
-        raise RuntimeError("planted")
-    assert type(torch.ones(3)) is torch.Tensor
 
 
 def test_a_pretence_casts_what_is_floating_point_and_what_blocks_are_dequantised_to(tiny_config):
@@ -191,14 +181,6 @@ def test_a_copy_has_modules_of_its_own_and_the_models_memory():
     assert not same(values(model), before)
 
 
-def test_a_copy_may_leave_modules_out():
-    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
-    copied = copy_sharing_weights(model, [model[0]])
-    assert list(copied.state_dict()) == ["1.weight", "1.bias"]
-    assert copied[1].weight.data_ptr() == model[1].weight.data_ptr()
-    assert list(copy_sharing_weights(model).state_dict()) == list(model.state_dict())
-
-
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_a_copy_on_the_meta_device_has_shapes_only(dtype):
     model = Odd()
@@ -206,50 +188,40 @@ def test_a_copy_on_the_meta_device_has_shapes_only(dtype):
     assert twin.first.weight is twin.second.weight is not model.first.weight
     assert twin.second.bias.requires_grad is False
     for name, tensor in model.state_dict().items():
-        made = twin.state_dict()[name]
-        assert (made.device.type, made.shape) == ("meta", tensor.shape)
-        assert made.dtype == (dtype or tensor.dtype if tensor.is_floating_point() else tensor.dtype)
-    assert model.first.weight.device.type == "cpu"
+        made, cast = twin.state_dict()[name], dtype or tensor.dtype
+        assert (made.device, made.shape) == (META, tensor.shape)
+        assert made.dtype == (cast if tensor.is_floating_point() else tensor.dtype)
+    assert model.first.weight.device == CPU
 
 
 def test_a_model_made_from_another_shares_or_is_cast_and_one_from_a_factory_is_new():
-    model = DigitsMLP()
+    model, devices = DigitsMLP(), []
     before = values(model)
     shared, cast = build_model(model, CPU), build_model(model, CPU, torch.bfloat16)
     assert next(shared.parameters()).data_ptr() == next(model.parameters()).data_ptr()
     assert {p.dtype for p in cast.parameters()} == {torch.bfloat16}
     assert same(values(model), before)
     assert build_model(lambda: model, CPU) is model
-    devices = []
-
-    def factory():
-        devices.append(torch.empty(1).device)
-        return nn.Linear(2, 2)
-
-    fresh = build_model(factory, torch.device("meta"), torch.float64)
-    assert (fresh.weight.dtype, fresh.weight.device.type) == (torch.float64, "meta")
-    assert [device.type for device in devices] == ["meta"]
+    fresh = build_model(lambda: devices.append(torch.empty(1).device) or nn.Linear(2, 2), META, torch.float64)
+    assert (fresh.weight.dtype, fresh.weight.device) == (torch.float64, META)
+    assert devices == [META]
 
 
 def test_what_training_would_write_is_cloned_and_the_rest_stays_shared():
     model = Odd()
     twin = copy_sharing_weights(model)
     twin.second.bias.requires_grad_(False)
-    shared = {t.untyped_storage()._cdata for t in [*twin.parameters(), *twin.buffers()]}
-    own = nn.Parameter(torch.ones(3))
-    twin.own = own
+    shared = {storage_of(tensor) for tensor in [*twin.parameters(), *twin.buffers()]}
+    twin.own = own = nn.Parameter(torch.ones(3))
     address = own.data_ptr()
     unshare_trainable(twin, shared)
-    assert twin.first.weight.data_ptr() != model.first.weight.data_ptr()
-    assert twin.first.bias.data_ptr() != model.first.bias.data_ptr()
-    assert twin.second.weight is twin.first.weight  # still tied
-    assert twin.second.bias.data_ptr() == model.second.bias.data_ptr()  # frozen
     assert twin.own.data_ptr() == address  # its own already
-    assert twin.running.data_ptr() != model.running.data_ptr()
-    assert twin.count.data_ptr() != model.count.data_ptr()
+    assert twin.second.weight is twin.first.weight  # still tied
+    for name in ("first.weight", "first.bias", "second.bias", "running", "count"):
+        one, other = model.state_dict()[name], twin.state_dict()[name]
+        assert torch.equal(one, other)
+        assert (one.data_ptr() == other.data_ptr()) == (name == "second.bias")  # frozen
     assert twin.nothing is None
-    assert torch.equal(twin.first.weight, model.first.weight)
-    assert torch.equal(twin.running, model.running)
 
 
 REFUSED = [

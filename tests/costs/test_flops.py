@@ -26,7 +26,7 @@ from lora_lab import (
 )
 from lora_lab.costs.fake import fake_copy, token_batch
 from lora_lab.costs.flops import PARTS, PASSES, break_even_rank, closed_form, flops
-from lora_lab.costs.repeated import count_short, last_blocks
+from lora_lab.costs.repeated import last_blocks
 from lora_lab.costs.setup import Setup
 from lora_lab.methods import AsItIs
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
@@ -316,13 +316,14 @@ def test_flops_from_two_and_three_blocks_are_those_of_all(tiny_config, method, o
     def deep():
         return Llama(replace(tiny_config, num_hidden_layers=7))
 
-    short = []
-    with monkeypatch.context() as patch:
-        patch.setattr(COUNTING, "count_short", lambda *args: short.append(count_short(*args)) or short[-1])
-        few = flops(deep, method, 2, 8, **options)
+    depths, plain = [], COUNTING.FlopCounter
+    monkeypatch.setattr(
+        COUNTING, "FlopCounter", lambda step: depths.append(len(step.model.model.layers)) or plain(step)
+    )
+    few = flops(deep, method, 2, 8, **options)
     monkeypatch.setattr(COUNTING, "longest_run", lambda model: None)
     assert few == flops(deep, method, 2, 8, **options)  # the counts, the setting and the closed form
-    assert few.counts == short[0]
+    assert depths == [2, 3, 7]
 
 
 def test_lora_on_smollm2_has_more_flops_than_full_fine_tuning_above_rank_147():

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from lora_lab import DoRA, FullFineTuning, Lean, Llama, LlamaConfig, LoRA, LoRAFA, PiSSA
-from lora_lab.costs import memory, repeated
+from lora_lab.costs import memory
 from lora_lab.costs.bill import Part, RecordedOperation, Recording
 from lora_lab.costs.memory import predict
-from lora_lab.costs.repeated import extend, last_blocks, longest_run
+from lora_lab.costs.repeated import extend_recording, last_blocks, longest_run, transformer_blocks
 from lora_lab.costs.setup import Setup
 from lora_lab.methods import AsItIs
 from lora_lab.models import quantize
@@ -32,21 +32,25 @@ def deep(config=SHAPE):
 
 @pytest.fixture
 def both_ways(monkeypatch):
-    """Predicts twice, with both shortcuts and without, and says how many attempts to leave out blocks succeeded."""
+    """Predicts twice, with both shortcuts and without, and says whether blocks were left out the first time."""
 
     def predict_twice(*args, **options):
-        results = []
-        plain = repeated.extend
+        depths, plain = [], memory.StorageLog
+
+        def log(step):
+            depths.append(len(transformer_blocks(step.model)))
+            return plain(step)
+
         with monkeypatch.context() as patch:
-            patch.setattr(repeated, "extend", lambda *a: results.append(plain(*a)) or results[-1])
+            patch.setattr(memory, "StorageLog", log)
             short = predict(*args, **options)
-        with monkeypatch.context() as patch:
+            depth = max(depths)
             patch.setattr(memory, "longest_run", lambda model: None)
             patch.setattr(memory, "_dequantise_once", nullcontext)
             whole = predict(*args, **options)
         assert short == whole  # the parts, the moment, what is saved, and every point of the timeline
         assert str(short) == str(whole)
-        return [result is not None for result in results]
+        return depth < depths[-1]
 
     return predict_twice
 
@@ -68,7 +72,7 @@ def both_ways(monkeypatch):
     ids=str,
 )
 def test_a_bill_from_a_few_blocks_is_that_from_all_byte_for_byte(method, options, both_ways):
-    assert both_ways(deep(), method, 2, 24, **options)[-1]
+    assert both_ways(deep(), method, 2, 24, **options)
 
 
 @pytest.mark.slow
@@ -88,8 +92,7 @@ def test_so_is_one_of_matrices_that_are_dequantised_in_slices(columns, layers, o
     monkeypatch.setattr(quantize, "_AT_ONCE", 44 * columns)  # of 64 and of 100 rows the last slice is smaller
     shape = replace(SHAPE, num_hidden_layers=layers, intermediate_size=100)
     config = replace(shape, hidden_size=columns, num_attention_heads=2, head_dim=columns // 2)
-    succeeded = both_ways(deep(config), LoRA(8, targets=TWO), 2, 24, nf4=True, **options)
-    assert succeeded[-1:] == ([True] if layers == 6 else [])
+    assert both_ways(deep(config), LoRA(8, targets=TWO), 2, 24, nf4=True, **options) == (layers == 6)
 
 
 def test_slices_that_differ_in_values_only_are_dequantised_once(monkeypatch):
@@ -107,10 +110,10 @@ def test_slices_that_differ_in_values_only_are_dequantised_once(monkeypatch):
 @pytest.mark.slow
 def test_so_is_one_whose_peak_lies_in_a_block(both_ways):
     config = replace(SHAPE, vocab_size=16, intermediate_size=2000)
-    assert both_ways(deep(config), LoRA(8), 2, 48, **CKPT)[-1]
+    assert both_ways(deep(config), LoRA(8), 2, 48, **CKPT)
     wide = DoRA(8, targets=["down_proj"])
     assert "layers" in predict(deep(config), wide, 1, 2).moment
-    assert both_ways(deep(config), wide, 1, 2)[-1]
+    assert both_ways(deep(config), wide, 1, 2)
 
 
 def test_the_shortcut_rehearses_few_blocks(monkeypatch):
@@ -127,9 +130,9 @@ def test_the_shortcut_rehearses_few_blocks(monkeypatch):
 def test_blocks_that_differ_are_not_taken_for_alike(both_ways):
     model = deep(SEVEN)
     top = last_blocks(model, 1)  # six blocks below are alike, but the names are those of the whole model
-    assert both_ways(model, LoRA(8, targets=top), 2, 24) == []
+    assert not both_ways(model, LoRA(8, targets=top), 2, 24)
     named = [f"model.layers.{i}.self_attn.q_proj" for i in range(7)]  # all alike, but a shorter model lacks some
-    assert both_ways(model, LoRA(8, targets=named), 2, 24) == []
+    assert not both_ways(model, LoRA(8, targets=named), 2, 24)
     assert longest_run(model).count == 7
     model.model.layers[4].mlp.register_forward_hook(lambda *_: None)
     assert longest_run(model) is None
@@ -154,7 +157,7 @@ class Alternating(nn.Module):
 def test_a_model_of_unknown_code_is_rehearsed_whole(both_ways):
     batch = torch.zeros(3, 8), torch.zeros(3, dtype=torch.long)
     assert longest_run(Alternating()) is None
-    assert both_ways(Alternating(), FullFineTuning(), batch=batch) == []
+    assert not both_ways(Alternating(), FullFineTuning(), batch=batch)
 
 
 SIZES = {"vocab_size": 120, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6}
@@ -179,9 +182,10 @@ def test_models_of_transformers_have_the_same_bill_from_a_few_blocks(name, chang
     model, ids = transformers_model(name, **changes), torch.zeros(2, 12, dtype=torch.long)
     batch = ids, (torch.zeros(2, dtype=torch.long) if name == "Bert" else ids)
     # Adapters on queries let the first block differ from the others: no gradient flows to its input.
-    assert both_ways(model, LoRA(4, targets=["query" if name == "Bert" else "q_proj"]), batch=batch, device="cpu")[-1]
+    targets = ["query" if name == "Bert" else "q_proj"]
+    assert both_ways(model, LoRA(4, targets=targets), batch=batch, device="cpu")
     if name in ("Llama", "Bert"):  # checkpointing is the same in all of them
-        assert both_ways(model, FullFineTuning(), batch=batch, device="cpu", **CKPT)[-1]
+        assert both_ways(model, FullFineTuning(), batch=batch, device="cpu", **CKPT)
 
 
 @pytest.mark.slow
@@ -194,23 +198,21 @@ def test_models_of_transformers_have_the_same_bill_from_a_few_blocks(name, chang
 )
 def test_models_of_transformers_whose_blocks_differ_are_rehearsed_whole(name, changes, both_ways):
     model, ids = transformers_model(name, **changes), torch.zeros(2, 12, dtype=torch.long)
-    assert both_ways(model, LoRA(4, targets=["q_proj"]), batch=(ids, ids), device="cpu") == []
+    assert not both_ways(model, LoRA(4, targets=["q_proj"]), batch=(ids, ids), device="cpu")
 
 
 def test_a_model_that_peft_made_ready_has_the_same_bill_from_a_few_blocks(tiny_hf, both_ways):
     import peft
 
     model = peft.get_peft_model(tiny_hf(num_hidden_layers=6), peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    assert both_ways(model, AsItIs(), 2, 12)[-1]
+    assert both_ways(model, AsItIs(), 2, 12)
 
 
-def test_a_config_with_an_entry_for_each_block_must_have_the_same_throughout():
+@pytest.mark.parametrize(("kinds", "alike"), [(["near"] * 5 + ["far"], False), (["near"] * 6, True)])
+def test_a_config_with_an_entry_for_each_block_must_have_the_same_throughout(kinds, alike):
     model = transformers_model("Llama")
-    assert longest_run(model) is not None
-    model.config.block_kinds = ["near"] * 5 + ["far"]  # nothing in the blocks tells
-    assert longest_run(model) is None
-    model.config.block_kinds = ["near"] * 6
-    assert longest_run(model) is not None
+    model.config.block_kinds = kinds  # nothing in the blocks tells
+    assert (longest_run(model) is not None) == alike
 
 
 def test_experts_are_no_stack_of_blocks():
@@ -249,7 +251,7 @@ ENDS = [("embedding", "", [(TEMPORARY, 4)], [])], [("loss", "", [], [(TEMPORARY,
 
 def test_blocks_are_added_with_their_numbers():
     stacks = {depth: recorded(*ENDS[0], *(o for i in range(depth) for o in block(i)), *ENDS[1]) for depth in (2, 3, 7)}
-    assert extend(stacks[2], stacks[3], 5) == stacks[7]
+    assert extend_recording(stacks[2], stacks[3], 5) == stacks[7]
 
 
 def test_what_grows_with_each_block_grows_in_size_or_in_number():
@@ -259,7 +261,7 @@ def test_what_grows_with_each_block_grows_in_size_or_in_number():
             ("free", "", [], [(TEMPORARY, 12), *[(TEMPORARY, 4)] * blocks]),
         )
 
-    grown = extend(norms(2), norms(3), 10)
+    grown = extend_recording(norms(2), norms(3), 10)
     assert [sorted(o.allocated) for o in grown.operations] == [sorted(o.allocated) for o in norms(12).operations]
     assert [sorted(o.released) for o in grown.operations] == [sorted(o.released) for o in norms(12).operations]
 
@@ -279,7 +281,8 @@ def test_what_grows_with_each_block_grows_in_size_or_in_number():
 )
 def test_a_block_that_is_not_like_the_one_before_is_not_extended(longer):
     shorter = recorded(*ENDS[0], *block(0), *block(1), *ENDS[1])
-    assert extend(shorter, longer, 5) is None
+    with pytest.raises(ValueError, match=r"No block is like|argument"):
+        extend_recording(shorter, longer, 5)
 
 
 def test_a_setup_is_prepared_once_for_all_sizes_of_a_search(monkeypatch):

@@ -1,4 +1,4 @@
-"""Real steps timed in turn, on a clock that the tests set."""
+"""Real steps timed in turn, on a clock that the tests set; and what processes send each other."""
 
 from collections import Counter
 from functools import partial
@@ -6,15 +6,20 @@ from functools import partial
 import pytest
 import torch
 from scipy import stats
+from torch import distributed as dist
 from torch.nn import functional as F
 
-from lora_lab import FullFineTuning, Lean, Llama, LoRA, speed
+from lora_lab import FullFineTuning, Lean, Llama, LoRA, LoRAFA, PartialFineTuning, speed
 from lora_lab.costs.setup import Setup
 from lora_lab.costs.timing import Times
+from lora_lab.models import shapes
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.system import process
+from lora_lab.system.distributed import Processes
 from lora_lab.system.process import BusyCores
+from tests.helpers import random_ids
 
+BF16 = torch.bfloat16
 DIGITS = (torch.rand(5, 64), torch.zeros(5, dtype=torch.long))
 
 
@@ -134,3 +139,41 @@ def test_busy_cores_are_those_that_others_use(monkeypatch, all_before, all_after
     for count, disturbs in ((4, cores > 0), (5, False)):
         monkeypatch.setattr(process.psutil, "cpu_count", lambda count=count: count)
         assert others.disturbs == disturbs
+
+
+# What processes send each other
+
+METHODS = [FullFineTuning(), LoRA(2), LoRAFA(2), PartialFineTuning(("model.norm",))]
+SETUPS = [*map(Setup, METHODS), Setup(dtype=BF16), Setup(LoRA(2), dtype=BF16), Setup(LoRA(2), lean=Lean())]
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=Setup.describe)
+def test_as_many_bytes_are_reduced_as_are_predicted(tiny_config, monkeypatch, setup):
+    reduced = []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: reduced.append(tensor.nbytes))
+    model = Llama(tiny_config, seed=1)
+    predicted = speed.communication(model, setup)
+    step = setup.step(model if setup.dtype is None else model.to(setup.dtype))
+    step.processes = Processes(0, 2)
+    ids = random_ids(2, 6)
+    step([(ids, ids)], [0.5])
+    assert sum(reduced) == predicted.reduced_bytes == predicted.sent_bytes
+
+
+def test_of_smollm2_lora_sends_a_fiftieth():
+    """2 (n - 1) / n of the gradients of four bytes, and eight bytes for each trained tensor and the loss."""
+    config = shapes.config("smollm2-135m")
+    hidden, inner, cached = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
+    ends = [(hidden, hidden)] * 2 + [(hidden, cached)] * 2 + [(hidden, inner)] * 2 + [(inner, hidden)]
+    both, one = 30 * 8 * sum(a + b for a, b in ends), 30 * 8 * sum(b for _, b in ends)
+    for method, numbers, tensors in ((LoRA(8), both, 420), (LoRAFA(8), one, 210), (FullFineTuning(), 134_515_008, 272)):
+        alone, of_two, of_four = (speed.communication("smollm2-135m", method, processes=n) for n in (1, 2, 4))
+        assert of_two.gradient_bytes == 4 * numbers
+        assert of_two.sent_bytes == 4 * numbers + 8 * (1 + tensors)
+        assert (alone.sent_bytes, of_four.sent_bytes) == (0, 1.5 * of_two.sent_bytes)
+    assert round(4 * both / 1e6, 1) == 9.8  # of 538 MB
+
+
+def test_there_is_at_least_one_process(tiny_config):
+    with pytest.raises(ValueError, match="processes is 0, but it must be at least 1"):
+        speed.communication(Llama(tiny_config), LoRA(rank=2), processes=0)

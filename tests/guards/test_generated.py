@@ -1,5 +1,6 @@
-"""What ``docs/generate.py`` writes is what stands in README and guides; lessons agree with their records."""
+"""What ``docs/generate.py`` writes, and each message that a page quotes, is right; lessons agree with their records."""
 
+import ast
 import json
 import re
 import sys
@@ -31,6 +32,25 @@ def test_each_writer_writes_somewhere_and_a_changed_number_is_noticed(rewritten)
     assert set(re.findall(r"<!-- numbers: (\w+) -->", pages)) == set(generate.WRITERS)
     (costs,) = (text for path, text in rewritten.items() if path.name == "costs.md")
     assert generate.rewrite(costs.replace("| 980 |", "| 990 |")) == costs
+
+
+def texts_in(path):
+    """The texts in a source file but its docstrings, with {} for each value that is filled in."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    docstrings = {node.value for node in nodes if isinstance(node, ast.Expr)}
+    for node in nodes:
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings:
+            yield node.value
+
+
+def test_the_messages_that_the_page_of_errors_quotes_are_the_packages():
+    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\| `(.+?)` \|", page[page.index("## The errors that people meet") :], re.MULTILINE)
+    said = "\n".join(text for path in (ROOT / "lora_lab").rglob("*.py") for text in texts_in(path))
+    assert len(quoted) > 10
+    assert [message for message in quoted if message not in said] == []
 
 
 def cells_of(name):

@@ -51,7 +51,7 @@ def imports(tree):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports hide what is imported"
-            yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+            yield from {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)} - {"lora_lab"}
 
 
 def calls(tree):
@@ -60,16 +60,10 @@ def calls(tree):
 
 def own(tree):
     """The files of the package that are imported, and names of the package itself, without ``lora_lab.``."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            inner = [f"{node.module}.{alias.name}" for alias in node.names]
-            inside = [name for name in inner if name.removeprefix("lora_lab.") in FILES]
-            names = inner if node.module == "lora_lab" else [node.module, *inside]
-        else:
-            continue
-        yield from (name.removeprefix("lora_lab.") for name in names if name.split(".")[0] == "lora_lab")
+    for name in imports(tree):
+        root, _, inner = name.partition(".")
+        if root == "lora_lab" and (inner in FILES or "." not in inner):
+            yield inner or "lora_lab"
 
 
 def faults(module, tree):

@@ -4,6 +4,7 @@ The last test changes the stored numbers and demands that nbval fails: the check
 """
 
 import ast
+import itertools
 import json
 import re
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from nbval.plugin import get_sanitize_patterns
 
 import lora_lab.course.exercises  # noqa: F401  # registers them
-from lora_lab.course.exercise import EXERCISES
+from lora_lab.course.exercise import EXERCISES, TIME
 from lora_lab.studies.claims import verdict
 from lora_lab.studies.claims.deciding import IN_OUTPUT, read_claims
 from tests.helpers import ROOT
@@ -72,27 +73,19 @@ def solution(cell):
 
 
 @each_lesson
-def test_stored_outputs_come_from_one_run_from_top_to_bottom(path):
-    cells = code(read(path))
+def test_stored_outputs_and_metadata_are_of_one_run_from_top_to_bottom(path):
+    notebook = read(path)
+    cells = code(notebook)
     # An unrun cell is never compared, so a stripped notebook would pass.
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-
-
-@each_lesson
-def test_stored_metadata_is_what_the_builder_writes(path):
-    notebook = read(path)
     assert notebook.metadata.kernelspec.name == "python3"
     assert [cell.id for cell in notebook.cells] == [f"cell-{i:02d}" for i in range(1, len(notebook.cells) + 1)]
     for cell in notebook.cells:
-        assert set(cell.metadata) <= {"jupyter", "tags"}, "timings or widget state are stored"
         hidden = {"jupyter": {"source_hidden": True}} if HIDDEN in tags(cell) else {}
-        assert {key: value for key, value in cell.metadata.items() if key != "tags"} == hidden
+        stored = {key: value for key, value in cell.metadata.items() if key != "tags"}
+        assert stored == hidden, "timings or widget state are stored"
         assert tags(cell) <= KNOWN_TAGS, "nbval ignores a tag that it does not know"
-
-
-@each_lesson
-def test_stored_outputs_hold_no_errors_and_no_stderr(path):
-    for cell in code(read(path)):
+    for cell in cells:
         failed = any(output.output_type == "error" for output in cell.outputs)
         assert failed == ("raises-exception" in tags(cell)), cell.source
         assert not any(output.get("name") == "stderr" for output in cell.outputs), cell.source
@@ -141,21 +134,17 @@ def outcomes(notebook):
 
 
 @each_chapter
-def test_a_lessons_claims_are_the_ledgers_and_none_is_decided_by_another_lesson(path):
-    every, here = read_claims(), outcomes(read(path))
+def test_a_lessons_claims_are_the_ledgers_are_stored_and_none_is_decided_by_another_lesson(path):
+    notebook, every = read(path), read_claims()
+    here = outcomes(notebook)
     assert here
     assert len(set(here)) == len(here)
     assert set(here) <= every.keys()
     decided = {name for name in here if every[name].lesson}
     assert decided == {name for name, claim in every.items() if claim.lesson == path.stem}
-
-
-@each_chapter
-def test_the_outcomes_that_decide_claims_are_those_of_the_source(path):
-    """nbval does not compare where they are stored."""
-    notebook = read(path)
+    # nbval does not compare what is stored of them.
     stored = [output.get("metadata", {}).get(IN_OUTPUT) for cell in code(notebook) for output in cell.outputs]
-    assert sorted(name for each in stored if each for name in each.results) == sorted(outcomes(notebook))
+    assert sorted(name for each in stored if each for name in each.results) == sorted(here)
 
 
 @pytest.mark.slow
@@ -188,17 +177,13 @@ def test_the_lessons_state_at_most_3_minutes_of_computing_each_and_14_together()
 
 
 @each_lesson
-def test_every_exercise_says_how_hard_and_how_long_it_is(path):
-    """As it is registered, right before its cell; and no exercise of the lesson is missing."""
-    stated, checked = None, []
-    for cell in read(path).cells:
-        if cell.cell_type == "markdown":
-            stated = (re.findall(r"\*\*(Core|Deeper|Project)\*\*, about (\d+) minutes\.", cell.source) or [stated])[-1]
-        for name in re.findall(r'^check\("(\w+)"', cell.source, re.MULTILINE):
-            exercise = EXERCISES[name]
-            assert stated == (("Core", "Deeper", "Project")[exercise.difficulty - 1], str(exercise.minutes)), name
-            checked.append(name)
-    assert sorted(set(checked)) == sorted(each.name for each in EXERCISES.values() if each.lesson == path.stem) != []
+def test_every_exercise_is_there_and_its_text_says_how_hard_and_how_long_it_is(path):
+    cells = read(path).cells
+    checked = [name for cell in cells for name in re.findall(r'^check\("(\w+)"', cell.source, re.MULTILINE)]
+    assert sorted(set(checked)) == sorted(each.name for each in EXERCISES.values() if each.stated.lesson == path.stem)
+    places = [number for number, cell in enumerate(cells) if solution(cell)]
+    for start, end in itertools.pairwise([0, *places]):
+        assert sum(len(TIME.findall(cell.source)) for cell in cells[start:end]) == 1, cells[end].source
 
 
 @each_lesson

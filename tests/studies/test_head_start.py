@@ -16,7 +16,7 @@ from lora_lab.ablation import studies
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
 from lora_lab.studies import head_start, recorder
-from lora_lab.studies.claims.head_start import DOCS, FINE_TUNED, FROM_SCRATCH, LONGER
+from lora_lab.studies.claims.compared import DOCS, FINE_TUNED, FROM_SCRATCH, LONGER
 from lora_lab.tasks.arrays import CHANGES
 from tests.helpers import COMMIT
 from tests.studies.conftest import counting_on

@@ -9,6 +9,7 @@ import torch
 
 from lora_lab import FullFineTuning, LoRA, records, speed
 from lora_lab.costs.bill import PARTS
+from lora_lab.costs.cost_model import CostModel
 from lora_lab.costs.setup import Setup
 from lora_lab.models.llama import Llama
 from lora_lab.studies import steps
@@ -22,7 +23,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def priced(monkeypatch):
     """A cost model by hand, because calibrating a real one takes seconds: a nanosecond a byte moved, ten a call."""
-    costs = speed.CostModel(lambda operation: 1e-9 * operation.moved_bytes + 1e-8)
+    costs = CostModel(lambda operation: 1e-9 * operation.moved_bytes + 1e-8)
     for module in (steps, speed):
         monkeypatch.setattr(module, "cost_model", lambda device: costs)
 

@@ -13,7 +13,7 @@ from lora_lab.ablation.compare import compare_losses
 from lora_lab.ablation.rank_advice import SPECTRAL, assess
 from lora_lab.models.shapes import config
 from lora_lab.studies import recorder, steps, tuned
-from lora_lab.studies.claims.measured import right_by
+from lora_lab.studies.claims.measured import right_by_kind
 from lora_lab.studies.recorder import BlockSweep, plan_trial, record_sweeps
 from lora_lab.tasks import Pair, from_pairs
 from lora_lab.tasks.sentences import COMBINATION, WORD, sentences
@@ -319,8 +319,8 @@ def test_examples_are_marked_by_what_no_baseline_gets_right_by_what_training_sho
     by_none = names["reference"].str.endswith("é")
     assert 0 < by_none.sum() < len(names)
     assert (names["kind"] == tuned.BY_NONE).tolist() == by_none.tolist()
-    table = right_by(translated, "sentences-fr", "LoRA r=8").set_index("kind")
-    assert table["examples"].to_dict() == {COMBINATION: 100, WORD: 60}
-    assert (table["share"] == 0).all()  # of an untrained model
-    features = right_by(translated, "sentences-fr", "LoRA r=8", "features").set_index("features")
-    assert {"feminine", "plural", "adjective after the noun", "elision"} <= set(features.index)
+    table = right_by_kind(translated, "sentences-fr", "LoRA r=8")
+    assert {row["kind"]: row["examples"] for row in table} == {COMBINATION: 100, WORD: 60}
+    assert all(row["share"] == 0 for row in table)  # of an untrained model
+    features = frame.query("data == 'sentences-fr' and stage == 'example'")["features"]
+    assert {"feminine", "plural", "adjective after the noun", "elision"} <= set(", ".join(features).split(", "))

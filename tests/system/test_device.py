@@ -21,6 +21,7 @@ def pretend_cuda(monkeypatch):
 
 def test_without_a_gpu_the_cpu_is_picked_and_the_reason_says_so(no_wishes):
     no_wishes.setattr(torch.cuda, "is_available", lambda: False)
+    no_wishes.setenv("LORA_LAB_DEVICE", "")  # which is no wish
     device, why = pick_device()
     assert device == torch.device("cpu")
     threads = torch.get_num_threads()
@@ -41,12 +42,6 @@ def test_the_variable_is_honoured_above_the_machine_and_an_argument_above_both(n
     assert pick_device(torch.device("cpu"))[0] == torch.device("cpu")
 
 
-def test_an_empty_variable_is_no_wish(no_wishes):
-    no_wishes.setattr(torch.cuda, "is_available", lambda: False)
-    no_wishes.setenv("LORA_LAB_DEVICE", "")
-    assert "sees no CUDA GPU" in pick_device()[1]
-
-
 @pytest.mark.parametrize("bad", ["banana", "cpu:x", "", "cuda:99", "meta"])
 def test_a_device_that_cannot_be_used_is_refused_in_one_line(no_wishes, bad):
     with pytest.raises(ValueError, match=f"Device '{bad}' .*; try 'cpu'") as error:
@@ -56,12 +51,6 @@ def test_a_device_that_cannot_be_used_is_refused_in_one_line(no_wishes, bad):
         no_wishes.setenv("LORA_LAB_DEVICE", bad)
         with pytest.raises(ValueError, match=f"Device '{bad}'"):
             pick_device()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA GPU")
-def test_cuda_is_refused_where_there_is_none():
-    with pytest.raises(ValueError, match="Device 'cuda' cannot be used here"):
-        pick_device("cuda")
 
 
 def test_effort_is_quick_without_a_gpu_full_with_one_and_as_the_variable_says(no_wishes):
@@ -74,9 +63,6 @@ def test_effort_is_quick_without_a_gpu_full_with_one_and_as_the_variable_says(no
     assert effort() == "full"
     no_wishes.setenv("LORA_LAB_EFFORT", "quick")
     assert effort() == "quick"
-
-
-def test_an_unknown_effort_is_refused(no_wishes):
     no_wishes.setenv("LORA_LAB_EFFORT", "some")
     with pytest.raises(ValueError, match="LORA_LAB_EFFORT is 'some', but it must be 'quick' or 'full'"):
         effort()

@@ -212,21 +212,13 @@ def test_without_the_sums_two_processes_differ_from_one(two):
     assert largest_difference(results["without sums"], run("unequal targets")) > 1e-2
 
 
-def test_sums_keep_dtypes_and_layouts(two):
-    _, (matrix, vector, scalar) = two[0], two[1]["mixed"]
-    assert matrix.tolist() == torch.ones(3, 2).tolist()
-    assert matrix.stride() == (1, 3)
+def test_sums_keep_dtypes_and_layouts_the_first_shares_values_and_it_alone_calls_on_row(two):
+    _, results = two
+    matrix, vector, scalar = results["mixed"]
+    assert (matrix.tolist(), matrix.stride()) == (torch.ones(3, 2).tolist(), (1, 3))
     assert vector.tolist() == [1.2000000000000002] * 3
     assert (matrix.dtype, vector.dtype, scalar.item()) == (torch.float32, torch.float64, 2.0)
-
-
-def test_each_process_gets_the_value_of_the_first(two):
-    _, results = two
     assert results["from first"] == ["of process 0"] * 2
-
-
-def test_rank_0_alone_calls_on_row_with_each_row(two):
-    _, results = two
     assert results["seen"] == results["dropout"][0][0]
 
 
@@ -244,13 +236,6 @@ def test_dropout_draws_other_numbers_in_each_process_and_step_and_the_same_in_th
             draws.append(torch.rand(3).tolist())
     assert draws[0] == draws[3]
     assert len({tuple(draw) for draw in draws}) == 3
-
-
-def test_one_process_keeps_the_random_numbers_that_it_has():
-    with torch.random.fork_rng():
-        before = torch.get_rng_state()
-        distributed.ALONE.seed(torch.device("cpu"), 0, 1)
-        assert torch.equal(torch.get_rng_state(), before)
 
 
 # Stopped and started again
@@ -311,7 +296,11 @@ def test_what_would_train_something_else_is_refused(two, refused, says):
     assert re.search(says, results[refused])
 
 
-def test_one_process_needs_no_check():
+def test_one_process_needs_no_check_and_keeps_the_random_numbers_that_it_has():
+    with torch.random.fork_rng():
+        before = torch.get_rng_state()
+        distributed.ALONE.seed(torch.device("cpu"), 0, 1)
+        assert torch.equal(torch.get_rng_state(), before)
     assert current_processes() == distributed.ALONE
     distributed.ALONE.check_same({"seed": 1})
     assert distributed.ALONE.broadcast("own") == "own"

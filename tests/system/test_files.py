@@ -17,7 +17,6 @@ from lora_lab.system.files import (
     atomic_files,
     atomic_folder,
     check_file,
-    check_folder,
     check_replaceable,
     check_writable,
     hold_folder,
@@ -27,10 +26,7 @@ from lora_lab.system.files import (
     save_or_rescue,
     write_json,
 )
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+from tests.helpers import names
 
 
 def save(folder, text, remove=()):
@@ -41,27 +37,23 @@ def save(folder, text, remove=()):
         save_file({"x": torch.full((3,), float(len(text)))}, temporary / "a.safetensors", {"mine": text})
 
 
-@pytest.fixture(params=["file", "files", "folder"])
+WAYS = {
+    "file": lambda path: atomic_file(path),
+    "files": lambda path: atomic_files(path.parent),
+    "folder": lambda path: atomic_folder(path.parent),
+}
+
+
+@pytest.fixture(params=WAYS)
 def write(request):
     """A function that writes a text by one of the three ways, and stops halfway with an error if there is one."""
 
     def write(path, text, error=None):
-        if request.param == "file":
-            with atomic_file(path) as temporary:
-                temporary.write_text(text)
-                assert not path.exists() or path.read_text() != text
-                if error:
-                    raise error
-        elif request.param == "files":
-            with atomic_files(path.parent) as temporary:
-                (temporary / path.name).write_text(text)
-                if error:
-                    raise error
-        else:
-            with atomic_folder(path.parent) as temporary:
-                (temporary / path.name).write_text(text)
-                if error:
-                    raise error
+        with WAYS[request.param](path) as temporary:
+            (temporary if request.param == "file" else temporary / path.name).write_text(text)
+            assert not path.exists() or path.read_text() != text
+            if error:
+                raise error
 
     return write
 
@@ -290,8 +282,6 @@ REFUSED = [
     (lambda folder: as_path("\ud83d", "path"), ValueError, "path"),
     (lambda folder: as_path("x" * 300, "path"), ValueError, "path is 'xxx"),
     (lambda folder: check_file(folder / "none", "a table"), FileNotFoundError, "none"),
-    (lambda folder: check_folder(folder / "none", "an adapter"), FileNotFoundError, "none"),
-    (lambda folder: check_folder(put(folder, ""), "an adapter"), FileNotFoundError, "a.json is a file"),
     (lambda folder: read_json(folder / "none.json"), FileNotFoundError, "none.json"),
     (lambda folder: read_json(folder), FileNotFoundError, "lacks"),
     (lambda folder: read_json("/dev/zero"), FileNotFoundError, "zero"),

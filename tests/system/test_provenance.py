@@ -12,10 +12,8 @@ from lora_lab.system import provenance
 from lora_lab.system.provenance import machine_info
 from tests.helpers import ROOT
 
+pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 CPU = torch.device("cpu")
-
-
-needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 
 
 def test_this_machines_cpu_has_a_name_whatever_the_number_of_threads():
@@ -59,58 +57,35 @@ def checkout(tmp_path):
     return folder
 
 
-@needs_git
-def test_a_clean_checkout_gives_its_commit(checkout):
+def test_a_clean_checkout_gives_its_commit_and_a_changed_one_says_so(checkout):
     first = provenance.commit_of(checkout)
     assert first == git(checkout, "rev-parse", "HEAD")
     assert re.fullmatch("[0-9a-f]{40}", first)
+    (checkout / "notes.txt").write_text("neither untracked files nor records are changes of the code\n")
+    (checkout / "records" / "gpu-memory.json").write_text('{"measured": "again"}\n')
+    assert git(checkout, "status", "--porcelain") != ""
+    assert provenance.commit_of(checkout) == first
+    (checkout / "code.py").unlink()
+    assert provenance.commit_of(checkout) == f"{first}+changes"
     (checkout / "code.py").write_text("2\n")
+    assert provenance.commit_of(checkout) == f"{first}+changes"
+    git(checkout, "add", ".")
+    assert provenance.commit_of(checkout) == f"{first}+changes"
     git(checkout, "commit", "--quiet", "--all", "--message", "second")
     assert provenance.commit_of(str(checkout)) == git(checkout, "rev-parse", "HEAD") != first
 
 
-@needs_git
-@pytest.mark.parametrize("change", ["changed", "added", "deleted"])
-def test_tracked_files_that_differ_are_noted(checkout, change):
-    clean = provenance.commit_of(checkout)
-    if change == "deleted":
-        (checkout / "code.py").unlink()
-    else:
-        (checkout / "code.py").write_text("2\n")
-    if change == "added":
-        git(checkout, "add", ".")
-    assert provenance.commit_of(checkout) == f"{clean}+changes"
-    git(checkout, "reset", "--quiet", "--hard")
-    assert provenance.commit_of(checkout) == clean
-
-
-@needs_git
-def test_untracked_files_and_records_are_no_changes_of_the_code(checkout):
-    clean = provenance.commit_of(checkout)
-    (checkout / "notes.txt").write_text("new\n")
-    (checkout / "records" / "gpu-memory.json").write_text('{"measured": "again"}\n')
-    assert provenance.commit_of(checkout) == clean
-    assert git(checkout, "status", "--porcelain") != ""
-
-
-@needs_git
-def test_where_there_is_no_commit_none_is_named(checkout, tmp_path):
+def test_where_there_is_no_commit_none_is_named(checkout, tmp_path, monkeypatch):
     assert provenance.commit_of(tmp_path) == "unknown"
     assert provenance.commit_of(tmp_path / "none") == "unknown"
     (checkout / "venv" / "site-packages").mkdir(parents=True)
     assert provenance.commit_of(checkout / "venv" / "site-packages") == "unknown"  # the commit of other code
     git(tmp_path, "init", "--quiet", "empty")
     assert provenance.commit_of(tmp_path / "empty") == "unknown"
-
-
-@needs_git
-def test_without_git_the_commit_is_unknown(checkout, tmp_path, monkeypatch):
-    assert provenance.commit_of(checkout) != "unknown"
-    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))  # without git
     assert provenance.commit_of(checkout) == "unknown"
 
 
-@needs_git
 def test_the_variables_of_gits_hooks_do_not_lead_to_another_repository(checkout, tmp_path, monkeypatch):
     other = tmp_path / "other"
     other.mkdir()

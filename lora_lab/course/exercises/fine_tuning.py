@@ -10,20 +10,15 @@ from torch import nn
 
 from lora_lab.course.exercise import Exercise, Reflection
 
-LESSON = "02_why_fine_tune"
-
-
 # A fair start
 
 head_start = Exercise(
     "head_start",
-    LESSON,
     hints=[
         "make() gives a new model of the same shape, whose weights are random.",
         "pretrained.state_dict() holds all weights and buffers by name.",
         "load_state_dict copies the numbers of a state dict into a model's own tensors; return the model afterwards.",
     ],
-    minutes=6,
     praise="Each run now begins at the same weights, and no run can spoil the start of the next.",
     draws=2,
 )
@@ -131,7 +126,6 @@ def validation_and_test(rng):
 BEST = "max(validation, key=lambda rate: np.mean(validation[rate]))"
 choose = Exercise(
     "choose",
-    LESSON,
     inputs=validation_and_test,
     wrong={
         "You chose on the test data, which is there to judge. Choose by the validation dict alone.": [
@@ -159,8 +153,6 @@ choose = Exercise(
         "max(validation, key=...) returns the key of the dict for which a function is largest.",
         "The test dict is not needed here: it judges later what you have chosen.",
     ],
-    minutes=8,
-    difficulty=2,
     praise="The test data was not used to choose, so it can still judge the rate that you chose.",
     draws=10,
 )
@@ -172,7 +164,7 @@ def is_best_in_validation(choose, rng):
     for _ in range(12):
         rates = rng.uniform(1e-4, 1e-1, 6).tolist()
         validation, test = ({rate: rng.uniform(0.5, 1, 3).tolist() for rate in rates} for _ in range(2))
-        if choose(validation, test) != rates[int(np.argmax([sum(validation[rate]) for rate in rates]))]:
+        if choose(validation, test) != max(rates, key=lambda rate: sum(validation[rate])):
             return False
     return True
 
@@ -185,9 +177,8 @@ def does_not_ask_the_test(choose, rng):
         validation = {rate: rng.uniform(0.5, 1, 3).tolist() for rate in rates}
         tests = [{rate: rng.uniform(0.5, 1, 3).tolist() for rate in rates} for _ in range(6)]
         results.append({float(choose(validation, test)) for test in tests})
-    return all(len(result) == 1 and result <= set(rates) for result in results) and any(
-        max(rates) not in r for r in results
-    )
+    always_largest = all(result == {max(rates)} for result in results)
+    return not always_largest and all(len(result) == 1 and result <= {*rates} for result in results)
 
 
 # Training one layer
@@ -195,13 +186,11 @@ def does_not_ask_the_test(choose, rng):
 LAYER = "for key, each in model.named_parameters():\n    each.requires_grad_({})"
 only = Exercise(
     "only",
-    LESSON,
     hints=[
         "requires_grad_ of a model sets the switch of all its parameters at once.",
         "model.get_submodule(name) is the layer of that name.",
         "A layer has requires_grad_ too: freeze everything first, then make one layer trainable.",
     ],
-    minutes=5,
     praise="This is PartialFineTuning. LoRA uses the same switch: the old parameters frozen, the new ones trained.",
     draws=2,
 )
@@ -293,7 +282,7 @@ def trains_all_of_the_layer(only, rng):
 
 
 Reflection(
-    LESSON,
+    "02_why_fine_tune",
     question="A paper reports that its method beats full fine-tuning by two points of accuracy. Both were run "
     "with one learning rate, chosen as the best on the test set, and with one seed. In five to eight "
     "sentences: what would you ask the authors to run again, and which results would convince you?",

@@ -6,8 +6,6 @@ import torch
 
 from lora_lab.course.exercise import Exercise, Reflection, close, normal
 
-LESSON = "00_first_look"
-
 
 def layer_and_dial(rng):
     """W (out, in), A (r, in), B (out, r) and x (in), whose sizes all differ, and a scaling s of either sign."""
@@ -19,7 +17,6 @@ def layer_and_dial(rng):
 
 one_line = Exercise(
     "one_line",
-    LESSON,
     inputs=layer_and_dial,
     draws=20,  # that all of them have a dial of one sign happens once in a million checks
     wrong={
@@ -53,7 +50,6 @@ one_line = Exercise(
         "A reads x and leaves r numbers. B turns those r numbers into as many as W @ x has.",
         "What is missing is B times (A times x).",
     ],
-    minutes=3,
     praise="This one line is LoRA: a frozen matrix, two small ones beside it, and a scaling that a dial can turn.",
 )
 
@@ -81,7 +77,7 @@ def follows_the_dial(one_line, rng):
 
 
 Reflection(
-    LESSON,
+    "00_first_look",
     question="Explain to somebody who uses chat programs and has never seen a matrix what an adapter is, what "
     "happens to the model when it is switched off, and why its file is small. Five to eight sentences, "
     "without a formula.",

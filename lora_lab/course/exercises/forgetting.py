@@ -9,9 +9,6 @@ from torch.nn import functional as F
 from lora_lab.ablation import overfitting as learning  # noqa: F401
 from lora_lab.course.exercise import Exercise, Reflection, close
 
-LESSON = "08_forgetting"
-
-
 # A temperature
 
 
@@ -33,7 +30,6 @@ FIT, RESULT = "F.cross_entropy(logits / T, labels)", "F.cross_entropy(judged / b
 
 temperature = Exercise(
     "temperature",
-    LESSON,
     inputs=overconfident,
     wrong={
         "You multiply by T. A temperature above 1 must make the model less sure, so divide.": [
@@ -63,8 +59,6 @@ temperature = Exercise(
         "min(temperatures, key=...) returns the temperature for which the function after key is smallest.",
         "Choose T with logits and labels; then return F.cross_entropy(judged / T, judged_labels).",
     ],
-    minutes=10,
-    difficulty=2,
     praise="Dividing changes no answer. What is left cannot be mended by making all answers less sure by one factor.",
     draws=10,
 )
@@ -118,7 +112,6 @@ FIRST = AT_PLACES.format("(learned >= amount).argmax()")
 
 equal_learning = Exercise(
     "equal_learning",
-    LESSON,
     inputs=two_runs,
     wrong={
         "Each is read at its own best. The one that learned less has forgotten less, which proves nothing.": (
@@ -159,8 +152,6 @@ equal_learning = Exercise(
         "The amount is share times the smaller of the two largest values of that, for both runs.",
         'What a run has lost at each evaluation is run["off_domain"] - run["off_domain"][0]; read it at the amount.',
     ],
-    minutes=12,
-    difficulty=2,
     praise="Now a method that learns nothing can no longer win by forgetting nothing.",
     draws=12,
 )
@@ -197,7 +188,7 @@ def reads_where_it_was_first_learned(equal_learning, rng):
 
 
 Reflection(
-    LESSON,
+    "08_forgetting",
     question="*LoRA learns less and forgets less.* In five to eight sentences: how can both halves be true "
     "without one method being better than the other, at which point of two runs would you compare what "
     "was forgotten, and what would you measure to find out whether something was lost or only covered?",

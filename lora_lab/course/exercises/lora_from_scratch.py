@@ -17,9 +17,6 @@ from lora_lab.course.exercise import Exercise, Reflection, close, normal
 from lora_lab.inject import replace  # noqa: F401  # and this
 from lora_lab.models.digits import DigitsMLP
 
-LESSON = "03_lora_from_scratch"
-
-
 # The forward line
 
 
@@ -36,7 +33,6 @@ def layer_case(rng):
 FACTOR = "alpha / A.shape[0]"
 forward = Exercise(
     "forward",
-    LESSON,
     inputs=layer_case,
     wrong={
         "The scaling is missing. Multiply the update by alpha / r.": (f"{FACTOR} * ", ""),
@@ -76,7 +72,6 @@ forward = Exercise(
         "x has one example in each row, so a layer computes x @ W.T, which is F.linear(x, W).",
         "The update is (x @ A.T) @ B.T times alpha / r, and r is A.shape[0].",
     ],
-    minutes=6,
     praise="This line is all that LoRA adds to a layer, and the package's own layer computes the same.",
     draws=10,
 )
@@ -130,13 +125,11 @@ RANDOM_B = "torch.randn(out, r, generator=generator)"
 
 start = Exercise(
     "start",
-    LESSON,
     hints=[
         "The update B A must be exactly zero, and yet one of the two factors must have a non-zero gradient.",
         "torch.zeros makes B. Its gradient is not zero as long as A is not.",
         "torch.empty(r, inp).uniform_(-bound, bound, generator=generator) draws A; the bound is 1 / sqrt(inp).",
     ],
-    minutes=8,
     praise="The adapted model starts as the pre-trained one, bit for bit, and can still learn.",
     draws=2,
 )
@@ -282,13 +275,11 @@ NEW = "plain = nn.Linear(self.base.in_features, self.base.out_features{}); plain
 
 layer = Exercise(
     "MyLoRALinear",
-    LESSON,
     hints=[
         "__init__ freezes the base, stores the scaling and the dropout, and wraps what start returns in nn.Parameter.",
         "forward adds self.base(x) and the update. F.linear(v, M) is v @ M.T; only the update sees self.dropout(x).",
         "merged makes copy.deepcopy(self.base) and adds scaling * (B @ A) to its weight; the bias stays.",
     ],
-    minutes=20,
     praise="You have written LoRA: your layer can replace any nn.Linear in float32, with or without a bias.",
     draws=1,
     uses=["start"],
@@ -673,14 +664,11 @@ LOSS, OPTIMIZER, FREEZE = "loss = loss_of(model)", "torch.optim.Adam(trainable, 
 
 repair = Exercise(
     "repair",
-    LESSON,
     hints=[
         "Read the script from top to bottom. After each line, ask which parameters exist now and which are trained.",
         "Print ll.diagnose(model, optimizer, base=pretrained) at the end: it names what the adapter lacks.",
         "The order that works: copy the model, freeze it, put in the adapters, create the optimiser, then train.",
     ],
-    minutes=15,
-    difficulty=2,
     praise="Two of these faults raise no error: the early optimiser and the wrong base. "
     "The other three stop in loss.backward(), with one message for all.",
     draws=1,
@@ -902,7 +890,7 @@ def learns_on_its_base(repair, rng):
 
 
 Reflection(
-    LESSON,
+    "03_lora_from_scratch",
     question="You adapt a layer with your own class and train it; the loss does not fall at all. Describe in five "
     "to eight sentences how you would find the reason. Then: why does LoRA start with B at zero and A at "
     "random, and what would happen with both at zero?",

@@ -7,8 +7,6 @@ import torch
 
 from lora_lab.course.exercise import Exercise, Reflection, close, normal
 
-LESSON = "01_low_rank"
-
 
 def matrix_and_rank(rng):
     """A matrix (m, n), tall or wide, with well separated singular values, and a rank below both."""
@@ -19,7 +17,6 @@ def matrix_and_rank(rng):
 
 best_rank = Exercise(
     "best_rank",
-    LESSON,
     inputs=matrix_and_rank,
     wrong={
         "The singular values are missing. Scale each direction by its entry of S.": (" * S[:r]", ""),
@@ -43,7 +40,6 @@ best_rank = Exercise(
         "Take the first r columns of U, the first r entries of S and the first r rows of V transposed.",
         "U[:, :r] * S[:r] scales each column of U by its singular value; what is left is one matrix multiplication.",
     ],
-    minutes=8,
     praise="No matrix of rank r is closer to M (Eckart and Young, 1936), so this is the yardstick for all others.",
     draws=12,
 )
@@ -87,7 +83,6 @@ def spectrum_and_share(rng):
 
 terms_for = Exercise(
     "terms_for",
-    LESSON,
     inputs=spectrum_and_share,
     wrong={
         "The sum is of the wrong quantity. Energy is the sum of squares, so square S first.": ("S ** 2", "S"),
@@ -106,7 +101,6 @@ terms_for = Exercise(
         "Divide by the sum of all squares to get shares, which rise to 1.",
         "Count how many of the shares are still below the one that is asked for; one term more reaches it.",
     ],
-    minutes=6,
     praise="You can now say how many terms hold most of a matrix, whatever its shape.",
     draws=48,
 )
@@ -145,7 +139,6 @@ def shape_of_a_matrix(rng):
 
 largest_saving_rank = Exercise(
     "largest_saving_rank",
-    LESSON,
     inputs=shape_of_a_matrix,
     wrong={
         "This is the largest rank that the matrix can have. Find the largest at which the factors are smaller.": (
@@ -172,7 +165,6 @@ largest_saving_rank = Exercise(
         "You want the largest whole r with r * (m + n) < m * n.",
         "// rounds down; think about what happens when m * n is a multiple of m + n.",
     ],
-    minutes=5,
     praise="Up to this rank two factors are smaller than their matrix, and LoRA stays far below it.",
     draws=48,
 )
@@ -202,7 +194,6 @@ def errors_and_inputs(rng):
 
 gradient = Exercise(
     "gradient",
-    LESSON,
     inputs=errors_and_inputs,
     wrong={
         "The result is transposed. The gradient has the weight's shape, outputs x inputs.": "return z.T @ delta",
@@ -226,8 +217,6 @@ gradient = Exercise(
         "The gradient of a sum is the sum of the gradients: add over the tokens t.",
         "A sum of outer products is one matrix multiplication of delta transposed with z.",
     ],
-    minutes=8,
-    difficulty=2,
     praise="Each token adds one direction, so a gradient from few tokens has low rank before LoRA is even mentioned.",
 )
 
@@ -257,7 +246,7 @@ def is_that_of_autograd(gradient, rng):
 
 
 Reflection(
-    LESSON,
+    "01_low_rank",
     question="A colleague has looked at the singular values of a language model's weights and says: *These "
     "matrices have full rank, and many terms are needed for 90 % of their energy. So LoRA, which insists "
     "on low rank, cannot work.* Answer in five to eight sentences.",

@@ -13,9 +13,6 @@ from lora_lab.course.exercise import Exercise, Reflection, close, normal
 from lora_lab.lora import LoRALinear
 from lora_lab.tasks.datasets import cldr_names
 
-LESSON = "09_many_tasks"
-
-
 # A split without siblings
 
 NAMES, SHUFFLE, TENTH = "sorted(set(groups))", "random.Random(seed).shuffle(names)", "max(1, len(names) // 10)"
@@ -24,13 +21,11 @@ TRAIN, VALIDATION, TEST = "names[2 * tenth:]", "names[:tenth]", "names[tenth:2 *
 
 split = Exercise(
     "split",
-    LESSON,
     hints=[
         "Shuffle the names of the groups, cut that list in three, and then look up which rows are in each part.",
         "sorted(set(groups)) has each name once, whatever the order of the rows; random.Random(seed) can shuffle it.",
         "A tenth is max(1, count // 10) groups; the rows of a part are those whose group is in it.",
     ],
-    minutes=8,
     praise="No test text has a sibling in training now, so the score is a score on new texts.",
 )
 
@@ -159,7 +154,6 @@ def conversation(rng):
 
 labels = Exercise(
     "labels",
-    LESSON,
     inputs=conversation,
     wrong={
         "The prompt counts, too, so the model is paid for repeating the question. Use IGNORE there.": "return ids[1:]",
@@ -192,8 +186,6 @@ labels = Exercise(
         "The label at the prompt's last token is the answer's first token, so start - 1 labels are IGNORE.",
         "[IGNORE] * n is a list of n of them; ids[start:] is the answer with the end of the turn.",
     ],
-    minutes=8,
-    difficulty=2,
     praise="One token off, and a model learns to repeat questions or never to stop; the loss looks fine in both cases.",
 )
 
@@ -225,14 +217,11 @@ MERGE_AND_UNMERGE = "W = layer.base.weight.data\n    W += layer.delta()\n    W -
 
 switch_adapter = Exercise(
     "switch_adapter",
-    LESSON,
     hints=[
         "An adapter is three things: layer.lora_A, layer.lora_B and layer.alpha. Nothing else has to change.",
         "The rank may differ, so copying into the old tensors can fail: make new nn.Parameters.",
         "nn.Parameter(A.clone()) is the new layer.lora_A; do the same with B, and do not forget alpha.",
     ],
-    minutes=10,
-    difficulty=2,
     praise="W0 was never written to, so switching a thousand times leaves no trace.",
 )
 
@@ -335,14 +324,11 @@ LOWER = "French writes languages and currencies in lower case, and chrF counts c
 
 guess_french = Exercise(
     "guess_french",
-    LESSON,
     hints=[
         "name.lower() gives the score to beat. Then look at ten pairs, and at what happens to endings such as -ian.",
         'An adjective follows its noun: "Malian Franc" is "franc malien". Reverse two words.',
         'words = name.lower().replace("ian", "ien").split(), reversed if there are two, and joined with a space.',
     ],
-    minutes=10,
-    difficulty=2,
     praise="Your rules know hardly a word of French and use no language model. That is how little this score asks for.",
     draws=2,
 )
@@ -413,7 +399,7 @@ def beats_the_english_names(guess_french, rng):
 
 
 Reflection(
-    LESSON,
+    "09_many_tasks",
     question="A colleague fine-tunes an adapter on pairs from a manual; the loss on the test answers falls to a "
     "third, and she reports that *the model knows the manual now*. In five to eight sentences: what else "
     "could have made the loss fall, which baselines and which split would you ask for, and what could an "

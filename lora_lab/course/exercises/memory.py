@@ -6,9 +6,6 @@ import numpy as np  # noqa: F401  # for an edit
 
 from lora_lab.course.exercise import Exercise, Reflection
 
-LESSON = "04_memory"
-
-
 # Static memory
 
 
@@ -20,7 +17,6 @@ def frozen_and_trained(rng):
 FOUR_NUMBERS = "4 + 4 + 8"  # a weight, a gradient and two averages
 static_bytes = Exercise(
     "static_bytes",
-    LESSON,
     inputs=frozen_and_trained,
     wrong={
         "The frozen weights are missing. They take 4 bytes each.": ("4 * frozen + ", ""),
@@ -43,7 +39,6 @@ static_bytes = Exercise(
         "A frozen parameter is only its weight. A trained one has a weight, a gradient and AdamW's two averages.",
         "That is 4 bytes for each frozen parameter, and four numbers of 4 bytes for each trained one.",
     ],
-    minutes=5,
     praise="This is the part of a step that does not depend on the batch, and the part that LoRA shrinks.",
 )
 
@@ -76,7 +71,6 @@ def allocations_and_releases(rng):
 
 peak = Exercise(
     "peak",
-    LESSON,
     inputs=allocations_and_releases,
     wrong={
         "This is the memory at the end. The peak is the highest level on the way there.": (
@@ -99,7 +93,6 @@ peak = Exercise(
         "Each operation first adds what it allocates. That is the moment to compare with the most so far.",
         "Only after that comparison, subtract what the operation releases.",
     ],
-    minutes=6,
     praise="A step that needs 1 byte more than the card at a single moment fails, however little it needs elsewhere.",
     draws=14,
 )
@@ -131,7 +124,7 @@ def is_not_at_the_end(peak, rng):
 
 # What is saved
 
-TARGETS = ({"gate"}, {"up"}, {"down"}, {"gate", "up"}, {"gate", "down"}, {"up", "down"}, {"gate", "up", "down"})
+TARGETS = [("gate",), ("up",), ("down",), ("gate", "up"), ("gate", "down"), ("up", "down"), ("gate", "up", "down")]
 
 
 def mlp_and_targets(rng):
@@ -143,7 +136,6 @@ def mlp_and_targets(rng):
 READS_X, DOWN, A_OUT = "{'gate', 'up'} & set(targets)", " if 'down' in targets else 0", " + r * len(targets)"
 saved_values = Exercise(
     "saved_values",
-    LESSON,
     inputs=mlp_and_targets,
     wrong={
         "The input x is missing. The weights are frozen, but A reads x too, and A's gradient needs it.": ("x + 3", "3"),
@@ -177,8 +169,6 @@ saved_values = Exercise(
         "silu stores its input, a product of two activations stores both, A's gradient needs A's input, B's needs A x.",
         "gate, silu(gate) and up have m values each. Add d once if gate or up has an adapter, and so on for down.",
     ],
-    minutes=12,
-    difficulty=3,
     praise="You have counted what autograd counts. Most of it does not depend on the rank at all.",
     draws=128,
 )
@@ -235,7 +225,6 @@ def budget_and_costs(rng):
 
 longest = Exercise(
     "longest",
-    LESSON,
     inputs=budget_and_costs,
     wrong={
         "A GiB is too small. It has 2**30 bytes, not 10**9.": ("2 ** 30", "10 ** 9"),
@@ -255,7 +244,6 @@ longest = Exercise(
         "First subtract what is static. What remains is shared out among the tokens.",
         "// rounds down, and max(0, ...) takes care of a model that does not fit at all.",
     ],
-    minutes=5,
     praise="That is the question before every run, and you can answer it without a card.",
     draws=80,
 )
@@ -284,7 +272,7 @@ def nothing_fits_beside_too_much(longest, rng):
 
 
 Reflection(
-    LESSON,
+    "04_memory",
     question="A model does not fit onto your card with full fine-tuning. A friend says: *Take LoRA with a small "
     "rank, it needs ten times less memory.* In five to eight sentences: which parts of the memory does "
     "LoRA shrink, which not, and what would you measure or change next if it still does not fit?",

@@ -6,7 +6,6 @@ import numpy as np
 
 from lora_lab.course.exercise import Exercise, Reflection, close
 
-LESSON = "07_overfitting"
 # The lesson's own sweep, 64 examples, mean of three seeds: the lowest validation loss, and the rise after it.
 SWEPT_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)  # one step higher than there: messages print three decimals
 LOWEST = {"full": (0.74, 0.69, 0.69, 0.83, 0.80), "lora": (1.10, 0.76, 0.77, 0.82, 0.97)}
@@ -34,7 +33,6 @@ PLACE, LOW, LAST = "validation.argmin()", "validation.min()", "validation[-1]"
 GAP, FIRST_RISE = f"{LAST} - training[-1]", "np.argmax(np.diff(validation) > 0)"
 read_curve = Exercise(
     "read_curve",
-    LESSON,
     inputs=training_run,
     wrong={
         "You stopped where the training loss is lowest. Early stopping looks at unseen data.": [
@@ -72,7 +70,6 @@ read_curve = Exercise(
         "validation.argmin() is the position of the lowest validation loss; steps[...] is the step there.",
         "The rise is validation[-1] - validation.min(), and the gap validation[-1] - training[-1].",
     ],
-    minutes=6,
     praise="Three numbers now stand for a whole run, so runs can be compared.",
 )
 
@@ -120,7 +117,6 @@ def rises_by_rate(rng):
 MEANS = "full.mean(axis=1), lora.mean(axis=1)"
 rig = Exercise(
     "rig",
-    LESSON,
     inputs=rises_by_rate,
     wrong={
         "Both methods have the same rate. Nobody stops you: pick the two rates separately.": (
@@ -151,7 +147,6 @@ rig = Exercise(
         "For 'less' you want LoRA's smallest mean rise beside the largest of full fine-tuning; for 'more' the reverse.",
         "less = (rates[full.mean(axis=1).argmax()], rates[lora.mean(axis=1).argmin()]), and more the other two.",
     ],
-    minutes=5,
     praise="One table, two opposite headlines, and no number was invented.",
     draws=28,
 )
@@ -192,7 +187,6 @@ def swept(rng):
 CHOSEN_BY, JUDGED, ALL = "[:, choosing]", "[best, judging]", "[*choosing, *judging]"
 fair = Exercise(
     "fair",
-    LESSON,
     inputs=swept,
     wrong={
         "You chose the rates by the rise, which is what you judge. Choose by the lowest validation loss.": (
@@ -223,8 +217,6 @@ fair = Exercise(
         ".argmin() of that is the position of the best rate; do the same for LoRA.",
         'full["rise"][best, judging].mean() is what full fine-tuning did on seeds that did not choose.',
     ],
-    minutes=10,
-    difficulty=2,
     praise="What chose does not judge: this rule alone would retract many a headline.",
     draws=24,
 )
@@ -272,7 +264,7 @@ def has_a_rate_for_each_method(fair, rng):
 
 
 Reflection(
-    LESSON,
+    "07_overfitting",
     question="A headline says: *LoRA overfits less than full fine-tuning.* Write a comparison, in five to eight "
     "sentences, in which that is true, and one in which it is false, without inventing a number. Then "
     "say how a comparison must be made so that neither trick works.",

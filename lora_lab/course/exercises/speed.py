@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from lora_lab.course.exercise import Exercise, Reflection
-
-LESSON = "05_speed"
-
 
 # FLOPs
 
@@ -21,7 +20,6 @@ def sizes_and_method(rng):
 LORA, BACKWARD = "forward + P + inputs + P + P", "+ P + P"
 multiply_adds = Exercise(
     "multiply_adds",
-    LESSON,
     inputs=sizes_and_method,
     wrong={
         "This is the forward pass alone. The backward pass multiplies as well, for inputs and for weights.": (
@@ -57,8 +55,6 @@ multiply_adds = Exercise(
         "Backward there are gradients of inputs (M, E, 2 T, P) and gradients of trained weights.",
         "Full fine-tuning has weight gradients of M and E. LoRA has those of its adapters alone, P.",
     ],
-    minutes=10,
-    difficulty=2,
     praise="One of three terms of about equal size is gone, so two thirds stay: the bound of the next section.",
     draws=28,
 )
@@ -98,7 +94,6 @@ def sizes_for_a_rank(rng):
 
 break_even = Exercise(
     "break_even",
-    LESSON,
     inputs=sizes_for_a_rank,
     wrong={
         "E is missing. LoRA skips the weight gradient of the head as well.": (" + E", ""),
@@ -116,8 +111,6 @@ break_even = Exercise(
         "Full fine-tuning is left with M + E, LoRA with 3 P, and P is the rank times per_rank.",
         "You want the largest whole rank for which the adapters cost no more than what is skipped; // rounds down.",
     ],
-    minutes=6,
-    difficulty=2,
     praise="Far below this rank LoRA needs up to a third fewer FLOPs, and above it more than full fine-tuning.",
     draws=28,
 )
@@ -141,6 +134,7 @@ def a_tie_counts(break_even, rng):
 # A fair stopwatch
 
 
+@dataclass(eq=False, repr=False)
 class Device:
     """An accelerator with a clock of its own: deterministic, and as fast to simulate as to read.
 
@@ -155,18 +149,16 @@ class Device:
         interruption: how many times as long one step in twelve takes, because another program runs.
     """
 
-    def __init__(
-        self,
-        seconds: dict[str, float],
-        rng: np.random.Generator,
-        first: float = 0.0,
-        drift: float = 0.0,
-        interruption: float = 1.0,
-    ) -> None:
-        self._seconds, self._rng, self._drift, self._interruption = seconds, rng, drift, interruption
-        self._preparation = dict.fromkeys(seconds, first)
-        self._now = self._free = float(rng.uniform(10, 1000))
-        self._launches, self._interrupted = 0, int(rng.integers(2, 6))
+    seconds: dict[str, float]
+    rng: np.random.Generator
+    first: float = 0.0
+    drift: float = 0.0
+    interruption: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._preparation = dict.fromkeys(self.seconds, self.first)
+        self._now = self._free = float(self.rng.uniform(10, 1000))
+        self._launches, self._interrupted = 0, int(self.rng.integers(2, 6))
 
     def clock(self) -> float:
         """The time in seconds; only differences mean something."""
@@ -178,12 +170,12 @@ class Device:
         Raises:
             ValueError: there is no such step.
         """
-        if step not in self._seconds:
-            raise ValueError(f"There is no step {step!r}; this device runs {' and '.join(map(repr, self._seconds))}.")
-        duration = self._seconds[step] * (1 + self._drift * self._launches)
+        if step not in self.seconds:
+            raise ValueError(f"There is no step {step!r}; this device runs {' and '.join(map(repr, self.seconds))}.")
+        duration = self.seconds[step] * (1 + self.drift * self._launches)
         if self._launches % 12 == self._interrupted:
-            duration *= self._interruption
-        duration = duration * self._rng.normal(1, 0.001) + self._preparation[step]
+            duration *= self.interruption
+        duration = duration * self.rng.normal(1, 0.001) + self._preparation[step]
         self._preparation[step] = 0.0
         self._now += 1e-5  # to launch takes 10 microseconds
         self._free = max(self._free, self._now) + duration
@@ -206,14 +198,11 @@ ONE_AFTER_THE_OTHER = (
 )
 fair_ratio = Exercise(
     "fair_ratio",
-    LESSON,
     hints=[
         "launch returns before the work is done: read the clock, launch, synchronize, read the clock again.",
         "Run each step once first. Then time full, LoRA, full, LoRA and so on, for nine rounds.",
         "Divide LoRA's time by full's in each round. statistics.median of the nine ratios ignores a few interruptions.",
     ],
-    minutes=15,
-    difficulty=3,
     praise="Asynchronous launches, slow first steps, drift and interruptions: your stopwatch survives all four.",
     draws=1,
 )
@@ -301,7 +290,7 @@ def takes_turns_and_the_median(fair_ratio, rng):
 
 
 Reflection(
-    LESSON,
+    "05_speed",
     question="A blog says: *LoRA trains three times as fast as full fine-tuning.* In five to eight sentences: "
     "which conditions must be stated before this can be checked, how would you time the two, and which "
     "result would surprise you after this lesson?",

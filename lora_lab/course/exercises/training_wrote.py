@@ -11,23 +11,17 @@ from torch.overrides import TorchFunctionMode
 
 from lora_lab.course.exercise import Exercise, Reflection, close, normal
 
-LESSON = "11_what_training_wrote"
-
-
 # The SVD of a product, from its factors
 
 PARTS, CORE = "(Q_B @ U, S, Vh @ Q_A.T)", "R_B @ R_A.T"
 
 svd_of_product = Exercise(
     "svd_of_product",
-    LESSON,
     hints=[
         "torch.linalg.qr(B) splits a tall matrix into Q, with orthonormal columns, and a small triangular R (r, r).",
         "With QR of B and of A transposed, B A is Q_B (R_B R_A^T) Q_A^T, and what stands in brackets is only (r, r).",
         "Decompose the small matrix with torch.linalg.svd, then multiply its U by Q_B from the left, and Vh by Q_A^T.",
     ],
-    minutes=15,
-    difficulty=3,
     praise="So an adapter's spectrum costs almost nothing, however large the layer.",
 )
 
@@ -159,14 +153,11 @@ START, TIMES, IF_NONE, BAND = "values = []", "range(39)", "if rank is None:", "(
 
 noise_band = Exercise(
     "noise_band",
-    LESSON,
     hints=[
         "Make an empty list, draw 39 times, and append the statistic of each draw.",
         "torch.randn(rows, columns, generator=generator) draws a Gaussian matrix.",
         "With a rank, one draw is a (out, r) Gaussian matrix times a (r, in) one. min and max give the band.",
     ],
-    minutes=8,
-    difficulty=2,
     praise="Of all draws, 95 % lie between the extremes of 39. Now ask what this noise has in common with training.",
 )
 
@@ -327,7 +318,6 @@ BASES, SMALLER = "(torch.linalg.qr(first.T)[0], torch.linalg.qr(second.T)[0])", 
 
 phi = Exercise(
     "phi",
-    LESSON,
     inputs=two_subspaces,
     wrong={
         "The rows are not orthonormal yet. Take Q of the QR decomposition of each factor transposed first.": [
@@ -352,10 +342,7 @@ phi = Exercise(
         "The matrix of all cosines is Q1.T @ Q2, with the shape (i, j).",
         "Sum the squares of all cosines, and divide by the smaller of i and j.",
     ],
-    minutes=8,
-    difficulty=2,
     praise="By chance phi is max(i, j) / n. Whether more than that means learning is for a control to say.",
-    rtol=1e-4,
 )
 
 
@@ -409,7 +396,6 @@ WEIGHTS = "(W, W + update)"
 
 intruders = Exercise(
     "intruders",
-    LESSON,
     inputs=weight_and_update,
     wrong={
         "The update keeps its own size. Scale it first, so that its norm is size times W's.": [
@@ -443,8 +429,6 @@ intruders = Exercise(
         "The first result of torch.linalg.svd is U. The leading directions of the tuned weight are its first columns.",
         "U_old.T @ U_new[:, :10] has all cosines. Count the columns whose largest absolute value is below 0.5.",
     ],
-    minutes=12,
-    difficulty=3,
     praise="At equal size the count compares two methods, and no longer two learning rates.",
     draws=30,
 )
@@ -475,7 +459,7 @@ def counts_leading_strangers(intruders, rng):
 
 
 Reflection(
-    LESSON,
+    "11_what_training_wrote",
     question="A paper decomposes the weights after fine-tuning, shows that LoRA's change has directions that the "
     "pre-trained weight has not, and concludes that *LoRA has learned something else than full "
     "fine-tuning*. In five to eight sentences: which controls would you ask for, and which of the "

@@ -11,8 +11,6 @@ from torch import nn
 from lora_lab.course.exercise import Exercise, Reflection, close, normal
 from lora_lab.lora import LoRALinear
 
-LESSON = "10_variants"
-
 
 def layer_of(answer, rng):
     """An adapted layer whose sizes all differ, with an alpha that is not its rank."""
@@ -37,14 +35,11 @@ KEPT = """def __init__(self, *arguments):
 
 rslora = Exercise(
     "RsLoRA",
-    LESSON,
     hints=[
         "One property differs from LoRA's. The forward pass stays the same.",
         "LoRALinear has self.alpha and self.rank.",
         "The root of a number is number**0.5.",
     ],
-    minutes=5,
-    difficulty=2,
     praise="At any one rank it is LoRA with a larger alpha. Its claim is about what happens when the rank grows.",
 )
 
@@ -117,14 +112,11 @@ FROZEN = "self.lora_A.requires_grad_(False)"
 FORWARD = "\n\n    def forward(self, x):\n        return "
 lora_fa = Exercise(
     "LoRAFA",
-    LESSON,
     hints=[
         "The constructor of LoRALinear has made A and B by then. One of them must stop learning.",
         "A parameter learns as long as its requires_grad is True.",
         "A parameter's method requires_grad_ takes True or False. The parameter is self.lora_A.",
     ],
-    minutes=5,
-    difficulty=2,
     praise="One line freezes A. The backward pass now needs A x, r numbers a token, in place of x.",
 )
 
@@ -205,14 +197,11 @@ def learns_with_B(LoRAFA, rng):
 PARTS, REST, ROOT = "(W - scaling * B @ A, B, A)", "W - scaling * B @ A", "(S[:rank] / scaling)"
 pissa = Exercise(
     "pissa_start",
-    LESSON,
     hints=[
         "torch.linalg.svd(W, full_matrices=False) returns U, S and Vh, the largest value first.",
         "B takes the first r columns of U, and A the first r rows of Vh, each times the root of S[:r] / scaling.",
         "The residual is what is left of W after scaling times B times A is taken away.",
     ],
-    minutes=10,
-    difficulty=2,
     praise="The adapted layer starts as the pre-trained one, although neither factor is zero.",
 )
 
@@ -328,7 +317,6 @@ def dora_case(rng):
 LENGTH = "V.norm(dim=1, keepdim=True)"
 dora = Exercise(
     "dora_length",
-    LESSON,
     inputs=dora_case,
     wrong={
         "You took the length of V's columns. Each output has one length, taken along the inputs: dim=1.": (
@@ -358,8 +346,6 @@ dora = Exercise(
         "V.norm(dim=1) has one length for each row. With keepdim=True its shape is (out, 1), which divides V.",
         "m[:, None] has the shape (out, 1) as well. x has one example in each row, so multiply by the transpose.",
     ],
-    minutes=8,
-    difficulty=2,
     praise="B A turns each row of the weight, and m alone sets its length.",
 )
 
@@ -393,7 +379,6 @@ def rank_case(rng):
 RATIO, INFINITE = "rank ** 0.5", "float('inf')"
 one_number = Exercise(
     "one_number",
-    LESSON,
     inputs=rank_case,
     wrong={
         "rsLoRA's ratio is not r. Its factor alpha / sqrt(r) is divided by LoRA's factor alpha / r.": (
@@ -416,7 +401,6 @@ one_number = Exercise(
         "A factor c in front of B acts like c times B's rate. Find the c that turns alpha / r into alpha / sqrt(r).",
         "Python's infinity is float('inf').",
     ],
-    minutes=5,
     praise="Three methods, one number. So compare them at rates that take this ratio into account.",
 )
 
@@ -437,7 +421,7 @@ def of_rslora(ratios, rng):
 
 
 Reflection(
-    LESSON,
+    "10_variants",
     question="Choose one of the variants of this lesson. In five to eight sentences: what does it change, what "
     "does its paper say that it is good for, and which comparison with LoRA would you accept as "
     "evidence?",

@@ -9,8 +9,6 @@ from scipy.stats import norm, t  # noqa: F401  # for the solutions
 
 from lora_lab.course.exercise import Exercise, Reflection, close
 
-LESSON = "06_which_rank"
-
 
 def paired_losses(rng):
     """Test losses of two ranks over the same 5 to 8 seeds, which move both up and down together."""
@@ -23,7 +21,6 @@ QUANTILE, SPREAD = "t.ppf(0.95, len(d) - 1)", "d.std(ddof=1)"
 BOTH_SPREADS = "math.sqrt(a.var(ddof=1) + b.var(ddof=1))"
 upper_bound = Exercise(
     "upper_bound",
-    LESSON,
     inputs=paired_losses,
     wrong={
         "The quantile is the normal distribution's. With few seeds take Student's t with n - 1 degrees of freedom.": [
@@ -53,7 +50,6 @@ upper_bound = Exercise(
         "d.std(ddof=1) is the standard deviation of one difference; that of their mean is smaller by sqrt(n).",
         "t.ppf(0.95, n - 1) from scipy.stats is the quantile that goes with n seeds.",
     ],
-    minutes=8,
     praise="With this bound a rank is enough because the data say so, and not because one seed was lucky.",
 )
 
@@ -99,7 +95,6 @@ def ranks_and_bounds(rng):
 ENOUGH = "(rank for rank, (_, upper) in table.items() if upper < margin)"
 smallest_enough = Exercise(
     "smallest_enough",
-    LESSON,
     inputs=ranks_and_bounds,
     wrong={
         "A mean below the margin may be one lucky seed. The upper bound must be below it.": (
@@ -134,8 +129,6 @@ smallest_enough = Exercise(
         "A rank is enough if its upper bound, the second of the two numbers, is below the margin.",
         "min(..., default=None) answers None for an empty sequence.",
     ],
-    minutes=10,
-    difficulty=2,
     praise="Your rule can say that it does not know.",
     draws=80,
 )
@@ -179,7 +172,6 @@ def spread_and_margin(rng):
 SUM, NORMAL = "t.ppf(0.95, n - 1) + t.ppf(0.8, n - 1)", "norm.ppf(0.95) + norm.ppf(0.8)"
 seeds_needed = Exercise(
     "seeds_needed",
-    LESSON,
     inputs=spread_and_margin,
     wrong={
         "The power is ignored. At this number only about half of all sweeps decide: add the quantile 0.80.": (
@@ -209,8 +201,6 @@ seeds_needed = Exercise(
         "The quantiles depend on n too, so try n = 2, 3, 4 and so on until the left side is below the margin.",
         "(t.ppf(0.95, n - 1) + t.ppf(0.8, n - 1)) * sd / math.sqrt(n) is the left side for n seeds.",
     ],
-    minutes=6,
-    difficulty=2,
     praise="Half the margin costs up to four times the seeds, so choose the margin before you pay.",
     draws=60,
 )
@@ -242,7 +232,6 @@ def ranks_and_rule(rng):
 FIRST, SECOND = "alpha0 if", "math.sqrt(r0 / r)"  # what is right under each rule
 alpha_for = Exercise(
     "alpha_for",
-    LESSON,
     inputs=ranks_and_rule,
     wrong={
         "Under alpha / r the rank drops out already, so alpha stays. Under alpha / sqrt(r) it must shrink.": [
@@ -273,8 +262,6 @@ alpha_for = Exercise(
         "Under the first rule r times the scaling is r * alpha / r: see what is left of r.",
         "Under the second it is alpha * sqrt(r), which must equal alpha0 * sqrt(r0).",
     ],
-    minutes=6,
-    difficulty=2,
     praise="A rule for alpha is first of all a rule for where the best learning rate lies.",
     draws=32,
 )
@@ -301,7 +288,7 @@ def keeps_the_first_step_under_the_second(alpha_for, rng):
 
 
 Reflection(
-    LESSON,
+    "06_which_rank",
     question="Somebody has trained ranks 4, 16 and 64 at one learning rate, with one seed each, and reports that "
     "rank 64 has the lowest loss, so that *high ranks are needed for this task*. In five to eight "
     "sentences: what else could explain the result, and what would you run to find out which rank is "

@@ -8,9 +8,6 @@ import numpy as np
 
 from lora_lab.course.exercise import Exercise, Reflection, close
 
-LESSON = "12_which_rate"
-
-
 # The vertex of a parabola
 
 
@@ -26,7 +23,6 @@ LOWEST = "-linear / (2 * square)"
 
 vertex = Exercise(
     "vertex",
-    LESSON,
     inputs=three_rates,
     wrong={
         "The parabola is in the rate itself. Rates differ by factors: fit it in the logarithm of the rate.": (
@@ -56,7 +52,6 @@ vertex = Exercise(
         "np.polyfit(x, losses, 2) returns a, b and c of the parabola a x^2 + b x + c through three points.",
         "Its slope 2 a x + b is zero at the lowest point. Solve for x, and take exp to have a rate again.",
     ],
-    minutes=8,
     praise="Three losses now locate the best rate more precisely than the grid does.",
 )
 
@@ -105,7 +100,6 @@ MEAN, BELOW, ABOVE = "np.mean(losses[rate])", "rates[0] ** 2 / rates[1]", "rates
 
 next_rate = Exercise(
     "next_rate",
-    LESSON,
     inputs=swept_losses,
     wrong={
         "The best rate was taken from one seed. Average the losses over the seeds first.": [
@@ -135,32 +129,28 @@ next_rate = Exercise(
         "If the lowest mean is at the first or the last rate, the minimum may lie beyond; otherwise return None.",
         "Neighbours differ by a factor: rates[1] / rates[0] at the lower edge, rates[-1] / rates[-2] at the upper.",
     ],
-    minutes=8,
     praise="No verdict can rest on a rate at the edge. By this rule tune widens a sweep.",
     draws=60,
 )
 
 
+def steadily(rng, rates, slope):
+    """Rates in any order, with three losses each, which change by a slope from one rate to the next."""
+    return {rates[i]: (1 + slope * i + rng.normal(0, 0.001, 3)).tolist() for i in rng.permutation(4)}
+
+
 @next_rate.must()
 def goes_on_above(next_rate, rng):
     """If the largest rate is best, the result is larger by the factor between the two largest rates."""
-    for factor in (2.0, 3.0, 10.0):
-        rates = [0.001, 0.0015, *(0.0015 * factor**i for i in (1, 2))]
-        losses = {rates[i]: (1 - 0.1 * i + rng.normal(0, 0.001, 3)).tolist() for i in rng.permutation(4)}
-        if not close(next_rate(losses), rates[-1] * factor):
-            return False
-    return True
+    grids = {factor: [0.001, 0.0015, 0.0015 * factor, 0.0015 * factor**2] for factor in (2.0, 3.0, 10.0)}
+    return all(close(next_rate(steadily(rng, rates, -0.1)), rates[-1] * factor) for factor, rates in grids.items())
 
 
 @next_rate.must()
 def goes_on_below(next_rate, rng):
     """If the smallest rate is best, the result is smaller by the factor between the two smallest rates."""
-    for factor in (2.0, 3.0, 10.0):
-        rates = [0.001, 0.001 * factor, 0.0015 * factor, 0.002 * factor]
-        losses = {rates[i]: (1 + 0.1 * i + rng.normal(0, 0.001, 3)).tolist() for i in rng.permutation(4)}
-        if not close(next_rate(losses), 0.001 / factor):
-            return False
-    return True
+    grids = {factor: [0.001, 0.001 * factor, 0.0015 * factor, 0.002 * factor] for factor in (2.0, 3.0, 10.0)}
+    return all(close(next_rate(steadily(rng, rates, 0.1)), 0.001 / factor) for factor, rates in grids.items())
 
 
 @next_rate.must()
@@ -191,7 +181,6 @@ def ranks_and_rates(rng):
 
 power = Exercise(
     "power",
-    LESSON,
     inputs=ranks_and_rates,
     wrong={
         "The line is through the numbers themselves. A power is a straight line in the logarithms of both.": (
@@ -216,8 +205,6 @@ power = Exercise(
         "So p is the slope of a straight line. np.polyfit(x, y, 1) fits one.",
         "The first number that np.polyfit returns is the slope.",
     ],
-    minutes=6,
-    difficulty=2,
     praise="One number now says how the rate follows the rank.",
 )
 
@@ -251,7 +238,6 @@ ROOT = "(1 if moves == 'B' else 0.5)"
 
 rate_for_alpha = Exercise(
     "rate_for_alpha",
-    LESSON,
     inputs=tuned_rate,
     wrong={
         "It is the wrong way round: a larger alpha makes the update larger, so the rate must fall.": (
@@ -273,7 +259,6 @@ rate_for_alpha = Exercise(
         "If only B moves: rate * old = new_rate * new. If both move: rate ** 2 * old = new_rate ** 2 * new.",
         "So the ratio old / new multiplies the rate, or its square root does.",
     ],
-    minutes=6,
     praise="Two hypotheses, two powers: now the measurement can refute one of them.",
     draws=30,
 )
@@ -295,7 +280,7 @@ def if_both_move(rate_for_alpha, rng):
 
 
 Reflection(
-    LESSON,
+    "12_which_rate",
     question="Choose a claim from a paper or a blog that says at which learning rate LoRA should be trained. In "
     "five to eight sentences: what does it depend on, how was it measured, and which sweep would you run "
     "to see whether it holds for your model?",

@@ -9,10 +9,8 @@ In reading order:
     counted     verdicts by counting parameters, bytes and FLOPs
     computed    verdicts by computing with small layers and random matrices
     measured    verdicts from records, and from what others published
-    forgetting  verdicts from the record of remedies
-    rates       verdicts from the record of best learning rates
-    head_start  verdicts from the record of fine-tuning against training from scratch
-    quality     verdicts from the record of LoRA against full fine-tuning by rank and steps
+    compared    verdicts from losses that are compared by seed: quality, head start, overfitting, forgetting
+    rates       verdicts on ranks and best learning rates
     ledger      each claim with its verdict: table, JSON, explanation
 """
 

@@ -9,11 +9,11 @@ import math
 import statistics
 from collections.abc import Iterator
 from itertools import product
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 from lora_lab import rank
 from lora_lab.inject import LoRAConfig, inject, merge
@@ -60,21 +60,24 @@ def fresh_adapter(claim: Claim) -> Answer:
 def b_zero(claim: Claim) -> Answer:
     """Gradients of A and B at the first step and after it, and the loss after ten steps."""
     layer, x, y = adapted_linear(16, 4, 8.0), random_matrix(64, 16, seed=1), random_matrix(64, 16, seed=2)
-    (a_first, b_first, loss_first), (a_second, _, _), *_, (_, _, loss_last) = _plain_descent(layer, x, y, steps=10)
+    optimizer = torch.optim.SGD([layer.lora_A, layer.lora_B], lr=0.5)
+    losses, gradients = zip(*_descend(layer, x, y, optimizer, steps=10), strict=True)
+    (a_first, b_first), (a_second, _), *_ = [[float(each.abs().max()) for each in of_step] for of_step in gradients]
     text = f"first step: gradient of A {a_first:g}, of B {b_first:.2g}; second step: A {a_second:.2g}"
-    learned = a_first == 0 < b_first and loss_last < loss_first
-    return not learned, f"{text}; the loss falls from {loss_first:.3f} to {loss_last:.3f} in ten steps"
+    learned = a_first == 0 < b_first and losses[-1] < losses[0]
+    return not learned, f"{text}; the loss falls from {losses[0]:.3f} to {losses[-1]:.3f} in ten steps"
 
 
-def _plain_descent(layer: LoRALinear, x: Tensor, y: Tensor, steps: int) -> Iterator[tuple[float, float, float]]:
-    """The largest gradients of A and B, and the loss, at each step of gradient descent."""
+def _descend(
+    layer: LoRALinear, x: Tensor, y: Tensor, optimizer: Optimizer, steps: int
+) -> Iterator[tuple[float, tuple[Tensor, ...]]]:
+    """Yield the loss before each step, and the gradients of A and B."""
     for _ in range(steps):
         loss = F.mse_loss(layer(x), y)
-        a, b = torch.autograd.grad(loss, [layer.lora_A, layer.lora_B])
-        yield float(a.abs().max()), float(b.abs().max()), float(loss.detach())
-        with torch.no_grad():
-            layer.lora_A.sub_(0.5 * a)
-            layer.lora_B.sub_(0.5 * b)
+        gradients = torch.autograd.grad(loss, [layer.lora_A, layer.lora_B])
+        layer.lora_A.grad, layer.lora_B.grad = gradients
+        optimizer.step()
+        yield loss.item(), gradients
 
 
 @decides("subtracting-recovers-w0", on="the precision")
@@ -115,35 +118,24 @@ def merged_structure(claim: Claim) -> Answer:
     return same and not before, f"{words}, and with separate adapters others; no time was measured"
 
 
-def _structure(model: nn.Module) -> list[tuple[str, str, list[tuple[int, ...]]]]:
-    return [
-        (name, type(module).__name__, [tuple(weight.shape) for weight in module.parameters(recurse=False)])
-        for name, module in model.named_modules()
-    ]
+def _structure(model: nn.Module) -> tuple[dict[str, type], dict[str, torch.Size]]:
+    """Return the class of each module, and the shape of each parameter."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    return {name: type(module) for name, module in model.named_modules()}, shapes
 
 
 # What the numbers alpha, rank and rate do
 
 
 def adam_losses(factor: float, lr_a: float, lr_b: float, alpha: float, steps: int = 20) -> list[float]:
-    """Losses of a small layer under Adam without epsilon; A starts ``factor`` times as large as usual."""
+    """Return losses of a small layer under Adam whose epsilon is too small to count.
+
+    A starts ``factor`` times as large as usual. Its first gradient is exactly zero, so epsilon cannot be.
+    """
     layer, x, y = adapted_linear(16, 4, alpha), random_matrix(64, 16, seed=1), random_matrix(64, 16, seed=2)
-    with torch.no_grad():
-        layer.lora_A.mul_(factor)
-    moments: dict[str, Any] = {name: (0.0, 0.0) for name in ("lora_A", "lora_B")}
-    losses = []
-    for step in range(1, steps + 1):
-        loss = F.mse_loss(layer(x), y)
-        losses.append(float(loss.detach()))
-        gradients = torch.autograd.grad(loss, [layer.lora_A, layer.lora_B])
-        for (name, (m, v)), gradient, lr in zip(moments.items(), gradients, (lr_a, lr_b), strict=True):
-            m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
-            moments[name] = m, v
-            scale = lr * math.sqrt(1 - 0.999**step) / (1 - 0.9**step)
-            update = torch.where(v > 0, m / v.sqrt(), torch.zeros_like(v))  # A's first gradient is exactly zero
-            with torch.no_grad():
-                getattr(layer, name).sub_(scale * update)
-    return losses
+    layer.lora_A.data *= factor
+    groups = [{"params": [layer.lora_A], "lr": lr_a}, {"params": [layer.lora_B], "lr": lr_b}]
+    return [loss for loss, _ in _descend(layer, x, y, torch.optim.Adam(groups, eps=1e-30), steps)]
 
 
 @decides("two-real-knobs")
@@ -152,19 +144,16 @@ def two_knobs(claim: Claim) -> Answer:
     plain = adam_losses(1, 0.01, 0.01, 8)
     scaled, alone = adam_losses(4, 0.04, 0.02, 1), adam_losses(1, 0.01, 0.01, 1)
     different = max(abs(a - b) for a, b in zip(plain, alone, strict=True))
-    return (
-        scaled == plain and different > 1e-4,
-        f"p = 4, q = 2: 20 losses {'equal bit for bit' if scaled == plain else 'differ'}; alpha alone {different:.1g}",
-    )
+    alike = "equal bit for bit" if scaled == plain else "differ"
+    return scaled == plain and different > 1e-4, f"p = 4, q = 2: 20 losses {alike}; alpha alone {different:.1g}"
 
 
 @decides("alpha-is-a-learning-rate")
 def alpha_is_a_rate(claim: Claim) -> Answer:
     """alpha / 4 against twice the rate, if A starts twice as large; and how far off it is if A starts as usual."""
     plain = adam_losses(1, 0.01, 0.01, 8)
-    scaled, usual = (
-        max(abs(a / b - 1) for a, b in zip(plain, adam_losses(factor, 0.02, 0.02, 2), strict=True)) for factor in (2, 1)
-    )
+    others = [adam_losses(factor, 0.02, 0.02, 2) for factor in (2, 1)]
+    scaled, usual = (max(abs(a / b - 1) for a, b in zip(plain, other, strict=True)) for other in others)
     text = f"losses differ by {100 * scaled:.2g} % if A starts twice as large, and by {100 * usual:.2g} % if as usual"
     return scaled < 0.01, text
 
@@ -211,11 +200,9 @@ def noise_needs_many_terms(claim: Claim) -> Answer:
     """Terms for 90 % of the energy of Gaussian noise and of a matrix with structure, both 192 x 192."""
     noise = rank.by_chance(lambda g: rank.energy_rank(rank.singular_values(rank.gaussian((192, 192), generator=g))))
     decaying = rank.singular_values(random_matrix(192, 192) @ torch.diag(0.9 ** torch.arange(192.0).double()))
-    low, structured = int(noise.low), int(rank.energy_rank(decaying))
-    return (
-        structured > int(noise.high),
-        f"192 x 192: noise needs {low} to {int(noise.high)} of 192 terms; decaying columns {structured}",
-    )
+    low, high, structured = int(noise.low), int(noise.high), int(rank.energy_rank(decaying))
+    text = f"192 x 192: noise needs {low} to {high} of 192 terms; decaying columns {structured}"
+    return structured > high, text
 
 
 @decides("any-direction-is-an-intruder")

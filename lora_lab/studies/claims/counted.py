@@ -33,6 +33,7 @@ LLAMA_2_7B = LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128)
 LLAMA_65B = LlamaConfig(32000, 8192, 22016, 80, 64, 64, 128)
 # GPT-3's parameters: Hu et al. 2021, table 4; its width and layers: Brown et al. 2020, arXiv 2005.14165, table 2.1.
 GPT3_PARAMETERS, GPT3_WIDTH, GPT3_LAYERS = 175_255_800_000, 12288, 96
+GPT3_ADAPTER = 2 * GPT3_LAYERS * 4 * 2 * GPT3_WIDTH  # of rank 4 on its query and value matrices, which are square
 HALF, FLOAT32 = 2, 4  # bytes of a weight in 16 bits and in 32
 ADAM = 16  # bytes of a trained weight in float32, with its gradient and Adam's two averages
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # with double quantisation: Dettmers et al. 2023, section 3
@@ -45,8 +46,7 @@ def rank_of_equal_memory(config: LlamaConfig, gradients: bool) -> int:
     head that is the embedding, while they are added.
     """
     trained_bytes, copies = (ADAM, 2 * config.tie_word_embeddings) if gradients else (ADAM - FLOAT32, 0)
-    whole = sum(parameter.numel() for parameter in build_on_meta(partial(Llama, config)).parameters())
-    saved = (trained_bytes - FLOAT32) * whole + copies * FLOAT32 * config.vocab_size * config.hidden_size
+    saved = (trained_bytes - FLOAT32) * parameters(config) + copies * FLOAT32 * config.vocab_size * config.hidden_size
     return saved // (trained_bytes * adapter_size(config, ALL)) + 1
 
 
@@ -78,11 +78,6 @@ def flop_ratio(name: str, rank: int, tokens: int = 512) -> float:
     """FLOPs of a step of LoRA on all linear layers, in units of full fine-tuning's."""
     lora, full = (step_flops(name, method, tokens) for method in (LoRA(rank), FullFineTuning()))
     return sum(lora.values()) / sum(full.values())
-
-
-def gpt3_adapter(rank: int = 4) -> int:
-    """Trained parameters of LoRA on GPT-3's query and value matrices, which are square."""
-    return 2 * GPT3_LAYERS * rank * 2 * GPT3_WIDTH
 
 
 # Parameters
@@ -146,8 +141,8 @@ def lora_beside_vera(claim: Claim) -> Answer:
 @decides("checkpoint-10000-times-smaller")
 def checkpoint_size(claim: Claim) -> Answer:
     """The ratio of two files in one precision is that of their parameters."""
-    ratio = GPT3_PARAMETERS / gpt3_adapter()
-    text = f"{ratio:,.0f} times: {gpt3_adapter():,} parameters of {GPT3_PARAMETERS:,}; it holds for GPT-3's width only"
+    ratio = GPT3_PARAMETERS / GPT3_ADAPTER
+    text = f"{ratio:,.0f} times: {GPT3_ADAPTER:,} parameters of {GPT3_PARAMETERS:,}; it holds for GPT-3's width only"
     return near(ratio, claim.stated), text
 
 
@@ -164,7 +159,7 @@ def checkpoint_elsewhere(claim: Claim) -> Cases:
 @decides("hundred-models-354-gb")
 def hundred_models(claim: Claim) -> Answer:
     """One base in 16 bits and a hundred adapters of rank 4."""
-    total = HALF * (GPT3_PARAMETERS + 100 * gpt3_adapter()) / 1e9
+    total = HALF * (GPT3_PARAMETERS + 100 * GPT3_ADAPTER) / 1e9
     return near(total, claim.stated, 0.02), f"{total:.0f} GB, and 35 TB as full copies"
 
 

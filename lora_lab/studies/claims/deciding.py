@@ -169,12 +169,20 @@ class Result:
 
 
 Answer = tuple[bool | None, str]  # whether a claim holds (None: the measurement cannot tell), and that in words
-Cases = Iterable[tuple[Any, ...]]  # that of each case, and perhaps its conditions, as for decide_conditions
+Cases = Iterable[tuple[Any, ...]]  # that of each case, and perhaps its conditions, as for decide_cases
 
 
 @dataclass(frozen=True)
 class Decider:
-    """A function that decides a claim, and what it reads: kinds of records, or a file of published numbers."""
+    """A function that decides a claim, and what it reads.
+
+    Args:
+        function: takes the claim, and what it reads.
+        record: a kind of record, of which it takes one.
+        published: a file of ``records/published``, which it takes.
+        beside: a second kind of record, of which it takes all; there may be none.
+        on, always: as for :func:`decide_cases`.
+    """
 
     function: Callable[..., Result | Answer | Cases]
     record: str = ""
@@ -184,7 +192,7 @@ class Decider:
     always: bool = False
 
     def decide(self, claim: Claim, *sources: Any) -> Result:
-        """Return what the function decides from a record or published numbers, or from nothing.
+        """Return what the function decides from a record and those beside it, published numbers, or nothing.
 
         Raises:
             KeyError, ValueError: the record lacks what is needed, such as a setup, a column or a seed.
@@ -194,27 +202,14 @@ class Decider:
             return found
         if isinstance(found, tuple):
             return Result({True: STANDS, False: FALLS, None: OPEN}[found[0]], str(found[1]))
-        return decide_cases(found, self.on, self.always) if self.on else decide_conditions(found)
-
-    def decide_record(self, claim: Claim, record: records.Record, beside: Sequence[records.Record] = ()) -> Result:
-        """Return what is decided from one record, beside those of a second kind where the function asks for one."""
-        return self.decide(claim, record, *([beside] if self.beside else []))
+        return decide_cases(found, self.on, self.always)
 
 
 DECIDERS: dict[str, Decider] = {}  # id of a claim -> what decides it
 
 
-def decides(
-    claim_id: str, *, record: str = "", published: str = "", beside: str = "", on: str = "", always: bool = False
-) -> Callable[[Callable], Callable]:
-    """Register a function as what decides a claim.
-
-    Args:
-        claim_id: the claim's id.
-        record: the function takes the claim and a record of this kind.
-        published: the function takes the claim and this file of ``records/published``.
-        beside: the function also takes a list of all records of this second kind, which may be empty.
-        on, always: as for :func:`decide_cases`; without ``on`` cases have conditions, as for :func:`decide_conditions`.
+def decides(claim_id: str, **reads: Any) -> Callable[[Callable], Callable]:
+    """Register a function as what decides a claim; it reads what a :class:`Decider` is told.
 
     Raises:
         ValueError: another function decides that claim already.
@@ -223,7 +218,7 @@ def decides(
     def register(function: Callable) -> Callable:
         if claim_id in DECIDERS:
             raise ValueError(f"The claim {claim_id!r} is decided twice; each claim has one function.")
-        DECIDERS[claim_id] = Decider(function, record, published, beside, on, always)
+        DECIDERS[claim_id] = Decider(function, **reads)
         return function
 
     return register
@@ -235,7 +230,7 @@ def judge(
     lessons: str | Path | None = None,
     every: Mapping[str, records.Record] | None = None,
 ) -> Result:
-    """The verdict on a claim, computed.
+    """Return the verdict on a claim, computed.
 
     Where several machines have a record and disagree, it depends on the machine.
 
@@ -248,38 +243,31 @@ def judge(
     if claim.lesson:
         return _read_lesson(claim, shipped_folder("notebooks") if lessons is None else Path(lessons))
     if claim.id not in DECIDERS:
+        if claim.untestable:
+            return Result(UNTESTABLE, claim.untestable, shown_by="nothing here")
         waits = f"waits for the record {claim.record!r}" if claim.record else "no study is planned"
-        open_, reason = bool(claim.open), claim.open or claim.untestable
-        return Result(OPEN if open_ else UNTESTABLE, reason, shown_by=waits if open_ else "nothing here")
+        return Result(OPEN, claim.open, shown_by=waits)
     decider = DECIDERS[claim.id]
     if decider.published:
         published_too = folder is not None and (Path(folder) / "published").is_dir()
         source = records.published(decider.published, folder if published_too else None)
-        return replace(
-            decider.decide(claim, source),
-            shown_by=f"records/published/{decider.published}.json",
-            date=source.date,
-            machine=f"theirs: {source.what}",
-        )
+        shown_by, machine = f"records/published/{decider.published}.json", f"theirs: {source.what}"
+        return replace(decider.decide(claim, source), shown_by=shown_by, date=source.date, machine=machine)
     if not decider.record:
         shown_by = f"{decider.function.__module__}.{decider.function.__name__}"
         today = datetime.now(UTC).date().isoformat()
         return replace(decider.decide(claim), shown_by=shown_by, date=today, machine=ANY_MACHINE)
     every = records.load_all(folder=folder) if every is None else every
     beside = {name: record for name, record in every.items() if record.what == decider.beside}
-    results = [
-        replace(
-            judge_record(claim, record, list(beside.values())),
-            shown_by=" and ".join(f"record {each}" for each in (name, *beside)),
-            date=record.date,
-            machine=record.device,
-        )
-        for name, record in every.items()
-        if record.what == decider.record
-    ]
+    results = []
+    for name, record in every.items():
+        if record.what == decider.record:
+            result = judge_record(claim, record, *beside.values())
+            shown_by = " and ".join(f"record {each}" for each in (name, *beside))
+            results.append(replace(result, shown_by=shown_by, date=record.date, machine=record.device))
     if not results:
         return Result(OPEN, f"there is no record {decider.record!r}", shown_by=f"no record {decider.record!r}")
-    return _together(results)
+    return _combine_machines(results)
 
 
 class _Notebook(TypedDict):
@@ -287,34 +275,31 @@ class _Notebook(TypedDict):
 
 
 def _read_lesson(claim: Claim, folder: Path) -> Result:
-    """The verdict in the stored outputs of a lesson, with the day and the machine of its last run."""
-    shown_by = f"lesson {claim.lesson}"
-    path = folder / f"{claim.lesson}.ipynb"
-    notebook = read_json(path)
-    check(notebook, _Notebook, str(path))
-    for cell in notebook["cells"]:
-        for output in cell.get("outputs", []):
-            stored = output.get("metadata", {}).get(IN_OUTPUT, {})
-            if claim.id in stored.get("results", {}):
-                result = Result(**stored["results"][claim.id])
-                return replace(result, shown_by=shown_by, date=stored["date"], machine=stored["machine"])
+    """Return the verdict in the stored outputs of a lesson, with the day and the machine of its last run."""
+    shown_by, path = f"lesson {claim.lesson}", folder / f"{claim.lesson}.ipynb"
+    notebook = check(read_json(path), _Notebook, str(path))
+    for output in (output for cell in notebook["cells"] for output in cell.get("outputs", [])):
+        stored = output.get("metadata", {}).get(IN_OUTPUT, {})
+        if claim.id in stored.get("results", {}):
+            result = Result(**stored["results"][claim.id])
+            return replace(result, shown_by=shown_by, date=stored["date"], machine=stored["machine"])
     return Result(OPEN, "the lesson's stored outputs do not show it", shown_by=shown_by)
 
 
-def judge_record(claim: Claim, record: records.Record, beside: Sequence[records.Record] = ()) -> Result:
-    """The verdict of one record on a claim that its kind decides, beside those of a second kind where it asks for one.
+def judge_record(claim: Claim, record: records.Record, *beside: records.Record) -> Result:
+    """Return the verdict of one record on a claim that its kind decides, beside those of a second kind.
 
     A record that lacks what is needed, such as a setup or a column, decides nothing: that is a KeyError, or the
     ValueError that functions of tables raise. Any other error of the function that decides is raised.
     """
     try:
-        return DECIDERS[claim.id].decide_record(claim, record, beside)
+        return DECIDERS[claim.id].decide(claim, record, *beside)
     except (KeyError, ValueError) as error:
         return Result(OPEN, f"this record lacks what is needed ({type(error).__name__}: {error})")
 
 
-def _together(results: list[Result]) -> Result:
-    """The verdict of several machines' records: what is decided counts, not what one of them leaves open."""
+def _combine_machines(results: list[Result]) -> Result:
+    """Return the verdict of several machines' records: what is decided counts, not what one of them leaves open."""
     decided = [result for result in results if result.verdict != OPEN] or results
     newest = max(decided, key=lambda result: result.date or "")
     if len({result.verdict for result in decided}) == 1:
@@ -324,12 +309,13 @@ def _together(results: list[Result]) -> Result:
     return replace(newest, verdict=DEPENDS, on="the machine", measured=texts, shown_by=names)
 
 
-def decide_cases(cases: Cases, on: str, always: bool = False) -> Result:
-    """The verdict on a claim that is stated without conditions, from the cases that were tried.
+def decide_cases(cases: Cases, on: str = "", always: bool = False) -> Result:
+    """Return the verdict on a claim that is stated without conditions, from the cases that were tried.
 
     Args:
-        cases: whether the claim holds in a case (None: the measurement cannot tell) and the case in words.
-        on: what the cases differ in.
+        cases: whether the claim holds in a case (None: the measurement cannot tell), the case in words, and without
+            ``on`` its conditions, as for :func:`find_turning_conditions`.
+        on: what the cases differ in; without it, the conditions that turn the answer.
         always: the sentence says "never", "at most" or the like, so that one case in which it fails refutes it.
 
     Returns:
@@ -337,29 +323,26 @@ def decide_cases(cases: Cases, on: str, always: bool = False) -> Result:
         holds in some and fails in others (and falls if ``always``), and is open otherwise.
     """
     cases = list(cases)
-    holds, fails = ([text for answer, text in cases if answer is which] for which in (True, False))
-    unclear = [text for answer, text in cases if answer is None]
+    holds, fails, unclear = ([words for each, words, *_ in cases if each is answer] for answer in (True, False, None))
     groups = {"yes": holds, "no": fails, "not decided": unclear}
     text = ". ".join(f"{word}: {'; '.join(texts)}" for word, texts in groups.items() if texts) or "no case was tried"
     if holds and fails and not always:
-        return Result(DEPENDS, text, on)
+        return Result(DEPENDS, text, on or find_turning_conditions((answer, case) for answer, _, case in cases))
     return Result(FALLS if fails else STANDS if holds and not unclear else OPEN, text)
 
 
-def decide_conditions(cases: Cases) -> Result:
-    """Return the verdict of :func:`decide_cases` on cases with conditions, of which those that turn it are named."""
-    cases = list(cases)
-    on = find_turning_conditions((answer, conditions) for answer, _, conditions in cases)
-    return decide_cases([(answer, words) for answer, words, _ in cases], on)
+def above(lower: float, upper: float, limit: float = 0.0) -> bool | None:
+    """Return whether an interval lies above a limit, or (False) below it; None if it holds the limit."""
+    return True if lower > limit else False if upper < limit else None
 
 
-def excludes_zero(lower: float, upper: float) -> bool | None:
-    """Return whether bounds lie above zero, or (False) below it; None if they hold it."""
-    return None if lower <= 0 <= upper else bool(lower > 0)
+def below(lower: float, upper: float, limit: float) -> bool | None:
+    """Return whether an interval lies below a limit, or (False) above it; None if it holds the limit."""
+    return True if upper < limit else False if lower > limit else None
 
 
 def find_turning_conditions(cases: Iterable[tuple[bool | None, Mapping[str, Any]]]) -> str:
-    """The conditions whose change alone turns the answer, in words, such as "the rank and the model".
+    """Return the conditions whose change alone turns the answer, in words, such as "the rank and the model".
 
     Args:
         cases: whether the claim holds in a case (None: the measurement cannot tell), and the case's conditions, named
@@ -382,12 +365,12 @@ def find_turning_conditions(cases: Iterable[tuple[bool | None, Mapping[str, Any]
 
 
 def within(lower: float, upper: float, low: float, high: float) -> bool | None:
-    """Whether an interval lies within the limits of what is claimed: None if it lies partly outside."""
+    """Return whether an interval lies within the limits of what is claimed, or (False) outside; None if partly."""
     if low <= lower and upper <= high:
         return True
     return False if upper < low or lower > high else None
 
 
 def near(value: float, claimed: float, share: float = 0.1) -> bool:
-    """Whether a number is what was claimed, within a share of it."""
+    """Return whether a number is what was claimed, within a share of it."""
     return abs(value - claimed) <= share * abs(claimed)

@@ -9,33 +9,14 @@ from __future__ import annotations
 import difflib
 import textwrap
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_lab.studies import records
-from lora_lab.studies.claims import (  # noqa: F401  # they register themselves
-    computed,
-    counted,
-    forgetting,
-    head_start,
-    measured,
-    quality,
-    rates,
-)
-from lora_lab.studies.claims.deciding import (
-    DECIDERS,
-    FALLS,
-    NONE_GIVEN,
-    OPEN,
-    UNTESTABLE,
-    VERDICTS,
-    Claim,
-    Result,
-    judge,
-    read_claims,
-)
+from lora_lab.studies.claims import compared, computed, counted, deciding, measured, rates  # noqa: F401  # they register themselves
+from lora_lab.studies.claims.deciding import DECIDERS, FALLS, OPEN, Claim, Result, judge, read_claims
 from lora_lab.studies.records import KINDS
 
 WIDTH = 100
@@ -49,26 +30,16 @@ class Entry:
     result: Result
 
     def to_dict(self) -> dict[str, Any]:
-        """The entry in values of JSON; ``shown_by`` ends with our number."""
+        """Return the entry in values of JSON; ``shown_by`` ends with our number."""
         claim, result = self.claim, self.result
         on = f" depends on {result.on}:" if result.on else ""
-        return {
-            "id": claim.id,
-            "sentence": claim.sentence,
-            "number": claim.number,
-            "interval": claim.interval,
-            "source": claim.cited,
-            "kind": claim.kind,
-            "fair": claim.fair,
-            "verdict": result.verdict,
-            "on": result.on,
-            "shown_by": f"{result.shown_by}:{on} {result.measured}",
-            "date": result.date,
-            "machine": result.machine,
-        }
+        keys = ("id", "sentence", "number", "interval", "source", "kind", "fair")
+        stated = {key: getattr(claim, key) for key in keys} | {"source": claim.cited}
+        decided = {key: getattr(result, key) for key in ("verdict", "on", "shown_by", "date", "machine")}
+        return stated | decided | {"shown_by": f"{result.shown_by}:{on} {result.measured}"}
 
     def where(self) -> str:
-        """In a word or two what decides the claim, or what it waits for."""
+        """Return in a word or two what decides the claim, or what it waits for."""
         if self.claim.lesson:
             return f"lesson {self.claim.lesson.partition('_')[0]}"
         if self.claim.id not in DECIDERS:
@@ -81,9 +52,9 @@ class Entry:
         return decider.function.__module__.rpartition(".")[2]
 
     def explained(self) -> str:
-        """All about the claim: sentence, source, their number beside ours, what shows it, how fair it is and why."""
+        """Return all about the claim: its source, their number beside ours, what shows it, how fair it is and why."""
         claim, result = self.claim, self.result
-        theirs = claim.number if claim.interval == NONE_GIVEN else f"{claim.number} ({claim.interval})"
+        theirs = claim.number if claim.interval == deciding.NONE_GIVEN else f"{claim.number} ({claim.interval})"
         lines = {
             "claim": claim.sentence,
             "source": f"{claim.source} (read: {claim.read})",
@@ -94,20 +65,13 @@ class Entry:
             "shown by": result.shown_by,
             "measured": f"{result.date}, {result.machine}" if result.date else "not yet",
             "fair test": f"{claim.fair}: {claim.why}",
-            "would decide it" if result.verdict in (OPEN, UNTESTABLE) else "would change it": claim.changes,
+            "would decide it" if result.verdict in (OPEN, deciding.UNTESTABLE) else "would change it": claim.changes,
         }
-        indent = 17 * " "
-        filled = [
-            textwrap.fill(f"{name + ':':<16} {text}", WIDTH, subsequent_indent=indent) for name, text in lines.items()
-        ]
-        return "\n".join([claim.id, *filled])
+        paragraphs = [f"{name + ':':<16} {text}" for name, text in lines.items()]
+        return "\n".join([claim.id, *(textwrap.fill(each, WIDTH, subsequent_indent=17 * " ") for each in paragraphs)])
 
-    def how_to_run(self, recorded: Collection[str]) -> str:
-        """What measures the claim anew: a function that has just run, or a command with its time on two cores.
-
-        Args:
-            recorded: the kinds of records that a command makes.
-        """
+    def how_to_run(self) -> str:
+        """Return what measures the claim anew: a function that has just run, or a command with its time."""
         if self.claim.lesson:
             return (
                 f"python notebooks/execute.py {self.claim.lesson}.ipynb runs the lesson anew, in minutes on two cores; "
@@ -115,8 +79,6 @@ class Entry:
             )
         decider = DECIDERS.get(self.claim.id)
         record = decider.record if decider else self.claim.record
-        if record and record not in recorded:
-            return f"No command makes the record {record!r} yet."
         if record:
             again = "makes the record anew" if self.result.date else "will make the record"
             return f"lora-lab record {record} {again}, in {KINDS[record].hours} on two cores."
@@ -128,7 +90,7 @@ class Entry:
 
 
 def load(folder: str | Path | None = None, lessons: str | Path | None = None) -> dict[str, Entry]:
-    """All claims with their verdicts, by id, computed from records, lessons and functions; this takes seconds.
+    """Return all claims with their verdicts, by id, computed from records, lessons and functions; this takes seconds.
 
     Args:
         folder: of the records; None is :func:`lora_lab.studies.records.shipped`.
@@ -139,7 +101,7 @@ def load(folder: str | Path | None = None, lessons: str | Path | None = None) ->
 
 
 def verdict(claim_id: str, folder: str | Path | None = None, lessons: str | Path | None = None) -> Entry:
-    """One claim with its verdict.
+    """Return one claim with its verdict.
 
     Args:
         folder: as for :func:`load`.
@@ -156,7 +118,7 @@ def verdict(claim_id: str, folder: str | Path | None = None, lessons: str | Path
 
 
 def table(entries: Mapping[str, Entry], width: int = WIDTH) -> str:
-    """The claims as lines: id, sentence, verdict and where it comes from.
+    """Return the claims as lines: id, sentence, verdict and where it comes from.
 
     Args:
         entries: by id.
@@ -172,7 +134,7 @@ def table(entries: Mapping[str, Entry], width: int = WIDTH) -> str:
     waiting = sum(entry.where().startswith("waits: ") for entry in entries.values())
     of_others = sum(entry.result.verdict == FALLS and entry.claim.read != "lesson" for entry in entries.values())
     notes = {OPEN: f" ({waiting} wait for a record)"}
-    total = ", ".join(f"{counts[word]} {word}{notes.get(word, '')}" for word in VERDICTS)
+    total = ", ".join(f"{counts[word]} {word}{notes.get(word, '')}" for word in deciding.VERDICTS)
     last = f"{len(entries)} claims: {total}."
     authors = f"{of_others} of those that fall have a source, the others are beliefs."
     return "\n".join([*lines, "", last, f"{authors} More on one: lora-lab claims ID"])

@@ -1,4 +1,4 @@
-"""Verdicts on learning rates, from the record "rates": best rates by rank, under two rules for alpha.
+"""Verdicts on ranks and on learning rates, from the records "ablation" and "rates".
 
 A best rate is the vertex of a parabola, and what compares best rates has the interval of a bootstrap over seeds and
 blocks of examples (:mod:`lora_lab.ablation.learning_rate`). Those of the language model are judged; the digits net is
@@ -9,16 +9,19 @@ falls if it lies outside, and is open otherwise.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import cast
 
 import numpy as np
 import pandas
 
+from lora_lab.ablation.compare import smallest_sufficient_rank
 from lora_lab.ablation.learning_rate import best_rate, losses_by_rate, powers, ratio_interval, sample_vertices, slope
-from lora_lab.ablation.stats import CONFIDENCE, outer_bounds
-from lora_lab.studies.claims.deciding import FALLS, STANDS, Answer, Claim, decide_cases, decides, excludes_zero, within
+from lora_lab.studies.claims.compared import bound_together
+from lora_lab.studies.claims.deciding import FALLS, STANDS, Answer, Claim, above, below, decide_cases, decides, within
+from lora_lab.studies.claims.measured import MARGIN, MIN_SEEDS
 from lora_lab.studies.records import Record
 
 FULL = "full"
@@ -31,26 +34,68 @@ SHORT_RUNS = 100  # steps, below which Schulman et al. state another ratio
 HINTED_RANKS = (1, 4, 16, 64)  # of the record "ablation", whose best rates suggested the root of the rank
 
 
+# Ranks
+
+
+def rank_is_enough(rank: int, claim: Claim, record: Record, *wider: Record) -> Answer:
+    """Return whether a rank is enough beside the largest one, each at its own rate."""
+    verdict = smallest_sufficient_rank(record.frame(), MARGIN)
+    results = {each.rank: each for each in verdict.ranks}
+    largest = max(results)
+    if rank not in results or rank == largest:
+        return None, f"the record does not compare rank {rank} with a larger one"
+    result, seeds = results[rank], len(verdict.seeds)
+    if result.difference is None or result.lower is None or result.upper is None:
+        return None, f"rank {rank} is not judged: {result.note}"
+    text = f"test loss {result.difference:+.3f} nats ({result.lower:+.3f} to {result.upper:+.3f}) beside rank {largest}"
+    text += f", margin {MARGIN:g}, {seeds} seeds"
+    for each in (rank, largest):
+        tried, best = {row["lr"] for row in record.rows if row["rank"] == each}, results[each].lr
+        if best in (min(tried), max(tried)):
+            if not any(_is_best_inside(other, record, each, best) for other in wider):
+                return None, f"{text}; the rate of rank {each} is at the edge of its grid"
+            text += f"; rank {each}'s rate, at the edge of this grid, is the best inside that of the record 'rates'"
+    if seeds < MIN_SEEDS:
+        return None, f"{text}; fewer than {MIN_SEEDS} seeds"
+    return {"enough": True, "too small": False}.get(result.status), text
+
+
+def _is_best_inside(wider: Record, record: Record, rank: int, rate: float | None) -> bool:
+    """Return whether a record "rates" of the same training runs shows a rate as the best inside a wider grid."""
+    setup, study = f"r={rank}, alpha = 2r", wider.settings.get("docs", {})
+    options = study.get("setups", {}).get(setup, {}) | {"seq_len": study.get("seq_len")}
+    if any(options.get(key) != record.settings.get(key) for key in ("seq_len", "steps", "batch_size")):
+        return False
+    frame = wider.frame()
+    best = best_rate(losses_by_rate(frame[(frame["data"] == "docs") & (frame["setup"] == setup)]))
+    return best.tried == rate and not best.edge
+
+
+decides("rank-one-suffices", record="ablation", beside="rates")(partial(rank_is_enough, 1))
+decides("loss-flat-from-rank-16", record="ablation", beside="rates")(partial(rank_is_enough, 16))
+
+
+# Rates
+
+
 def best_by_rank(frame: pandas.DataFrame, rule: str) -> dict[int, dict[float, np.ndarray]]:
-    """rank -> rate -> losses (seeds, blocks) under a rule for alpha, ascending; of one kind of data."""
+    """Return rank -> rate -> losses (seeds, blocks) under a rule for alpha, ascending; of one kind of data."""
     setups = frame[frame["setup"].str.endswith(f", {rule}")]
     return {int(cast(float, rank)): losses_by_rate(rows) for rank, rows in setups.groupby("rank")}
 
 
-def _group_by_data(record: Record) -> dict[str, pandas.DataFrame]:
-    """data -> its rows: the language model first, which is judged."""
-    frame = record.frame()
-    return {data: frame[frame["data"] == data] for data in DATA if (frame["data"] == data).any()}
-
-
-def decides_by_rates(*claims: str) -> Callable[[Callable], Callable]:
-    """Register a function that answers claims from the rows of one kind of data, with words, as what decides them."""
+def decides_by_rates(*claims: str, data: Sequence[str] = tuple(DATA)) -> Callable[[Callable], Callable]:
+    """Register a function that answers claims from the rows of one kind of data; the language model's answer counts."""
 
     def register(answer: Callable[[Claim, pandas.DataFrame], Answer]) -> Callable:
         def decide(claim: Claim, record: Record) -> Answer:
-            return _decide_on_language_model(
-                {data: answer(claim, frame) for data, frame in _group_by_data(record).items()}
-            )
+            rows = dict(iter(record.frame().groupby("data")))
+            answers = {name: answer(claim, rows[name]) for name in data if name in rows}
+            if "docs" not in answers:
+                return None, "the record has no language model"
+            marks = {"docs": "", "digits": "not judged, "}
+            texts = (f"{marks[name]}{DATA[name]}: {words}" for name, (_, words) in answers.items())
+            return answers["docs"][0], "; ".join(texts)
 
         for claim_id in claims:
             decides(claim_id, record="rates")(decide)
@@ -59,16 +104,8 @@ def decides_by_rates(*claims: str) -> Callable[[Callable], Callable]:
     return register
 
 
-def _decide_on_language_model(answers: Mapping[str, Answer]) -> Answer:
-    """Return whether a claim holds, from the answers by data, of which the language model's counts."""
-    if "docs" not in answers:
-        return None, "the record has no language model"
-    texts = (f"{'' if data == 'docs' else 'not judged, '}{DATA[data]}: {words}" for data, (_, words) in answers.items())
-    return answers["docs"][0], "; ".join(texts)
-
-
-def _mean_of_ranks(frame: pandas.DataFrame) -> tuple[np.ndarray, str]:
-    """Samples of the mean of log(best rate) over the ranks from 4 on, under alpha = 32; and each rank's in words."""
+def _sample_mean_of_ranks(frame: pandas.DataFrame) -> tuple[np.ndarray, str]:
+    """Return samples of the mean of log(best rate) over the ranks from 4 on, alpha = 32; and each rank's in words."""
     losses = {rank: of_rank for rank, of_rank in best_by_rank(frame, FIXED_ALPHA).items() if rank >= 4}
     samples = np.mean([sample_vertices(of_rank) for of_rank in losses.values()], axis=0)
     return samples, ", ".join(f"rank {rank} {best_rate(of_rank).tried:g}" for rank, of_rank in losses.items())
@@ -80,19 +117,16 @@ def times_full(claim: Claim, frame: pandas.DataFrame) -> Answer:
 
     The second claim is of runs of fewer than 100 steps, the first of longer ones.
     """
-    in_short_runs = claim.id.endswith("early")
     full = losses_by_rate(frame[frame["setup"] == FULL])
-    samples, each = _mean_of_ranks(frame)
+    samples, each = _sample_mean_of_ranks(frame)
     at_full = sample_vertices(full)
     lower, upper = ratio_interval(samples, at_full)
     steps = int(frame["steps"].max())
-    words = (
-        f"{math.exp(np.median(samples) - np.median(at_full)):.1f} times ({lower:.1f} to {upper:.1f}) after {steps} "
-        f"steps; best rates tried: full {best_rate(full).tried:g}, {each}"
-    )
-    meant = (steps < SHORT_RUNS) == in_short_runs
-    answer = within(lower, upper, claim.stated / FACTOR, claim.stated * FACTOR) if meant else None
-    return answer, words
+    ratio = math.exp(np.median(samples) - np.median(at_full))
+    words = f"{ratio:.1f} times ({lower:.1f} to {upper:.1f}) after {steps} steps; "
+    words += f"best rates tried: full {best_rate(full).tried:g}, {each}"
+    meant = (steps < SHORT_RUNS) == claim.id.endswith("early")
+    return within(lower, upper, claim.stated / FACTOR, claim.stated * FACTOR) if meant else None, words
 
 
 @decides_by_rates("best-rate-independent-of-rank")
@@ -102,20 +136,15 @@ def independent_of_rank(claim: Claim, frame: pandas.DataFrame) -> Answer:
     It stands if the largest of all samples' ratios is below the claimed factor, and falls if the highest and the lowest
     of the ranks differ by more: noise alone makes the ratio of the extremes larger than 1.
     """
-    losses = best_by_rank(frame, FIXED_ALPHA)
-    samples = {rank: sample_vertices(of_rank) for rank, of_rank in losses.items()}
-    counted = {rank: samples[rank] for rank in samples if rank >= 4}
-    medians = {rank: float(np.median(of_rank)) for rank, of_rank in counted.items()}
-    highest, lowest = max(medians, key=medians.__getitem__), min(medians, key=medians.__getitem__)
+    samples = {rank: sample_vertices(of_rank) for rank, of_rank in best_by_rank(frame, FIXED_ALPHA).items()}
+    counted = {rank: of_rank for rank, of_rank in samples.items() if rank >= 4}
+    highest, lowest = (extreme(counted, key=lambda rank: np.median(counted[rank])) for extreme in (max, min))
     lower, _ = ratio_interval(counted[highest], counted[lowest])
     every = np.array([*counted.values()])  # (ranks, resamples)
     _, upper = ratio_interval(every.max(axis=0), every.min(axis=0))
-    answer = True if upper < claim.stated else False if lower > claim.stated else None
-    words = (
-        f"from rank 4 on the highest best rate is {max(lower, 1.0):.2f} to {upper:.2f} times the lowest (ranks "
-        f"{highest} and {lowest}); over all ranks rate ~ r^p, p = {_power(*slope(samples))}"
-    )
-    return answer, words
+    words = f"from rank 4 on the highest best rate is {max(lower, 1.0):.2f} to {upper:.2f} times the lowest (ranks "
+    words += f"{highest} and {lowest}); over all ranks rate ~ r^p, p = {_power(*slope(samples))}"
+    return below(lower, upper, claim.stated), words
 
 
 @decides_by_rates("rate-falls-as-root-of-rank")
@@ -136,7 +165,7 @@ def _power(power: float, lower: float, upper: float) -> str:
 
 
 def by_alpha_and_rank(frame: pandas.DataFrame) -> dict[tuple[float, float], np.ndarray]:
-    """(alpha, rank) -> samples of log(best rate), of all LoRA setups under both rules."""
+    """Return (alpha, rank) -> samples of log(best rate), of all LoRA setups under both rules."""
     return {
         (2.0 * rank if rule == SAME_SCALING else 32.0, float(rank)): sample_vertices(losses)
         for rule in (SAME_SCALING, FIXED_ALPHA)
@@ -151,26 +180,21 @@ def falls_as_root_of_alpha(claim: Claim, frame: pandas.DataFrame) -> Answer:
     of_alpha, of_rank = powers(of_setup)
     if math.isnan(of_alpha[0]):
         return None, "the best rates of some setups are at an edge"
-    inside = [
-        within(lower, upper, stated - POWER, stated + POWER)
-        for (_, lower, upper), stated in ((of_alpha, -0.5), (of_rank, 0.0))
-    ]
     alphas = [alpha for alpha, _ in of_setup]
     words = f"alpha {min(alphas):g} to {max(alphas):g}: rate ~ alpha^p r^q, p = {_power(*of_alpha)}, "
     words += f"q = {_power(*of_rank)}"
+    inside = within(*of_alpha[1:], -0.5 - POWER, -0.5 + POWER), within(*of_rank[1:], -POWER, POWER)
     return False if False in inside else None if None in inside else True, words
 
 
-@decides("rate-law-of-width", record="rates")
-def law_of_width(claim: Claim, record: Record) -> Answer:
+@decides_by_rates("rate-law-of-width", data=["docs"])
+def law_of_width(claim: Claim, frame: pandas.DataFrame) -> Answer:
     """The best rates of the ranks from 4 on (their geometric mean) under alpha = 32, beside the law's at this width."""
     law = 5e-4 * (2000 / SMOLLM2_WIDTH) ** 0.781
-    samples, each = _mean_of_ranks(_group_by_data(record)["docs"])
+    samples, each = _sample_mean_of_ranks(frame)
     lower, upper = ratio_interval(samples, np.zeros_like(samples))
-    answer = within(lower, upper, law / FACTOR, law * FACTOR)
-    mean = f"{math.exp(np.median(samples)):.2g} ({lower:.2g} to {upper:.2g})"
-    words = f"{mean}, the law's {law:.2g}; best rates tried: {each}"
-    return _decide_on_language_model({"docs": (answer, words)})
+    words = f"{math.exp(np.median(samples)):.2g} ({lower:.2g} to {upper:.2g}), the law's {law:.2g}"
+    return within(lower, upper, law / FACTOR, law * FACTOR), f"{words}; best rates tried: {each}"
 
 
 @decides_by_rates("rank-gains-at-high-rates")
@@ -185,9 +209,9 @@ def gains_at_high_rates(claim: Claim, frame: pandas.DataFrame) -> Answer:
     cases = []
     for low, high in pairs:
         growth = (small[high] - large[high]) - (small[low] - large[low])  # (seeds, blocks)
-        lower, upper = outer_bounds(growth, 1 - (1 - CONFIDENCE) / len(pairs))
+        lower, upper = bound_together(growth, len(pairs))
         words = f"{low:g} to {high:g} {growth.mean():+.4f} ({lower:+.4f} to {upper:+.4f})"
-        cases.append((excludes_zero(lower, upper), words))
+        cases.append((above(lower, upper), words))
     result = decide_cases(cases, "the rates", always=True)
     words = f"growth of what rank {max(of_rank)} gains on rank 4, in nats, from rate to rate. {result.measured}"
     return {STANDS: True, FALLS: False}.get(result.verdict), words

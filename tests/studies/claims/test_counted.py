@@ -34,12 +34,8 @@ def test_parameters_of_whole_models():
     assert counted.parameters(counted.LLAMA_2_7B) == 6_738_415_616
     assert counted.parameters(counted.LLAMA_65B) == 65_285_660_672
     assert counted.parameters(shapes.config("smollm2-135m")) == 134_515_008
-    assert counted.gpt3_adapter() == 18_874_368
-
-
-def test_the_weights_that_qlora_quantises():
-    config = shapes.config("smollm2-135m")
-    assert counted.linear_weights(config) == 106_168_320
+    assert counted.GPT3_ADAPTER == 18_874_368
+    assert counted.linear_weights(shapes.config("smollm2-135m")) == 106_168_320  # which QLoRA quantises
 
 
 @pytest.mark.parametrize(
@@ -54,13 +50,7 @@ def test_the_weights_that_qlora_quantises():
         ("gpt3-needs-1-2-tb", "untestable", "6.85 bytes a weight", 2.8, "stands"),
         ("adapters-are-small", "depends", "all layers of smollm2-135m, rank 192: 43.6 %", 50, "stands"),
         ("qlora-4-times-less-than-lora", "depends", "yes: llama-65b rank 1 3.77 times. no: ", 99, "falls"),
-        (
-            "checkpoint-ratio-elsewhere",
-            "depends",
-            "smollm2-135m, rank 4 on query and value matrices, 584",
-            10,
-            "stands",
-        ),
+        ("checkpoint-ratio-elsewhere", "depends", "rank 4 on query and value matrices, 584", 10, "stands"),
         ("two-percent-of-the-parameters", "depends", "all layers: 0.26 % of llama-3-8b", 20, "falls"),
         ("full-7b-112-gb-lora-15", "stands", "107.8 and 14.6 GB; 1 % is rank 27", 99, "falls"),
         ("25-percent-faster-gpt3", "depends", "24.6 % less time", 99, "falls"),

@@ -1,4 +1,4 @@
-"""Which function decides which claim, and the rules that all verdicts obey."""
+"""The claims as data, which function decides which, and the rules that all verdicts obey."""
 
 import dataclasses
 import re
@@ -8,38 +8,15 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from lora_lab import lessons, records
-from lora_lab.studies.claims import ledger
-from lora_lab.studies.claims.deciding import (
-    DECIDERS,
-    Claim,
-    Result,
-    decide_cases,
-    decides,
-    find_turning_conditions,
-    judge,
-    near,
-)
+from lora_lab.studies.claims import deciding, ledger
+from lora_lab.studies.claims.deciding import DECIDERS, Claim, Decider, Result, decide_cases, judge, read_claims
 from tests.helpers import COMMIT
 
 LESSON = "06_which_rank"
 CLAIM = Claim("for-a-test", "LoRA is good.", "A paper", "full text", "mechanism", "yes", "it is", "nothing")
 
 
-@pytest.fixture
-def registered():
-    """Registers functions for the claim of this file, and forgets them."""
-    yield decides
-    DECIDERS.pop(CLAIM.id, None)
-
-
-def write(folder, score, device="CPU A", date="2026-11-01"):
-    record = records.Record("trial", device, {"cpu": "x"}, COMMIT, date, "a command", {}, [{"score": score}])
-    records.write(record, folder)
-
-
-def by_score(claim, record):
-    score = record.rows[0]["score"]
-    return Result("open" if score is None else "stands" if score > 0 else "falls", f"score {score}")
+# The rules
 
 
 @pytest.mark.parametrize(
@@ -56,32 +33,35 @@ def by_score(claim, record):
     ],
 )
 def test_cases_make_a_verdict(answers, verdict):
-    result = decide_cases([(answer, f"case {i}") for i, answer in enumerate(answers)], "the case")
-    assert result.verdict == verdict
-    assert result.on == ("the case" if verdict == "depends" else "")
-    assert all(f"case {i}" in result.measured for i in range(len(answers)))
-    refuted = decide_cases([(answer, f"case {i}") for i, answer in enumerate(answers)], "the case", always=True)
-    assert refuted.verdict == ("falls" if verdict == "depends" else verdict)
+    cases = [(answer, f"case {i}") for i, answer in enumerate(answers)]
+    result = decide_cases(cases, "the case")
+    assert (result.verdict, result.on) == (verdict, "the case" if verdict == "depends" else "")
+    assert all(words in result.measured for _, words in cases)
+    assert decide_cases(cases, "the case", always=True).verdict == ("falls" if verdict == "depends" else verdict)
 
 
 def test_an_answer_is_turned_by_what_alone_tells_two_cases_apart():
-    def cases(*answers):
-        return [(answer, {"the rank": rank, "the model": model}) for answer, rank, model in answers]
+    def turned(*answers):
+        return deciding.find_turning_conditions(
+            [(answer, {"the rank": rank, "the model": model}) for answer, rank, model in answers]
+        )
 
     same_rank = (True, 1, "a"), (False, 1, "b")
-    assert find_turning_conditions(cases(*same_rank)) == "the model"
-    assert find_turning_conditions(cases(*same_rank, (True, 8, "b"))) == "the rank and the model"
-    assert find_turning_conditions(cases(*same_rank, (None, 8, "b"))) == "the model"
-    assert find_turning_conditions(cases((True, 1, "a"), (False, 8, "b"))) == "several conditions at once"
-    for undecided in ([], cases((True, 1, "a"), (True, 8, "b"))):  # it does not depend
-        assert find_turning_conditions(undecided) == "several conditions at once"
+    assert turned(*same_rank) == "the model"
+    assert turned(*same_rank, (True, 8, "b")) == "the rank and the model"
+    assert turned(*same_rank, (None, 8, "b")) == "the model"
+    assert turned((True, 1, "a"), (False, 8, "b")) == "several conditions at once"
+    cases = [(True, "one", {"the rank": 1}), (False, "eight", {"the rank": 8})]
+    assert str(decide_cases(cases)) == "depends on the rank"
 
 
-def test_numbers_are_near_within_a_share():
-    assert near(109, 100)
-    assert not near(111, 100)
-    assert near(111, 100, 0.2)
-    assert not near(-100, 100)
+def test_intervals_and_numbers_beside_what_is_claimed():
+    assert [deciding.above(1, 2, limit) for limit in (0, 1, 2, 3)] == [True, None, None, False]
+    assert [deciding.below(1, 2, limit) for limit in (0, 1, 2, 3)] == [False, None, None, True]
+    assert deciding.above(float("nan"), float("nan")) is None
+    assert [deciding.within(1, 2, *ends) for ends in ((1, 2), (0, 1.5), (1.5, 3), (3, 4))] == [True, None, None, False]
+    assert [deciding.near(value, 100) for value in (109, 111, -100)] == [True, False, False]
+    assert deciding.near(111, 100, 0.2)
 
 
 @pytest.mark.parametrize(
@@ -93,25 +73,47 @@ def test_a_result_that_makes_no_sense_is_refused(arguments, says):
         Result(*arguments)
 
 
-def test_a_claim_is_decided_by_one_function(registered):
-    registered(CLAIM.id)(lambda claim: Result("stands", "yes"))
+# Which function decides
+
+
+@pytest.fixture
+def register(monkeypatch):
+    """Makes a function decide the claim of this file, until the test ends."""
+    return lambda function, **options: monkeypatch.setitem(DECIDERS, CLAIM.id, Decider(function, **options))
+
+
+def write(folder, score, device="CPU A", date="2026-11-01"):
+    record = records.Record("trial", device, {"cpu": "x"}, COMMIT, date, "a command", {}, [{"score": score}])
+    records.write(record, folder)
+
+
+def by_score(claim, record):
+    score = record.rows[0]["score"]
+    return None if score is None else score > 0, f"score {score}"
+
+
+def test_a_claim_is_decided_by_one_function(register):
+    register(by_score)
     with pytest.raises(ValueError, match="'for-a-test' is decided twice"):
-        registered(CLAIM.id)(lambda claim: Result("falls", "no"))
+        deciding.decides(CLAIM.id)(by_score)
 
 
-def test_a_function_that_counts_is_named_with_the_day(registered):
-    @registered(CLAIM.id)
+def test_a_function_that_counts_is_named_with_the_day(register):
     def counts(claim):
         return Result("stands", claim.sentence)
 
+    register(counts)
     result = judge(CLAIM)
     assert (result.verdict, result.measured, result.machine) == ("stands", "LoRA is good.", "any")
     assert result.shown_by == f"{__name__}.counts"
     assert len(result.date) == 10
 
 
-def test_a_record_that_changes_turns_the_verdict(registered, tmp_path):
-    registered(CLAIM.id, record="trial")(by_score)
+def test_a_record_that_changes_turns_the_verdict_and_without_one_it_is_open(register, tmp_path):
+    register(by_score, record="trial")
+    result = judge(CLAIM, tmp_path)
+    assert (result.verdict, result.date, result.machine) == ("open", None, None)
+    assert "no record 'trial'" in result.shown_by
     for score, verdict in ((1, "stands"), (-1, "falls"), (None, "open")):
         write(tmp_path, score)
         result = judge(CLAIM, tmp_path)
@@ -119,23 +121,12 @@ def test_a_record_that_changes_turns_the_verdict(registered, tmp_path):
         assert (result.shown_by, result.date, result.machine) == ("record cpu-a-trial", "2026-11-01", "CPU A")
 
 
-def test_without_its_record_a_claim_is_open(registered, tmp_path):
-    registered(CLAIM.id, record="trial")(by_score)
-    result = judge(CLAIM, tmp_path)
-    assert (result.verdict, result.date, result.machine) == ("open", None, None)
-    assert "no record 'trial'" in result.shown_by
-
-
-def test_a_record_that_lacks_what_is_needed_decides_nothing(registered, tmp_path):
-    registered(CLAIM.id, record="trial")(lambda claim, record: Result("stands", record.rows[0]["missing"]))
+def test_a_record_that_lacks_what_is_needed_decides_nothing_but_any_other_error_is_raised(register, tmp_path):
     write(tmp_path, 1)
+    register(lambda claim, record: Result("stands", record.rows[0]["missing"]), record="trial")
     result = judge(CLAIM, tmp_path)
     assert (result.verdict, result.measured) == ("open", "this record lacks what is needed (KeyError: 'missing')")
-
-
-def test_a_function_that_fails_for_another_reason_is_not_taken_for_a_record_that_lacks_something(registered, tmp_path):
-    registered(CLAIM.id, record="trial")(lambda claim, record: Result("stands", sorted([1, None])))
-    write(tmp_path, 1)
+    register(lambda claim, record: Result("stands", sorted([1, None])), record="trial")
     with pytest.raises(TypeError, match="not supported between"):
         judge(CLAIM, tmp_path)
 
@@ -144,19 +135,18 @@ def test_a_function_that_fails_for_another_reason_is_not_taken_for_a_record_that
     ("scores", "verdict", "machine"),
     [
         ((1, 1), "stands", "CPU B"),  # the newest
-        ((1, -1), "depends", "CPU B"),
+        ((1, -1), "depends on the machine", "CPU B"),
         ((1, None), "stands", "CPU A"),
         ((None, None), "open", "CPU B"),
     ],
 )
-def test_machines_that_disagree_are_what_it_depends_on(registered, tmp_path, scores, verdict, machine):
-    registered(CLAIM.id, record="trial")(by_score)
+def test_machines_that_disagree_are_what_it_depends_on(register, tmp_path, scores, verdict, machine):
+    register(by_score, record="trial")
     write(tmp_path, scores[0])
     write(tmp_path, scores[1], "CPU B", "2026-11-02")
     result = judge(CLAIM, tmp_path)
-    assert (result.verdict, result.machine) == (verdict, machine)
-    assert result.on == ("the machine" if verdict == "depends" else "")
-    if verdict == "depends":
+    assert (str(result), result.machine) == (verdict, machine)
+    if result.on:
         assert "CPU A: stands, score 1; CPU B: falls, score -1" in result.measured
 
 
@@ -165,6 +155,69 @@ def test_what_nothing_decides_is_open_or_untestable_with_its_reason():
     assert judge(waiting) == Result("open", "no data", shown_by="waits for the record 'rates'")
     assert judge(dataclasses.replace(CLAIM, open="no data")).shown_by == "no study is planned"
     assert judge(dataclasses.replace(CLAIM, untestable="no GPU")).verdict == "untestable"
+
+
+# The claims as data
+
+GOOD = """
+[[claim]]
+id = "a-claim"
+sentence = "LoRA is good."
+number = "10,000 times"
+value = 10000
+source = "A paper, section 1"
+read = "full text"
+kind = "mechanism"
+fair = "yes"
+why = "it is"
+changes = "nothing"
+"""
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read(text):
+        path = tmp_path / "claims.toml"
+        path.write_text(text, encoding="utf-8")
+        return read_claims(path)
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("reading", "mark"), [("full text", ""), ("second-hand", " [second-hand]"), ("from memory", " [from memory]")]
+)
+def test_what_was_not_read_in_the_source_is_marked(read, reading, mark):
+    claim = read(GOOD.replace("full text", reading))["a-claim"]
+    assert (claim.sentence, claim.stated, claim.interval, claim.lesson) == ("LoRA is good.", 10000, "none given", "")
+    assert claim.cited == f"A paper, section 1{mark}"
+
+
+REFUSED = [  # (what is replaced, by what, what must be named)
+    ('id = "a-claim"', 'id = "A claim"', "id"),
+    ('fair = "yes"', 'fair = "maybe"', "fair"),
+    ('kind = "mechanism"', 'kind = "proof"', "kind"),
+    ('read = "full text"', 'read = "skimmed"', "read"),
+    ("good.", "good", "sentence"),
+    ('why = "it is"', "", "why"),
+    ('why = "it is"', 'why = " "', "why"),
+    ("value = 10000", "value = 9000", "9000"),
+    ("value = 10000", "value = 10000\nvalues = [10, 7]", "7.0"),
+    ("value = 10000", 'colour = "red"', "colour"),
+    ("value = 10000", 'verdict = "stands"', "verdict"),
+    ("value = 10000", 'record = "rates"', "rates"),
+    ("value = 10000", 'open = "a"\nuntestable = "b"', "untestable"),
+    ("value = 10000", 'lesson = "06_which_rank"\nopen = "a"', "lesson"),
+    ('id = "a-claim"', "id = ", "line 3"),
+    (GOOD, GOOD + GOOD, "has a claim twice"),
+]
+
+
+@pytest.mark.parametrize(("before", "after", "named"), REFUSED)
+def test_what_does_not_conform_is_refused_and_named(read, before, after, named):
+    assert before in GOOD
+    with pytest.raises(ValueError, match=named):
+        read(GOOD.replace(before, after))
 
 
 # From a lesson
@@ -176,11 +229,11 @@ def run(tmp_path, monkeypatch):
 
     def run(*outcomes):
         outputs = []
-        monkeypatch.setattr(
-            lessons,
-            "display",
-            lambda data, raw, metadata=None: outputs.append(new_output("display_data", data, metadata=metadata)),
-        )
+
+        def show(data, raw, metadata=None):
+            outputs.append(new_output("display_data", data, metadata=metadata))
+
+        monkeypatch.setattr(lessons, "display", show)
         lessons.claims(*outcomes)
         cells = [new_markdown_cell("## Claims"), new_code_cell("1"), new_code_cell("2", outputs=outputs)]
         nbformat.write(new_notebook(cells=cells), tmp_path / f"{LESSON}.ipynb")
@@ -194,11 +247,12 @@ def test_a_lessons_stored_output_decides_and_another_one_turns_the_verdict(run, 
     monkeypatch.setattr(ledger, "read_claims", lambda: {CLAIM.id: measured})
     path = run(lessons.Outcome(CLAIM.id, "depends", "digits, 5 seeds", True, "the rank"))
     result = judge(measured, lessons=path.parent)
-    assert (result.verdict, result.measured, result.on) == ("depends", "digits, 5 seeds", "the rank")
-    assert result.shown_by == f"lesson {LESSON}"
+    shown = (str(result), result.measured, result.shown_by)
+    assert shown == ("depends on the rank", "digits, 5 seeds", f"lesson {LESSON}")
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", result.date)
     assert result.machine.endswith("cores")
     stored = path.read_text(encoding="utf-8")
+    assert "this lesson decides" in stored
     assert stored.count('"verdict": "depends"') == stored.count('"on": "the rank"') == 1
     path.write_text(stored.replace('"depends"', '"falls"').replace('"on": "the rank"', '"on": ""'), encoding="utf-8")
     assert judge(measured, lessons=path.parent).verdict == "falls"
@@ -208,12 +262,6 @@ def test_what_a_lesson_has_not_shown_is_open(run):
     path = run(lessons.Outcome("two-real-knobs", "stands", "tried", True))
     result = judge(dataclasses.replace(CLAIM, lesson=LESSON), lessons=path.parent)
     assert (result.verdict, result.date, result.shown_by) == ("open", None, f"lesson {LESSON}")
-
-
-def test_a_lesson_shows_that_it_decides_itself_whatever_its_last_run_stored(run, monkeypatch):
-    monkeypatch.setattr(ledger, "read_claims", lambda: {CLAIM.id: dataclasses.replace(CLAIM, lesson=LESSON)})
-    page = run(lessons.Outcome(CLAIM.id, "stands", "digits", True)).read_text(encoding="utf-8")
-    assert "this lesson decides" in page
 
 
 def test_a_damaged_lesson_is_told(tmp_path):

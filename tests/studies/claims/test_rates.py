@@ -1,4 +1,4 @@
-"""Verdicts on learning rates, from made-up records whose best rates are planted."""
+"""Verdicts on ranks, and on learning rates from made-up records whose best rates are planted."""
 
 import dataclasses
 import json
@@ -9,26 +9,61 @@ import pytest
 
 from lora_lab import claims, records
 from lora_lab.ablation.compare import rates_around
+from tests.studies.claims import changed, decide, unchanged, where
+
+# Ranks
+
+
+def rank_1_inside(rows):
+    """Adds a rate beyond the best of rank 1, with higher losses, so that the best is at no edge any more."""
+    new = [row | {"lr": 0.016} for row in rows if (row["rank"], row["lr"]) == (1, 0.008)]
+    for row in new:
+        row |= {name: row[name] and row[name] + 1 for name in ("validation_loss", "test_loss")}
+    return rows + new
+
+
+def rank_1_as_good(rows):
+    at_end = [row for row in rows if row["step"] == row["steps"]]
+    reference = {row["seed"]: row["test_loss"] for row in at_end if (row["rank"], row["lr"]) == (64, 0.001)}
+    is_rank_1 = lambda row: row["rank"] == 1 and row["step"]  # noqa: E731
+    return where(is_rank_1, test_loss=lambda row: reference[row["seed"]])(rank_1_inside(rows))
+
+
+def two_seeds(rows):
+    return [row for row in rows if row["seed"] < 2]
+
+
+ONE, SIXTEEN = "rank-one-suffices", "loss-flat-from-rank-16"
+ENOUGH = [  # claim, change, verdict, words
+    (ONE, unchanged, "open", "the rate of rank 1 is at the edge of its grid"),
+    (ONE, rank_1_inside, "falls", ""),
+    (ONE, rank_1_as_good, "stands", ""),
+    (SIXTEEN, unchanged, "open", "margin 0.01, 3 seeds"),  # the bounds hold the margin
+    (SIXTEEN, two_seeds, "open", "fewer than 3 seeds"),
+]
+
+
+@pytest.mark.parametrize(("claim_id", "change", "verdict", "words"), ENOUGH)
+def test_whether_a_rank_is_enough(claim_id, change, verdict, words):
+    result = changed(claim_id, change)
+    assert (result.verdict, words in result.measured) == (verdict, True), result.measured
+
+
+def test_a_record_of_wider_grids_shows_that_the_rate_of_rank_one_is_inside():
+    (wider,) = records.load_all("rates").values()
+    result = changed(ONE, unchanged, wider)
+    assert result.verdict == "falls"
+    assert "rank 1's rate, at the edge of this grid, is the best inside that of the record 'rates'" in result.measured
+    assert claims.verdict(ONE).result.shown_by.count("record ") == 2
+    longer = {**wider.settings["docs"]["setups"], "r=1, alpha = 2r": {"steps": 240, "batch_size": 4}}
+    other = {**wider.settings, "docs": {**wider.settings["docs"], "setups": longer}}
+    assert changed(ONE, unchanged, dataclasses.replace(wider, settings=other)).verdict == "open"
+
+
+# Rates
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 SEEDS, BLOCKS = 3, 8
-
-
-@pytest.fixture
-def verdict(tmp_path):
-    """(claim's id, planted best rates, ...) -> its verdict from a record with those."""
-
-    def verdict(claim_id, **planted):
-        write([*rows(**planted)], tmp_path)
-        return claims.verdict(claim_id, tmp_path).result
-
-    return verdict
-
-
-def write(rows, folder):
-    """A record of these rows, whose provenance is that of another."""
-    (shipped, *_) = records.load_all("ablation").values()
-    records.write(dataclasses.replace(shipped, what="rates", rows=rows), folder)
 
 
 def rows(
@@ -56,85 +91,55 @@ def rows(
                     }
 
 
-def test_ten_times_full(verdict):
-    result = verdict("lora-rate-ten-times-full", fixed=lambda rank: 1e-3 if rank >= 4 else 3e-3, steps=100)
-    assert result.verdict == "stands"
-    assert "SmolLM2-135M: 10." in result.measured
-    assert verdict("lora-rate-ten-times-full", full=3e-5, steps=100).verdict == "falls"
-    assert verdict("lora-rate-ten-times-full", full=1e-3, steps=100).verdict == "falls"
-    assert verdict("lora-rate-ten-times-full", full=6e-5, noise=0.02, steps=100).verdict == "open"
+TEN, FIFTEEN, LEVEL = "lora-rate-ten-times-full", "lora-rate-15-times-full-early", "best-rate-independent-of-rank"
+ROOT, OF_ALPHA = "rate-falls-as-root-of-rank", "rate-falls-as-root-of-alpha"
+WIDTH, GAINS = "rate-law-of-width", "rank-gains-at-high-rates"
+HINTED = (1, 4, 16, 64)
+LAW = {"fixed": lambda rank: 1e-3, "same": lambda rank: 1e-3 * (32 / (2 * rank)) ** 0.5}
+PLANTED = [  # claim, what is planted, verdict, words
+    (TEN, {"fixed": lambda rank: 1e-3 if rank >= 4 else 3e-3, "steps": 100}, "stands", "SmolLM2-135M: 10."),
+    (TEN, {"full": 3e-5, "steps": 100}, "falls", ""),
+    (TEN, {"full": 1e-3, "steps": 100}, "falls", ""),
+    (TEN, {"full": 6e-5, "noise": 0.02, "steps": 100}, "open", ""),
+    (TEN, {"steps": 60}, "open", "after 60 steps"),  # runs too short for this claim
+    (FIFTEEN, {"full": 1e-3 / 15}, "stands", ""),
+    (FIFTEEN, {"full": 1e-3 / 40}, "falls", ""),
+    (FIFTEEN, {"full": 1e-3 / 15, "steps": 100}, "open", ""),  # and too long for this
+    (LEVEL, {}, "stands", ""),
+    (LEVEL, {"fixed": lambda rank: 1e-3 if rank > 2 else 8e-3}, "stands", ""),  # the claim begins at rank 4
+    (LEVEL, {"fixed": lambda rank: 8e-3 / rank}, "falls", "times the lowest (ranks 4 and 64)"),
+    (LEVEL, {"fixed": lambda rank: 8e-3 / rank}, "falls", "p = -1.0"),
+    (LEVEL, {"fixed": lambda rank: 1e-3 * rank**0.25}, "open", ""),
+    (ROOT, {}, "stands", ""),
+    (ROOT, {"same": lambda rank: 4e-3}, "falls", ""),
+    (ROOT, {"same": lambda rank: 4e-3 / rank}, "falls", ""),
+    (ROOT, {"noise": 0.3}, "open", ""),
+    # The ranks that suggested the root do not judge it.
+    (ROOT, {"same": lambda rank: 4e-3 / rank**0.5 if rank in HINTED else 1e-3}, "falls", "over ranks 2, 8, 32, which"),
+    (ROOT, {"same": lambda rank: 1e-3 if rank in HINTED else 4e-3 / rank**0.5}, "stands", ""),
+    (OF_ALPHA, LAW, "stands", "alpha 2 to 128: rate ~ alpha^p r^q, p = -0.49"),
+    (OF_ALPHA, LAW | {"fixed": lambda rank: 1e-3 * rank**0.5}, "falls", ""),
+    (OF_ALPHA, LAW | {"same": lambda rank: 1e-3 * 32 / (2 * rank)}, "falls", ""),
+    (OF_ALPHA, LAW | {"noise": 0.3}, "open", ""),
+    (WIDTH, {"fixed": lambda rank: 1.32e-3}, "stands", ""),
+    (WIDTH, {"fixed": lambda rank: 3e-3}, "falls", ""),
+    (WIDTH, {"fixed": lambda rank: 1.95e-3, "noise": 0.02}, "open", ""),
+    (GAINS, {"gain": lambda rate: 10 * rate, "noise": 0.001}, "stands", ""),
+    (GAINS, {"gain": lambda rate: 0.01 - 5 * rate, "noise": 0.001}, "falls", ""),
+    (GAINS, {"gain": lambda rate: 5 * rate, "noise": 0.05}, "open", ""),
+    (GAINS, {"gain": lambda rate: 10 * rate, "noise": 0.003}, "open", ""),  # each pair of rates alone would be decided
+    (GAINS, {"gain": lambda rate: rate, "noise": 1e-4}, "stands", "+0.001"),  # of the sign alone
+    (GAINS, {"gain": lambda rate: 0.01 * (rate > 2e-3), "noise": 0.001}, "open", ""),  # else nothing is shown
+    (GAINS, {"gain": lambda rate: 5 * rate * (rate < 4e-3), "noise": 0.001}, "falls", ""),  # up and down
+]
 
 
-def test_fifteen_times_full_in_short_runs_and_neither_claim_is_judged_by_runs_of_the_other_length(verdict):
-    assert verdict("lora-rate-15-times-full-early", full=1e-3 / 15).verdict == "stands"
-    assert verdict("lora-rate-15-times-full-early", full=1e-3 / 40).verdict == "falls"
-    assert verdict("lora-rate-15-times-full-early", full=1e-3 / 15, steps=100).verdict == "open"
-    assert verdict("lora-rate-ten-times-full", steps=60).verdict == "open"
-    assert "after 60 steps" in verdict("lora-rate-ten-times-full", steps=60).measured
+@pytest.mark.parametrize(("claim_id", "planted", "verdict", "words"), PLANTED)
+def test_best_rates(claim_id, planted, verdict, words):
+    result = decide(claim_id, "rates", rows(**planted))
+    assert (result.verdict, words in result.measured) == (verdict, True), result.measured
 
 
-def test_a_rate_that_does_not_depend_on_the_rank(verdict):
-    assert verdict("best-rate-independent-of-rank").verdict == "stands"
-    # The claim begins at rank 4.
-    assert verdict("best-rate-independent-of-rank", fixed=lambda rank: 1e-3 if rank > 2 else 8e-3).verdict == "stands"
-    falling = verdict("best-rate-independent-of-rank", fixed=lambda rank: 8e-3 / rank)
-    assert falling.verdict == "falls"
-    assert "times the lowest (ranks 4 and 64)" in falling.measured
-    assert "p = -1.0" in falling.measured
-    assert verdict("best-rate-independent-of-rank", fixed=lambda rank: 1e-3 * rank**0.25).verdict == "open"
-
-
-def test_a_rate_that_falls_as_the_root_of_the_rank(verdict):
-    assert verdict("rate-falls-as-root-of-rank").verdict == "stands"
-    assert verdict("rate-falls-as-root-of-rank", same=lambda rank: 4e-3).verdict == "falls"
-    assert verdict("rate-falls-as-root-of-rank", same=lambda rank: 4e-3 / rank).verdict == "falls"
-    assert verdict("rate-falls-as-root-of-rank", noise=0.3).verdict == "open"
-
-
-def test_the_ranks_that_suggested_the_root_do_not_judge_it(verdict):
-    hinted = {1, 4, 16, 64}
-    result = verdict("rate-falls-as-root-of-rank", same=lambda rank: 4e-3 / rank**0.5 if rank in hinted else 1e-3)
-    assert result.verdict == "falls"
-    assert "over ranks 2, 8, 32, which are judged" in result.measured
-    judged = lambda rank: 1e-3 if rank in hinted else 4e-3 / rank**0.5  # noqa: E731
-    assert verdict("rate-falls-as-root-of-rank", same=judged).verdict == "stands"
-
-
-def test_a_rate_that_falls_as_the_root_of_alpha(verdict):
-    law = {"fixed": lambda rank: 1e-3, "same": lambda rank: 1e-3 * (32 / (2 * rank)) ** 0.5}
-    stands = verdict("rate-falls-as-root-of-alpha", **law)
-    assert stands.verdict == "stands"
-    assert "alpha 2 to 128: rate ~ alpha^p r^q, p = -0.49" in stands.measured
-    by_rank = {"fixed": lambda rank: 1e-3 * rank**0.5, "same": lambda rank: 1e-3 * (32 / (2 * rank)) ** 0.5}
-    assert verdict("rate-falls-as-root-of-alpha", **by_rank).verdict == "falls"
-    first_step = {"fixed": lambda rank: 1e-3, "same": lambda rank: 1e-3 * 32 / (2 * rank)}
-    assert verdict("rate-falls-as-root-of-alpha", **first_step).verdict == "falls"
-    assert verdict("rate-falls-as-root-of-alpha", noise=0.3, **law).verdict == "open"
-
-
-def test_the_law_of_width(verdict):
-    assert verdict("rate-law-of-width", fixed=lambda rank: 1.32e-3).verdict == "stands"
-    assert verdict("rate-law-of-width", fixed=lambda rank: 3e-3).verdict == "falls"
-    assert verdict("rate-law-of-width", fixed=lambda rank: 1.95e-3, noise=0.02).verdict == "open"
-
-
-def test_a_higher_rank_gains_more_at_high_rates(verdict):
-    shape = {"fixed": lambda rank: 1e-3, "noise": 0.001}
-    assert verdict("rank-gains-at-high-rates", gain=lambda rate: 10 * rate, **shape).verdict == "stands"
-    assert verdict("rank-gains-at-high-rates", gain=lambda rate: 0.01 - 5 * rate, **shape).verdict == "falls"
-    assert verdict("rank-gains-at-high-rates", gain=lambda rate: 5 * rate, noise=0.05).verdict == "open"
-    single = verdict("rank-gains-at-high-rates", gain=lambda rate: 10 * rate, **shape | {"noise": 0.003})
-    assert single.verdict == "open"  # each pair of rates alone would be decided
-    little = verdict("rank-gains-at-high-rates", gain=lambda rate: rate, **shape | {"noise": 1e-4})
-    assert (little.verdict, "+0.001" in little.measured) == ("stands", True)  # of the sign alone
-    at_the_end = verdict("rank-gains-at-high-rates", gain=lambda rate: 0.01 * (rate > 2e-3), **shape)
-    assert at_the_end.verdict == "open"  # between the other rates nothing is shown
-    up_and_down = verdict("rank-gains-at-high-rates", gain=lambda rate: 5 * rate * (rate < 4e-3), **shape)
-    assert up_and_down.verdict == "falls"
-
-
-def test_without_the_language_model_nothing_is_decided(tmp_path):
-    small = [row for row in rows() if row["data"] == "digits"]
-    write(small, tmp_path)
-    for claim_id in ("best-rate-independent-of-rank", "rate-falls-as-root-of-rank", "rank-gains-at-high-rates"):
-        assert claims.verdict(claim_id, tmp_path).result.verdict == "open"
+@pytest.mark.parametrize("claim_id", [LEVEL, ROOT, WIDTH, GAINS])
+def test_without_the_language_model_nothing_is_decided(claim_id):
+    assert decide(claim_id, "rates", [row for row in rows() if row["data"] == "digits"]).verdict == "open"

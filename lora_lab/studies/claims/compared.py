@@ -1,0 +1,519 @@
+"""Verdicts from losses that are compared by seed: the records "quality", "head_start", "overfitting" and "remedies".
+
+In "quality" and "head_start" a case is one net, one number of examples or steps, and so on. Many cases are looked at,
+of which some would seem decided by chance alone, so the bounds of all cases of a claim hold together with 95 %
+certainty (Bonferroni: each at 1 - 0.05 / cases). What the test loss decides counts only if a second measure does not
+point the other way: the validation loss, whose pages of the manual are others, or the right answers.
+
+Forgetting is KL(base || tuned) on text that the base wrote. Where methods or remedies are compared, it is read where
+both have learned as much, at several shares of what the lesser one learned, over all pairs of their rates.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import combinations, groupby
+from typing import Any, cast
+
+import numpy as np
+import pandas
+
+from lora_lab.ablation import overfitting
+from lora_lab.ablation.compare import compare_by_seed, last_rows
+from lora_lab.ablation.stats import CONFIDENCE, block_losses_of, outer_bounds, rank_correlations, t_bounds
+from lora_lab.studies.claims import deciding
+from lora_lab.studies.claims.deciding import OPEN, Answer, Cases, Claim, Result, above, below, decide_cases, decides
+from lora_lab.studies.claims.measured import MARGIN, MIN_SEEDS, PARTS
+from lora_lab.studies.records import Record
+
+
+@dataclass(frozen=True)
+class Gap:
+    """By how much one way of training has a higher test loss than another, in one of several cases.
+
+    Args:
+        values: in nats, (seeds, blocks of test examples) or (seeds,).
+        beside: the same of a second measure, of which more is worse, too; may be empty.
+        at_edge: a learning rate is at the edge of its grid, so that a better one may lie beyond.
+        margin: by how much a loss may be higher and yet as good.
+        cases: of how many cases the bounds hold together.
+    """
+
+    values: np.ndarray
+    beside: np.ndarray
+    at_edge: bool
+    margin: float = 0.0
+    cases: int = 1
+
+    @cached_property
+    def bounds(self) -> tuple[float, float]:
+        """The one-sided bounds of the mean."""
+        return bound_together(self.values, self.cases)
+
+    @property
+    def as_good(self) -> bool | None:
+        """Whether the first way is as good or better; None if it is undecided.
+
+        That is so if the bounds hold the margin, a rate is at an edge, or the second measure points the other way.
+        """
+        return None if self.at_edge or self.contradicted else below(*self.bounds, self.margin)
+
+    @cached_property
+    def contradicted(self) -> bool:
+        """Whether the second measure points the other way than what the test loss decides.
+
+        Where that is as good, the second measure is worse, and not surely within the margin; where it is not, the
+        second measure is as good. Its bounds are those of this case alone: doubt needs less evidence than a decision.
+        """
+        lower, upper = bound_together(self.beside, 1) if self.beside.size else (0.0, 0.0)
+        by_loss = below(*self.bounds, self.margin)
+        return lower > 0 and upper >= self.margin if by_loss else by_loss is False and upper < self.margin
+
+    @property
+    def mark(self) -> str:
+        """The marks that :func:`_explain` explains."""
+        return "*" * self.at_edge + "**" * self.contradicted
+
+
+def bound_together(values: np.ndarray, cases: int) -> tuple[float, float]:
+    """Return one-sided bounds of a mean over seeds, or over seeds and blocks, which hold for so many means together."""
+    confidence = 1 - (1 - CONFIDENCE) / cases
+    if values.ndim == 2:
+        return outer_bounds(values, confidence)
+    _, lower, upper = t_bounds(values.tolist(), confidence)
+    return cast(tuple[float, float], (lower, upper))  # never of a single seed
+
+
+def _bound_all(every: Mapping[Any, Gap]) -> dict[Any, Gap]:
+    """Return the cases with bounds that hold for all of them together."""
+    return {case: replace(gap, cases=len(every)) for case, gap in every.items()}
+
+
+def _explain(result: Result, what: str, shown: Collection[Gap], doubt: str) -> Result:
+    """Return the result with what was compared, and what the marks of its cases mean."""
+    notes = ". *: a rate is at the edge of its grid" if any(gap.at_edge for gap in shown) else ""
+    notes += f". **: {doubt}" if any(gap.contradicted for gap in shown) else ""
+    return replace(result, measured=f"{what}. {result.measured}{notes}")
+
+
+# LoRA beside full fine-tuning, each at its own learning rate
+
+
+def gaps(record: Record) -> dict[tuple[int, int], Gap]:
+    """Return (rank, steps) -> by how much LoRA's test loss is above full fine-tuning's; beside it the validation loss.
+
+    Raises:
+        ValueError: a case has fewer than three seeds with a result for both methods.
+    """
+    frame = record.frame()
+    judged = frame[(frame["stage"] == "judging") & (frame["outcome"] == "done")].sort_values("seed")
+    every = {}
+    for (rank, steps), lora in judged.groupby(["rank", "steps"]):  # full fine-tuning has no rank
+        full = judged[judged["setup"] == f"full, {steps:g} steps"]
+        if lora["seed"].tolist() != full["seed"].tolist() or len(lora) < MIN_SEEDS:
+            setup = lora["setup"].iloc[0]
+            raise ValueError(f"{setup}: fewer than {MIN_SEEDS} seeds have a result for it and for full fine-tuning")
+        test, validation = (_block_losses(lora, part) - _block_losses(full, part) for part in ("test", "validation"))
+        at_edge = bool(pandas.concat([lora, full])["edge"].fillna("").any())
+        every[int(cast(float, rank)), int(cast(float, steps))] = Gap(test, validation, at_edge, MARGIN)
+    return _bound_all(every)
+
+
+def _block_losses(rows: pandas.DataFrame, part: str) -> np.ndarray:
+    return np.array([block_losses_of(row, part) for row in rows.to_dict("records")])  # (seeds, blocks)
+
+
+def _show(case: tuple[int, int], gap: Gap) -> str:
+    """Return the case, the mean and its bounds, and the mean of the validation loss."""
+    text = "{:+.3f} ({:+.3f} to {:+.3f}; validation {:+.3f})"
+    means = text.format(gap.values.mean(), *gap.bounds, gap.beside.mean())
+    return f"rank {case[0]}, {case[1]} steps{gap.mark}: {means}"
+
+
+def _explain_gaps(result: Result, every: Collection[Gap]) -> Result:
+    seeds = " or ".join(map(str, sorted({len(gap.values) for gap in every})))
+    text = f"LoRA's test loss minus full fine-tuning's in nats, {seeds} seeds, margin {MARGIN:g}"
+    return _explain(result, text, every, "the validation loss points the other way")
+
+
+@decides("lora-equals-full-fine-tuning", record="quality")
+def as_good_as_full(claim: Claim, record: Record) -> Result:
+    """Each rank after each number of steps, where "as good" allows for the margin."""
+    every, names = gaps(record), ("the rank", "the number of steps")
+    cases = [(gap.as_good, _show(case, gap), dict(zip(names, case, strict=True))) for case, gap in every.items()]
+    return _explain_gaps(decide_cases(cases), every.values())
+
+
+@decides("low-ranks-run-out-of-capacity", record="quality")
+def runs_out_of_capacity(claim: Claim, record: Record) -> Result:
+    """A rank follows, and then falls behind, if it is as good after few steps and not after more.
+
+    A rank that is behind, or as good, after each number of steps that decides shows neither.
+    """
+    every, cases = gaps(record), []
+    for _, of_rank in groupby(every.items(), lambda each: each[0][0]):
+        texts, answers = zip(*((_show(case, gap), gap.as_good) for case, gap in of_rank), strict=True)
+        turns = {*combinations(answers, 2)}  # (early, late)
+        turned = False if (False, True) in turns else True if (True, False) in turns else None
+        cases.append((turned, ", ".join(texts)))
+    return _explain_gaps(decide_cases(cases, "the rank"), every.values())
+
+
+# Fine-tuning beside training from scratch
+
+# As the setups, the language model's data and the numbers of pictures are named in the record.
+FINE_TUNED, FROM_SCRATCH, LONGER = "fine-tuned", "from scratch", "from scratch, longer"
+DOCS, SIZES = "docs", (10, 40, 160, 500)
+FEW = 240  # examples at most, of "few examples"
+Case = tuple[str, str, int]  # the change of the data, the net, and the number of examples
+Answered = tuple[Case, Gap, bool | None]
+
+
+def gains(record: Record, reference: str = FROM_SCRATCH) -> dict[Case, Gap]:
+    """Return the cases of a record in its order; beside the test loss is the share of wrong answers, if any are given.
+
+    Args:
+        record: of the kind "head_start".
+        reference: a way of training from scratch, which fine-tuning is compared with. Cases without it are left out.
+
+    Raises:
+        ValueError: a case has fewer than three seeds with a result for both.
+    """
+    frame = record.frame()
+    judged = frame[(frame["stage"] == "judging") & (frame["outcome"] == "done")]
+    every = {}
+    for (data, model, n_train), case in judged.groupby(["data", "model", "n_train"], sort=False):
+        case = case[case["setup"].isin([FINE_TUNED, reference])]
+        if reference not in set(case["setup"]):
+            continue
+        loss, right = (
+            case.pivot(index="seed", columns="setup", values=name) for name in ("test_loss", "score_accuracy")
+        )
+        higher = (loss[FINE_TUNED] - loss[reference]).dropna()
+        if len(higher) < MIN_SEEDS:
+            raise ValueError(f"{data}, {model}, {n_train} examples: fewer than {MIN_SEEDS} seeds")
+        wrong = (right[reference] - right[FINE_TUNED])[higher.index].dropna()
+        at_edge = bool(case["edge"].fillna("").any())
+        key = str(data), str(model), cast(int, n_train)
+        every[key] = Gap(higher.to_numpy(float), wrong.to_numpy(float), at_edge)
+    return _bound_all(every)
+
+
+def _gain(values: np.ndarray, cases: int) -> tuple[float, float, float]:
+    """Return the mean gain, which is how much lower a loss is, and its bounds for so many cases together."""
+    lower, upper = bound_together(values, cases)
+    return 0.0 - statistics.fmean(values.tolist()), 0.0 - upper, 0.0 - lower
+
+
+def table(every: Mapping[Case, Gap]) -> pandas.DataFrame:
+    """Return the cases as rows, with bounds that hold for all of them together.
+
+    Columns: ``data``, ``model``, ``n_train``, ``at_edge``, ``answer`` (:attr:`Gap.as_good`; None if it is undecided),
+    the gain in nats (``mean``, ``lower``, ``upper``) and in percentage points of right answers (``points``,
+    ``points_lower``, ``points_upper``; NaN where nothing is answered).
+    """
+    rows = []
+    for case, gap in every.items():
+        points = [100 * each for each in _gain(gap.beside, gap.cases)] if gap.beside.size else [math.nan] * 3
+        rows.append([*case, gap.at_edge, gap.as_good, *_gain(gap.values, gap.cases), *points])
+    columns = "data model n_train at_edge answer mean lower upper points points_lower points_upper"
+    return pandas.DataFrame(rows, columns=columns.split()).astype({"answer": object})
+
+
+def _describe(answered: Iterable[Answered]) -> Cases:
+    """Yield the answers, cases that differ in their examples alone together where their answers are equal."""
+    key = lambda each: (*each[0][:2], str(each[2]))  # noqa: E731
+    for (data, model, _), group in groupby(sorted(answered, key=key), key):
+        cases, shown, answers = zip(*group, strict=True)
+        sizes = ", ".join(f"{case[2]:,}{gap.mark}" for case, gap in zip(cases, shown, strict=True))
+        means, lowest, highest = zip(*(_gain(gap.values, gap.cases) for gap in shown), strict=True)
+        mean = " to ".join(dict.fromkeys(f"{extreme(means):+.2f}" for extreme in (min, max)))
+        bounds = f"(bounds {min(lowest):+.2f} to {max(highest):+.2f})"
+        yield answers[0], f"{data}, {model}, {sizes} examples: {mean} nats {bounds}"
+
+
+def _decide_gains(answered: Sequence[Answered], always: bool = False) -> Result:
+    """Return the verdict from cases with their answers."""
+    names = ("the change of the data", "the net", "the number of examples")
+    on = deciding.find_turning_conditions((answer, dict(zip(names, case, strict=True))) for case, _, answer in answered)
+    result, shown = decide_cases(_describe(answered), on, always), [gap for _, gap, _ in answered]
+    return _explain(result, "gain of fine-tuning in test loss", shown, "the right answers differ the other way")
+
+
+@decides("fine-tuning-beats-scratch", record="head_start")
+def beats_scratch(claim: Claim, record: Record) -> Result:
+    """Test losses after equally many steps, where there are few examples."""
+    few = _bound_all({case: gap for case, gap in gains(record).items() if case[2] <= FEW})
+    return _decide_gains([(case, gap, gap.as_good) for case, gap in few.items()])
+
+
+@decides("never-train-from-scratch", record="head_start")
+def scratch_never_pays(claim: Claim, record: Record) -> Result:
+    """Test losses after equally many steps, for all numbers of examples: one case is enough to refute it."""
+    return _decide_gains([(case, gap, gap.as_good) for case, gap in gains(record).items()], always=True)
+
+
+def _on_digits(every: Mapping[Case, Gap]) -> dict[Case, Gap]:
+    return _bound_all({case: gap for case, gap in every.items() if case[0] != DOCS})
+
+
+@decides("head-start-shrinks-with-data", record="head_start")
+def shrinks_with_data(claim: Claim, record: Record) -> Result:
+    """The gain with the fewest examples minus that with the most, in the nets and changes that gain with the fewest.
+
+    Gains are those in test loss, by which the rates were chosen.
+    """
+    every, (fewest, *_, most) = _on_digits(gains(record)), SIZES
+    few = _bound_all({case[:2]: gap for case, gap in every.items() if case[2] == fewest and not gap.contradicted})
+    many = {name: every[(*name, most)] for name in few}
+    shrunk = {
+        name: Gap(gap.values - many[name].values, np.array([]), many[name].at_edge)
+        for name, gap in few.items()
+        if gap.as_good
+    }
+    cases = []
+    for (data, model), gap in _bound_all(shrunk).items():
+        words = "{:+.2f} nats (bounds {:+.2f} to {:+.2f})".format(*_gain(gap.values, gap.cases))
+        cases.append((gap.as_good, f"{data}, {model}: {words}"))
+    result = decide_cases(cases, "the net and the change of the data")
+    if len(cases) == 1:
+        result = Result(OPEN, f"{result.measured} (a single case shows no rule)")
+    text = f"gain with {fewest} examples minus gain with {most}, only where a gain with {fewest} is decided"
+    without = "; ".join(map(", ".join, sorted({case[:2] for case in every} - {*shrunk})))
+    left_out = f". no gain decided with {fewest}: {without}" if without else ""
+    return replace(result, measured=f"{text}. {result.measured}{left_out}")
+
+
+@decides("fine-tuning-needs-fewer-steps", record="head_start")
+def fewer_steps(claim: Claim, record: Record) -> Result:
+    """It holds if fine-tuning is better than a longer training from scratch, and fails if it is worse than one as long.
+
+    Steps of pre-training are not counted: they are paid once.
+    """
+    as_long, longer = _on_digits(gains(record)), gains(record, LONGER)
+    answered = []
+    for case in as_long | longer:
+        short, long = (replace(every[case], cases=len(as_long) + len(longer)) for every in (as_long, longer))
+        better, worse = long.as_good is True, short.as_good is False
+        decisive = short if not better and (worse or short.contradicted) else long
+        answered.append((case, decisive, better or (False if worse else None)))
+    result = _decide_gains(answered)
+    compared = "yes: lower than from scratch after as many steps as pre-training and fine-tuning have together"
+    compared += "; no: higher than from scratch after as many as fine-tuning alone; not decided: neither"
+    return replace(result, measured=f"{result.measured}. ({compared})")
+
+
+# Overfitting
+
+LESS = {"less": True, "more": False}  # what the tables of lora_lab.ablation.overfitting say, of LoRA
+
+
+def select_inner_rates(record: Record) -> tuple[pandas.DataFrame, dict[tuple[int, str], str]]:
+    """Return the curves at each method's best rate; and (size, LoRA setup) -> why it may not be judged, or "".
+
+    A pair may be judged if neither LoRA's rate nor full fine-tuning's is at the edge of its grid, with enough seeds.
+    Seeds that chose a rate are left out, and so is a cosine, which contains no shorter run.
+    """
+    frame = record.frame()
+    curves = frame[(frame["stage"] == "judging") & (frame["schedule"] == "constant")]
+    edge = {(int(row["n_train"]), str(row["setup"])): str(row["edge"]) for row in curves.to_dict("records")}
+    seeds = curves.groupby(["n_train", "setup"])["seed"].nunique()
+    doubts = {}
+    for size, setup in sorted(key for key in edge if key[1].startswith("LoRA")):
+        at = [name for name in ("full", setup) if edge[size, name]]
+        few = min(seeds[size, setup], seeds[size, "full"]) < MIN_SEEDS
+        why = f"the rate of {' and '.join(at)} is at an edge" if at else f"fewer than {MIN_SEEDS} seeds" if few else ""
+        doubts[size, setup] = why and f"{size} examples, {setup}: {why}"
+    return curves, doubts
+
+
+def _count_verdicts(table: pandas.DataFrame, column: str, pairs: Iterable[tuple[int, str]]) -> tuple[list[str], str]:
+    """Return the verdicts of the rows of these pairs, and the same in words: where it is less, more or undecided."""
+    words, texts = [], []
+    for size, setup in pairs:
+        rows = table[(table["n_train"] == size) & (table["setup"] == setup)]
+        words += rows["verdict"].tolist()
+        parts = [
+            f"{'undecided' if word == OPEN else word} at {', '.join(f'{value:g}' for value in of_word[column])}"
+            for word, of_word in rows.groupby("verdict", sort=False)
+        ]
+        texts.append(f"{size} examples, {setup}: {'; '.join(parts)}")
+    return words, ". ".join(texts)
+
+
+def _decide_words(words: list[str], text: str, on: str, doubts: Mapping[tuple[int, str], str]) -> Result:
+    """Return the verdict from the words "less", "more" and "open" of comparisons, where "less" is what is claimed."""
+    reasons = [doubt for doubt in doubts.values() if doubt]
+    if len(reasons) == len(doubts):
+        return Result(OPEN, f"{'; '.join(reasons)}. At these rates: {text}")
+    result = decide_cases([(LESS.get(word), "") for word in words], on)
+    return replace(result, measured="; ".join([text, *(f"not judged: {reason}" for reason in reasons)]))
+
+
+@decides("lora-overfits-less", record="overfitting")
+def overfits_less(claim: Claim, record: Record) -> Result:
+    """The rise of the validation loss since its lowest, LoRA's beside full fine-tuning's, at every stopping point.
+
+    A method that is merely slower has risen less after equally many steps. So the validation loss where both fit the
+    training set equally well counts, too.
+    """
+    curves, doubts = select_inner_rates(record)
+    rises = overfitting.by_stopping_point(curves)
+    rises = rises[(rises["lower"] != 0) | (rises["upper"] != 0)]  # otherwise no loss has risen yet
+    words, text = _count_verdicts(rises, "step", _judged(doubts))
+    at_equal_loss, beside = _compare_at_training_losses(curves, doubts)
+    text = f"rise of LoRA's validation loss beside full fine-tuning's, if both stop after a step: {text}. {beside}"
+    on = "whether steps or training losses are equal"
+    if "more" in words or "less" in at_equal_loss:
+        on = f"the stopping point, rank and size, and {on}"
+    return _decide_words([*words, *at_equal_loss], text, on, doubts)
+
+
+@decides("better-at-equal-fit", record="overfitting")
+def generalises_better(claim: Claim, record: Record) -> Result:
+    """The validation loss where both methods fit the training set equally well."""
+    curves, doubts = select_inner_rates(record)
+    words, text = _compare_at_training_losses(curves, doubts)
+    return _decide_words(words, text, "the training loss", doubts)
+
+
+def _judged(doubts: Mapping[tuple[int, str], str]) -> list[tuple[int, str]]:
+    """Return the pairs that may be judged; all, to show them, if there is none."""
+    return [pair for pair, doubt in doubts.items() if not doubt] or [*doubts]
+
+
+def _compare_at_training_losses(
+    curves: pandas.DataFrame, doubts: Mapping[tuple[int, str], str]
+) -> tuple[list[str], str]:
+    table = overfitting.by_training_loss(curves, [3.0, 2.0, 1.5, 1.0, 0.6])
+    table = table.assign(verdict=table["verdict"].where(table["seeds"] >= MIN_SEEDS, OPEN))
+    words, text = _count_verdicts(table, "train_loss", _judged(doubts))
+    return words, f"LoRA's validation loss beside full fine-tuning's, where both have a training loss in nats: {text}"
+
+
+# Forgetting
+
+SHARES = (0.5, 0.8, 0.95)
+REFERENCE = "LoRA r=8"  # of the remedies
+REPLAYS = ("own replies, a quarter", "own replies, half")
+AS_TRAINED = 100  # the strength of an adapter in per cent
+
+
+def _frame(record: Record, *setups: str) -> pandas.DataFrame:
+    """Return the rows of these setups, or of all but the scaled adapters.
+
+    Raises:
+        ValueError: there are too few seeds, or a setup is missing.
+    """
+    frame = record.frame()
+    if missing := sorted(set(setups) - set(frame["setup"])):
+        raise ValueError(f"there is no setup {missing[0]!r}")
+    if frame["seed"].nunique() < MIN_SEEDS:
+        raise ValueError(f"fewer than {MIN_SEEDS} seeds")
+    return frame[frame["setup"].isin(setups) if setups else ~frame["setup"].str.endswith(", scaled")]
+
+
+def _at_equal_learning(record: Record, setup: str, reference: str) -> Cases:
+    """Yield whether a setup forgets less than the reference where both have learned as much, for each share."""
+    for share in SHARES:
+        frame = _frame(record, setup, reference)
+        row = overfitting.compare_over_rates(frame, "forgotten", reference, share=share).iloc[0]
+        yield LESS.get(row["verdict"]), f"{setup} at {100 * share:.0f} %: {row['lower']:+.3f} to {row['upper']:+.3f}"
+
+
+@decides("learns-less-forgets-less", record="remedies", on="rank, rates and how much is learned")
+def forgets_less(claim: Claim, record: Record) -> Cases:
+    """What LoRA of each rank has forgotten, less what full fine-tuning has, where both have learned as much."""
+    for rank in (1, 8, 64):
+        yield from _at_equal_learning(record, f"LoRA r={rank}", "full")
+
+
+@decides("lora-forgets-more-at-defaults", record="remedies")
+def forgets_more_at_defaults(claim: Claim, record: Record) -> Answer:
+    """What both have forgotten after the last step, at the rates of PEFT's benchmark; at equal learning beside it."""
+    lora, full = "LoRA r=32, PEFT's rate", "full, PEFT's rate"
+    trials = overfitting.summarise_trials(_frame(record, lora, full))
+    row = compare_by_seed(trials, "forgotten_at_last", full).set_index("setup").to_dict("index")[lora]
+    text = f"after the last step {row['difference']:+.4f} ({row['lower']:+.4f} to {row['upper']:+.4f}) nats"
+    beside = "; ".join(words for _, words in _at_equal_learning(record, lora, full))
+    return above(row["lower"], row["upper"]), f"{text}; at equal learning: {beside}"
+
+
+@decides("kl-predicts-forgetting", record="remedies", on="what KL is compared with")
+def divergence_predicts(claim: Claim, record: Record) -> Cases:
+    """Rank correlations of forgetting with KL on the new task, size of the update, rank and rate, over all setups."""
+    names = {"score_divergence": "KL on the new task", "score_size": "size of the update", "rank": "rank", "lr": "rate"}
+    frame = _frame(record)
+    trials = overfitting.summarise_trials(frame).merge(frame[["setup", "rank"]].drop_duplicates())
+    for row in rank_correlations(trials, "forgotten_at_last", [*names]).to_dict("records"):
+        first = row["predictor"] == "score_divergence"  # what the others are compared with
+        lower, upper = (row[name if first else f"difference_{name}"] for name in ("lower", "upper"))
+        words = f"{names[row['predictor']]} {row['correlation']:+.2f} ({row['lower']:+.2f} to {row['upper']:+.2f})"
+        yield above(lower, upper), words
+
+
+@decides("replay-cuts-forgetting-by-80", record="remedies", on="the control and how much is learned")
+def replay_helps(claim: Claim, record: Record) -> Cases:
+    """Forgetting with replies of the base among the examples, against none and against as much other text."""
+    other = "other text, a quarter"
+    for setup, reference in (*((replay, REFERENCE) for replay in REPLAYS), (REPLAYS[0], other)):
+        frame = _frame(record, setup, reference)
+        equal = overfitting.at_equal_learning(frame, overfitting.summarise_trials(frame), SHARES[-1])
+        means = equal.groupby("setup")["forgotten"].mean()
+        change = f"against {reference}, {100 * (means[setup] / means[reference] - 1):+.0f} %"
+        for answer, words in _at_equal_learning(record, setup, reference):
+            yield answer, f"{words} {change}"
+
+
+@decides("final-checkpoint-overshoots", record="remedies", on="the rate")
+def overshoots(claim: Claim, record: Record) -> Cases:
+    """Both losses of adapters that are scaled down, less those at the strength that was trained, for each rate."""
+    for lr, of_rate in _frame(record, f"{REFERENCE}, scaled").groupby("lr"):
+        losses = [of_rate.pivot(index="seed", columns="step", values=f"{part}_loss") for part in PARTS]
+        answers, texts = [], []
+        for strength in sorted(step for step in set(of_rate["step"].tolist()) if 0 < step < AS_TRAINED):
+            bounds = [t_bounds((of_part[strength] - of_part[AS_TRAINED]).tolist()) for of_part in losses]
+            better = all(upper is not None and upper < 0 for *_, upper in bounds)
+            worse = any(lower is not None and lower > 0 for _, lower, _ in bounds)
+            answers.append(True if better else False if worse else None)
+            texts.append(f"{strength:.0f} % " + " and ".join(f"{mean:+.3f}" for mean, *_ in bounds))
+        some = True if True in answers else None if None in answers else False
+        yield some, f"rate {lr:g}: {', '.join(texts)}"
+
+
+@decides("forgetting-linear-in-loss", record="remedies")
+def inverse_to_the_loss(claim: Claim, record: Record) -> Answer:
+    """Whether the setups without a remedy that have the lower validation loss have forgotten more: the sign alone."""
+    plain = [name for name in set(_frame(record)["setup"]) if name.startswith(("LoRA", "full"))]
+    trials = overfitting.summarise_trials(_frame(record, *plain))
+    (row,) = rank_correlations(trials, "forgotten_at_last", ["last_loss"]).to_dict("records")
+    text = f"rank correlation of forgetting with the loss {row['correlation']:+.2f}"
+    text += f" ({row['lower']:+.2f} to {row['upper']:+.2f}), {len(plain)} setups"
+    return above(-row["upper"], -row["lower"]), text
+
+
+@decides("off-domain-rise-is-the-methods", record="ablation", on="the rank", always=True)
+def off_domain_by_rate(claim: Claim, record: Record) -> Cases:
+    """Off-domain losses of one rank at two rates whose mean validation losses differ by at most the margin.
+
+    The bounds hold for all such pairs together.
+    """
+    frame = last_rows(record.frame())
+    pairs = []
+    for rank, trials in frame[frame["outcome"] == "done"].groupby("rank"):
+        parts = [trials.pivot(index="seed", columns="lr", values=f"{part}_loss").dropna() for part in PARTS]
+        for low, high in combinations(parts[0].columns, 2):
+            tie, risen = ((of_part[high] - of_part[low]).tolist() for of_part in parts)
+            if abs(statistics.fmean(tie)) <= MARGIN and len(risen) >= MIN_SEEDS:
+                pairs.append((f"rank {rank:g} at {low:g} and {high:g}", tie, risen))
+    for words, tie, risen in pairs:
+        lower, upper = bound_together(np.array(risen), len(pairs))
+        same = lower <= 0 <= upper
+        too_wide = same and max(-lower, upper) > MARGIN
+        words += ": validation {:+.3f} ({:+.3f} to {:+.3f})".format(*t_bounds(tie))
+        words += f", off-domain {statistics.fmean(risen):+.3f} ({lower:+.3f} to {upper:+.3f})"
+        yield None if too_wide else same, words
