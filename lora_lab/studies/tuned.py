@@ -171,7 +171,7 @@ def plan_rates(device: torch.device) -> Iterator[BlockSweep]:
         setups = {"full": (plan_trial(FullFineTuning(), *size), rates_around(CENTRES[data]["full"]))}
         for rule, alpha in RULES.items():
             for rank, lr in zip(RANKS, CENTRES[data][rule], strict=True):
-                setups[f"r={rank}, {rule}"] = plan_trial(LoRA(rank, alpha(rank)), *size, lean), rates_around(lr)
+                setups[f"r={rank}, {rule}"] = plan_trial(LoRA(rank, alpha(rank)), *size, lean=lean), rates_around(lr)
         on: dict[str, Any] = {"chosen_on": chosen_on, "judged_on": {}, "seq_len": seq_len}
         yield BlockSweep(setups, choosing, data=data, beyond=2, **on)
 
