@@ -275,7 +275,6 @@ REFUSED = [
     (["--card", "l40"], "'l40'"),
     (["--card", "l40s", "--measure", 2], "--measure"),
     (["--card", "l40s", "--device", "cpu"], "--device"),
-    (["--dtype", "int8"], "'int8'"),
 ]
 
 

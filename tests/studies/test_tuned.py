@@ -21,6 +21,7 @@ from tests.helpers import command
 from tests.studies.conftest import sentences as random_ids
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+TAUGHT = tuned.TAUGHT  # a fixture puts another in its place
 
 
 def sweeps(plan, device=CPU):
@@ -282,7 +283,7 @@ def test_accuracies_are_there_where_there_are_classes_and_times_of_both_methods(
 
 def test_the_settings_of_taught_say_what_differs_from_the_sources(monkeypatch):
     monkeypatch.setattr(recorder, "cost_model", lambda device: Costs())
-    settings = tuned.TAUGHT.settings(CPU)
+    settings = TAUGHT.settings(CPU)
     assert settings["changed"].keys() == settings["sources"].keys() == tuned.LORA.keys()
     assert settings["sentiment"]["answered"]
     assert settings["docs"]["lrs"]["full, as taught"] == [1e-4]
