@@ -34,9 +34,7 @@ import torch
 
 import lora_lab as ll
 from lora_lab import records
-from lora_lab.ablation import ablate, fit_packed, smallest_sufficient_rank, studies
-from lora_lab.ablation.grid import Trial
-from lora_lab.ablation.packed import Run
+from lora_lab.ablation import Trial, ablate, fit_packed, smallest_sufficient_rank, studies
 from lora_lab.costs.fake import copy_sharing_weights
 from lora_lab.costs.setup import Setup
 from lora_lab.models import shapes
@@ -135,9 +133,9 @@ class Packs:
 
     def step_s(self, lean: ll.Lean | None = None) -> float:
         """Seconds of one step of all adapters."""
-        runs = [Run(METHOD, 1e-4, seed) for seed in range(ADAPTERS)]
-        options = {"steps": LLM_STEPS, "batch_size": 1, "eval_every": LLM_STEPS, "progress": False}
-        history = fit_packed(self.base, self.task, runs, lean=lean, **options)[0].history
+        options = {"steps": LLM_STEPS, "batch_size": 1, "eval_every": LLM_STEPS, "lean": lean}
+        trials = [Trial(METHOD, 1e-4, seed, **options) for seed in range(ADAPTERS)]
+        history = fit_packed(self.base, self.task, trials, progress=False)[0].history
         return ADAPTERS * statistics.median(row["seconds"] for row in history.rows[1:])
 
 

@@ -15,7 +15,7 @@ from textwrap import fill as wrap
 import nbformat
 
 from lora_lab import records
-from lora_lab.ablation.learning_rate import best_rate, losses_by_rate, ratio_interval, sample_vertices
+from lora_lab.ablation.stats import best_rate, losses_by_rate, ratio_interval, sample_vertices
 from lora_lab.cli import COMMANDS, add_options
 
 ROOT = Path(__file__).resolve().parents[1]

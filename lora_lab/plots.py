@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
     from lora_lab.ablation.compare import RankVerdict
-    from lora_lab.ablation.learning_rate import BestRate
+    from lora_lab.ablation.stats import BestRate
     from lora_lab.lora import LoRALinear
 
 

@@ -12,17 +12,7 @@ import transformers as hf
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora_lab import (
-    LoRA,
-    LoRAConfig,
-    LoRALinear,
-    adapter_state,
-    inject,
-    layers,
-    lora_layers,
-    merge,
-    save_adapter,
-)
+from lora_lab import LoRA, LoRAConfig, LoRALinear, adapter_state, inject, layers, lora_layers, merge, save_adapter
 from lora_lab.adapters.edit import off, switch
 from lora_lab.adapters.peft_format import load_adapter
 from lora_lab.inject import match_layers

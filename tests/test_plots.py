@@ -11,7 +11,7 @@ import torch
 mpl.use("Agg")
 
 from lora_lab import LoRA, LoRALinear, demo, plots
-from lora_lab.ablation.learning_rate import BestRate
+from lora_lab.ablation.stats import BestRate
 from lora_lab.costs.bill import MIB, PARTS, SAVED, Bill, Moment, Part
 from lora_lab.history import COLUMNS, History
 from lora_lab.methods import Method

@@ -39,13 +39,7 @@ from lora_lab.methods import AsItIs
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.tasks import IGNORE, Examples, Task, cross_entropy, digits, planted
 from lora_lab.tasks.instruction import Padded
-from lora_lab.train import (
-    DataOrder,
-    LengthOrder,
-    TrainConfig,
-    gradient_checkpointing_method,
-    make_step,
-)
+from lora_lab.train import DataOrder, LengthOrder, TrainConfig, gradient_checkpointing_method, make_step
 from tests.helpers import Stopped, small_task, snapshot
 
 

@@ -9,15 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from lora_lab import (
-    LoRAConfig,
-    LoRALinear,
-    adapter_state,
-    inject,
-    load_adapter,
-    lora_layers,
-    save_adapter,
-)
+from lora_lab import LoRAConfig, LoRALinear, adapter_state, inject, load_adapter, lora_layers, save_adapter
 from lora_lab.adapters.edit import switch
 from lora_lab.adapters.peft_format import WEIGHTS
 from lora_lab.costs.memory import saved_bytes

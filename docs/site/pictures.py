@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from lora_lab import plots
 from lora_lab.ablation import overfitting
 from lora_lab.ablation.compare import smallest_sufficient_rank
-from lora_lab.ablation.learning_rate import best_rate, losses_by_rate
+from lora_lab.ablation.stats import best_rate, losses_by_rate
 from lora_lab.studies.claims import compared
 from lora_lab.studies.claims.measured import MARGIN, time_interval
 from lora_lab.studies.claims.rates import FIXED_ALPHA, FULL, SAME_SCALING, best_by_rank

@@ -6,12 +6,11 @@ In reading order:
     packed_layer   one frozen weight with many adapters beside it, and the losses, trial by trial
     packed         many adapters over one frozen base in one pass, and which runs can share one
     results        a trial's file, and the table of all results
-    stats          losses by blocks of examples; bounds, intervals and rank correlations
+    stats          losses by blocks of examples; bounds, intervals, the best rate between those tried
     halving        stop trials that validation rules out
     run            run trials here, in processes or on a cluster, in packs that fit; stop and go on
     studies        models and tasks to begin with
     compare        choose each setup's rate, compare in pairs with bounds, judge; which rank is enough
-    learning_rate  the best rate between those tried, with an interval
     rank_advice    the rank that is enough, predicted from one run at a high rank
     overfitting    what was learned, overfitted and forgotten, read off the curves
 """
@@ -38,4 +37,4 @@ __all__ = [
 ]
 
 # The other files are loaded already.
-__getattr__, _, _ = lazy_loader.attach(__name__, ["learning_rate", "overfitting", "rank_advice", "stats", "studies"])
+__getattr__, _, _ = lazy_loader.attach(__name__, ["overfitting", "rank_advice", "stats", "studies"])

@@ -42,17 +42,16 @@ from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from torch import nn
 
 from lora_lab.ablation.grid import Trial
-from lora_lab.ablation.results import OUT_OF_MEMORY, OUTCOME, PROVENANCE, SCORE, STOPPED
+from lora_lab.ablation.results import OUT_OF_MEMORY, OUTCOME, PROVENANCE, SCORE, STOPPED, last_rows
 from lora_lab.ablation.run import ablate
 from lora_lab.ablation.stats import (
     CONFIDENCE,
-    RESAMPLES,
     BlockLosses,
     block_losses_of,
     losses_by_seed,
@@ -61,6 +60,7 @@ from lora_lab.ablation.stats import (
 )
 from lora_lab.costs.fake import Factory
 from lora_lab.system.schema import NotNegative, Positive, check
+from lora_lab.system.wording import count_noun
 from lora_lab.task import Task
 
 if TYPE_CHECKING:
@@ -122,38 +122,54 @@ def _round_rate(rate: float) -> float:
 class Choice:
     """The rate of the lowest mean loss among those that have a result for every seed.
 
-    ``lr`` and ``loss`` are None if there is none, and ``rows`` are its trials by seed. ``note`` lists the rates that do
-    not count, with the reason, and an edge of the grid that was stopped early where nothing else lies beyond the
-    choice. ``edge`` is "smallest", "largest" or "only" where nothing is known beyond the rate: rates that are missing
-    or ran out of memory say nothing, whereas one that diverged or was stopped is worse. ``diverged`` is the rate next
-    to the choice if it diverged and no rate that counts lies beyond; the best may lie between the two.
+    ``lr`` and ``loss`` are None if there is none. ``note`` lists the rates that do not count, with the reason, and an
+    edge of the grid that was stopped early where nothing else lies beyond the choice. ``edge`` is "smallest",
+    "largest" or "only" where nothing is known beyond the rate: rates that are missing or ran out of memory say nothing,
+    whereas one that diverged or was stopped is worse. ``diverged`` is the rate next to the choice if it diverged and no
+    rate that counts lies beyond; the best may lie between the two.
     """
 
     lr: float | None
     loss: float | None
-    rows: pandas.DataFrame
     note: str = ""
     edge: str = ""
     diverged: float | None = None
 
 
-def choose_rate(rows: pandas.DataFrame, seeds: Sequence[int]) -> Choice:
+def choose_rate(frame: pandas.DataFrame, seeds: Sequence[int]) -> Choice:
     """Choose by the validation losses after the last step, those of :class:`BlockLosses` where such a judge was.
 
     Args:
-        rows: the last row of each trial of one setup (:func:`last_rows`).
+        frame: the trials of one setup.
         seeds: which a rate needs to count.
     """
-    judged = (rows["outcome"] == "done") & rows["test_loss"].notna()
-    losses = [fmean(block_losses_of(row, "validation")) for row in rows.to_dict("records")]
-    return _choose_rates(rows.assign(loss=np.where(judged, losses, math.nan)), seeds)[0]
+    return _choose(_losses_of_trials(frame, "judged"), seeds)[0]
 
 
-def _choose_rates(trials: pandas.DataFrame, seeds: Sequence[int], slack: float = 0.0) -> list[Choice]:
+def _losses_of_trials(frame: pandas.DataFrame, by: str) -> pandas.DataFrame:
+    """Return one row for each trial, with the ``loss`` that counts; NaN if there is none."""
+    if by == "judged":
+        rows = last_rows(frame)
+        losses = [fmean(block_losses_of(row, "validation")) for row in rows.to_dict("records")]
+        return rows.assign(loss=np.where((rows["outcome"] == "done") & rows["test_loss"].notna(), losses, math.nan))
+    frame, trial = frame.reset_index(drop=True), trial_columns(frame)
+    curves = frame.sort_values("step", kind="stable").groupby(trial)["validation_loss"]
+    losses = curves.transform("min") if by == "best_loss" else curves.transform("last")
+    return frame.assign(loss=losses.where(frame["outcome"] == "done"), reason=frame.get("reason", "")).drop_duplicates(
+        trial
+    )
+
+
+def trial_columns(frame: pandas.DataFrame) -> list[str]:
+    """Return the columns that identify a trial of a table: ``n_train`` if there is one, ``setup``, ``lr``, ``seed``."""
+    return [name for name in ("n_train", "setup", "lr", "seed") if name in frame]
+
+
+def _choose(trials: pandas.DataFrame, seeds: Sequence[int], slack: float = 0.0) -> list[Choice]:
     """Return the best rate of one setup, or with a ``slack`` all that are at most so much worse, ascending.
 
     Args:
-        trials: a row each, with ``lr``, ``seed``, ``outcome``, ``reason`` and the ``loss`` that counts, NaN if none.
+        trials: a row each, as of :func:`_losses_of_trials`.
         seeds: which a rate needs to count.
     """
     means, stopped, diverged, notes = {}, [], [], []
@@ -170,11 +186,10 @@ def _choose_rates(trials: pandas.DataFrame, seeds: Sequence[int], slack: float =
         else:
             means[lr] = fmean(losses)
     if not means:
-        return [Choice(None, None, trials[:0], ", ".join(notes))]
+        return [Choice(None, None, ", ".join(notes))]
     known, lowest, highest = sorted({*means, *stopped, *diverged}), min(means), max(means)
     best = min(means, key=lambda lr: (means[lr], lr))
-    tried = trials["lr"]
-    for lr, name, last in ((tried.min(), "smallest", lowest), (tried.max(), "largest", highest)):
+    for lr, name, last in ((trials["lr"].min(), "smallest", lowest), (trials["lr"].max(), "largest", highest)):
         if lr in stopped and best == last:
             notes.append(f"lr {lr:g}, the {name} tried, was stopped early")
     choices = []
@@ -183,15 +198,8 @@ def _choose_rates(trials: pandas.DataFrame, seeds: Sequence[int], slack: float =
         above = [each for each in diverged if each > lr == highest]
         below = [each for each in diverged if each < lr == lowest]
         beside = [*above, *reversed(below), None][0]
-        rows = trials[tried == lr].sort_values("seed")
-        choices.append(Choice(float(lr), means[lr], rows, ", ".join(notes), edge, beside))
+        choices.append(Choice(float(lr), means[lr], ", ".join(notes), edge, beside))
     return choices
-
-
-def last_rows(frame: pandas.DataFrame) -> pandas.DataFrame:
-    """Return one row for each trial: its last evaluation, its failure, or its first row if it was stopped."""
-    first = (frame["outcome"] == STOPPED) & ~(frame["step"] > 0)  # of a stopped trial its settings count, no loss
-    return frame[(frame["outcome"] == "failed") | first | (frame["step"] == frame["steps"])]
 
 
 def best_rates(frame: pandas.DataFrame, slack: float = 0.0, by: str = "best_loss") -> pandas.DataFrame:
@@ -215,30 +223,34 @@ def best_rates(frame: pandas.DataFrame, slack: float = 0.0, by: str = "best_loss
     """
     import pandas
 
-    slack = check(slack, NotNegative, "slack")
-    found = _choices_of_setups(frame, slack, by)
-    rows = [{**setup, "lr": choice.lr, "edge": choice.edge} for setup, choices in found for choice in choices]
+    found = _choose_each(frame, by, slack=check(slack, NotNegative, "slack"))
+    rows = [
+        {**setup, "lr": one.lr, "edge": one.edge} for setup, choices in found for one in choices if one.lr is not None
+    ]
     if not rows:
         raise ValueError("There is no trial that ended well, so no rate can be chosen; try lower rates.")
     return pandas.DataFrame(rows)
 
 
-def _choices_of_setups(frame: pandas.DataFrame, slack: float, by: str) -> Iterator[tuple[dict[str, Any], list[Choice]]]:
-    """Yield each setup (at each size) of which a trial ended well, and its choices."""
-    shared = [name for name in ("n_train", "setup") if name in frame]
-    identity = [*shared, "lr", "seed"]
-    curves = frame.sort_values("step", kind="stable").groupby(identity)["validation_loss"]
-    trials = frame.assign(reason=frame.get("reason", "")).drop_duplicates(identity).set_index(identity)
-    trials = trials.assign(loss={"best_loss": curves.min, "last_loss": curves.last}[by]()).reset_index()
-    trials["loss"] = trials["loss"].where(trials["outcome"] == "done")
-    for values, of_setup in trials.groupby(shared, sort=False):
-        stopped = of_setup.loc[of_setup["outcome"] == STOPPED, "lr"]
-        left = of_setup[(of_setup["outcome"] == "done") & ~of_setup["lr"].isin(stopped)]
-        if len(left):
-            seeds = set.intersection(*(set(of_rate["seed"]) for _, of_rate in left.groupby("lr")))
-            if not seeds:
+def _choose_each(
+    frame: pandas.DataFrame, by: str, seeds: Sequence[int] | None = None, slack: float = 0.0
+) -> Iterator[tuple[dict[str, Any], list[Choice]]]:
+    """Yield each setup (at each size), and its choices by the seeds, or by those that its rates share."""
+    names = [name for name in trial_columns(frame) if name not in ("lr", "seed")]
+    for values, of_setup in _losses_of_trials(frame, by).groupby(names, sort=False):
+        counted = seeds
+        if counted is None:
+            stopped = of_setup.loc[of_setup["outcome"] == STOPPED, "lr"]
+            left = of_setup[(of_setup["outcome"] == "done") & ~of_setup["lr"].isin(stopped)]
+            of_rates = [set(of_rate["seed"]) for _, of_rate in left.groupby("lr")]
+            counted = sorted(set.intersection(*of_rates)) if of_rates else sorted(set(of_setup["seed"]))
+            if not counted:
                 raise ValueError(f"The rates of {values} have no seed in common; run each of them with one at least.")
-            yield dict(zip(shared, values, strict=True)), _choose_rates(of_setup, sorted(seeds), slack)
+        yield dict(zip(names, values, strict=True)), _choose(of_setup, counted, slack)
+
+
+def _choices_by_setup(frame: pandas.DataFrame, by: str, seeds: Sequence[int] | None = None) -> dict[str, Choice]:
+    return {setup["setup"]: choices[0] for setup, choices in _choose_each(frame, by, seeds)}
 
 
 # Grids that are widened until the best rate is inside
@@ -307,7 +319,7 @@ def tune(
         seeds: train at each rate.
         widen: how many rates may be added to a grid.
         beyond: how many rates shall lie on either side of the best. With one the best is inside; with two the interval
-            of :func:`lora_lab.ablation.learning_rate.best_rate` is mostly bounded too, for which the best of every
+            of :func:`lora_lab.ablation.stats.best_rate` is mostly bounded too, for which the best of every
             sample must be inside.
 
     Returns:
@@ -326,37 +338,27 @@ def tune(
             setup: [replace(template, lr=lr, seed=seed) for lr in grids[setup] for seed in seeds]
             for setup, template in setups.items()
         }
-        frame = _ablate_setups(model_factory, task, trials, place, **options)
-        return frame, _choices_by_setup(frame, seeds)
+        frame = ablate_setups(model_factory, task, trials, place, **options)
+        return frame, _choices_by_setup(frame, "judged", seeds)
 
     with nullcontext(folder) if folder is not None else TemporaryDirectory() as place:
         return _widen(run, {setup: lrs[setup] for setup in setups}, widen, beyond)[0]
 
 
-def _choices_by_setup(frame: pandas.DataFrame, seeds: Sequence[int]) -> dict[str, Choice]:
-    return {str(setup): choose_rate(last_rows(rows), seeds) for setup, rows in frame.groupby("setup")}
-
-
-def _ablate_setups(
+def ablate_setups(
     model_factory: nn.Module | Factory,
     task: Task | Callable[[], Task],
     trials: Mapping[str, Sequence[Trial]],
     folder: str | Path | None,
     **options: Any,
 ) -> pandas.DataFrame:
-    """Return the table of :func:`ablate` for the trials of several setups, with a column ``setup``."""
-    return label_setups(ablate(model_factory, task, [*chain(*trials.values())], folder, **options), trials)
+    """Return the table of :func:`ablate` for the trials of several setups, with a column ``setup``, setup after setup.
 
-
-def label_setups(table: pandas.DataFrame, trials: Mapping[str, Sequence[Trial]]) -> pandas.DataFrame:
-    """Return a sweep's table with a column ``setup``, setup after setup; trials that two setups share are there twice.
-
-    Args:
-        table: what ablate returned for all the trials.
-        trials: of each setup.
+    Trials that two setups share are there twice.
     """
     import pandas
 
+    table = ablate(model_factory, task, [*chain(*trials.values())], folder, **options)
     identity = {"task": table["task"].iloc[0], "model": table["model"].iloc[0]}
     keys = {setup: [trial.bound(**identity).key for trial in of_setup] for setup, of_setup in trials.items()}
     parts = [table[table["key"].isin(of_setup)].assign(setup=setup) for setup, of_setup in keys.items()]
@@ -369,7 +371,7 @@ def tune_by_seed(
     seeds: Sequence[int],
     widen: int,
     by: str = "best_loss",
-) -> tuple[list[pandas.DataFrame], pandas.DataFrame | None]:
+) -> tuple[list[pandas.DataFrame], dict[str, Choice]]:
     """Choose each setup's learning rate on seeds that have a task, or a model, of their own.
 
     Rates that were stopped on one seed (:class:`lora_lab.ablation.Halving`) are not tried on the next.
@@ -383,7 +385,7 @@ def tune_by_seed(
         by: as for :func:`best_rates`.
 
     Returns:
-        The frames of the seeds, and their :func:`best_rates`; None if no trial ended well.
+        The frames of the seeds, and the choice of each setup of which a trial ended well.
     """
     import pandas
 
@@ -394,11 +396,10 @@ def tune_by_seed(
             rows = frames[-1][frames[-1]["outcome"] == STOPPED]
             stopped = set(zip(rows["setup"], rows["lr"], strict=True))
             left = {setup: [lr for lr in rates if (setup, lr) not in stopped] for setup, rates in left.items()}
-        found = pandas.concat(frames, ignore_index=True)
-        return frames, {setup["setup"]: choices[0] for setup, choices in _choices_of_setups(found, 0.0, by)}
+        return frames, _choices_by_setup(pandas.concat(frames, ignore_index=True), by)
 
     frames, choices = _widen(run_seeds, lrs, widen)
-    return frames, best_rates(pandas.concat(frames, ignore_index=True), by=by) if choices else None
+    return frames, {setup: choice for setup, choice in choices.items() if choice.lr is not None}
 
 
 def by_size(
@@ -438,38 +439,29 @@ def by_size(
 
     def run(size: int, seed: int, lrs: Grids) -> pandas.DataFrame:
         trials = {setup: [trial_of(setup, lr, seed, size) for lr in rates] for setup, rates in lrs.items()}
-        return _ablate_setups(model_factory, task_of(size, seed), trials, folder, **options).assign(n_train=size)
+        return ablate_setups(model_factory, task_of(size, seed), trials, folder, **options).assign(n_train=size)
 
     for size in sizes:
-        frames, best = tune_by_seed(partial(run, size), lrs, seeds[:choose], widen)
+        frames, choices = tune_by_seed(partial(run, size), lrs, seeds[:choose], widen)
         yield from frames
-        if best is not None:
-            for seed in seeds[choose:]:
-                yield run(size, seed, {setup: [lr] for setup, lr in zip(best["setup"], best["lr"], strict=True)})
+        for seed in seeds[choose:] if choices else ():
+            yield run(size, seed, {setup: [cast(float, choice.lr)] for setup, choice in choices.items()})
 
 
-def at_rates(
-    model_factory: nn.Module | Factory,
-    task_of: Callable[[int, int], Task | Callable[[], Task]],
-    trial_of: Callable[[str, float, int, int], Trial],
-    rates: pandas.DataFrame,
-    seeds: Sequence[int],
-    folder: str | Path | None = None,
-    **options: Any,
-) -> pandas.DataFrame:
+def at_rates(rates: pandas.DataFrame, seeds: Sequence[int], **options: Any) -> pandas.DataFrame:
     """Return the frames of :func:`by_size` with each setup at each of its rates on each seed.
 
     Args:
-        model_factory, task_of, trial_of, seeds, folder, **options: as for :func:`by_size`.
         rates: columns ``n_train``, ``setup``, ``lr``, such as the :func:`best_rates` of seeds that chose.
+        seeds, **options: as for :func:`by_size`.
     """
     import pandas
 
     frames = []
     for size in sorted(set(rates["n_train"].astype(int))):
-        of_size = rates[rates["n_train"] == size]
-        lrs = {str(setup): rows["lr"].tolist() for setup, rows in of_size.groupby("setup", sort=False)}
-        frames += by_size(model_factory, task_of, trial_of, lrs, [size], seeds, folder, len(seeds), **options)
+        of_size = rates[rates["n_train"] == size].groupby("setup", sort=False)
+        lrs = {str(setup): rows["lr"].tolist() for setup, rows in of_size}
+        frames += by_size(lrs=lrs, sizes=[size], seeds=seeds, choose=len(seeds), **options)
     return pandas.concat(frames, ignore_index=True)
 
 
@@ -544,48 +536,32 @@ def compare_tuned(
         Tables as ablate returns them, with the columns ``setup``, ``stage`` ("choosing", then "judging") and ``edge``
         ("smallest" or "largest" where the chosen rate is that of all tried, else "").
     """
-    lrs: dict[str, float | None] = {setup: rates[0] for setup, rates in study.lrs.items()}
-    edges = dict.fromkeys(lrs, "")
+    chosen = {setup: Choice(rates[0], None) for setup, rates in study.lrs.items()}
     if tunable := {setup: trial for setup, trial in study.setups.items() if len(study.lrs[setup]) > 1}:
-        tuned = tune(
-            model_factory,
-            task,
-            tunable,
-            study.lrs,
-            study.choosing,
-            Path(folder) / f"choosing-{study.chosen_on}-{study.block}",
-            widen=study.widen,
-            beyond=study.beyond,
-            judge=BlockLosses({"validation": study.chosen_on}, study.block),
-            **options,
-        )
-        choices = _choices_by_setup(tuned, study.choosing)
-        lrs |= {setup: choice.lr for setup, choice in choices.items()}
-        edges |= {setup: choice.edge for setup, choice in choices.items()}
-        yield tuned.assign(stage="choosing", edge=tuned["setup"].map(edges))
+        place = Path(folder) / f"choosing-{study.chosen_on}-{study.block}"
+        judge = BlockLosses({"validation": study.chosen_on}, study.block)
+        grids = {"widen": study.widen, "beyond": study.beyond, "judge": judge}
+        tuned = tune(model_factory, task, tunable, study.lrs, study.choosing, place, **grids, **options)
+        chosen |= _choices_by_setup(tuned, "judged", study.choosing)
+        yield tuned.assign(stage="choosing", edge=[chosen[setup].edge for setup in tuned["setup"]])
     trials = {
-        setup: [replace(template, lr=lrs[setup], seed=seed) for seed in study.judging]
+        setup: [replace(template, lr=chosen[setup].lr, seed=seed) for seed in study.judging]
         for setup, template in study.setups.items()
-        if lrs[setup] is not None
+        if chosen[setup].lr is not None
     }
     if any(trials.values()):
-        judge = BlockLosses(study.judged_on, study.block, study.answered)
         parts = "-".join(f"{part}-{examples}" for part, examples in study.judged_on.items())
         place = Path(folder) / f"judging-{parts}-{study.block}{'-answered' * study.answered}"
-        judged = _ablate_setups(model_factory, task, trials, place, judge=judge, **options)
-        yield judged.assign(stage="judging", edge=judged["setup"].map(edges))
+        judge = BlockLosses(study.judged_on, study.block, study.answered)
+        judged = ablate_setups(model_factory, task, trials, place, judge=judge, **options)
+        yield judged.assign(stage="judging", edge=[chosen[setup].edge for setup in judged["setup"]])
 
 
 # Comparisons in pairs
 
 
 def compare_losses(
-    frame: pandas.DataFrame,
-    reference: str,
-    part: str = "test",
-    margin: float = 0.0,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    frame: pandas.DataFrame, reference: str, part: str = "test", margin: float = 0.0
 ) -> pandas.DataFrame:
     """Compare each setup's loss with the reference's, after the last step of the judging trials.
 
@@ -597,7 +573,6 @@ def compare_losses(
         reference: the setup that the others are compared with.
         part: of the task; or "accuracy", where answers judged: then "lower" is worse.
         margin: the difference that does not matter, in the task's unit of loss.
-        resamples, seed: of the bootstrap over seeds and blocks of examples.
 
     Returns:
         Columns ``setup``, ``lr``, ``loss`` (mean over seeds and examples), ``difference``, ``lower`` and ``upper`` (the
@@ -621,7 +596,7 @@ def compare_losses(
         why = "failed"
         if setup in losses:
             paired = losses[setup] - losses[reference]
-            lower, upper = outer_bounds(paired, (1 + CONFIDENCE) / 2, resamples, seed)
+            lower, upper = outer_bounds(paired, (1 + CONFIDENCE) / 2)
             row |= {"loss": losses[setup].mean(), "difference": paired.mean(), "lower": lower, "upper": upper}
             why = "edge" if first["edge"][setup] or first["edge"][reference] else ""
             why = "reference" if setup == reference else why
@@ -640,8 +615,8 @@ def compare_by_seed(best: pandas.DataFrame, column: str, reference: str = "full"
         reference: the setup that the others are compared with; where it has no result, they have no difference.
 
     Returns:
-        Columns ``n_train`` (if there is one), ``setup``, ``mean``, ``least``, ``most``, ``seeds``, and for all but the
-        reference ``difference``, ``lower`` and ``upper``; bounds need two seeds.
+        Columns ``n_train`` (if there is one), ``setup``, ``mean``, ``least``, ``most``, ``seeds``, ``difference``,
+        ``lower`` and ``upper``; these three are NaN for the reference, and bounds need two seeds.
 
     Raises:
         ValueError: the reference is not there.
@@ -657,8 +632,8 @@ def compare_by_seed(best: pandas.DataFrame, column: str, reference: str = "full"
             values = table[setup].dropna()
             row = {"mean": values.mean(), "least": values.min(), "most": values.max(), "seeds": len(values)}
             paired = (table[setup] - table[reference]).dropna().tolist() if reference in table else []
-            if paired and setup != reference:
-                row |= dict(zip(("difference", "lower", "upper"), t_bounds(paired), strict=True))
+            bounds = t_bounds(paired) if paired and setup != reference else [math.nan] * 3
+            row |= dict(zip(("difference", "lower", "upper"), bounds, strict=True))
             rows.append({**size, "setup": setup, **row})
     return pandas.DataFrame(rows)
 
@@ -677,6 +652,11 @@ def each_size(frame: pandas.DataFrame) -> Iterator[tuple[dict[str, Any], pandas.
 # All else is a setting, and settings must be equal for a comparison to be one.
 _MAY_VARY = ("key", "rank", "alpha", "lr", "seed", *OUTCOME, *PROVENANCE)
 _STATUS = {"lower": "enough", "equal": "enough", "higher": "too small", "open": "open"}
+_EDGES = {
+    "smallest": "the best learning rate of {} is the smallest tried, so a better one may lie beyond.",
+    "largest": "the best learning rate of {} is the largest tried, so a better one may lie beyond.",
+    "only": "only one learning rate was tried for {}, so it may not be the best.",
+}
 
 
 @dataclass(frozen=True)
@@ -739,20 +719,16 @@ class RankVerdict:
         return {"answer": self.answer, **asdict(self)}
 
     def __str__(self) -> str:
-        def show(value: float | None, width: int, form: str) -> str:
-            return f"{'-' if value is None else format(value, form):>{width}}"
-
-        lines = [
-            f"{self.method}: {'undecided' if self.rank is None else f'rank {self.rank}'}: {self.reason}",
-            f"{len(self.seeds)} seed{'s' * (len(self.seeds) != 1)}, margin {self.margin:g}; losses on the test "
-            f"part; differences from the largest rank, with one-sided {CONFIDENCE:.0%} bounds",
-            f"{'rank':>6}{'rate':>10}{'loss':>10}{'difference':>12}{'lower':>10}{'upper':>10}  status",
-        ]
-        for one in self.ranks:
-            line = f"{one.rank:>6}{show(one.lr, 10, '.3g')}{show(one.test_loss, 10, '.4f')}"
-            line += show(one.difference, 12, "+.4f") + show(one.lower, 10, "+.4f") + show(one.upper, 10, "+.4f")
-            lines.append(f"{line}  {one.status}{f': {one.note}' if one.note else ''}")
-        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
+        notes = [f"rank {one.rank}: {one.note}" for one in self.ranks if one.note] + [*self.notes]
+        return "\n".join(
+            [
+                f"{self.method}: {self.answer}: {self.reason}",
+                f"{count_noun(len(self.seeds), 'seed')}, margin {self.margin:g}; losses on the test part; differences "
+                f"from the largest rank, with one-sided {CONFIDENCE:.0%} bounds",
+                self.frame().to_string(index=False, na_rep="-", float_format="{:.4g}".format),
+                *(f"Note: {note}" for note in notes),
+            ]
+        )
 
 
 def smallest_sufficient_rank(frame: pandas.DataFrame, margin: float = 0.01, method: str | None = None) -> RankVerdict:
@@ -776,23 +752,22 @@ def smallest_sufficient_rank(frame: pandas.DataFrame, margin: float = 0.01, meth
     seeds = tuple(sorted(int(seed) for seed in trials["seed"].unique()))
     tried = sorted(int(rank) for rank in trials["rank"].unique())
     choices = {rank: choose_rate(trials[trials["rank"] == rank], seeds) for rank in tried}
-    if len(choices) < 2:
-        raise ValueError(f"The frame has only rank {min(choices)}; ranks are compared, so it takes at least two.")
-    largest = choices[max(choices)]
-    ranks = tuple(_judge_rank(rank, choice, largest, margin) for rank, choice in choices.items())
-    rank, reason = _answer(ranks, seeds, margin)
+    *smaller, largest = choices
+    if not smaller:
+        raise ValueError(f"The frame has only rank {largest}; ranks are compared, so it takes at least two.")
+    of_rate = trials.sort_values("seed").groupby(["rank", "lr"])["test_loss"]
+    losses = {rank: of_rate.get_group((rank, one.lr)).to_numpy() for rank, one in choices.items() if one.lr is not None}
+    ranks = tuple(_judge_rank(rank, choice, losses, largest, margin) for rank, choice in choices.items())
+    rank, reason = _answer(ranks, len(seeds), margin)
     notes = [f"rank {each}: {choice.note}." for each, choice in choices.items() if choice.note and choice.lr]
-    better = [result.rank for result in ranks if result.upper is not None and result.upper < -margin]
-    if better:
+    if better := [str(one.rank) for one in ranks if one.upper is not None and one.upper < -margin]:
         notes.append(
-            f"rank {', '.join(map(str, better))}: better than the largest by more than the margin, so the "
-            "largest was most likely trained badly and is not a fair reference; try more learning rates."
+            f"rank {', '.join(better)}: better than the largest by more than the margin, so the largest was most "
+            "likely trained badly and is not a fair reference; try more learning rates."
         )
-    for edge in ("smallest", "largest"):
-        if at := [each for each, choice in choices.items() if choice.edge == edge]:
-            notes.append(f"the best learning rate of {_ranks(at)} is the {edge} tried, so a better one may lie beyond.")
-    if untuned := [each for each, choice in choices.items() if choice.edge == "only"]:
-        notes.append(f"only one learning rate was tried for {_ranks(untuned)}, so it may not be the best.")
+    for edge, sentence in _EDGES.items():
+        if at := [str(each) for each, choice in choices.items() if choice.edge == edge]:
+            notes.append(sentence.format(f"rank {', '.join(at)}"))
     return RankVerdict(rank, reason, str(trials["method"].iloc[0]), margin, seeds, ranks, tuple(notes))
 
 
@@ -804,15 +779,14 @@ def _comparable(frame: pandas.DataFrame, method: str | None) -> pandas.DataFrame
     if method not in methods:
         raise ValueError(f"method is {method!r}, but the methods with ranks in this frame are {methods}; name one.")
     rows = last_rows(with_ranks[with_ranks["method"] == method])
-    fixed = [name for name in map(str, rows) if name not in _MAY_VARY and not name.startswith(SCORE)]
-    by_rank = [(of_rank, ["alpha"], f" for rank {rank:g}") for rank, of_rank in rows.groupby("rank") if "alpha" in rows]
-    for part, names, where in [(rows, fixed, ""), *by_rank]:
-        for name in names:
-            if len(values := part[name].drop_duplicates().tolist()) > 1:
-                raise ValueError(
-                    f"The frame mixes {name} {values[0]!r} and {values[1]!r}{where}, which cannot be compared; select "
-                    f"one with frame[frame[{name!r}] == ...]."
-                )
+    settings = [(name, rows) for name in map(str, rows) if name not in _MAY_VARY and not name.startswith(SCORE)]
+    settings += [("alpha", of_rank) for _, of_rank in rows.groupby("rank") if "alpha" in rows]
+    for name, alike in settings:
+        if len(values := alike[name].drop_duplicates().tolist()) > 1:
+            raise ValueError(
+                f"The frame mixes {name} {values[0]!r} and {values[1]!r}, which cannot be compared; select one with "
+                f"frame[frame[{name!r}] == ...]."
+            )
     if (repeated := rows.duplicated(["rank", "lr", "seed"])).any():
         first = rows[repeated].iloc[0]
         raise ValueError(
@@ -822,44 +796,41 @@ def _comparable(frame: pandas.DataFrame, method: str | None) -> pandas.DataFrame
     return rows
 
 
-def _ranks(ranks: Sequence[int]) -> str:
-    *others, last = map(str, ranks)
-    return f"ranks {', '.join(others)} and {last}" if others else f"rank {last}"
-
-
-def _judge_rank(rank: int, choice: Choice, largest: Choice, margin: float) -> RankResult:
-    if choice.lr is None:
+def _judge_rank(rank: int, choice: Choice, losses: Mapping[int, np.ndarray], largest: int, margin: float) -> RankResult:
+    """Return what the test losses of a rank say beside those of the largest: rank -> losses (seeds,)."""
+    if rank not in losses:
         return RankResult(rank, "not judged", note=f"no learning rate has a result for every seed: {choice.note}")
-    losses = choice.rows.set_index("seed")["test_loss"]
-    known: dict[str, Any] = {"lr": choice.lr, "validation_loss": choice.loss, "test_loss": fmean(losses)}
-    if choice is largest:
+    known: dict[str, Any] = {"lr": choice.lr, "validation_loss": choice.loss, "test_loss": fmean(losses[rank])}
+    if rank == largest:
         return RankResult(rank, "reference", **known)
-    if largest.lr is None:
+    if largest not in losses:
         return RankResult(rank, "not judged", **known, note="the largest rank has no result to compare it with")
-    mean, lower, upper = t_bounds((losses - largest.rows.set_index("seed")["test_loss"]).tolist())
-    known["difference"] = mean
+    known["difference"], lower, upper = t_bounds((losses[rank] - losses[largest]).tolist())
     if lower is None or upper is None:
         return RankResult(rank, "open", **known, note="one seed has no spread to judge by")
     verdict = judge(max(lower, -margin), upper, margin)  # by how much the rank is better does not matter
     return RankResult(rank, _STATUS[verdict.value], **known, lower=lower, upper=upper)
 
 
-def _answer(ranks: Sequence[RankResult], seeds: Sequence[int], margin: float) -> tuple[int | None, str]:
+def _answer(ranks: Sequence[RankResult], seeds: int, margin: float) -> tuple[int | None, str]:
     """Return the rank, or None, and why."""
-    largest = ranks[-1].rank
-    if ranks[-1].status == "not judged":
-        return None, f"the largest rank, {largest}, has no learning rate with a result for every seed: run those first."
-    if len(seeds) < 2:
+    *smaller, largest = ranks
+    if largest.status == "not judged":
+        why = f"the largest rank, {largest.rank}, has no learning rate with a result for every seed: run those first."
+        return None, why
+    if seeds < 2:
         return None, "more seeds needed: one seed cannot tell a difference from chance."
-    enough = [one.rank for one in ranks if one.status == "enough"]
-    unsettled = [str(one.rank) for one in ranks if one.status in ("open", "not judged")]
-    if enough:
-        smaller = [rank for rank in unsettled if int(rank) < enough[0]]
-        still = f"; rank {', '.join(smaller)} is not settled by these seeds" if smaller else ""
-        return enough[0], (
-            f"with {CONFIDENCE:.0%} confidence its loss is less than {margin:g} above that of rank {largest}{still}."
-        )
-    if unsettled:
-        names = ", ".join(unsettled)
+    enough = next((one.rank for one in smaller if one.status == "enough"), None)
+    unsettled = [one.rank for one in smaller if one.status in ("open", "not judged")]
+    if enough is None and unsettled:
+        names = ", ".join(map(str, unsettled))
         return None, f"more seeds needed: no smaller rank is shown to be enough, and rank {names} may be."
-    return largest, f"every smaller rank loses more than {margin:g} against it; a larger one may be better still."
+    if enough is None:
+        return largest.rank, (
+            f"every smaller rank loses more than {margin:g} against it; a larger one may be better still."
+        )
+    below = ", ".join(str(rank) for rank in unsettled if rank < enough)
+    still = f"; rank {below} is not settled by these seeds" if below else ""
+    return enough, (
+        f"with {CONFIDENCE:.0%} confidence its loss is less than {margin:g} above that of rank {largest.rank}{still}."
+    )

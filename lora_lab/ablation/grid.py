@@ -31,8 +31,8 @@ _KEY_LENGTH = 16  # hexadecimal digits: among a million trials, two share a key 
 
 
 @dataclass(frozen=True)
-class Run:
-    """What may differ between the runs of a pack: a method, its peak learning rate, and its seed."""
+class _Varied:
+    """What a grid varies: a method, its peak learning rate, and its seed."""
 
     method: Method
     lr: float
@@ -40,7 +40,7 @@ class Run:
 
 
 @dataclass(frozen=True, eq=False)
-class Trial(TrainConfig, Run):  # the last base's fields come first: Trial(method, lr, seed, steps=...)
+class Trial(TrainConfig, _Varied):  # the last base's fields come first: Trial(method, lr, seed, steps=...)
     """One training run as data. Trials are equal if their content is: a list equals a tuple, and 1 equals 1.0.
 
     A config becomes a trial by ``Trial(method, **vars(config))``.
@@ -134,9 +134,6 @@ class Trial(TrainConfig, Run):  # the last base's fields come first: Trial(metho
             raise ValueError(f"This is not a trial's content ({reason}): {short_repr(content)}.") from None
 
 
-_VARIED = ("method", "lr", "seed")  # by a grid
-
-
 class Grid(list[Trial]):
     """All combinations of methods, ranks, learning rates and seeds, as a list of trials without repeats.
 
@@ -167,7 +164,9 @@ class Grid(list[Trial]):
         alpha_per_rank: float | None = None,
         **options: Any,
     ) -> None:
-        check_options("Grid", options, [option.name for option in fields(Trial) if option.name not in _VARIED])
+        check_options(
+            "Grid", options, [each.name for each in fields(Trial) if each.name not in ("method", "lr", "seed")]
+        )
         alpha_per_rank = check(alpha_per_rank, Positive | None, "alpha_per_rank")
         if alpha is not None and alpha_per_rank is not None:
             raise ValueError(f"alpha is {alpha} and alpha_per_rank {alpha_per_rank}; give one of them, or neither.")
@@ -176,24 +175,16 @@ class Grid(list[Trial]):
                 raise ValueError(f"{name} is empty, so there is nothing to try; give at least one value.")
         if (count := math.prod(map(len, (ranks, lrs, seeds, methods)))) > _MOST:
             raise ValueError(f"These are {count} trials, but a grid has at most {_MOST}; try fewer values.")
+        sizes = [check(rank, Size, "rank") for rank in ranks]
 
-        def of_each_rank(template: Method) -> list[Method]:
+        def at_rank(template: Method, rank: int) -> Method:
             if not isinstance(template, LoRA):
-                return [template]
+                return template
             fixed = template.alpha if alpha is None else alpha
-            return [
-                replace(template, rank=rank, alpha=fixed if alpha_per_rank is None else alpha_per_rank * rank)
-                for rank in (check(rank, Size, "rank") for rank in ranks)
-            ]
+            return replace(template, rank=rank, alpha=fixed if alpha_per_rank is None else alpha_per_rank * rank)
 
-        trials = (
-            Trial(method, lr, seed, **options)
-            for template in methods
-            for method in of_each_rank(template)
-            for lr in lrs
-            for seed in seeds
-        )
-        super().__init__(dict.fromkeys(trials))
+        tried = [at_rank(each, rank) for each in methods for rank in (sizes if isinstance(each, LoRA) else [0])]
+        super().__init__(dict.fromkeys(Trial(*each, **options) for each in itertools.product(tried, lrs, seeds)))
 
     def __repr__(self) -> str:
         return f"Grid of {len(self)} trials"

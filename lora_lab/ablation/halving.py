@@ -35,7 +35,7 @@ import math
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import Field
 
@@ -74,8 +74,7 @@ class GroupSteps:
         return cls(trial.steps, trial.warmup_steps, evaluated, trial.schedule != "constant")
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """Which rates of a group are stopped, as far as it has trained.
 
     Args:
@@ -116,8 +115,7 @@ class Halving:
     cautious: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.rungs, Iterable):
-            object.__setattr__(self, "rungs", tuple(self.rungs))
+        object.__setattr__(self, "rungs", tuple(self.rungs))
         check_fields(self)
         if not self.rungs or not all(0 < rung < 1 for rung in self.rungs) or sorted(self.rungs) != [*self.rungs]:
             raise ValueError(f"rungs is {self.rungs!r}, but it must be shares of the steps between 0 and 1, ascending.")
@@ -230,16 +228,18 @@ def next_round(
         curves: dict[float, dict[int, dict[int, float]]] = {}
         for trial in group:
             if trial.seed in choosing:
-                curves.setdefault(trial.lr, {})[trial.seed] = _curve(results.get(trial.key))
+                history = results.get(trial.key, {}).get("history") or {"rows": []}
+                losses = {row["step"]: row["validation_loss"] for row in history["rows"]}
+                known = {step: loss for step, loss in losses.items() if loss is not None}
+                curves.setdefault(trial.lr, {})[trial.seed] = known
         outcomes = {trial: results.get(trial.key, {}).get("outcome") for trial in group}
         failed = {trial.lr for trial in group if outcomes[trial] == "failed"}
-        decision = halving.decide(curves, GroupSteps.of(group[0]), failed)
-        until = decision.until
+        ruled_out, until = halving.decide(curves, GroupSteps.of(group[0]), failed)
         for trial in group:
             if outcomes[trial] in ("done", "failed"):
                 continue
-            if trial.lr in decision.stopped:
-                stopped[trial] = decision.stopped[trial.lr][1]
+            if trial.lr in ruled_out:
+                stopped[trial] = ruled_out[trial.lr][1]
             elif until is None or (trial.seed in choosing and until not in curves[trial.lr][trial.seed]):
                 due.setdefault(until, []).append(trial)
     return due, stopped
@@ -251,12 +251,6 @@ def _groups(trials: Iterable[Trial]) -> list[list[Trial]]:
     for trial in trials:
         groups.setdefault(replace(trial, lr=1.0, seed=0), []).append(trial)
     return [*groups.values()]
-
-
-def _curve(result: Mapping[str, Any] | None) -> dict[int, float]:
-    """Return the validation losses by step, as far as they are known."""
-    rows = result["history"]["rows"] if result and result["history"] else []
-    return {row["step"]: row["validation_loss"] for row in rows if row["validation_loss"] is not None}
 
 
 def replay(frame: pandas.DataFrame, halving: Halving, group: Sequence[str] = ("method", "rank")) -> pandas.DataFrame:
@@ -273,17 +267,16 @@ def replay(frame: pandas.DataFrame, halving: Halving, group: Sequence[str] = ("m
     import pandas
 
     parts, rungs = [], 0
+    unknown = [name for name in map(str, frame) if name == "test_loss" or name.startswith(SCORE)]
     for _, of_group in frame.groupby([*group], sort=False, dropna=False):
         first, seeds = of_group.iloc[0], halving.choosing(of_group["seed"])
-        curves: dict[Any, dict[Any, dict[int, float]]] = {}  # pandas knows no types of keys
-        for (lr, seed), rows in of_group[of_group["outcome"] == "done"].groupby(["lr", "seed"]):
-            at_rate = curves.setdefault(lr, {})
-            if seed in seeds:
-                at_rate[seed] = dict(zip(rows["step"].astype(int), rows["validation_loss"], strict=True))
+        done = of_group[of_group["outcome"] == "done"]
+        curves: dict[Any, dict[Any, dict[int, float]]] = {lr: {} for lr in done["lr"]}  # pandas knows no types of keys
+        for (lr, seed), rows in done[done["seed"].isin(seeds)].groupby(["lr", "seed"]):
+            curves[lr][seed] = dict(zip(rows["step"].astype(int), rows["validation_loss"], strict=True))
         steps_of = [set(curve) for by_seed in curves.values() for curve in by_seed.values()]
         evaluated = sorted(set.intersection(*steps_of)) if steps_of else []
-        steps = int(first["steps"])
-        decays = first.get("schedule", "constant") != "constant"
+        steps, decays = int(first["steps"]), first.get("schedule", "constant") != "constant"
         plan = GroupSteps(steps, int(first.get("warmup", steps // 10)), evaluated, decays)
         rungs += len(halving.rungs_at(plan))
         failed = set(of_group.loc[of_group["outcome"] == "failed", "lr"])
@@ -291,10 +284,8 @@ def replay(frame: pandas.DataFrame, halving: Halving, group: Sequence[str] = ("m
             if step is not None:  # when a seed failed is not recorded, so the others count in full
                 at_rate = of_group["lr"] == lr
                 begun = of_group["step"] <= of_group["seed"].isin(seeds) * step  # the other seeds' settings alone
-                unknown = [name for name in map(str, frame) if name == "test_loss" or name.startswith(SCORE)]
-                stopped = of_group[at_rate & begun].assign(outcome=STOPPED, reason=reason)
-                stopped[unknown] = math.nan
-                of_group = pandas.concat([of_group[~at_rate], stopped])
+                lost = {"outcome": STOPPED, "reason": reason, **dict.fromkeys(unknown, math.nan)}
+                of_group = pandas.concat([of_group[~at_rate], of_group[at_rate & begun].assign(**lost)])
         parts.append(of_group)
     if not rungs:
         raise ValueError(

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_lab.ablation.compare import compare_by_seed, each_size, judge
+from lora_lab.ablation.compare import compare_by_seed, each_size, judge, trial_columns
 from lora_lab.ablation.results import SCORE
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def at_equal_learning(frame: pandas.DataFrame, best: pandas.DataFrame, share: fl
 
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}, but it must be above 0 and at most 1.")
-    by, rows = _identity(frame), []
+    by, rows = trial_columns(frame), []
     common = [name for name in by if name not in ("setup", "lr")]  # what the methods that are compared share
     chosen = frame.merge(best[by].drop_duplicates())  # the other trials' curves are not needed
     curves = {tuple(trial.values()): curve for trial, curve in _each_curve(chosen)}
@@ -142,7 +142,7 @@ def compare_over_rates(
     """
     import pandas
 
-    trials, by, rows = summarise_trials(frame), _identity(frame), []
+    trials, by, rows = summarise_trials(frame), trial_columns(frame), []
     if reference not in set(trials["setup"]):
         raise ValueError(f"There is no method {reference!r} to compare with; there are {sorted(set(trials['setup']))}.")
 
@@ -155,20 +155,20 @@ def compare_over_rates(
         return [pair]
 
     for size, of_size in each_size(trials):
-        references = [at_rate for _, at_rate in of_size[of_size["setup"] == reference].groupby("lr")]
-        for setup, of_setup in of_size[of_size["setup"] != reference].groupby("setup", sort=False):
-            others = [at_rate for _, at_rate in of_setup.groupby("lr")]
-            pairs = [table for pair in product(references, others) for table in compared(pandas.concat(pair))]
-            if not pairs:
+        rates = {
+            setup: [rate for _, rate in rows.groupby("lr")] for setup, rows in of_size.groupby("setup", sort=False)
+        }
+        for setup, others in rates.items():
+            pairs = [*product(rates.get(reference, []), others)]
+            if setup == reference or not pairs:
                 continue
-            complete = all({reference, setup} <= set(pair["setup"]) for pair in pairs)
-            tables = [compare_by_seed(pair, column, reference) for pair in pairs if complete]
-            bounds = pandas.concat(tables).query("setup == @setup") if complete else pandas.DataFrame()
-            if "lower" not in bounds or bounds["lower"].isna().any():
-                raise ValueError(f"{setup!r} and {reference!r} need two seeds in common at each rate to be compared.")
-            words = set(_words(bounds))
+            tables = [table for pair in pairs for table in compared(pandas.concat(pair))]
+            complete = all({reference, setup} <= set(table["setup"]) for table in tables)
+            parts = [compare_by_seed(table, column, reference) for table in tables if complete]
+            bounds = _add_verdicts(parts, reference)
+            words = set(bounds["verdict"])
             verdict = "flips" if {"less", "more"} <= words else words.pop() if len(words) == 1 else "open"
-            row = size | {"setup": setup, "pairs": len(references) * len(others)}
+            row = size | {"setup": setup, "pairs": len(pairs)}
             rows.append(row | {"lower": bounds["lower"].min(), "upper": bounds["upper"].max(), "verdict": verdict})
     return pandas.DataFrame(rows)
 
@@ -243,7 +243,7 @@ def at_training_loss(frame: pandas.DataFrame, losses: Sequence[float], place: fl
             if training and training[0] > loss >= min(training):
                 there = interpolate_at([-value for value in training], validation, -loss)
                 rows.append({**trial, "train_loss": loss, "validation_loss": there})
-    return pandas.DataFrame(rows, columns=[*_identity(frame), "train_loss", "validation_loss"])
+    return pandas.DataFrame(rows, columns=[*trial_columns(frame), "train_loss", "validation_loss"])
 
 
 def by_training_loss(frame: pandas.DataFrame, losses: Sequence[float], reference: str = "full") -> pandas.DataFrame:
@@ -268,17 +268,15 @@ def by_training_loss(frame: pandas.DataFrame, losses: Sequence[float], reference
     """
     import pandas
 
-    parts = []
-    for place in _PLACES:
-        rows = _require_one_rate(at_training_loss(frame, losses, place))
-        for loss, of_loss in rows.groupby("train_loss", sort=False):
-            if reference in set(of_loss["setup"]):
-                table = compare_by_seed(of_loss, "validation_loss", reference)
-                if "lower" in table:
-                    parts.append(table.dropna(subset="lower").assign(train_loss=loss, place=place))
-    if not parts:
-        return _add_verdicts(parts, reference)
-    table = pandas.concat(parts, ignore_index=True)
+    parts = [
+        compare_by_seed(of_loss, "validation_loss", reference).assign(train_loss=loss, place=place)
+        for place in _PLACES
+        for loss, of_loss in _require_one_rate(at_training_loss(frame, losses, place)).groupby("train_loss", sort=False)
+        if reference in set(of_loss["setup"])
+    ]
+    table = pandas.concat(parts, ignore_index=True).dropna(subset="lower") if parts else pandas.DataFrame()
+    if table.empty:
+        return _add_verdicts([], reference)
     case = table.groupby([name for name in ("n_train", "setup", "train_loss") if name in table])
     bounds = {"lower": case["lower"].transform("min"), "upper": case["upper"].transform("max")}
     judged = (table["place"] == 0.5) & (case["place"].transform("count") == len(_PLACES))
@@ -300,16 +298,12 @@ def _add_verdicts(parts: Sequence[pandas.DataFrame], reference: str) -> pandas.D
     """Return comparisons with one method, together, without that method's own rows and with a verdict for each."""
     import pandas
 
-    table = pandas.concat(parts, ignore_index=True) if parts else pandas.DataFrame(columns=["setup"])
+    table = pandas.concat(parts, ignore_index=True) if parts else pandas.DataFrame(columns=["setup", "lower"])
     table = table[table["setup"] != reference].reset_index(drop=True)
-    if table.empty or "lower" not in table or table["lower"].isna().any():
+    if table.empty or table["lower"].isna().any():
         raise ValueError(f"Each setup needs two seeds in common with {reference!r} to be compared; train more seeds.")
-    return table.assign(verdict=_words(table))
-
-
-def _words(table: pandas.DataFrame) -> list[str]:
-    """Return the verdict on each difference of a table from its bounds, in the words of these tables."""
-    return [_WORDS[judge(lower, upper).value] for lower, upper in zip(table["lower"], table["upper"], strict=True)]
+    bounds = zip(table["lower"], table["upper"], strict=True)
+    return table.assign(verdict=[_WORDS[judge(*of_setup).value] for of_setup in bounds])
 
 
 def bounds_table(compared: pandas.DataFrame, digits: int = 2) -> pandas.DataFrame:
@@ -332,9 +326,9 @@ def interpolate_at(learned: Sequence[float], lost: Sequence[float], amount: floa
     Raises:
         ValueError: so much is never learned.
     """
-    if max(learned) < amount:
+    after = next((i for i, value in enumerate(learned) if value >= amount), None)
+    if after is None:
         raise ValueError("This run never learned that much; take the smaller amount.")
-    after = next(i for i, value in enumerate(learned) if value >= amount)
     if after == 0:
         return lost[0]
     before = after - 1
@@ -342,13 +336,8 @@ def interpolate_at(learned: Sequence[float], lost: Sequence[float], amount: floa
     return lost[before] + share * (lost[after] - lost[before])
 
 
-def _identity(frame: pandas.DataFrame) -> list[str]:
-    """Return the columns that identify a trial."""
-    return [name for name in ("n_train", "setup", "lr", "seed") if name in frame]
-
-
 def _each_curve(frame: pandas.DataFrame) -> Iterator[tuple[dict[str, Any], pandas.DataFrame]]:
     """Yield each trial, as the columns that identify it, and its rows by step."""
-    by = _identity(frame)
+    by = trial_columns(frame)
     for values, curve in frame.groupby(by, sort=False):
         yield dict(zip(by, values, strict=True)), curve.sort_values("step")

@@ -32,7 +32,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lora_lab.ablation.grid import Run
+from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.packed_layer import TRIAL_LOSSES, PackedLinear, PackingError
 from lora_lab.costs.fake import copy_sharing_weights
 from lora_lab.history import DivergedError, History, count_parameters
@@ -50,7 +50,6 @@ from lora_lab.train import (
     EVALUATED,
     Batch,
     DataOrder,
-    TrainConfig,
     TrainingStep,
     data_order,
     gradient_checkpointing_method,
@@ -73,55 +72,46 @@ class PackedResult:
             and that the settings hold K as ``packed``.
         error: why the trial diverged, where its history ends; or None.
         adapter: the trained adapter, as :func:`lora_lab.adapter_state` gives it; empty if the trial diverged.
-        moments: AdamW's moments, "exp_avg" and "exp_avg_sq", each of all tensors of the adapter by name, if the
-            run pauses.
+        state: AdamW's state of each tensor of the adapter, by name, if the trial pauses.
     """
 
     history: History
     error: DivergedError | None = None
     adapter: dict[str, Tensor] = field(default_factory=dict)
-    moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    state: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 def fit_packed(
     model: nn.Module,
     task: Task,
-    runs: Sequence[Run],
-    config: TrainConfig | None = None,
+    trials: Sequence[Trial],
     *,
     progress: bool | None = None,
     paused: Sequence[PackedResult] | None = None,
     until: int | None = None,
-    **options: Any,
 ) -> list[PackedResult]:
-    """Train one adapter for each run, all in one pass, on a copy of ``model`` that shares its weights.
+    """Train the adapter of each trial, all in one pass, on a copy of ``model`` that shares its weights.
 
-    Result i is what ``fit(copy of model, task, runs[i].method, lr=runs[i].lr, seed=runs[i].seed, ...)`` gives,
-    up to the rounding of sums in another order. (In float32 rounding errors grow with the steps, as they do between
-    two numbers of threads.) A trial that diverges ends alone; the others are not affected.
+    Result k is what ``fit(copy of model, task, trials[k].method, trials[k])`` gives, up to the rounding of sums in
+    another order. (In float32 rounding errors grow with the steps, as they do between two numbers of threads.) A trial
+    that diverges ends alone; the others are not affected.
 
     Args:
-        model: on the device where it is to be used. Its activations are K times as large as those of one run.
+        model: on the device where it is to be used. Its activations are K times as large as those of one trial.
         task: data and loss.
-        runs: a :class:`Run` or a :class:`lora_lab.Trial` for each adapter, with LoRA or RsLoRA without dropout; ranks,
-            alphas, rates and seeds may differ, the adapted layers may not.
-        config: how to train; ``lr`` and ``seed`` are each run's. ``batch_size`` is that of each trial.
+        trials: with LoRA or RsLoRA without dropout. They may differ in rank, alpha, learning rate and seed. With
+            ``Lean(threads=2)`` two threads compute half of them each.
         progress: as for :func:`lora_lab.fit`.
-        paused: the results of a call with ``until``, one for each run and all of the same step, from where to go on.
+        paused: the results of a call with ``until``, one for each trial and all of the same step, from where to go on.
         until: the step after which to pause; default: the last.
-        **options: the fields of :class:`lora_lab.train.TrainConfig`; they override ``config``. With
-            ``Lean(threads=2)`` two threads compute half of the runs each.
 
     Raises:
         PackingError: a ValueError; the sentence of :func:`refusal`, or the model mixes the examples of trials.
-        ValueError: there are no runs, a number is out of range, or the lean step or gradient checkpointing does not
-            fit the model.
+        ValueError: there are no trials, or the lean step or gradient checkpointing does not fit the model.
     """
-    make_config = TrainConfig if config is None else partial(dataclasses.replace, config)
-    configs = [make_config(lr=run.lr, seed=run.seed, **options) for run in runs]
-    names = _common_layers(model, task, runs, configs)
-    config = configs[0]  # all but lr and seed are the same for all
-    orders = _data_orders(task, configs)
+    _check_pack(model, task, trials)
+    config = trials[0]  # for all that they have in common
+    orders = _data_orders(task, trials)
     model = copy_sharing_weights(model)
     for buffer in model.buffers():
         buffer.data = buffer.clone()  # a forward pass may change it
@@ -133,24 +123,26 @@ def fit_packed(
         own_randomness(next(model.parameters()).device, 0),
         ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
     ):
-        adapters = [_new_adapter(model, names, run) for run in runs]
-        about = zip(runs, configs, adapters, strict=True)
-        results = [PackedResult(_new_history(model, task, *of_run, len(runs))) for of_run in about]
+        adapters = [_new_adapter(model, trial) for trial in trials]
+        results = [
+            PackedResult(_new_history(model, task, trial, adapter, len(trials)))
+            for trial, adapter in zip(trials, adapters, strict=True)
+        ]
         model.requires_grad_(False)
-        if lean is not None:  # it looks at the adapters, of which those of one run stand for all
+        if lean is not None:  # it looks at the adapters, of which those of one trial stand for all
             for name, layer in adapters[0].items():
                 replace(model, name, layer)
             apply_lean(model, lean)
-        at_start = None if lean is None or paused else _evaluate_base(model, task, config, len(runs))
-        step = PackedStep(model, task.loss, adapters, configs, threads, pool)
+        at_start = None if lean is None or paused else _evaluate_base(model, task, config, len(trials))
+        step = PackedStep(model, task.loss, adapters, trials, threads, pool)
         model.train()
         if lean is None:  # the blocks of the lean step do not mix trials
             first = torch.stack([order.rows(0, config.batch_size) for order in orders])  # (20, 32)
             _check_independence(step, task, first)
-        _train(step, results, task, orders, configs, at_start, paused, until, progress)
+        _train(step, results, task, orders, trials, at_start, paused, until, progress)
         for k, result in enumerate(results):
             if result.error is None:
-                result.adapter, result.moments = step.adapter(k), step.moments(k) if until else {}
+                result.adapter, result.state = step.adapter(k), step.state(k) if until else {}
         return results
 
 
@@ -159,84 +151,85 @@ def _train(
     results: Sequence[PackedResult],
     task: Task,
     orders: Sequence[DataOrder],
-    configs: Sequence[TrainConfig],
+    trials: Sequence[Trial],
     at_start: dict[str, list[float]] | None,
     paused: Sequence[PackedResult] | None,
     until: int | None,
     progress: bool | None,
 ) -> None:
     """Train all trials, from the beginning or from where they paused, to the end or to where they are to pause."""
-    model, config, trials = step.model, configs[0], len(configs)
+    model, config, count = step.model, trials[0], len(trials)
     judged = dataclasses.replace(task, loss=step.loss_on_same_batch)
-    peaks = [group["lr"] for group in step.optimizer.param_groups]
 
-    def update(change: Callable[[int, History], None]) -> None:
-        """Change the history of each trial that goes on; one that diverges ends alone."""
+    def record(number: int, columns: Mapping[str, Sequence[float]], losses: Mapping[str, Sequence[float]]) -> None:
+        """Add a row to the history of each trial that goes on; one that diverges ends alone."""
         for k, result in enumerate(results):
             if result.error is None:
                 try:
-                    change(k, result.history)
+                    result.history.add(number, **{name: column[k] for name, column in columns.items()})
+                    for part, of_trials in losses.items():
+                        result.history.add_evaluation(part, of_trials[k])
                 except DivergedError as error:
                     result.error = error.with_traceback(None)  # which would keep the whole pack in memory
                     step.end(k)
 
-    def add(number: int, **columns: Sequence[float]) -> None:
-        update(lambda k, history: history.add(number, **{name: column[k] for name, column in columns.items()}))
-
-    def add_evaluations(losses: Mapping[str, Sequence[float]]) -> None:
-        for part, of_trials in losses.items():
-            update(lambda k, history, part=part, of=of_trials: history.add_evaluation(part, of[k]))
-
     done = 0 if paused is None else len(paused[0].history.rows) - 1
-    with progress_bar(config.steps, f"{trials} adapters", progress, done=done) as bar:
+    with progress_bar(config.steps, f"{count} adapters", progress, done=done) as bar:
         bar.set_postfix_str("evaluating")
         if paused is None:
-            update(lambda _, history: history.add(0, seconds=0.0, tokens=0))
-            add_evaluations(at_start or _evaluate(model, judged, config, trials))
+            nothing = {"seconds": [0.0] * count, "tokens": [0] * count}
+            record(0, nothing, at_start or _evaluate(model, judged, config, count))
         else:
-            update(lambda k, history: history.rows.extend(map(dict, paused[k].history.rows)))
+            for result, before in zip(results, paused, strict=True):
+                result.history.rows.extend(map(dict, before.history.rows))
             step.resume(paused)
         for number in range(done + 1, (until or config.steps) + 1):
             if all(result.error for result in results):
                 break
-            started = time.perf_counter()
-            parts, weights, counts = join_batches(task, orders, number, config)
-            factor = config.rate_factor(number)
-            for group, peak in zip(step.optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * factor
-            found = step([to_device(part, model) for part in parts], weights)  # (20,), (20,)
-            losses, norms = (each.tolist() for each in found)  # waits for the device
-            seconds, rates = (time.perf_counter() - started) / trials, [each.lr * factor for each in configs]
-            add(number, train_loss=losses, grad_norm=norms, lr=rates, tokens=counts, seconds=[seconds] * trials)
-            bar.set_postfix_str(f"best loss {min(losses):.3f}")
-            if config.evaluates(number):
-                add_evaluations(_evaluate(model, judged, config, trials))
+            columns = _take_step(step, task, orders, trials, number)
+            bar.set_postfix_str(f"best loss {min(columns['train_loss']):.3f}")
+            record(number, columns, _evaluate(model, judged, config, count) if config.evaluates(number) else {})
             bar.update()
 
 
-def _evaluate(model: nn.Module, task: Task, config: TrainConfig, trials: int) -> dict[str, list[float]]:
+def _take_step(
+    step: PackedStep, task: Task, orders: Sequence[DataOrder], trials: Sequence[Trial], number: int
+) -> dict[str, list[float]]:
+    """Take the step of that number with all trials, and return the columns of its row, a value for each trial."""
+    started, config = time.perf_counter(), trials[0]
+    parts, weights, sizes = join_batches(task, orders, number, config)
+    factor = config.rate_factor(number)
+    for group in step.optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+    losses, norms = step([to_device(part, step.model) for part in parts], weights)  # (20,), (20,)
+    columns = {"train_loss": losses.tolist(), "grad_norm": norms.tolist()}  # waits for the device
+    columns |= {"lr": [trial.lr * factor for trial in trials], "tokens": sizes}
+    return columns | {"seconds": [(time.perf_counter() - started) / len(trials)] * len(trials)}
+
+
+def _evaluate(model: nn.Module, task: Task, config: Trial, trials: int) -> dict[str, list[float]]:
     """Return the losses of each trial by part; a loss that is one number, as before training, is that of all trials."""
     sizes = config.batch_size, config.eval_examples, config.by_length
     return {part: mean_loss(model, task, part, *sizes).expand(trials).tolist() for part in EVALUATED}
 
 
-def _evaluate_base(model: nn.Module, task: Task, config: TrainConfig, trials: int) -> dict[str, list[float]]:
+def _evaluate_base(model: nn.Module, task: Task, config: Trial, trials: int) -> dict[str, list[float]]:
     """Return the losses before training of a lean model, in which all updates are zero: the same for all trials."""
     rows = cast(Lean, config.lean).loss_rows
     loss = partial(lean_cross_entropy, rows=rows) if task.loss is cross_entropy else task.loss
     return _evaluate(model, dataclasses.replace(task, loss=cast(Loss, loss)), config, trials)
 
 
-def _data_orders(task: Task, configs: Sequence[TrainConfig]) -> list[DataOrder]:
+def _data_orders(task: Task, trials: Sequence[Trial]) -> list[DataOrder]:
     """Check that what is evaluated has targets, and return the data order of each trial; one for each seed."""
     for part in EVALUATED:
-        task.require_targets(part, configs[0].eval_examples)
-    by_seed = {config.seed: data_order(task, config) for config in configs}
-    return [by_seed[config.seed] for config in configs]
+        task.require_targets(part, trials[0].eval_examples)
+    by_seed = {trial.seed: data_order(task, trial) for trial in trials}
+    return [by_seed[trial.seed] for trial in trials]
 
 
 def join_batches(
-    task: Task, orders: Sequence[DataOrder], step: int, config: TrainConfig
+    task: Task, orders: Sequence[DataOrder], step: int, config: Trial
 ) -> tuple[list[Examples], list[Tensor], list[int]]:
     """Return the micro-batches of a step, as :func:`lora_lab.train.micro_batches`, each with those of all trials.
 
@@ -254,16 +247,17 @@ def join_batches(
     return parts, [count / total for count in counts], sizes
 
 
-def lora_of(run: Run) -> LoRA:
-    """Return the run's method, after :func:`refusal` has found that it is one of LoRA."""
-    return cast(LoRA, run.method)
+def lora_of(trial: Trial) -> LoRA:
+    """Return the trial's method, after :func:`refusal` has found that it is one of LoRA."""
+    return cast(LoRA, trial.method)
 
 
-def _new_adapter(model: nn.Module, names: Sequence[str], run: Run) -> dict[str, LoRALinear]:
-    """Return the layers of one run as ``inject`` makes them: one generator, layers in the model's order."""
-    generator, method = torch.Generator().manual_seed(run.seed), lora_of(run)
+def _new_adapter(model: nn.Module, trial: Trial) -> dict[str, LoRALinear]:
+    """Return the layers of one trial as ``inject`` makes them: one generator, layers in the model's order."""
+    generator, method = torch.Generator().manual_seed(trial.seed), lora_of(trial)
     layer = cast(type[LoRALinear], method.layer or LoRALinear)
-    return {name: layer(model.get_submodule(name), method.rank, method.alpha, generator=generator) for name in names}
+    layers = adapted_layers(model, method).items()
+    return {name: layer(base, method.rank, method.alpha, generator=generator) for name, base in layers}
 
 
 def _factors(adapter: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
@@ -271,11 +265,9 @@ def _factors(adapter: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
     return {f"{name}.{part}": getattr(layer, part) for name, layer in adapter.items() for part in ("lora_A", "lora_B")}
 
 
-def _new_history(
-    model: nn.Module, task: Task, run: Run, config: TrainConfig, adapter: Mapping[str, LoRALinear], trials: int
-) -> History:
-    """Return the history of a run, with the sizes that it would have alone."""
-    history, factors = new_history(task, run.method, config, model), _factors(adapter).values()
+def _new_history(model: nn.Module, task: Task, trial: Trial, adapter: Mapping[str, LoRALinear], trials: int) -> History:
+    """Return the history of a trial, with the sizes that it would have alone."""
+    history, factors = new_history(task, trial.method, trial, model), _factors(adapter).values()
     history.settings["packed"] = trials
     history.trainable_parameters = sum(factor.numel() for factor in factors)
     history.total_parameters = count_parameters(model) + history.trainable_parameters
@@ -317,7 +309,7 @@ class PackedStep(TrainingStep):
         model: frozen; the packed layers are put into it, and into a copy of its modules for each further thread.
         loss: one of :data:`TRIAL_LOSSES`.
         adapters: of each trial, as it starts.
-        configs: of each trial.
+        trials: whose adapters they are.
         threads, pool: how many lanes there are, and where they are computed.
     """
 
@@ -326,11 +318,11 @@ class PackedStep(TrainingStep):
         model: nn.Module,
         loss: Loss,
         adapters: Sequence[Mapping[str, LoRALinear]],
-        configs: Sequence[TrainConfig],
+        trials: Sequence[Trial],
         threads: int,
         pool: ThreadPoolExecutor,
     ) -> None:
-        config, layers = configs[0], adapters[0].values()
+        config, layers = trials[0], adapters[0].values()
         rank = max(layer.rank for adapter in adapters for layer in adapter.values())
         sides = [(layer.base.in_features, layer.base.out_features) for layer in layers]
         self.shapes = [shape for inputs, outputs in sides for shape in ((rank, inputs), (outputs, rank))]
@@ -343,13 +335,13 @@ class PackedStep(TrainingStep):
         self.lanes = self._place(model, math.ceil(self.trials / threads))
         self.blocks: list[tuple[slice, nn.Parameter]] = []
         groups = []
-        for lr, same in itertools.groupby(enumerate(configs), lambda pair: pair[1].lr):
-            places = [k for k, _ in same]
-            rows = slice(places[0], places[-1] + 1)
+        for lr, same in itertools.groupby(range(self.trials), lambda k: trials[k].lr):
+            first, *others = same
+            rows = slice(first, first + 1 + len(others))
             parameter = nn.Parameter(self.values[rows])  # (20, N)
             parameter.grad = self.gradient[rows]  # (20, N)
             self.blocks.append((rows, parameter))
-            groups.append({"params": [parameter], "lr": lr, "weight_decay": config.weight_decay})
+            groups.append({"params": [parameter], "lr": lr, "peak": lr, "weight_decay": config.weight_decay})
         self.trial_losses = TRIAL_LOSSES[loss]
         if config.lean is not None and loss is cross_entropy:
             self.trial_losses = partial(self.trial_losses, rows=cast(Lean, config.lean).loss_rows)
@@ -466,23 +458,26 @@ class PackedStep(TrainingStep):
         rows, parameter = next(block for block in self.blocks if k < block[0].stop)
         return parameter, k - rows.start
 
-    def moments(self, k: int) -> dict[str, dict[str, Tensor]]:
-        """Return AdamW's moments of trial k's adapter."""
+    def state(self, k: int) -> dict[str, dict[str, Tensor]]:
+        """Return AdamW's state of each tensor of trial k's adapter."""
         parameter, place = self._row(k)
-        rows = {moment: self.optimizer.state[parameter][moment][place] for moment in MOMENTS}  # (N,) each
+        state = self.optimizer.state[parameter]
+        parts = {moment: self._parts(state[moment][place], k) for moment in MOMENTS}
         return {
-            moment: {name: part.clone() for name, part in self._parts(row, k).items()} for moment, row in rows.items()
+            name: {"step": state["step"].clone()} | {moment: parts[moment][name].clone() for moment in MOMENTS}
+            for name in _factors(self.adapters[k])
         }
 
     def resume(self, paused: Sequence[PackedResult]) -> None:
         """Take up the adapters and moments of trials that have paused at the same step."""
         for rows, parameter in self.blocks:
-            done = parameter.new_tensor(len(paused[0].history.rows) - 1, dtype=torch.float32)  # ()
             state = {moment: torch.zeros_like(parameter) for moment in MOMENTS}  # (20, N) each
             for k in range(rows.start, rows.stop):
                 self._write(self.values[k], k, paused[k].adapter)
                 for moment, of_trials in state.items():
-                    self._write(of_trials[k - rows.start], k, paused[k].moments[moment])
+                    of_trial = {name: own[moment] for name, own in paused[k].state.items()}
+                    self._write(of_trials[k - rows.start], k, of_trial)
+            done = parameter.new_tensor(len(paused[0].history.rows) - 1, dtype=torch.float32)  # ()
             self.optimizer.state[parameter] = {"step": done, **state}
 
     @torch.no_grad()
@@ -545,21 +540,29 @@ def _check_independence(step: PackedStep, task: Task, rows: Tensor) -> None:
         )
 
 
-def _common_layers(model: nn.Module, task: Task, runs: Sequence[Run], configs: Sequence[TrainConfig]) -> list[str]:
-    """Return the names of the layers that all runs adapt."""
-    if not runs:
-        raise ValueError("runs is empty, but a pack needs at least one, such as Run(LoRA(rank=8), lr=1e-3).")
-    for run in runs:
-        if reason := refusal(model, task, run.method, configs[0].autocast):
-            raise PackingError(reason)
-    names = [list(match_layers(model, lora_of(run).targets, lora_of(run).exclude)) for run in runs]
-    for run, adapted in zip(runs, names, strict=True):
-        if adapted != names[0]:
+def _check_pack(model: nn.Module, task: Task, trials: Sequence[Trial]) -> None:
+    """Raise ValueError if trials cannot be a pack."""
+    if not trials:
+        raise ValueError(
+            "trials is empty, but a pack needs at least one, such as Trial(LoRA(rank=8), 1e-3, steps=100)."
+        )
+    first = trials[0]
+    for trial in trials:
+        if common_settings(trial) != common_settings(first):
             raise PackingError(
-                f"{run.method} adapts different layers from {runs[0].method}, but the runs of a pack must adapt the "
-                "same ones; put them into different packs."
+                f"The trials of a pack may differ in rank, alpha, learning rate and seed alone, and {trial} differs "
+                f"from {first} in more; put them into different packs."
             )
-    return names[0]
+    if reason := refusal(model, task, first.method, first.autocast):
+        raise PackingError(reason)
+
+
+def common_settings(trial: Trial) -> tuple[Any, ...]:
+    """Return what the trials of a pack must have in common: all but rank, alpha, learning rate and seed."""
+    method = trial.method
+    method = dataclasses.replace(method, rank=1, alpha=1.0) if isinstance(method, LoRA) else method
+    same = dataclasses.replace(trial, method=method, lr=1.0, seed=0)
+    return same, trial.accumulate, trial.gradient_checkpointing, trial.lean
 
 
 def refusal(model: nn.Module, task: Task, method: Method, autocast: torch.dtype | None = None) -> str | None:
@@ -607,14 +610,14 @@ def adapted_layers(model: nn.Module, method: LoRA) -> dict[str, nn.Linear | Bloc
 
 def _mixing(module: nn.Module) -> str | None:
     """Return why a module would mix the trials of a pack, or None."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return "takes the statistics of the whole batch in training, so trials in one pass would mix"
-    if getattr(module, "track_running_stats", False):
-        return "keeps running statistics in training, which trials in one pass would share"
+    batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    if batch_norm or getattr(module, "track_running_stats", False):
+        return "keeps statistics of the batch in training, which the trials of a pack would share"
     # torch's own dropout keeps its probability as p; attention and recurrent layers, here and in other libraries,
     # keep it under a name with "drop" in it.
-    dropout = isinstance(module, nn.modules.dropout._DropoutNd)
-    for name, value in vars(module).items():
-        if ("drop" in name or (dropout and name == "p")) and isinstance(value, float) and value > 0:
+    own = ["p"] if isinstance(module, nn.modules.dropout._DropoutNd) else []
+    for name in [*own, *(name for name in vars(module) if "drop" in name)]:
+        value = getattr(module, name)
+        if isinstance(value, float) and value > 0:
             return f"has dropout {value:g}, but trials in one pass must not draw at random"
     return None

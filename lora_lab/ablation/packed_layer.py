@@ -51,22 +51,11 @@ class PackedLinear(JointLinear):
 
     def project(self, layers: Sequence[PackedLinear], x: Tensor) -> Sequence[Tensor]:
         """Return the outputs of several packed layers of one input."""
-        self._check_rows(x)
-        factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
-        return _PackedLinears.apply(x, layers, *factors)  # (640, 64) -> a tuple of (640, 128)
+        return _multiply(layers, x)  # (640, 64) -> a tuple of (640, 128)
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
         """Return the output for ``silu(gate) * up``, which is not saved: the backward pass computes it again."""
-        self._check_rows(gate)
-        return _GatedPackedLinear.apply(gate, up, self, self.lora_A, self.lora_B)  # 2 x (8, 64, 1536) -> (8, 64, 576)
-
-    def _check_rows(self, x: Tensor) -> None:
-        trials = len(self.scaling)
-        if len(x) % trials:
-            raise PackingError(
-                f"A layer was given {len(x)} rows, which are not the examples of {trials} trials, as where the first "
-                "dimension of a tensor is not the batch; run the trials separately, with fit."
-            )
+        return _multiply([self], gate, up)[0]  # 2 x (8, 64, 1536) -> (8, 64, 576)
 
     @property
     def weight(self) -> Tensor:
@@ -79,6 +68,18 @@ class PackedLinear(JointLinear):
             "The model reads the weight of an adapted layer instead of calling the layer, and the trials of a pack "
             "have no common weight; run them separately, with fit."
         )
+
+
+def _multiply(layers: Sequence[PackedLinear], x: Tensor, up: Tensor | None = None) -> Sequence[Tensor]:
+    """Return the outputs of packed layers of one input: x, or silu(x) * up."""
+    trials = len(layers[0].scaling)
+    if len(x) % trials:
+        raise PackingError(
+            f"A layer was given {len(x)} rows, which are not the examples of {trials} trials, as where the first "
+            "dimension of a tensor is not the batch; run the trials separately, with fit."
+        )
+    factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
+    return _PackedLinears.apply(x, up, layers, *factors)
 
 
 def _forward(
@@ -133,47 +134,30 @@ def _backward(
 
 
 class _PackedLinears(torch.autograd.Function):
-    """Several packed layers of one input, backward by hand."""
+    """Several packed layers of one x, or of silu(x) * up, of which only x and up are saved; backward by hand."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, layers: Sequence[PackedLinear], *factors: Tensor):
-        outputs, per_trial, narrow = _forward(x, layers, factors)
-        ctx.save_for_backward(per_trial, narrow, *factors)
+    def forward(ctx, x: Tensor, up: Tensor | None, layers: Sequence[PackedLinear], *factors: Tensor):
+        outputs, per_trial, narrow = _forward(x if up is None else F.silu(x).mul_(up), layers, factors)
+        ctx.save_for_backward(per_trial if up is None else x, up, narrow, *factors)
         ctx.layers, ctx.shape = layers, x.shape
         return tuple(outputs)  # (640, 128) each
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gs: Tensor):
-        x, narrow, *factors = ctx.saved_tensors
-        dx, gradients = _backward(gs, x, narrow, ctx.layers, factors, ctx.needs_input_grad[0])
-        return None if dx is None else dx.view(ctx.shape), None, *gradients
-
-
-class _GatedPackedLinear(torch.autograd.Function):
-    """A packed layer of silu(gate) * up, which is computed again in the backward pass."""
-
-    @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor, layer: PackedLinear, *factors: Tensor) -> Tensor:
-        (y,), _, narrow = _forward(F.silu(gate).mul_(up), [layer], factors)
-        ctx.save_for_backward(gate, up, narrow, *factors)
-        ctx.layer = layer
-        return y  # (8, 64, 576)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g: Tensor):
-        gate, up, narrow, *factors = ctx.saved_tensors
-        activated = F.silu(gate)  # (8, 64, 1536)
-        gated = (activated * up).view(len(narrow), -1, gate.shape[-1])  # (8, 64, 1536), trial by trial
-        needs_dx = any(ctx.needs_input_grad[:2])
-        d_gated, gradients = _backward([g], gated, narrow, [ctx.layer], factors, needs_dx)
-        if d_gated is None:
+        x, up, narrow, *factors = ctx.saved_tensors
+        if up is None:
+            dx, gradients = _backward(gs, x, narrow, ctx.layers, factors, ctx.needs_input_grad[0])
+            return None if dx is None else dx.view(ctx.shape), None, None, *gradients
+        activated = F.silu(x)  # (8, 64, 1536)
+        gated = (activated * up).view(len(narrow), -1, x.shape[-1])  # (8, 64, 1536), trial by trial
+        dx, gradients = _backward(gs, gated, narrow, ctx.layers, factors, any(ctx.needs_input_grad[:2]))
+        if dx is None:
             return None, None, None, *gradients
-        d_gated = d_gated.view(gate.shape)  # (8, 64, 1536)
-        d_up = activated.mul_(d_gated)  # (8, 64, 1536)
-        d_gate = torch.ops.aten.silu_backward(d_gated.mul_(up), gate)  # (8, 64, 1536)
-        return d_gate, d_up, None, *gradients
+        dx = dx.view(ctx.shape)  # (8, 64, 1536)
+        d_up = activated.mul_(dx)  # (8, 64, 1536)
+        return torch.ops.aten.silu_backward(dx.mul_(up), x), d_up, None, *gradients  # (8, 64, 1536)
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:

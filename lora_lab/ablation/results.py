@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from typing_extensions import TypedDict
 
@@ -15,6 +15,9 @@ from lora_lab.system.files import as_path, read_json
 from lora_lab.system.schema import Number, check
 from lora_lab.system.wording import count_noun, shortened
 from lora_lab.train import TrainConfig
+
+if TYPE_CHECKING:
+    import pandas
 
 SCHEMA = 1
 # Columns of the table: losses, how a trial went, and where it ran; all others describe the trial.
@@ -67,8 +70,7 @@ def load(folder: str | Path):
         ValueError: a file is damaged or no result, or the folder is no path.
     """
     folder = as_path(folder, "folder")
-    # A killed write leaves a hidden file.
-    paths = sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
+    paths = sorted(folder.glob("[!.]*.json"))  # a killed write leaves a hidden file
     if not paths:
         raise FileNotFoundError(
             f"{shortened(str(folder))} holds no results (files <key>.json); run ablate with this folder first."
@@ -173,3 +175,9 @@ def _rows(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield {**fixed, "step": row["step"], **losses, "seconds": seconds, **at_end} | {
                 "trainable_parameters": history.trainable_parameters,
             }
+
+
+def last_rows(frame: pandas.DataFrame) -> pandas.DataFrame:
+    """Return one row for each trial: its last evaluation, its failure, or its first row if it was stopped."""
+    first = (frame["outcome"] == STOPPED) & ~(frame["step"] > 0)  # of a stopped trial its settings count, no loss
+    return frame[(frame["outcome"] == "failed") | first | (frame["step"] == frame["steps"])]

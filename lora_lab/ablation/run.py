@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import joblib
 import psutil
@@ -37,16 +37,15 @@ from torch import nn
 
 from lora_lab import checkpoint
 from lora_lab.ablation import packed
-from lora_lab.ablation.grid import Run, Trial
+from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.halving import PAUSED, Halving, next_round
-from lora_lab.ablation.packed import adapted_layers, lora_of, refusal
+from lora_lab.ablation.packed import adapted_layers, common_settings, lora_of, refusal
 from lora_lab.ablation.results import OUT_OF_MEMORY, SCHEMA, STOPPED, Scores, read_results, table
 from lora_lab.costs.fake import Factory, copy_sharing_weights, fake_copy
 from lora_lab.costs.memory import Part, predict, saved_bytes
 from lora_lab.history import DivergedError, History
 from lora_lab.inject import adapter_state
 from lora_lab.lean.step import Lean
-from lora_lab.methods import LoRA
 from lora_lab.system.device import own_randomness
 from lora_lab.system.files import as_path, check_writable, write_json
 from lora_lab.system.provenance import bytes_of, commit, device_name, machine_info, version
@@ -56,7 +55,6 @@ from lora_lab.task import Examples, Task
 from lora_lab.train import evaluate, fit, in_autocast, make_step, to_device
 
 Judge = Callable[[nn.Module, Task], Mapping[str, float | str]]
-AnyRun = TypeVar("AnyRun", bound=Run)
 _File = dict[str, Any]  # the content of a trial's file
 _IN_THREADS = "in threads of one process, which share torch's random generators; use processes"
 _BUSY = threading.Lock()  # held while this process runs a trial
@@ -121,9 +119,9 @@ def ablate(
         check_writable(folder, leave=True)
     workers = _count_workers(n_jobs) if missing else 1
 
-    def run(model: nn.Module, trials: Sequence[Trial], pause: _Pause | None = None) -> Generator[_File]:
+    def run(model: nn.Module, trials: Sequence[Trial], *pause: Any) -> Generator[_File]:
         planned = plan(model, data, trials, engine, budget_bytes, workers) if trials else []
-        jobs = [_Job(make, task, part, together, engine, _here(), judge, pause) for part, together in planned]
+        jobs = [_Job(make, task, part, together, engine, _here(), judge, *pause) for part, together in planned]
         return _run_jobs(jobs, n_jobs, timeout_s if workers > 1 else None)
 
     ended = run(model, missing) if halving is None else _run_in_rounds(halving, requested, stored, folder, model, run)
@@ -157,7 +155,7 @@ def _run_in_rounds(
     stored: Mapping[str, _File],
     folder: Path | None,
     model: nn.Module,
-    run: Callable[[nn.Module, Sequence[Trial], _Pause], Generator[_File]],
+    run: Callable[[nn.Module, Sequence[Trial], Path, int | None], Generator[_File]],
 ) -> Generator[_File]:
     """Yield the result of each trial of a sweep with halving as it ends, and last of those that were stopped.
 
@@ -167,27 +165,21 @@ def _run_in_rounds(
     results = dict(stored)
     with nullcontext(folder) if folder is not None else TemporaryDirectory() as place:
         paused = Path(place).resolve() / PAUSED  # workers may run elsewhere
-
-        def forget(key: str) -> None:
-            shutil.rmtree(paused / key, ignore_errors=True)
-            with suppress(OSError):  # others are still paused
-                paused.rmdir()
-
-        while True:
-            due, stopped = next_round(halving, trials, results)
-            if not due:
-                break
+        due, stopped = next_round(halving, trials, results)
+        while due:
             for until, waiting in due.items():
-                with closing(run(model, waiting, _Pause(paused, until))) as ended:
+                with closing(run(model, waiting, paused, until)) as ended:
                     for result in ended:
                         results[result["key"]] = result
                         if result["outcome"] != PAUSED:
                             yield result  # the caller writes it
-                            forget(result["key"])
+                            shutil.rmtree(paused / result["key"], ignore_errors=True)
+            due, stopped = next_round(halving, trials, results)
         for trial, reason in stopped.items():
-            so_far = results.get(trial.key) or _file(trial, model, STOPPED)
-            yield so_far | {"outcome": STOPPED, "reason": reason}
-            forget(trial.key)
+            yield (results.get(trial.key) or _file(trial, model, STOPPED)) | {"outcome": STOPPED, "reason": reason}
+            shutil.rmtree(paused / trial.key, ignore_errors=True)
+        with suppress(OSError):  # there is none, or trials of another sweep are still paused
+            paused.rmdir()
 
 
 # Which trials go together
@@ -209,7 +201,7 @@ def plan(
         return [([trial], False) for trial in trials]
     groups: dict[Any, list[Trial]] = {}
     for trial in trials:
-        groups.setdefault(_common_settings(trial), []).append(trial)
+        groups.setdefault(common_settings(trial), []).append(trial)
     jobs = []
     for group in groups.values():
         reason = refusal(model, task, group[0].method, group[0].autocast)
@@ -237,37 +229,29 @@ def _check_steps(model: nn.Module, task: Task, trials: Sequence[Trial]) -> None:
                 make_step(twin, task.loss, trial.method, trial)
 
 
-def _common_settings(trial: Trial) -> tuple[Any, ...]:
-    """Return what the trials of a pack must have in common: all but rank, alpha, learning rate and seed."""
-    method = trial.method
-    method = replace(method, rank=1, alpha=1.0) if isinstance(method, LoRA) else method
-    same = replace(trial, method=method, lr=1.0, seed=0)
-    return same, trial.accumulate, trial.gradient_checkpointing, trial.lean
+def share_work(model: nn.Module, trials: Sequence[Trial], count: int, most: int) -> list[list[Trial]]:
+    """Cut trials into packs that take about the same time.
 
-
-def share_work(model: nn.Module, runs: Sequence[AnyRun], count: int, most: int) -> list[list[AnyRun]]:
-    """Cut runs into packs that take about the same time.
-
-    Runs of similar rank go together, for they pad each other least. What a run costs is counted in multiply-adds for
-    one row of an adapted layer's input: twice in * out for the frozen weight, 3 rank (in + out) for the adapter.
+    Trials of similar rank go together, for they pad each other least. What a trial costs is counted in multiply-adds
+    for one row of an adapted layer's input: twice in * out for the frozen weight, 3 rank (in + out) for the adapter.
 
     Args:
         model: what they are to be trained on.
-        runs: at least one.
-        count: how many packs, at most one for each run.
-        most: the most runs of a pack; ``count`` packs must be able to hold all.
+        trials: at least one.
+        count: how many packs, at most one for each trial.
+        most: the most trials of a pack; ``count`` packs must be able to hold all.
     """
-    runs = sorted(runs, key=lambda run: lora_of(run).rank, reverse=True)
-    layers = adapted_layers(model, lora_of(runs[0])).values()
+    trials = sorted(trials, key=lambda trial: lora_of(trial).rank, reverse=True)
+    layers = adapted_layers(model, lora_of(trials[0])).values()
     frozen = sum(2 * layer.out_features * layer.in_features for layer in layers)
     sides = sum(layer.out_features + layer.in_features for layer in layers)
-    work = [0, *itertools.accumulate(frozen + 3 * lora_of(run).rank * sides for run in runs)]  # of the first 0, 1, ...
+    work = [0, *itertools.accumulate(frozen + 3 * lora_of(trial).rank * sides for trial in trials)]  # of the first
     cuts = [0]
     for left in range(count - 1, 0, -1):  # packs still to be cut off
         ideal = min(range(len(work)), key=lambda cut: abs(work[cut] - work[-1] * (count - left) / count))
-        lowest, highest = max(cuts[-1] + 1, len(runs) - left * most), min(cuts[-1] + most, len(runs) - left)
+        lowest, highest = max(cuts[-1] + 1, len(trials) - left * most), min(cuts[-1] + most, len(trials) - left)
         cuts.append(min(max(ideal, lowest), highest))
-    return [runs[low:high] for low, high in itertools.pairwise([*cuts, len(runs)])]
+    return [trials[low:high] for low, high in itertools.pairwise([*cuts, len(trials)])]
 
 
 def _fitting(model: nn.Module, task: Task, trials: Sequence[Trial], budget_bytes: int | None, workers: int) -> int:
@@ -375,33 +359,12 @@ class _Job:
     engine: str
     home: tuple[str, int]
     judge: Judge | None = None
-    pause: _Pause | None = None
+    paused: Path | None = None  # of the checkpoints of trials that pause, in a folder for each
+    until: int | None = None  # the step after which to pause
 
-
-@dataclass(frozen=True)
-class _Pause:
-    """Where trials pause, and where their checkpoints are.
-
-    Args:
-        folder: of the checkpoints, a folder for each trial.
-        until: the step after which to pause; None is not to.
-    """
-
-    folder: Path
-    until: int | None
-
-    def checkpoint_dir(self, trial: Trial) -> Path:
+    def checkpoint_dir(self, trial: Trial) -> Path | None:
         """Return the folder of a trial's checkpoint."""
-        return self.folder / trial.key
-
-    def stored(self, trial: Trial) -> History | None:
-        """Return the history of a trial as far as its checkpoint."""
-        return checkpoint.read_history(self.checkpoint_dir(trial))
-
-    def on_row(self, row: Mapping[str, Any]) -> None:
-        """Raise :class:`_PausedError` after the step; its checkpoint has been written by then."""
-        if row["step"] == self.until:
-            raise _PausedError
+        return self.paused and self.paused / trial.key
 
 
 class _PausedError(Exception):
@@ -438,14 +401,7 @@ def _run(job: _Job) -> list[_File]:
 def _file(trial: Trial, model: nn.Module, outcome: str, history: History | None = None, **what: Any) -> _File:
     """Return what the file of a trial holds: how it ended, and where."""
     device = next(model.parameters()).device
-    provenance = {
-        **machine_info(device),
-        "device": device_name(device),
-        "lora_lab": version(),
-        "commit": _commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "engine": "not begun",
-    }
+    here = {"device": device_name(device), "lora_lab": version(), "commit": _commit(), "engine": "not begun"}
     return {
         "schema": SCHEMA,
         "key": trial.key,
@@ -455,7 +411,7 @@ def _file(trial: Trial, model: nn.Module, outcome: str, history: History | None 
         "history": None if history is None else dict(vars(history)),
         "test_loss": None,
         "scores": None,
-        "provenance": provenance,
+        "provenance": machine_info(device) | here | {"date": datetime.now(UTC).isoformat(timespec="seconds")},
         **what,
     }
 
@@ -469,7 +425,7 @@ def _attempt(job: _Job, task: Task, trials: Sequence[Trial], together: bool) -> 
     _check_same("model", fingerprint(model), trials[0].model)
     ended, parts = [], []
     try:
-        ended = _run_pack(job, model, task, trials) if together else [_run_one(job, model, task, trials[0])]
+        ended = _train(job, model, task, trials, together)
     except packed.PackingError:  # only the attempt shows that they cannot be packed
         if job.engine == "packed":
             raise
@@ -490,38 +446,42 @@ def _attempt(job: _Job, task: Task, trials: Sequence[Trial], together: bool) -> 
     return [result for part in parts for result in _attempt(job, task, part, together)]
 
 
+def _train(job: _Job, model: nn.Module, task: Task, trials: Sequence[Trial], together: bool) -> list[_File]:
+    """Train trials, from where they have paused if they have, to where they are to pause or to the end."""
+    stored = {trial: checkpoint.read_history(job.checkpoint_dir(trial)) for trial in trials}
+    parts: dict[int, list[Trial]] = {}
+    for trial, history in stored.items():  # after an interrupt some are further than others
+        parts.setdefault(0 if history is None else len(history.rows) - 1, []).append(trial)
+    ended = []
+    for done, part in parts.items():
+        if job.until is not None and done >= job.until:
+            ended += [_file(trial, model, PAUSED, stored[trial]) for trial in part]
+        elif together:
+            paused = [_read_paused(job, model, task, trial) for trial in part] if done else None
+            results = packed.fit_packed(model, task, part, progress=False, paused=paused, until=job.until)
+            ended += [_end_of_pack(job, model, task, *each) for each in zip(part, results, strict=True)]
+        else:
+            ended += [_run_one(job, model, task, trial) for trial in part]
+    return ended
+
+
 def _run_one(job: _Job, model: nn.Module, task: Task, trial: Trial) -> _File:
-    pause, options = job.pause, {}
-    if pause is not None:
-        stored = pause.stored(trial)
-        if pause.until is not None and stored is not None and len(stored.rows) > pause.until:
-            return _file(trial, model, PAUSED, stored)
-        options = {"checkpoint_dir": pause.checkpoint_dir(trial), "checkpoint_every": pause.until or trial.steps}
-        options["on_row"] = pause.on_row
-        pause.folder.mkdir(parents=True, exist_ok=True)  # for all trials: fit removes what it makes to try the folder
+    place, options = job.checkpoint_dir(trial), {}
+
+    def pause(row: Mapping[str, Any]) -> None:
+        if row["step"] == job.until:  # its checkpoint has been written
+            raise _PausedError
+
+    if place is not None:
+        place.parent.mkdir(parents=True, exist_ok=True)  # for all trials: fit removes what it makes to try the folder
+        options = {"checkpoint_dir": place, "checkpoint_every": job.until or trial.steps, "on_row": pause}
     try:
         history = fit(model, task, trial.method, config=trial, progress=False, **options)
     except _PausedError:
-        return _file(trial, model, PAUSED, pause and pause.stored(trial))
+        return _file(trial, model, PAUSED, checkpoint.read_history(place))
     except DivergedError as error:
         return _file(trial, model, "failed", reason=str(error))
     return _judge(job, trial, model, task, history)
-
-
-def _run_pack(job: _Job, model: nn.Module, task: Task, trials: Sequence[Trial]) -> list[_File]:
-    pause, until = job.pause, None if job.pause is None else job.pause.until
-    parts: dict[int, list[Trial]] = {}
-    for trial in trials:  # after an interrupt some are further than others
-        stored = None if pause is None else pause.stored(trial)
-        parts.setdefault(0 if stored is None else len(stored.rows) - 1, []).append(trial)
-    ended = []
-    for done, part in parts.items():
-        results = [_read_paused(pause, model, task, trial) for trial in part] if pause and done else None
-        if results is None or until is None or done < until:
-            options = {"paused": results, "until": until} if pause else {}
-            results = packed.fit_packed(model, task, part, config=part[0], progress=False, **options)
-        ended += [_end_of_pack(job, model, task, *each) for each in zip(part, results, strict=True)]
-    return ended
 
 
 def _end_of_pack(job: _Job, model: nn.Module, task: Task, trial: Trial, result: packed.PackedResult) -> _File:
@@ -532,25 +492,23 @@ def _end_of_pack(job: _Job, model: nn.Module, task: Task, trial: Trial, result: 
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(result.adapter[name])
-    if job.pause is None or job.pause.until is None:
+            optimizer.state[parameter] = result.state.get(name, {})
+    if job.paused is None or job.until is None:
         return _judge(job, trial, student, task, history)
-    done = torch.tensor(float(len(history.rows) - 1))
-    for name, parameter in parameters.items():
-        optimizer.state[parameter] = {"step": done.clone(), **{key: of[name] for key, of in result.moments.items()}}
     # Without "packed", which fit does not know, so that it can go on from there too.
     settings = {name: value for name, value in history.settings.items() if name != "packed"}
-    checkpoint.save(job.pause.checkpoint_dir(trial), student, optimizer, replace(history, settings=settings))
+    checkpoint.save(job.paused / trial.key, student, optimizer, replace(history, settings=settings))
     return _file(trial, model, PAUSED, history)
 
 
-def _read_paused(pause: _Pause, model: nn.Module, task: Task, trial: Trial) -> packed.PackedResult:
+def _read_paused(job: _Job, model: nn.Module, task: Task, trial: Trial) -> packed.PackedResult:
     """Return what a pack, or fit, had reached with a trial."""
-    history = cast(History, pause.stored(trial))
-    student, optimizer, parameters = _student(model, task, trial)
+    place, (student, optimizer, parameters) = job.checkpoint_dir(trial), _student(model, task, trial)
+    history = cast(History, checkpoint.read_history(place))
     with own_randomness(next(model.parameters()).device, trial.seed):
-        checkpoint.resume(pause.checkpoint_dir(trial), student, optimizer, history)
-    moments = {key: {name: optimizer.state[each][key] for name, each in parameters.items()} for key in packed.MOMENTS}
-    return packed.PackedResult(history, adapter=adapter_state(student), moments=moments)
+        checkpoint.resume(place, student, optimizer, history)
+    state = {name: optimizer.state[parameter] for name, parameter in parameters.items()}
+    return packed.PackedResult(history, adapter=adapter_state(student), state=state)
 
 
 def _student(

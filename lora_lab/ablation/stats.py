@@ -1,10 +1,20 @@
-"""Losses by blocks of examples, and what may be said of them: bounds, intervals and rank correlations.
+r"""Losses by blocks of examples, and what may be said of them: bounds, intervals and the best learning rate.
 
     frame = ablate(model, task, trials, folder, judge=BlockLosses({"validation": 256, "test": 512}))
-    block_losses_of(row, "test")    # of a row of the frame: 64 losses of 8 examples each
+    block_losses_of(row, "test")        # of a row of the frame: 64 losses of 8 examples each
+    print(best_rate(losses_by_rate(frame)))
 
 The mean loss of a few hundred examples depends on the choice of examples as much as on the seed. Trials that are
 compared share their examples, and a bootstrap over seeds and blocks of examples measures both effects.
+
+Around its minimum the loss is nearly a parabola in the logarithm of the learning rate, whereas a grid knows its best
+rate only up to a factor. The vertex of the parabola through the best rate of the grid and its two neighbours is finer:
+from the slopes s of the mean losses on either side, taken at the middles x of the two intervals in log(lr), it is where
+the slope is zero:
+
+    log(lr*) = x_left - s_left (x_right - x_left) / (s_right - s_left)
+
+Its interval is that of the bootstrap (:func:`resampled_means`, which states how far it can be trusted with few seeds).
 """
 
 from __future__ import annotations
@@ -19,7 +29,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from torch import nn
 
-from lora_lab.ablation.results import SCORE
+from lora_lab.ablation.results import SCORE, last_rows
 from lora_lab.task import Task
 from lora_lab.tasks.generate import answers
 from lora_lab.tasks.instruction import PairTask
@@ -115,9 +125,7 @@ def t_bounds(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[f
     return mean, mean - distance, mean + distance
 
 
-def outer_bounds(
-    values: np.ndarray, confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[float, float]:
+def outer_bounds(values: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Return one-sided bounds of a mean over seeds and blocks of examples, each the outer one of two.
 
     One is that of a bootstrap over seeds and blocks, which is too narrow with few seeds, and the other Student's t over
@@ -126,39 +134,36 @@ def outer_bounds(
     Args:
         values: (seeds, blocks).
         confidence: of each bound, as for :func:`t_bounds`.
-        resamples, seed: of the bootstrap.
     """
     _, lower, upper = t_bounds(values.mean(axis=1).tolist(), confidence)
     if lower is None or upper is None:
         return math.nan, math.nan
-    samples = resampled_means(values, resamples, seed)
-    low, high = np.quantile(samples, [1 - confidence, confidence], method="nearest")
+    low, high = np.quantile(resampled_means(values), [1 - confidence, confidence], method="nearest")
     return min(float(low), lower), max(float(high), upper)
 
 
-def resampled_means(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+def resampled_means(values: np.ndarray) -> np.ndarray:
     """Return means over seeds and blocks of examples in samples of a bootstrap, which draws both with replacement.
 
-    The other dimensions of ``values`` share the seeds and the examples, so differences between the means are paired.
-    Noise of a single trial on a single block is counted up to three times, which makes intervals too wide (Owen 2007,
-    "The Pigeonhole Bootstrap", Annals of Applied Statistics 1). Noise of whole trials is drawn from few seeds, which
-    makes intervals too narrow: where nothing else varies, a 95 % interval contains a planted value in three cases of
-    four with three seeds, and in five of six with five.
+    The other dimensions of ``values`` share the seeds and the examples, so differences between the means are paired;
+    and arrays with equal numbers of seeds and blocks share their samples. Noise of a single trial on a single block is
+    counted up to three times, which makes intervals too wide (Owen 2007, "The Pigeonhole Bootstrap", Annals of Applied
+    Statistics 1). Noise of whole trials is drawn from few seeds, which makes intervals too narrow: where nothing else
+    varies, a 95 % interval contains a planted value in three cases of four with three seeds, and in five of six with
+    five.
 
     Args:
         values: (..., seeds, blocks).
-        resamples: how many samples.
-        seed: of the drawing; equal seeds draw equal samples for equal numbers of seeds and blocks.
 
     Returns:
         (..., resamples).
 
     Reference: Efron 1979, "Bootstrap Methods: Another Look at the Jackknife", Annals of Statistics 7, section 2.
     """
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     seeds, blocks = values.shape[-2:]
-    by_seed = random.multinomial(seeds, np.full(seeds, 1 / seeds), resamples)  # (resamples, seeds): how often each
-    by_block = random.multinomial(blocks, np.full(blocks, 1 / blocks), resamples)  # (resamples, blocks)
+    by_seed = random.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES)  # (resamples, seeds): how often each
+    by_block = random.multinomial(blocks, np.full(blocks, 1 / blocks), RESAMPLES)  # (resamples, blocks)
     return np.einsum("...sb,ks,kb->...k", values, by_seed, by_block, optimize=True) / (seeds * blocks)
 
 
@@ -168,87 +173,208 @@ def interval(samples: np.ndarray) -> tuple[float, float]:
     return float(lower), float(upper)
 
 
-def rank_correlations(
-    runs: pandas.DataFrame,
-    target: str,
-    predictors: Sequence[str],
-    group: Sequence[str] = ("setup", "lr"),
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> pandas.DataFrame:
+def rank_correlations(runs: pandas.DataFrame, target: str, predictors: Sequence[str]) -> pandas.DataFrame:
     """Return how well each predictor orders the runs as the target does: Spearman's correlation, with intervals.
 
-    Runs of one setup differ by their seeds alone, so they count as one observation: whole setups are drawn with
-    replacement, left out, and permuted.
+    Runs of one setup differ by their seeds alone, so they count as one observation: the two-sided 95 % intervals are
+    those of a bootstrap that draws whole setups with replacement.
 
     Args:
-        runs: one row a run; a row that lacks the target or a predictor is left out.
+        runs: one row a run, with ``setup`` and ``lr``; a row that lacks the target or a predictor is left out.
         target: the column that is to be predicted.
         predictors: columns; the others are compared with the first.
-        group: columns that runs of the same setup have in common.
-        resamples: of the bootstrap, and how many permutations.
-        seed: of the drawing.
 
     Returns:
-        Columns ``predictor``; ``correlation``; ``lower`` and ``upper`` (two-sided 95 % interval from a bootstrap over
-        setups); ``least`` and ``most`` (each setup left out once); ``p`` (the share of permutations of the setups'
-        means whose correlation is as far from zero as theirs); ``difference``, ``difference_lower`` and
+        Columns ``predictor``, ``correlation``, ``lower`` and ``upper``; and ``difference_lower`` and
         ``difference_upper``: by how much the first predictor's correlation is further from zero, in the same resamples.
 
     Raises:
         ValueError: there are fewer than four setups, or a column is constant.
     """
     import pandas
+    from scipy.stats import rankdata
 
     columns = [target, *predictors]
     runs = runs.dropna(subset=columns)
-    setups = [of_setup[columns].to_numpy(float) for _, of_setup in runs.groupby([*group], dropna=False)]
+    setups = [of_setup[columns].to_numpy(float) for _, of_setup in runs.groupby(["setup", "lr"], dropna=False)]
     if (count := len(setups)) < 4:
         raise ValueError(f"There are runs of {count} setups, but a correlation over setups needs at least four.")
     if constant := [name for name in columns if runs[name].nunique() == 1]:
         raise ValueError(f"{constant[0]!r} is the same in all runs, so it correlates with nothing; leave it out.")
 
     def correlate(drawn: Iterable[int]) -> np.ndarray:
-        return _spearman(np.concatenate([setups[i] for i in drawn]))  # (predictors,)
+        ranks = rankdata(np.concatenate([setups[i] for i in drawn]), axis=0)  # ties share their mean
+        with np.errstate(invalid="ignore", divide="ignore"):  # NaN where a column is constant, as it may be by chance
+            return np.corrcoef(ranks, rowvar=False)[0, 1:]  # (predictors,)
 
-    random, everything = np.random.default_rng(seed), range(count)
-    correlations = correlate(everything)
-    resampled = np.array([correlate(random.integers(count, size=count)) for _ in range(resamples)])
-    left_out = np.array([correlate([i for i in everything if i != without]) for without in everything])
-    means = np.array([values.mean(axis=0) for values in setups])  # (setups, 1 + predictors)
-    permuted = np.array(
-        [_spearman(np.column_stack([random.permutation(means[:, 0]), means[:, 1:]])) for _ in range(resamples)]
-    )  # (resamples, predictors)
-    as_far = np.abs(permuted) >= np.abs(_spearman(means)) - 1e-12  # (resamples, predictors)
-    ahead = np.abs(resampled[:, :1]) - np.abs(resampled)  # (resamples, predictors)
-    (lower, upper), (ahead_lower, ahead_upper) = (
-        np.nanquantile(samples, [_TAIL, 1 - _TAIL], axis=0, method="nearest") for samples in (resampled, ahead)
-    )
-    return pandas.DataFrame(
-        {
-            "predictor": [*predictors],
-            "correlation": correlations,
-            "lower": lower,
-            "upper": upper,
-            "least": np.nanmin(left_out, axis=0),
-            "most": np.nanmax(left_out, axis=0),
-            "p": (1 + as_far.sum(axis=0)) / (1 + resamples),
-            "difference": np.abs(correlations[0]) - np.abs(correlations),
-            "difference_lower": ahead_lower,
-            "difference_upper": ahead_upper,
-        }
-    )
+    random = np.random.default_rng(0)
+    samples = np.array([correlate(random.integers(count, size=count)) for _ in range(RESAMPLES)])
+    ahead = np.abs(samples[:, :1]) - np.abs(samples)  # (resamples, predictors)
+    table = {"predictor": [*predictors], "correlation": correlate(range(count))}
+    for prefix, values in {"": samples, "difference_": ahead}.items():
+        bounds = np.nanquantile(values, [_TAIL, 1 - _TAIL], axis=0, method="nearest")
+        table |= zip((f"{prefix}lower", f"{prefix}upper"), bounds, strict=True)
+    return pandas.DataFrame(table)
 
 
-def _spearman(values: np.ndarray) -> np.ndarray:
-    """Return rank correlations (predictors,) of the first column with each other one of (runs, 1 + predictors).
+# The best learning rate
 
-    NaN where a column is constant, as in a resample it may be.
+
+def losses_by_rate(frame: pandas.DataFrame) -> dict[float, np.ndarray]:
+    """Return rate -> the validation losses of one setup's trials after the last step, (seeds, blocks of examples).
+
+    There are several blocks if the trials were judged by :class:`lora_lab.ablation.stats.BlockLosses`. Only rates that
+    have a result for every seed are there.
+
+    Raises:
+        ValueError: there is no such rate, or the frame has several setups.
     """
-    from scipy.stats import rankdata
+    if "setup" in frame and frame["setup"].nunique() > 1:
+        raise ValueError(f"The frame has the setups {[*frame['setup'].unique()]}, but must have one; select its rows.")
+    losses = {float(lr): values for lr, values in losses_by_seed(last_rows(frame), "lr", "validation").items()}
+    if not losses:
+        raise ValueError("No learning rate has a result for every seed; run the trials that are missing.")
+    return losses
 
-    ranks = rankdata(values, axis=0)  # (runs, 1 + predictors), ties share their mean
-    ranks = ranks - ranks.mean(axis=0)
-    lengths = np.linalg.norm(ranks, axis=0)  # (1 + predictors,)
-    products, norms = ranks[:, 0] @ ranks[:, 1:], lengths[0] * lengths[1:]  # (predictors,)
-    return np.divide(products, norms, out=np.full_like(products, np.nan), where=norms > 0)
+
+@dataclass(frozen=True)
+class BestRate:
+    """The best learning rate, as far as the trials tell.
+
+    Args:
+        tried: the rate of the lowest mean loss among those tried.
+        loss: that mean, in the task's unit.
+        vertex: of the parabola; None if ``tried`` is at an edge.
+        lower, upper: the two-sided 95 % interval of the vertex; None where it reaches beyond the rates tried, and if
+            there is only one loss a rate, so that there is no interval.
+        edge: "smallest" or "largest" where ``tried`` is that of the rates that count, else "".
+        seeds, blocks: how many were resampled.
+    """
+
+    tried: float
+    loss: float
+    vertex: float | None
+    lower: float | None
+    upper: float | None
+    edge: str
+    seeds: int
+    blocks: int
+
+    def __str__(self) -> str:
+        if self.vertex is None:
+            return f"{self.tried:.3g}, the {self.edge} rate tried, so the best may lie beyond"
+        if self.seeds * self.blocks == 1:
+            return f"{self.vertex:.3g} (one loss per rate, so no interval; best rate tried: {self.tried:.3g})"
+        lower = "below all tried" if self.lower is None else f"{self.lower:.3g}"
+        upper = "above all tried" if self.upper is None else f"{self.upper:.3g}"
+        seeds = f"{self.seeds} seed{'s' * (self.seeds > 1)}"
+        return f"{self.vertex:.3g} ({CONFIDENCE:.0%}, {seeds}: {lower} to {upper}; best rate tried: {self.tried:.3g})"
+
+
+def best_rate(losses: Mapping[float, np.ndarray]) -> BestRate:
+    """Return the vertex of the parabola around the rate of the lowest mean loss, with its interval.
+
+    Args:
+        losses: rate -> losses (seeds, blocks), the same seeds and examples for all rates.
+    """
+    rates, values = _stack(losses)
+    means = values.mean(axis=(1, 2))  # (rates,)
+    lowest = int(means.argmin())
+    log_vertex = _log_vertices(np.log(rates), means[:, None])[0]
+    bounds = map(math.exp, interval(sample_vertices(losses)))
+    lower, upper = (bound if 0 < bound < math.inf and values[0].size > 1 else None for bound in bounds)
+    return BestRate(
+        tried=float(rates[lowest]),
+        loss=float(means[lowest]),
+        vertex=float(np.exp(log_vertex)) if math.isfinite(log_vertex) else None,
+        lower=lower,
+        upper=upper,
+        edge="" if math.isfinite(log_vertex) else "largest" if log_vertex > 0 else "smallest",
+        seeds=values.shape[1],
+        blocks=values.shape[2],
+    )
+
+
+def sample_vertices(losses: Mapping[float, np.ndarray]) -> np.ndarray:
+    """Return log(lr*) in each sample of the bootstrap, (resamples,); infinite where the lowest mean is at an edge.
+
+    Setups that were trained on the same seeds and judged on the same examples share their samples, so that differences
+    of these numbers are paired.
+    """
+    rates, values = _stack(losses)
+    return _log_vertices(np.log(rates), resampled_means(values))
+
+
+def slope(samples: Mapping[int, np.ndarray] | Mapping[float, np.ndarray]) -> tuple[float, float, float]:
+    """Return how the best rate goes with one size, such as the rank: p in lr* ~ x^p, as :func:`powers`."""
+    (power,) = powers({(x,): of_size for x, of_size in samples.items()})
+    return power
+
+
+def powers(samples: Mapping[tuple[float, ...], np.ndarray]) -> list[tuple[float, float, float]]:
+    """Return how the best rate goes with several sizes, such as alpha and rank: p and q in lr* ~ x^p y^q.
+
+    By least squares in logarithms. Where a best rate is beyond its grid it may be anywhere there, and so may the power.
+
+    Args:
+        samples: (x, y, ...) -> what :func:`sample_vertices` returned there; more of them than sizes.
+
+    Returns:
+        For each size the median of its power over the samples, NaN if it is beyond the grids, and the bounds of its
+        two-sided 95 % interval, infinite where the grids do not bound it.
+
+    Raises:
+        ValueError: there are too few sizes to fit, or they do not differ.
+    """
+    sizes = np.log(np.array([*samples]))  # (setups, sizes)
+    design = np.column_stack([sizes, np.ones(len(sizes))])
+    if sizes.ndim < 2 or np.linalg.matrix_rank(design) < design.shape[1]:
+        raise ValueError(f"A power cannot be fitted to the sizes {[*samples]}; give more that differ.")
+    vertices = np.array([*samples.values()])  # (setups, resamples)
+    fitted = []
+    for weights in np.linalg.pinv(design)[:-1]:  # (setups,): what each setup contributes to the power of a size
+        with np.errstate(invalid="ignore"):  # beyond two grids in opposite directions: unknown
+            power = np.where(weights[:, None] == 0, 0, weights[:, None] * vertices).sum(axis=0)
+        middle = float(np.median(np.nan_to_num(power, nan=math.inf, posinf=math.inf, neginf=-math.inf)))
+        fitted.append((middle if math.isfinite(middle) else math.nan, *_bounds(power)))
+    return fitted
+
+
+def ratio_interval(above: np.ndarray, below: np.ndarray) -> tuple[float, float]:
+    """Return the two-sided 95 % interval of a ratio of best rates, 0 or infinite where a grid does not bound it.
+
+    Args:
+        above, below: what :func:`sample_vertices` returned for the two, with equal samples.
+    """
+    with np.errstate(invalid="ignore"):  # beyond both grids: nothing is known of the ratio
+        lower, upper = _bounds(above - below)
+    return math.exp(lower), math.exp(upper)
+
+
+def _bounds(samples: np.ndarray) -> tuple[float, float]:
+    """Return the interval of samples; those unknown (NaN) count as the lowest and as the highest."""
+    lower, _ = interval(np.nan_to_num(samples, nan=-math.inf, posinf=math.inf, neginf=-math.inf))
+    _, upper = interval(np.nan_to_num(samples, nan=math.inf, posinf=math.inf, neginf=-math.inf))
+    return lower, upper
+
+
+def _stack(losses: Mapping[float, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return ascending rates, and their losses (rates, seeds, blocks)."""
+    rates = np.array(sorted(losses))
+    return rates, np.array([losses[rate] for rate in rates])
+
+
+def _log_vertices(x: np.ndarray, means: np.ndarray) -> np.ndarray:
+    """Return vertices (samples,) from log rates x (rates,) and mean losses (rates, samples); infinite at an edge."""
+    lowest = means.argmin(axis=0)  # (samples,)
+    vertices = np.where(lowest == 0, -math.inf, math.inf)  # (samples,)
+    (inside,) = np.nonzero((lowest > 0) & (lowest < len(x) - 1))
+    i = lowest[inside]
+    left, here, right = (means[i + side, inside] for side in (-1, 0, 1))
+    falling, rising = (here - left) / (x[i] - x[i - 1]), (right - here) / (x[i + 1] - x[i])
+    middle_left, middle_right = (x[i - 1] + x[i]) / 2, (x[i] + x[i + 1]) / 2
+    curvature = rising - falling
+    # Three equal losses have no vertex; the middle one is as good as any.
+    share = np.divide(-falling, curvature, out=np.full_like(curvature, 0.5), where=curvature > 0)
+    vertices[inside] = middle_left + share * (middle_right - middle_left)
+    return vertices

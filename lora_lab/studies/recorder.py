@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cache, partial
 from importlib import import_module
-from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
@@ -23,7 +22,7 @@ import torch
 from torch import nn
 
 from lora_lab.ablation import studies
-from lora_lab.ablation.compare import Grids, Study, compare_tuned, label_setups, last_rows, tune_by_seed
+from lora_lab.ablation.compare import Grids, Study, ablate_setups, compare_tuned, last_rows, tune_by_seed
 from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.results import SCORE
 from lora_lab.ablation.run import ablate
@@ -337,15 +336,15 @@ class CurveSweep(Sweep):
         ``edge`` is where in its grid the chosen rate of a setup lies, as of
         :class:`lora_lab.ablation.compare.Choice`, and ``chosen`` whether the trial is at that rate.
         """
-        train, best = partial(self._train, device, folder), None
+        train, choices = partial(self._train, device, folder), {}
         if self.judging:
-            choosing, best = tune_by_seed(
+            choosing, choices = tune_by_seed(
                 lambda seed, lrs: train([seed], lrs), self.lrs, self.choosing, self.widen, self.by
             )
         else:
             choosing = (train(seeds, self.lrs) for seeds in self._together(self.choosing))
-        chosen = {} if best is None else best.set_index("setup").to_dict()
-        lrs, edges = chosen.get("lr", {}), chosen.get("edge", {})
+        lrs = {setup: cast(float, choice.lr) for setup, choice in choices.items()}
+        edges = {setup: choice.edge for setup, choice in choices.items()}
         at_chosen = {setup: [lr] for setup, lr in lrs.items()}
         judging = (train(seeds, at_chosen) for seeds in self._together(self.judging) if lrs)
         for stage, frames in (("choosing", choosing), ("judging", judging)):
@@ -368,9 +367,9 @@ class CurveSweep(Sweep):
                 for setup, rates in lrs.items()
                 if starts[setup] is start
             }
-            every, options = [*chain(*trials.values())], {"n_jobs": studies.processes(device), **self.options}
-            table = ablate(start(seeds[0], device), partial(self.task, seeds[0]), every, folder, **options)
-            frames.append(label_setups(table, trials))
+            options = {"n_jobs": studies.processes(device), **self.options}
+            task = partial(self.task, seeds[0])
+            frames.append(ablate_setups(start(seeds[0], device), task, trials, folder, **options))
         return pandas.concat(frames, ignore_index=True)
 
 

@@ -1,6 +1,7 @@
 """Rates that are chosen, setups that are compared, and verdicts: planted answers, scipy and loops as oracles."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pandas
@@ -92,7 +93,7 @@ def without(frame, rank, lr, seed):
     return frame[~((frame["rank"] == rank) & (frame["lr"] == lr) & (frame["seed"] == seed))]
 
 
-def statuses(verdict):
+def statuses_of(verdict):
     return {one.rank: one.status for one in verdict.ranks}
 
 
@@ -132,7 +133,7 @@ def test_five_seeds_are_enough_when_trials_are_paired_and_twenty_are_not_when_th
         own = lost["rank"] == rank
         lost.loc[own, "seed"] = names[lost.loc[own, "seed"]]
     assert smallest_sufficient_rank(lost).rank is None
-    assert statuses(smallest_sufficient_rank(lost))[4] == "open"
+    assert statuses_of(smallest_sufficient_rank(lost))[4] == "open"
 
 
 def test_one_seed_is_always_undecided():
@@ -141,34 +142,33 @@ def test_one_seed_is_always_undecided():
         assert verdict.rank is None
         assert verdict.answer == "undecided"
         assert "more seeds needed: one seed" in verdict.reason
-        assert set(statuses(verdict).values()) == {"open", "reference"}
+        assert set(statuses_of(verdict).values()) == {"open", "reference"}
     assert smallest_sufficient_rank(frame_of(PLANTED, seeds=2, shared=0, own=0)).rank == 4
 
 
-def test_much_noise_is_undecided_and_says_so():
-    verdict = smallest_sufficient_rank(frame_of(PLANTED, own=0.05))
-    assert verdict.rank is None
-    assert "more seeds needed: no smaller rank is shown to be enough, and rank" in verdict.reason
-    assert statuses(verdict)[1] == "too small"
-
-
-def test_a_smaller_rank_that_is_still_open_is_named():
-    frame = frame_of({1: 0.25, 2: 0.011, 4: 0.0, 16: 0.0}, own=0.003, seeds=4)
+@pytest.mark.parametrize(
+    ("frame", "rank", "statuses", "reason"),
+    [
+        (frame_of(PLANTED, own=0.05), None, {1: "too small"}, "no smaller rank is shown to be enough, and rank 2"),
+        (
+            frame_of({1: 0.25, 2: 0.011, 4: 0.0, 16: 0.0}, own=0.003, seeds=4),
+            4,
+            {1: "too small", 2: "open", 4: "enough", 16: "reference"},
+            "rank 2 is not settled",
+        ),
+        (frame_of(FULL), 16, {8: "too small", 16: "reference"}, "a larger one may be better still"),
+    ],
+)
+def test_the_answer_says_what_is_open(frame, rank, statuses, reason):
     verdict = smallest_sufficient_rank(frame)
-    assert statuses(verdict) == {1: "too small", 2: "open", 4: "enough", 16: "reference"}
-    assert verdict.rank == 4
-    assert verdict.reason.endswith("above that of rank 16; rank 2 is not settled by these seeds.")
+    assert verdict.rank == rank
+    assert statuses.items() <= statuses_of(verdict).items()
+    assert reason in verdict.reason
 
 
 def test_the_margin_is_the_callers():
     frame = frame_of(PLANTED, own=0.001)
     assert [smallest_sufficient_rank(frame, margin).rank for margin in (0.01, 0.1, 0.4)] == [4, 2, 1]
-
-
-def test_when_all_ranks_lose_the_largest_is_the_answer():
-    verdict = smallest_sufficient_rank(frame_of(FULL))
-    assert verdict.rank == 16
-    assert verdict.reason == "every smaller rank loses more than 0.01 against it; a larger one may be better still."
 
 
 # The numbers
@@ -222,37 +222,27 @@ def test_the_rate_is_chosen_on_validation_and_the_rank_judged_on_test():
     assert verdict.rank == 4
     # And the other way round: at the chosen rate only the test loss counts.
     frame.loc[(frame["rank"] == 4) & (frame.lr == 0.01) & (frame.step == 20), "test_loss"] += 0.3
-    assert statuses(smallest_sufficient_rank(frame))[4] == "too small"
+    assert statuses_of(smallest_sufficient_rank(frame))[4] == "too small"
     assert smallest_sufficient_rank(frame).rank == 8
-
-
-def test_of_rates_that_tie_the_smaller_is_taken():
-    frame = frame_of(PLANTED, own=0.0, lrs=(0.01, 0.02))
-    frame.loc[:, "validation_loss"] = 1.0
-    assert {one.lr for one in smallest_sufficient_rank(frame).ranks} == {0.01}
-    assert {one.lr for one in smallest_sufficient_rank(frame.iloc[::-1]).ranks} == {0.01}
 
 
 # Failed and missing trials
 
 
-def test_a_rate_with_a_failed_seed_does_not_count_and_another_takes_its_place():
-    frame = fail(frame_of(PLANTED, own=0.001), 1, 0.01, 2)
+def without_loss(frame, rank, lr, seed, name="test_loss"):
+    lost = (frame["rank"] == rank) & (frame["lr"] == lr) & (frame["seed"] == seed)
+    return frame.assign(**{name: frame[name].mask(lost)})
+
+
+@pytest.mark.parametrize("spoil", [fail, without, without_loss, partial(without_loss, name="validation_loss")])
+def test_a_rate_that_lacks_a_seed_does_not_count_and_another_takes_its_place(spoil):
+    frame = frame_of(PLANTED, own=0.001)
     frame.loc[(frame["rank"] == 1) & (frame.lr == 0.01), "test_loss"] -= 9  # so good that it would win
-    verdict = smallest_sufficient_rank(frame)
+    verdict = smallest_sufficient_rank(spoil(frame, 1, 0.01, 2))
     assert verdict.ranks[0].lr in (0.003, 0.03)
     assert verdict.ranks[0].status == "too small"
     assert verdict.rank == 4
     assert "rank 1: lr 0.01 does not count (no result for seed 2)." in verdict.notes
-
-
-@pytest.mark.parametrize("lost", ["test_loss", "validation_loss"])
-def test_a_trial_that_is_done_but_lacks_a_loss_does_not_count(lost):
-    frame = frame_of(PLANTED, own=0.001)
-    frame.loc[(frame["rank"] == 2) & (frame.lr == 0.01) & (frame.seed == 1), lost] = np.nan
-    verdict = smallest_sufficient_rank(frame)
-    assert verdict.ranks[1].lr in (0.003, 0.03)
-    assert "rank 2: lr 0.01 does not count (no result for seed 1)." in verdict.notes
 
 
 @pytest.mark.parametrize("spoil", [fail, without])
@@ -261,7 +251,7 @@ def test_a_rank_with_gaps_at_every_rate_cannot_win(spoil):
     for lr, seed in ((0.003, 0), (0.01, 1), (0.03, 4)):
         frame = spoil(frame, 4, lr, seed)
     verdict = smallest_sufficient_rank(frame)
-    assert statuses(verdict)[4] == "not judged"
+    assert statuses_of(verdict)[4] == "not judged"
     assert verdict.rank == 8
     assert verdict.reason.endswith("rank 4 is not settled by these seeds.")
     told = "no learning rate has a result for every seed: lr 0.003 does not count (no result for seed 0), lr 0.01"
@@ -276,7 +266,7 @@ def test_without_the_largest_rank_there_is_nothing_to_compare_with():
     verdict = smallest_sufficient_rank(frame)
     assert verdict.rank is None
     assert verdict.reason == "the largest rank, 16, has no learning rate with a result for every seed: run those first."
-    assert set(statuses(verdict).values()) == {"not judged"}
+    assert set(statuses_of(verdict).values()) == {"not judged"}
     assert verdict.ranks[2].note == "the largest rank has no result to compare it with"
 
 
@@ -291,23 +281,18 @@ def test_a_failed_seed_is_not_forgotten_where_it_failed_for_all():
 # Notes and text
 
 
-def test_notes_tell_of_rates_at_the_edge_and_untuned_ones():
+@pytest.mark.parametrize(
+    ("lrs", "note"),
+    [
+        ((0.01, 0.03), "rank 1, 2, 4, 8, 16 is the smallest tried"),
+        ((0.003, 0.01), "rank 1, 2, 4, 8, 16 is the largest tried"),
+        ((0.01,), "only one learning rate was tried for rank 1, 2, 4, 8, 16"),
+    ],
+)
+def test_notes_tell_of_rates_at_the_edge_and_untuned_ones(lrs, note):
+    (found,) = smallest_sufficient_rank(frame_of(PLANTED, lrs=lrs)).notes
+    assert note in found
     assert smallest_sufficient_rank(frame_of(PLANTED)).notes == ()
-    edge = smallest_sufficient_rank(frame_of(PLANTED, lrs=(0.01, 0.03)))
-    assert edge.notes == (
-        "the best learning rate of ranks 1, 2, 4, 8 and 16 is the smallest tried, so a better one may lie beyond.",
-    )
-    assert "is the largest tried" in smallest_sufficient_rank(frame_of(PLANTED, lrs=(0.003, 0.01))).notes[0]
-    assert (
-        "only one learning rate was tried for ranks 1, 2"
-        in smallest_sufficient_rank(frame_of(PLANTED, lrs=(0.01,))).notes[0]
-    )
-
-
-def test_results_of_several_machines_are_no_mixture():
-    frame = frame_of(PLANTED)
-    assert frame["device"].nunique() == 5
-    assert smallest_sufficient_rank(frame).rank == 4
 
 
 def test_methods_are_judged_one_at_a_time():
@@ -336,7 +321,7 @@ def test_a_linear_teachers_rank_is_found_live(planted_rank, answer):
     frame = ablate(linear, task, grid, engine="separate")
     verdict = smallest_sufficient_rank(frame)
     assert verdict.rank == answer, str(verdict)
-    assert statuses(verdict)[1] == statuses(verdict)[2] == "too small"
+    assert statuses_of(verdict)[1] == statuses_of(verdict)[2] == "too small"
     # The numbers are those of fit: one trial once more, by hand.
     model = linear()
     fit(model, task, LoRA(rank=4, alpha=4), steps=150, lr=0.03, batch_size=32, seed=1)
@@ -421,7 +406,7 @@ def test_a_difference_of_zero_is_rarely_called_one_though_seeds_are_few():
     for _ in range(100):
         full, lora = (random.normal(2, 0.01, (3, 1)) + np.zeros((3, 5)) for _ in range(2))
         wrong += of_lora({"full": full, "LoRA": lora})["verdict"] in ("lower", "higher")
-        lower, upper = interval(resampled_means(lora - full, 200))
+        lower, upper = interval(resampled_means(lora - full))
         by_bootstrap += not lower <= 0 <= upper
     assert wrong <= 12
     assert by_bootstrap > 15

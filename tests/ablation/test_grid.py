@@ -182,26 +182,16 @@ def test_a_method_that_a_user_has_written_comes_back_too():
 
 
 @pytest.mark.parametrize("steps", [1, 7, 40])
-def test_a_trial_says_what_fit_would_have_done(steps):
-    one = trial(LoRA(rank=2), steps=steps)
-    model = DigitsMLP(width=4)
+def test_a_trial_says_what_fit_would_have_done_and_is_a_config(steps):
+    one, model = trial(LoRA(rank=2), seed=2, steps=steps), DigitsMLP(width=4)
     task = planted(model, rank=1, n_train=16)
-    history = fit(model, task, one.method, steps=steps, lr=0.01)
-    assert one.settings() == history.settings
-
-
-def test_a_trial_is_a_method_and_a_config():
-    config = TrainConfig(lr=0.01, steps=100, clip=None)
-    one = Trial(LoRA(rank=4), **vars(config))
-    assert one == trial(clip=None) != trial()
-    model = DigitsMLP(width=4)
-    task = planted(model, rank=1, n_train=16)
-    small = trial(steps=3, seed=2)
-    histories = [
-        fit(copy.deepcopy(model), task, LoRA(rank=4), each) for each in (small, TrainConfig(**small.settings()))
-    ]
-    assert histories[0].settings == histories[1].settings == small.settings()
-    assert [row["train_loss"] for row in histories[0].rows] == [row["train_loss"] for row in histories[1].rows]
+    said, done = (
+        fit(copy.deepcopy(model), task, one.method, **how)
+        for how in ({"config": one}, {"steps": steps, "lr": 0.01, "seed": 2})
+    )
+    assert one.settings() == said.settings == done.settings
+    assert [row["train_loss"] for row in said.rows] == [row["train_loss"] for row in done.rows]
+    assert Trial(LoRA(rank=4), **vars(TrainConfig(lr=0.01, steps=100, clip=None))) == trial(clip=None) != trial()
 
 
 def test_numpys_numbers_become_pythons():

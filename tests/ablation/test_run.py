@@ -696,17 +696,17 @@ def fake_packs(monkeypatch, most=99, refuse=lambda trials: False):
     """A pack that runs its trials one by one, and the sizes of the packs that were asked for."""
     sizes = []
 
-    def fit_packed(model, task, runs, *, progress, **options):
-        sizes.append(len(runs))
-        if refuse(runs):
+    def fit_packed(model, task, trials, **_):
+        sizes.append(len(trials))
+        if refuse(trials):
             raise packed.PackingError("these cannot be packed after all")
-        if len(runs) > most:
-            raise MemoryError(f"{len(runs)} are too many")
+        if len(trials) > most:
+            raise MemoryError(f"{len(trials)} are too many")
         results = []
-        for one in runs:
+        for one in trials:
             own = copy.deepcopy(model)
             try:
-                history = fit(own, task, one.method, lr=one.lr, seed=one.seed, **options)
+                history = fit(own, task, one.method, one)
             except run.DivergedError as error:
                 results.append(packed.PackedResult(None, error))
             else:
@@ -762,59 +762,48 @@ def test_packs_fit_the_budget_and_the_frozen_weights_count_once(monkeypatch):
     assert sizes == [4, 4, 4]
 
 
+def sizes_of(trials, budget_bytes=None, workers=1, model=None):
+    """How many trials each planned job has, a pack if there are several."""
+    plan = run.plan(model or MODEL(), small_task(), list(trials), "auto", budget_bytes, workers)
+    assert sorted(trial.key for job, _ in plan for trial in job) == sorted(trial.key for trial in trials)
+    assert all(together == (len(job) > 1) for job, together in plan)
+    return [len(job) for job, _ in plan]
+
+
 def test_the_memory_of_small_packs_is_not_predicted_and_of_others_it_is(monkeypatch):
-    model, task, trials = MODEL(), small_task(), list(grid(seeds=range(3)))
-    predicted = []
-    predict = run.predict
+    predicted, predict, state = [], run.predict, torch.get_rng_state()
     monkeypatch.setattr(run, "predict", lambda *a, **o: predicted.append(o["batch"]) or predict(*a, **o))
-
-    def sizes(budget_bytes, **options):
+    # Far below the budget; not by far; and with adapters that are larger than the model.
+    for budget, ranks, calls in ((2**30, (1, 3), 0), (2**20, (1, 3), 1), (2**27, (1024,), 1)):
         predicted.clear()
-        chosen = list(grid(seeds=range(3), **options)) if options else trials
-        return [len(job) for job, _ in run.plan(model, task, chosen, "auto", budget_bytes, 1)]
-
-    state = torch.get_rng_state()
-    assert sizes(2**30) == [6]
-    assert not predicted
+        assert sizes_of(grid(ranks=ranks, seeds=range(3)), budget) == [3 * len(ranks)]
+        assert len(predicted) == calls
     assert torch.equal(torch.get_rng_state(), state)
-    assert sizes(2**20) == [6]  # it fits as well, but not by far
-    assert len(predicted) == 1
-    assert sizes(2**27, ranks=(1024,)) == [3]  # adapters that are larger than the model
-    assert len(predicted) == 1
-    assert max(sizes(2**13)) < 6
+    assert max(sizes_of(grid(seeds=range(3)), 2**13)) < 6
 
 
 def test_a_pack_of_long_trials_is_small_unless_its_model_is(monkeypatch):
-    def sizes(steps, device="cpu"):
-        trials = list(grid(seeds=range(3), steps=steps))
-        return [len(job) for job, _ in run.plan(MODEL().to(device), small_task(), trials, "auto", None, 1)]
+    def of_steps(steps, model=None):
+        return sizes_of(grid(seeds=range(3), steps=steps), model=model)
 
-    assert sizes(5000) == [6]  # the whole study takes seconds
+    assert of_steps(5000) == [6]  # the whole study takes seconds
     monkeypatch.setattr(run, "_is_small", lambda *_: False)
-    assert [sizes(steps) for steps in (500, 1000, 1500, 5000)] == [[6], [3, 3], [2, 2, 2], [1] * 6]
-    assert sizes(5000, "meta") == [6]  # as on a GPU, where an hour has far more steps
+    assert [of_steps(steps) for steps in (500, 1000, 1500, 5000)] == [[6], [3, 3], [2, 2, 2], [1] * 6]
+    assert of_steps(5000, MODEL().to("meta")) == [6]  # as on a GPU, where an hour has far more steps
 
 
-def test_packs_are_shared_among_workers_and_bounded(monkeypatch):
-    model, task = MODEL(), small_task()
-
-    def sizes(count, workers, **options):
-        trials = grid(ranks=(1, 4), seeds=range(count // 2), **options)
-        plan = run.plan(model, task, list(trials), "auto", None, workers)
-        assert sorted(t.key for job, _ in plan for t in job) == sorted(t.key for t in trials)
-        assert all(together == (len(job) > 1) for job, together in plan)
-        return [len(job) for job, _ in plan]
-
-    assert sizes(12, 1) == [12]
-    assert sizes(12, 2) == [5, 7]  # of rank 4, and of both: about the same work
-    assert sizes(12, 5) == [2, 2, 2, 3, 3]
-    assert sizes(12, 12) == [1] * 12
-    assert sizes(100, 1) == [22, 21, 27, 30]
-    plan = run.plan(model, task, list(grid(ranks=(1, 4), seeds=range(6))), "auto", None, 2)
-    assert [[t.method.rank for t in job] for job, _ in plan] == [
-        [4] * 5,
-        [4] + [1] * 6,
-    ]  # ranks that pad each other little
+def test_packs_are_shared_among_workers_and_bounded():
+    for count, workers, expected in (
+        (12, 1, [12]),
+        (12, 2, [5, 7]),  # of rank 4, and of both: about the same work
+        (12, 5, [2, 2, 2, 3, 3]),
+        (12, 12, [1] * 12),
+        (100, 1, [22, 21, 27, 30]),
+    ):
+        assert sizes_of(grid(ranks=(1, 4), seeds=range(count // 2)), workers=workers) == expected
+    plan = run.plan(MODEL(), small_task(), list(grid(ranks=(1, 4), seeds=range(6))), "auto", None, 2)
+    ranks = [[trial.method.rank for trial in job] for job, _ in plan]
+    assert ranks == [[4] * 5, [4] + [1] * 6]  # which pad each other little
 
 
 def test_a_pack_too_large_for_the_memory_is_halved(monkeypatch):
@@ -827,7 +816,7 @@ def test_a_pack_too_large_for_the_memory_is_halved(monkeypatch):
 
 
 def test_what_only_the_attempt_shows_to_be_no_pack_runs_apart(monkeypatch):
-    sizes = fake_packs(monkeypatch, refuse=lambda runs: True)
+    sizes = fake_packs(monkeypatch, refuse=lambda trials: True)
     frame = apart(grid(), engine="auto")
     same(frame, apart(grid()))
     assert sizes == [4]

@@ -188,10 +188,7 @@ def test_a_headline_follows_the_rates_that_were_picked():
         (1e-2, 1e-2): '"LoRA r=8 overfits LESS than full!"',
         (1e-3, 1e-2): '"LoRA r=8 overfits MORE than full!"',
     }
-    assert legend(ax) == [
-        "full, rate 0.001: lowest 1.00, rise 1.00",
-        "LoRA r=8, rate 0.01: lowest 1.00, rise 2.50",
-    ]
+    assert legend(ax) == ["full, rate 0.001: lowest 1.00, rise 1.00", "LoRA r=8, rate 0.01: lowest 1.00, rise 2.50"]
     full, lora = ax.get_lines()
     assert points(full) == [(0, 3.0), (10, 1.0), (20, 2.0)]
     assert points(lora) == [(0, 3.0), (10, 1.0), (20, 3.5)]

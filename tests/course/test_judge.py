@@ -14,18 +14,7 @@ import torch
 
 from lora_lab.course import judge as module
 from lora_lab.course.exercise import EXERCISES, Exercise
-from lora_lab.course.judge import (
-    TimeUp,
-    call,
-    difference,
-    factor,
-    file_of,
-    judge,
-    limited,
-    same,
-    short_text,
-    size,
-)
+from lora_lab.course.judge import TimeUp, call, difference, factor, file_of, judge, limited, same, short_text, size
 
 needs_alarm = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no SIGALRM on this system")
 
@@ -263,10 +252,7 @@ def test_what_is_printed_while_a_property_fails_is_shown_and_nothing_before(regi
     def solution(fail):
         return False
 
-    properties = [
-        (lambda answer, rng: answer(False) is False, "Never."),
-        (lambda answer, rng: not answer(True), "No."),
-    ]
+    properties = [(lambda answer, rng: answer(False) is False, "Never."), (lambda answer, rng: not answer(True), "No.")]
     assert judge(register(solution, properties=properties), answer).printed == "fail: True\n"
     error = (lambda answer, rng: answer("by an error"), "No.")
     assert judge(register(solution, "another", properties=[error]), answer).printed == "fail: by an error\n"

@@ -114,10 +114,7 @@ def test_a_learners_copy_remembers(capsys, tmp_path, monkeypatch):
     }
 
 
-@pytest.mark.parametrize(
-    "damage",
-    ["", "{", "[]", '{"gradient": 3}', '{"gradient": "half"}'],
-)
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"gradient": 3}', '{"gradient": "half"}'])
 @pytest.mark.parametrize("first", ["check", "progress"])
 def test_a_damaged_file_is_moved_aside_and_that_is_said_once(damage, first, capsys, tmp_path):
     (tmp_path / MANIFEST).write_text("{}", encoding="utf-8")

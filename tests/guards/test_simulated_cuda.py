@@ -18,8 +18,7 @@ import torch
 import lora_lab as ll
 import tests.simulated_cuda as simulation
 from lora_lab import Lean, memory, rank, speed
-from lora_lab.ablation import Grid, studies
-from lora_lab.ablation.packed import Run, fit_packed
+from lora_lab.ablation import Grid, Trial, fit_packed, studies
 from lora_lab.costs import cost_model, fake, flops, timing
 from lora_lab.costs.setup import Setup
 from lora_lab.models import quantize, shapes
@@ -337,10 +336,10 @@ def test_a_run_is_stopped_and_goes_on_with_the_same_numbers(gpu, tmp_path, monke
 @pytest.mark.parametrize("make", [Llama, DigitsTransformer, DigitsMLP])
 def test_packed_trials_give_the_cpus_numbers(gpu, make):
     task, model = (TASK, Llama(SHAPE)) if make is Llama else (ll.tasks.digits(), make())
-    runs = [Run(ll.LoRA(2), 1e-3), Run(ll.RsLoRA(4), 3e-3, seed=1)]
-    options = {"steps": 2, "eval_every": 2, "eval_examples": 4, "progress": False}
-    expected = [losses(result.history) for result in fit_packed(model, task, runs, **options)]
-    assert [losses(result.history) for result in fit_packed(there(model), task, runs, **options)] == expected
+    options = {"steps": 2, "eval_every": 2, "eval_examples": 4}
+    trials = [Trial(ll.RsLoRA(2), 1e-3, **options), Trial(ll.RsLoRA(4), 3e-3, 1, **options)]
+    expected, found = (fit_packed(each, task, trials, progress=False) for each in (model, there(model)))
+    assert [losses(result.history) for result in found] == [losses(result.history) for result in expected]
 
 
 @pytest.mark.parametrize("engine", ["separate", "packed"])

@@ -12,8 +12,7 @@ import torch
 from lora_lab import FullFineTuning, LoRA, fit, records
 from lora_lab.ablation import Trial, studies
 from lora_lab.ablation.compare import compare_losses
-from lora_lab.ablation.learning_rate import best_rate, losses_by_rate
-from lora_lab.ablation.stats import BlockLosses, block_losses_of
+from lora_lab.ablation.stats import BlockLosses, best_rate, block_losses_of, losses_by_rate
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
 from lora_lab.studies import forgetting, recorder, tuned

@@ -15,18 +15,6 @@ training_wrote     11 what training wrote into the weights
 which_rate         12 which learning rate
 """
 
-from lora_lab.course.exercises import (  # noqa: F401, I001  # in the order of the lessons
-    first_look,
-    low_rank,
-    fine_tuning,
-    lora_from_scratch,
-    memory,
-    speed,
-    which_rank,
-    overfitting,
-    forgetting,
-    many_tasks,
-    variants,
-    training_wrote,
-    which_rate,
-)
+# ruff: noqa: F401, I001  # in the order of the lessons
+from lora_lab.course.exercises import first_look, low_rank, fine_tuning, lora_from_scratch, memory, speed, which_rank
+from lora_lab.course.exercises import overfitting, forgetting, many_tasks, variants, training_wrote, which_rate

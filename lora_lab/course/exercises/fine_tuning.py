@@ -1,7 +1,5 @@
 """Exercises of lesson 02: why one fine-tunes, and how to do it fairly."""
 
-from __future__ import annotations
-
 import copy
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Exercises of lesson 00: a first look."""
 
-from __future__ import annotations
-
 import torch
 
 from lora_lab.course.exercise import Exercise, Reflection, close, normal

@@ -1,7 +1,5 @@
 """Exercises of lesson 08: forgetting."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch.nn import functional as F

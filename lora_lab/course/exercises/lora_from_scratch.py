@@ -1,7 +1,5 @@
 """Exercises of lesson 03: LoRA, line by line."""
 
-from __future__ import annotations
-
 import copy
 import math
 from functools import lru_cache
@@ -852,10 +850,7 @@ def has_the_right_base(repair, rng):
     return notes.held[0] > 0 and "base" not in notes.problems
 
 
-@repair.must(
-    "No gradient was computed. Call loss.backward() before optimizer.step().",
-    ("loss.backward()", "pass"),
-)
+@repair.must("No gradient was computed. Call loss.backward() before optimizer.step().", ("loss.backward()", "pass"))
 def goes_backward(repair, rng):
     return treated(repair, rng).backward
 

@@ -1,7 +1,5 @@
 """Exercises of lesson 01: matrices of low rank."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

@@ -1,7 +1,5 @@
 """Exercises of lesson 09: one base, many tasks."""
 
-from __future__ import annotations
-
 import random  # noqa: F401
 
 import numpy as np

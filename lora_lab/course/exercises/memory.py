@@ -1,7 +1,5 @@
 """Exercises of lesson 04: the memory of a training step."""
 
-from __future__ import annotations
-
 import numpy as np  # noqa: F401  # for an edit
 
 from lora_lab.course.exercise import Exercise, Reflection

@@ -1,7 +1,5 @@
 """Exercises of lesson 07: overfitting."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from lora_lab.course.exercise import Exercise, Reflection, close

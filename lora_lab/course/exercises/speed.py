@@ -1,7 +1,5 @@
 """Exercises of lesson 05: the time of a training step."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

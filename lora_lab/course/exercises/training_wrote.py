@@ -1,7 +1,5 @@
 """Exercises of lesson 11: what training wrote into the weights."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np  # noqa: F401

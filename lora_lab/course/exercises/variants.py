@@ -1,7 +1,5 @@
 """Exercises of lesson 10: variants of LoRA."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -142,10 +140,7 @@ def trains_B(LoRAFA, rng):
     return layer_of(LoRAFA, rng).lora_B.requires_grad
 
 
-@lora_fa.must(
-    "A is zero, so B never gets a gradient. Keep A's random start.",
-    (FROZEN, f"nn.init.zeros_({FROZEN})"),
-)
+@lora_fa.must("A is zero, so B never gets a gradient. Keep A's random start.", (FROZEN, f"nn.init.zeros_({FROZEN})"))
 def has_an_A(LoRAFA, rng):
     return bool(layer_of(LoRAFA, rng).lora_A.any())
 
@@ -239,10 +234,7 @@ def has_three_parts(pissa, rng):
     return True
 
 
-@pissa.must(
-    "The largest part is there twice, in W and in B A. Subtract it from the frozen weight.",
-    (REST, "W"),
-)
+@pissa.must("The largest part is there twice, in W and in B A. Subtract it from the frozen weight.", (REST, "W"))
 def subtracts(pissa, rng):
     W, _, _, rest, _, _ = parted(pissa, rng)
     return not close(rest, W)

@@ -1,7 +1,5 @@
 """Exercises of lesson 06: which rank is enough."""
 
-from __future__ import annotations
-
 import math
 
 from scipy import stats
@@ -92,7 +90,6 @@ def ranks_and_bounds(rng):
     return {int(r): tuple(margin * float(x) for x in table[int(r)]) for r in rng.permutation(list(table))}, margin
 
 
-ENOUGH = "(rank for rank, (_, upper) in table.items() if upper < margin)"
 smallest_enough = Exercise(
     "smallest_enough",
     inputs=ranks_and_bounds,

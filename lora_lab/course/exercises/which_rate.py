@@ -1,7 +1,5 @@
 """Exercises of lesson 12: which learning rate."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

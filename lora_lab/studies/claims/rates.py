@@ -1,7 +1,7 @@
 """Verdicts on ranks and on learning rates, from the records "ablation" and "rates".
 
 A best rate is the vertex of a parabola, and what compares best rates has the interval of a bootstrap over seeds and
-blocks of examples (:mod:`lora_lab.ablation.learning_rate`). Those of the language model are judged; the digits net is
+blocks of examples (:mod:`lora_lab.ablation.stats`). Those of the language model are judged; the digits net is
 stated beside it. Each claim has a margin: it stands if the interval lies within the margin around what is claimed,
 falls if it lies outside, and is open otherwise.
 """
@@ -18,7 +18,7 @@ import numpy as np
 import pandas
 
 from lora_lab.ablation.compare import smallest_sufficient_rank
-from lora_lab.ablation.learning_rate import best_rate, losses_by_rate, powers, ratio_interval, sample_vertices, slope
+from lora_lab.ablation.stats import best_rate, losses_by_rate, powers, ratio_interval, sample_vertices, slope
 from lora_lab.studies.claims.compared import bound_together
 from lora_lab.studies.claims.deciding import FALLS, STANDS, Answer, Claim, above, below, decide_cases, decides, within
 from lora_lab.studies.claims.measured import MARGIN, MIN_SEEDS
