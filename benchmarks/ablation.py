@@ -80,12 +80,17 @@ def digits(rounds: int, steps: int) -> None:
     compare(calls, rounds, "a sweep")
 
 
+def list_trials(planned: recorded.Plan, lean: ll.Lean | None) -> list[Trial]:
+    """The trials of a study of ranks by that step."""
+    return [trial for trial, _ in planned.sweep(lean).trials()]
+
+
 def study(rounds: int) -> None:
     """A third of the recorded study."""
     device = ll.device.pick_device()[0]
     planned = recorded.plan(device)
     fewer = {"seeds": 1, "steps": planned.steps // 10, "eval_examples": planned.eval_examples // 10}
-    trials = partial(recorded.trials, replace(planned, **fewer))
+    trials = partial(list_trials, replace(planned, **fewer))
     model, task = studies.study("docs", planned.seq_len, device)
     jobs = studies.processes(device)
     print(f"\nstudy on {device}: {len(trials(None))} trials, {fewer['steps']} steps, {jobs} processes")
@@ -103,7 +108,7 @@ def verdicts(folder: str = "runs/ablation-bf16") -> None:
     planned = recorded.plan(device)
     model, task = studies.study("docs", planned.seq_len, device)
     jobs = studies.processes(device)
-    trials = recorded.trials(planned, ll.Lean(torch.bfloat16))
+    trials = list_trials(planned, ll.Lean(torch.bfloat16))
     print(f"\nverdicts: {len(trials)} trials over a base in bfloat16 (about half an hour on two cores)", flush=True)
     # Small packs, of which less is lost when they are stopped.
     over_bf16 = ablate(model, task, trials, folder, n_jobs=jobs, budget_bytes=1_500_000_000)

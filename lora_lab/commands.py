@@ -537,7 +537,7 @@ def record(
             print(text, flush=True)
     made = records.new(what, rows, settings, command, where, commit)
     path = system.files.save_or_rescue(lambda path: records.write(made, path), folder)
-    print(f"Written: {path}")
+    print(f"Written: {path}\nWhat it decides: lora-lab claims --records {folder}")
     return {"path": path, **asdict(made)}
 
 

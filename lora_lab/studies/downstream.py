@@ -31,11 +31,10 @@ from lora_lab.ablation.compare import last_rows
 from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.results import SCORE
 from lora_lab.ablation.stats import interval
-from lora_lab.costs.fake import Factory
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.models.llama import Llama
 from lora_lab.models.pretrained import SMOLLM2, load_pretrained
-from lora_lab.studies.recorder import Case, Recorder, Row, record_trials
+from lora_lab.studies.recorder import CurveSweep, Recorder, Row, find_folder, start_from_random
 from lora_lab.system.schema import plain
 from lora_lab.task import Task
 from lora_lab.tasks import TASKS
@@ -50,12 +49,10 @@ SCRATCH = "scratch"
 SETUPS: dict[str, Method] = {"full": FullFineTuning(), "LoRA r=8": LoRA(8, 16), SCRATCH: FullFineTuning()}
 FROM_SCRATCH = ("sentiment",)  # tasks that are also learned from scratch
 SHOWN = 3  # answers per method in the record
-_LOSSES = ("validation_loss", "off_domain_loss", "test_loss")
-
-
-def start_from_random(seed: int, device: torch.device) -> Factory:
-    """Return what makes a model of the language model's shape with random weights, the same for each seed."""
-    return partial(studies.random_init, device)
+_COLUMNS = (
+    *("about", "task", "setup", "lr", "seed", "outcome", "reason"),
+    *("validation_loss", "off_domain_loss", "test_loss", "trainable_parameters", "commit"),
+)
 
 
 @dataclass(frozen=True)
@@ -76,23 +73,21 @@ class Plan:
     batch_size: int
     eval_examples: int
 
-    def trial(self, task: str, setup: str) -> Trial:
-        """Return a setup's trial, evaluated before and after training; rate and seed are to be filled in."""
+    def sweep(self, task: str) -> CurveSweep:
+        """Return what is trained on a task, and evaluated before and after training."""
         steps = self.steps[task]
         options: dict[str, Any] = {"steps": steps, "eval_every": steps, "batch_size": self.batch_size}
-        return Trial(SETUPS[setup], self.lrs[setup][0], eval_examples=self.eval_examples, **options)
-
-    def case(self, task: str) -> Case:
-        """Return what is trained on a task."""
-        lrs = {setup: rates for setup, rates in self.lrs.items() if setup != SCRATCH or task in FROM_SCRATCH}
-        return Case(
-            {"about": "result", "task": task},
-            {setup: self.trial(task, setup) for setup in lrs},
-            lrs,
-            range(1),
-            range(1, self.seeds),
-            partial(load_task_of_seed, task),
-            {SCRATCH: start_from_random},
+        return CurveSweep(
+            {
+                setup: (Trial(SETUPS[setup], lrs[0], eval_examples=self.eval_examples, **options), lrs)
+                for setup, lrs in self.lrs.items()
+                if setup != SCRATCH or task in FROM_SCRATCH
+            },
+            *(range(1), range(1, self.seeds)),
+            about={"about": "result", "task": task},
+            task=partial(load_task, task),
+            starts={SCRATCH: lambda seed, device: start_from_random(0, device)},
+            widen=0,
             options={"judge": judge},
             shared=True,
         )
@@ -115,37 +110,25 @@ def describe_downstream(device: torch.device) -> dict[str, Any]:
     """Return how the rows are made, as the record states it."""
     planned = plan(device)
     lrs = {setup: list(rates) for setup, rates in planned.lrs.items()}
-    task = next(iter(planned.steps))
-    setups = {setup: planned.trial(task, setup).to_dict()["method"] for setup in lrs}
-    return {**asdict(planned), "lrs": lrs, "setups": setups}
+    return {**asdict(planned), "lrs": lrs, "setups": {setup: SETUPS[setup].settings() for setup in lrs}}
 
 
-def record_downstream(device: torch.device, folder: Path) -> Iterator[Row]:
-    """Yield the rows of a record; ``about`` names what a row is about.
-
-    "task": a task and its size. "result": losses and scores of one setup and seed at the setup's chosen rate, with the
-    commit of the code that ran; the setups "trivial" and "zero-shot" have no seed. "tuning": the same at the rates that
-    were not chosen. "answer": the answer to a prompt of the test part, after training with seed 0.
-    """
-    planned = plan(device)
-    for name in planned.steps:
-        yield from _task_rows(planned, name, device, folder)
-
-
-def load_task(name: str) -> PairTask:
-    """Return a downstream task for the real model."""
+def load_task(name: str, seed: int = 0) -> PairTask:
+    """Return a downstream task for the real model, the same for each seed."""
     return cast(PairTask, TASKS[name](load_pretrained(SMOLLM2)[1]))
 
 
-def load_task_of_seed(name: str, seed: int) -> PairTask:
-    """Return the task, which is the same for each seed."""
-    return load_task(name)
+def judge(model: nn.Module, task: Task) -> dict[str, float | str]:
+    """Return the scores on the test part, and the first answers of that part, by name.
 
-
-def evaluate_answers(model: nn.Module, task: PairTask) -> tuple[dict[str, float], list[str]]:
-    """Return the scores on the test part, and the first answers of that part."""
+    For stories they are also the test loss on the same stories in plain style, which grows as the style replaces it.
+    """
+    task = cast(PairTask, task)
     predictions = answers(cast(Llama, model), task)
-    return scores(task, predictions) | _plain_loss(model, task), predictions[:SHOWN]
+    scored: dict[str, float | str] = {**scores(task, predictions)}
+    if task.metric not in METRICS:
+        scored["plain_loss"] = evaluate(model, style(task.tokenizer, "plain"), "test")
+    return scored | {f"prediction_{i}": prediction for i, prediction in enumerate(predictions[:SHOWN])}
 
 
 def scores(task: PairTask, predictions: list[str]) -> dict[str, float]:
@@ -159,78 +142,52 @@ def _style_judge(task: PairTask) -> StyleJudge:
     return StyleJudge(style(task.tokenizer), style(task.tokenizer, "plain"))
 
 
-def _plain_loss(model: nn.Module, task: PairTask) -> dict[str, float]:
-    """Return for stories the test loss on the same stories in plain style, which grows as the style replaces it."""
-    if task.metric in METRICS:
-        return {}
-    return {"plain_loss": evaluate(model, style(task.tokenizer, "plain"), "test")}
+def record_downstream(device: torch.device, folder: Path | None = None) -> Iterator[Row]:
+    """Yield the rows of a record; ``about`` names what a row is about.
+
+    "task": a task and its size. "result": losses and scores of one setup and seed at the setup's chosen rate, with the
+    commit of the code that ran; the setups "trivial" and "zero-shot" have no seed. "tuning": the same at the rates that
+    were not chosen. "answer": the answer to a prompt of the test part, after training with seed 0.
+    """
+    planned = plan(device)
+    for name in planned.steps:
+        task = load_task(name)
+        row = describe_task(task, name) | {"says": task.about, "licence": task.licence}
+        if task.metric not in METRICS:
+            row["judge_accuracy"] = _style_judge(task).accuracy
+        yield row
+        result: dict[str, Any] = {"about": "result", "task": name}
+        if task.metric in METRICS:
+            yield {**result, "setup": "trivial", **scores(task, trivial(task))}
+        model, result = studies.language_model(device), {**result, "setup": "zero-shot"}
+        for part in ("validation", "off_domain", "test"):
+            result[f"{part}_loss"] = evaluate(model, task, part, planned.batch_size, planned.eval_examples)
+        yield from _split(result | judge(model, task), task, answered=True)
+        del model
+        for frame in planned.sweep(name).frames(device, folder or find_folder("downstream")):
+            for trial in last_rows(frame).to_dict("records"):
+                row = {name: trial[name] for name in _COLUMNS}
+                row |= {str(name).removeprefix(SCORE): trial[name] for name in trial if str(name).startswith(SCORE)}
+                row |= {} if trial["chosen"] else {"about": "tuning"}
+                yield from _split(row, task, answered=trial["chosen"] and trial["seed"] == 0)
 
 
-def judge(model: nn.Module, task: Task) -> dict[str, float | str]:
-    """Return the scores and answers of a trial, as its file stores them: by name, in one dict."""
-    test_scores, predictions = evaluate_answers(model, cast(PairTask, task))
-    return test_scores | {f"prediction_{i}": prediction for i, prediction in enumerate(predictions)}
-
-
-def _task_rows(planned: Plan, name: str, device: torch.device, folder: Path) -> Iterator[Row]:
-    task = load_task(name)
+def describe_task(task: PairTask, name: str) -> Row:
+    """Return the row of a task and its size."""
     sizes = {part: len(examples) for part, examples in task.parts.items()}
-    row = {"about": "task", "task": name, "says": task.about, "licence": task.licence, "metric": task.metric, **sizes}
-    if task.metric not in METRICS:
-        row |= {"judge_accuracy": _style_judge(task).accuracy}
-    yield {**row, "fingerprint": task.fingerprint}
-    if task.metric in METRICS:
-        yield {"about": "result", "task": name, "setup": "trivial", **scores(task, trivial(task))}
-    yield from _zero_shot_rows(planned, name, task, device)
-    yield from _train_rows(planned, name, task, device, folder)
+    return {"about": "task", "task": name, "metric": task.metric, **sizes, "fingerprint": task.fingerprint}
 
 
-def _zero_shot_rows(planned: Plan, name: str, task: PairTask, device: torch.device) -> Iterator[Row]:
-    model = studies.language_model(device)
-    result: dict[str, Any] = {"about": "result", "task": name, "setup": "zero-shot"}
-    for part in ("validation", "off_domain", "test"):
-        result[f"{part}_loss"] = evaluate(model, task, part, planned.batch_size, planned.eval_examples)
-    test_scores, predictions = evaluate_answers(model, task)
-    yield result | test_scores
-    yield from _answer_rows(result, task, predictions)
+def _split(result: Row, task: PairTask, answered: bool) -> Iterator[Row]:
+    """Yield a result without its answers, and if asked a row for each answer, with its prompt and reference."""
+    predictions = [result.pop(f"prediction_{i}", None) for i in range(SHOWN)]
+    yield plain(result)
+    for pair, prediction in zip(task.pairs["test"], predictions if answered else (), strict=False):
+        about = {"about": "answer", "task": result["task"], "setup": result["setup"]}
+        yield about | {"prompt": pair.prompt, "reference": pair.answer, "prediction": prediction}
 
 
-def _train_rows(planned: Plan, name: str, task: PairTask, device: torch.device, folder: Path) -> Iterator[Row]:
-    """Yield the rows of all trials: all rates with seed 0, then the best rate of each setup with the other seeds."""
-    columns = ("about", "task", "setup", "lr", "seed", "outcome", "reason", *_LOSSES, "trainable_parameters", "commit")
-    for frame in planned.case(name).run(device, folder):
-        for trial in last_rows(frame).to_dict("records"):
-            names = [str(column) for column in trial]
-            scored = {column.removeprefix(SCORE): trial[column] for column in names if column.startswith(SCORE)}
-            predictions = [scored.pop(f"prediction_{i}", None) for i in range(SHOWN)]
-            row = {column: trial[column] for column in columns} | scored
-            yield plain(row if trial["chosen"] else row | {"about": "tuning"})
-            if trial["chosen"] and trial["seed"] == 0:
-                yield from _answer_rows(row, task, predictions)
-
-
-def _answer_rows(result: Mapping[str, Any], task: PairTask, predictions: list[str]) -> Iterator[Row]:
-    """A row for each answer of a result, with its prompt and reference."""
-    for pair, prediction in zip(task.pairs["test"], predictions, strict=False):
-        shared = {"about": "answer", "task": result["task"], "setup": result["setup"]}
-        yield {**shared, "prompt": pair.prompt, "reference": pair.answer, "prediction": prediction}
-
-
-def tell_downstream(row: dict[str, Any]) -> str | None:
-    """Return a row as a line for people; None for an answer."""
-    if row["about"] == "task":
-        return f"{row['task']}: {row['says']}"
-    if row["about"] == "answer":
-        return None
-    trial = f"lr {row['lr']:<7g} seed {row['seed']}" if "lr" in row else ""
-    if row.get("reason"):
-        return f"  {row['setup']:<10} {trial}: {row['reason']}"
-    names = [name for name in row if name not in ("lr", "seed", "trainable_parameters")]
-    numbers = (f"{name} {row[name]:.3f}" for name in names if isinstance(row[name], float))
-    return f"  {row['setup']:<10} {trial:<20}" + "  ".join(numbers)
-
-
-DOWNSTREAM = record_trials("downstream", describe_downstream, record_downstream, tell_downstream)
+DOWNSTREAM = Recorder(describe_downstream, record_downstream)
 
 
 # Elicitation
@@ -267,8 +224,7 @@ def record_elicitation(device: torch.device) -> Iterator[Row]:
     model = studies.language_model(device)
     for name in SHOTS:
         task = load_task(name)
-        sizes = {part: len(examples) for part, examples in task.parts.items()}
-        yield {"about": "task", "task": name, "metric": task.metric, **sizes, "fingerprint": task.fingerprint}
+        yield describe_task(task, name)
         for columns, predictions in _ask(name, task, model):
             yield _result(task, columns, predictions)
         if task.metric == "classification":
@@ -347,20 +303,4 @@ def _main_score(task: PairTask, part: str, predictions: Predictions) -> float:
     return score(task, predictions[part], part)[MAIN[task.metric]]
 
 
-def tell_elicitation(row: dict[str, Any]) -> str:
-    """Return a row as a line for people."""
-    if row["about"] == "task":
-        return f"{row['task']}: {row['test']} test prompts"
-    names = [row["setup"]]
-    if row.get("k"):
-        names.append(f"{row['k']} examples")
-    if row.get("calibration"):
-        names.append(f"calibrated on {row['calibration']}")
-    if row["control"]:
-        names.append("control")
-    numbers = [name for name in (*MAIN.values(), "validation") if name in row]
-    texts = "  ".join(f"{name} {row[name]:.3f}" for name in numbers)
-    return f"  {', '.join(names)}, seed {row['seed']}: {texts} ({row['lower']:.3f} to {row['upper']:.3f})"
-
-
-ELICITATION = Recorder(describe_elicitation, record_elicitation, tell_elicitation)
+ELICITATION = Recorder(describe_elicitation, record_elicitation)

@@ -23,9 +23,10 @@ strength in per cent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,7 +42,7 @@ from lora_lab.analysis.divergence import NearBase, base_replies, mean_divergence
 from lora_lab.inject import lora_layers
 from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA, Method, PartialFineTuning
-from lora_lab.studies.recorder import Case, Row, record_cases, tell_trial
+from lora_lab.studies.recorder import CurveSweep, plan_judges, record_sweeps
 from lora_lab.task import Task
 from lora_lab.train import evaluate
 
@@ -66,6 +67,10 @@ CHOSEN_ON, JUDGED_ON = 64, 256  # validation examples, from the first
 ON_TWO_CORES = ("full", "LoRA r=1", "LoRA r=8")  # a GPU trains all
 EVALUATED = 64  # steps between evaluations, at most; small sets are evaluated after every epoch
 REPLIES = 100  # windows of 32 tokens, about as long as 32 replies with their prompts
+OVERFITTING_COLUMNS = (
+    *("n_train", "setup", "schedule", "stage", "edge", "lr", "seed", "steps", "outcome", "reason", "step"),
+    *("train_loss", "validation_loss", "off_domain_loss", "gap", "test_loss", "trainable_parameters", "commit"),
+)
 
 
 def epochs(device: torch.device) -> tuple[dict[int, int], dict[int, int]]:
@@ -78,50 +83,44 @@ def epochs(device: torch.device) -> tuple[dict[int, int], dict[int, int]]:
     return {64: 8, 256: 6, 1024: 2}, {64: 3}
 
 
-def plan_overfitting(device: torch.device) -> list[Case]:
-    """Return a case for each size of the training set."""
-    gpu = device.type == "cuda"
-    methods = [name for name in METHODS if gpu or name in ON_TWO_CORES]
-    judging, cases = range(2, 7 if gpu else 5), []
+def plan_overfitting(device: torch.device) -> Iterator[CurveSweep]:
+    """Yield a sweep for each size of the training set."""
+    judging = plan_judges(device)
     for size in epochs(device)[0]:
-        setups = {
-            name + ending: (name, of_size[size])
-            for ending, of_size in zip(("", COSINE), epochs(device), strict=True)
-            for name in methods
-            if size in of_size
-        }
-        case = Case(
-            {"n_train": size},
-            {setup: _trial(name, size, count, setup != name) for setup, (name, count) in setups.items()},
-            {setup: rates_around(METHODS[name][1]) for setup, (name, _) in setups.items()},
-            range(2),
-            judging,
-            partial(draw_examples, size, judging),
-            widen=WIDEN,
+        yield CurveSweep(
+            *(_set_up(size, device), range(2), judging),
+            about={"n_train": size},
+            task=partial(draw_examples, size, judging),
             by="best_loss",
+            widen=WIDEN,
             judged={"eval_examples": JUDGED_ON},
             options={"halving": HALVING},
+            columns=OVERFITTING_COLUMNS,
+            show=hide_few_replies,
             seq_len=SEQ_LEN,
             off_domain=REPLIES,
         )
-        cases.append(case)
-    return cases
 
 
-def _trial(name: str, size: int, count: int, cosine: bool) -> Trial:
-    """Return a trial of so many epochs; a constant rate is warmed up for as many steps whatever the size."""
-    (method, lr), epoch = METHODS[name], size // SIZE
-    return Trial(
-        method,
-        lr,
-        steps=epoch * count,
-        batch_size=SIZE,
-        schedule="cosine" if cosine else "constant",
-        warmup=None if cosine else min(8, epoch),
-        eval_every=min(epoch, EVALUATED),
-        eval_examples=CHOSEN_ON,
-        lean=Lean(torch.bfloat16) if isinstance(method, LoRA) else None,
-    )
+def _set_up(size: int, device: torch.device) -> dict[str, tuple[Trial, Sequence[float]]]:
+    """Return all methods at a constant rate, warmed up for as many steps whatever the size, and under a cosine."""
+    setups, epoch = {}, size // SIZE
+    for schedule, of_size in zip(("constant", "cosine"), epochs(device), strict=True):
+        for name, (method, lr) in METHODS.items():
+            if size in of_size and (device.type == "cuda" or name in ON_TWO_CORES):
+                trial = Trial(
+                    method,
+                    lr,
+                    steps=epoch * of_size[size],
+                    batch_size=SIZE,
+                    schedule=schedule,
+                    warmup=None if schedule == "cosine" else min(8, epoch),
+                    eval_every=min(epoch, EVALUATED),
+                    eval_examples=CHOSEN_ON,
+                    lean=Lean(torch.bfloat16) if isinstance(method, LoRA) else None,
+                )
+                setups[name + COSINE * (schedule == "cosine")] = trial, rates_around(lr)
+    return setups
 
 
 def draw_examples(size: int, judging: Sequence[int], seed: int) -> Task:
@@ -137,8 +136,8 @@ def describe_overfitting(device: torch.device) -> dict[str, Any]:
     return {
         "study": "docs",
         "setups": {
-            setup: {"lrs": list(first.lrs[setup]), **trial.to_dict()["method"]}
-            for setup, trial in first.trials.items()
+            setup: {"lrs": list(lrs), **trial.to_dict()["method"]}
+            for setup, (trial, lrs) in first.setups.items()
             if not setup.endswith(COSINE)
         },
         "sizes": list(epochs(device)[0]),
@@ -155,21 +154,7 @@ def hide_few_replies(frame: pandas.DataFrame) -> pandas.DataFrame:
     return frame.assign(off_domain_loss=frame["off_domain_loss"].where(frame["stage"] == "judging"))
 
 
-OVERFITTING = record_cases(
-    "overfitting",
-    plan_overfitting,
-    describe_overfitting,
-    (
-        *("n_train", "setup", "schedule", "stage", "edge", "lr", "seed", "steps", "outcome", "reason", "step"),
-        *("train_loss", "validation_loss", "off_domain_loss", "gap", "test_loss", "trainable_parameters", "commit"),
-    ),
-    hide_few_replies,
-    partial(
-        tell_trial,
-        names=("n_train", "setup"),
-        losses=("train_loss", "validation_loss", "off_domain_loss"),
-    ),
-)
+OVERFITTING = record_sweeps("overfitting", plan_overfitting, describe_overfitting)
 
 
 # Remedies
@@ -182,6 +167,16 @@ WINDOWS = 50  # of 64 tokens: as long are the replies that judge, with their pro
 FULL_RANK = 576  # the least side of the widest matrices
 STRENGTHS = (0.25, 0.5, 0.75, 1.2)
 R8 = LoRA(8, 16)
+PLAIN: dict[str, tuple[Method, Sequence[float], float]] = {  # rates, of which none is chosen; and weight decay
+    "LoRA r=8": (R8, (1e-3, 2e-3, 4e-3), 0.0),
+    "LoRA r=1": (LoRA(1, 2), (4e-3,), 0.0),
+    "LoRA r=64": (LoRA(64, 128), (1e-3,), 0.0),
+    "full": (FullFineTuning(), (6e-5, 1.2e-4), 0.0),
+    "LoRA r=32, PEFT's rate": (LoRA(32, 64), (1e-4,), 0.0),
+    "full, PEFT's rate": (FullFineTuning(), (1e-5,), 0.0),
+    "weight decay 3": (R8, (2e-3,), 3.0),
+    "weight decay 10": (R8, (2e-3,), 10.0),
+}
 
 
 def add_own_replies(share: float, task: Task) -> Task:
@@ -189,97 +184,63 @@ def add_own_replies(share: float, task: Task) -> Task:
     return with_replay(task, base_replies(prompts=REHEARSED), share)
 
 
-def other_text(share: float, task: Task) -> Task:
+def add_other_text(share: float, task: Task) -> Task:
     """Return the same with as much prose that the base did not write, the control of :func:`add_own_replies`."""
     return with_replay(task, task.off_domain[: len(base_replies(prompts=REHEARSED))], share)
 
 
-def near_base(weight: float, task: Task) -> Task:
+def stay_near_base(weight: float, task: Task) -> Task:
     """Return the task with a penalty on the divergence from the base."""
     return replace(task, loss=NearBase(weight))
 
 
-def unchanged(task: Task) -> Task:
-    """Return the task as it is."""
-    return task
-
-
-@dataclass(frozen=True)
-class Remedy:
-    """One setup, at its rates.
-
-    Args:
-        method: how it trains.
-        lrs: its rates; none is chosen, for verdicts are over all of them.
-        change: of the task.
-        weight_decay: of AdamW.
-    """
-
-    method: Method
-    lrs: Sequence[float]
-    change: Callable[[Task], Task] = unchanged
-    weight_decay: float = 0.0
-
-
-SETUPS = {
-    "LoRA r=8": Remedy(R8, (1e-3, 2e-3, 4e-3)),
-    "LoRA r=1": Remedy(LoRA(1, 2), (4e-3,)),
-    "LoRA r=64": Remedy(LoRA(64, 128), (1e-3,)),
-    "full": Remedy(FullFineTuning(), (6e-5, 1.2e-4)),
-    "LoRA r=32, PEFT's rate": Remedy(LoRA(32, 64), (1e-4,)),
-    "full, PEFT's rate": Remedy(FullFineTuning(), (1e-5,)),
-    "weight decay 3": Remedy(R8, (2e-3,), weight_decay=3.0),
-    "weight decay 10": Remedy(R8, (2e-3,), weight_decay=10.0),
-    "own replies, a quarter": Remedy(R8, (2e-3,), partial(add_own_replies, 0.25)),
-    "own replies, half": Remedy(R8, (2e-3,), partial(add_own_replies, 0.5)),
-    "other text, a quarter": Remedy(R8, (2e-3,), partial(other_text, 0.25)),
-    "KL penalty 0.3": Remedy(R8, (2e-3,), partial(near_base, 0.3)),
-    "KL penalty 1": Remedy(R8, (2e-3,), partial(near_base, 1.0)),
+CHANGED = {  # of the task, for LoRA of rank 8
+    "own replies, a quarter": partial(add_own_replies, 0.25),
+    "own replies, half": partial(add_own_replies, 0.5),
+    "other text, a quarter": partial(add_other_text, 0.25),
+    "KL penalty 0.3": partial(stay_near_base, 0.3),
+    "KL penalty 1": partial(stay_near_base, 1.0),
 }
-_COLUMNS = (
+RATE = 2e-3  # of the last
+REMEDIES_COLUMNS = (
     *("setup", "method", "rank", "alpha", "lr", "weight_decay", "seed", "steps", "outcome", "reason", "step"),
     *("train_loss", "validation_loss", "off_domain_loss", "gap", "test_loss"),
     *("score_divergence", "score_size", "score_prose", "trainable_parameters", "commit"),
 )
 
 
-def plan_remedies(device: torch.device) -> list[Case]:
-    """Return a case for each change of the task; a trial is evaluated after each sixth of its steps."""
+def plan_remedies(device: torch.device) -> Iterator[CurveSweep]:
+    """Yield a sweep of the task as it is, and one for each change; each trial has seven evaluations."""
     steps, batch_size, seeds = MORE if device.type == "cuda" else FEW
     options: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "schedule": "constant"}
     options |= {"eval_every": max(1, steps // 6), "eval_examples": EXAMPLES}
-    cases = []
-    for change in dict.fromkeys(setup.change for setup in SETUPS.values()):
-        setups = {name: setup for name, setup in SETUPS.items() if setup.change is change}
-        trials = {}
-        for name, setup in setups.items():
-            lora = isinstance(setup.method, LoRA)
+    for change in (None, *CHANGED):
+        setups = {}
+        for name, (method, lrs, decay) in (PLAIN if change is None else {change: (R8, (RATE,), 0.0)}).items():
+            lora = isinstance(method, LoRA)
             step: dict[str, Any] = {"lean": Lean(torch.bfloat16)} if lora else {"autocast": torch.bfloat16}
-            trials[name] = Trial(setup.method, setup.lrs[0], weight_decay=setup.weight_decay, **options, **step)
-        strengths = STRENGTHS if change is unchanged else ()
+            setups[name] = Trial(method, lrs[0], weight_decay=decay, **options, **step), lrs
+        strengths = STRENGTHS if change is None else ()
         judged_on = (3 + 2 * len(strengths)) * EXAMPLES
-        if isinstance(change, partial) and change.func is near_base:  # one more forward pass a step
+        if change and CHANGED[change].func is stay_near_base:  # one more forward pass a step
             judged_on += steps * batch_size
-        case = Case(
-            {},
-            trials,
-            {name: setup.lrs for name, setup in setups.items()},
-            seeds,
-            (),
-            partial(make_task, change),
+        yield CurveSweep(
+            *(setups, seeds),
+            task=partial(make_task, change),
+            shared=True,
+            chosen_on=judged_on,
             options={"judge": DistanceFromBase(LENGTH, EXAMPLES, strengths)},
+            columns=REMEDIES_COLUMNS,
+            show=add_strengths,
             seq_len=LENGTH,
             off_domain=WINDOWS,
-            judged_on=judged_on,
-            shared=True,
         )
-        cases.append(case)
-    return cases
 
 
-def make_task(change: Callable[[Task], Task], seed: int) -> Task:
+def make_task(change: str | None, seed: int) -> Task:
     """Return the manual, changed or not, and the base's replies to measure forgetting on; the same for each seed."""
-    return on_base_text(change(studies.docs_task(LENGTH)), prompts=JUDGED)
+    task = studies.docs_task(LENGTH)
+    return on_base_text(CHANGED[change](task) if change else task, prompts=JUDGED)
 
 
 @dataclass(frozen=True)
@@ -303,7 +264,7 @@ class DistanceFromBase:
     def __call__(self, model: nn.Module, task: Task) -> dict[str, float]:
         base = studies.language_model(next(model.parameters()).device)
         few = self.limit // 2
-        prose = replace(task, off_domain=studies.docs_task(self.seq_len).off_domain[-few:])  # not other_text's
+        prose = replace(task, off_domain=studies.docs_task(self.seq_len).off_domain[-few:])  # not the replayed text
         scores = {
             "divergence": mean_divergence(base, model, task, "validation", limit=few),
             "size": update_norm(base, model),
@@ -329,17 +290,17 @@ def update_norm(base: nn.Module, tuned: nn.Module) -> float:
 
 def describe_remedies(device: torch.device) -> dict[str, Any]:
     """Return how the rows are made, as the record states it."""
-    cases, setups = plan_remedies(device), {}
-    trials = {name: trial for case in cases for name, trial in case.trials.items()}
-    for name, setup in SETUPS.items():
-        of_all = {"lrs": list(setup.lrs), "weight_decay": setup.weight_decay}
-        setups[name] = of_all | trials[name].to_dict()["method"]
-    trial = trials["LoRA r=8"]
+    sweeps = list(plan_remedies(device))
+    setups = {name: setup for sweep in sweeps for name, setup in sweep.setups.items()}
+    trial, _ = setups["LoRA r=8"]
     return {
         "study": "docs",
-        "setups": setups,
+        "setups": {
+            name: {"lrs": list(lrs), "weight_decay": trial.weight_decay, **trial.to_dict()["method"]}
+            for name, (trial, lrs) in setups.items()
+        },
         **{"steps": trial.steps, "batch_size": trial.batch_size, "seq_len": LENGTH, "eval_examples": EXAMPLES},
-        "seeds": list(cases[0].choosing),
+        "seeds": list(sweeps[0].choosing),
         "strengths": list(STRENGTHS),
         "schedule": "constant, after a warm-up of a tenth of the steps",
     }
@@ -350,28 +311,20 @@ def add_strengths(frame: pandas.DataFrame) -> pandas.DataFrame:
     import pandas
 
     frame = frame.assign(rank=frame["rank"].fillna(FULL_RANK))
-    scaled, parts = [frame], ("validation", "off_domain")
     if f"{SCORE}validation_{STRENGTHS[0]:g}" not in frame:
         return frame
+    frames, parts = [frame], ("validation", "off_domain")
+    same = [name for name in REMEDIES_COLUMNS if not name.startswith(SCORE) and not name.endswith(("loss", "gap"))]
     adapters = frame[(frame["setup"] == "LoRA r=8") & (frame["outcome"] == "done")]
     for _, curve in adapters.groupby("key", sort=False):
         first, last = curve.iloc[[0, -1]].to_dict("records")
-        losses = {0.0: first, 1.0: last}
-        for factor in STRENGTHS:
-            losses[factor] = {f"{part}_loss": last[f"{SCORE}{part}_{factor:g}"] for part in parts}
-        rows = pandas.DataFrame([losses[factor] for factor in sorted(losses)])[[f"{part}_loss" for part in parts]]
-        same = {name: last[name] for name in _COLUMNS if name not in (*rows, "gap", "train_loss", "test_loss")}
-        same |= {name: None for name in same if name.startswith(SCORE)}
-        steps = [round(100 * factor) for factor in sorted(losses)]
-        scaled.append(rows.assign(**same | {"setup": "LoRA r=8, scaled", "step": steps}))
-    return pandas.concat(scaled, ignore_index=True)
+        losses = {f"{part}_loss": {0: first[f"{part}_loss"], 100: last[f"{part}_loss"]} for part in parts}
+        for factor, part in product(STRENGTHS, parts):
+            losses[f"{part}_loss"][round(100 * factor)] = last[f"{SCORE}{part}_{factor:g}"]
+        scaled = pandas.DataFrame(losses).sort_index().rename_axis("strength").reset_index()
+        fixed = {name: last[name] for name in same} | {"setup": "LoRA r=8, scaled", "step": scaled.pop("strength")}
+        frames.append(scaled.assign(**fixed))
+    return pandas.concat(frames, ignore_index=True)
 
 
-def tell_remedy(row: Row) -> str | None:
-    """Return a trial's last row as a line for people."""
-    if row["setup"].endswith("scaled"):
-        return None
-    return tell_trial(row, ("setup",), ("validation_loss", "off_domain_loss"))
-
-
-REMEDIES = record_cases("remedies", plan_remedies, describe_remedies, _COLUMNS, add_strengths, tell_remedy)
+REMEDIES = record_sweeps("remedies", plan_remedies, describe_remedies)

@@ -12,7 +12,7 @@ The real model learns Python's manual in the same way, beside a model of its sha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -22,14 +22,13 @@ from torch import nn
 
 from lora_lab import tasks
 from lora_lab.ablation import studies
-from lora_lab.ablation.compare import last_rows, rates_around
+from lora_lab.ablation.compare import rates_around
 from lora_lab.ablation.grid import Trial
-from lora_lab.costs.fake import Factory
 from lora_lab.methods import FullFineTuning
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.models.pretrained import SMOLLM2
 from lora_lab.studies.claims.compared import DOCS, FINE_TUNED, FROM_SCRATCH, LONGER, SIZES
-from lora_lab.studies.recorder import Case, record_cases, tell_trial
+from lora_lab.studies.recorder import CurveSweep, plan_judges, plan_size, record_sweeps, start_from_random
 from lora_lab.task import Task
 from lora_lab.tasks.arrays import CHANGES
 from lora_lab.train import fit
@@ -39,6 +38,10 @@ PRETRAINING, TRAINING = 400, 150  # steps on digits
 BATCH = 32  # pictures a step
 SEQ_LEN = 64  # tokens an example of the language model
 OFF_DOMAIN = 4  # examples: what is forgotten is not asked here
+COLUMNS = (
+    *("data", "model", "n_train", "setup", "stage", "lr", "edge", "seed", "steps", "outcome", "reason", "step"),
+    *("validation_loss", "test_loss", "score_accuracy", "commit"),
+)
 
 
 def draw_text(n_train: int, seed: int) -> Task:
@@ -50,11 +53,6 @@ def draw_text(n_train: int, seed: int) -> Task:
 def draw_pictures(change: str, n_train: int, seed: int) -> Task:
     """Return changed digits, of which the seed draws so many."""
     return tasks.digits("adapt", seed, change=change).limited(n_train, seed)
-
-
-def start_from_random(seed: int, device: torch.device) -> Factory:
-    """Return what makes a model of the language model's shape with random weights."""
-    return partial(studies.random_init, device, seed)
 
 
 def make_net(net: str, seed: int, device: torch.device | None = None) -> nn.Module:
@@ -78,67 +76,47 @@ def accuracy(model: nn.Module, task: Task) -> dict[str, float]:
     return {"accuracy": float((model(task.test.inputs).argmax(-1) == task.test.targets).float().mean())}
 
 
-def plan(device: torch.device) -> list[Case]:
-    """Return what two cores can do in an hour."""
-    cases = [_digits_case(data, net, size) for data in CHANGES for net in NETS for size in SIZES]
-    gpu = device.type == "cuda"
-    steps, size = (300, 8) if gpu else (60, 4)
-    trial = _trial(steps, size, eval_examples=128, autocast=torch.bfloat16)
-    docs = Case(
-        {"data": DOCS, "model": SMOLLM2, "n_train": steps * size},
-        {FINE_TUNED: trial, FROM_SCRATCH: trial},
-        {FINE_TUNED: rates_around(1.25e-4, count=3), FROM_SCRATCH: rates_around(1e-3, count=3)},
-        range(2),
-        range(2, 7 if gpu else 5),
-        partial(draw_text, steps * size),
-        {FROM_SCRATCH: start_from_random},
-        widen=4,
+def plan(device: torch.device) -> Iterator[CurveSweep]:
+    """Yield what two cores can do in an hour."""
+    yield from (_sweep_digits(data, net, size) for data in CHANGES for net in NETS for size in SIZES)
+    steps, size = plan_size(device)
+    trial = _plan_trial(steps, size, eval_examples=128, autocast=torch.bfloat16)
+    centres = {FINE_TUNED: 1.25e-4, FROM_SCRATCH: 1e-3}
+    yield CurveSweep(
+        {setup: (trial, rates_around(lr, count=3)) for setup, lr in centres.items()},
+        *(range(2), plan_judges(device)),
+        about={"data": DOCS, "model": SMOLLM2, "n_train": steps * size},
+        task=partial(draw_text, steps * size),
+        starts={FROM_SCRATCH: start_from_random},
+        columns=COLUMNS,
         seq_len=SEQ_LEN,
         off_domain=OFF_DOMAIN,
     )
-    return [*cases, docs]
 
 
-def _digits_case(data: str, net: str, size: int) -> Case:
-    short, long = (_trial(steps, min(BATCH, size)) for steps in (TRAINING, PRETRAINING + TRAINING))
-    trials, random = {FINE_TUNED: short, FROM_SCRATCH: short, LONGER: long}, partial(make_net, net)
-    return Case(
-        {"data": data, "model": net, "n_train": size},
-        trials,
-        dict.fromkeys(trials, rates_around(3e-3, factor=3)),
-        range(3),
-        range(3, 13),
-        partial(draw_pictures, data, size),
-        {FINE_TUNED: partial(pretrain, net, data), FROM_SCRATCH: random, LONGER: random},
-        widen=4,
+def _sweep_digits(data: str, net: str, size: int) -> CurveSweep:
+    short, long = (_plan_trial(steps, min(BATCH, size)) for steps in (TRAINING, PRETRAINING + TRAINING))
+    random, rates = partial(make_net, net), rates_around(3e-3, factor=3)
+    return CurveSweep(
+        {FINE_TUNED: (short, rates), FROM_SCRATCH: (short, rates), LONGER: (long, rates)},
+        *(range(3), range(3, 13)),
+        about={"data": data, "model": net, "n_train": size},
+        task=partial(draw_pictures, data, size),
+        starts={FINE_TUNED: partial(pretrain, net, data), FROM_SCRATCH: random, LONGER: random},
         options={"judge": accuracy, "progress": False},
+        columns=COLUMNS,
     )
 
 
-def _trial(steps: int, batch_size: int, **options: Any) -> Trial:
+def _plan_trial(steps: int, batch_size: int, **options: Any) -> Trial:
     """Return full fine-tuning, evaluated before the first step and after the last; rate and seed are filled in."""
     return Trial(FullFineTuning(), 1e-3, steps=steps, batch_size=batch_size, eval_every=steps, **options)
 
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Return how the rows are made, as the record states it."""
-    cases = [
-        {
-            **case.about,
-            "widen": case.widen,
-            **{name: list(getattr(case, name)) for name in ("choosing", "judging")},
-            "setups": {setup: trial.to_dict() for setup, trial in case.trials.items()},
-            "lrs": {setup: list(lrs) for setup, lrs in case.lrs.items()},
-        }
-        for case in plan(device)
-    ]
-    return {"cases": cases, "pretraining": {"steps": PRETRAINING, "lr": 3e-3, "batch_size": BATCH}}
+    pretraining = {"steps": PRETRAINING, "lr": 3e-3, "batch_size": BATCH}
+    return {"cases": [{**sweep.about, **sweep.settings()} for sweep in plan(device)], "pretraining": pretraining}
 
 
-COLUMNS = (
-    *("data", "model", "n_train", "setup", "stage", "lr", "edge", "seed", "steps", "outcome", "reason", "step"),
-    *("validation_loss", "test_loss", "score_accuracy", "commit"),
-)
-_LOSSES = ("validation_loss", "test_loss", "score_accuracy")
-tell = partial(tell_trial, names=("data", "model", "n_train", "setup"), losses=_LOSSES)
-HEAD_START = record_cases("head_start", plan, describe, COLUMNS, last_rows, tell)
+HEAD_START = record_sweeps("head_start", plan, describe)

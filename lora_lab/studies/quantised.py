@@ -12,22 +12,19 @@ smaller than the grid. The control shows the first alone: the base is rounded, a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_lab.ablation import studies
-from lora_lab.ablation.compare import Study, last_rows, rates_around
+from lora_lab.ablation.compare import rates_around
 from lora_lab.ablation.results import SCORE
-from lora_lab.ablation.run import ablate
-from lora_lab.ablation.stats import BlockLosses, block_losses_of
+from lora_lab.ablation.stats import BlockLosses
 from lora_lab.adapters.edit import off, switch
 from lora_lab.costs.fake import Factory
 from lora_lab.costs.setup import Setup
@@ -37,8 +34,18 @@ from lora_lab.lean import Lean
 from lora_lab.methods import LoRA
 from lora_lab.models.pretrained import SMOLLM2, load_pretrained
 from lora_lab.models.quantize import quantize_nf4, round_matrix
-from lora_lab.studies.recorder import ON_TEST, Planned, Row, Source, plan_trial, record_tuned, tell_tuned
-from lora_lab.system.schema import plain
+from lora_lab.studies.recorder import (
+    ON_TEST,
+    Again,
+    BlockSweep,
+    Row,
+    Source,
+    plan_judges,
+    plan_size,
+    plan_trial,
+    read_loss,
+    record_sweeps,
+)
 from lora_lab.task import Task
 
 NF4, Q4_1 = "NF4-double", "Q4_1"  # the blocks, of which the first is QLoRA's and the second that of the model's file
@@ -50,28 +57,23 @@ ROUNDS = 9  # of the timing
 _ROUNDING = "rounding"
 
 
-def plan(device: torch.device) -> dict[str, Planned]:
-    """What two cores can do in an hour and a half, or a GPU in less."""
-    gpu = device.type == "cuda"
-    steps, size = (300, 8) if gpu else (60, 4)
-    judging = range(2, 7 if gpu else 5)
-    plans = {}
+def plan(device: torch.device) -> Iterator[BlockSweep]:
+    """Yield what two cores can do in an hour and a half, or a GPU in less."""
     for base, lean in BASES.items():
-        setup = {base: plan_trial(METHOD, steps, size, lean)}
-        study = Study(setup, {base: rates_around(CENTRE)}, range(2), judging, chosen_on=64, judged_on=ON_TEST)
-        merged = [replace(setup[base], seed=seed) for seed in judging if base in BLOCKS_OF]
-        forms = len(forms_of(base)) if base in BLOCKS_OF else 0
-        plans[base] = Planned(study, 64, partial(source, base), merged, forms * ON_TEST["test"])
-    return plans
+        setups = {base: (plan_trial(METHOD, *plan_size(device), lean), rates_around(CENTRE))}
+        count, examples = len(forms_of(base)), ON_TEST["test"]
+        again = Again(base, Merges(base, examples), count * examples, "merged", merge_rows)
+        more: dict[str, Any] = {"source": partial(load_source, base), "again": again if base in BLOCKS_OF else None}
+        yield BlockSweep(setups, range(2), plan_judges(device), data=base, chosen_on=64, judged_on=ON_TEST, **more)
 
 
-def source(base: str, device: torch.device) -> Source:
-    """What makes the model and the task."""
+def load_source(base: str, device: torch.device) -> Source:
+    """Return what makes the model and the task."""
     return partial(load_base, base, device), partial(studies.docs_task, 64)
 
 
 def load_base(base: str, device: torch.device) -> nn.Module:
-    """The language model over that base; in bfloat16 it is the lean step that casts it."""
+    """Return the language model over that base; in bfloat16 it is the lean step that casts it."""
     if base == "Q4_1":
         return load_pretrained(SMOLLM2, device=device, keep_blocks=True)[0]
     model = studies.language_model(device)
@@ -81,7 +83,7 @@ def load_base(base: str, device: torch.device) -> nn.Module:
 
 
 def forms_of(base: str) -> list[str]:
-    """The names of the models that are made of an adapter, in the order of :class:`Merges`."""
+    """Return the names of the models that are made of an adapter, in the order of :class:`Merges`."""
     forms = ["base", "unmerged", "merged"]
     for blocks in (NF4, Q4_1):
         forms += [f"unmerged, base in {blocks}", f"merged, then {blocks}"]
@@ -161,81 +163,48 @@ def rounding(layers: Iterable[tuple[Tensor, Tensor]], kind: str) -> dict[str, fl
         ``|D| / |V|``; ``change``, ``|Q(V + D) - Q(V)| / |V|``; and ``cosine``, the cosine between that change and D.
         Norms are Frobenius norms.
     """
-    sums: dict[str, float] = dict.fromkeys(("V", "D", "base", "merged", "change", "product"), 0.0)
+    size = product = 0.0
+    squares = dict.fromkeys(("base_error", "merged_error", "update", "change"), 0.0)
     for V, D in layers:
         before, after = round_matrix(V, kind), round_matrix(V + D, kind)  # (192, 576)
         change = after - before  # (192, 576)
-        squares = {"V": V, "D": D, "base": before - V, "merged": after - V - D, "change": change}
-        for name, matrix in squares.items():
-            sums[name] += float(matrix.double().square().sum())
-        sums["product"] += float((change.double() * D.double()).sum())
-    return {
-        "base_error": (sums["base"] / sums["V"]) ** 0.5,
-        "merged_error": (sums["merged"] / sums["V"]) ** 0.5,
-        "update": (sums["D"] / sums["V"]) ** 0.5,
-        "change": (sums["change"] / sums["V"]) ** 0.5,
-        "cosine": sums["product"] / max((sums["change"] * sums["D"]) ** 0.5, 1e-30),
-    }
+        size += _sum_products(V, V)
+        product += _sum_products(change, D)
+        for name, matrix in zip(squares, (before - V, after - V - D, D, change), strict=True):
+            squares[name] += _sum_products(matrix, matrix)
+    cosine = product / max((squares["change"] * squares["update"]) ** 0.5, 1e-30)
+    return {name: (square / size) ** 0.5 for name, square in squares.items()} | {"cosine": cosine}
 
 
-def merged_rows(
-    base: str, planned: Planned, trials: Sequence[Mapping[str, Any]], device: torch.device, folder: Path
-) -> Iterator[Row]:
-    """Rows of every form of every adapter over a base, and of what rounding does to it.
+def _sum_products(first: Tensor, second: Tensor) -> float:
+    return float((first.double() * second.double()).sum())
+
+
+def merge_rows(trial: Row, judged: Row) -> Iterator[Row]:
+    """Yield rows of every form of an adapter, and of what rounding does to it.
 
     The first have the data "<base>, merged" and the form as their setup, so that
     :func:`lora_lab.ablation.compare.compare_losses` compares the forms.
-
-    Args:
-        base: of the adapters.
-        planned: its study.
-        trials: the rows of its trials.
-        device: where to train.
-        folder: of the study's results.
     """
-    rates = {(row["lr"], row["edge"]) for row in trials if row["stage"] == "judging"}
-    if base not in BLOCKS_OF or not rates:
-        return
-    ((lr, edge),) = rates
-    again = [replace(trial, lr=lr) for trial in planned.again]
-    judge = Merges(base, ON_TEST["test"], planned.study.block)
-    model, task = planned.model_and_task(base, device)
-    frame = ablate(model, task, again, folder / "merged", n_jobs=planned.processes(device), judge=judge)
-    columns = ("lr", "seed", "steps", "step", "outcome", "reason", "commit")
-    for trial in last_rows(frame).to_dict("records"):
-        row = {"data": f"{base}, merged", "stage": "judging", "edge": edge} | {name: trial[name] for name in columns}
-        for form in forms_of(base):
-            losses = {SCORE + "test": trial.get(SCORE + form), "validation_loss": None, "test_loss": None}
-            if isinstance(losses[SCORE + "test"], str):
-                losses["test_loss"] = fmean(block_losses_of(losses, "test"))
-            yield plain(row | {"setup": form} | losses)
-        if trial["outcome"] == "done":
-            for blocks, numbers in json.loads(trial[SCORE + _ROUNDING]).items():
-                yield plain(row | {"data": f"{base}, rounded", "stage": _ROUNDING, "setup": blocks} | numbers)
+    base = judged["data"]
+    row = {"data": f"{base}, merged", "stage": "judging", "edge": judged["edge"]}
+    row |= {name: trial[name] for name in ("lr", "seed", "steps", "step", "outcome", "reason", "commit")}
+    for form in forms_of(base):
+        losses = {SCORE + "test": trial.get(SCORE + form), "validation_loss": None}
+        yield row | {"setup": form} | losses | {"test_loss": read_loss(losses, "test")}
+    if trial["outcome"] == "done":
+        for blocks, numbers in json.loads(trial[SCORE + _ROUNDING]).items():
+            yield row | {"data": f"{base}, rounded", "stage": _ROUNDING, "setup": blocks} | numbers
 
 
-def time_rows(device: torch.device) -> Iterator[Row]:
-    """Rows of the time of a step over each base, measured in turn: the data "time" and the base as their setup."""
-    planned = plan(device)
-    trial = planned["float32"].study.setups["float32"]
+def time_steps(device: torch.device) -> Iterator[Row]:
+    """Yield rows of the time of a step over each base, measured in turn, with the data "time"."""
     sources: dict[str, Factory] = {base: partial(load_base, base, device) for base in BASES}
     variants = {base: Setup(METHOD, lean=lean) for base, lean in BASES.items()}
-    times = step_time(sources, variants, trial.batch_size, planned["float32"].seq_len, rounds=ROUNDS, device=device)
+    times = step_time(sources, variants, plan_size(device)[1], 64, rounds=ROUNDS, device=device)
     for row in times.to_dict()["variants"]:
         setup = {"data": "time", "stage": "timing", "setup": row.pop("variant"), "rounds": ROUNDS}
         yield setup | {**row, "disturbance": times.disturbance}
 
 
-def line(row: dict[str, Any]) -> str | None:
-    """A row as a line for people."""
-    if row["stage"] == "timing":
-        return f"time   {row['setup']:<10} {row['seconds']:.3f} s a step, {row['ratio']:.2f} of float32's"
-    if row["stage"] == _ROUNDING:
-        return (
-            f"{row['data']}, {row['setup']}: off by {100 * row['base_error']:.2g} % of the base, with the update "
-            f"({100 * row['update']:.2g} %) by {100 * row['merged_error']:.2g} %; cosine {row['cosine']:.2f}"
-        )
-    return tell_tuned(row)
-
-
-QUANTISED = record_tuned("quantised", plan, merged_rows, time_rows, line)
+QUANTISED = record_sweeps("quantised", plan, after=time_steps)

@@ -33,33 +33,28 @@ class Kind(NamedTuple):
 KINDS = {
     "memory": Kind("steps", "half an hour", "memory of training steps, predicted and measured"),
     "speed": Kind("steps", "half an hour", "times of training steps, predicted and measured"),
-    "rates": Kind("rates", "three hours", "how the best learning rate depends on the rank"),
-    "quality": Kind("methods", "eleven hours", "is LoRA as good as full fine-tuning, after how many steps?"),
+    "rates": Kind("tuned", "three hours", "how the best learning rate depends on the rank"),
+    "quality": Kind("tuned", "eleven hours", "is LoRA as good as full fine-tuning, after how many steps?"),
     "ablation": Kind("spectra", "an hour", "which rank is enough"),
-    "targets": Kind("methods", "an hour", "which layers should have adapters"),
-    "variants": Kind("methods", "three hours", "do variants of LoRA learn more?"),
-    "taught": Kind("taught", "at most five hours", "what courses print, as taught and then tuned"),
+    "targets": Kind("tuned", "an hour", "which layers should have adapters"),
+    "variants": Kind("tuned", "three hours", "do variants of LoRA learn more?"),
+    "taught": Kind("tuned", "at most five hours", "what courses print, as taught and then tuned"),
     "quantised": Kind("quantised", "an hour and a half", "what a base in fewer bits costs, and what its merges lose"),
-    "rank_advice": Kind("rates", "two hours", "does one run at a high rank tell which rank is enough?"),
+    "rank_advice": Kind("tuned", "two hours", "does one run at a high rank tell which rank is enough?"),
     "spectra": Kind("spectra", "half an hour", "what training writes into the weights"),
     "overfitting": Kind("forgetting", "six hours", "which method overfits, and which forgets"),
     "remedies": Kind("forgetting", "two hours", "what eases forgetting, and what predicts it"),
     "head_start": Kind("head_start", "an hour", "is fine-tuning better than training from scratch?"),
     "downstream": Kind("downstream", "three hours", "can the model learn a downstream task?"),
     "elicitation": Kind("downstream", "half an hour", "how much of that can it do untrained, if asked well?"),
-    "translation": Kind("translation", "three hours", "can the real model learn to translate?"),
+    "translation": Kind("tuned", "three hours", "can the real model learn to translate?"),
 }
 OF_MODELS = ("memory", "speed")  # measure several models; all others are about SmolLM2-135M
 
 
-def _check_day(day: str) -> str:
-    if date.fromisoformat(day).isoformat() != day:
-        raise ValueError("it must be a day, such as 2026-11-24")
-    return day
-
-
 Text = Annotated[str, Field(pattern=r"\S")]
-Day = Annotated[str, AfterValidator(_check_day)]
+_Digits = Field(pattern="^[0-9]{4}-[0-9]{2}-[0-9]{2}$")
+Day = Annotated[str, _Digits, AfterValidator(lambda day: str(date.fromisoformat(day)))]
 if TYPE_CHECKING:  # what the types below let in is known to pydantic alone
     Settings = dict[str, Any]
     Row = dict[str, Any]

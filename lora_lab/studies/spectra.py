@@ -11,9 +11,8 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -21,17 +20,14 @@ from torch import nn
 
 from lora_lab.ablation import studies
 from lora_lab.ablation.grid import Trial
-from lora_lab.ablation.results import PROVENANCE
-from lora_lab.ablation.run import ablate
 from lora_lab.adapters.edit import extract, resize
 from lora_lab.analysis import spectra
 from lora_lab.analysis.spectra import Update
-from lora_lab.history import History
 from lora_lab.inject import lora_layers, match_layers
 from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.rank import intruder_dimensions, subspace_similarity
-from lora_lab.studies.recorder import Recorder, Row, read_rows, record_trials, tell_trial
+from lora_lab.studies.recorder import CurveSweep, Recorder, Row, record_sweeps, tell_row
 from lora_lab.system.schema import plain
 from lora_lab.system.wording import progress_bar
 from lora_lab.task import Task
@@ -57,6 +53,34 @@ class Plan:
     seq_len: int
     eval_examples: int
 
+    def sweep(self, lean: Lean | None = None) -> CurveSweep:
+        """Return all ranks at all their rates with all seeds; a lean step in float32 gives the same in less time."""
+        options: dict[str, Any] = {"steps": self.steps, "batch_size": self.batch_size, "eval_every": self.steps}
+        options |= {"eval_examples": self.eval_examples, "lean": lean}
+        return CurveSweep(
+            {f"r={rank}": (Trial(LoRA(rank, 2 * rank), lrs[0], **options), lrs) for rank, lrs in self.lrs.items()},
+            range(self.seeds),
+            task=partial(load_docs, self.seq_len),
+            shared=True,
+            columns=COLUMNS,
+            show=lambda frame: frame,
+            seq_len=self.seq_len,
+        )
+
+
+def load_docs(seq_len: int, seed: int) -> Task:
+    """Return Python's manual, the same for each seed."""
+    return studies.docs_task(seq_len)
+
+
+# Ablation
+
+COLUMNS = (
+    *("task", "model", "method", "rank", "alpha", "targets", "exclude", "dropout", "steps", "batch_size", "schedule"),
+    *("lr", "warmup", "clip", "weight_decay", "eval_every", "eval_examples", "seed", "outcome", "reason", "step"),
+    *("train_loss", "validation_loss", "off_domain_loss", "gap", "test_loss", "trainable_parameters"),
+)
+
 
 def plan(device: torch.device) -> Plan:
     """Return what two cores, or a GPU, can do in an hour."""
@@ -68,39 +92,17 @@ def plan(device: torch.device) -> Plan:
     return Plan(lrs, seeds=3, steps=60, batch_size=4, seq_len=64, eval_examples=64)
 
 
-def trials(planned: Plan, lean: Lean | None) -> list[Trial]:
-    """Return all ranks at all their rates with all seeds.
-
-    Args:
-        planned: how much is trained.
-        lean: the step; :class:`lora_lab.lean.Lean` in float32 gives the results of None, in less time.
-    """
-    options = {name: getattr(planned, name) for name in ("steps", "batch_size", "eval_examples")}
-    options |= {"alpha_per_rank": 2, "eval_every": planned.steps, "lean": lean}
-    seeds = range(planned.seeds)
-    return [
-        trial
-        for rank, lrs in planned.lrs.items()
-        for trial in studies.grid("docs", "lora", [rank], lrs, seeds, **options)
-    ]
-
-
 def describe(device: torch.device) -> dict[str, Any]:
     """Return how the rows are made, as the record states it."""
-    planned = asdict(plan(device))
-    lrs = {str(rank): list(rates) for rank, rates in planned["lrs"].items()}
-    return {"study": "docs", "alpha": "twice the rank", **planned, "lrs": lrs}
-
-
-def record_ablation(device: torch.device, folder: Path) -> Iterator[Row]:
-    """Yield the rows of the table of :func:`lora_lab.ablation.ablate`, without seconds."""
     planned = plan(device)
-    model, task = studies.study("docs", planned.seq_len, device)
-    frame = ablate(model, task, trials(planned, Lean()), folder, n_jobs=studies.processes(device))
-    yield from read_rows(frame, [*frame.columns.drop(["key", "seconds", *PROVENANCE])])
+    lrs = {str(rank): list(rates) for rank, rates in planned.lrs.items()}
+    return {"study": "docs", "alpha": "twice the rank", **vars(planned), "lrs": lrs}
 
 
-ABLATION = record_trials("ablation", describe, record_ablation, partial(tell_trial, names=("rank",)))
+ABLATION = replace(
+    record_sweeps("ablation", lambda device: [plan(device).sweep(Lean())], describe),
+    line=lambda row: tell_row(row | {"task": "", "model": ""}),  # which are fingerprints here
+)
 
 
 # Spectra
@@ -108,21 +110,12 @@ ABLATION = record_trials("ablation", describe, record_ablation, partial(tell_tri
 DIGITS = 4  # significant digits of a spectral statistic: people read records too
 
 
-@dataclass(frozen=True)
-class Training:
-    """A training whose updates are analysed."""
-
-    method: Method
-    lr: float
-    seed: int
-
-
-# No rate was swept for these runs: rank 64 has its best one of the ablation, the others have those of the demo.
-RUNS = {
-    "full": Training(FullFineTuning(), 2e-4, 0),
-    "LoRA r=8": Training(LoRA(8, 16), 2e-3, 0),
-    "LoRA r=8, other seed": Training(LoRA(8, 16), 2e-3, 1),
-    "LoRA r=64": Training(LoRA(64, 128), 1e-3, 1),  # with seed 0 it would share a part of A with the first one
+# Method, rate and seed. No rate was swept: rank 64 has its best one of the ablation, the others have those of the demo.
+RUNS: dict[str, tuple[Method, float, int]] = {
+    "full": (FullFineTuning(), 2e-4, 0),
+    "LoRA r=8": (LoRA(8, 16), 2e-3, 0),
+    "LoRA r=8, other seed": (LoRA(8, 16), 2e-3, 1),
+    "LoRA r=64": (LoRA(64, 128), 1e-3, 1),  # with seed 0 it would share a part of A with the first one
 }
 PAIRS = (("LoRA r=8", "LoRA r=8, other seed"), ("LoRA r=8", "LoRA r=64"))
 CUTS = {"full": (576, 64, 16, 8, 4, 2, 1), "LoRA r=64": (16, 4, 1)}
@@ -141,9 +134,11 @@ def record_spectra(device: torch.device) -> Iterator[Row]:
     base, task = studies.language_model(device), studies.docs_task(planned.seq_len)
     yield {"about": "run", "run": "base", **_losses(base, task, planned)}
     updates = {}
-    for name, training in RUNS.items():
-        model, history = _train(base, task, training, planned)
-        about = {"about": "run", "run": name, "lr": training.lr, "seed": training.seed}
+    options: dict[str, Any] = {"steps": planned.steps, "batch_size": planned.batch_size, "eval_every": planned.steps}
+    for name, (method, lr, seed) in RUNS.items():
+        model = copy.deepcopy(base)
+        history = fit(model, task, method, lr=lr, seed=seed, eval_examples=4, **options)
+        about = {"about": "run", "run": name, "lr": lr, "seed": seed}
         yield {**about, **_losses(model, task, planned), "trainable_parameters": history.trainable_parameters}
         updates[name] = _updates(base, model)
         for row in spectra.report(None, updates[name]).to_dict("records"):
@@ -160,15 +155,8 @@ def record_spectra(device: torch.device) -> Iterator[Row]:
             yield {"about": "pair", "run": first, "other": second, **row}
 
 
-def _train(base: nn.Module, task: Task, training: Training, planned: Plan) -> tuple[nn.Module, History]:
-    model = copy.deepcopy(base)
-    options: dict[str, Any] = {"steps": planned.steps, "batch_size": planned.batch_size, "eval_every": planned.steps}
-    options |= {"lr": training.lr, "seed": training.seed, "eval_examples": 4}
-    return model, fit(model, task, training.method, **options)
-
-
 def _updates(base: nn.Module, model: nn.Module) -> dict[str, Update]:
-    """The update of every linear layer in the blocks; "all-linear" does not include embedding and head."""
+    """Return the update of every linear layer in the blocks; "all-linear" does not include embedding and head."""
     if lora_layers(model):
         return spectra.updates(None, model)
     before, after = (
@@ -179,13 +167,13 @@ def _updates(base: nn.Module, model: nn.Module) -> dict[str, Update]:
 
 
 def _losses(model: nn.Module, task: Task, planned: Plan) -> dict[str, float]:
-    """Losses of the parts not trained on, in nats per token."""
+    """Return the losses of the parts not trained on, in nats per token."""
     parts = ("validation", "test", "off_domain")
     return {f"{part}_loss": evaluate(model, task, part, planned.batch_size, planned.eval_examples) for part in parts}
 
 
 def _round_row(row: Mapping[Any, Any]) -> dict[str, Any]:
-    """The row with numpy's numbers as Python's, floats rounded to four digits, and NaN and infinity as None."""
+    """Return the row with numpy's numbers as Python's, floats rounded to four digits, and NaN and infinity as None."""
     values = {name: value.item() if hasattr(value, "item") else value for name, value in row.items()}
     return plain(
         {name: float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value for name, value in values.items()}
@@ -193,7 +181,7 @@ def _round_row(row: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _intruders(updates: Mapping[str, Update]) -> Iterator[Row]:
-    """How many of each layer's 10 leading directions are new; in one block, also how many noise would add."""
+    """Yield how many of each layer's 10 leading directions are new; in one block, also how many noise would add."""
     depths = sorted({depth for name in updates if (depth := spectra.depth(name)) is not None})
     block = [name for name in updates if spectra.depth(name) == depths[len(depths) // 2]]
     with_noise = spectra.intruders(None, updates, block).set_index("layer").to_dict("index")
@@ -213,7 +201,7 @@ def _intruders(updates: Mapping[str, Update]) -> Iterator[Row]:
 def _cuts(
     base: nn.Module, tuned: nn.Module, updates: Mapping[str, Update], ranks: Iterable[int], task: Task, planned: Plan
 ) -> Iterator[Row]:
-    """Losses with the update of every layer truncated, from the largest rank down; energy is the mean over layers."""
+    """Yield the losses with every update truncated, from the largest rank down; energy is the mean over layers."""
     energies = {name: update.svd.S.double().square() for name, update in updates.items()}
     ranks = sorted(ranks, reverse=True)
     if lora_layers(tuned):
@@ -227,7 +215,7 @@ def _cuts(
 
 
 def _overlaps(first: Mapping[str, Update], second: Mapping[str, Update]) -> Iterator[Row]:
-    """Hu et al. 2021, equation 4, for the leading direction and for the 8 leading ones."""
+    """Yield Hu et al. 2021, equation 4, for the leading direction and for the 8 leading ones."""
     for name, update in first.items():
         svd1, svd2 = update.svd, second[name].svd
         row = {"layer": name, "out": update.shape[0], "in": update.shape[1]}
@@ -238,12 +226,4 @@ def _overlaps(first: Mapping[str, Update], second: Mapping[str, Update]) -> Iter
         yield _round_row(row)
 
 
-def tell_spectra(row: dict[str, Any]) -> str | None:
-    """Return a row as a line for people; None if it is one of hundreds."""
-    if row["about"] not in ("run", "cut"):
-        return None
-    what = row["run"] + (f", cut to rank {row['rank']}" if row["about"] == "cut" else "")
-    return f"{what:<32} validation {row['validation_loss']:.4f}  test {row['test_loss']:.4f}"
-
-
-SPECTRA = Recorder(describe, record_spectra, tell_spectra)
+SPECTRA = Recorder(describe, record_spectra)

@@ -11,7 +11,7 @@ import gc
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -65,7 +65,7 @@ class Case:
 
 
 def measure_cases(
-    name: str, cases: Sequence[Case], models: Sequence[str] | None, measure: Callable[[Case], Iterator[Row]]
+    name: str, cases: Sequence[Case], models: Sequence[str] | None, measure: Callable[[Case], Iterable[Row]]
 ) -> Iterator[Row]:
     """Yield the rows of a record as they are measured.
 
@@ -75,7 +75,7 @@ def measure_cases(
         name: of the record.
         cases: what is measured.
         models: measure only these.
-        measure: yields the rows of a case.
+        measure: makes the rows of a case.
 
     Raises:
         ValueError: there are no cases of one of the models.
@@ -94,11 +94,6 @@ def measure_cases(
                 tqdm.write(f"skipped, because it does not fit into memory: {what}", file=sys.stderr)
             gc.collect()
             bar.update()
-
-
-def _tell_case(row: Row) -> str:
-    """Return the case of a row as the first columns of its line."""
-    return f"{row['model']:<14}{row['batch']} x {row['length']:<6}{row['setup']:<38}"
 
 
 # Memory
@@ -222,8 +217,8 @@ def _trim_heap() -> None:
 def record_memory(device: torch.device, models: Sequence[str] | None = None) -> Iterator[Row]:
     """Yield the rows of a record of memory, each measured in a fresh process (:func:`measure_cases`)."""
 
-    def measure_apart(case: Case) -> Iterator[Row]:
-        yield run_in_subprocess(measure_case, case, str(device), environment=HEAP)
+    def measure_apart(case: Case) -> list[Row]:
+        return [run_in_subprocess(measure_case, case, str(device), environment=HEAP)]
 
     yield from measure_cases("memory", memory_cases(device), models, measure_apart)
 
@@ -233,7 +228,8 @@ def tell_memory(row: Row) -> str:
     error = row["predicted_bytes"] / row["measured_bytes"] - 1
     process = "" if row["process_bytes"] is None else f"  process {row['process_bytes'] / MIB:9,.1f}"
     predicted, measured = row["predicted_bytes"] / MIB, row["measured_bytes"] / MIB
-    return f"{_tell_case(row)}predicted {predicted:9,.1f}  measured {measured:9,.1f} MiB ({error:+.2%}){process}"
+    case = f"{row['model']:<14}{row['batch']} x {row['length']:<6}{row['setup']:<38}"
+    return f"{case}predicted {predicted:9,.1f}  measured {measured:9,.1f} MiB ({error:+.2%}){process}"
 
 
 _ADAM = "AdamW, fused, gradients clipped to norm 1"
@@ -307,17 +303,7 @@ def record_speed(device: torch.device, models: Sequence[str] | None = None) -> I
     yield from measure_cases("speed", speed_cases(device), models, lambda case: compare_times(case, costs, device))
 
 
-def speed_settings(device: torch.device) -> dict[str, Any]:
-    """Return how the rows are measured, as the record states it."""
-    return {"environment": {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "")}, "weights": "random"}
-
-
-def tell_speed(row: Row) -> str:
-    """Return a row as a line for people."""
-    error = row["predicted_ratio"] / row["ratio"] - 1
-    spread = f"[{row['lower_quartile_s'] * 1e3:,.1f}-{row['upper_quartile_s'] * 1e3:,.1f}]"
-    times = f"{row['seconds'] * 1e3:10,.1f} ms {spread:<22}ratio {row['ratio']:.3f}"
-    return f"{_tell_case(row)}{times}  predicted {row['predicted_ratio']:.3f} ({error:+.0%})"
-
-
-SPEED = Recorder(speed_settings, record_speed, tell_speed)
+SPEED = Recorder(
+    lambda device: {"environment": {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "")}, "weights": "random"},
+    record_speed,
+)

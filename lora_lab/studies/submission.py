@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -33,31 +34,25 @@ def check(path: str | Path) -> Record:
             f"{path} holds the record of {record.what!r} on {record.device!r}, but is not named {record.name}.json; "
             "rename it."
         )
-    if complaint := _unclear_origin(record) or _missing(record):
+    for complaint in _find_faults(record):
         raise ValueError(f"{path} {complaint}, then run lora-lab record {record.what} again.")
     return record
 
 
-def _unclear_origin(record: Record) -> str:
-    """What is wrong with the code, machine, day or command that a record states, and what to do; empty if nothing."""
+def _find_faults(record: Record) -> Iterator[str]:
+    """Yield what is wrong with the origin that a record states, what rows it lacks, and what to do."""
     on_cuda = record.facts.get("device", "").startswith("cuda")
     facts = machine_info(torch.device("cpu")).keys() | (ON_CUDA if on_cuda else set())
-    today = datetime.now(UTC).date().isoformat()
     if lacking := sorted(facts - record.facts.keys()):
-        return f"lacks the facts {', '.join(lacking)} of its machine, which the command writes; update lora_lab"
+        yield f"lacks the facts {', '.join(lacking)} of its machine, which the command writes; update lora_lab"
     if not re.fullmatch("[0-9a-f]+", record.commit):
-        return f"is of the code {record.commit!r}, but others can run only what is a commit; commit your changes"
-    if record.date > today:
-        return f"has the date {record.date}, but today is {today}; set the machine's clock"
+        yield f"is of the code {record.commit!r}, but others can run only what is a commit; commit your changes"
+    if record.date > (today := datetime.now(UTC).date().isoformat()):
+        yield f"has the date {record.date}, but today is {today}; set the machine's clock"
     if not re.fullmatch(r"lora-lab record \w+( --device \S+)?", record.command):
-        return f"was made by {record.command!r}, which does not measure every case; leave out all but --device"
-    return ""
-
-
-def _missing(record: Record) -> str:
-    """What a record lacks that its settings name or a claim needs, and what to do; empty if nothing."""
+        yield f"was made by {record.command!r}, which does not measure every case; leave out all but --device"
     if absent := _setups_without_rows(record):
-        return f"has no row of {', '.join(absent)}, which its settings name; do not edit it by hand"
+        yield f"has no row of {', '.join(absent)}, which its settings name; do not edit it by hand"
     every = read_claims()
     for claim_id, decider in DECIDERS.items():
         if decider.record == record.what:
@@ -65,12 +60,11 @@ def _missing(record: Record) -> str:
                 decider.decide(every[claim_id], record)
             except (KeyError, TypeError, ValueError) as error:
                 reason = f"{type(error).__name__}: {str(error).removesuffix('.')}"
-                return f"lacks what decides the claim {claim_id!r} ({reason}); update lora_lab"
-    return ""
+                yield f"lacks what decides the claim {claim_id!r} ({reason}); update lora_lab"
 
 
 def _setups_without_rows(record: Record) -> list[str]:
-    """The setups that the settings name, by data where there are several, and that have no row."""
+    """Return the setups that the settings name, by data where there are several, and that have no row."""
     studies = {data: study for data, study in record.settings.items() if isinstance(study, dict) and "setups" in study}
     absent = []
     for data, study in (studies or {"": record.settings}).items():

@@ -7,7 +7,7 @@ import torch
 
 from lora_lab.ablation import run, studies
 from lora_lab.models.llama import Llama
-from lora_lab.studies import spectra, steps
+from lora_lab.studies import recorder, spectra, steps
 from lora_lab.tasks import Examples, Task
 from tests.helpers import COMMIT
 
@@ -75,10 +75,7 @@ def small_study(monkeypatch, tiny_config, tmp_path):
     monkeypatch.setattr(studies, "docs_task", lambda seq_len, model=None: study[1]())
     plan = spectra.Plan({1: (1e-3, 1e-2), 4: (1e-3, 1e-2)}, 2, 4, 4, 8, 5)
     monkeypatch.setattr(spectra, "plan", lambda device: plan)
-    monkeypatch.setattr(spectra, "ablate", partial(here, spectra.ablate))
+    monkeypatch.setattr(studies, "processes", lambda device: 1)
+    monkeypatch.setattr(recorder, "plan_hours", lambda sweep, device: 0.0)
     monkeypatch.chdir(tmp_path)
     return study
-
-
-def here(ablate, *arguments, n_jobs):
-    return ablate(*arguments, n_jobs=1)

@@ -23,7 +23,7 @@ from lora_lab.analysis import divergence
 from lora_lab.models.llama import Llama
 from lora_lab.models.shapes import config
 from lora_lab.studies import forgetting, recorder
-from lora_lab.studies.forgetting import DistanceFromBase, Remedy, make_task, update_norm
+from lora_lab.studies.forgetting import DistanceFromBase, make_task, update_norm
 from tests.helpers import COMMIT
 from tests.studies.conftest import counting_on
 
@@ -76,14 +76,14 @@ def test_each_planned_run_reads_its_examples_a_whole_number_of_times(device):
     constant, cosine = forgetting.epochs(device)
     for case in forgetting.plan_overfitting(device):
         size = case.about["n_train"]
-        for setup, trial in case.trials.items():
+        for setup, (trial, lrs) in case.setups.items():
             decays = setup.endswith(", cosine")
             assert trial.steps * trial.batch_size == (cosine if decays else constant)[size] * size
             assert trial.steps % trial.eval_every == 0
             assert trial.schedule == ("cosine" if decays else "constant")
             assert decays or trial.warmup == 8
             assert case.trial(setup, 1e-3, case.judging[0]).eval_examples == forgetting.JUDGED_ON > trial.eval_examples
-            forgetting.HALVING.check([case.trial(setup, lr, 0) for lr in case.lrs[setup]])
+            forgetting.HALVING.check([case.trial(setup, lr, 0) for lr in lrs])
 
 
 def test_the_last_blocks_are_those_of_the_real_model():
@@ -92,17 +92,15 @@ def test_the_last_blocks_are_those_of_the_real_model():
 
 
 def test_every_remedy_is_planned_and_a_gpu_trains_longer():
-    small, large = (forgetting.plan_remedies(device) for device in (CPU, CUDA))
-    assert sorted(name for case in small for name in case.trials) == sorted(forgetting.SETUPS)
-    changes = {setup.change.func for setup in forgetting.SETUPS.values() if setup.change is not forgetting.unchanged}
-    assert changes == {forgetting.add_own_replies, forgetting.other_text, forgetting.near_base}
-    for case, more in zip(small, large, strict=True):
-        assert len(more.choosing) > len(case.choosing) >= 3
-        for name, trial in case.trials.items():
-            assert more.trials[name].steps > trial.steps
+    small, large = (list(forgetting.plan_remedies(device)) for device in (CPU, CUDA))
+    assert [name for sweep in small for name in sweep.setups] == [*forgetting.PLAIN, *forgetting.CHANGED]
+    for sweep, more in zip(small, large, strict=True):
+        assert len(more.choosing) > len(sweep.choosing) >= 3
+        for name, (trial, lrs) in sweep.setups.items():
+            assert more.setups[name][0].steps > trial.steps
+            assert more.setups[name][1] == lrs
             assert trial.schedule == "constant"
             assert (trial.lean is None) == (trial.method == FullFineTuning())
-            assert case.lrs[name] == forgetting.SETUPS[name].lrs
 
 
 # Overfitting
@@ -264,21 +262,25 @@ def test_settings_that_no_record_can_hold_are_refused_before_anything_is_run(mon
 
 # Remedies
 
-SETUPS = {
-    "LoRA r=8": Remedy(LoRA(8, 16), (1e-2, 2e-2)),
-    "LoRA r=1": Remedy(LoRA(1, 2), (2e-2,)),
-    "full": Remedy(FullFineTuning(), (1e-3, 3e-3)),
-    "weight decay": Remedy(LoRA(8, 16), (2e-2,), weight_decay=10.0),
-    "own replies": Remedy(LoRA(8, 16), (2e-2,), partial(forgetting.add_own_replies, 0.5)),
-    "other text": Remedy(LoRA(8, 16), (2e-2,), partial(forgetting.other_text, 0.5)),
-    "KL penalty": Remedy(LoRA(8, 16), (2e-2,), partial(forgetting.near_base, 1.0)),
+PLAIN = {
+    "LoRA r=8": (LoRA(8, 16), (1e-2, 2e-2), 0.0),
+    "LoRA r=1": (LoRA(1, 2), (2e-2,), 0.0),
+    "full": (FullFineTuning(), (1e-3, 3e-3), 0.0),
+    "weight decay": (LoRA(8, 16), (2e-2,), 10.0),
 }
+CHANGED = {
+    "own replies": partial(forgetting.add_own_replies, 0.5),
+    "other text": partial(forgetting.add_other_text, 0.5),
+    "KL penalty": partial(forgetting.stay_near_base, 1.0),
+}
+SETUPS = PLAIN | {name: (LoRA(8, 16), (2e-2,), 0.0) for name in CHANGED}
 
 
 @pytest.fixture(scope="module")
 def tiny(make):
+    few = {"PLAIN": PLAIN, "CHANGED": CHANGED, "RATE": 2e-2, "FEW": (10, 4, (0, 1)), "LENGTH": 9, "EXAMPLES": 6}
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"SETUPS": SETUPS, "FEW": (10, 4, (0, 1)), "LENGTH": 9, "EXAMPLES": 6}.items():
+        for name, value in few.items():
             patch.setattr(forgetting, name, value)
         yield make
 
@@ -290,7 +292,7 @@ def whole(tiny):
 
 def test_a_record_has_a_curve_for_each_setup_rate_and_seed_and_for_each_strength_of_the_adapter(whole):
     frame = whole[0].frame()
-    expected = {(name, lr, seed) for name, setup in SETUPS.items() for lr in setup.lrs for seed in (0, 1)}
+    expected = {(name, lr, seed) for name, (_, lrs, _) in SETUPS.items() for lr in lrs for seed in (0, 1)}
     expected |= {("LoRA r=8, scaled", lr, seed) for lr in (1e-2, 2e-2) for seed in (0, 1)}
     curves = dict([*frame.groupby(["setup", "lr", "seed"])])
     assert set(curves) == expected
@@ -307,10 +309,10 @@ def test_a_record_has_a_curve_for_each_setup_rate_and_seed_and_for_each_strength
 def test_a_row_is_what_fit_gives_on_the_changed_task(tiny, whole):
     frame = whole[0].frame()
     for name in ("own replies", "other text", "KL penalty", "weight decay", "full"):
-        setup, options = SETUPS[name], {"steps": 10, "batch_size": 4, "schedule": "constant", "seed": 1}
-        own = frame[(frame["setup"] == name) & (frame["seed"] == 1) & (frame["lr"] == setup.lrs[0])].set_index("step")
-        options |= {"lr": setup.lrs[0], "weight_decay": setup.weight_decay, "eval_examples": 6}
-        history = fit(tiny(), make_task(setup.change, 0), setup.method, progress=False, **options)
+        (method, (lr, *_), decay), options = SETUPS[name], {"steps": 10, "batch_size": 4, "schedule": "constant"}
+        own = frame[(frame["setup"] == name) & (frame["seed"] == 1) & (frame["lr"] == lr)].set_index("step")
+        options |= {"lr": lr, "seed": 1, "weight_decay": decay, "eval_examples": 6}
+        history = fit(tiny(), make_task(name if name in CHANGED else None, 0), method, progress=False, **options)
         table = history.frame().set_index("step")
         tolerance = 1e-4 if name == "full" else 3e-2  # over a base in bfloat16
         for loss in ("train_loss", "validation_loss", "off_domain_loss"):
@@ -320,7 +322,7 @@ def test_a_row_is_what_fit_gives_on_the_changed_task(tiny, whole):
 
 
 def test_replayed_replies_and_those_that_judge_have_no_prompt_in_common(tiny):
-    task = make_task(SETUPS["own replies"].change, 0)
+    task = make_task("own replies", 0)
     replayed = {int(row[0]) for row in task.train.inputs[24:]}
     assert replayed == set(range(16, 28))  # of the 24 that are as many as the windows
     assert {int(row[0]) for row in task.off_domain.inputs} == set(range(16))
@@ -337,7 +339,7 @@ def test_scaling_goes_from_the_base_to_the_adapter_and_beyond(tiny, whole):
     model = tiny()
     fit(
         model,
-        make_task(forgetting.unchanged, 0),
+        make_task(None, 0),
         LoRA(8, 16),
         steps=10,
         lr=2e-2,
@@ -348,12 +350,12 @@ def test_scaling_goes_from_the_base_to_the_adapter_and_beyond(tiny, whole):
     for layer in lora_layers(model).values():
         layer.alpha *= 0.5
     merge(model)
-    expected = evaluate(model, make_task(forgetting.unchanged, 0), "validation", limit=6)
+    expected = evaluate(model, make_task(None, 0), "validation", limit=6)
     assert curve.loc[50, "validation_loss"] == pytest.approx(expected, rel=3e-2)
 
 
 def test_what_a_judge_measures(tiny):
-    base, task = tiny(), make_task(forgetting.unchanged, 0)
+    base, task = tiny(), make_task(None, 0)
     model = copy.deepcopy(base)
     fit(model, task, FullFineTuning(), steps=3, lr=1e-3, batch_size=4, progress=False)
     scores = DistanceFromBase(9, 6, (0.5,))(model, task)
@@ -367,7 +369,7 @@ def test_what_a_judge_measures(tiny):
 
 def test_the_size_of_an_adapters_update_is_that_of_the_merged_model(tiny):
     base, model = tiny(), tiny()
-    fit(model, make_task(forgetting.unchanged, 0), LoRA(2, 8), steps=3, lr=1e-2, batch_size=4, progress=False)
+    fit(model, make_task(None, 0), LoRA(2, 8), steps=3, lr=1e-2, batch_size=4, progress=False)
     size = update_norm(base, model)
     merge(model)
     assert size == pytest.approx(update_norm(base, model), rel=1e-4)
@@ -385,14 +387,10 @@ def test_a_record_can_be_compared_at_equal_learning_and_asked_what_predicts_forg
     assert predicted["correlation"].notna().all()
 
 
-def test_a_stopped_record_goes_on_where_it_was(whole, no_trial_runs):
-    assert list(forgetting.REMEDIES.rows(CPU)) == whole[0].rows
-
-
 def test_planned_hours_count_steps_evaluations_and_the_judge(whole):
     forward = 3 / 3 / 4  # hours an example
     hours = {name: 3 if name == "full" else 2 for name in SETUPS}
-    steps = sum(2 * len(setup.lrs) * 10 * hours[name] for name, setup in SETUPS.items())
+    steps = sum(2 * len(lrs) * 10 * hours[name] for name, (_, lrs, _) in SETUPS.items())
     own = 2 * 11 * 6 + 6 + 3 * 6  # two parts at 11 evaluations, the test part, the judge
     alone, penalised = 2 * (2 + 1 + 2 + 1), 2
     examples = 18 * own + alone * 8 * 6 + penalised * 10 * 4
@@ -400,7 +398,8 @@ def test_planned_hours_count_steps_evaluations_and_the_judge(whole):
 
 
 def test_a_failed_trial_has_no_strengths(tiny, monkeypatch, tmp_path):
-    monkeypatch.setattr(forgetting, "SETUPS", {"LoRA r=8": Remedy(LoRA(8, 16), (1e30,))})
+    monkeypatch.setattr(forgetting, "PLAIN", {"LoRA r=8": (LoRA(8, 16), (1e30,), 0.0)})
+    monkeypatch.setattr(forgetting, "CHANGED", {})
     monkeypatch.setattr(forgetting, "FEW", (10, 4, (0,)))
     (row,) = forgetting.REMEDIES.rows(CPU, tmp_path)
     assert row["outcome"] == "failed"

@@ -13,7 +13,6 @@ import torch
 
 from lora_lab import FullFineTuning, claims, cli, evaluate, fit, records, tasks
 from lora_lab.ablation import studies
-from lora_lab.ablation.compare import last_rows
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
 from lora_lab.studies import head_start, recorder
@@ -33,13 +32,15 @@ def few(device):
     (digits,) = (case for case in REAL_PLAN(CPU) if [*case.about.values()] == ["inverted", "MLP", 40])
     (docs,) = (case for case in REAL_PLAN(CPU) if case.about["data"] == DOCS)
     seeds = {"choosing": (0, 1), "judging": (2, 3, 4), "widen": 1}
-    trials = {
-        setup: dataclasses.replace(trial, steps=4, warmup=None, eval_every=4) for setup, trial in docs.trials.items()
+    of_digits = {setup: (trial, (1e-3, 3e-3, 9e-3)) for setup, (trial, _) in digits.setups.items()}
+    of_docs = {
+        setup: (dataclasses.replace(trial, steps=4, warmup=None, eval_every=4), (1e-3, 1e-2))
+        for setup, (trial, _) in docs.setups.items()
     }
     of_eight = {"about": docs.about | {"n_train": 8}, "task": partial(head_start.draw_text, 8), "seq_len": 9}
     return [
-        dataclasses.replace(digits, lrs=dict.fromkeys(digits.trials, (1e-3, 3e-3, 9e-3)), **seeds),
-        dataclasses.replace(docs, **of_eight, trials=trials, lrs=dict.fromkeys(trials, (1e-3, 1e-2)), **seeds),
+        dataclasses.replace(digits, setups=of_digits, **seeds),
+        dataclasses.replace(docs, setups=of_docs, **of_eight, **seeds),
     ]
 
 
@@ -51,13 +52,12 @@ def record(small_world, tiny_config):
     small_world.setattr(studies, "docs_task", counting_on)
     small_world.setattr(recorder.shapes, "config", lambda name: tiny_config)
     small_world.setattr(head_start, "SEQ_LEN", 9)
-    made = recorder.record_cases("head_start", few, lambda device: {}, head_start.COLUMNS, last_rows, head_start.tell)
+    made = recorder.record_sweeps("head_start", few, lambda device: {})
     small_world.setattr(head_start, "HEAD_START", made)
     with redirect_stdout(io.StringIO()) as printed:
         assert cli.main(["record", "head_start", "--device", "cpu", "--out", "records"]) == 0
     (record,) = records.load_all("head_start", "records").values()
-    assert "Planned: about 0.0 hours" in printed.getvalue()
-    assert re.search(r"inverted +MLP +40 +from scratch, longer +lr 0.00", printed.getvalue())
+    assert re.search(r"inverted +MLP +judging +n_train 40 +from scratch, longer +lr 0.00", printed.getvalue())
     return record
 
 
@@ -73,10 +73,11 @@ def test_rates_are_chosen_by_the_loss_after_the_last_step_which_may_be_above_tha
             for step, loss in ((0, 2.0), (150, after[lr][seeds[0] % 2]))
         )
 
-    monkeypatch.setattr(recorder.Case, "_train", train)
+    monkeypatch.setattr(recorder.CurveSweep, "_train", train)
     seeds = {"choosing": (0, 1), "judging": (2, 3), "widen": 0}
-    case = dataclasses.replace(REAL_PLAN(CPU)[0], lrs=dict.fromkeys((FINE_TUNED, FROM_SCRATCH), (*after,)), **seeds)
-    rows = pandas.concat(case.run(CPU, Path("unused")))
+    case = next(iter(REAL_PLAN(CPU)))
+    setups = {setup: (case.setups[setup][0], (*after,)) for setup in (FINE_TUNED, FROM_SCRATCH)}
+    rows = pandas.concat(dataclasses.replace(case, setups=setups, **seeds).frames(CPU, Path("unused")))
     assert set(rows[rows["stage"] == "judging"]["lr"]) == {3e-3}
     assert set(rows["edge"]) == {""}
 
@@ -151,17 +152,18 @@ def test_seeds_draw_the_pictures_the_pretraining_and_the_random_weights():
 @slow
 @pytest.mark.parametrize("device", [CPU, CUDA])
 def test_the_plan_compares_equal_steps_on_three_changes_two_nets_and_the_language_model(device):
-    cases = REAL_PLAN(device)
+    cases = list(REAL_PLAN(device))
     table = pandas.DataFrame([case.about for case in cases])
     digits = {(data, net): [10, 40, 160, 500] for data in CHANGES for net in ("transformer", "MLP")}
     docs = {(DOCS, "smollm2-135m"): [240 if device == CPU else 2400]}
     assert table.groupby(["data", "model"])["n_train"].apply(list).to_dict() == digits | docs
     for case in cases:
-        assert case.trials[FINE_TUNED] == case.trials[FROM_SCRATCH]
+        trials = {setup: trial for setup, (trial, _) in case.setups.items()}
+        assert trials[FINE_TUNED] == trials[FROM_SCRATCH]
         assert not set(case.choosing) & set(case.judging)
         assert len(case.judging) >= 3
-        assert case.trials[FINE_TUNED].batch_size <= case.about["n_train"]
+        assert trials[FINE_TUNED].batch_size <= case.about["n_train"]
         if case.about["data"] != DOCS:
-            assert case.trials[LONGER].steps == 550 == 400 + case.trials[FINE_TUNED].steps
-    assert len(cases[0].planned) == 3 * (5 * 3 + 10)
+            assert trials[LONGER].steps == 550 == 400 + trials[FINE_TUNED].steps
+    assert len([*cases[0].trials()]) == 3 * (5 * 3 + 10)
     assert cases[-1].starts.keys() == {FROM_SCRATCH}

@@ -88,17 +88,12 @@ def test_steps_are_timed_in_turn(rows):
     assert (table["rounds"] == 2).all()
 
 
-def test_a_stopped_record_goes_on(rows, no_trial_runs):
-    again = [row for row in quantised.QUANTISED.rows(CPU) if "score_test" in row]
-    assert [row["score_test"] for row in again] == [row["score_test"] for row in rows if "score_test" in row]
-
-
 def test_each_base_has_its_own_step():
-    plans = quantised.plan(CPU)
-    leans = {base: planned.study.setups[base].lean for base, planned in plans.items()}
+    plans = {device: {sweep.data: sweep for sweep in quantised.plan(device)} for device in (CPU, CUDA)}
+    leans = {base: sweep.setups[base][0].lean for base, sweep in plans[CPU].items()}
     assert leans["bfloat16"].base_dtype == torch.bfloat16
     assert {leans[base].base_dtype for base in ("float32", "NF4", "Q4_1")} == {None}
-    small, large = (quantised.plan(device)["NF4"].study for device in (CPU, CUDA))
+    small, large = (plans[device]["NF4"] for device in (CPU, CUDA))
     assert not set(small.choosing) & set(small.judging)
     assert len(small.lrs["NF4"]) == 5
     assert len(large.judging) > len(small.judging) >= 3

@@ -1,6 +1,5 @@
 """How records are made: what is planned and taken over, what a tuned study writes, and how long studies take."""
 
-import itertools
 import json
 import math
 from dataclasses import replace
@@ -12,18 +11,18 @@ import torch
 
 from lora_lab import FullFineTuning, LoRA, fit, records
 from lora_lab.ablation import Trial, studies
-from lora_lab.ablation.compare import Study, compare_losses
+from lora_lab.ablation.compare import compare_losses
 from lora_lab.ablation.stats import BlockLosses, best_rate, block_losses_of, losses_by_rate
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
-from lora_lab.studies import forgetting, methods, rates, recorder, taught
-from lora_lab.studies.recorder import Planned, find_recorder, plan_hours, take_over, tell_trial
+from lora_lab.studies import forgetting, recorder, tuned
+from lora_lab.studies.recorder import BlockSweep, CurveSweep, find_recorder, plan_hours, take_over, tell_row
 from lora_lab.studies.records import KINDS
 from lora_lab.tasks import digits
 from tests.helpers import COMMIT, command
 from tests.studies.conftest import sentences
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU = torch.device("cpu")
 
 
 # A record that was begun in an earlier sitting, whose finished trials are committed
@@ -62,8 +61,8 @@ def test_the_command_goes_on_from_them_and_says_so(begun, monkeypatch, tmp_path,
         seen.extend(path.name for path in begun.rglob("*.json"))
         yield {"data": "docs"}
 
-    made = replace(rates.RATES, rows=rows, settings=lambda device: {}, line=str)
-    monkeypatch.setattr(rates, "RATES", made)
+    made = replace(tuned.RATES, rows=rows, settings=lambda device: {}, line=str)
+    monkeypatch.setattr(tuned, "RATES", made)
     assert command("record", "rates", "--device", "cpu", "--out", tmp_path / "out") == 0
     assert sorted(seen) == ["a.json", "b.json"]
     assert "2 trials of a record that was begun earlier need not be run again." in capsys.readouterr().out
@@ -79,30 +78,30 @@ def test_a_record_can_hold_the_settings_of_every_study(name, device, monkeypatch
     assert record.settings == json.loads(json.dumps(settings))
 
 
-def test_a_trials_last_row_is_told_in_a_line():
-    row = {"setup": "r=1", "lr": 1e-3, "seed": 2, "outcome": "done", "step": 8, "steps": 8}
-    row |= {"validation_loss": 3.0, "test_loss": None}
-    assert tell_trial(row, ["setup"]).split() == ["r=1", "lr", "0.001", "seed", "2:", "validation_loss", "3.0000"]
-    assert tell_trial(row | {"outcome": "failed", "reason": "It diverged."}, ["setup"]).endswith("2: It diverged.")
-    assert tell_trial(row | {"step": 7}, ["setup"]) is None
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, "docs  r=1  rank 1  lr 0.001  seed 2: validation_loss 3.0000"),
+        ({"outcome": "failed", "reason": "It diverged."}, "docs  r=1  rank 1  lr 0.001  seed 2: It diverged."),
+        ({"step": 7}, None),
+        ({"validation_loss": None}, None),
+    ],
+)
+def test_a_trials_last_row_is_told_in_a_line(changes, told):
+    row = {"data": "docs", "setup": "r=1", "rank": 1.0, "lr": 1e-3, "seed": 2, "outcome": "done", "step": 8, "steps": 8}
+    assert tell_row(row | {"validation_loss": 3.0, "test_loss": None, "score_test": "[3.0]"} | changes) == told
 
 
-# A tuned study
-
-
-def a_study(steps, batch_size, chosen_on):
-    options = {"steps": steps, "batch_size": batch_size, "eval_every": steps, "eval_examples": 4}
-    setups = {
-        "full": Trial(FullFineTuning(), 1e-3, **options),
-        "r=1": Trial(LoRA(1, 32), 1e-3, **options),
-        "again": Trial(LoRA(1, 32), 1e-3, **options),
-    }
-    lrs = {"full": (1e-3, 2e-3), "r=1": (1e-2, 2e-2), "again": (1e-2, 2e-2)}
-    return Study(setups, lrs, [0, 1], [2, 3], chosen_on, {"validation": 4, "test": 6}, widen=1)
+# A sweep by blocks
 
 
 def plan(device):
-    return {"digits": Planned(a_study(6, 16, 40), small=True), "docs": Planned(a_study(3, 4, 5), seq_len=8)}
+    for data, steps, size, on, seq_len in (("digits", 6, 16, 40, None), ("docs", 3, 4, 5, 8)):
+        options = {"steps": steps, "batch_size": size, "eval_every": steps, "eval_examples": 4}
+        lora = Trial(LoRA(1, 32), 1e-3, **options), (1e-2, 2e-2)
+        setups = {"full": (Trial(FullFineTuning(), 1e-3, **options), (1e-3, 2e-3)), "r=1": lora, "again": lora}
+        judged = {"chosen_on": on, "judged_on": {"validation": 4, "test": 6}, "widen": 1}
+        yield BlockSweep(setups, [0, 1], [2, 3], data=data, seq_len=seq_len, **judged)
 
 
 def predict(factory, setups, batch_size, seq_len):
@@ -118,8 +117,8 @@ def tiny(small_world, tiny_config):
     small_world.setattr(studies, "language_model", lambda device, model=None: Llama(tiny_config, seed=3))
     small_world.setattr(studies, "docs_task", lambda seq_len, model=None: sentences(tiny_config.vocab_size))
     small_world.setattr(recorder, "cost_model", lambda device: SimpleNamespace(predict=predict))
-    small_world.setattr(rates, "RATES", recorder.record_tuned("rates", plan))
-    return rates.RATES
+    small_world.setattr(tuned, "RATES", recorder.record_sweeps("rates", plan))
+    return tuned.RATES
 
 
 @pytest.fixture(scope="module")
@@ -194,30 +193,11 @@ def test_a_stopped_record_goes_on_where_it_was(record, tiny, no_trial_runs, caps
 
 
 def test_where_full_fine_tuning_is_compared_all_methods_multiply_in_bfloat16():
-    planned = [*methods.plan_quality(CPU).values(), *taught.plan(CPU).values()]
-    trials = [trial for each in planned for trial in each.study.setups.values()]
-    trials += [trial for case in forgetting.plan_remedies(CPU) for trial in case.trials.values()]
+    sweeps = [*tuned.plan_quality(CPU), *tuned.plan_taught(CPU), *forgetting.plan_remedies(CPU)]
+    trials = [trial for sweep in sweeps for trial, _ in sweep.setups.values()]
     assert {type(trial.method) for trial in trials} == {FullFineTuning, LoRA}
     for trial in trials:
         assert (trial.autocast or trial.lean.base_dtype) is torch.bfloat16, trial.method
-
-
-TUNED = [rates.plan_rates, methods.plan_quality, methods.plan_targets, methods.plan_variants, taught.plan]
-
-
-@pytest.mark.parametrize("plan", TUNED)
-def test_seeds_that_judge_did_not_choose_and_a_gpu_does_more(plan):
-    small, large = (plan(device)["docs"].study for device in (CPU, CUDA))
-    assert small.setups.keys() == large.setups.keys()
-    assert len(large.choosing) + len(large.judging) > len(small.choosing) + len(small.judging)
-    assert len(small.choosing) >= 2
-    assert len(small.judging) >= 3 or plan is rates.plan_rates
-    for study in (small, large):
-        factors = [high / low for lrs in study.lrs.values() for low, high in itertools.pairwise(lrs)]
-        assert all(1.69 < factor < 2.01 for factor in factors)
-        assert all(len(lrs) >= 3 or "as taught" in setup for setup, lrs in study.lrs.items())
-        for trial in study.setups.values():
-            assert trial.lean is None or trial.method != FullFineTuning()
 
 
 # Hours, against sums worked by hand
@@ -242,31 +222,34 @@ def threads(monkeypatch):
     return asked
 
 
+def hours(*trials, **options):
+    setups = {str(i): (trial, [1e-3]) for i, trial in enumerate(trials)}
+    return plan_hours(CurveSweep(setups, [0], task=None, seq_len=8, **options), CPU)
+
+
 def test_a_forward_pass_is_a_third_of_a_full_step_and_half_of_one_with_an_adapter(threads):
     examples = 3 * 2 * 6 + 6  # two parts before, in the middle and after; the test part
-    assert plan_hours([FULL], 8, CPU) == pytest.approx(4 * 9 + examples / 2 * 9 / 3, abs=0.1)
-    assert plan_hours([ADAPTER], 8, CPU) == pytest.approx(4 * 2 + examples / 2 * 2 / 2, abs=0.1)
-    both = plan_hours([FULL, ADAPTER], 8, CPU)
-    assert both == pytest.approx(plan_hours([FULL], 8, CPU) + plan_hours([ADAPTER], 8, CPU), abs=0.1)
+    assert hours(FULL) == pytest.approx(4 * 9 + examples / 2 * 9 / 3)
+    assert hours(ADAPTER) == pytest.approx(4 * 2 + examples / 2 * 2 / 2)
+    assert hours(FULL, ADAPTER) == pytest.approx(hours(FULL) + hours(ADAPTER))
 
 
 def test_a_step_under_autocast_has_its_own_time(threads):
     halved = replace(FULL, autocast=torch.bfloat16)
-    saved = plan_hours([FULL, FULL], 8, CPU) - plan_hours([FULL, halved], 8, CPU)
-    assert saved == pytest.approx(4 * (9 - 5), abs=0.1)
+    assert hours(FULL, FULL) - hours(FULL, halved) == pytest.approx(4 * (9 - 5))
 
 
 def test_what_is_judged_and_a_short_off_domain_part_are_counted(threads):
-    plain = plan_hours([ADAPTER], 8, CPU)
-    assert plan_hours([ADAPTER], 8, CPU, judged=10) == pytest.approx(plain + 10 / 2, abs=0.1)
-    assert plan_hours([ADAPTER], 8, CPU, off_domain=2) == pytest.approx(plain - 3 * 4 / 2, abs=0.1)
-    assert plan_hours([ADAPTER], 8, CPU, off_domain=100) == plain
+    plain = hours(ADAPTER)
+    assert hours(ADAPTER, chosen_on=10) == pytest.approx(plain + 10 / 2)
+    assert hours(ADAPTER, off_domain=2) == pytest.approx(plain - 3 * 4 / 2)
+    assert hours(ADAPTER, off_domain=100) == plain
 
 
 def test_two_processes_with_a_thread_each_take_half_of_what_one_thread_takes(threads, monkeypatch):
     before = torch.get_num_threads()
-    alone = plan_hours([FULL, FULL], 8, CPU)
+    alone = hours(FULL, FULL)
     monkeypatch.setattr(studies, "processes", lambda device: 2)
-    assert plan_hours([FULL, FULL], 8, CPU) == pytest.approx(alone / 2, abs=0.1)
+    assert hours(FULL, FULL) == pytest.approx(alone / 2)
     assert threads == [before, 1]
     assert torch.get_num_threads() == before

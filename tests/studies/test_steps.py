@@ -193,8 +193,7 @@ def test_speed_rows_hold_what_was_measured_beside_what_was_predicted(
     assert lora["predicted_ratio"] == pytest.approx(lora["predicted_seconds"] / full["predicted_seconds"])
     assert lora["flops"] == speed.flops(lambda: Llama(steps._SMALL), LoRA(2, 4), 2, 8).total
     printed = capsys.readouterr().out
-    assert f"ratio {lora['ratio']:.3f}" in printed
-    assert f"predicted {lora['predicted_ratio']:.3f}" in printed
+    assert f"ratio {lora['ratio']:.4f}  predicted_ratio {lora['predicted_ratio']:.4f}" in printed
 
 
 def test_large_comparisons_have_fewer_rounds_and_setups():
@@ -203,18 +202,6 @@ def test_large_comparisons_have_fewer_rounds_and_setups():
     assert [cases["smollm2-135m", tokens].rounds for tokens in (32, 128, 512, 2048, 4096)] == [9, 9, 6, 3, 3]
     assert len(cases["smollm2-135m", 512].setups) == 7
     assert list(cases["smollm2-135m", 2048].setups) == ["full", "LoRA r=8", "LoRA r=256", "LoRA r=8, last 1 block"]
-
-
-def test_speed_prints_counts_a_prediction_with_its_reason_and_real_steps_if_asked(
-    priced, tmp_path, capsys, tiny_config
-):
-    folder = llama_folder(tmp_path, tiny_config)
-    arguments = ["--model", folder, "--batch", 2, "--seq", 8, "--rank", 2, 4, "--device", "cpu", "--measure", 2]
-    assert command("speed", *arguments) == 0
-    printed = capsys.readouterr().out
-    for words in ("closed form", "Device: cpu", "LoRA r=2 takes", "LoRA r=4 takes", "multiplications of the adapters"):
-        assert words in printed, words
-    assert "of 2 rounds" in printed
 
 
 def test_speed_as_json_has_what_is_counted_predicted_and_measured(priced, tmp_path, capsys, tiny_config, monkeypatch):
@@ -280,26 +267,19 @@ def test_speed_of_a_card_that_is_not_here_comes_from_its_datasheet(tmp_path, cap
     assert printed == seconds[torch.float32]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["--model", "gpt-5"], "There is no model 'gpt-5'"),
-        (["--seq", 0], "seq_len is 0"),
-        (["--rank", 0], "rank is 0"),
-        (["--card", "l40"], "No card is known by the name 'l40'; use one of"),
-        (
-            ["--card", "l40s", "--measure", 2],
-            "--card l40s predicts for another machine; leave out --measure and --device",
-        ),
-        (
-            ["--card", "l40s", "--device", "cpu"],
-            "--card l40s predicts for another machine; leave out --measure and --device",
-        ),
-        (["--dtype", "int8"], "--dtype is 'int8', but it must be bfloat16 or float32"),
-    ],
-)
-def test_speed_refuses_what_makes_no_sense_in_one_sentence(capsys, arguments, says):
+# (arguments, what is named)
+REFUSED = [
+    (["--model", "gpt-5"], "'gpt-5'"),
+    (["--seq", 0], "seq_len is 0"),
+    (["--rank", 0], "rank is 0"),
+    (["--card", "l40"], "'l40'"),
+    (["--card", "l40s", "--measure", 2], "--measure"),
+    (["--card", "l40s", "--device", "cpu"], "--device"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "named"), REFUSED)
+def test_speed_refuses_what_makes_no_sense_in_one_sentence(capsys, arguments, named):
     assert command("speed", *arguments) == 1
-    captured = capsys.readouterr()
-    assert says in captured.err
-    assert len(captured.err.strip().splitlines()) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert named in line

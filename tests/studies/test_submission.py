@@ -35,34 +35,29 @@ def without(column):
     return {"rows": [{name: value for name, value in row.items() if name != column} for row in rows]}
 
 
-@pytest.mark.parametrize(
-    ("changes", "given", "expected", "to_do"),
-    [
-        ({"what": "taste"}, "is of the kind 'taste'", "must be one of memory, speed", "measure one of these"),
-        ({"device": "A GPU"}, "on 'A GPU'", "is not named a-gpu-memory.json", "rename it"),
-        ({"facts": {"cpu": "x"}}, "lacks the facts device, python, system, torch", "the command writes", "update"),
-        (of_a_gpu(), "lacks the facts driver, gpu", "the command writes", "run lora-lab record memory again"),
-        ({"commit": "unknown"}, "of the code 'unknown'", "only what is a commit", "commit your changes"),
-        ({"commit": f"{COMMIT}+changes"}, f"of the code '{COMMIT}+changes'", "only what is a commit", "commit your"),
-        ({"date": "9999-12-31"}, "has the date 9999-12-31", "but today is", "set the machine's clock"),
-        ({"command": "lora-lab record memory --models small"}, "--models small'", "every case", "leave out all but"),
-        ({"settings": {"setups": {"full": {}, "IA3": {}}}}, "no row of IA3", "its settings name", "edit it by hand"),
-        ({"settings": {"docs": {"setups": {"full": {}}}}}, "no row of full on docs", "its settings name", "by hand"),
-        (without("model"), "lacks what decides the claim", "(KeyError: 'model')", "run lora-lab record memory again"),
-        ({"rows": []}, "rows", "at least 1 item", "measure it anew"),
-        ({"schema": 2}, "schema", "should be 1", "measure it anew"),
-    ],
-)
-def test_a_broken_record_is_refused_in_one_sentence(tmp_path, changes, given, expected, to_do):
+# (what is changed, what is named)
+REFUSED = [
+    ({"what": "taste"}, "'taste'.* one of memory, speed"),
+    ({"device": "A GPU"}, "not named a-gpu-memory.json"),
+    ({"facts": {"cpu": "x"}}, "device, python, system, torch"),
+    (of_a_gpu(), "driver, gpu"),
+    ({"commit": "unknown"}, "'unknown'"),
+    ({"commit": f"{COMMIT}+changes"}, f"'{COMMIT}.changes'"),
+    ({"date": "9999-12-31"}, "9999-12-31"),
+    ({"command": "lora-lab record memory --models small"}, "--models small'"),
+    ({"settings": {"setups": {"full": {}, "IA3": {}}}}, "no row of IA3"),
+    ({"settings": {"docs": {"setups": {"full": {}}}}}, "no row of full on docs"),
+    (without("model"), "the claim .*'model'"),
+    ({"rows": []}, "rows.*at least 1 item"),
+    ({"schema": 2}, "schema"),
+]
+
+
+@pytest.mark.parametrize(("changes", "named"), REFUSED)
+def test_a_broken_record_is_refused_and_what_is_wrong_is_named(tmp_path, changes, named):
     path = write(tmp_path, changes)
-    with pytest.raises(ValueError, match=re.escape(str(path))) as refused:
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} [^\n]*{named}[^\n]*; [^\n]*\\.$"):
         check(path)
-    sentence = str(refused.value)
-    assert given in sentence
-    assert expected in sentence
-    assert to_do in sentence
-    assert sentence.endswith(".")
-    assert sentence.count(". ") == sentence.count("\n") == 0
 
 
 def test_what_would_be_refused_is_not_if_nothing_is_changed(tmp_path):

@@ -1,0 +1,371 @@
+"""Records of setups each of which has the rate that is best for it (:class:`lora_lab.studies.recorder.BlockSweep`).
+
+quality      Is LoRA as good as full fine-tuning, and up to how many steps does each rank keep up? Full fine-tuning and
+             LoRA of three ranks, after several numbers of steps, each with the rate that is best for that number. All
+             of them multiply by the model's weights in bfloat16; what they train is in float32.
+targets      Which layers should have adapters, at an equal number of trained parameters? Queries and values (the
+             original paper's choice), attention, the MLP, and all linear layers, with ranks that make each about three
+             million.
+variants     Do LoRA's variants learn more? LoRA, rsLoRA, LoRA+ (ratio 16), PiSSA and DoRA of two ranks. Alpha is twice
+             the rank, so rsLoRA differs from LoRA by a factor sqrt(rank) of the scaling alone. The base is in float32,
+             because DoRA and PiSSA have no lean step.
+rates        How does the best learning rate depend on the rank, and how far is it from full's? Full fine-tuning and
+             LoRA of seven ranks, each under two rules for alpha (twice the rank: the scaling alpha / r is the same for
+             all ranks; and 32: it falls as 1 / r), on the digits net and on the real model.
+rank_advice  On each task a sweep over ranks, each at its own learning rate, says which rank is enough; and runs at rank
+             64, at the rate chosen for it, give the statistics from which :mod:`lora_lab.ablation.rank_advice` predicts
+             it. The tasks are nets with a planted update of a known rank, on which the rule is chosen, and those on
+             which it is judged: digits from few and from many pictures, Python's manual, translation and summaries. The
+             trials on Python's manual are those of ``lora-lab record rates``: copy them from
+             ``runs/record-rates/docs/choosing-128-4`` into the folder of the same name here, to run them only once.
+taught       Do the results on LoRA and full fine-tuning that courses print survive tuned rates? One course trains a
+             sentiment classifier with LoRA of rank 4 and with full fine-tuning, both at full fine-tuning's rate, and
+             LoRA with alpha = 1. There LoRA is much worse. A public repository reports that LoRA of rank 4 has a far
+             lower perplexity, and takes minutes where full fine-tuning takes hours. Both comparisons are repeated here
+             as they are taught, on SmolLM2-135M and this project's data. Then only the learning rates change: each
+             method gets its best one. Steps of both methods are timed in turn.
+translation  Can 135 million parameters learn to translate, and what can they not? Names from English into French, and
+             sentences of a small grammar in both directions, with combinations or with words that training never
+             shows. A translation counts if it is exact and no baseline gets it right: copying, a dictionary, rules.
+
+Rates beside setups are the middles of the first grids, which are widened where the best rate is not inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from lora_lab import tasks
+from lora_lab.ablation import studies
+from lora_lab.ablation.compare import rates_around
+from lora_lab.ablation.grid import Trial
+from lora_lab.ablation.rank_advice import UpdateRanks
+from lora_lab.ablation.results import SCORE
+from lora_lab.costs.cost_model import cost_model
+from lora_lab.costs.setup import Setup
+from lora_lab.lean import Lean
+from lora_lab.methods import FullFineTuning, LoRA, Method
+from lora_lab.models.digits import DigitsMLP
+from lora_lab.studies.recorder import (
+    Again,
+    BlockSweep,
+    Row,
+    describe_blocks,
+    plan_judges,
+    plan_size,
+    plan_trial,
+    record_sweeps,
+)
+from lora_lab.studies.steps import ATTENTION, SMOLLM2, Case, compare_times, measure_cases
+from lora_lab.task import Task
+from lora_lab.tasks.instruction import PairTask
+from lora_lab.tasks.metrics import trivial
+from lora_lab.tasks.sentences import kinds
+from lora_lab.variants import DoRA, LoRAPlus, PiSSA, RsLoRA
+
+HALVED = Lean(torch.bfloat16)  # LoRA's step over a base in bfloat16
+
+# Quality
+
+AFTER: dict[str, tuple[Method, dict[str, Any], dict[int, float]]] = {  # the more steps, the lower the best rate
+    "full": (FullFineTuning(), {"autocast": torch.bfloat16}, {60: 1.25e-4, 240: 6.25e-5, 960: 3.125e-5}),
+    "r=1": (LoRA(1, 2), {"lean": HALVED}, {60: 8e-3, 240: 4e-3, 960: 1e-3}),
+    "r=8": (LoRA(8, 16), {"lean": HALVED}, {60: 2e-3, 240: 2e-3, 960: 5e-4}),
+    "r=64": (LoRA(64, 128), {"lean": HALVED}, {60: 1e-3, 240: 1e-3, 960: 1.25e-4}),
+}
+
+
+def plan_quality(device: torch.device) -> Iterator[BlockSweep]:
+    """Yield what two cores can do in a night, or a GPU in an hour.
+
+    The longest runs are a part of their own, with fewer seeds, which would otherwise take a day. On two cores a single
+    seed chooses their rates: where two rates are nearly alike, another seed might choose the other.
+    """
+    gpu = device.type == "cuda"
+    size, count, first = (8, 5, 3) if gpu else (4, 3, 2)  # the last: of the seeds that judge, in all parts
+    long = (3, 5) if gpu else (1, 3)
+    parts = {"docs": ((60, 240), first, 6), "docs, 960 steps": ((960,), *long)}
+    for data, (budgets, choosing, judging) in parts.items():
+        setups = {}
+        for steps in budgets:
+            for name, (method, step, centres) in AFTER.items():
+                trial = plan_trial(method, steps, size, **step)
+                setups[f"{name}, {steps} steps"] = trial, rates_around(centres[steps], count=count)
+        seeds, source = (range(choosing), range(first, first + judging)), partial(studies.study, "docs", 64)
+        yield BlockSweep(setups, *seeds, data=data, source=source, chosen_on=64)
+
+
+QUALITY = record_sweeps("quality", plan_quality)
+
+
+# Targets and variants
+
+MLP = ("gate_proj", "up_proj", "down_proj")
+TARGETS_OF = {
+    "q, v": LoRA(53, 106, targets=("q_proj", "v_proj")),
+    "attention": LoRA(26, 52, targets=ATTENTION),
+    "MLP": LoRA(16, 32, targets=MLP),
+    "all": LoRA(10, 20, targets=(*ATTENTION, *MLP)),
+}
+
+
+def plan_targets(device: torch.device) -> list[BlockSweep]:
+    """Return what two cores can do in an hour or two, or a GPU in less."""
+    size = plan_size(device)
+    setups = {name: (plan_trial(method, *size, HALVED), rates_around(2e-3)) for name, method in TARGETS_OF.items()}
+    return [BlockSweep(setups, range(2), plan_judges(device), data="docs", chosen_on=128)]
+
+
+def plan_variants(device: torch.device) -> list[BlockSweep]:
+    """Return what two cores can do in an evening, or a GPU in an hour."""
+    setups, size = {}, plan_size(device)
+    for rank, factor in ((16, 1), (128, 0.25)):
+        methods: dict[str, tuple[Method, float, Lean | None]] = {
+            "LoRA": (LoRA(rank, 2 * rank), 2e-3, Lean()),
+            "rsLoRA": (RsLoRA(rank, 2 * rank), 5e-4, Lean()),
+            "LoRA+": (LoRAPlus(rank, 2 * rank, ratio=16), 2.5e-4, Lean()),
+            "PiSSA": (PiSSA(rank, 2 * rank), 5e-4 if rank == 16 else 1e-3, None),
+            "DoRA": (DoRA(rank, 2 * rank), 2e-3, None),
+        }
+        for name, (method, lr, lean) in methods.items():
+            setups[f"{name}, r={rank}"] = plan_trial(method, *size, lean, eval_every=10), rates_around(factor * lr)
+    return [BlockSweep(setups, range(2), plan_judges(device), data="docs", chosen_on=128)]
+
+
+TARGETS = record_sweeps("targets", plan_targets)
+VARIANTS = record_sweeps("variants", plan_variants)
+
+
+# Rates
+
+RANKS = (1, 2, 4, 8, 16, 32, 64)
+RULES = {"alpha = 2r": lambda rank: 2 * rank, "alpha = 32": lambda rank: 32}
+CENTRES = {  # by rank
+    "digits": {
+        "full": 8e-3,
+        "alpha = 2r": (6.4e-2, 3.2e-2, 3.2e-2, 1.6e-2, 1.6e-2, 8e-3, 8e-3),
+        "alpha = 32": (8e-3, 8e-3, 8e-3, 1.6e-2, 1.6e-2, 1.6e-2, 1.6e-2),
+    },
+    "docs": {
+        "full": 1.25e-4,
+        "alpha = 2r": (8e-3, 4e-3, 4e-3, 2e-3, 2e-3, 1e-3, 1e-3),
+        "alpha = 32": (1e-3, 1e-3, 1e-3, 1e-3, 2e-3, 2e-3, 2e-3),
+    },
+}
+
+
+def plan_rates(device: torch.device) -> Iterator[BlockSweep]:
+    """Yield what two cores can do in a few hours, or a GPU in one; the rates and their intervals are all it asks."""
+    # Steps and batch, the step of LoRA, the seeds that choose, on how many examples, and of how many tokens.
+    sizes: dict[str, tuple[Any, ...]] = {
+        "digits": ((200, 32), None, range(5), 200, None),
+        "docs": (plan_size(device), HALVED, _docs_seeds(device), 128, 64),
+    }
+    for data, (size, lean, choosing, chosen_on, seq_len) in sizes.items():
+        setups = {"full": (plan_trial(FullFineTuning(), *size), rates_around(CENTRES[data]["full"]))}
+        for rule, alpha in RULES.items():
+            for rank, lr in zip(RANKS, CENTRES[data][rule], strict=True):
+                setups[f"r={rank}, {rule}"] = plan_trial(LoRA(rank, alpha(rank)), *size, lean=lean), rates_around(lr)
+        on: dict[str, Any] = {"chosen_on": chosen_on, "judged_on": {}, "seq_len": seq_len}
+        yield BlockSweep(setups, choosing, data=data, beyond=2, **on)
+
+
+def _docs_seeds(device: torch.device) -> range:
+    """Return the seeds that choose the rates of the real model."""
+    return range(5 if device.type == "cuda" else 3)
+
+
+RATES = record_sweeps("rates", plan_rates)
+
+
+# Rank advice
+
+HIGH = f"r={RANKS[-1]}"  # the setup whose runs predict
+PLANTED = (1, 2, 4, 8, 16)  # ranks of the planted updates
+PICTURES = (100, 500, 1200)  # of digits to train on
+MARGINS = {"planted": 0.001, "digits": 0.03}  # differences of losses that do not matter, and of language models:
+MARGIN = 0.02
+DOWNSTREAM = {"translate-fr": (50, 44), "summarise": (25, 113)}  # steps, and the mean tokens of an example
+# By rank; those of digits and docs are in CENTRES.
+PLANTED_RATES = (1.6e-2, 1.6e-2, 1.6e-2, 8e-3, 8e-3, 4e-3, 4e-3)
+DOWNSTREAM_RATES = (8e-3, 8e-3, 4e-3, 4e-3, 2e-3, 2e-3, 1e-3)
+
+
+def plan_rank_advice(device: torch.device) -> Iterator[BlockSweep]:
+    """Yield what two cores can do in two hours, or a GPU in one; there the downstream tasks have all ranks, too."""
+    gpu = device.type == "cuda"
+    nets = {f"planted {rank}": (partial(imitate, rank), 600, PLANTED_RATES) for rank in PLANTED}
+    digits, docs = (CENTRES[data]["alpha = 2r"] for data in ("digits", "docs"))
+    nets |= {f"digits {count}": (partial(read_moved_digits, count), 200, digits) for count in PICTURES}
+    on: dict[str, Any] = {"chosen_on": 200, "judged_on": {"validation": 200, "test": 256}, "seq_len": None}
+    for data, (source, steps, rates) in nets.items():
+        setups = _list_ranks(rates, (steps, 32, None))
+        yield BlockSweep(setups, range(3), range(3, 13), data=data, source=source, again=_run_high(200), **on)
+    judging, setups = plan_judges(device, 5 if gpu else 3), _list_ranks(docs, (*plan_size(device), HALVED))
+    yield BlockSweep(setups, _docs_seeds(device), judging, data="docs", again=_run_high(128), chosen_on=128)
+    ranks, count = (RANKS, 5) if gpu else (RANKS[::2], 3)
+    for data, (steps, tokens) in DOWNSTREAM.items():
+        setups = _list_ranks(DOWNSTREAM_RATES, (steps, 8, HALVED), ranks, count)
+        yield BlockSweep(setups, range(2), judging, data=data, again=_run_high(64), chosen_on=64, seq_len=tokens)
+
+
+def _list_ranks(
+    centres: Sequence[float], step: tuple[int, int, Lean | None], ranks: Sequence[int] = RANKS, count: int = 5
+) -> dict[str, tuple[Trial, Sequence[float]]]:
+    """Return LoRA of each rank, with alpha twice the rank, and its first rates."""
+    lrs = {rank: rates_around(lr, count=count) for rank, lr in zip(RANKS, centres, strict=True)}
+    return {f"r={rank}": (plan_trial(LoRA(rank, 2 * rank), *step), lrs[rank]) for rank in ranks}
+
+
+def _run_high(examples: int) -> Again:
+    """Return the runs at rank 64 that give the statistics."""
+    return Again(HIGH, UpdateRanks(RANKS, examples), len(RANKS) * examples, "high rank", advise)
+
+
+def imitate(rank: int, device: torch.device) -> tuple[nn.Module, Task]:
+    """Return a small net, and the task of imitating it plus a hidden update of this rank."""
+    return DigitsMLP(dtype=torch.float64), tasks.planted(DigitsMLP(dtype=torch.float64), rank, n_train=4096)
+
+
+def read_moved_digits(count: int, device: torch.device) -> tuple[nn.Module, Task]:
+    """Return a small net that reads digits, and the task of reading them moved down, from so many pictures."""
+    return studies.pretrained_digits(count), tasks.digits(n_train=count)
+
+
+def advise(trial: Row, judged: Row) -> Iterator[Row]:
+    """Yield the row of a run at rank 64: its statistics, and no losses, which are of fewer examples than others."""
+    margin = MARGINS.get(judged["data"].partition(" ")[0], MARGIN)
+    about = {"data": judged["data"], "stage": "high rank", "setup": HIGH, "margin": margin}
+    columns = {name: trial[name] for name in ("rank", "lr", "seed", "outcome", "reason", "commit")}
+    scores = {name: value for name, value in trial.items() if name.startswith(SCORE)}
+    yield about | columns | {"validation_loss": None, "test_loss": None} | scores
+
+
+RANK_ADVICE = record_sweeps("rank_advice", plan_rank_advice)
+
+
+# Taught
+
+# LoRA as it is taught, and the rate at which it is compared with full fine-tuning.
+LORA = {
+    "sentiment": LoRA(4, 1, targets=ATTENTION),
+    "docs": LoRA(4, 8, dropout=0.3, targets=("q_proj", "k_proj", "v_proj")),
+}
+LRS = {"sentiment": 2e-5, "docs": 1e-4}
+TUNED = {"sentiment": {"full": 1.25e-4, "LoRA": 8e-3}, "docs": {"full": 1.25e-4, "LoRA": 4e-3}}
+SOURCES = {
+    "sentiment": "CMU CS11-711, Advanced NLP, Fall 2025, homework 1: README, run_llama.py, lora.py (read in copies)",
+    "docs": "README and notebook of a public SmolLM-135M LoRA repository",
+}
+CHANGED = {
+    "sentiment": "SmolLM2-135M-Instruct in place of a 42M Llama; 552 texts of this project in place of SST-5 and "
+    "CFIMDB; the language model's head in place of a new one of classes with dropout before it; the last step in place "
+    "of the best epoch; LoRA over a base in bfloat16; steps and batch as in the setups, where theirs are 5 epochs in "
+    "batches of 80 and 10",
+    "docs": "SmolLM2-135M-Instruct in place of SmolLM-135M; Python's manual in place of Dolly's instructions; steps "
+    "and batch as in the setups, where theirs are 300 of 8; a constant rate, as theirs is for 200 steps; the test part "
+    "in place of five openings of a few words; LoRA over a base in bfloat16; full fine-tuning at LoRA's rate, since "
+    "the repository has no run of it",
+}
+
+
+def plan_taught(device: torch.device) -> list[BlockSweep]:
+    """Return what two cores can do in an evening, or a GPU at the sources' own numbers of steps."""
+    gpu = device.type == "cuda"
+    choosing, size = (3, (276, 10)) if gpu else (2, (100, 4))
+    seeds, everything = (range(choosing), plan_judges(device, choosing)), {"validation": 69, "test": 69}
+    sentiment, docs = _set_up("sentiment", *size), _set_up("docs", *plan_size(device), weight_decay=0.01)
+    on: dict[str, Any] = {"chosen_on": 69, "judged_on": everything, "answered": True, "seq_len": 76}
+    return [
+        BlockSweep(sentiment, *seeds, data="sentiment", **on),
+        BlockSweep(docs, *seeds, data="docs", chosen_on=64),
+    ]
+
+
+def _set_up(data: str, steps: int, batch_size: int, **options: Any) -> dict[str, tuple[Trial, tuple[float, ...]]]:
+    """Return both methods, as taught and tuned: constant rates without warm-up, and no clipping."""
+    trials = {
+        "full": plan_trial(FullFineTuning(), steps, batch_size, autocast=torch.bfloat16),
+        "LoRA": plan_trial(LORA[data], steps, batch_size, HALVED),
+    }
+    options |= {"schedule": "constant", "warmup": 0, "clip": None}
+    trials = {name: replace(trial, **options) for name, trial in trials.items()}
+    tuned = {name: rates_around(centre, count=3) for name, centre in TUNED[data].items()}
+    return {f"{name}, as taught": (trial, (LRS[data],)) for name, trial in trials.items()} | {
+        f"{name}, tuned": (trial, tuned[name]) for name, trial in trials.items()
+    }
+
+
+def time_methods(device: torch.device) -> Iterator[Row]:
+    """Yield rows of the record of speed, of both methods on a batch of each size."""
+    costs = cost_model(device)
+    for sweep in plan_taught(device):
+        batch_size, seq_len = sweep.setups["full, as taught"][0].batch_size, sweep.seq_len or 64
+        timed = {"full": Setup(FullFineTuning(), clip=None), "LoRA r=4": Setup(LORA[sweep.data], clip=None)}
+        cases = [Case(SMOLLM2, batch_size, seq_len, timed, rounds=9)]
+        for row in measure_cases("taught", cases, None, lambda case: compare_times(case, costs, device)):
+            yield row | {"data": sweep.data, "stage": "time"}
+
+
+TAUGHT = record_sweeps(
+    "taught",
+    plan_taught,
+    lambda device: describe_blocks(plan_taught(device)) | {"sources": SOURCES, "changed": CHANGED},
+    time_methods,
+)
+
+
+# Translation
+
+NAMES, FRENCH, ENGLISH = "translate-fr", "sentences-fr", "sentences-en"
+BY_A_BASELINE, BY_NONE = "right by a baseline", "right by no baseline"
+# Data -> tokens of an example, prompt and chat template included, and its test part.
+SIZES = {NAMES: (56, 92), FRENCH: (64, 160), ENGLISH: (64, 160)}
+
+
+def plan_translation(device: torch.device) -> Iterator[BlockSweep]:
+    """Yield what two cores can do in an evening, with LoRA alone; on a GPU full fine-tuning, too, and more steps."""
+    gpu = device.type == "cuda"
+    setups = {"LoRA r=8": (plan_trial(LoRA(8, 16), 600 if gpu else 150, 8, HALVED), rates_around(4e-3, count=3))}
+    if gpu:
+        setups["full"] = plan_trial(FullFineTuning(), 600, 8), rates_around(2e-4, count=3)
+    for data, (seq_len, size) in SIZES.items():
+        # The score "accuracy" of a trial is 1 or 0 for each example.
+        on: dict[str, Any] = {"chosen_on": 64, "judged_on": {"test": size}, "block": 1, "answered": True}
+        yield BlockSweep(setups, range(2), plan_judges(device), data=data, seq_len=seq_len, **on)
+
+
+def list_examples(device: torch.device) -> Iterator[Row]:
+    """Yield a row for each example of the test parts, in its order: its kind, and what it needs of French grammar.
+
+    The kind is :data:`BY_A_BASELINE` if the source as it is or in lower case, the dictionary of
+    :func:`lora_lab.tasks.metrics.trivial` or, for names, the rules of lesson 09 get it right. Other names are
+    :data:`BY_NONE`, and other sentences of their own kinds.
+    """
+    for data in SIZES:
+        _, made = studies.study(data, device=device)
+        task = cast(PairTask, made() if callable(made) else made)
+        by_prompt = {} if data == NAMES else kinds(data.removeprefix("sentences-"))
+        for i, (pair, looked_up) in enumerate(zip(task.pairs["test"], trivial(task), strict=True)):
+            source = pair.prompt.partition(": ")[2]
+            guess = guess_french(source) if data == NAMES else source
+            kind, sentence = by_prompt.get(pair.prompt, (BY_NONE, None))
+            kind = BY_A_BASELINE if pair.answer in {source, source.lower(), looked_up, guess} else kind
+            row = {"data": data, "stage": "example", "position": i, "kind": kind}
+            row["features"] = ", ".join(sentence.features()) if sentence else ""
+            yield row | {"prompt": pair.prompt, "reference": pair.answer}
+
+
+def guess_french(name: str) -> str:
+    """Guess a French name from an English one, knowing hardly a word: lower case, two endings, adjective last."""
+    words = name.lower().replace("ian", "ien").replace("islands", "îles").split()
+    return " ".join(reversed(words)) if len(words) == 2 else " ".join(words)
+
+
+TRANSLATION = record_sweeps("translation", plan_translation, after=list_examples)
