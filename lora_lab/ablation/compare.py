@@ -767,7 +767,8 @@ def smallest_sufficient_rank(frame: pandas.DataFrame, margin: float = 0.01, meth
         )
     for edge, sentence in _EDGES.items():
         if at := [str(each) for each, choice in choices.items() if choice.edge == edge]:
-            notes.append(sentence.format(f"rank {', '.join(at)}"))
+            *others, last = at
+            notes.append(sentence.format(f"ranks {', '.join(others)} and {last}" if others else f"rank {last}"))
     return RankVerdict(rank, reason, str(trials["method"].iloc[0]), margin, seeds, ranks, tuple(notes))
 
 

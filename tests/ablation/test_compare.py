@@ -284,9 +284,9 @@ def test_a_failed_seed_is_not_forgotten_where_it_failed_for_all():
 @pytest.mark.parametrize(
     ("lrs", "note"),
     [
-        ((0.01, 0.03), "rank 1, 2, 4, 8, 16 is the smallest tried"),
-        ((0.003, 0.01), "rank 1, 2, 4, 8, 16 is the largest tried"),
-        ((0.01,), "only one learning rate was tried for rank 1, 2, 4, 8, 16"),
+        ((0.01, 0.03), "ranks 1, 2, 4, 8 and 16 is the smallest tried"),
+        ((0.003, 0.01), "ranks 1, 2, 4, 8 and 16 is the largest tried"),
+        ((0.01,), "only one learning rate was tried for ranks 1, 2, 4, 8 and 16"),
     ],
 )
 def test_notes_tell_of_rates_at_the_edge_and_untuned_ones(lrs, note):
