@@ -139,18 +139,24 @@ class Rule:
 
 
 def choose_rule(runs: pandas.DataFrame) -> Rule:
-    """Return the rule, of all statistics but the constant, whose mean absolute error on these runs is the smallest.
-
-    A rule's factor is the median of (enough rank / statistic), taken over the tasks on a logarithmic scale, so that
-    each task counts once. The enough rank is the smallest rank that the sweep shows to be enough.
-    """
-    rules = []
+    """Return the rule, of all statistics but the constant, whose mean absolute error on these runs is the smallest."""
+    errors = {}
     for statistic in (*SPECTRAL, TRUNCATION):
-        of_runs = (runs["high"] / runs[statistic]).map(math.log2)
-        doublings = of_runs.groupby(runs["task"]).mean()  # (tasks,)
-        middle = doublings.median()
-        rules.append(((doublings - middle).abs().mean(), Rule(statistic, 2**middle)))
-    return min(rules, key=lambda each: each[0])[1]
+        rule, error = _fit_rule(statistic, runs)
+        errors[rule] = error
+    return min(errors, key=errors.__getitem__)
+
+
+def _fit_rule(statistic: str, runs: pandas.DataFrame) -> tuple[Rule, float]:
+    """Return the rule of a statistic, and its mean absolute error in doublings of the rank.
+
+    Its factor is the median of (enough rank / statistic), taken over the tasks on a logarithmic scale, so that each
+    task counts once. The enough rank is the smallest rank that the sweep shows to be enough.
+    """
+    doublings = (runs["high"] / runs[statistic]).map(math.log2)  # (runs,)
+    of_tasks = doublings.groupby(runs["task"]).mean()  # (tasks,)
+    middle = of_tasks.median()
+    return Rule(statistic, 2**middle), (of_tasks - middle).abs().mean()
 
 
 @dataclass(frozen=True)

@@ -289,14 +289,17 @@ def _frozen_tensors(model: nn.Module, inside: dict[str, str]) -> Iterator[tuple[
 
     ``inside`` maps the name of an adapted layer to the name by which it holds the pre-trained one.
     """
-    held = {f"{layer}." if layer else "": name for layer, name in inside.items()}
+    prefixes = {f"{layer}." if layer else "": name for layer, name in inside.items()}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor) or tensor.requires_grad or ".modules_to_save." in name:
             continue
-        layer = next((layer for layer in held if name.startswith(layer)), None)
-        base_name = name if layer is None else layer + name.removeprefix(layer + held[layer])
-        if layer is None or name.startswith(layer + held[layer]):  # any other is a tensor of the adapter
-            yield name, base_name.removeprefix(_PEFT_PREFIX).replace(".original_module.", "."), tensor.detach()
+        base_name, layer = name, next((layer for layer in prefixes if name.startswith(layer)), None)
+        if layer is not None:
+            within = layer + prefixes[layer]  # where an adapted layer holds the pre-trained one
+            if not name.startswith(within):
+                continue  # a tensor of the adapter
+            base_name = layer + name.removeprefix(within)
+        yield name, base_name.removeprefix(_PEFT_PREFIX).replace(".original_module.", "."), tensor.detach()
 
 
 def _check_loading(report: Any) -> Result:

@@ -48,7 +48,7 @@ def token_batch(model: nn.Module, batch_size: int | None, seq_len: int | None) -
 
 
 def batch_for(model: nn.Module, batch_size: int | None, seq_len: int | None, batch: Batch | None) -> Batch:
-    """Return zeros of the batch's shapes and dtypes, or what the model reads if ``batch`` is None, on its device.
+    """Return zeros of the batch's shapes and dtypes, on the model's device; without a batch, what the model reads.
 
     Most models read token ids and have a target for each. A model of transformers may also read pictures, of the size
     in its config, and have one class for each row. Inside :func:`fake_copy` they are fake tensors.

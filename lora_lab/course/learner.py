@@ -124,9 +124,9 @@ def progress(lesson: str = "") -> None:
     Args:
         lesson: the beginning of a lesson's name, such as "03"; all lessons by default.
     """
-    states, damaged = _recall()
-    if damaged:
-        display(Box("Damaged.", damaged, colour=AMBER))
+    states, warning = _recall()
+    if warning:
+        display(Box("Damaged.", warning, colour=AMBER))
     chosen = [each for each in EXERCISES.values() if each.stated.lesson.startswith(lesson)]
     rows = [("lesson", "exercise", "state", "minutes")]
     for each in chosen:
@@ -164,16 +164,16 @@ def _recall() -> tuple[dict[str, str], str]:
     The second value is empty, or a sentence that says that ``progress.json`` was damaged and has been moved aside.
     """
     stored: dict[str, str] = {}
-    damaged = ""
+    warning = ""
     if Path(MANIFEST).is_file():
         try:
             stored = schema.check(read_json(PROGRESS), dict[str, State])
         except FileNotFoundError:
             pass  # there is none yet
         except (OSError, ValueError):
-            damaged = _move_aside()
+            warning = _move_aside()
     done = {name: state for name, state in stored.items() if state == "done"}
-    return stored | _states | done, damaged  # what is done stays done
+    return stored | _states | done, warning  # what is done stays done
 
 
 def _move_aside() -> str:
@@ -192,11 +192,11 @@ def _remember() -> str:
     """Save which exercises are done and tried, in a learner's folder; a sentence if that fails or one was damaged."""
     if not Path(MANIFEST).is_file():
         return ""
-    states, damaged = _recall()
-    if damaged and Path(PROGRESS).exists():
-        return damaged
+    states, warning = _recall()
+    if warning and Path(PROGRESS).exists():  # it could not be moved aside, and is not overwritten
+        return warning
     try:
         write_json(PROGRESS, states)
     except OSError as error:
         return f"{PROGRESS} could not be written ({error.strerror}), so this is remembered until the kernel stops."
-    return damaged
+    return warning

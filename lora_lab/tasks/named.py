@@ -333,8 +333,10 @@ def _task_of_texts(
     for part, own in split.items():
         parts[part] = windows(tokenizer, own, seq_len)
         if len(parts[part]) == 0:
-            few = f"{path} has {count_noun(len(texts), unit)}, too few for a {part} part"
-            raise ValueError(f"{few} of {seq_len} tokens an example; give more {unit}s, or a smaller seq_len.")
+            raise ValueError(
+                f"{path} has {count_noun(len(texts), unit)}, too few for a {part} part of {seq_len} tokens an "
+                f"example; give more or longer {unit}s, or a smaller seq_len."
+            )
     special = tokenizer.special_tokens
     ids = torch.cat([examples.inputs.flatten() for examples in parts.values()])  # (tokens,)
     counts = ids.bincount(minlength=max(special.values(), default=0) + 1)  # (vocabulary,)

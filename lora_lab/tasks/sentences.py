@@ -20,10 +20,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from lora_lab.models.tokenizer import Tokenizer
-from lora_lab.system.schema import check
 from lora_lab.tasks.instruction import Pair, PairTask, from_pairs
 
 COMBINATION, WORD = "new combination", "new word"
@@ -150,7 +149,8 @@ def sentences(tokenizer: Tokenizer, target: str = "fr", max_tokens: int = 96) ->
     Raises:
         ValueError: ``target`` is neither.
     """
-    check(target, Literal["fr", "en"], "target")
+    if target not in PROMPTS:
+        raise ValueError(f"target is {target!r}, but it must be one of {', '.join(PROMPTS)}.")
     pairs = {part: [_pair(each, target) for _, each in of_part] for part, of_part in corpus(target).items()}
     return from_pairs(
         tokenizer,

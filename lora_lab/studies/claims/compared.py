@@ -450,10 +450,13 @@ def divergence_predicts(claim: Claim, record: Record) -> Cases:
     frame = _frame(record)
     trials = overfitting.summarise_trials(frame).merge(frame[["setup", "rank"]].drop_duplicates())
     for row in rank_correlations(trials, "forgotten_at_last", [*names]).to_dict("records"):
-        first = row["predictor"] == "score_divergence"  # what the others are compared with
-        lower, upper = (row[name if first else f"difference_{name}"] for name in ("lower", "upper"))
-        words = f"{names[row['predictor']]} {row['correlation']:+.2f} ({row['lower']:+.2f} to {row['upper']:+.2f})"
-        yield above(lower, upper), words
+        # KL's own correlation is judged; of the others it is how far they stay behind KL's.
+        prefix = "" if row["predictor"] == "score_divergence" else "difference_"
+        answer = above(row[f"{prefix}lower"], row[f"{prefix}upper"])
+        yield (
+            answer,
+            f"{names[row['predictor']]} {row['correlation']:+.2f} ({row['lower']:+.2f} to {row['upper']:+.2f})",
+        )
 
 
 @decides("replay-cuts-forgetting-by-80", record="remedies", on="the control and how much is learned")
