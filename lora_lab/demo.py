@@ -156,7 +156,7 @@ def run(
     )
     report = out / "demo.html"
     with files.atomic_file(report) as temporary:
-        temporary.write_text(write_page(results, before, voice, picture, machine, steps, seed), encoding="utf-8")
+        temporary.write_text(make_page(results, before, voice, picture, machine, steps, seed), encoding="utf-8")
     allocator = " (torch's allocator)" if chosen.type == "cuda" else ""
     print(CLOSING.format(allocator=allocator, prompt=PROMPT, page=report, picture=picture, out=out))
     return out
@@ -218,7 +218,7 @@ def draw(results: list[Result], path: Path) -> Path:
     return path
 
 
-def write_page(
+def make_page(
     results: list[Result], before: str, voice: Voice, picture: Path, machine: dict[str, str], steps: int, seed: int
 ) -> str:
     """Return the run as one HTML file that needs no other: texts, table and picture."""

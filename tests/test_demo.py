@@ -164,7 +164,7 @@ def test_the_page_escapes_texts_and_says_if_the_base_is_not_back(tmp_path):
     voice = demo.Voice("<b>", "a & b", "other", 1_200_000, 538_000_000)
     picture = tmp_path / "demo.png"
     picture.write_bytes(PNG)
-    text = demo.write_page(RESULTS, "before", voice, picture, {"cpu": "x"}, 4, 3)
+    text = demo.make_page(RESULTS, "before", voice, picture, {"cpu": "x"}, 4, 3)
     assert "<blockquote>&lt;b&gt;</blockquote>" in text
     assert "a &amp; b" in text
     assert "1.2 MB beside a model of\n538 MB" in text

@@ -109,7 +109,7 @@ def save_adapter(
     with atomic_files(folder) as temporary:
         write_json(temporary / CONFIG, config)
         if is_free(folder):
-            text = write_card(config, sum(tensor.numel() for tensor in tensors.values()), history)
+            text = make_card(config, sum(tensor.numel() for tensor in tensors.values()), history)
             (temporary / CARD).write_text(text, encoding="utf-8", errors="backslashreplace")
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
     return folder
@@ -426,7 +426,7 @@ def is_free(folder: str | Path) -> bool:
     return not path.exists() or (path.is_file() and _MARK in path.read_text(encoding="utf-8", errors="replace"))
 
 
-def write_card(config: Mapping[str, Any], parameters: int, history: History | None = None) -> str:
+def make_card(config: Mapping[str, Any], parameters: int, history: History | None = None) -> str:
     """Return the card's text.
 
     Args:

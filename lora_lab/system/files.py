@@ -248,15 +248,21 @@ def check_replaceable(path: str | Path, names: Iterable[str]) -> None:
     """Check that a file which is about to be replaced does not exist yet, or is one that lora_lab wrote.
 
     Args:
-        path: of a file of text.
-        names: words, such as keys or columns, by which our own file is known.
+        path: of a ``.json`` or ``.csv`` file.
+        names: the keys, or the columns, by which our own file is known.
 
     Raises:
         ValueError: it is another file.
     """
     path = Path(path)
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""  # a device may never end
-    if path.exists() and any(name not in text for name in names):
+    if not path.exists():
+        return
+    try:
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""  # a device may never end
+        content = json.loads(text) if path.suffix == ".json" else text.partition("\n")[0].split(",")
+    except (ValueError, RecursionError, OSError):
+        content = None
+    if not isinstance(content, dict | list) or any(name not in content for name in names):
         raise ValueError(
             f"{path} was not written by this command, which would replace it; name another folder (--out), or move the "
             "file away."

@@ -303,6 +303,18 @@ def test_what_cannot_be_read_or_written_is_named(tmp_path, call, error, named):
         call(tmp_path)
 
 
+STRANGERS = ["layers,kinds,depths\n", "layer,kind\n1,depth\n", "my layer,kind,depth\n", "layer kind depth\n", "\xff"]
+
+
+@pytest.mark.parametrize("text", STRANGERS)
+def test_a_table_that_only_resembles_ours_is_not_replaced(tmp_path, text):
+    (tmp_path / "layers.csv").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"layers\.csv was not written by this command"):
+        check_replaceable(tmp_path / "layers.csv", ["layer", "kind", "depth"])
+
+
 def test_a_file_of_ours_may_be_replaced(tmp_path):
     check_replaceable(put(tmp_path, json.dumps({"rows": 1})), ["rows"])
     check_replaceable(tmp_path / "none.json", ["rows"])
+    (tmp_path / "layers.csv").write_text("layer,shape,kind,depth\n", encoding="utf-8")
+    check_replaceable(tmp_path / "layers.csv", ["layer", "kind", "depth"])
