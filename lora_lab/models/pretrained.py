@@ -513,6 +513,8 @@ def _smollm2_folder() -> Path:
     """Return the folder of SmolLM2 in the cache, written at first use: raw blocks, config and tokenizer."""
     folder = cache_folder() / _CACHE_ENTRY
     if folder.is_dir():
+        if lacking := [name for name in FILES if not (folder / name).is_file()]:
+            raise FileNotFoundError(f"{folder} lacks the file {lacking[0]}; delete the folder, and it is made anew.")
         return folder
     with _cache_lock(_CACHE_ENTRY):
         if not folder.is_dir():  # no other process has made it while this one waited
