@@ -505,17 +505,6 @@ class Study:
         if both := sorted(set(self.choosing) & set(self.judging)):
             raise ValueError(f"The seeds {both} both choose and judge; judge with others.")
 
-    @property
-    def trials(self) -> list[Trial]:
-        """The trials that run in any case: those of the first grids, and the judging trials.
-
-        The rates of the judging trials are not known in advance, so the first rate of each grid stands in for them.
-        """
-        grids = {setup: lrs for setup, lrs in self.lrs.items() if len(lrs) > 1}
-        chosen = [(setup, lr, seed) for setup, lrs in grids.items() for lr in lrs for seed in self.choosing]
-        judged = [(setup, lrs[0], seed) for setup, lrs in self.lrs.items() for seed in self.judging]
-        return [replace(self.setups[setup], lr=lr, seed=seed) for setup, lr, seed in (*chosen, *judged)]
-
 
 def compare_tuned(
     model_factory: nn.Module | Factory,

@@ -54,7 +54,6 @@ class Part(StrEnum):
 
 PARTS = tuple(Part)
 STATIC = (Part.FROZEN, Part.TRAINED, Part.GRADIENTS, Part.OPTIMISER)
-SAVED = tuple(Part(f"saved: {kind}") for kind in Kind if kind != Kind.LOGITS)
 Storage = tuple[Part, int]  # the part of the bill that it belongs to, and its bytes
 
 

@@ -273,8 +273,18 @@ class BlockSweep(Sweep):
     def rows(self, device: torch.device, folder: Path) -> Iterator[Row]:
         """Yield the last row of each trial, and what is made of those that are trained again."""
         trials = {setup: trial for setup, (trial, _) in self.setups.items()}
-        seeds, judge = (self.choosing, self.judging), (self.chosen_on, self.judged_on)
-        study = Study(trials, self.lrs, *seeds, *judge, self.block, self.widen, self.beyond, self.answered)
+        study = Study(
+            trials,
+            self.lrs,
+            choosing=self.choosing,
+            judging=self.judging,
+            chosen_on=self.chosen_on,
+            judged_on=self.judged_on,
+            block=self.block,
+            widen=self.widen,
+            beyond=self.beyond,
+            answered=self.answered,
+        )
         model, task = (self.source or partial(studies.study, self.data, self.seq_len or 64))(device)
         options: dict[str, Any] = {"n_jobs": studies.processes(device) if self.seq_len else 1}
         folder = folder / self.data
