@@ -69,15 +69,15 @@ from lora_lab.tasks.metrics import trivial
 from lora_lab.tasks.sentences import kinds
 from lora_lab.variants import DoRA, LoRAPlus, PiSSA, RsLoRA
 
-HALVED = Lean(torch.bfloat16)  # LoRA's step over a base in bfloat16
+BF16_BASE = Lean(torch.bfloat16)  # LoRA's step over a base in bfloat16
 
 # Quality
 
 AFTER: dict[str, tuple[Method, dict[str, Any], dict[int, float]]] = {  # the more steps, the lower the best rate
     "full": (FullFineTuning(), {"autocast": torch.bfloat16}, {60: 1.25e-4, 240: 6.25e-5, 960: 3.125e-5}),
-    "r=1": (LoRA(1, 2), {"lean": HALVED}, {60: 8e-3, 240: 4e-3, 960: 1e-3}),
-    "r=8": (LoRA(8, 16), {"lean": HALVED}, {60: 2e-3, 240: 2e-3, 960: 5e-4}),
-    "r=64": (LoRA(64, 128), {"lean": HALVED}, {60: 1e-3, 240: 1e-3, 960: 1.25e-4}),
+    "r=1": (LoRA(1, 2), {"lean": BF16_BASE}, {60: 8e-3, 240: 4e-3, 960: 1e-3}),
+    "r=8": (LoRA(8, 16), {"lean": BF16_BASE}, {60: 2e-3, 240: 2e-3, 960: 5e-4}),
+    "r=64": (LoRA(64, 128), {"lean": BF16_BASE}, {60: 1e-3, 240: 1e-3, 960: 1.25e-4}),
 }
 
 
@@ -118,8 +118,8 @@ TARGETS_OF = {
 def plan_targets(device: torch.device) -> list[BlockSweep]:
     """Return what two cores can do in an hour or two, or a GPU in less."""
     size = plan_size(device)
-    setups = {name: (plan_trial(method, *size, HALVED), rates_around(2e-3)) for name, method in TARGETS_OF.items()}
-    return [BlockSweep(setups, range(2), plan_judges(device), data="docs", chosen_on=128)]
+    setups = {name: (plan_trial(method, *size, BF16_BASE), rates_around(2e-3)) for name, method in TARGETS_OF.items()}
+    return [BlockSweep(setups, choosing=range(2), judging=plan_judges(device), data="docs", chosen_on=128)]
 
 
 def plan_variants(device: torch.device) -> list[BlockSweep]:
@@ -135,7 +135,7 @@ def plan_variants(device: torch.device) -> list[BlockSweep]:
         }
         for name, (method, lr, lean) in methods.items():
             setups[f"{name}, r={rank}"] = plan_trial(method, *size, lean, eval_every=10), rates_around(factor * lr)
-    return [BlockSweep(setups, range(2), plan_judges(device), data="docs", chosen_on=128)]
+    return [BlockSweep(setups, choosing=range(2), judging=plan_judges(device), data="docs", chosen_on=128)]
 
 
 TARGETS = record_sweeps("targets", plan_targets)
@@ -165,7 +165,7 @@ def plan_rates(device: torch.device) -> Iterator[BlockSweep]:
     # Steps and batch, the step of LoRA, the seeds that choose, on how many examples, and of how many tokens.
     sizes: dict[str, tuple[Any, ...]] = {
         "digits": ((200, 32), None, range(5), 200, None),
-        "docs": (plan_size(device), HALVED, _docs_seeds(device), 128, 64),
+        "docs": (plan_size(device), BF16_BASE, _docs_seeds(device), 128, 64),
     }
     for data, (size, lean, choosing, chosen_on, seq_len) in sizes.items():
         setups = {"full": (plan_trial(FullFineTuning(), *size), rates_around(CENTRES[data]["full"]))}
@@ -207,11 +207,11 @@ def plan_rank_advice(device: torch.device) -> Iterator[BlockSweep]:
     for data, (source, steps, rates) in nets.items():
         setups = _list_ranks(rates, (steps, 32, None))
         yield BlockSweep(setups, range(3), range(3, 13), data=data, source=source, again=_run_high(200), **on)
-    judging, setups = plan_judges(device, 5 if gpu else 3), _list_ranks(docs, (*plan_size(device), HALVED))
+    judging, setups = plan_judges(device, 5 if gpu else 3), _list_ranks(docs, (*plan_size(device), BF16_BASE))
     yield BlockSweep(setups, _docs_seeds(device), judging, data="docs", again=_run_high(128), chosen_on=128)
     ranks, count = (RANKS, 5) if gpu else (RANKS[::2], 3)
     for data, (steps, tokens) in DOWNSTREAM.items():
-        setups = _list_ranks(DOWNSTREAM_RATES, (steps, 8, HALVED), ranks, count)
+        setups = _list_ranks(DOWNSTREAM_RATES, (steps, 8, BF16_BASE), ranks, count)
         yield BlockSweep(setups, range(2), judging, data=data, again=_run_high(64), chosen_on=64, seq_len=tokens)
 
 
@@ -292,7 +292,7 @@ def _set_up(data: str, steps: int, batch_size: int, **options: Any) -> dict[str,
     """Return both methods, as taught and tuned: constant rates without warm-up, and no clipping."""
     trials = {
         "full": plan_trial(FullFineTuning(), steps, batch_size, autocast=torch.bfloat16),
-        "LoRA": plan_trial(LORA[data], steps, batch_size, HALVED),
+        "LoRA": plan_trial(LORA[data], steps, batch_size, BF16_BASE),
     }
     options |= {"schedule": "constant", "warmup": 0, "clip": None}
     trials = {name: replace(trial, **options) for name, trial in trials.items()}
@@ -332,13 +332,13 @@ SIZES = {NAMES: (56, 92), FRENCH: (64, 160), ENGLISH: (64, 160)}
 def plan_translation(device: torch.device) -> Iterator[BlockSweep]:
     """Yield what two cores can do in an evening, with LoRA alone; on a GPU full fine-tuning, too, and more steps."""
     gpu = device.type == "cuda"
-    setups = {"LoRA r=8": (plan_trial(LoRA(8, 16), 600 if gpu else 150, 8, HALVED), rates_around(4e-3, count=3))}
+    setups = {"LoRA r=8": (plan_trial(LoRA(8, 16), 600 if gpu else 150, 8, BF16_BASE), rates_around(4e-3, count=3))}
     if gpu:
         setups["full"] = plan_trial(FullFineTuning(), 600, 8), rates_around(2e-4, count=3)
     for data, (seq_len, size) in SIZES.items():
         # The score "accuracy" of a trial is 1 or 0 for each example.
         on: dict[str, Any] = {"chosen_on": 64, "judged_on": {"test": size}, "block": 1, "answered": True}
-        yield BlockSweep(setups, range(2), plan_judges(device), data=data, seq_len=seq_len, **on)
+        yield BlockSweep(setups, choosing=range(2), judging=plan_judges(device), data=data, seq_len=seq_len, **on)
 
 
 def list_examples(device: torch.device) -> Iterator[Row]:

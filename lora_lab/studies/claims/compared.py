@@ -64,14 +64,17 @@ class Gap:
 
     @cached_property
     def contradicted(self) -> bool:
-        """Whether the second measure points the other way than what the test loss decides.
+        """Whether the test loss and the second measure point in opposite directions.
 
-        Where that is as good, the second measure is worse, and not surely within the margin; where it is not, the
-        second measure is as good. Its bounds are those of this case alone: doubt needs less evidence than a decision.
+        They do if the test loss is as good, but the second measure is surely worse and may exceed the margin; or if
+        the test loss is not as good, but the second measure is. The bounds of the second measure are those of this
+        case alone: doubt needs less evidence than a decision.
         """
         lower, upper = bound_together(self.beside, 1) if self.beside.size else (0.0, 0.0)
-        by_loss = below(*self.bounds, self.margin)
-        return lower > 0 and upper >= self.margin if by_loss else by_loss is False and upper < self.margin
+        as_good = below(*self.bounds, self.margin)
+        if as_good is None:
+            return False
+        return lower > 0 and upper >= self.margin if as_good else upper < self.margin
 
     @property
     def mark(self) -> str:

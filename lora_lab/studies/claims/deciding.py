@@ -208,8 +208,10 @@ class Decider:
 DECIDERS: dict[str, Decider] = {}  # id of a claim -> what decides it
 
 
-def decides(claim_id: str, **reads: Any) -> Callable[[Callable], Callable]:
-    """Register a function as what decides a claim; it reads what a :class:`Decider` is told.
+def decides(
+    claim_id: str, record: str = "", published: str = "", beside: str = "", on: str = "", always: bool = False
+) -> Callable[[Callable], Callable]:
+    """Register a function as the one that decides a claim; the other arguments are those of :class:`Decider`.
 
     Raises:
         ValueError: another function decides that claim already.
@@ -218,7 +220,7 @@ def decides(claim_id: str, **reads: Any) -> Callable[[Callable], Callable]:
     def register(function: Callable) -> Callable:
         if claim_id in DECIDERS:
             raise ValueError(f"The claim {claim_id!r} is decided twice; each claim has one function.")
-        DECIDERS[claim_id] = Decider(function, **reads)
+        DECIDERS[claim_id] = Decider(function, record, published, beside, on, always)
         return function
 
     return register
@@ -321,8 +323,15 @@ def decide_cases(cases: Cases, on: str = "", always: bool = False) -> Result:
     Returns:
         It stands if it holds in every case, falls if it fails in some and holds in none, depends if it
         holds in some and fails in others (and falls if ``always``), and is open otherwise.
+
+    Raises:
+        TypeError: there is neither ``on`` nor ``always``, and a case has no conditions.
     """
     cases = list(cases)
+    if not (on or always) and any(len(case) < 3 for case in cases):
+        raise TypeError(
+            "A function that decides a claim names what its cases differ in (on), or each case's conditions."
+        )
     holds, fails, unclear = ([words for each, words, *_ in cases if each is answer] for answer in (True, False, None))
     groups = {"yes": holds, "no": fails, "not decided": unclear}
     text = ". ".join(f"{word}: {'; '.join(texts)}" for word, texts in groups.items() if texts) or "no case was tried"

@@ -268,3 +268,11 @@ def test_a_damaged_lesson_is_told(tmp_path):
     (tmp_path / f"{LESSON}.ipynb").write_text("{}")
     with pytest.raises(ValueError, match=r"\.ipynb lacks the entry 'cells'"):
         judge(dataclasses.replace(CLAIM, lesson=LESSON), lessons=tmp_path)
+
+
+def test_cases_need_conditions_where_nothing_says_what_they_differ_in():
+    cases = [(True, "small"), (False, "large")]
+    assert decide_cases(cases, on="the size").on == "the size"
+    assert decide_cases(cases, always=True).verdict == "falls"
+    with pytest.raises(TypeError, match="conditions"):
+        decide_cases(cases)
