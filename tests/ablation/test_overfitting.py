@@ -408,7 +408,7 @@ def test_a_grid_is_widened_while_its_best_rate_is_at_the_edge():
 
 def test_a_rate_that_was_stopped_on_one_seed_is_not_tried_on_the_next_and_cannot_be_the_best():
     rates = {"full": (1e-6, 1e-2), "LoRA": (1e-3, 3e-2)}
-    halving = Halving(rungs=[0.5], best_so_far=True, keep=0, cautious=False)
+    halving = Halving(rungs=[0.5], best_so_far=True, keep=0)
     frames = list(sweep(lrs=rates, sizes=(8,), seeds=(5, 0, 1), choose=2, halving=halving))
     stopped = [tried(frame[frame.outcome == "stopped"]) for frame in frames]
     assert [len(each) for each in stopped] == [2, 0, 0]

@@ -60,10 +60,9 @@ RUNS = [
 ]
 
 
-def pack(model, task, runs=RUNS, paused=None, until=None, **options):
+def pack(model, task, runs=RUNS, **options):
     """The results of a pack of these runs, each with the same options."""
-    trials = [Trial(*run, **options or OPTIONS) for run in runs]
-    return fit_packed(model, task, trials, paused=paused, until=until)
+    return fit_packed(model, task, [Trial(*run, **options or OPTIONS) for run in runs])
 
 
 def pictures(dtype=torch.float32, loss=cross_entropy):
@@ -195,7 +194,6 @@ def test_trials_of_unequal_lengths_are_independent_in_single_precision_too(tiny_
 STEPS = {
     "lean": {"lean": Lean()},
     "lean, checkpointing": {"lean": Lean(checkpoint=True, loss_rows=5)},
-    "lean, two threads": {"lean": Lean(threads=2)},
     "lean, bfloat16 base": {"lean": Lean(torch.bfloat16)},
     "lean, bfloat16 base, three threads": {"lean": Lean(torch.bfloat16, threads=3), "accumulate": 2},
     "checkpointing": {"gradient_checkpointing": True},
@@ -250,7 +248,7 @@ PACKS = {  # what makes the model and the task, the runs, options, and how near 
     "half precision": (lambda _: (DigitsMLP(width=16).bfloat16(), pictures(torch.bfloat16)), RUNS, {}, 0.02),
     "four bits": (in_four_bits, RUNS[:3], {}, 1e-3),
     "four bits, lean": (in_four_bits, RUNS[:3], {"lean": Lean()}, 1e-3),
-    "four bits, threads": (in_four_bits, RUNS[:3], {"lean": Lean(torch.bfloat16, checkpoint=True, threads=2)}, 2e-2),
+    "four bits, bfloat16": (in_four_bits, RUNS[:3], {"lean": Lean(torch.bfloat16, checkpoint=True)}, 2e-2),
     "tokens": (functools.partial(in_units, "tokens"), RUNS[:2], {"accumulate": 2}, 1e-3),
     "examples": (functools.partial(in_units, "examples"), RUNS[:2], {"accumulate": 2}, 1e-3),
 }
@@ -812,41 +810,3 @@ def test_no_share_is_empty_or_too_large():
         assert len(found) == count
         assert all(1 <= len(share) <= most for share in found)
         assert sorted(run.seed for share in found for run in share) == list(range(n))
-
-
-# Pausing
-
-
-PAUSING = [{}, {"lean": Lean(torch.bfloat16, threads=2)}, {"gradient_checkpointing": True}]
-
-
-@pytest.mark.parametrize("options", PAUSING, ids=str)
-def test_a_pack_that_paused_goes_on_bit_for_bit(tiny_config, options):
-    def train(runs=RUNS, **more):
-        model, task = (Llama(tiny_config), sentences()) if options else (DigitsMLP(width=16), pictures())
-        return pack(model, task, runs, **OPTIONS | options, **more)
-
-    whole, paused = train(), train(until=3)
-    assert [len(result.history.rows) for result in paused] == [4] * len(RUNS)
-    later = train(paused=paused)
-
-    def losses(results):
-        return [
-            [row[name] for name in (*LOSSES, "lr", "grad_norm")] for result in results for row in result.history.rows
-        ]
-
-    assert losses(later) == losses(whole)
-    for result, expected in zip(later, whole, strict=True):
-        assert result.adapter.keys() == expected.adapter.keys()
-        assert all(torch.equal(value, expected.adapter[name]) for name, value in result.adapter.items())
-    for moment in packed.MOMENTS:  # each of them counts
-        changed = copy.deepcopy(paused)
-        for result in changed:
-            for state in result.state.values():
-                state[moment] += 1
-        assert losses(train(paused=changed)) != losses(whole)
-    (alone,) = train(RUNS[1:2], paused=paused[1:2])  # and in another pack
-    rtol = 2e-2 if "lean" in options else 1e-5
-    assert alone.history.rows[-1]["validation_loss"] == pytest.approx(
-        whole[1].history.rows[-1]["validation_loss"], rel=rtol
-    )
