@@ -593,11 +593,6 @@ def each_size(frame: pandas.DataFrame) -> Iterator[tuple[dict[str, Any], pandas.
 # All else is a setting, and settings must be equal for a comparison to be one.
 _MAY_VARY = ("key", "rank", "alpha", "lr", "seed", *OUTCOME, *PROVENANCE)
 _STATUS = {"lower": "enough", "equal": "enough", "higher": "too small", "open": "open"}
-_EDGES = {
-    "smallest": "the best learning rate of {} is the smallest tried, so a better one may lie beyond.",
-    "largest": "the best learning rate of {} is the largest tried, so a better one may lie beyond.",
-    "only": "only one learning rate was tried for {}, so it may not be the best.",
-}
 
 
 @dataclass(frozen=True)
@@ -704,10 +699,11 @@ def smallest_sufficient_rank(frame: pandas.DataFrame, margin: float = 0.01) -> R
             f"rank {', '.join(better)}: better than the largest by more than the margin, so the largest was most "
             "likely trained badly and is not a fair reference; try more learning rates."
         )
-    for edge, sentence in _EDGES.items():
+    for edge, name in {"smallest": "smallest", "largest": "largest", "only": "only one"}.items():
         if at := [str(each) for each, choice in choices.items() if choice.edge == edge]:
             *others, last = at
-            notes.append(sentence.format(f"ranks {', '.join(others)} and {last}" if others else f"rank {last}"))
+            which = f"ranks {', '.join(others)} and {last}" if others else f"rank {last}"
+            notes.append(f"the best learning rate of {which} is the {name} tried, so a better one may lie beyond.")
     return RankVerdict(rank, reason, str(trials["method"].iloc[0]), margin, seeds, ranks, tuple(notes))
 
 

@@ -48,6 +48,7 @@ from lora_lab.train import (
     Batch,
     DataOrder,
     TrainingStep,
+    check_run,
     data_order,
     gradient_checkpointing_method,
     make_adamw,
@@ -96,7 +97,8 @@ def fit_packed(
     """
     _check_pack(model, task, trials)
     config = trials[0]  # for all that they have in common
-    orders = _data_orders(task, trials)
+    order_of = {seed: data_order(task, trial) for seed, trial in {trial.seed: trial for trial in trials}.items()}
+    orders = [order_of[trial.seed] for trial in trials]
     model = copy_sharing_weights(model)
     for buffer in model.buffers():
         buffer.data = buffer.clone()  # a forward pass may change it
@@ -191,14 +193,6 @@ def _evaluate(model: nn.Module, task: Task, config: Trial) -> dict[str, list[flo
     """Return the losses of each trial by part."""
     sizes = config.batch_size, config.eval_examples, config.by_length
     return {part: mean_loss(model, task, part, *sizes).tolist() for part in EVALUATED}
-
-
-def _data_orders(task: Task, trials: Sequence[Trial]) -> list[DataOrder]:
-    """Check that what is evaluated has targets, and return the data order of each trial; one for each seed."""
-    for part in EVALUATED:
-        task.require_targets(part, trials[0].eval_examples)
-    by_seed = {trial.seed: data_order(task, trial) for trial in trials}
-    return [by_seed[trial.seed] for trial in trials]
 
 
 def join_batches(
@@ -418,6 +412,7 @@ def _check_pack(model: nn.Module, task: Task, trials: Sequence[Trial]) -> None:
             "trials is empty, but a pack needs at least one, such as Trial(LoRA(rank=8), 1e-3, steps=100)."
         )
     first = trials[0]
+    check_run(model, task, first.method, first)
     for trial in trials:
         if common_settings(trial) != common_settings(first):
             raise PackingError(

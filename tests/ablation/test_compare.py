@@ -283,7 +283,7 @@ def test_a_failed_seed_is_not_forgotten_where_it_failed_for_all():
     [
         ((0.01, 0.03), "ranks 1, 2, 4, 8 and 16 is the smallest tried"),
         ((0.003, 0.01), "ranks 1, 2, 4, 8 and 16 is the largest tried"),
-        ((0.01,), "only one learning rate was tried for ranks 1, 2, 4, 8 and 16"),
+        ((0.01,), "ranks 1, 2, 4, 8 and 16 is the only one tried"),
     ],
 )
 def test_notes_tell_of_rates_at_the_edge_and_untuned_ones(lrs, note):
