@@ -89,26 +89,21 @@ def ablate(
         folder: where results are kept, one file a trial; None keeps none, and an interrupt then loses all.
         n_jobs: number of processes, each with one torch thread; None means this process alone, or what the caller's
             ``joblib.parallel_config`` says.
-        engine: "separate" runs each trial with :func:`lora_lab.fit`, "packed" many in one pass
-            (:mod:`lora_lab.ablation.packed`), "auto" packs what can be packed.
+        engine: "separate" runs each by :func:`lora_lab.fit`, "packed" many in one pass, "auto" packs what can be.
         budget_bytes: memory for one pack; default half of what is free on this machine, shared among the workers.
         judge: called with each trained model and the task. The numbers and texts by name that it returns are in the
             table as ``score_<name>``. Stored trials without scores are run anew. Give another judge another folder.
         progress: show a bar; default only where a person is looking.
         timeout_s: seconds without any trial ending after which to give up on the workers.
         halving: stops trials at learning rates that validation rules out (:mod:`lora_lab.ablation.halving`); a call
-            without it runs them to the end. The trials are not packed, and those that wait have checkpoints in
-            ``folder/paused``, for all workers.
+            without it runs them to the end. None is packed, and those that wait have checkpoints in ``folder/paused``.
 
     Raises:
         ValueError: a wrong value, a damaged file, a backend of threads, or trials that fit no model, pack or halving.
         RuntimeError: a worker makes another model or task, was ended by the system, or did not answer in time.
     """
-    check(engine, Literal["auto", "separate", "packed"], "engine")
-    if halving is not None:
-        if engine == "packed":
-            raise ValueError("engine is 'packed', but with halving each trial runs by itself; leave one of them out.")
-        engine = "separate"
+    check(engine, Literal["auto", "separate", "packed"] if halving is None else Literal["auto", "separate"], "engine")
+    engine = engine if halving is None else "separate"
     check(len(trials), Size, "The number of trials")
     folder = None if folder is None else as_path(folder, "folder")
     make = functools.partial(copy.deepcopy, model_factory) if isinstance(model_factory, nn.Module) else model_factory
