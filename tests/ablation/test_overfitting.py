@@ -230,18 +230,6 @@ def test_one_seed_gives_a_difference_and_no_bounds():
     assert two.lower < two.difference < two.upper
 
 
-def test_each_size_is_compared_by_itself_and_ways_keep_their_places():
-    few = numbers({"full": FULL, "b": (2.0, 6.0, 4.5), "a": FULL}, n_train=16)
-    many = numbers({"full": FULL, "b": (0.0, 4.0, 2.5), "a": FULL}, n_train=64)
-    table = compare_by_seed(together(many, few), "overfit")
-    assert table[["n_train", "setup"]].values.tolist() == [[n, setup] for n in (16, 64) for setup in ("full", "b", "a")]
-    found = table.set_index(["n_train", "setup"])["difference"]
-    assert found[16, "b"] == pytest.approx(7 / 6)
-    assert found[64, "b"] == pytest.approx(-5 / 6)
-    assert found[16, "a"] == found[64, "a"] == 0
-    assert "n_train" not in compare_by_seed(few.drop(columns="n_train"), "overfit")
-
-
 # The price of the same good
 
 FAST = {"validation": [3.0, 2.0, 1.0], "off_domain": [1.0, 1.5, 2.5]}  # learned 0, 1, 2; forgot 0, 0.5, 1.5
@@ -284,18 +272,6 @@ def test_curves_of_rates_that_were_not_chosen_play_no_part():
     expected = at_equal(*chosen)
     pandas.testing.assert_frame_equal(at_equal(*others, *chosen), expected)
     assert not at_equal(*chosen[:1], *others[1:]).equals(expected)
-
-
-def test_each_size_has_its_own_amount_and_the_result_can_be_compared():
-    few = [curve("full", 1e-3, s, **FAST, n_train=16) for s in (0, 1)]
-    few += [curve("LoRA", 1e-2, s, **SLOW, n_train=16) for s in (0, 1)]
-    many = [curve("full", 1e-3, s, **FAST, n_train=64) for s in (0, 1)]
-    many += [curve("LoRA", 1e-2, s, **DIPS, n_train=64) for s in (0, 1)]
-    found = at_equal(*many, *few)
-    assert found.groupby("n_train").learned.unique().map(list).to_dict() == {16: [0.75], 64: [2.0]}
-    table = compare_by_seed(found, "forgotten").set_index(["n_train", "setup"])
-    assert table.difference[16, "LoRA"] == pytest.approx(0.4 - 0.375)
-    assert table.difference[64, "LoRA"] == pytest.approx(8 - 1.5)
 
 
 # All rates on all seeds, for each size
@@ -467,15 +443,11 @@ def test_a_share_compares_at_equal_learning():
     assert (equal.verdict, early.verdict) == ("more", "less")
 
 
-def test_each_size_and_each_reference_is_compared_by_itself():
-    few = together(GENTLE, rising("LoRA", 1e-3, [0.25, 0.375, 0.125])).assign(n_train=16)
-    many = together(GENTLE, rising("LoRA", 1e-3, [0.75, 0.875, 0.875])).assign(n_train=64)
-    told = compare_over_rates(together(few, many), "overfit")
-    assert told[["n_train", "setup", "verdict"]].values.tolist() == [[16, "LoRA", "less"], [64, "LoRA", "more"]]
-    told = compare_over_rates(together(few, many), "overfit", "LoRA")
-    assert told[["n_train", "setup", "verdict"]].values.tolist() == [[16, "full", "more"], [64, "full", "less"]]
-    lone = together(few, rising("LoRA", 1e-3, [0.75, 0.875, 0.875]).assign(n_train=64))
-    assert compare_over_rates(lone, "overfit").n_train.tolist() == [16]  # at 64 there is nothing to compare with
+def test_another_method_may_be_the_reference_and_where_it_is_missing_nothing_is_compared():
+    both = together(GENTLE, rising("LoRA", 1e-3, [0.25, 0.375, 0.125]))
+    assert compare_over_rates(both, "overfit", "LoRA")[["setup", "verdict"]].values.tolist() == [["full", "more"]]
+    lone = together(both.assign(n_train=16), rising("LoRA", 1e-3, [0.75, 0.875, 0.875]).assign(n_train=64))
+    assert compare_over_rates(lone, "overfit").n_train.tolist() == [16]
 
 
 def test_bounds_are_listed_by_setup_and_size():
@@ -514,17 +486,6 @@ def test_a_stopping_point_of_which_seeds_disagree_is_open():
     mixed = together(STOPS, curve("LoRA", 1e-2, 2, [3.0, 1.0, 2.5, 3.0], n_train=16))
     mixed = together(mixed, curve("full", 1e-3, 2, [3.0, 1.0, 1.5, 2.0], n_train=16))
     assert by_stopping_point(mixed).verdict.tolist() == ["open", "more"]
-
-
-def test_each_size_is_stopped_at_its_own_evaluations():
-    longer = together(*(curve(setup, 1e-3, seed, [3.0, 2.0, 1.0, 2.0, 3.0]) for setup in "ab" for seed in (0, 1)))
-    both = together(STOPS.replace({"setup": {"full": "a", "LoRA": "b"}}), longer.assign(n_train=64))
-    stops = by_stopping_point(both, "best_loss", reference="a")
-    assert stops.groupby("n_train").step.agg(list).to_dict() == {16: [20, 30], 64: [20, 30, 40]}
-    assert stops[stops.n_train == 64].difference.tolist() == [0, 0, 0]
-    alone = by_stopping_point(longer, reference="a")
-    assert "n_train" not in alone
-    assert alone.step.tolist() == [20, 30, 40]
 
 
 # At equal training loss
@@ -614,6 +575,30 @@ def test_all_pairs_of_rates_can_be_compared_at_equal_training_loss():
     assert (row["lower"], row["upper"]) == (1.0, 1.5)
     with pytest.raises(ValueError, match="two seeds in common"):
         compare_over_rates(frame, "validation_loss", train_loss=0.25)
+
+
+BY_SIZE = [
+    summarise_trials,
+    best_rates,
+    lambda frame: compare_by_seed(summarise_trials(frame), "overfit"),
+    lambda frame: at_equal_learning(frame, summarise_trials(frame)),
+    lambda frame: at_training_loss(frame, [1.0]),
+    lambda frame: compare_over_rates(frame, "overfit"),
+    lambda frame: by_stopping_point(frame),
+    lambda frame: by_training_loss(frame, [1.0]),
+]
+
+
+@pytest.mark.parametrize("call", BY_SIZE)
+def test_each_size_is_treated_as_if_it_were_alone_and_setups_keep_their_places(call):
+    few = [trained_to("full", s, [3.0, 2.0, 2.5, 3.0], [2.0, 1.0, 0.5]) for s in (0, 1)]
+    few += [trained_to(name, s, [3.0, 1.5, 3.0 + s, 4.0], [2.0, 1.0, 0.5]) for name in ("b", "a") for s in (0, 1)]
+    many = [trained_to(name, s, [3.0, 2.5 - s, 3.5], [2.0, 0.5], lr=1e-2) for name in ("full", "b") for s in (0, 1)]
+    few, many = together(*few), together(*many)
+    found = call(together(many.assign(n_train=64), few.assign(n_train=16)))
+    for size, alone in ((16, few), (64, many)):
+        own = found[found.n_train == size].drop(columns="n_train").reset_index(drop=True)
+        pandas.testing.assert_frame_equal(own, call(alone), check_like=True)
 
 
 def refusals():
