@@ -3,7 +3,6 @@
 In reading order:
 
     grid           what a trial is, as data with an identity; products of ranks, rates, seeds and methods
-    packed_layer   one frozen weight with many adapters beside it, and the losses, trial by trial
     packed         many adapters over one frozen base in one pass, and which runs can share one
     results        a trial's file, and the table of all results
     stats          losses by blocks of examples; bounds, intervals, the best rate between those tried

@@ -30,9 +30,8 @@ from lora_lab import (
     merge,
     quantize_nf4,
 )
-from lora_lab.ablation import Trial, packed, packed_layer
-from lora_lab.ablation.packed import fit_packed, refusal
-from lora_lab.ablation.packed_layer import PackedLinear, PackingError
+from lora_lab.ablation import Trial, packed
+from lora_lab.ablation.packed import PackedLinear, PackingError, fit_packed, refusal
 from lora_lab.ablation.run import share_work
 from lora_lab.history import DivergedError
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
@@ -744,14 +743,14 @@ def test_the_logits_of_a_pack_never_exist_whole_where_the_loss_can_be_sliced(tin
         sentences(),
         {"steps": 3, "batch_size": 4},
     )
-    whole, slices, token_losses = [], [], packed_layer.token_losses
+    whole, slices, token_losses = [], [], packed.token_losses
 
     def sliced(hidden, targets, head, rows):
         slices.append(rows)
         return token_losses(hidden, targets, head, rows)
 
-    monkeypatch.setattr(packed_layer, "_LOSS_ROWS", 7)  # of 3 x 4 x 6 tokens
-    monkeypatch.setattr(packed_layer, "token_losses", sliced)
+    monkeypatch.setattr(packed, "_LOSS_ROWS", 7)  # of 3 x 4 x 6 tokens
+    monkeypatch.setattr(packed, "token_losses", sliced)
     method = LoRA(2, targets=["q_proj", "lm_head"] if head == "adapted" else ["q_proj"])
     if "blocks" in head:
         weight = model.lm_head.weight
