@@ -504,11 +504,13 @@ def record(
         ``path`` of the file, and its content: ``what``, ``device``, ``facts``, ``commit``, ``date``, ``command``,
         ``settings``, ``rows``, ``schema``.
     """
-    from lora_lab.studies import records, submission
-    from lora_lab.studies.recorder import find_recorder, take_over
+    from lora_lab.studies import records
+    from lora_lab.studies.recorder import find_recorder
 
     if check:
-        found = submission.check(what)
+        from lora_lab.studies.claims.ledger import check_record
+
+        found = check_record(what)
         rows = system.wording.count_noun(len(found.rows), "row")
         print(f"{what} is whole: {found.what!r} on {found.device}, {found.date}, {rows}")
         return None
@@ -519,7 +521,7 @@ def record(
         raise ValueError("A record of some models would replace that of all models; name another folder with --out.")
     chosen = find_recorder(what)
     where, why = system.device.pick_device(device)
-    print(f"Device: {why}")
+    print(f"Device: {why}\nOn two cores this takes {records.KINDS[what].hours}.", flush=True)
     command = f"lora-lab record {what}"
     command += f" --device {device}" if device else ""
     command += f" --models {' '.join(models)}" if models else ""
@@ -528,8 +530,6 @@ def record(
     records.new(what, [{"row": "to come"}], settings, command, where, commit)  # validate now, not after hours
     folder = Path(out) if out else records.destination()
     system.files.check_writable(folder)
-    if begun := take_over(what):
-        print(f"{system.wording.count_noun(begun, 'trial')} of a record that was begun earlier need not be run again.")
     rows = []
     for row in chosen.rows(where, list(models) or None) if what in records.OF_MODELS else chosen.rows(where):
         rows.append(row)

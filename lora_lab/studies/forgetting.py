@@ -42,7 +42,7 @@ from lora_lab.analysis.divergence import NearBase, base_replies, mean_divergence
 from lora_lab.inject import lora_layers
 from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA, Method, PartialFineTuning
-from lora_lab.studies.recorder import CurveSweep, plan_judges, record_sweeps
+from lora_lab.studies.recorder import CurveSweep, TrialAndRates, plan_judges, record_sweeps
 from lora_lab.task import Task
 from lora_lab.train import evaluate
 
@@ -66,7 +66,6 @@ SIZE, SEQ_LEN, WIDEN = 8, 32, 2  # examples a step, tokens an example, and rates
 CHOSEN_ON, JUDGED_ON = 64, 256  # validation examples, from the first
 ON_TWO_CORES = ("full", "LoRA r=1", "LoRA r=8")  # a GPU trains all
 EVALUATED = 64  # steps between evaluations, at most; small sets are evaluated after every epoch
-REPLIES = 100  # windows of 32 tokens, about as long as 32 replies with their prompts
 OVERFITTING_COLUMNS = (
     *("n_train", "setup", "schedule", "stage", "edge", "lr", "seed", "steps", "outcome", "reason", "step"),
     *("train_loss", "validation_loss", "off_domain_loss", "gap", "test_loss", "trainable_parameters", "commit"),
@@ -97,12 +96,10 @@ def plan_overfitting(device: torch.device) -> Iterator[CurveSweep]:
             options={"halving": HALVING},
             columns=OVERFITTING_COLUMNS,
             show=hide_few_replies,
-            seq_len=SEQ_LEN,
-            off_domain=REPLIES,
         )
 
 
-def _set_up(size: int, device: torch.device) -> dict[str, tuple[Trial, Sequence[float]]]:
+def _set_up(size: int, device: torch.device) -> dict[str, TrialAndRates]:
     """Return all methods at a constant rate, warmed up for as many steps whatever the size, and under a cosine."""
     setups, epoch = {}, size // SIZE
     for schedule, of_size in zip(("constant", "cosine"), epochs(device), strict=True):
@@ -129,32 +126,14 @@ def draw_examples(size: int, judging: Sequence[int], seed: int) -> Task:
     return replace(task, off_domain=task.off_domain[slice(0, None, 2) if seed in judging else slice(4)])
 
 
-def describe_overfitting(device: torch.device) -> dict[str, Any]:
-    """Return how the rows are made, as the record states it."""
-    first, *_ = plan_overfitting(device)
-    constant, cosine = ({str(size): count for size, count in of_size.items()} for of_size in epochs(device))
-    return {
-        "study": "docs",
-        "setups": {
-            setup: {"lrs": list(lrs), **trial.to_dict()["method"]}
-            for setup, (trial, lrs) in first.setups.items()
-            if not setup.endswith(COSINE)
-        },
-        "sizes": list(epochs(device)[0]),
-        **{"choosing": list(first.choosing), "judging": list(first.judging)},
-        **{"batch_size": SIZE, "seq_len": SEQ_LEN, "chosen_on": CHOSEN_ON, "judged_on": JUDGED_ON, "widen": WIDEN},
-        "epochs": constant,
-        "cosine_epochs": cosine,
-        "halving": asdict(HALVING) | {"rungs": list(HALVING.rungs)},
-    }
-
-
 def hide_few_replies(frame: pandas.DataFrame) -> pandas.DataFrame:
     """Return the rows without the off-domain losses of the seeds that choose, which are of too few replies."""
     return frame.assign(off_domain_loss=frame["off_domain_loss"].where(frame["stage"] == "judging"))
 
 
-OVERFITTING = record_sweeps("overfitting", plan_overfitting, describe_overfitting)
+_HALVING = asdict(HALVING) | {"rungs": list(HALVING.rungs)}
+_STATED = {"study": "docs", "batch_size": SIZE, "seq_len": SEQ_LEN, "halving": _HALVING}
+OVERFITTING = record_sweeps("overfitting", plan_overfitting, _STATED)
 
 
 # Remedies
@@ -163,7 +142,6 @@ REHEARSED, JUDGED = slice(16, None), slice(16)  # of the prompts: replies to tra
 # Steps, examples a step and seeds: what two cores can do in an hour and a half, and what a GPU can in less.
 FEW, MORE = (60, 4, range(3)), (300, 8, range(5))
 LENGTH, EXAMPLES = 64, 48  # tokens of an example, and how many validation examples
-WINDOWS = 50  # of 64 tokens: as long are the replies that judge, with their prompts
 FULL_RANK = 576  # the least side of the widest matrices
 STRENGTHS = (0.25, 0.5, 0.75, 1.2)
 R8 = LoRA(8, 16)
@@ -221,19 +199,13 @@ def plan_remedies(device: torch.device) -> Iterator[CurveSweep]:
             step: dict[str, Any] = {"lean": Lean(torch.bfloat16)} if lora else {"autocast": torch.bfloat16}
             setups[name] = Trial(method, lrs[0], weight_decay=decay, **options, **step), lrs
         strengths = STRENGTHS if change is None else ()
-        judged_on = (3 + 2 * len(strengths)) * EXAMPLES
-        if change and CHANGED[change].func is stay_near_base:  # one more forward pass a step
-            judged_on += steps * batch_size
         yield CurveSweep(
             *(setups, seeds),
             task=partial(make_task, change),
             shared=True,
-            chosen_on=judged_on,
             options={"judge": DistanceFromBase(LENGTH, EXAMPLES, strengths)},
             columns=REMEDIES_COLUMNS,
             show=add_strengths,
-            seq_len=LENGTH,
-            off_domain=WINDOWS,
         )
 
 
@@ -288,24 +260,6 @@ def update_norm(base: nn.Module, tuned: nn.Module) -> float:
     return float(sum(change.double().square().sum() for change in changes)) ** 0.5
 
 
-def describe_remedies(device: torch.device) -> dict[str, Any]:
-    """Return how the rows are made, as the record states it."""
-    sweeps = list(plan_remedies(device))
-    setups = {name: setup for sweep in sweeps for name, setup in sweep.setups.items()}
-    trial, _ = setups["LoRA r=8"]
-    return {
-        "study": "docs",
-        "setups": {
-            name: {"lrs": list(lrs), "weight_decay": trial.weight_decay, **trial.to_dict()["method"]}
-            for name, (trial, lrs) in setups.items()
-        },
-        **{"steps": trial.steps, "batch_size": trial.batch_size, "seq_len": LENGTH, "eval_examples": EXAMPLES},
-        "seeds": list(sweeps[0].choosing),
-        "strengths": list(STRENGTHS),
-        "schedule": "constant, after a warm-up of a tenth of the steps",
-    }
-
-
 def add_strengths(frame: pandas.DataFrame) -> pandas.DataFrame:
     """Return the rows, and for adapters of rank 8 that were scaled a curve over their strengths, from the base on."""
     import pandas
@@ -327,4 +281,4 @@ def add_strengths(frame: pandas.DataFrame) -> pandas.DataFrame:
     return pandas.concat(frames, ignore_index=True)
 
 
-REMEDIES = record_sweeps("remedies", plan_remedies, describe_remedies)
+REMEDIES = record_sweeps("remedies", plan_remedies, {"study": "docs", "seq_len": LENGTH, "strengths": [*STRENGTHS]})

@@ -12,7 +12,7 @@ The real model learns Python's manual in the same way, beside a model of its sha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -28,7 +28,7 @@ from lora_lab.methods import FullFineTuning
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.models.pretrained import SMOLLM2
 from lora_lab.studies.claims.compared import DOCS, FINE_TUNED, FROM_SCRATCH, LONGER, SIZES
-from lora_lab.studies.recorder import CurveSweep, plan_judges, plan_size, record_sweeps, start_from_random
+from lora_lab.studies.recorder import CurveSweep, TrialAndRates, plan_judges, plan_size, record_sweeps
 from lora_lab.task import Task
 from lora_lab.tasks.arrays import CHANGES
 from lora_lab.train import fit
@@ -36,6 +36,7 @@ from lora_lab.train import fit
 NETS: dict[str, Callable[..., nn.Module]] = {"transformer": DigitsTransformer, "MLP": DigitsMLP}
 PRETRAINING, TRAINING = 400, 150  # steps on digits
 BATCH = 32  # pictures a step
+RATE = 3e-3  # of the pre-training
 SEQ_LEN = 64  # tokens an example of the language model
 OFF_DOMAIN = 4  # examples: what is forgotten is not asked here
 COLUMNS = (
@@ -55,16 +56,16 @@ def draw_pictures(change: str, n_train: int, seed: int) -> Task:
     return tasks.digits("adapt", seed, change=change).limited(n_train, seed)
 
 
-def make_net(net: str, seed: int, device: torch.device | None = None) -> nn.Module:
+def make_net(net: str, seed: int) -> nn.Module:
     """Return a small net with random weights; it stays on the CPU."""
     return NETS[net](seed=seed, dtype=torch.float64)
 
 
 @cache
-def pretrain(net: str, change: str, seed: int, device: torch.device | None = None) -> nn.Module:
+def pretrain(net: str, change: str, seed: int) -> nn.Module:
     """Return a small net that has learned the digits as they are before that change."""
     task, learned = tasks.digits("pretrain", seed, change=change), make_net(net, seed)
-    fit(learned, task, FullFineTuning(), steps=PRETRAINING, lr=3e-3, batch_size=BATCH, seed=seed, progress=False)
+    fit(learned, task, FullFineTuning(), steps=PRETRAINING, lr=RATE, batch_size=BATCH, seed=seed, progress=False)
     model = make_net(net, seed)
     model.load_state_dict(learned.state_dict())  # without the mark of the method that trained it
     return model
@@ -80,25 +81,23 @@ def plan(device: torch.device) -> Iterator[CurveSweep]:
     """Yield what two cores can do in an hour."""
     yield from (_sweep_digits(data, net, size) for data in CHANGES for net in NETS for size in SIZES)
     steps, size = plan_size(device)
-    trial = _plan_trial(steps, size, eval_examples=128, autocast=torch.bfloat16)
-    centres = {FINE_TUNED: 1.25e-4, FROM_SCRATCH: 1e-3}
+    options: dict[str, Any] = {"eval_examples": 128, "autocast": torch.bfloat16}
+    tuned, scratch = (_plan_setup(rates_around(lr, count=3), steps, size, **options) for lr in (1.25e-4, 1e-3))
     yield CurveSweep(
-        {setup: (trial, rates_around(lr, count=3)) for setup, lr in centres.items()},
+        {FINE_TUNED: tuned, FROM_SCRATCH: scratch},
         *(range(2), plan_judges(device)),
         about={"data": DOCS, "model": SMOLLM2, "n_train": steps * size},
         task=partial(draw_text, steps * size),
-        starts={FROM_SCRATCH: start_from_random},
+        starts={FROM_SCRATCH: lambda seed: partial(studies.random_init, device, seed)},
         columns=COLUMNS,
-        seq_len=SEQ_LEN,
-        off_domain=OFF_DOMAIN,
     )
 
 
 def _sweep_digits(data: str, net: str, size: int) -> CurveSweep:
-    short, long = (_plan_trial(steps, min(BATCH, size)) for steps in (TRAINING, PRETRAINING + TRAINING))
     random, rates = partial(make_net, net), rates_around(3e-3, factor=3)
+    short, long = (_plan_setup(rates, steps, min(BATCH, size)) for steps in (TRAINING, PRETRAINING + TRAINING))
     return CurveSweep(
-        {FINE_TUNED: (short, rates), FROM_SCRATCH: (short, rates), LONGER: (long, rates)},
+        {FINE_TUNED: short, FROM_SCRATCH: short, LONGER: long},
         *(range(3), range(3, 13)),
         about={"data": data, "model": net, "n_train": size},
         task=partial(draw_pictures, data, size),
@@ -108,15 +107,10 @@ def _sweep_digits(data: str, net: str, size: int) -> CurveSweep:
     )
 
 
-def _plan_trial(steps: int, batch_size: int, **options: Any) -> Trial:
-    """Return full fine-tuning, evaluated before the first step and after the last; rate and seed are filled in."""
-    return Trial(FullFineTuning(), 1e-3, steps=steps, batch_size=batch_size, eval_every=steps, **options)
+def _plan_setup(lrs: Sequence[float], steps: int, batch_size: int, **options: Any) -> TrialAndRates:
+    """Return full fine-tuning, evaluated before the first step and after the last, and the rates that it tries."""
+    return Trial(FullFineTuning(), lrs[0], steps=steps, batch_size=batch_size, eval_every=steps, **options), lrs
 
 
-def describe(device: torch.device) -> dict[str, Any]:
-    """Return how the rows are made, as the record states it."""
-    pretraining = {"steps": PRETRAINING, "lr": 3e-3, "batch_size": BATCH}
-    return {"cases": [{**sweep.about, **sweep.settings()} for sweep in plan(device)], "pretraining": pretraining}
-
-
-HEAD_START = record_sweeps("head_start", plan, describe)
+_PRETRAINED = {"steps": PRETRAINING, "lr": RATE, "batch_size": BATCH}
+HEAD_START = record_sweeps("head_start", plan, {"pretraining": _PRETRAINED})

@@ -36,13 +36,13 @@ from lora_lab.models.pretrained import SMOLLM2, load_pretrained
 from lora_lab.models.quantize import quantize_nf4, round_matrix
 from lora_lab.studies.recorder import (
     ON_TEST,
-    Again,
     BlockSweep,
+    Rerun,
     Row,
     Source,
     plan_judges,
+    plan_setup,
     plan_size,
-    plan_trial,
     read_loss,
     record_sweeps,
 )
@@ -54,17 +54,17 @@ BASES = {"float32": Lean(), "bfloat16": Lean(torch.bfloat16), "NF4": Lean(), "Q4
 CENTRE = 2e-3  # of the first grids
 BLOCKS_OF = {"float32": None, "NF4": NF4}  # of the bases whose adapters are merged
 ROUNDS = 9  # of the timing
+BLOCK = 4  # examples whose losses are one, as in the sweeps
 _ROUNDING = "rounding"
 
 
 def plan(device: torch.device) -> Iterator[BlockSweep]:
     """Yield what two cores can do in an hour and a half, or a GPU in less."""
     for base, lean in BASES.items():
-        setups = {base: (plan_trial(METHOD, *plan_size(device), lean), rates_around(CENTRE))}
-        count, examples = len(forms_of(base)), ON_TEST["test"]
-        again = Again(base, Merges(base, examples), count * examples, "merged", merge_rows)
-        more: dict[str, Any] = {"source": partial(load_source, base), "again": again if base in BLOCKS_OF else None}
-        yield BlockSweep(setups, range(2), plan_judges(device), data=base, chosen_on=64, judged_on=ON_TEST, **more)
+        setups = {base: plan_setup(METHOD, rates_around(CENTRE), *plan_size(device), lean)}
+        rerun = Rerun(base, Merges(base, ON_TEST["test"]), "merged", merge_rows) if base in BLOCKS_OF else None
+        options: dict[str, Any] = {"source": partial(load_source, base), "judged_on": ON_TEST, "rerun": rerun}
+        yield BlockSweep(setups, range(2), plan_judges(device), data=base, chosen_on=64, **options)
 
 
 def load_source(base: str, device: torch.device) -> Source:
@@ -114,12 +114,10 @@ class Merges:
     Args:
         base: of the adapter, in :data:`BLOCKS_OF`.
         examples: of the test part, how many.
-        block: examples in a block.
     """
 
     base: str
     examples: int
-    block: int = 4
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, task: Task) -> dict[str, str]:
@@ -130,7 +128,7 @@ class Merges:
         layers = lora_layers(model)
         W = {name: layer.base.weight.detach().clone() for name, layer in layers.items()}  # (192, 576)
         V = {name: _quantise(weight, BLOCKS_OF[self.base]) for name, weight in W.items()}  # (192, 576)
-        judge = BlockLosses({"test": self.examples}, self.block)
+        judge = BlockLosses({"test": self.examples}, BLOCK)
         scores = {}
         for form in forms_of(self.base):
             unmerged = form.startswith("unmerged")

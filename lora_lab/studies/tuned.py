@@ -34,7 +34,6 @@ Rates beside setups are the middles of the first grids, which are widened where 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -44,7 +43,6 @@ from torch import nn
 from lora_lab import tasks
 from lora_lab.ablation import studies
 from lora_lab.ablation.compare import rates_around
-from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.rank_advice import UpdateRanks
 from lora_lab.ablation.results import SCORE
 from lora_lab.costs.cost_model import cost_model
@@ -53,13 +51,13 @@ from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.studies.recorder import (
-    Again,
     BlockSweep,
+    Rerun,
     Row,
-    describe_blocks,
+    TrialAndRates,
     plan_judges,
+    plan_setup,
     plan_size,
-    plan_trial,
     record_sweeps,
 )
 from lora_lab.studies.steps import ATTENTION, SMOLLM2, Case, compare_times, measure_cases
@@ -95,8 +93,8 @@ def plan_quality(device: torch.device) -> Iterator[BlockSweep]:
         setups = {}
         for steps in budgets:
             for name, (method, step, centres) in AFTER.items():
-                trial = plan_trial(method, steps, size, **step)
-                setups[f"{name}, {steps} steps"] = trial, rates_around(centres[steps], count=count)
+                lrs = rates_around(centres[steps], count=count)
+                setups[f"{name}, {steps} steps"] = plan_setup(method, lrs, steps, size, **step)
         seeds, source = (range(choosing), range(first, first + judging)), partial(studies.study, "docs", 64)
         yield BlockSweep(setups, *seeds, data=data, source=source, chosen_on=64)
 
@@ -118,7 +116,7 @@ TARGETS_OF = {
 def plan_targets(device: torch.device) -> list[BlockSweep]:
     """Return what two cores can do in an hour or two, or a GPU in less."""
     size = plan_size(device)
-    setups = {name: (plan_trial(method, *size, BF16_BASE), rates_around(2e-3)) for name, method in TARGETS_OF.items()}
+    setups = {name: plan_setup(method, rates_around(2e-3), *size, BF16_BASE) for name, method in TARGETS_OF.items()}
     return [BlockSweep(setups, choosing=range(2), judging=plan_judges(device), data="docs", chosen_on=128)]
 
 
@@ -134,7 +132,7 @@ def plan_variants(device: torch.device) -> list[BlockSweep]:
             "DoRA": (DoRA(rank, 2 * rank), 2e-3, None),
         }
         for name, (method, lr, lean) in methods.items():
-            setups[f"{name}, r={rank}"] = plan_trial(method, *size, lean, eval_every=10), rates_around(factor * lr)
+            setups[f"{name}, r={rank}"] = plan_setup(method, rates_around(factor * lr), *size, lean, eval_every=10)
     return [BlockSweep(setups, choosing=range(2), judging=plan_judges(device), data="docs", chosen_on=128)]
 
 
@@ -168,10 +166,10 @@ def plan_rates(device: torch.device) -> Iterator[BlockSweep]:
         "docs": (plan_size(device), BF16_BASE, _docs_seeds(device), 128, 64),
     }
     for data, (size, lean, choosing, chosen_on, seq_len) in sizes.items():
-        setups = {"full": (plan_trial(FullFineTuning(), *size), rates_around(CENTRES[data]["full"]))}
+        setups = {"full": plan_setup(FullFineTuning(), rates_around(CENTRES[data]["full"]), *size)}
         for rule, alpha in RULES.items():
             for rank, lr in zip(RANKS, CENTRES[data][rule], strict=True):
-                setups[f"r={rank}, {rule}"] = plan_trial(LoRA(rank, alpha(rank)), *size, lean=lean), rates_around(lr)
+                setups[f"r={rank}, {rule}"] = plan_setup(LoRA(rank, alpha(rank)), rates_around(lr), *size, lean=lean)
         on: dict[str, Any] = {"chosen_on": chosen_on, "judged_on": {}, "seq_len": seq_len}
         yield BlockSweep(setups, choosing, data=data, beyond=2, **on)
 
@@ -189,8 +187,7 @@ RATES = record_sweeps("rates", plan_rates)
 HIGH = f"r={RANKS[-1]}"  # the setup whose runs predict
 PLANTED = (1, 2, 4, 8, 16)  # ranks of the planted updates
 PICTURES = (100, 500, 1200)  # of digits to train on
-MARGINS = {"planted": 0.001, "digits": 0.03}  # differences of losses that do not matter, and of language models:
-MARGIN = 0.02
+MARGINS = {"planted": 0.001, "digits": 0.03, "language model": 0.02}  # differences of losses that do not matter
 DOWNSTREAM = {"translate-fr": (50, 44), "summarise": (25, 113)}  # steps, and the mean tokens of an example
 # By rank; those of digits and docs are in CENTRES.
 PLANTED_RATES = (1.6e-2, 1.6e-2, 1.6e-2, 8e-3, 8e-3, 4e-3, 4e-3)
@@ -206,26 +203,26 @@ def plan_rank_advice(device: torch.device) -> Iterator[BlockSweep]:
     on: dict[str, Any] = {"chosen_on": 200, "judged_on": {"validation": 200, "test": 256}, "seq_len": None}
     for data, (source, steps, rates) in nets.items():
         setups = _list_ranks(rates, (steps, 32, None))
-        yield BlockSweep(setups, range(3), range(3, 13), data=data, source=source, again=_run_high(200), **on)
+        yield BlockSweep(setups, range(3), range(3, 13), data=data, source=source, rerun=_run_high(200), **on)
     judging, setups = plan_judges(device, 5 if gpu else 3), _list_ranks(docs, (*plan_size(device), BF16_BASE))
-    yield BlockSweep(setups, _docs_seeds(device), judging, data="docs", again=_run_high(128), chosen_on=128)
+    yield BlockSweep(setups, _docs_seeds(device), judging, data="docs", rerun=_run_high(128), chosen_on=128)
     ranks, count = (RANKS, 5) if gpu else (RANKS[::2], 3)
     for data, (steps, tokens) in DOWNSTREAM.items():
         setups = _list_ranks(DOWNSTREAM_RATES, (steps, 8, BF16_BASE), ranks, count)
-        yield BlockSweep(setups, range(2), judging, data=data, again=_run_high(64), chosen_on=64, seq_len=tokens)
+        yield BlockSweep(setups, range(2), judging, data=data, rerun=_run_high(64), chosen_on=64, seq_len=tokens)
 
 
 def _list_ranks(
     centres: Sequence[float], step: tuple[int, int, Lean | None], ranks: Sequence[int] = RANKS, count: int = 5
-) -> dict[str, tuple[Trial, Sequence[float]]]:
+) -> dict[str, TrialAndRates]:
     """Return LoRA of each rank, with alpha twice the rank, and its first rates."""
     lrs = {rank: rates_around(lr, count=count) for rank, lr in zip(RANKS, centres, strict=True)}
-    return {f"r={rank}": (plan_trial(LoRA(rank, 2 * rank), *step), lrs[rank]) for rank in ranks}
+    return {f"r={rank}": plan_setup(LoRA(rank, 2 * rank), lrs[rank], *step) for rank in ranks}
 
 
-def _run_high(examples: int) -> Again:
+def _run_high(examples: int) -> Rerun:
     """Return the runs at rank 64 that give the statistics."""
-    return Again(HIGH, UpdateRanks(RANKS, examples), len(RANKS) * examples, "high rank", advise)
+    return Rerun(HIGH, UpdateRanks(RANKS, examples), "high rank", advise)
 
 
 def imitate(rank: int, device: torch.device) -> tuple[nn.Module, Task]:
@@ -240,7 +237,7 @@ def read_moved_digits(count: int, device: torch.device) -> tuple[nn.Module, Task
 
 def advise(trial: Row, judged: Row) -> Iterator[Row]:
     """Yield the row of a run at rank 64: its statistics, and no losses, which are of fewer examples than others."""
-    margin = MARGINS.get(judged["data"].partition(" ")[0], MARGIN)
+    margin = MARGINS.get(judged["data"].partition(" ")[0], MARGINS["language model"])
     about = {"data": judged["data"], "stage": "high rank", "setup": HIGH, "margin": margin}
     columns = {name: trial[name] for name in ("rank", "lr", "seed", "outcome", "reason", "commit")}
     scores = {name: value for name, value in trial.items() if name.startswith(SCORE)}
@@ -288,18 +285,19 @@ def plan_taught(device: torch.device) -> list[BlockSweep]:
     ]
 
 
-def _set_up(data: str, steps: int, batch_size: int, **options: Any) -> dict[str, tuple[Trial, tuple[float, ...]]]:
+def _set_up(data: str, steps: int, batch_size: int, **options: Any) -> dict[str, TrialAndRates]:
     """Return both methods, as taught and tuned: constant rates without warm-up, and no clipping."""
-    trials = {
-        "full": plan_trial(FullFineTuning(), steps, batch_size, autocast=torch.bfloat16),
-        "LoRA": plan_trial(LORA[data], steps, batch_size, BF16_BASE),
+    options |= {"steps": steps, "batch_size": batch_size, "schedule": "constant", "warmup": 0, "clip": None}
+    methods: dict[str, tuple[Method, dict[str, Any]]] = {
+        "full": (FullFineTuning(), {"autocast": torch.bfloat16}),
+        "LoRA": (LORA[data], {"lean": BF16_BASE}),
     }
-    options |= {"schedule": "constant", "warmup": 0, "clip": None}
-    trials = {name: replace(trial, **options) for name, trial in trials.items()}
-    tuned = {name: rates_around(centre, count=3) for name, centre in TUNED[data].items()}
-    return {f"{name}, as taught": (trial, (LRS[data],)) for name, trial in trials.items()} | {
-        f"{name}, tuned": (trial, tuned[name]) for name, trial in trials.items()
-    }
+    setups = {}
+    for how in ("as taught", "tuned"):
+        for name, (method, step) in methods.items():
+            lrs = (LRS[data],) if how == "as taught" else rates_around(TUNED[data][name], count=3)
+            setups[f"{name}, {how}"] = plan_setup(method, lrs, **options, **step)
+    return setups
 
 
 def time_methods(device: torch.device) -> Iterator[Row]:
@@ -313,12 +311,7 @@ def time_methods(device: torch.device) -> Iterator[Row]:
             yield row | {"data": sweep.data, "stage": "time"}
 
 
-TAUGHT = record_sweeps(
-    "taught",
-    plan_taught,
-    lambda device: describe_blocks(plan_taught(device)) | {"sources": SOURCES, "changed": CHANGED},
-    time_methods,
-)
+TAUGHT = record_sweeps("taught", plan_taught, {"sources": SOURCES, "changed": CHANGED}, time_methods)
 
 
 # Translation
@@ -332,9 +325,9 @@ SIZES = {NAMES: (56, 92), FRENCH: (64, 160), ENGLISH: (64, 160)}
 def plan_translation(device: torch.device) -> Iterator[BlockSweep]:
     """Yield what two cores can do in an evening, with LoRA alone; on a GPU full fine-tuning, too, and more steps."""
     gpu = device.type == "cuda"
-    setups = {"LoRA r=8": (plan_trial(LoRA(8, 16), 600 if gpu else 150, 8, BF16_BASE), rates_around(4e-3, count=3))}
+    setups = {"LoRA r=8": plan_setup(LoRA(8, 16), rates_around(4e-3, count=3), 600 if gpu else 150, 8, BF16_BASE)}
     if gpu:
-        setups["full"] = plan_trial(FullFineTuning(), 600, 8), rates_around(2e-4, count=3)
+        setups["full"] = plan_setup(FullFineTuning(), rates_around(2e-4, count=3), 600, 8)
     for data, (seq_len, size) in SIZES.items():
         # The score "accuracy" of a trial is 1 or 0 for each example.
         on: dict[str, Any] = {"chosen_on": 64, "judged_on": {"test": size}, "block": 1, "answered": True}

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 ASKED = {"SHOTS": {"sentiment": (1, 3), "translate-fr": (1, 2)}, "DRAWS": {"sentiment": 2, "translate-fr": 2}}
 ASKED |= {"CHOSEN_ON": 3, "SHUFFLES": 4, "RESAMPLES": 25}  # scikit-learn takes milliseconds for each of the last
-TRAINING = downstream.Plan({"sentiment": 5}, {}, 3, 4, 3)
+TRAINING = {"steps": {"sentiment": 5}, "seeds": 3, "batch_size": 4}
 CALIBRATIONS = ("", "content-free", "validation texts")
 
 
@@ -120,7 +120,7 @@ def test_an_interval_holds_the_score_and_has_no_width_where_all_answers_are_righ
 def test_a_probe_sees_the_training_examples_of_the_trial_with_its_seed(whole, seen, tiny, chatter):
     task = sentiment(chatter)
     labels = [pair.answer for pair in task.pairs["train"]]
-    count = TRAINING.steps["sentiment"] * TRAINING.batch_size
+    count = 5 * 4  # steps and batch
     assert len(seen) == 3 + 4
     for i, (states, learned) in enumerate(seen):
         seed, control = (i, False) if i < 3 else (i - 3, True)

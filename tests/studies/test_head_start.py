@@ -37,7 +37,7 @@ def few(device):
         setup: (dataclasses.replace(trial, steps=4, warmup=None, eval_every=4), (1e-3, 1e-2))
         for setup, (trial, _) in docs.setups.items()
     }
-    of_eight = {"about": docs.about | {"n_train": 8}, "task": partial(head_start.draw_text, 8), "seq_len": 9}
+    of_eight = {"about": docs.about | {"n_train": 8}, "task": partial(head_start.draw_text, 8)}
     return [
         dataclasses.replace(digits, setups=of_digits, **seeds),
         dataclasses.replace(docs, setups=of_docs, **of_eight, **seeds),
@@ -50,14 +50,15 @@ def record(small_world, tiny_config):
     small_world.setattr(studies, "language_model", lambda device=None: Llama(tiny_config, seed=3))
     small_world.setattr(studies, "random_init", lambda device=None, seed=0: Llama(tiny_config, seed=100 + seed))
     small_world.setattr(studies, "docs_task", counting_on)
-    small_world.setattr(recorder.shapes, "config", lambda name: tiny_config)
     small_world.setattr(head_start, "SEQ_LEN", 9)
-    made = recorder.record_sweeps("head_start", few, lambda device: {})
+    made = recorder.record_sweeps("head_start", few)
     small_world.setattr(head_start, "HEAD_START", made)
     with redirect_stdout(io.StringIO()) as printed:
         assert cli.main(["record", "head_start", "--device", "cpu", "--out", "records"]) == 0
     (record,) = records.load_all("head_start", "records").values()
-    assert re.search(r"inverted +MLP +judging +n_train 40 +from scratch, longer +lr 0.00", printed.getvalue())
+    assert re.search(r"inverted +MLP +from scratch, longer +judging .*n_train 40 +lr 0.00", printed.getvalue())
+    assert [case["about"]["data"] for case in record.settings["cases"]] == ["inverted", DOCS]
+    assert record.settings["cases"][0]["setups"][LONGER]["steps"] == 550
     return record
 
 
@@ -140,12 +141,12 @@ def test_the_ledger_reads_the_record(record):
 def test_seeds_draw_the_pictures_the_pretraining_and_the_random_weights():
     case = few(CPU)[0]
     for setup in (FINE_TUNED, FROM_SCRATCH):
-        first, again, other = (case.starts[setup](seed, CPU).state_dict() for seed in (0, 0, 1))
+        first, again, other = (case.starts[setup](seed).state_dict() for seed in (0, 0, 1))
         assert all(torch.equal(first[name], again[name]) for name in first)
         assert not torch.equal(first["head.weight"], other["head.weight"])
     assert case.task(0).fingerprint == case.task(0).fingerprint != case.task(1).fingerprint
     assert torch.equal(1 - case.task(0).train.inputs, (1 - case.task(0).train.inputs).clamp(0, 1))
-    scratch, longer = (case.starts[setup](0, CPU).state_dict() for setup in (FROM_SCRATCH, LONGER))
+    scratch, longer = (case.starts[setup](0).state_dict() for setup in (FROM_SCRATCH, LONGER))
     assert torch.equal(scratch["head.weight"], longer["head.weight"])
 
 
@@ -158,12 +159,11 @@ def test_the_plan_compares_equal_steps_on_three_changes_two_nets_and_the_languag
     docs = {(DOCS, "smollm2-135m"): [240 if device == CPU else 2400]}
     assert table.groupby(["data", "model"])["n_train"].apply(list).to_dict() == digits | docs
     for case in cases:
-        trials = {setup: trial for setup, (trial, _) in case.setups.items()}
+        trials = {setup: case.trial(setup, 1e-3, 0) for setup in case.setups}
         assert trials[FINE_TUNED] == trials[FROM_SCRATCH]
         assert not set(case.choosing) & set(case.judging)
         assert len(case.judging) >= 3
         assert trials[FINE_TUNED].batch_size <= case.about["n_train"]
         if case.about["data"] != DOCS:
             assert trials[LONGER].steps == 550 == 400 + trials[FINE_TUNED].steps
-    assert len([*cases[0].trials()]) == 3 * (5 * 3 + 10)
     assert cases[-1].starts.keys() == {FROM_SCRATCH}

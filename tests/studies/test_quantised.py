@@ -14,7 +14,7 @@ from lora_lab.ablation.stats import BlockLosses
 from lora_lab.adapters.edit import off
 from lora_lab.models.llama import Llama
 from lora_lab.models.quantize import FORMATS, BlockLinear, nf4
-from lora_lab.studies import quantised, recorder
+from lora_lab.studies import quantised
 from lora_lab.studies.quantised import NF4, Q4_1, Merges, forms_of, rounding
 from tests.studies.conftest import sentences
 
@@ -37,12 +37,13 @@ def rows(small_world, tiny_config):
     small_world.setattr(studies, "language_model", lambda device, model=None: Llama(tiny_config, seed=3))
     small_world.setattr(studies, "docs_task", lambda seq_len: task)
     small_world.setattr(quantised, "load_base", lambda base, device: load(tiny_config, base))
-    small_world.setattr(recorder, "plan_hours", lambda *arguments: 1.0)
     small_world.setattr(quantised, "ON_TEST", {"validation": 5, "test": 6})
     small_world.setattr(quantised, "CENTRE", 2e-2)
     small_world.setattr(quantised, "ROUNDS", 2)
-    template = quantised.plan_trial
-    small_world.setattr(quantised, "plan_trial", lambda method, steps, size, lean: template(method, 3, 4, lean))
+    template = quantised.plan_setup
+    small_world.setattr(
+        quantised, "plan_setup", lambda method, lrs, steps, size, lean: template(method, lrs, 3, 4, lean)
+    )
     return list(quantised.QUANTISED.rows(CPU))
 
 

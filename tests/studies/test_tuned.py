@@ -12,9 +12,9 @@ from lora_lab.ablation import studies
 from lora_lab.ablation.compare import compare_losses
 from lora_lab.ablation.rank_advice import SPECTRAL, assess
 from lora_lab.models.shapes import config
-from lora_lab.studies import recorder, steps, tuned
+from lora_lab.studies import steps, tuned
 from lora_lab.studies.claims.measured import right_by_kind
-from lora_lab.studies.recorder import BlockSweep, plan_trial, record_sweeps
+from lora_lab.studies.recorder import BlockSweep, plan_setup, record_sweeps
 from lora_lab.tasks import Pair, from_pairs
 from lora_lab.tasks.sentences import COMBINATION, WORD, sentences
 from tests.helpers import command
@@ -149,12 +149,12 @@ def test_translation_judges_every_example_of_the_test_parts(chatter):
 
 def plan_few_ranks(device):
     """Ranks 1 and 64 for a moment, on one planted task and on few pictures of digits."""
-    setups = {f"r={rank}": (plan_trial(LoRA(rank, 2 * rank), 6, 16), (1e-2, 2e-2)) for rank in (1, 64)}
+    setups = {f"r={rank}": plan_setup(LoRA(rank, 2 * rank), (1e-2, 2e-2), 6, 16) for rank in (1, 64)}
     on = {"chosen_on": 40, "judged_on": {"validation": 40, "test": 60}, "widen": 1, "seq_len": None}
     sources = {"planted 2": lambda device: tuned.imitate(2, device)}
     sources["digits 100"] = lambda device: tuned.read_moved_digits(100, device)
     for data, source in sources.items():
-        yield BlockSweep(setups, [0], [1, 2], data=data, source=source, again=tuned._run_high(40), **on)
+        yield BlockSweep(setups, [0], [1, 2], data=data, source=source, rerun=tuned._run_high(40), **on)
 
 
 @pytest.fixture(scope="module")
@@ -223,10 +223,9 @@ def tiny(small_world, tiny_config):
     small_world.setattr(studies, "language_model", lambda device, model=None: Llama(tiny_config, seed=3))
     small_world.setattr(studies, "docs_task", lambda seq_len, model=None: random_ids(tiny_config.vocab_size))
     small_world.setattr(steps, "random_model", lambda name: Llama(tiny_config, seed=3))
-    for module in (recorder, tuned):
-        small_world.setattr(module, "cost_model", lambda device: Costs())
+    small_world.setattr(tuned, "cost_model", lambda device: Costs())
 
-    def record(name, tasks, judged_on, judging, describe=None, after=None):
+    def record(name, tasks, judged_on, judging, after):
         real = getattr(tuned, f"plan_{name}")
 
         def plan(device):
@@ -238,7 +237,7 @@ def tiny(small_world, tiny_config):
 
         small_world.setattr(studies, "_named_task", lambda name, model: tasks[name])
         small_world.setattr(tuned, f"plan_{name}", plan)
-        small_world.setattr(tuned, name.upper(), record_sweeps(name, plan, describe, after))
+        small_world.setattr(tuned, name.upper(), record_sweeps(name, plan, after=after))
         assert command("record", name, "--device", "cpu", "--out", "records") == 0
         (made,) = records.load_all(name, "records").values()
         small_world.setattr(tuned, f"plan_{name}", real)
@@ -281,13 +280,11 @@ def test_accuracies_are_there_where_there_are_classes_and_times_of_both_methods(
     assert times["data"].tolist() == ["sentiment", "sentiment", "docs", "docs"]
 
 
-def test_the_settings_of_taught_say_what_differs_from_the_sources(monkeypatch):
-    monkeypatch.setattr(recorder, "cost_model", lambda device: Costs())
+def test_the_settings_of_taught_say_what_differs_from_the_sources():
     settings = TAUGHT.settings(CPU)
     assert settings["changed"].keys() == settings["sources"].keys() == tuned.LORA.keys()
     assert settings["sentiment"]["answered"]
     assert settings["docs"]["lrs"]["full, as taught"] == [1e-4]
-    assert settings["planned_hours"] > 0
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ In reading order:
     measured    verdicts from records, and from what others published
     compared    verdicts from losses that are compared by seed: quality, head start, overfitting, forgetting
     rates       verdicts on ranks and best learning rates
-    ledger      each claim with its verdict: table, JSON, explanation
+    ledger      each claim with its verdict: table, JSON, explanation; and whether a record is whole
 """
 
 from lora_lab.studies.claims.deciding import Claim, Result

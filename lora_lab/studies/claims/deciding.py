@@ -208,19 +208,18 @@ class Decider:
 DECIDERS: dict[str, Decider] = {}  # id of a claim -> what decides it
 
 
-def decides(
-    claim_id: str, record: str = "", published: str = "", beside: str = "", on: str = "", always: bool = False
-) -> Callable[[Callable], Callable]:
-    """Register a function as the one that decides a claim; the other arguments are those of :class:`Decider`.
+def decides(*claims: str, **options: Any) -> Callable[[Callable], Callable]:
+    """Register a function as the one that decides these claims; the options are those of :class:`Decider`.
 
     Raises:
-        ValueError: another function decides that claim already.
+        ValueError: another function decides one of them already.
     """
 
     def register(function: Callable) -> Callable:
-        if claim_id in DECIDERS:
-            raise ValueError(f"The claim {claim_id!r} is decided twice; each claim has one function.")
-        DECIDERS[claim_id] = Decider(function, record, published, beside, on, always)
+        for claim_id in claims:
+            if claim_id in DECIDERS:
+                raise ValueError(f"The claim {claim_id!r} is decided twice; each claim has one function.")
+            DECIDERS[claim_id] = Decider(function, **options)
         return function
 
     return register

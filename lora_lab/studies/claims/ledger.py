@@ -1,4 +1,4 @@
-"""The ledger: each claim with its verdict, as a table, as JSON, and explained.
+"""The ledger: each claim with its verdict, as a table, as JSON, and explained; and whether a record is whole.
 
 print(table(load()))
 print(verdict("rank-one-suffices").explained())
@@ -7,17 +7,23 @@ print(verdict("rank-one-suffices").explained())
 from __future__ import annotations
 
 import difflib
+import re
 import textwrap
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lora_lab.studies import records
 from lora_lab.studies.claims import compared, computed, counted, deciding, measured, rates  # noqa: F401  # they register themselves
 from lora_lab.studies.claims.deciding import DECIDERS, FALLS, OPEN, Claim, Result, judge, read_claims
-from lora_lab.studies.records import KINDS
+from lora_lab.studies.records import KINDS, Record
+from lora_lab.system.provenance import machine_info
+from lora_lab.system.schema import check
 
 WIDTH = 100
 
@@ -138,3 +144,62 @@ def table(entries: Mapping[str, Entry], width: int = WIDTH) -> str:
     last = f"{len(entries)} claims: {total}."
     authors = f"{of_others} of those that fall have a source, the others are beliefs."
     return "\n".join([*lines, "", last, f"{authors} More on one: lora-lab claims ID"])
+
+
+# Whether a record that somebody hands in is whole: ``lora-lab record FILE --check``
+
+
+def check_record(path: str | Path) -> Record:
+    """Read a record that is to be added to ``records/``, and check that nothing is missing and its origin is stated.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no record, is not named after its device and kind, or does not name the code, machine
+            and command that made it; or rows of a setup are missing, or what a claim needs.
+    """
+    path, record = Path(path), records.load(path)
+    if record.what not in KINDS:
+        names = ", ".join(KINDS)
+        raise ValueError(f"{path} is of the kind {record.what!r}, but it must be one of {names}; measure one of these.")
+    if path.name != f"{record.name}.json":
+        raise ValueError(f"{path} is not named {record.name}.json, after its device and kind; rename it.")
+    for fault in _find_faults(record):
+        raise ValueError(f"{path} {fault}, then run lora-lab record {record.what} again.")
+    return record
+
+
+def _find_faults(record: Record) -> Iterator[str]:
+    """Yield what is wrong with the origin that a record states, what rows it lacks, and what to do."""
+    facts = machine_info(torch.device("cpu")).keys()
+    if record.facts.get("device", "").startswith("cuda"):
+        facts |= {"gpu", "driver"}
+    if lacking := sorted(facts - record.facts.keys()):
+        yield f"lacks the facts {', '.join(lacking)} of its machine, which the command writes; update lora_lab"
+    if not re.fullmatch("[0-9a-f]+", record.commit):
+        yield f"is of the code {record.commit!r}, but others can run only what is a commit; commit your changes"
+    if record.date > (today := datetime.now(UTC).date().isoformat()):
+        yield f"has the date {record.date}, but today is {today}; set the machine's clock"
+    if not re.fullmatch(r"lora-lab record \w+( --device \S+)?", record.command):
+        yield f"was made by {record.command!r}, which does not measure every case; leave out all but --device"
+    if absent := _find_setups_without_rows(record):
+        yield f"has no row of {', '.join(absent)}, which its settings name; do not edit it by hand"
+    every = read_claims()
+    for claim_id, decider in DECIDERS.items():
+        if decider.record == record.what:
+            try:
+                decider.decide(every[claim_id], record)
+            except (KeyError, TypeError, ValueError) as error:
+                reason = f"{type(error).__name__}: {str(error).removesuffix('.')}"
+                yield f"lacks what decides the claim {claim_id!r} ({reason}); update lora_lab"
+
+
+def _find_setups_without_rows(record: Record) -> list[str]:
+    """Return the setups that the settings of the record, or of one of its sweeps, name, and that have no row."""
+    sweeps = [{"about": {"data": data}, **study} for data, study in record.settings.items() if isinstance(study, dict)]
+    absent = []
+    for sweep in (record.settings, *sweeps, *check(record.settings.get("cases", []), list[dict], "cases")):
+        about = sweep.get("about", {})
+        present = {row.get("setup") for row in record.rows if about.items() <= row.items()}
+        where = " on " * bool(about) + ", ".join(map(str, about.values()))
+        absent += [f"{setup}{where}" for setup in sweep.get("setups", ()) if setup not in present]
+    return absent
