@@ -508,7 +508,7 @@ def record(
     from lora_lab.studies.recorder import find_recorder
 
     if check:
-        from lora_lab.studies.claims.ledger import check_record
+        from lora_lab.studies.claims.deciding import check_record
 
         found = check_record(what)
         rows = system.wording.count_noun(len(found.rows), "row")
@@ -559,7 +559,7 @@ def claims(id: str | None = None, /, records: str | None = None, lessons: str | 
         ``shown_by``, which ends with our number, ``date`` and ``machine`` of that measurement.
     """
     from lora_lab.studies import claims
-    from lora_lab.studies.claims.ledger import WIDTH
+    from lora_lab.studies.claims.deciding import WIDTH
 
     for name, folder in (("records", records), ("lessons", lessons)):
         if folder and not Path(folder).is_dir():

@@ -15,7 +15,7 @@ from lora_lab import FullFineTuning, claims, cli, evaluate, fit, records, tasks
 from lora_lab.ablation import studies
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
-from lora_lab.studies import head_start, recorder
+from lora_lab.studies import curves, recorder
 from lora_lab.studies.claims.compared import DOCS, FINE_TUNED, FROM_SCRATCH, LONGER
 from lora_lab.tasks.arrays import CHANGES
 from tests.helpers import COMMIT
@@ -24,7 +24,7 @@ from tests.studies.conftest import counting_on
 slow = pytest.mark.slow  # the first test takes no time
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-REAL_PLAN = head_start.plan
+REAL_PLAN = curves.plan_head_start
 
 
 def few(device):
@@ -37,7 +37,7 @@ def few(device):
         setup: (dataclasses.replace(trial, steps=4, warmup=None, eval_every=4), (1e-3, 1e-2))
         for setup, (trial, _) in docs.setups.items()
     }
-    of_eight = {"about": docs.about | {"n_train": 8}, "task": partial(head_start.draw_text, 8)}
+    of_eight = {"about": docs.about | {"n_train": 8}, "task": partial(curves.draw_text, 8)}
     return [
         dataclasses.replace(digits, setups=of_digits, **seeds),
         dataclasses.replace(docs, setups=of_docs, **of_eight, **seeds),
@@ -50,9 +50,9 @@ def record(small_world, tiny_config):
     small_world.setattr(studies, "language_model", lambda device=None: Llama(tiny_config, seed=3))
     small_world.setattr(studies, "random_init", lambda device=None, seed=0: Llama(tiny_config, seed=100 + seed))
     small_world.setattr(studies, "docs_task", counting_on)
-    small_world.setattr(head_start, "SEQ_LEN", 9)
+    small_world.setattr(curves, "TEXT_LENGTH", 9)
     made = recorder.record_sweeps("head_start", few)
-    small_world.setattr(head_start, "HEAD_START", made)
+    small_world.setattr(curves, "HEAD_START", made)
     with redirect_stdout(io.StringIO()) as printed:
         assert cli.main(["record", "head_start", "--device", "cpu", "--out", "records"]) == 0
     (record,) = records.load_all("head_start", "records").values()

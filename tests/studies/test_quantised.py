@@ -9,13 +9,13 @@ import torch
 
 from lora_lab import LoRA, fit, merge, quantize_nf4
 from lora_lab.ablation import studies
-from lora_lab.ablation.compare import compare_losses
+from lora_lab.ablation.compare import compare_losses, rates_around
 from lora_lab.ablation.stats import BlockLosses
 from lora_lab.adapters.edit import off
 from lora_lab.models.llama import Llama
 from lora_lab.models.quantize import FORMATS, BlockLinear, nf4
-from lora_lab.studies import quantised
-from lora_lab.studies.quantised import NF4, Q4_1, Merges, forms_of, rounding
+from lora_lab.studies import tuned
+from lora_lab.studies.tuned import NF4, Q4_1, Merges, forms_of, rounding
 from tests.studies.conftest import sentences
 
 pytestmark = pytest.mark.slow
@@ -36,15 +36,12 @@ def rows(small_world, tiny_config):
     task = sentences(tiny_config.vocab_size)
     small_world.setattr(studies, "language_model", lambda device, model=None: Llama(tiny_config, seed=3))
     small_world.setattr(studies, "docs_task", lambda seq_len: task)
-    small_world.setattr(quantised, "load_base", lambda base, device: load(tiny_config, base))
-    small_world.setattr(quantised, "ON_TEST", {"validation": 5, "test": 6})
-    small_world.setattr(quantised, "CENTRE", 2e-2)
-    small_world.setattr(quantised, "ROUNDS", 2)
-    template = quantised.plan_setup
-    small_world.setattr(
-        quantised, "plan_setup", lambda method, lrs, steps, size, lean: template(method, lrs, 3, 4, lean)
-    )
-    return list(quantised.QUANTISED.rows(CPU))
+    small_world.setattr(tuned, "load_base", lambda base, device: load(tiny_config, base))
+    small_world.setattr(tuned, "ON_TEST", {"validation": 5, "test": 6})
+    small_world.setattr(tuned, "ROUNDS", 2)
+    real, lrs = tuned.plan_setup, rates_around(2e-2)
+    small_world.setattr(tuned, "plan_setup", lambda method, rates, steps, size, lean: real(method, lrs, 3, 4, lean))
+    return list(tuned.QUANTISED.rows(CPU))
 
 
 def frame_of(rows, *data):
@@ -55,7 +52,7 @@ def frame_of(rows, *data):
 
 
 def test_four_bases_are_compared_on_the_same_seeds_and_blocks(rows):
-    table = compare_losses(frame_of(rows, *quantised.BASES), "float32").set_index("setup")
+    table = compare_losses(frame_of(rows, *tuned.BASES), "float32").set_index("setup")
     assert set(table.index) == {"float32", "bfloat16", "NF4", "Q4_1"}
     assert (table["seeds"] == 3).all()
     assert table.loc["NF4", "difference"] != 0
@@ -90,7 +87,7 @@ def test_steps_are_timed_in_turn(rows):
 
 
 def test_each_base_has_its_own_step():
-    plans = {device: {sweep.data: sweep for sweep in quantised.plan(device)} for device in (CPU, CUDA)}
+    plans = {device: {sweep.data: sweep for sweep in tuned.plan_quantised(device)} for device in (CPU, CUDA)}
     leans = {base: sweep.setups[base][0].lean for base, sweep in plans[CPU].items()}
     assert leans["bfloat16"].base_dtype == torch.bfloat16
     assert {leans[base].base_dtype for base in ("float32", "NF4", "Q4_1")} == {None}

@@ -25,7 +25,7 @@ from lora_lab.ablation.stats import CONFIDENCE, block_losses_of, interval, resam
 from lora_lab.costs.bill import MIB
 from lora_lab.models import shapes
 from lora_lab.studies.claims import deciding
-from lora_lab.studies.claims.counted import rank_of_equal_memory
+from lora_lab.studies.claims.computed import rank_of_equal_memory
 from lora_lab.studies.claims.deciding import Answer, Cases, Claim, Result, below, decide_cases, decides, near, within
 from lora_lab.studies.records import Published, Record
 from lora_lab.system.wording import count_noun

@@ -8,7 +8,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from lora_lab import lessons, records
-from lora_lab.studies.claims import deciding, ledger
+from lora_lab.studies.claims import deciding
 from lora_lab.studies.claims.deciding import DECIDERS, Claim, Decider, Result, decide_cases, judge, read_claims
 from tests.helpers import COMMIT
 
@@ -244,7 +244,7 @@ def run(tmp_path, monkeypatch):
 
 def test_a_lessons_stored_output_decides_and_another_one_turns_the_verdict(run, monkeypatch):
     measured = dataclasses.replace(CLAIM, lesson=LESSON)
-    monkeypatch.setattr(ledger, "read_claims", lambda: {CLAIM.id: measured})
+    monkeypatch.setattr(deciding, "read_claims", lambda: {CLAIM.id: measured})
     path = run(lessons.Outcome(CLAIM.id, "depends", "digits, 5 seeds", True, "the rank"))
     result = judge(measured, lessons=path.parent)
     shown = (str(result), result.measured, result.shown_by)

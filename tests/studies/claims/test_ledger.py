@@ -6,8 +6,7 @@ import re
 import pytest
 
 from lora_lab import claims, records
-from lora_lab.studies.claims.deciding import DECIDERS, VERDICTS, read_claims
-from lora_lab.studies.claims.ledger import check_record
+from lora_lab.studies.claims.deciding import DECIDERS, VERDICTS, check_record, read_claims
 from lora_lab.studies.records import KINDS
 from tests.helpers import COMMIT, ROOT, command, error_line, printed_json
 

@@ -21,8 +21,8 @@ from lora_lab.ablation.stats import rank_correlations
 from lora_lab.analysis import divergence
 from lora_lab.models.llama import Llama
 from lora_lab.models.shapes import config
-from lora_lab.studies import forgetting
-from lora_lab.studies.forgetting import DistanceFromBase, make_task, update_norm
+from lora_lab.studies import curves
+from lora_lab.studies.curves import DistanceFromBase, make_task, update_norm
 from tests.helpers import COMMIT
 from tests.studies.conftest import counting_on
 
@@ -66,8 +66,8 @@ def record_of(what):
 
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=["cpu", "cuda"])
 def test_each_planned_run_reads_its_examples_a_whole_number_of_times(device):
-    constant, cosine = forgetting.epochs(device)
-    for case in forgetting.plan_overfitting(device):
+    constant, cosine = curves.epochs(device)
+    for case in curves.plan_overfitting(device):
         size = case.about["n_train"]
         for setup, (trial, lrs) in case.setups.items():
             decays = setup.endswith(", cosine")
@@ -75,18 +75,18 @@ def test_each_planned_run_reads_its_examples_a_whole_number_of_times(device):
             assert trial.steps % trial.eval_every == 0
             assert trial.schedule == ("cosine" if decays else "constant")
             assert decays or trial.warmup == 8
-            assert case.trial(setup, 1e-3, case.judging[0]).eval_examples == forgetting.JUDGED_ON > trial.eval_examples
-            forgetting.HALVING.check([case.trial(setup, lr, 0) for lr in lrs])
+            assert case.trial(setup, 1e-3, case.judging[0]).eval_examples == curves.JUDGED_ON > trial.eval_examples
+            curves.HALVING.check([case.trial(setup, lr, 0) for lr in lrs])
 
 
 def test_the_last_blocks_are_those_of_the_real_model():
-    assert [f"model.layers.{i}" for i in (26, 27, 28, 29)] == forgetting.LAST_BLOCKS
+    assert [f"model.layers.{i}" for i in (26, 27, 28, 29)] == curves.LAST_BLOCKS
     assert config("smollm2-135m").num_hidden_layers == 30
 
 
 def test_every_remedy_is_planned_and_a_gpu_trains_longer():
-    small, large = (list(forgetting.plan_remedies(device)) for device in (CPU, CUDA))
-    assert [name for sweep in small for name in sweep.setups] == [*forgetting.PLAIN, *forgetting.CHANGED]
+    small, large = (list(curves.plan_remedies(device)) for device in (CPU, CUDA))
+    assert [name for sweep in small for name in sweep.setups] == [*curves.PLAIN, *curves.CHANGED]
     for sweep, more in zip(small, large, strict=True):
         assert len(more.choosing) > len(sweep.choosing) >= 3
         for name, (trial, lrs) in sweep.setups.items():
@@ -112,7 +112,7 @@ OF_SIZE = {4: [*METHODS], 8: [*METHODS, *(f"{setup}, cosine" for setup in METHOD
 @pytest.fixture
 def small(make, monkeypatch):
     for name, value in SMALL.items():
-        monkeypatch.setattr(forgetting, name, value)
+        monkeypatch.setattr(curves, name, value)
     return make
 
 
@@ -120,7 +120,7 @@ def small(make, monkeypatch):
 def overfitted(make):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SMALL.items():
-            patch.setattr(forgetting, name, value)
+            patch.setattr(curves, name, value)
         return record_of("overfitting")
 
 
@@ -207,25 +207,25 @@ def test_a_record_says_how_its_rows_were_made(overfitted):
 @pytest.mark.parametrize("hot", [["full"], [*METHODS]])
 def test_a_trial_that_failed_is_a_row_with_its_reason_and_its_setup_is_not_judged(small, monkeypatch, tmp_path, hot):
     methods = {name: (method, 1e30 if name in hot else lr) for name, (method, lr) in METHODS.items()}
-    monkeypatch.setattr(forgetting, "METHODS", methods)
-    monkeypatch.setattr(forgetting, "epochs", lambda device: ({8: 4}, {}))
-    rows = list(forgetting.OVERFITTING.rows(CPU, tmp_path))
+    monkeypatch.setattr(curves, "METHODS", methods)
+    monkeypatch.setattr(curves, "epochs", lambda device: ({8: 4}, {}))
+    rows = list(curves.OVERFITTING.rows(CPU, tmp_path))
     failed = [row for row in rows if row["outcome"] == "failed"]
     assert {row["setup"] for row in failed} == {*hot}
     assert {row["setup"] for row in rows if row["stage"] == "judging"} == METHODS.keys() - {*hot}
     for row in failed:
         assert "lower the learning rate" in row["reason"]
         assert row["step"] is row["validation_loss"] is row["gap"] is None
-        assert forgetting.OVERFITTING.line(row).endswith(f"seed {row['seed']}: {row['reason']}")
+        assert curves.OVERFITTING.line(row).endswith(f"seed {row['seed']}: {row['reason']}")
     records.new("overfitting", rows, {}, "a test", CPU, "unknown")  # has no NaN in it
 
 
 def test_of_a_record_that_is_overfitted_nothing_is_run_again(overfitted, tmp_path, no_trial_runs, small):
     shutil.copytree(FOLDER, tmp_path / "trials")
-    assert list(forgetting.OVERFITTING.rows(CPU, tmp_path / "trials")) == overfitted[0].rows
+    assert list(curves.OVERFITTING.rows(CPU, tmp_path / "trials")) == overfitted[0].rows
     next((tmp_path / "trials").glob("*.json")).unlink()
     with pytest.raises(AssertionError, match="a trial is run again"):
-        list(forgetting.OVERFITTING.rows(CPU, tmp_path / "trials"))
+        list(curves.OVERFITTING.rows(CPU, tmp_path / "trials"))
 
 
 def test_settings_that_no_record_can_hold_are_refused_before_anything_is_run(monkeypatch, capsys):
@@ -235,8 +235,8 @@ def test_settings_that_no_record_can_hold_are_refused_before_anything_is_run(mon
         begun.append(device)
         yield {"setup": "full"}
 
-    made = dataclasses.replace(forgetting.OVERFITTING, rows=rows, settings=lambda device: {"sizes": (4, 8)})
-    monkeypatch.setattr(forgetting, "OVERFITTING", made)
+    made = dataclasses.replace(curves.OVERFITTING, rows=rows, settings=lambda device: {"sizes": (4, 8)})
+    monkeypatch.setattr(curves, "OVERFITTING", made)
     assert cli.main(["record", "overfitting", "--device", "cpu", "--out", "refused"]) == 1
     assert ".sizes" in capsys.readouterr().err
     assert begun == []
@@ -251,9 +251,9 @@ PLAIN = {
     "weight decay": (LoRA(8, 16), (2e-2,), 10.0),
 }
 CHANGED = {
-    "own replies": partial(forgetting.add_own_replies, 0.5),
-    "other text": partial(forgetting.add_other_text, 0.5),
-    "KL penalty": partial(forgetting.stay_near_base, 1.0),
+    "own replies": partial(curves.add_own_replies, 0.5),
+    "other text": partial(curves.add_other_text, 0.5),
+    "KL penalty": partial(curves.stay_near_base, 1.0),
 }
 SETUPS = PLAIN | {name: (LoRA(8, 16), (2e-2,), 0.0) for name in CHANGED}
 
@@ -263,7 +263,7 @@ def tiny(make):
     few = {"PLAIN": PLAIN, "CHANGED": CHANGED, "RATE": 2e-2, "FEW": (10, 4, (0, 1)), "LENGTH": 9, "EXAMPLES": 6}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in few.items():
-            patch.setattr(forgetting, name, value)
+            patch.setattr(curves, name, value)
         yield make
 
 
@@ -369,9 +369,9 @@ def test_a_record_can_be_compared_at_equal_learning_and_asked_what_predicts_forg
 
 
 def test_a_failed_trial_has_no_strengths(tiny, monkeypatch, tmp_path):
-    monkeypatch.setattr(forgetting, "PLAIN", {"LoRA r=8": (LoRA(8, 16), (1e30,), 0.0)})
-    monkeypatch.setattr(forgetting, "CHANGED", {})
-    monkeypatch.setattr(forgetting, "FEW", (10, 4, (0,)))
-    (row,) = forgetting.REMEDIES.rows(CPU, tmp_path)
+    monkeypatch.setattr(curves, "PLAIN", {"LoRA r=8": (LoRA(8, 16), (1e30,), 0.0)})
+    monkeypatch.setattr(curves, "CHANGED", {})
+    monkeypatch.setattr(curves, "FEW", (10, 4, (0,)))
+    (row,) = curves.REMEDIES.rows(CPU, tmp_path)
     assert row["outcome"] == "failed"
     assert pandas.isna(row["step"])
