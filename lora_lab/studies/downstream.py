@@ -88,8 +88,8 @@ def plan_sweep(task: str, planned: Row, device: torch.device) -> CurveSweep:
     )
 
 
-def load_task(name: str, seed: int = 0) -> PairTask:
-    """Return a downstream task for the real model, the same for each seed."""
+def load_task(name: str) -> PairTask:
+    """Return a downstream task for the real model."""
     return cast(PairTask, TASKS[name](load_pretrained(SMOLLM2)[1]))
 
 

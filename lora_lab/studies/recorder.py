@@ -203,7 +203,7 @@ class CurveSweep(Sweep):
 
     Args:
         about: columns of all rows.
-        task: (seed) -> what is learned.
+        task: (seed) -> what is learned; of ``shared`` seeds without an argument.
         starts: (seed) -> the model with which a setup begins; the language model, where it is not named.
         by: the loss that chooses, as for :func:`lora_lab.ablation.compare.tune_by_seed`.
         judged: options of the trials that are judged, where they differ.
@@ -214,7 +214,7 @@ class CurveSweep(Sweep):
     """
 
     about: Mapping[str, Any] = field(default_factory=dict)
-    task: Callable[[int], Task]
+    task: Callable[..., Task]
     starts: Mapping[str, Callable[[int], Model]] = field(default_factory=dict)
     by: str = "last_loss"
     judged: Mapping[str, Any] = field(default_factory=dict)
@@ -275,7 +275,8 @@ class CurveSweep(Sweep):
             }
             options = {"n_jobs": studies.processes(device), **self.options}
             model = start(seeds[0]) if start else partial(studies.language_model, device)
-            frames.append(ablate_setups(model, partial(self.task, seeds[0]), trials, folder, **options))
+            task = self.task if self.shared else partial(self.task, seeds[0])
+            frames.append(ablate_setups(model, task, trials, folder, **options))
         return pandas.concat(frames, ignore_index=True)
 
 

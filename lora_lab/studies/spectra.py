@@ -66,16 +66,11 @@ def plan_ablation(planned: Row, lean: Lean | None) -> CurveSweep:
     return CurveSweep(
         setups,
         range(planned["seeds"]),
-        task=partial(load_docs, planned["seq_len"]),
+        task=partial(studies.docs_task, planned["seq_len"]),
         shared=True,
         columns=COLUMNS,
         show=lambda frame: frame,
     )
-
-
-def load_docs(seq_len: int, seed: int) -> Task:
-    """Return Python's manual, the same for each seed."""
-    return studies.docs_task(seq_len)
 
 
 _SWEEP = record_sweeps("ablation", lambda device: [plan_ablation(plan(device), Lean())])

@@ -23,7 +23,16 @@ taught       Do the results on LoRA and full fine-tuning that courses print surv
              LoRA with alpha = 1. There LoRA is much worse. A public repository reports that LoRA of rank 4 has a far
              lower perplexity, and takes minutes where full fine-tuning takes hours. Both comparisons are repeated here
              as they are taught, on SmolLM2-135M and this project's data. Then only the learning rates change: each
-             method gets its best one. Steps of both methods are timed in turn.
+             method gets its best one. Steps of both methods are timed in turn. The first source is homework 1 of CMU
+             CS11-711, Advanced NLP, Fall 2025: README, run_llama.py and lora.py, read in copies. Changed are the model
+             (SmolLM2-135M-Instruct in place of a 42M Llama), the data (552 texts of this project in place of SST-5 and
+             CFIMDB), the head (the language model's in place of a new one of classes with dropout before it) and the
+             size (as in the setups, in place of 5 epochs in batches of 80 and 10); the last step counts, not the best
+             epoch. The second is README and notebook of a public SmolLM-135M LoRA repository. Changed are the model
+             (SmolLM2-135M-Instruct in place of SmolLM-135M), the data (Python's manual in place of Dolly's
+             instructions, and the test part in place of five openings of a few words) and the size (as in the setups,
+             in place of 300 steps of 8); the rate is constant, as theirs is for 200 steps, and full fine-tuning has
+             LoRA's, since the repository has no run of it. In both LoRA trains over a base in bfloat16.
 translation  Can 135 million parameters learn to translate, and what can they not? Names from English into French, and
              sentences of a small grammar in both directions, with combinations or with words that training never
              shows. A translation counts if it is exact and no baseline gets it right: copying, a dictionary, rules.
@@ -40,8 +49,7 @@ Rates beside setups are the middles of the first grids, which are widened where 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -276,20 +284,6 @@ LORA = {
 }
 LRS = {"sentiment": 2e-5, "docs": 1e-4}
 TUNED = {"sentiment": {"full": 1.25e-4, "LoRA": 8e-3}, "docs": {"full": 1.25e-4, "LoRA": 4e-3}}
-SOURCES = {
-    "sentiment": "CMU CS11-711, Advanced NLP, Fall 2025, homework 1: README, run_llama.py, lora.py (read in copies)",
-    "docs": "README and notebook of a public SmolLM-135M LoRA repository",
-}
-CHANGED = {
-    "sentiment": "SmolLM2-135M-Instruct in place of a 42M Llama; 552 texts of this project in place of SST-5 and "
-    "CFIMDB; the language model's head in place of a new one of classes with dropout before it; the last step in place "
-    "of the best epoch; LoRA over a base in bfloat16; steps and batch as in the setups, where theirs are 5 epochs in "
-    "batches of 80 and 10",
-    "docs": "SmolLM2-135M-Instruct in place of SmolLM-135M; Python's manual in place of Dolly's instructions; steps "
-    "and batch as in the setups, where theirs are 300 of 8; a constant rate, as theirs is for 200 steps; the test part "
-    "in place of five openings of a few words; LoRA over a base in bfloat16; full fine-tuning at LoRA's rate, since "
-    "the repository has no run of it",
-}
 
 
 def plan_taught(device: torch.device) -> list[BlockSweep]:
@@ -331,7 +325,7 @@ def time_methods(device: torch.device) -> Iterator[Row]:
             yield row | {"data": sweep.data, "stage": "time"}
 
 
-TAUGHT = record_sweeps("taught", plan_taught, {"sources": SOURCES, "changed": CHANGED}, time_methods)
+TAUGHT = record_sweeps("taught", plan_taught, after=time_methods)
 
 
 # Translation
@@ -392,7 +386,6 @@ BASES = {"float32": Lean(), "bfloat16": Lean(torch.bfloat16), "NF4": Lean(), "Q4
 BLOCKS_OF = {"float32": None, "NF4": NF4}  # of the bases whose adapters are merged
 ROUNDS = 9  # of the timing
 BLOCK = 4  # examples whose losses are one, as in the sweeps
-_ROUNDING = "rounding"
 
 
 def plan_quantised(device: torch.device) -> Iterator[BlockSweep]:
@@ -445,8 +438,7 @@ class Merges:
         merged into float32, then Q   Q(W + D)
 
     Its scores are the losses of blocks of test examples by form, as those of
-    :class:`lora_lab.ablation.stats.BlockLosses`; and "rounding", a text: for each kind of blocks what :func:`rounding`
-    says of Q(V) and Q(V + D).
+    :class:`lora_lab.ablation.stats.BlockLosses`.
 
     Args:
         base: of the adapter, in :data:`BLOCKS_OF`.
@@ -476,50 +468,17 @@ class Merges:
                 layer.base.weight.data.copy_(_quantise(dense, blocks))  # (192, 576)
             with nullcontext() if unmerged else off(model):
                 scores[form] = judge(model, task)["test"]
-        lost = {}
-        for kind in (NF4, Q4_1):
-            lost[kind] = rounding(((V[name], layer.delta()) for name, layer in layers.items()), kind)
-        return scores | {_ROUNDING: json.dumps(lost)}
+        return scores
 
 
 def _quantise(weight: Tensor, kind: str | None) -> Tensor:
     return weight if kind is None else round_matrix(weight, kind)
 
 
-def rounding(layers: Iterable[tuple[Tensor, Tensor]], kind: str) -> dict[str, float]:
-    """What blocks make of weights and of updates to them, over all layers together.
-
-    Args:
-        layers: the weight V and the update D of each, (out, in).
-        kind: of the blocks Q.
-
-    Returns:
-        ``base_error``, ``|Q(V) - V| / |V|``; ``merged_error``, ``|Q(V + D) - (V + D)| / |V|``; ``update``,
-        ``|D| / |V|``; ``change``, ``|Q(V + D) - Q(V)| / |V|``; and ``cosine``, the cosine between that change and D.
-        Norms are Frobenius norms.
-    """
-    size = product = 0.0
-    squares = dict.fromkeys(("base_error", "merged_error", "update", "change"), 0.0)
-    for V, D in layers:
-        before, after = round_matrix(V, kind), round_matrix(V + D, kind)  # (192, 576)
-        change = after - before  # (192, 576)
-        size += _sum_products(V, V)
-        product += _sum_products(change, D)
-        for name, matrix in zip(squares, (before - V, after - V - D, D, change), strict=True):
-            squares[name] += _sum_products(matrix, matrix)
-    cosine = product / max((squares["change"] * squares["update"]) ** 0.5, 1e-30)
-    return {name: (square / size) ** 0.5 for name, square in squares.items()} | {"cosine": cosine}
-
-
-def _sum_products(first: Tensor, second: Tensor) -> float:
-    return float((first.double() * second.double()).sum())
-
-
 def merge_rows(trial: Row, judged: Row) -> Iterator[Row]:
-    """Yield rows of every form of an adapter, and of what rounding does to it.
+    """Yield a row of every form of an adapter, with the data "<base>, merged" and the form as its setup.
 
-    The first have the data "<base>, merged" and the form as their setup, so that
-    :func:`lora_lab.ablation.compare.compare_losses` compares the forms.
+    So :func:`lora_lab.ablation.compare.compare_losses` compares the forms.
     """
     base = judged["data"]
     row = {"data": f"{base}, merged", "stage": "judging", "edge": judged["edge"]}
@@ -527,9 +486,6 @@ def merge_rows(trial: Row, judged: Row) -> Iterator[Row]:
     for form in forms_of(base):
         losses = {SCORE + "test": trial.get(SCORE + form), "validation_loss": None}
         yield row | {"setup": form} | losses | {"test_loss": read_loss(losses, "test")}
-    if trial["outcome"] == "done":
-        for blocks, numbers in json.loads(trial[SCORE + _ROUNDING]).items():
-            yield row | {"data": f"{base}, rounded", "stage": _ROUNDING, "setup": blocks} | numbers
 
 
 def time_steps(device: torch.device) -> Iterator[Row]:

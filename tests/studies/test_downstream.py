@@ -207,25 +207,6 @@ def test_from_scratch_another_model_is_trained_on_sentiment_alone(whole, tiny, c
     assert full["validation_loss"] != pytest.approx(found[1]["validation_loss"], rel=1e-2)
 
 
-def test_answers_are_kept_of_the_first_seed_alone_beside_the_prompts_and_what_was_wanted(whole, tiny, chatter):
-    for name, setups in TRAINED.items():
-        task = SCORED[name][0](chatter)
-        for setup in (*setups, "zero-shot"):
-            told = rows_of(whole[1], "answer", task=name, setup=setup)
-            assert [row["prompt"] for row in told] == [pair.prompt for pair in task.pairs["test"][:3]]
-            assert [row["reference"] for row in told] == [pair.answer for pair in task.pairs["test"][:3]]
-            assert set(told[0]) == {"about", "task", "setup", "prompt", "reference", "prediction"}
-        assert len(rows_of(whole[1], "answer", task=name)) == 3 * (len(setups) + 1)
-        (first,) = rows_of(whole[1], "result", task=name, setup="full", seed=0)
-        model, steps = tiny(), STEPS[name]
-        fit(model, task, FullFineTuning(), lr=first["lr"], seed=0, steps=steps, batch_size=4, eval_every=steps)
-        assert [row["prediction"] for row in rows_of(whole[1], "answer", task=name, setup="full")] == answers(
-            model, task
-        )[:3]
-    assert not any(key.startswith("prediction_") for row in whole[1] for key in row)
-    assert len({row["prediction"] for row in rows_of(whole[1], "answer")}) > 6
-
-
 def test_the_style_is_told_from_plain_stories_as_well_as_the_row_says(whole, chatter):
     (row,) = rows_of(whole[1], "task", task="style")
     judge = StyleJudge(stories(chatter), stories(chatter, "plain"))

@@ -5,7 +5,6 @@ import io
 import re
 from contextlib import redirect_stdout
 from functools import partial
-from pathlib import Path
 
 import pandas
 import pytest
@@ -18,7 +17,6 @@ from lora_lab.models.llama import Llama
 from lora_lab.studies import curves, recorder
 from lora_lab.studies.claims.compared import DOCS, FINE_TUNED, FROM_SCRATCH, LONGER
 from lora_lab.tasks.arrays import CHANGES
-from tests.helpers import COMMIT
 from tests.studies.conftest import counting_on
 
 slow = pytest.mark.slow  # the first test takes no time
@@ -60,43 +58,6 @@ def record(small_world, tiny_config):
     assert [case["about"]["data"] for case in record.settings["cases"]] == ["inverted", DOCS]
     assert record.settings["cases"][0]["setups"][LONGER]["steps"] == 550
     return record
-
-
-def test_rates_are_chosen_by_the_loss_after_the_last_step_which_may_be_above_that_before_training(monkeypatch):
-    after = {1e-3: (2.4, 2.4), 3e-3: (2.1, 2.1), 9e-3: (1.5, 8.0)}  # by seed; 2.0 before training
-
-    def train(case, device, folder, seeds, lrs):
-        common = {"outcome": "done", "seed": seeds[0], "steps": 150, "off_domain_loss": 1.0, "gap": 0.0}
-        return pandas.DataFrame(
-            common | {"setup": setup, "lr": lr, "step": step, "validation_loss": loss}
-            for setup, rates in lrs.items()
-            for lr in rates
-            for step, loss in ((0, 2.0), (150, after[lr][seeds[0] % 2]))
-        )
-
-    monkeypatch.setattr(recorder.CurveSweep, "_train", train)
-    seeds = {"choosing": (0, 1), "judging": (2, 3), "widen": 0}
-    case = next(iter(REAL_PLAN(CPU)))
-    setups = {setup: (case.setups[setup][0], (*after,)) for setup in (FINE_TUNED, FROM_SCRATCH)}
-    rows = pandas.concat(dataclasses.replace(case, setups=setups, **seeds).frames(CPU, Path("unused")))
-    assert set(rows[rows["stage"] == "judging"]["lr"]) == {3e-3}
-    assert set(rows["edge"]) == {""}
-
-
-@slow
-def test_each_setup_is_judged_on_other_seeds_at_the_rate_of_the_lowest_mean_loss(record):
-    frame = record.frame()
-    for (data, setup), own in frame.groupby(["data", "setup"]):
-        choosing, judging = (own[own["stage"] == stage] for stage in ("choosing", "judging"))
-        assert set(choosing["seed"]) == {0, 1}
-        assert set(judging["seed"]) == {2, 3, 4}
-        means = choosing.groupby("lr")["validation_loss"].mean()
-        assert set(judging["lr"]) == {means.idxmin()}
-        edges = {min(means.index): "smallest", max(means.index): "largest"}
-        assert set(own["edge"].fillna("")) == {edges.get(means.idxmin(), "")}, (data, setup)
-    assert set(frame["commit"]) == {COMMIT}
-    assert set(frame[frame["data"] == DOCS]["setup"]) == {FINE_TUNED, FROM_SCRATCH}
-    assert frame[frame["data"] == DOCS]["score_accuracy"].isna().all()
 
 
 @slow

@@ -60,16 +60,6 @@ def test_seeds_that_judge_did_not_choose_and_a_gpu_does_more(plan):
             assert trial.lean is None or trial.method != FullFineTuning()
 
 
-def test_quality_compares_all_ranks_with_full_fine_tuning_after_each_number_of_steps():
-    planned = [*tuned.plan_quality(CPU)]
-    assert [(len(each.choosing), len(each.judging)) for each in planned] == [(2, 6), (1, 3)]
-    by_steps = {}
-    for sweep in planned:
-        for name, trial in trials_of(sweep).items():
-            by_steps.setdefault(trial.steps, []).append(name.partition(",")[0])
-    assert by_steps == {steps: ["full", "r=1", "r=8", "r=64"] for steps in (60, 240, 960)}
-
-
 def test_targets_have_as_many_parameters_to_within_two_percent():
     planned = trials_of(sweeps(tuned.plan_targets)["docs"])
     counts = {name: count_trained(trial.method) for name, trial in planned.items()}
@@ -83,35 +73,6 @@ def test_variants_differ_in_their_method_alone_and_have_one_base():
     for trial in trials:
         assert trial.method.alpha == 2 * trial.method.rank
         assert trial.lean is None or trial.lean.base_dtype is None
-
-
-@pytest.mark.parametrize("device", [CPU, CUDA])
-def test_full_fine_tuning_and_seven_ranks_under_two_rules_are_tuned(device):
-    planned = sweeps(tuned.plan_rates, device)
-    for data, sweep in planned.items():
-        trials = trials_of(sweep)
-        assert len(trials) == 1 + 2 * 7
-        assert trials["full"].method == FullFineTuning()
-        assert trials["r=64, alpha = 2r"].method == LoRA(64, 128)
-        assert trials["r=64, alpha = 32"].method == LoRA(64, 32)
-        assert trials["r=16, alpha = 2r"] == trials["r=16, alpha = 32"]
-        assert len(sweep.choosing) >= 3
-        assert all(len(grid) == 5 for grid in sweep.lrs.values())
-        halved = {name for name, trial in trials.items() if trial.lean and trial.lean.base_dtype == torch.bfloat16}
-        assert halved == (trials.keys() - {"full"} if data == "docs" else set())
-
-
-@pytest.mark.parametrize("device", [CPU, CUDA])
-def test_rules_are_chosen_on_planted_ranks_and_judged_on_five_other_tasks_or_more(device):
-    planned = sweeps(tuned.plan_rank_advice, device)
-    judged = [name for name in planned if not name.startswith("planted")]
-    assert len(planned) - len(judged) == len(tuned.PLANTED) >= 5
-    assert {"docs", *tuned.DOWNSTREAM} <= set(judged)
-    assert len(judged) >= 5
-    for name, sweep in planned.items():
-        every = tuned.RANKS if device == CUDA or name not in tuned.DOWNSTREAM else (1, 4, 16, 64)
-        assert list(sweep.setups) == [f"r={rank}" for rank in every]
-        assert all(trial.method.alpha == 2 * trial.method.rank for trial in trials_of(sweep).values())
 
 
 def test_the_trials_that_choose_on_docs_are_those_of_the_record_of_rates():
@@ -278,13 +239,6 @@ def test_accuracies_are_there_where_there_are_classes_and_times_of_both_methods(
     times = frame[frame["stage"] == "time"]
     assert times["setup"].tolist() == 2 * ["full", "LoRA r=4"]
     assert times["data"].tolist() == ["sentiment", "sentiment", "docs", "docs"]
-
-
-def test_the_settings_of_taught_say_what_differs_from_the_sources():
-    settings = TAUGHT.settings(CPU)
-    assert settings["changed"].keys() == settings["sources"].keys() == tuned.LORA.keys()
-    assert settings["sentiment"]["answered"]
-    assert settings["docs"]["lrs"]["full, as taught"] == [1e-4]
 
 
 @pytest.fixture(scope="module")

@@ -333,10 +333,10 @@ def random_matrix(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def adapted_linear(width: int, r: int, alpha: float, dtype: torch.dtype = torch.float64, seed: int = 0) -> LoRALinear:
+def adapted_linear(width: int, r: int, alpha: float, seed: int = 0) -> LoRALinear:
     """A layer of ``width`` inputs and outputs, with a fresh adapter."""
-    base = nn.Linear(width, width, bias=False, dtype=dtype)
-    base.weight.data = random_matrix(width, width, seed=seed, dtype=dtype) / math.sqrt(width)
+    base = nn.Linear(width, width, bias=False, dtype=torch.float64)
+    base.weight.data = random_matrix(width, width, seed=seed) / math.sqrt(width)
     return LoRALinear(base, r, alpha, generator=torch.Generator().manual_seed(seed))
 
 
@@ -424,15 +424,15 @@ def _structure(model: nn.Module) -> tuple[dict[str, type], dict[str, torch.Size]
 # What the numbers alpha, rank and rate do
 
 
-def adam_losses(factor: float, lr_a: float, lr_b: float, alpha: float, steps: int = 20) -> list[float]:
-    """Return losses of a small layer under Adam whose epsilon is too small to count.
+def adam_losses(factor: float, lr_a: float, lr_b: float, alpha: float) -> list[float]:
+    """Return 20 losses of a small layer under Adam whose epsilon is too small to count.
 
     A starts ``factor`` times as large as usual. Its first gradient is exactly zero, so epsilon cannot be.
     """
     layer, x, y = adapted_linear(16, 4, alpha), random_matrix(64, 16, seed=1), random_matrix(64, 16, seed=2)
     layer.lora_A.data *= factor
     groups = [{"params": [layer.lora_A], "lr": lr_a}, {"params": [layer.lora_B], "lr": lr_b}]
-    return [loss for loss, _ in _descend(layer, x, y, torch.optim.Adam(groups, eps=1e-30), steps)]
+    return [loss for loss, _ in _descend(layer, x, y, torch.optim.Adam(groups, eps=1e-30), 20)]
 
 
 @decides("two-real-knobs")
@@ -468,9 +468,9 @@ def same_first_step(claim: Claim) -> Answer:
     return alike and differ, f"fall of the loss at ranks 8 and 32, in units of rank 2's, 20 draws: {text}"
 
 
-def _first_fall(r: int, alpha: float, seed: int, width: int = 64) -> float:
-    layer = adapted_linear(width, r, alpha, seed=seed)
-    x, y = random_matrix(256, width, seed=100 + seed), random_matrix(256, width, seed=200 + seed)
+def _first_fall(r: int, alpha: float, seed: int) -> float:
+    layer = adapted_linear(64, r, alpha, seed)
+    x, y = random_matrix(256, 64, seed=100 + seed), random_matrix(256, 64, seed=200 + seed)
     before = F.mse_loss(layer(x), y)
     (gradient,) = torch.autograd.grad(before, [layer.lora_B])
     with torch.no_grad():

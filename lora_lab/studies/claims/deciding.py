@@ -244,8 +244,7 @@ def judge(
     Where several machines have a record and disagree, it depends on the machine.
 
     Args:
-        folder: of the records; None is :func:`lora_lab.studies.records.shipped`, which also has what others
-            published where the folder has none.
+        folder: of the records; None is :func:`lora_lab.studies.records.shipped`.
         lessons: folder of the lessons; None is that of the lessons that come with lora_lab.
         every: the folder's records, where they have been read.
     """
@@ -258,8 +257,7 @@ def judge(
         return Result(OPEN, claim.open, shown_by=waits)
     decider = DECIDERS[claim.id]
     if decider.published:
-        published_too = folder is not None and (Path(folder) / "published").is_dir()
-        source = records.published(decider.published, folder if published_too else None)
+        source = records.published(decider.published)
         shown_by, machine = f"records/published/{decider.published}.json", f"theirs: {source.what}"
         return replace(decider.decide(claim, source), shown_by=shown_by, date=source.date, machine=machine)
     if not decider.record:
@@ -424,7 +422,7 @@ class Entry:
             return f"{'record' if self.result.date else 'waits:'} {decider.record}"
         if decider.published:
             return decider.published.partition("-")[0]
-        return decider.function.__module__.rpartition(".")[2]
+        return "counted" if self.claim.kind == "arithmetic" else "computed"
 
     def explained(self) -> str:
         """Return all about the claim: its source, their number beside ours, what shows it, how fair it is and why."""
@@ -448,10 +446,7 @@ class Entry:
     def how_to_run(self) -> str:
         """Return what measures the claim anew: a function that has just run, or a command with its time."""
         if self.claim.lesson:
-            return (
-                f"python notebooks/execute.py {self.claim.lesson}.ipynb runs the lesson anew, in minutes on two cores; "
-                "or run a copy of it, from lora-lab course DIR --solved, and add --lessons DIR here."
-            )
+            return f"python notebooks/execute.py {self.claim.lesson}.ipynb runs the lesson anew; --lessons takes yours."
         decider = DECIDERS.get(self.claim.id)
         record = decider.record if decider else self.claim.record
         if record:
@@ -546,8 +541,6 @@ def _find_faults(record: Record) -> Iterator[str]:
         yield f"lacks the facts {', '.join(lacking)} of its machine, which the command writes; update lora_lab"
     if not re.fullmatch("[0-9a-f]+", record.commit):
         yield f"is of the code {record.commit!r}, but others can run only what is a commit; commit your changes"
-    if record.date > (today := datetime.now(UTC).date().isoformat()):
-        yield f"has the date {record.date}, but today is {today}; set the machine's clock"
     if not re.fullmatch(r"lora-lab record \w+( --device \S+)?", record.command):
         yield f"was made by {record.command!r}, which does not measure every case; leave out all but --device"
     if absent := _find_setups_without_rows(record):

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from lora_lab import claims, records
-from lora_lab.studies.claims.deciding import DECIDERS, VERDICTS, check_record, read_claims
+from lora_lab.studies.claims.deciding import DECIDERS, check_record, read_claims
 from lora_lab.studies.records import KINDS
 from tests.helpers import COMMIT, ROOT, command, error_line, printed_json
 
@@ -33,18 +33,6 @@ def test_the_shipped_claims_are_many_of_every_kind_and_each_is_decided_in_one_wa
         assert (name in DECIDERS) != bool(claim.lesson or claim.open or claim.untestable), name
 
 
-def test_every_claim_has_a_verdict_and_all_five_occur(entries):
-    assert len(entries) >= 40
-    assert {entry.result.verdict for entry in entries.values()} == set(VERDICTS)
-    for name, entry in entries.items():
-        decided = entry.result.verdict in ("stands", "falls", "depends")
-        assert not decided or (entry.result.date and entry.result.machine), name
-        assert entry.result.measured.strip(), name
-        assert "lacks what is needed" not in entry.result.measured, name
-        if re.search(r"\b(never|always|every|at most)\b", entry.claim.sentence):  # one counterexample refutes it
-            assert entry.result.verdict != "depends", name
-
-
 def test_no_claim_waits_for_a_record_that_is_there():
     """When a record arrives, what waited for it needs a function."""
     waiting = {claim.record for claim in read_claims().values() if claim.record}
@@ -58,13 +46,6 @@ def test_the_time_of_every_record_is_known_and_as_the_records_page_has_it(reques
     page = (request.config.rootpath / "records/README.md").read_text(encoding="utf-8")
     hours = dict(re.findall(r"^\| `(\w+)` \|.*\| ([^,|]*?)(?:, planned|, estimated)? \|$", page, re.MULTILINE))
     assert {name: kind.hours for name, kind in KINDS.items()} == {name: hours.get(name) for name in KINDS}
-
-
-def test_each_record_is_read_once(monkeypatch):
-    read, plain = [], records.load
-    monkeypatch.setattr(records, "load", lambda path: read.append(path) or plain(path))
-    claims.load()
-    assert len(read) == len(set(read)) == len(records.load_all())
 
 
 def test_the_table_fits_100_columns_and_counts(entries):
@@ -136,16 +117,6 @@ def test_records_of_another_folder_decide(tmp_path, capsys):
     assert claims.verdict("qlora-takes-more-time", tmp_path).result.verdict == "stands"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["none", *sorted({record.what for record in records.load_all().values()})])
-def test_no_claim_fails_where_records_of_one_kind_alone_are_there(kind, tmp_path):
-    for record in records.load_all().values():
-        if record.what == kind:
-            records.write(record, tmp_path)
-    entries = claims.load(tmp_path)
-    assert not [name for name, entry in entries.items() if "lacks what is needed" in entry.result.measured]
-
-
 # Whether a record is whole
 
 RECORDS = sorted((ROOT / "records").glob("*.json"))
@@ -153,8 +124,10 @@ MEMORY = ROOT / "records" / "intel-xeon-processor-2-cores-memory.json"
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
-def test_the_records_that_are_here_are_whole(path):
-    assert check_record(path).name == path.stem
+def test_the_records_that_are_here_are_whole_and_as_a_command_wrote_them(path, tmp_path):
+    record = check_record(path)
+    assert record.name == path.stem
+    assert records.write(record, tmp_path).read_bytes() == path.read_bytes()
 
 
 def write(folder, changes, name=MEMORY.name):
@@ -183,7 +156,6 @@ REFUSED = [
     (of_a_gpu(), "driver, gpu"),
     ({"commit": "unknown"}, "'unknown'"),
     ({"commit": f"{COMMIT}+changes"}, f"'{COMMIT}.changes'"),
-    ({"date": "9999-12-31"}, "9999-12-31"),
     ({"command": "lora-lab record memory --models small"}, "--models small'"),
     ({"settings": {"setups": {"full": {}, "IA3": {}}}}, "no row of IA3"),
     ({"settings": {"docs": {"setups": {"full": {}}}}}, "no row of full on docs"),
