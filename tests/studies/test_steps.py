@@ -210,21 +210,3 @@ def test_speed_of_a_card_that_is_not_here_comes_from_its_datasheet(tmp_path, cap
     assert command("speed", *arguments, "--dtype", "float32") == 0
     printed = [entry["seconds"] for entry in printed_json(capsys)[0]["predicted"]["variants"]]
     assert printed == seconds[torch.float32]
-
-
-# (arguments, what is named)
-REFUSED = [
-    (["--model", "gpt-5"], "'gpt-5'"),
-    (["--seq", 0], "seq_len is 0"),
-    (["--rank", 0], "rank is 0"),
-    (["--card", "l40"], "'l40'"),
-    (["--card", "l40s", "--measure", 2], "--measure"),
-    (["--card", "l40s", "--device", "cpu"], "--device"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "named"), REFUSED)
-def test_speed_refuses_what_makes_no_sense_in_one_sentence(capsys, arguments, named):
-    assert command("speed", *arguments) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert named in line
