@@ -146,7 +146,7 @@ def test_speed_rows_hold_what_was_measured_beside_what_was_predicted(
     assert lora["predicted_ratio"] == pytest.approx(lora["predicted_seconds"] / full["predicted_seconds"])
     assert lora["flops"] == speed.flops(lambda: Llama(steps._SMALL), LoRA(2, 4), 2, 8).total
     printed = capsys.readouterr().out
-    assert f"ratio {lora['ratio']:.4f}  predicted_ratio {lora['predicted_ratio']:.4f}" in printed
+    assert f"  ratio {lora['ratio']:.4g}  " in printed
 
 
 def test_speed_as_json_has_what_is_counted_predicted_and_measured(priced, tmp_path, capsys, tiny_config, monkeypatch):
