@@ -232,21 +232,15 @@ class Trunk(nn.Module):
         ids: Tensor,
         attention_mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
-        position_ids: Tensor | None = None,
     ) -> Tensor:
-        if position_ids is not None and cache is not None:
-            raise ValueError("position_ids are for rows of whole examples, but a cache was given too; leave one out.")
         past = cache.length if cache is not None else 0
         new = ids.shape[1]
         x = self.embed_tokens(ids)  # (4, 128) -> (4, 128, 576)
-        if position_ids is None:
-            positions = torch.arange(past, past + new, device=ids.device, dtype=torch.float32)  # (128,)
-        else:
-            positions = position_ids[:, None].float()  # (4, 1, 128), the same for all heads
-        angles = positions[..., None] * self.frequencies_on(ids.device)  # (128, 32), or (4, 1, 128, 32)
+        positions = torch.arange(past, past + new, device=ids.device, dtype=torch.float32)  # (128,)
+        angles = positions[:, None] * self.frequencies_on(ids.device)  # (128, 32)
         angles = torch.cat((angles, angles), dim=-1)  # (128, 64)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)  # (128, 64)
-        mask = _mask(past, new, attention_mask, position_ids, ids.device)  # None, or (4 or 1, 1, 128, past + 128)
+        mask = _mask(past, new, attention_mask, ids.device)  # None, or (4 or 1, 1, 128, past + 128)
         checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
         for layer in self.layers:
             if checkpointed:  # of the block only x is saved, and the backward pass recomputes it
@@ -289,8 +283,6 @@ class Llama(nn.Module):
         ids: Tensor,
         attention_mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
-        position_ids: Tensor | None = None,
-        logits_to_keep: Tensor | None = None,
     ) -> Tensor:
         """Return logits (batch, length, vocabulary).
 
@@ -298,16 +290,8 @@ class Llama(nn.Module):
             ids: token ids (batch, length), integers.
             attention_mask: (batch, past + length), 1 for tokens and 0 for padding, on either side.
             cache: keys and values of the past positions, which ``ids`` continue; it is extended in place.
-            position_ids: (batch, length), integers, for rows that hold several examples each: where they start again
-                at 0 another example begins, which attends to none before it.
-            logits_to_keep: indices (columns,) of the positions whose logits are returned; None returns all.
-
-        Raises:
-            ValueError: both ``cache`` and ``position_ids`` are given.
         """
-        hidden = self.model(ids, attention_mask, cache, position_ids)  # (4, 128, 576)
-        if logits_to_keep is not None:
-            hidden = hidden[:, logits_to_keep]  # (4, columns, 576)
+        hidden = self.model(ids, attention_mask, cache)  # (4, 128, 576)
         return self.lm_head(hidden)  # (4, 128, 49152)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -382,18 +366,13 @@ class Llama(nn.Module):
         return torch.tensor(list(tokens), dtype=torch.long)  # (new,)
 
 
-def _mask(
-    past: int, new: int, attention_mask: Tensor | None, position_ids: Tensor | None, device: torch.device
-) -> Tensor | None:
+def _mask(past: int, new: int, attention_mask: Tensor | None, device: torch.device) -> Tensor | None:
     """Return True where a query may attend to a key; None where causal attention, or one last query, needs no mask."""
-    if attention_mask is None and position_ids is None and (past == 0 or new == 1):
+    if attention_mask is None and (past == 0 or new == 1):
         return None
     queries = torch.arange(past, past + new, device=device)[:, None]  # (new, 1)
     keys = torch.arange(past + new, device=device)[None]  # (1, past + new)
     allowed = (keys <= queries)[None, None]  # (1, 1, new, past + new)
-    if position_ids is not None:
-        example = (position_ids == 0).cumsum(1)  # (4, new): the number of its example in the row, for each token
-        allowed = allowed & (example[:, None, :, None] == example[:, None, None, :])  # (4, 1, new, new)
     if attention_mask is not None:
         real = attention_mask.bool()[:, None, None, :]  # (4, 1, 1, past + new)
         # A padded query attends to itself, because a row without any key would be NaN, and NaN would spread.
