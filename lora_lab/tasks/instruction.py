@@ -155,11 +155,8 @@ class PairTask(Task):
             f"{len(examples)} examples, padded to {examples.inputs.shape[1]} tokens; answers of "
             f"{int(lengths.min())} to {int(lengths.max())} tokens (median {float(lengths.median()):g})"
         )
-        if special := self.tokenizer.special_tokens:
-            written = re.compile("|".join(map(re.escape, special)))
-            texts = (text for pair in pairs for text in (pair.context, pair.answer))
-            if counts := Counter(token for text in texts for token in written.findall(text)):
-                lines.append(f"special tokens in the texts: {list_counts(counts)}")
+        if found := count_special(self.tokenizer, (text for pair in pairs for text in (pair.context, pair.answer))):
+            lines.append(f"special tokens in the texts: {found}")
         return "\n".join(lines)
 
 
@@ -232,8 +229,10 @@ def _as_pair(pair: Any) -> Pair:
     raise ValueError(f"pairs holds {short_repr(pair)}, but each must be a Pair, or two texts: a prompt and an answer.")
 
 
-def list_counts(counts: Mapping[str, int]) -> str:
-    """Return how often each special token occurs, in words."""
+def count_special(tokenizer: Tokenizer, texts: Iterable[str]) -> str:
+    """Return how often each special token is written in the texts, in words; "" if none is."""
+    written = re.compile("|".join(map(re.escape, tokenizer.special_tokens)) or r"(?!)")  # or what nothing matches
+    counts = Counter(token for text in texts for token in written.findall(text))
     return ", ".join(f"{token!r} ({count_noun(count, 'time')})" for token, count in sorted(counts.items()))
 
 
