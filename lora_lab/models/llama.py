@@ -18,6 +18,7 @@ References: Touvron et al. 2023, "LLaMA", arXiv 2302.13971, section 2.2; RMSNorm
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Annotated
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lora_lab.models.decoding import Sampling, continue_text
+from lora_lab.models.reading import Reader, Sampling, reader_of, stream
 from lora_lab.system.schema import Number, Positive, Seed, Size, check, check_fields
 
 # Ranges that no Llama leaves. Within them a model without weights is built in a second, no product of sizes overflows,
@@ -347,7 +348,7 @@ class Llama(nn.Module):
             ids: the prompt, (length,), at least one token.
             max_new_tokens: maximum number of new tokens.
             stop: a token that ends the text (it is not returned).
-            temperature, seed, repetition_penalty: as for :class:`lora_lab.models.decoding.Sampling`.
+            temperature, seed, repetition_penalty: as for :class:`lora_lab.models.reading.Sampling`.
 
         Returns:
             Token ids (new,), new <= max_new_tokens.
@@ -357,12 +358,7 @@ class Llama(nn.Module):
                 and ``max_new_tokens`` together exceed ``max_position_embeddings``; or the temperature or the penalty is
                 out of range.
         """
-        sampling, cache = Sampling(temperature, seed, repetition_penalty), KeyValueCache()
-
-        def read(new: Tensor) -> Tensor:
-            return self.lm_head(self.model(new, cache=cache)[:, -1])  # (1, new) -> (1, 49152)
-
-        tokens = continue_text(self, read, ids, max_new_tokens, stop, sampling)
+        tokens = stream(self, ids, max_new_tokens, stop, Sampling(temperature, seed, repetition_penalty))
         return torch.tensor(list(tokens), dtype=torch.long)  # (new,)
 
 
@@ -378,3 +374,51 @@ def _mask(past: int, new: int, attention_mask: Tensor | None, device: torch.devi
         # A padded query attends to itself, because a row without any key would be NaN, and NaN would spread.
         allowed = (allowed & real) | (keys == queries)  # (4, 1, new, past + new)
     return allowed
+
+
+# Token after token
+
+
+class LlamaReader(Reader):
+    """What a Llama has read, as :class:`lora_lab.models.reading.Reader`.
+
+    Padding on the left shifts positions, but rotary embeddings depend on their differences only.
+    """
+
+    def __init__(self, model: Llama, mask: Tensor | None = None) -> None:
+        super().__init__(model, mask)
+        self.cache = KeyValueCache()
+
+    def branch(self) -> LlamaReader:
+        """Return another reader, which shares keys and values, because a cache is extended by new tensors."""
+        other = copy.copy(self)
+        other.cache = KeyValueCache()
+        other.cache.layers = dict(self.cache.layers)
+        return other
+
+    def repeat(self, mask: Tensor) -> LlamaReader:
+        """Return a reader of a batch of texts that all begin with the one text that this one has read, without padding.
+
+        Padding between that beginning and the rest of a text would move them away from each other. So the keys of the
+        beginning are rotated by the number of padding positions: rotations add up.
+
+        Args:
+            mask: (batch, new) for the tokens that are read next, as for :class:`Reader`.
+        """
+        past = torch.ones(len(mask), self.length, dtype=mask.dtype, device=mask.device)  # (16, past)
+        other = LlamaReader(self.model, torch.cat([past, mask], 1))
+        other.length = self.length
+        padding = (mask == 0).sum(1)[:, None, None, None]  # (16, 1, 1, 1)
+        angles = padding * self.model.model.frequencies_on(mask.device).repeat(2)  # (16, 1, 1, 64)
+        for layer, (key, value) in self.cache.layers.items():  # (1, 3, past, 64) each
+            turned = rotate(key, angles.cos().to(key.dtype), angles.sin().to(key.dtype))  # (16, 3, past, 64)
+            other.cache.layers[layer] = turned, value.expand(len(mask), -1, -1, -1)
+        return other
+
+    def _logits(self, ids: Tensor, last: bool) -> Tensor:
+        self._extend(ids)
+        hidden = self.model.model(ids, self.mask, self.cache)  # (16, new, 576)
+        return self.model.lm_head(hidden[:, -1:] if last else hidden)  # (16, 1 or new, 49152)
+
+
+reader_of.register(Llama, LlamaReader)

@@ -10,9 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lora_lab.models.decoding import Sampling, check_context
-from lora_lab.models.llama import Llama
-from lora_lab.models.reading import LlamaReader, Reader, reader_of, stream
+from lora_lab.models.llama import Llama, LlamaReader
+from lora_lab.models.reading import Reader, Sampling, check_context, reader_of, stream
 from lora_lab.models.tokenizer import Tokenizer, check_tokenizer
 from lora_lab.system.schema import Size, check
 from lora_lab.task import IGNORE, context_length, restore_modes

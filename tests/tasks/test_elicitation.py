@@ -11,7 +11,7 @@ from sklearn.metrics import log_loss
 from torch.nn import functional as F
 
 from lora_lab import Llama
-from lora_lab.models.reading import LlamaReader
+from lora_lab.models.llama import LlamaReader
 from lora_lab.tasks import Pair, from_pairs
 from lora_lab.tasks.elicitation import PENALTIES, calibrate, content_free, few_shot, linear_probe
 from lora_lab.tasks.generate import answers, last_states, log_likelihoods
