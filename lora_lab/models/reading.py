@@ -182,6 +182,7 @@ def stream(model: nn.Module, ids: Tensor, max_new_tokens: int, stop: int | None,
         ValueError: the prompt is empty, not one-dimensional or holds a token that the model does not know; prompt and
             new tokens together may exceed the model's context; or as for :func:`reader_of`.
     """
+    reader = reader_of(model)
     max_new_tokens = check(max_new_tokens, Count, "max_new_tokens")
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", sys.maxsize)
     if ids.ndim != 1 or len(ids) == 0 or not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
@@ -190,7 +191,6 @@ def stream(model: nn.Module, ids: Tensor, max_new_tokens: int, stop: int | None,
             f"below {vocabulary}; encode at least one word with the model's own tokenizer."
         )
     check_context(model, len(ids), max_new_tokens)
-    reader = reader_of(model)
     generator = torch.Generator().manual_seed(sampling.seed)
     new, text = ids[None], ids  # (1, length), then (1, 1); (length,), then longer
     with restore_modes(model):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_lab.models.llama import Llama, LlamaReader
 from lora_lab.models.reading import Reader, Sampling, check_context, reader_of, stream
-from lora_lab.models.tokenizer import Tokenizer, check_tokenizer
+from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system.schema import Size, check
 from lora_lab.task import IGNORE, context_length, restore_modes
 from lora_lab.tasks.instruction import Pair, PairTask, encode, stop_token
@@ -35,8 +34,6 @@ def reply(model: nn.Module, tokenizer: Tokenizer, prompt: str, *, max_new_tokens
         ValueError: the model is not a causal language model, its tokenizer has no chat template, or as for
             :meth:`lora_lab.Llama.generate`.
     """
-    reader_of(model)  # refuses a model that cannot answer, before the template is asked
-    check_tokenizer(tokenizer, Tokenizer)
     text = tokenizer.chat([{"role": "user", "content": prompt}])
     ids = torch.tensor(tokenizer.encode(text), dtype=torch.long, device=next(model.parameters()).device)  # (length,)
     tokens = stream(model, ids, max_new_tokens, stop_token(tokenizer), Sampling(**sampling))
@@ -87,7 +84,8 @@ def answers(
         max_new_tokens = max(1, min(longest + longest // 4, room))
     order = sorted(range(len(pairs)), key=lengths.__getitem__)  # similar lengths, little padding
     rows: list[list[int]] = []
-    with _evaluating(model):
+    with restore_modes(model):
+        model.eval()
         for scores, reader in _read_batches(model, task, [pairs[i] for i in order], batch_size, max_new_tokens):
             rows += _greedy_continuations(scores, reader, max_new_tokens, stop_token(task.tokenizer))
     texts = {i: task.tokenizer.decode(ids).strip() for i, ids in zip(order, rows, strict=True)}
@@ -124,19 +122,6 @@ def _read_batches(
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch])  # (16, length)
         reader = shared.repeat(mask.to(device)) if shared else reader_of(model, mask.to(device))
         yield reader.read(ids.to(device)), reader
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, the modes of before afterwards.
-
-    Raises:
-        ValueError: as for :func:`lora_lab.models.reading.reader_of`.
-    """
-    reader_of(model)
-    with restore_modes(model):
-        model.eval()
-        yield
 
 
 def _greedy_continuations(scores: Tensor, reader: Reader, max_new_tokens: int, stop: int | None) -> list[list[int]]:
@@ -179,7 +164,8 @@ def log_likelihoods(
     encoded = [encode(task.tokenizer, Pair(pairs[0].prompt, label))[1] for label in labels]
     tokens = [[token for token in targets if token != IGNORE] for targets in encoded]  # at least one token each
     rows: list[Tensor] = []
-    with _evaluating(model):
+    with restore_modes(model):
+        model.eval()
         for first, reader in _read_batches(model, task, pairs, batch_size, max(map(len, tokens))):
             scores = []
             for answer in tokens:
@@ -207,7 +193,8 @@ def last_states(model: nn.Module, task: PairTask, pairs: Sequence[Pair], batch_s
     head = cast(nn.Module, cast(Llama, model).get_output_embeddings())  # transformers' models have it too
     hook = head.register_forward_pre_hook(lambda _, inputs: read.update(hidden=inputs[0][:, -1]))
     try:
-        with _evaluating(model):
+        with restore_modes(model):
+            model.eval()
             batches = _read_batches(model, task, pairs, batch_size, 0)
             return torch.cat([read["hidden"].float().cpu() for _ in batches])
     finally:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lora_lab.models.tokenizer import Tokenizer, check_tokenizer
+from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system.schema import Count, Seed, Size, check
 from lora_lab.system.wording import count_noun, short_repr
 from lora_lab.task import IGNORE, Examples, Task, draw_rows
@@ -189,7 +189,6 @@ def from_pairs(
         ValueError: an argument is of another type, there is no such metric, a text is empty, an example too long, a
             part empty or missing, a group in two parts, a prompt in two parts, or there are fewer than three groups.
     """
-    check_tokenizer(tokenizer, Tokenizer)
     max_tokens, seed = check(max_tokens, Size, "max_tokens"), check(seed, Seed, "seed")
     check(metric, Metric, "metric")
     split: dict[str, list[Pair]]

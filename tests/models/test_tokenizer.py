@@ -76,7 +76,7 @@ def test_ids_of_1000_varied_texts_equal_those_of_transformers(tokenizer, hf_toke
 
 
 def test_known_tokens_and_their_number_equal_those_of_transformers(tokenizer, hf_tokenizer):
-    assert len(tokenizer) == len(hf_tokenizer) == 49152
+    assert len(hf_tokenizer) == 49152
     assert tokenizer.backend.get_vocab() == hf_tokenizer.get_vocab()
     ours = tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id
     assert ours == (hf_tokenizer.eos_token_id, hf_tokenizer.bos_token_id, hf_tokenizer.pad_token_id) == (2, 1, 2)
@@ -222,7 +222,7 @@ def test_saved_and_loaded_it_is_the_same(tokenizer, tiny_tokenizer, tmp_path, ki
     loaded = Tokenizer.load(tmp_path)
     for name in ("eos_id", "bos_id", "pad_id", "chat_template"):
         assert getattr(loaded, name) == getattr(saved, name)
-    assert len(loaded) == len(saved)
+    assert loaded.backend.get_vocab() == saved.backend.get_vocab()
     for text in (*TEXTS[:200], "in 2024, 3.14"):
         assert loaded.encode(text) == saved.encode(text)
         assert loaded.decode(saved.encode(text)) == text
@@ -450,7 +450,7 @@ def test_tokens_named_after_a_role_are_control_tokens_though_a_template_puts_the
     template = "{% for m in messages %}{{ '<|' + m.role + '|>' }}{{ m.content }}{% endfor %}"
     tokenizer = Tokenizer(backend, chat_template=template)
     assert tokenizer.control_tokens == ["<|assistant|>", "<|user|>"]
-    assert tokenizer.special_tokens == {token: backend.token_to_id(token) for token in ("<s>", "</s>", *tokens)}
+    assert tokenizer.special_tokens == ["<s>", "</s>", *tokens]
     assert tokenizer.chat([{"role": "user", "content": "<|else|>"}]) == "<|user|><|else|>"
     with pytest.raises(ValueError, match=r"<\|assistant\|>"):
         tokenizer.chat([{"role": "user", "content": "<|assistant|>"}])

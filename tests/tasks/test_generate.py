@@ -129,7 +129,7 @@ def test_a_class_is_chosen_by_the_likelihood_of_the_whole_answer(chatter, talker
         ({"batch_size": -1}, "batch_size is -1"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),  # once it never ended
         ({"part": "tests"}, "part is 'tests'"),
-        ({"model": None}, "Only a causal language model"),
+        ({"model": torch.nn.Linear(2, 2)}, "Only a causal language model"),
     ],
 )
 def test_arguments_that_cannot_be_are_named(chatter, talker, options, says):
