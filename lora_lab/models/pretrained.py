@@ -402,12 +402,12 @@ def _read_config(path: Path) -> Any:
         import transformers
     except ModuleNotFoundError:
         raise ModuleNotFoundError("This model needs transformers; run pip install 'lora-lab[hf]'.") from None
-    with _told(f"transformers {transformers.__version__} cannot read {path}"):
+    with _explain_failure(f"transformers {transformers.__version__} cannot read {path}"):
         return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
+def _explain_failure(what: str) -> Iterator[None]:
     """Tell in one sentence ``what`` failed: transformers raises whatever the entries of a file lead to."""
     try:
         yield
@@ -438,7 +438,7 @@ def _model_class(config: Any) -> Any:
 def _build_by_transformers(config: Any) -> nn.Module:
     """Return a model with random weights, or without any on torch's meta device; the config is not changed."""
     kind = _model_class(config)
-    with _told(f"transformers cannot build a {kind.__name__} of this config"):
+    with _explain_failure(f"transformers cannot build a {kind.__name__} of this config"):
         return kind(copy.deepcopy(config))
 
 
@@ -465,7 +465,7 @@ def _load_by_transformers(folder: Path, dtype: torch.dtype, device: torch.device
             f"{folder} holds an adapter beside the model, which transformers would put on it; move it elsewhere."
         )
     kind = _model_class(config)
-    with _told(f"{folder} cannot be loaded by transformers"):
+    with _explain_failure(f"{folder} cannot be loaded by transformers"):
         model, report = kind.from_pretrained(
             folder,
             config=config,

@@ -16,6 +16,8 @@ from lora_lab.system.schema import Size, check
 from lora_lab.task import IGNORE, context_length, restore_modes
 from lora_lab.tasks.instruction import Pair, PairTask, encode, stop_token
 
+BATCH = 16  # prompts that are read at once
+
 
 def reply(model: nn.Module, tokenizer: Tokenizer, prompt: str, *, max_new_tokens: int = 80, **sampling: Any) -> str:
     """Return the model's answer to one prompt, which is put into the model's chat template.
@@ -48,7 +50,6 @@ def answers(
     *,
     limit: int | None = None,
     max_new_tokens: int | None = None,
-    batch_size: int = 16,
 ) -> list[str]:
     """Return the model's answers to the prompts of a part, decoded greedily, many prompts at once.
 
@@ -61,7 +62,6 @@ def answers(
         limit: how many prompts to answer, from the first; None answers all.
         max_new_tokens: where an answer is cut; by default a quarter longer than the longest answer in training, as far
             as the model's context allows.
-        batch_size: prompts at once.
 
     Returns:
         One text per prompt, without the token that ends a turn.
@@ -70,12 +70,12 @@ def answers(
         ValueError: the model is not a causal language model, the task has no such part, a number is below 1, or
             prompts and ``max_new_tokens`` exceed the model's context.
     """
-    for name, number in {"limit": limit, "batch_size": batch_size, "max_new_tokens": max_new_tokens}.items():
-        check(number, Size | None, name)
+    check(limit, Size | None, "limit")
+    check(max_new_tokens, Size | None, "max_new_tokens")
     pairs = task.pairs_of(part)[:limit]
     if task.metric == "classification":
         labels = classes(task)
-        best = log_likelihoods(model, task, pairs, labels, batch_size).argmax(1)  # (n,)
+        best = log_likelihoods(model, task, pairs, labels).argmax(1)  # (n,)
         return [labels[i] for i in best.tolist()]
     lengths = [len(task.prompt_ids(pair)) for pair in pairs]
     if max_new_tokens is None:
@@ -86,15 +86,13 @@ def answers(
     rows: list[list[int]] = []
     with restore_modes(model):
         model.eval()
-        for scores, reader in _read_batches(model, task, [pairs[i] for i in order], batch_size, max_new_tokens):
+        for scores, reader in _read_batches(model, task, [pairs[i] for i in order], max_new_tokens):
             rows += _greedy_continuations(scores, reader, max_new_tokens, stop_token(task.tokenizer))
     texts = {i: task.tokenizer.decode(ids).strip() for i, ids in zip(order, rows, strict=True)}
     return [texts[i] for i in range(len(pairs))]
 
 
-def _read_batches(
-    model: nn.Module, task: PairTask, pairs: Sequence[Pair], batch_size: int, new: int
-) -> Iterator[tuple[Tensor, Reader]]:
+def _read_batches(model: nn.Module, task: PairTask, pairs: Sequence[Pair], new: int) -> Iterator[tuple[Tensor, Reader]]:
     """Run the model on the prompts of pairs: for each batch the logits, (batch, vocabulary), and what has read them.
 
     Prompts are padded on the left, so that all end in the same column. What all begin with, such as an instruction or
@@ -115,8 +113,8 @@ def _read_batches(
     if shared:
         shared.read(torch.tensor([prompts[0][:begin]], device=device))
         prompts = [prompt[begin:] for prompt in prompts]
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
+    for start in range(0, len(prompts), BATCH):
+        batch = prompts[start : start + BATCH]
         longest = max(map(len, batch))
         ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in batch])  # (16, length)
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch])  # (16, length)
@@ -153,9 +151,7 @@ def classes(task: PairTask) -> list[str]:
 
 
 @torch.no_grad()
-def log_likelihoods(
-    model: nn.Module, task: PairTask, pairs: Sequence[Pair], labels: Sequence[str], batch_size: int = 16
-) -> Tensor:
+def log_likelihoods(model: nn.Module, task: PairTask, pairs: Sequence[Pair], labels: Sequence[str]) -> Tensor:
     """Return the log-likelihood of each label as the answer to each prompt, which is read once, in nats: (n, labels).
 
     Raises:
@@ -166,7 +162,7 @@ def log_likelihoods(
     rows: list[Tensor] = []
     with restore_modes(model):
         model.eval()
-        for first, reader in _read_batches(model, task, pairs, batch_size, max(map(len, tokens))):
+        for first, reader in _read_batches(model, task, pairs, max(map(len, tokens))):
             scores = []
             for answer in tokens:
                 logits = first[:, None]  # (16, 1, vocabulary)
@@ -180,14 +176,13 @@ def log_likelihoods(
 
 
 @torch.no_grad()
-def last_states(model: nn.Module, task: PairTask, pairs: Sequence[Pair], batch_size: int = 16) -> Tensor:
+def last_states(model: nn.Module, task: PairTask, pairs: Sequence[Pair]) -> Tensor:
     """Return the last hidden state at the last token of each prompt, which the head turns into logits: (n, 576).
 
     Args:
         model: as for :func:`reply`.
         task: of the pairs.
         pairs: whose prompts are read.
-        batch_size: prompts at once.
     """
     read: dict[str, Tensor] = {}  # what the head got last
     head = cast(nn.Module, cast(Llama, model).get_output_embeddings())  # transformers' models have it too
@@ -195,7 +190,7 @@ def last_states(model: nn.Module, task: PairTask, pairs: Sequence[Pair], batch_s
     try:
         with restore_modes(model):
             model.eval()
-            batches = _read_batches(model, task, pairs, batch_size, 0)
+            batches = _read_batches(model, task, pairs, 0)
             return torch.cat([read["hidden"].float().cpu() for _ in batches])
     finally:
         hook.remove()
