@@ -149,7 +149,7 @@ def chat(
     system.schema.check(tokens, system.schema.Size, "--tokens")
     if plain and prompt is None:
         raise ValueError('--plain continues a text; give one, such as lora-lab chat "Once upon a time" --plain.')
-    sampling = models.decoding.Sampling(temperature, seed, repetition_penalty)
+    sampling = models.reading.Sampling(temperature, seed, repetition_penalty)
     adapters = {Path(folder).name: folder for folder in adapter}
     if len(adapters) < len(adapter):
         raise ValueError("Two of the adapters' folders have the same name; rename one, because names choose adapters.")

@@ -26,7 +26,7 @@ from lora_lab.costs.memory import report
 from lora_lab.costs.setup import Setup
 from lora_lab.costs.timing import Times
 from lora_lab.models import pretrained
-from lora_lab.models.decoding import Sampling
+from lora_lab.models.reading import Sampling
 from tests.helpers import ROOT, command, error_line, printed_json, randomise
 
 

@@ -12,7 +12,7 @@ import lora_lab
 from lora_lab import Llama, LoRAConfig, adapter_state, inject, load_adapter, lora_layers, save_adapter
 from lora_lab.adapters import strength
 from lora_lab.adapters.chat import BASE, HELP, Conversation, talk
-from lora_lab.models.decoding import Sampling
+from lora_lab.models.reading import Sampling
 from lora_lab.variants import DoRALinear
 from tests.helpers import randomise, run_python, snapshot
 
