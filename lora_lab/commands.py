@@ -58,7 +58,7 @@ def finetune(
     half: bool = False,
     checkpoint_every: int | None = None,
     preview: bool = False,
-    out: str | None = None,
+    out: str = "runs/finetune",
     overwrite: bool = False,
     device: str | None = None,
 ) -> dict[str, Any] | None:
@@ -85,7 +85,7 @@ def finetune(
         half: save the adapter in half precision, in half the bytes
         checkpoint_every: save a checkpoint every so many steps; if stopped, the same command resumes from it
         preview: show what the model would read and learn, and stop
-        out: folder for the results (default: runs/finetune, or if it holds some, runs/finetune-2 and so on)
+        out: folder for the results
         overwrite: replace the results of an earlier run in the folder
         device: cpu, cuda, ... (default: the best available)
 
@@ -103,8 +103,6 @@ def finetune(
         if isinstance(data, ll.tasks.PairTask):
             print(data.preview(3))
         return None
-    if out is None:
-        out = str(finetune.OUT if overwrite else finetune.find_unused_folder(checkpoint_every is not None))
     options: dict[str, Any] = {"steps": steps, "batch_size": batch, "seed": seed, "eval_examples": eval_examples}
     options |= {"lr": lr, "batches": "by_length" if by_length else "random", "half": half, "overwrite": overwrite}
     options |= {"model": model, "device": device, "allow_special": allow_special, "checkpoint_every": checkpoint_every}
@@ -462,7 +460,7 @@ def ablate(
     options |= {"alpha": alpha, "alpha_per_rank": alpha_per_rank if alpha is None else None}
     system.schema.check(seeds, system.schema.Size, "--seeds")
     grid = ablation.studies.grid(task, method, list(ranks), list(lrs) or None, range(seeds), **options)
-    system.files.check_writable(folder, leave=True)
+    system.files.check_writable(folder)
     system.files.check_replaceable(folder / "table.csv", ("key", "method", "lr", "outcome"))
     print(f"{len(grid)} trials; results in {folder / 'trials'}, from which a run that was stopped continues")
     net, data = ablation.studies.study(task, seq, model=model)

@@ -25,8 +25,7 @@ from lora_lab.models.llama import Llama
 from lora_lab.models.pretrained import load_pretrained
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system import files
-from lora_lab.system.device import pick_device
-from lora_lab.system.process import peak_bytes, run_in_subprocess
+from lora_lab.system.device import peak_bytes, pick_device, run_in_subprocess
 from lora_lab.system.provenance import machine_info
 from lora_lab.system.schema import Seed, Size, check
 from lora_lab.tasks.generate import reply

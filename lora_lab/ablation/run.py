@@ -116,7 +116,7 @@ def ablate(
     results = {key: result for key, result in stored.items() if result["outcome"] != STOPPED}
     missing = [trial for trial in requested if trial.key not in results]
     if missing and folder is not None:
-        check_writable(folder, leave=True)
+        check_writable(folder)
     workers = _count_workers(n_jobs) if missing else 1
 
     def run(model: nn.Module, trials: Sequence[Trial], *pause: Any) -> Generator[_File]:

@@ -132,10 +132,8 @@ def describe_value(value: Any) -> str:
         return f"{{{', '.join(sorted(f'{key!r}: {describe_value(entry)}' for key, entry in value.items()))}}}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(describe_value, value))}]"
-    if isinstance(value, np.ndarray):
-        return f"{value.dtype} {describe_value(value.tolist())}"
-    if isinstance(value, Tensor):  # the repr of a large tensor omits values
-        return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(bytes_of(value)).hexdigest()}"
+    if isinstance(value, np.ndarray | Tensor):  # the repr of a large one omits values
+        return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(bytes_of(torch.as_tensor(value))).hexdigest()}"
     if type(value).__repr__ is object.__repr__:
         return type(value).__qualname__
     return re.sub(r" at 0x[0-9A-Fa-f]+", "", repr(value))
