@@ -227,7 +227,7 @@ def hold_folder(folder: str | Path) -> Iterator[None]:
 
 
 def check_replaceable(path: str | Path, names: Iterable[str]) -> None:
-    """Check that a file which is about to be replaced does not exist yet, or is one that lora_lab wrote.
+    """Check that a file can be written, and that it does not exist yet, or is one that lora_lab wrote.
 
     Args:
         path: of a ``.json`` or ``.csv`` file.
@@ -235,8 +235,10 @@ def check_replaceable(path: str | Path, names: Iterable[str]) -> None:
 
     Raises:
         ValueError: it is another file.
+        OSError: its folder, which is made, cannot be written to.
     """
     path = Path(path)
+    check_writable(path.parent)
     if not path.exists():
         return
     try:
