@@ -146,13 +146,6 @@ def test_lora_from_scratch(opened, screenshots):
     page.screenshot(screenshots / "03_narrow.png", width=480, height=1000, scroll_to=cell)
 
 
-def test_low_rank(opened, screenshots):
-    page = opened("01_low_rank")
-    cell = run_and_slide(page, "01", screenshots)
-    page.hide_files()
-    page.screenshot(screenshots / "01_narrow.png", width=480, height=1000, scroll_to=cell)
-
-
 def test_a_conversation(opened, talker, screenshots):
     page = opened("chat")
     page.run_all(120)

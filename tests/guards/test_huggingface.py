@@ -31,7 +31,6 @@ from lora_lab.methods import AsItIs
 from lora_lab.task import logits
 from lora_lab.tasks import IGNORE, Examples, Pair, Task, from_pairs, mean_squared_error
 from lora_lab.tasks.generate import answers, log_likelihoods, reply
-from lora_lab.variants import DoRA
 from tests.helpers import enlarge, randomise, randomise_all
 from tests.tiny_models import (
     SHAPE,
@@ -464,25 +463,6 @@ def test_two_ranks_are_packed_and_end_as_fit_does_or_are_refused_with_the_reason
 # What comes of it
 
 
-@EVERY
-@torch.no_grad()
-def test_merged_extracted_and_resized_adapters_are_the_updates_and_their_best_approximations(family):
-    model = trained(family)[0]
-    tuned = copy.deepcopy(model)
-    merge(tuned)
-    torch.testing.assert_close(scores(tuned, family), scores(model, family), rtol=1e-4, atol=1e-5)
-    cut = fresh(family.make)
-    errors = ll.extract(cut, tuned, 4)
-    assert max(errors[name] for name in lora_layers(model)) < 1e-4
-    torch.testing.assert_close(scores(cut, family), scores(model, family), rtol=1e-3, atol=1e-4)
-    small = copy.deepcopy(model)
-    ll.adapters.resize(small, 2)
-    for name, layer in lora_layers(model).items():
-        left, sizes, right = torch.linalg.svd(layer.delta(), full_matrices=False)
-        best = left[:, :2] * sizes[:2] @ right[:2]
-        torch.testing.assert_close(lora_layers(small)[name].delta(), best, rtol=1e-3, atol=1e-5)
-
-
 def test_an_adapter_fits_its_classifier_if_the_model_was_saved_with_its_new_head(tmp_path):
     """The recipe of docs/programs.md."""
     parts = [Examples(counting(16, seed).inputs, torch.arange(16) % 2) for seed in range(4)]
@@ -525,17 +505,6 @@ def test_adapters_act_on_the_layers_of_mamba_whose_weight_it_reads_without_calli
     torch.testing.assert_close(scores(model, family), scores(expected, family), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match=READS):
         ablate(original(mamba), family.task, [Trial(LoRA(2), lr=LR, steps=2)], engine="packed", progress=False)
-
-
-@EXPERTS
-def test_experts_stay_frozen_which_a_warning_says(family):
-    model = fresh(family.make)
-    with pytest.warns(UserWarning, match=r"so they stay frozen: model\.layers\.0\.mlp\.experts\."):
-        run(family, model, steps=2)
-    for name, parameter in model.named_parameters():
-        if "experts" in name:
-            assert not parameter.requires_grad
-            assert torch.equal(parameter, original(family.make).get_parameter(name))
 
 
 # What they answer
@@ -611,18 +580,6 @@ def test_a_class_is_chosen_by_the_log_likelihood_that_transformers_computes(make
 
 
 # Falcon, whose linear layers derive from nn.Linear
-
-
-def test_every_linear_layer_of_falcon_is_adapted_by_every_method_and_keeps_its_class():
-    names = [name for name, module in original(falcon).named_modules() if isinstance(module, FalconLinear)]
-    assert len(names) == 8
-    for method in (LoRA(rank=4), DoRA(rank=4)):
-        model = fresh(falcon)
-        losses = fit(model, TASK, method, steps=6, lr=LR, batch_size=BATCH).curve("validation_loss")[1]
-        assert losses[-1] < losses[0]
-        assert list(lora_layers(model)) == names
-        merge(model)
-        assert all(type(model.get_submodule(name)) is FalconLinear for name in names)
 
 
 def test_in_bfloat16_a_merged_layer_of_falcon_rounds_as_falcon_does():
