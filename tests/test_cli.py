@@ -361,22 +361,6 @@ def test_arguments_arrive_as_they_are_declared(monkeypatch):
         assert done.value.code == 2
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [["dmeo"], ["demo", "--steps", "many"], ["export"], ["ablate", "--ranks", "2,x"], ["memory", "--dtype", "int8"]],
-)
-def test_a_command_line_that_makes_no_sense_shows_the_usage(capsys, arguments):
-    with pytest.raises(SystemExit) as done:
-        cli.main(arguments)
-    assert done.value.code == 2
-    assert "usage: lora-lab" in capsys.readouterr().err
-
-
-def test_the_command_alone_prints_the_help(capsys):
-    assert cli.main([]) == 0
-    assert capsys.readouterr().out.startswith("usage: lora-lab")
-
-
 def test_every_command_in_the_readme_and_its_pages_can_be_parsed():
     pages = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")))
     blocks = re.findall(r"```sh\n(.*?)```", pages.replace("\\\n", ""), flags=re.DOTALL)

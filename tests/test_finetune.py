@@ -6,12 +6,11 @@ import shutil
 
 import pytest
 
-from lora_lab import FullFineTuning, Llama, LoRA, PartialFineTuning, finetune, load_adapter, save_adapter, save_model
+from lora_lab import Llama, LoRA, PartialFineTuning, finetune, load_adapter, save_adapter, save_model
 from lora_lab.adapters.export import find_base, load_merged
 from lora_lab.models.pretrained import SMOLLM2
 from lora_lab.tasks import task_of
 from lora_lab.train import TrainingStep
-from lora_lab.variants import RsLoRA
 from tests.helpers import command, error_line, names, printed_json
 
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
@@ -190,31 +189,21 @@ def test_what_a_folder_holds_is_kept_and_that_is_told_before_the_training(
         assert before is None or contents(tmp_path / out) == before
 
 
-def while_training(monkeypatch, function):
-    """Let the next run call a function before its training."""
-    fit = finetune.fit
-
-    def meanwhile(*arguments, **options):
-        monkeypatch.setattr(finetune, "fit", fit)
-        function()
-        return fit(*arguments, **options)
-
-    monkeypatch.setattr(finetune, "fit", meanwhile)
-
-
 @pytest.mark.parametrize("options", [[], ["--overwrite"]])
 def test_a_folder_in_which_another_run_will_save_is_refused_before_a_model_is_loaded(
     tiny, tmp_path, monkeypatch, capsys, options
 ):
-    seen = []
+    seen, fit = [], finetune.fit
 
-    def another():
+    def meanwhile(*arguments, **more):
         with monkeypatch.context() as patch:
             patch.setattr(finetune, "load_pretrained", lambda *_, **__: pytest.fail("loaded"))
             seen.append(finetune_sums("--steps", 1, *options, "--seed", 1))
+        return fit(*arguments, **more)
 
-    while_training(monkeypatch, another)
-    assert finetune_sums("--steps", 1, *options) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "fit", meanwhile)
+        assert finetune_sums("--steps", 1, *options) == 0
     assert seen == [1]
     assert capsys.readouterr().err == (
         "lora-lab: kept is in use by another run, which has not ended; name another folder (--out), or wait for it.\n"
@@ -340,9 +329,3 @@ def test_bad_input_is_told_in_one_sentence_if_possible_before_a_model_is_loaded(
     assert says in told
     assert told.count("\n") == 1
     assert not (tmp_path / "kept").exists() or names(tmp_path / "kept") == []
-
-
-def test_methods_by_name():
-    assert finetune.make_method("full", 8) == FullFineTuning()
-    assert finetune.make_method("lora", 4) == LoRA(4, 8)
-    assert finetune.make_method("rslora", 4, alpha=3.0) == RsLoRA(4, 3.0)

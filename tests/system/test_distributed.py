@@ -17,7 +17,7 @@ from torch import distributed as dist
 from torch import multiprocessing, nn
 from torch.nn import functional as F
 
-from lora_lab import FullFineTuning, Lean, Llama, LoRA, checkpoint, fit, save_model
+from lora_lab import FullFineTuning, Lean, Llama, LoRA, fit, save_model
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import LlamaConfig
 from lora_lab.system import distributed
@@ -262,18 +262,6 @@ def test_a_killed_process_ends_the_other_with_one_sentence_and_a_whole_checkpoin
     assert names(folder / "killed") == [CHECKPOINT]
     resumed = small_run(shutil.copytree(folder / "killed", tmp_path / "copy"))
     assert largest_difference(resumed, small_run()) < 1e-10
-
-
-def test_without_a_checkpoint_the_sentence_says_so(tmp_path):
-    for folder, says in (
-        (None, "the run cannot be resumed, because it writes no checkpoints."),
-        (tmp_path, f"{tmp_path} holds no checkpoint yet, so start the same command again from the beginning."),
-    ):
-        expected = pytest.raises(ProcessEndedError, match=re.escape(f"ends them all (SIGTERM); {says}"))
-        with expected, checkpoint.advise(folder):
-            raise ProcessEndedError("SIGTERM")
-        with pytest.raises(KeyboardInterrupt, match=re.escape(says[:-1])), checkpoint.advise(folder):
-            raise KeyboardInterrupt
 
 
 # What is refused
