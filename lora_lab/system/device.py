@@ -47,8 +47,6 @@ def pick_device(device: str | torch.device | None = None) -> tuple[torch.device,
                 f"Device {shortened(str(requested))!r} cannot be used here ({shortened(str(error).splitlines()[0])}); "
                 "try 'cpu'."
             ) from None
-        if available.type == "meta":
-            raise ValueError("Device 'meta' stores shapes but no values, so it cannot be trained on; try 'cpu'.")
         return available, f"{available} because {reason}"
     if torch.cuda.is_available():
         return torch.device("cuda"), f"cuda because a GPU is there: {torch.cuda.get_device_name()}"

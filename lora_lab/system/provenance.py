@@ -80,13 +80,10 @@ def commit_of(folder: str | Path) -> str:
     """
     if not (Path(folder) / ".git").exists():  # the repository of a parent folder is not that of this code
         return "unknown"
-    # Git sets these variables in hooks, and they would redirect it to another repository.
-    redirecting = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
-    environment = {name: value for name, value in os.environ.items() if name not in redirecting}
 
     def git(*arguments: str) -> str:
         command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         commit = git("rev-parse", "--verify", "HEAD")
