@@ -141,7 +141,7 @@ def chat(
         seed: seed of the sampling, above temperature 0
         device: cpu, cuda, ... (default: the best available)
     """
-    from lora_lab.adapters.chat import HELP, Conversation, talk
+    from lora_lab.adapters.chat import HELP, Conversation, continue_ids, talk
     from lora_lab.adapters.export import find_base
 
     system.schema.check(tokens, system.schema.Size, "--tokens")
@@ -157,27 +157,19 @@ def chat(
     if prompt is not None and len(adapter) > 1:
         raise ValueError(f"One answer takes one adapter, but --adapter names {len(adapter)}.")
     loaded, tokenizer = models.pretrained.load_pretrained(bases.pop(), device=device)
-    if prompt is not None:
+    if plain and prompt is not None:
         for folder in adapter:
             ll.load_adapter(loaded, folder)
-        _answer(loaded, tokenizer, prompt, tokens, plain, sampling)
+        ids = tokenizer.encode(prompt, add_special_tokens=True)
+        for part in chain([prompt], continue_ids(loaded, tokenizer, ids, tokens, tokenizer.eos_id, sampling), ["\n"]):
+            print(part, end="", flush=True)
         return
     conversation = Conversation(loaded, tokenizer, adapters, max_new_tokens=tokens, **vars(sampling))
+    if prompt is not None:
+        print("".join(conversation.answer(prompt)).strip())
+        return
     print(HELP)
     talk(conversation, lambda: input(f"{conversation.name or 'base'}> "), lambda text: print(text, end="", flush=True))
-
-
-def _answer(model: Any, tokenizer: Any, prompt: str, tokens: int, plain: bool, sampling: Any) -> None:
-    """Print one answer, or the continuation of a text as it is made."""
-    from lora_lab.adapters.chat import continue_ids
-
-    if not plain:
-        print(ll.reply(model, tokenizer, prompt, max_new_tokens=tokens, **vars(sampling)))
-        return
-    ids = tokenizer.encode(prompt, add_special_tokens=True)
-    continuation = continue_ids(model, tokenizer, ids, tokens, tokenizer.eos_id, sampling)
-    for part in chain([prompt], continuation, ["\n"]):
-        print(part, end="", flush=True)
 
 
 def export(source: str, /, *, out: str, merged: bool = False, dtype: str | None = None) -> None:

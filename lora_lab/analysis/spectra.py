@@ -408,11 +408,12 @@ def _update_of(layer: LoRALayer) -> _Factors | Update:
     before = layer.base.weight.flatten(1)  # (192, 576)
     if isinstance(layer, DoRALinear):  # the row norms change too, so the update has full rank
         return Update(svd(layer.weight - before), None, before)
+    A, B = layer.lora_A, layer.lora_B  # (8, 576), (192, 8)
     if isinstance(layer, PiSSALinear):  # B A starts as a part of the weight, and the update is B A - B0 A0
-        layer = layer.as_plain_lora()
+        A, B = layer.plain_factors(A, B, layer.start_A, layer.start_B)  # (16, 576), (192, 16)
     if isinstance(layer, LoRAEmbedding | LoRAConv1D):  # these store their weight as (in, out)
         before = before.T
-    return _Factors(layer.lora_B.flatten(1), layer.lora_A.flatten(1), layer.scaling, before)
+    return _Factors(B.flatten(1), A.flatten(1), layer.scaling, before)
 
 
 def _decompose(adapter: Mapping[str, _Factors | Update], weights: Mapping[str, Tensor]) -> dict[str, Update]:

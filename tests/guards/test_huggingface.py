@@ -264,7 +264,7 @@ def test_a_compiled_model_is_told_to_build_no_cache_too():
 
 @pytest.mark.slow
 @EVERY
-def test_losses_are_those_of_a_plain_loop_with_pefts_adapter_which_can_be_read_back(family, tmp_path):
+def test_losses_are_those_of_a_plain_loop_with_pefts_adapter(family, tmp_path):
     start = fresh(family.make)
     inject(start, family.method, seed=SEED)
     ll.save_adapter(start, tmp_path / "start")
@@ -278,17 +278,8 @@ def test_losses_are_those_of_a_plain_loop_with_pefts_adapter_which_can_be_read_b
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         losses.append(loss.item())
-    model, found = trained(family)
-    assert found == pytest.approx(losses, abs=1e-5)
+    assert trained(family)[1] == pytest.approx(losses, abs=1e-5)
     assert abs(losses[-1] - their_loss(fresh(family.make), train[batch]).item()) > 1e-3
-    theirs.eval().save_pretrained(tmp_path / "theirs")
-    read = fresh(family.make)
-    ll.load_adapter(read, tmp_path / "theirs")
-    torch.testing.assert_close(scores(read, family), scores(theirs, family), rtol=1e-5, atol=1e-5)
-    ll.save_adapter(model, tmp_path / "ours")
-    again = peft.PeftModel.from_pretrained(fresh(family.make), tmp_path / "ours").eval()
-    torch.testing.assert_close(scores(model, family), scores(again, family), rtol=1e-5, atol=1e-5)
-    assert (scores(model, family) - scores(original(family.make), family)).abs().max() > 0.01
 
 
 @MASKED
@@ -479,18 +470,6 @@ def test_an_adapter_fits_its_classifier_if_the_model_was_saved_with_its_new_head
     model.save_pretrained(tmp_path / "tuned")
     whole = hf.BertForSequenceClassification.from_pretrained(tmp_path / "tuned")
     assert evaluate(whole, task) == pytest.approx(evaluate(again, task), rel=1e-5)
-
-
-@pytest.mark.parametrize("make", [llama, qwen3, gemma3])
-@pytest.mark.parametrize("method", [FullFineTuning(), LoRA(rank=4)], ids=["full", "LoRA"])
-def test_a_tied_head_stays_tied_in_bfloat16_too(make, method):
-    model = fresh(make, torch.bfloat16)
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    assert tied is (make is not llama)
-    fit(model, TASK, method, steps=2, lr=LR, batch_size=BATCH)
-    kept = {torch.bfloat16, torch.float32} if method.name == "lora" else {torch.bfloat16}
-    assert {parameter.dtype for parameter in model.parameters()} == kept
-    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) is tied
 
 
 def test_adapters_act_on_the_layers_of_mamba_whose_weight_it_reads_without_calling_them_but_cannot_be_packed():
