@@ -6,7 +6,6 @@ carries the small files. A save that was killed between two renames is completed
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -38,16 +37,10 @@ def as_path(path: str | Path, name: str) -> Path:
     """Return the path that an argument of this name gives.
 
     Raises:
-        ValueError: it is empty, or no system has such a name; perhaps it is the text of a file.
+        ValueError: it is empty, has several lines or a zero, or is longer than a name can be: perhaps it is the text of
+            a file.
     """
-    usable = bool(str(path))
-    try:
-        Path(path).stat()
-    except OSError as error:
-        usable &= error.errno != errno.ENAMETOOLONG
-    except ValueError:  # it holds a zero, or half a character
-        usable = False
-    if not usable:
+    if not str(path) or {"\0", "\n"} & set(str(path)) or len(Path(path).name) > 255:
         raise ValueError(f"{name} is {short_repr(path)}, but it must be the path of a file or folder, not its text.")
     return Path(path)
 
