@@ -116,7 +116,7 @@ def ablate(
     results = {key: result for key, result in stored.items() if result["outcome"] != STOPPED}
     missing = [trial for trial in requested if trial.key not in results]
     if missing and folder is not None:
-        check_writable(folder, leave=True)
+        check_writable(folder)
     workers = _count_workers(n_jobs) if missing else 1
 
     def run(model: nn.Module, trials: Sequence[Trial], *pause: Any) -> Generator[_File]:
@@ -473,7 +473,6 @@ def _run_one(job: _Job, model: nn.Module, task: Task, trial: Trial) -> _File:
             raise _PausedError
 
     if place is not None:
-        place.parent.mkdir(parents=True, exist_ok=True)  # for all trials: fit removes what it makes to try the folder
         options = {"checkpoint_dir": place, "checkpoint_every": job.until or trial.steps, "on_row": pause}
     try:
         history = fit(model, task, trial.method, config=trial, progress=False, **options)
@@ -497,7 +496,8 @@ def _end_of_pack(job: _Job, model: nn.Module, task: Task, trial: Trial, result: 
         return _judge(job, trial, student, task, history)
     # Without "packed", which fit does not know, so that it can go on from there too.
     settings = {name: value for name, value in history.settings.items() if name != "packed"}
-    checkpoint.save(job.paused / trial.key, student, optimizer, replace(history, settings=settings))
+    start = checkpoint.hash_parameters(model)
+    checkpoint.save(job.paused / trial.key, student, optimizer, replace(history, settings=settings), start)
     return _file(trial, model, PAUSED, history)
 
 

@@ -36,8 +36,7 @@ from lora_lab.costs.setup import Setup, as_setup
 from lora_lab.costs.timing import disturbance, median_seconds, thread_count
 from lora_lab.methods import LoRA, Method
 from lora_lab.models.llama import Llama, LlamaConfig
-from lora_lab.system.device import own_randomness, pick_device
-from lora_lab.system.process import BusyCores
+from lora_lab.system.device import BusyCores, own_randomness, pick_device
 from lora_lab.system.wording import count_noun
 from lora_lab.train import Batch, state_bytes
 

@@ -26,8 +26,7 @@ from lora_lab.costs.fake import (
 from lora_lab.costs.flops import size_of
 from lora_lab.costs.setup import Setup, as_setup, output_width
 from lora_lab.methods import Method
-from lora_lab.system.device import own_randomness
-from lora_lab.system.process import BusyCores
+from lora_lab.system.device import BusyCores, own_randomness
 from lora_lab.system.schema import Size, check
 from lora_lab.system.wording import count_noun, progress_bar
 from lora_lab.task import padding_id

@@ -42,7 +42,7 @@ from lora_lab.costs.memory import largest, measure, parse_bytes, predict, report
 from lora_lab.costs.setup import Setup
 from lora_lab.methods import AsItIs
 from lora_lab.models.digits import DigitsMLP
-from lora_lab.system.process import peak_bytes
+from lora_lab.system.device import peak_bytes
 from lora_lab.tasks import Examples, Task, cross_entropy
 from lora_lab.train import TrainingStep
 from tests import tiny_models
@@ -694,7 +694,7 @@ import torch
 from lora_lab import FullFineTuning, Llama, LlamaConfig
 from lora_lab.costs.memory import predict
 from lora_lab.models.shapes import config
-from lora_lab.system.process import peak_bytes
+from lora_lab.system.device import peak_bytes
 
 torch.set_num_threads(1)
 device = torch.device("cpu")
@@ -1326,7 +1326,7 @@ def test_the_largest_batch_of_a_llama_fits_and_one_more_does_not(options):
 
 GROW = """
 import torch
-from lora_lab.system.process import peak_bytes
+from lora_lab.system.device import peak_bytes
 
 device = torch.device("cpu")
 before = peak_bytes(device)
