@@ -22,7 +22,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -38,24 +37,12 @@ from lora_lab.methods import LoRA, Method
 from lora_lab.models.llama import Llama, LlamaConfig
 from lora_lab.system.device import own_randomness, pick_device
 from lora_lab.system.process import BusyCores
-from lora_lab.system.wording import count_noun
 from lora_lab.train import Batch, state_bytes
 
 MEMORY, UPDATE = "passes over memory", "clipping and optimiser"
 CAUSES = (FORWARD, INPUT, WEIGHT, AGAIN, HEAD, ATTENTION, ADAPTERS, MEMORY, UPDATE)
 _ALIKE = 0.03  # times that differ by less count as equal
 _LONG_S = 10.0  # from here on times are shown in seconds, and not in milliseconds
-# What the operations of a cause are called: a noun that is counted, and what follows it.
-_OPERATIONS = {
-    ADAPTERS: ("small matrix multiplication", " of the adapters"),
-    FORWARD: ("matrix multiplication", " of the layers"),
-    INPUT: ("gradient", " of layers' inputs"),
-    WEIGHT: ("weight gradient", ""),
-    AGAIN: ("recomputed matrix multiplication", ""),
-    HEAD: ("matrix multiplication", " of the head"),
-    ATTENTION: ("operation", " of attention"),
-    MEMORY: ("operation", " bound by memory"),
-}
 _LOOKUPS = ("embedding", "nll_loss_forward")  # they read as many numbers of a table as they return
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 _WEIGHTS = 2**24  # updated to measure the bandwidth: far more than a cache holds
@@ -162,8 +149,7 @@ class StepTrace(FlopCounter):
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         tensors = [*model.parameters(), *model.buffers(), *trained]  # a gradient is as large as its parameter
         static_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        static_bytes += state_bytes(self.step.optimizer)
-        return StepWork(dict(calls), sum(parameter.numel() for parameter in trained), static_bytes)
+        return StepWork(dict(calls), static_bytes + state_bytes(self.step.optimizer))
 
     def _cause(self, phase: str, product: int | None, name: str) -> str:
         if product is not None:
@@ -180,17 +166,11 @@ class StepWork:
 
     Args:
         calls: cause -> operation -> how often it is called. Views are not among them: they move no bytes.
-        trained: the number of trained parameters.
         static_bytes: the size of weights, gradients and optimiser state.
     """
 
     calls: Mapping[str, Mapping[OperatorCall, int]]
-    trained: int = 0
     static_bytes: int = 0
-
-    def count(self, cause: str) -> int:
-        """Return the number of operations of a cause."""
-        return sum(self.calls.get(cause, {}).values())
 
     def launches(self) -> int:
         """Return the number of operations that are launched one by one: all but those on lists of tensors."""
@@ -214,7 +194,6 @@ class Prediction:
         tokens: the batch's size, in tokens or examples.
         setting: the model, the batch and the device.
         doubts: sentences about what may be wrong with the prediction.
-        place: where the steps run, as a sentence ends: "here", "on the NVIDIA L40S".
     """
 
     seconds: Mapping[str, Mapping[str, float]]
@@ -222,7 +201,6 @@ class Prediction:
     tokens: int
     setting: str = ""
     doubts: Sequence[str] = ()
-    place: str = "here"
 
     @property
     def first(self) -> str:
@@ -252,25 +230,13 @@ class Prediction:
         ]
         for verb, sign in (("saves", -1), ("adds", 1)):
             seconds = {cause: sign * change for cause, change in changes.items() if sign * change > 0}
-            largest = sorted(seconds, key=seconds.__getitem__, reverse=True)
-            reasons = [f"{self._reason(cause, name, sign)}, {_time(seconds[cause])}" for cause in largest[:4]]
-            lines.append(f"It {verb} {_time(sum(seconds.values()))}" + ": " * bool(reasons) + "; ".join(reasons) + ".")
+            largest = sorted(seconds, key=seconds.__getitem__, reverse=True)[:4]
+            reasons = ", ".join(f"{cause} {_time(seconds[cause])}" for cause in largest)
+            lines.append(f"It {verb} {_time(sum(seconds.values()))}{f': {reasons}' if reasons else ''}.")
         alike = abs(ratio - 1) < _ALIKE
-        lines.append(
-            f"So the two take about as long {self.place}."
-            if alike
-            else f"So {name} is {'faster' if ratio < 1 else 'slower'} {self.place}."
-        )
+        faster = f"{name} is {'faster' if ratio < 1 else 'slower'}"
+        lines.append(f"So {'the two take about as long' if alike else faster}.")
         return "\n".join(lines)
-
-    def _reason(self, cause: str, name: str, sign: int) -> str:
-        """Return how many operations of a cause are added (``sign`` 1) or saved (-1), in words."""
-        work, first = self.works[name], self.works[self.first]
-        if cause == UPDATE:
-            return f"clipping and updating {work.trained:,} parameters instead of {first.trained:,}"
-        noun, rest = _OPERATIONS[cause]
-        difference = sign * (work.count(cause) - first.count(cause))
-        return f"{count_noun(difference, noun)}{rest}" if difference > 0 else f"the same {noun}s{rest}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return one entry a variant and what holds for all of them, in values of JSON."""
@@ -315,14 +281,12 @@ class CostModel:
         device: where the step is rehearsed.
         rates: what the seconds follow from, as text.
         where: the machine and how its rates are known, as a prediction's setting names them.
-        place: as for :class:`Prediction`.
     """
 
     seconds: Callable[[OperatorCall], float]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rates: Mapping[str, str] = field(default_factory=dict)
     where: str = "cpu"
-    place: str = "here"
 
     def predict(
         self,
@@ -351,67 +315,19 @@ class CostModel:
         tokens, setting = 0, ""
         for name, method in variants.items():
             setup = as_setup(method, options)
-            setup.check_watchable()
             with fake_copy(model, self.device, setup.dtype) as twin, own_randomness(self.device, 0):
                 fake_batch = batch_for(twin, batch_size, seq_len, batch)
                 works[name] = trace_work(setup, twin, fake_batch)
-                tokens = size_of(fake_batch)[0]
+                tokens = size_of(fake_batch)
                 setting = f"{type(twin).__name__}, batch {shape_of(fake_batch)}, {self.where}"
         with BusyCores(thread_count(self.device)) as busy:
             seconds = {name: work.seconds(self.seconds) for name, work in works.items()}
-        prediction = Prediction(seconds, works, tokens, setting, place=self.place)
+        prediction = Prediction(seconds, works, tokens, setting)
         return replace(prediction, doubts=self._doubts(prediction, disturbance(busy)))
 
     def _doubts(self, prediction: Prediction, disturbed: str) -> list[str]:
         """Return what may be wrong with a prediction, given what disturbed the timing of its products."""
         return [f"While costs were measured: {disturbed}"] if disturbed else []
-
-    def break_even_tokens(
-        self,
-        model: Source,
-        first: Method | Setup,
-        second: Method | Setup,
-        *,
-        batch_size: int | None = None,
-        seq_len: int | None = None,
-        between: tuple[int, int] = (32, 4096),
-        **options: Any,
-    ) -> int | None:
-        """Return the number of tokens a step at which ``second`` stops or starts being slower than ``first``.
-
-        It is for models that read token ids.
-
-        Args:
-            batch_size, seq_len: pass one of them, which stays; the other grows.
-            between: the smallest and the largest number of tokens to consider; only whole sizes between them are.
-            model, first, second, **options: as for :meth:`predict`.
-
-        Returns:
-            The first such number of tokens, interpolated between predicted sizes; None if there is none.
-
-        Raises:
-            ValueError: both sizes or neither are passed, no step lies between, or as for :meth:`predict`.
-        """
-        if (batch_size is None) == (seq_len is None):
-            raise ValueError(f"batch_size is {batch_size} and seq_len {seq_len}; give one of them: the other grows.")
-        fixed = (batch_size if seq_len is None else seq_len) or 0
-        if fixed < 1 or not 1 <= between[0] <= between[1] or between[1] < fixed:
-            raise ValueError(f"between is {between}, but it must ascend and end at {max(1, fixed)} tokens or more.")
-
-        counts = [max(1, math.ceil(between[0] / fixed))]
-        while counts[-1] < between[1] // fixed:
-            counts.append(min(2 * counts[-1], between[1] // fixed))
-
-        def point(count: int) -> tuple[int, float]:
-            """Return the tokens of ``count`` sequences, or of that length, and the ratio's logarithm."""
-            sizes = (count, seq_len) if batch_size is None else (batch_size, count)
-            ratio = self.predict(model, {"first": first, "second": second}, *sizes, **options).ratio("second")
-            return count * fixed, math.log(ratio)
-
-        for (low, before), (high, after) in pairwise(map(point, counts)):
-            if before * after < 0:
-                return round(low * (high / low) ** (before / (before - after)))
-        return None
 
     def __str__(self) -> str:
         return "\n".join([f"Costs on {self.where}", *(f"  {name:<44}{value}" for name, value in self.rates.items())])

@@ -255,17 +255,18 @@ def _call_factory(factory: Factory | str | Path, device: torch.device | str) -> 
         return factory()
 
 
-def unshare_trainable(model: nn.Module, shared: set[int]) -> None:
-    """Clone those shared tensors of a model that training would write to: trainable parameters and buffers.
+def unshare_trainable(twin: nn.Module, model: nn.Module) -> None:
+    """Clone those tensors that training would write to and that a copy shares: trainable parameters and buffers.
 
     Args:
-        model: from :func:`copy_sharing_weights`, and ready to train since.
-        shared: the storages (:func:`storage_of`) that it shares.
+        twin: from :func:`copy_sharing_weights`, and ready to train since.
+        model: what it is a copy of.
     """
-    for parameter in model.parameters():
+    shared = {storage_of(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    for parameter in twin.parameters():
         if parameter.requires_grad and storage_of(parameter) in shared:
             parameter.data = parameter.data.clone()
-    for module in model.modules():
+    for module in twin.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.clone()

@@ -130,14 +130,6 @@ class Setup:
         }
         return ", ".join(word for word, said in words.items() if said)
 
-    def check_watchable(self) -> None:
-        """Raise ValueError if the step runs in several threads: hooks and dispatch modes see one thread only."""
-        if self.lean is not None and self.lean.threads > 1:
-            raise ValueError(
-                f"lean.threads is {self.lean.threads}, but what autograd saves and the operations it runs are watched "
-                "by hooks that hold for one thread only; use Lean(threads=1) here."
-            )
-
 
 def as_setup(method: Method | Setup, options: dict[str, Any]) -> Setup:
     """Return a setup from a method and options, or from another setup and the options that differ."""
@@ -221,10 +213,15 @@ class StepTracer(TorchDispatchMode, ABC):
 
     ``phase`` is one of the ``PHASES``, or "before" or "after". The backward pass of a checkpointed block runs its
     modules again; then :attr:`recomputing` is true.
+
+    Raises:
+        ValueError: the step has several threads, of which hooks and dispatch modes see one only.
     """
 
     def __init__(self, step: TrainingStep) -> None:
         super().__init__()
+        if step.threads > 1:
+            raise ValueError(f"lean.threads is {step.threads}, but only one thread can be watched; use threads=1 here.")
         self.step, self.phase = step, "before"
         self._kinds = module_kinds(step.model)
         self._names = {id(module): name for name, module in step.model.named_modules()}

@@ -1,6 +1,6 @@
 """Will LoRA be faster here? The FLOPs of a step, its time, and a model that predicts its time.
 
-flops(model, LoRA(rank=8), 1, 128)                     by part and pass, beside the closed form
+flops(model, LoRA(rank=8), 1, 128)                     by part and pass
 step_time(model, {"full": ..., "LoRA": ...}, 1, 128)   real steps, in turn
 cost_model().predict(model, {...}, 1, 128)             before any training, with the reason
 cards.cost_model("l40s").predict(model, {...}, 1, 128) the same for a card that is not here, from its datasheet

@@ -20,7 +20,6 @@ from lora_lab.costs.fake import (
     device_to_run,
     on_each,
     shape_of,
-    storage_of,
     unshare_trainable,
 )
 from lora_lab.costs.flops import size_of
@@ -193,7 +192,7 @@ def step_time(
                     seconds[name].append(runs[name].seconds())
                     bar.update()
     setting = f"{type(twin).__name__}, batch {shape_of(batch)}, {device}"
-    return Times(seconds, size_of(batch)[0], setting, disturbance(busy))
+    return Times(seconds, size_of(batch), setting, disturbance(busy))
 
 
 def disturbance(busy: BusyCores) -> str:
@@ -217,12 +216,9 @@ class _Run:
 
     def __init__(self, model: Source, setup: Setup, device: torch.device) -> None:
         self.device, self.setup = device, setup
-        twin = build_model(model, device, setup.dtype)
-        held = [tensor.detach() for tensor in [*twin.parameters(), *twin.buffers()]]
-        shared = {storage_of(tensor) for tensor in held}
-        self.step = setup.step(twin)
+        self.step = setup.step(build_model(model, device, setup.dtype))
         if isinstance(model, nn.Module):
-            unshare_trainable(twin, shared)
+            unshare_trainable(self.step.model, model)
 
     def warm_up(self, batch: Batch) -> None:
         """Take a first step, which allocates memory and loads code; time a quick step again to count repetitions."""

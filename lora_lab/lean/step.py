@@ -304,7 +304,7 @@ def _check(model: nn.Module, lean: Lean, device: torch.device) -> None:
                 f"threads is {lean.threads}, but the adapters have dropout, whose random numbers would depend on the "
                 "timing of the threads; use dropout=0 or threads=1."
             )
-        if device.type != "cpu":
+        if device.type not in ("cpu", "meta"):
             raise ValueError(f"threads is {lean.threads}, but threads are for the CPU; use threads=1 on a GPU.")
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_lab import FullFineTuning, Lean, Llama, LoRA, LoRAFA, LoRAPlus, PartialFineTuning, inject
+from lora_lab import FullFineTuning, Lean, Llama, LlamaConfig, LoRA, LoRAFA, LoRAPlus, PartialFineTuning, inject
 from lora_lab.costs.cost_model import UPDATE, trace_work
 from lora_lab.costs.fake import fake_copy, token_batch
 from lora_lab.costs.setup import Setup, StepTracer, as_setup, module_kinds, output_width
@@ -132,11 +132,12 @@ def test_a_rehearsal_leaves_the_heap_alone(monkeypatch, tiny_config):
     assert asked == [1]
 
 
+TINY = LlamaConfig(260, 32, 48, 2, 4, 2, 8)
 REFUSED = [
     (lambda: Setup(optimizer="adam"), "optimizer is 'adam'"),
     (lambda: Setup(optimizer="sgd", lean=Lean()), "optimizer is 'sgd'"),
     (lambda: Setup(accumulate=0), "accumulate is 0"),
-    (lambda: Setup(LoRA(4), lean=Lean(threads=3)).check_watchable(), "lean.threads is 3"),
+    (lambda: Notes(Setup(LoRA(4), lean=Lean(threads=3)).step(Llama(TINY))), "lean.threads is 3"),
 ]
 
 
