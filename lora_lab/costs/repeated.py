@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import itertools
 import operator
-import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
-from functools import lru_cache
 from typing import Any, TypeVar, cast
 
 import torch
@@ -111,7 +109,7 @@ def rehearse(
     record: Callable[[nn.Module], Rehearsed],
     extend: Callable[[Rehearsed, Rehearsed, int], Rehearsed],
 ) -> Rehearsed:
-    """Return what a rehearsal of the whole model records; if possible, from those with two and three blocks.
+    """Return what a rehearsal of the whole model records; if possible, from those with two to four blocks.
 
     Args:
         model: as it is before it is prepared.
@@ -122,8 +120,12 @@ def rehearse(
     """
     if alike:
         with suppress(ValueError):  # also where the method names blocks one by one, and some of them are left out
-            shorter, longer = record(_keep_blocks(model, 2)), record(_keep_blocks(model, 3))
-            return extend(shorter, longer, len(transformer_blocks(model)) - 2)
+            shorter = record(_keep_blocks(model, 2))
+            for count in (3, 4):  # of three none need be like the one before: the first and the last may differ
+                longer = record(_keep_blocks(model, count))
+                with suppress(ValueError):
+                    return extend(shorter, longer, len(transformer_blocks(model)) - count + 1)
+                shorter = longer
     return record(model)
 
 
@@ -169,21 +171,14 @@ def _extend_pass(
         if [*map(_BYTES, before)] == [*map(_BYTES, stretch)]:
             with suppress(ValueError):
                 shared = [_interpolate(*pair, blocks) for pair in zip(few, [*more[:place], *after], strict=True)]
-                last = list(zip(few[place - length : place], before, stretch, strict=True))
-                copies = [
-                    _renumber(same, (1 - blocks, blocks - i, i)) if same[-1].module else same[-1]
-                    for i in range(1, blocks + 1)
-                    for same in last
-                ]
-                return [*shared[:place], *copies, *shared[place:]]
+                return [*shared[:place], *(blocks * stretch), *shared[place:]]
     raise ValueError("No block is like the one before.")
 
 
 def _interpolate(few: RecordedOperation, more: RecordedOperation, blocks: int) -> RecordedOperation:
-    """Return an operation that both have: its sizes and numbers change by the same amount with each block."""
+    """Return an operation that both have: its sizes change by the same amount with each block."""
     allocated = _extrapolate(few.allocated, more.allocated, blocks)
-    released = _extrapolate(few.released, more.released, blocks)
-    return _renumber((few, more), (1 - blocks, blocks))._replace(allocated=allocated, released=released)
+    return more._replace(allocated=allocated, released=_extrapolate(few.released, more.released, blocks))
 
 
 def _extrapolate(few: Sequence[Storage], more: Sequence[Storage], blocks: int) -> Sequence[Storage]:
@@ -200,18 +195,3 @@ def _extrapolate(few: Sequence[Storage], more: Sequence[Storage], blocks: int) -
                 raise ValueError("A storage becomes smaller.")
             storages += blocks * [(part, larger)] if size is None else [(part, size + blocks * (larger - size))]
     return storages
-
-
-def _renumber(alike: tuple[RecordedOperation, ...], weights: tuple[int, ...]) -> RecordedOperation:
-    """Return the last operation; each number in its module's name is the weighted sum of those of all operations."""
-    return alike[-1]._replace(module=_number(tuple(operation.module for operation in alike), weights))
-
-
-@lru_cache(maxsize=2**14)
-def _number(names: tuple[str, ...], weights: tuple[int, ...]) -> str:
-    texts = [re.split(r"(\d+)", name) for name in names]
-    if len(set(map(len, texts))) > 1:
-        return names[-1]
-    numbers = [[int(part) for part in text[1::2]] for text in texts]
-    sums = (sum(map(operator.mul, weights, places)) for places in zip(*numbers, strict=True))
-    return re.sub(r"\d+", lambda _: str(next(sums)), names[-1])

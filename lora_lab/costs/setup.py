@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -23,11 +22,9 @@ from lora_lab.methods import FullFineTuning, Method
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import MLP, Attention
 from lora_lab.models.quantize import quantize_nf4
-from lora_lab.system.schema import Size, check
+from lora_lab.system.schema import Size, check_fields
 from lora_lab.task import Loss, cross_entropy
 from lora_lab.train import Batch, TrainConfig, TrainingStep, make_step, set_training_mode
-
-PHASES = ("forward", "backward", "clipping", "optimiser step")
 
 
 @dataclass(frozen=True)
@@ -52,21 +49,20 @@ class Setup:
     method: Method = field(default_factory=FullFineTuning)
     dtype: torch.dtype | None = None
     nf4: bool = False
-    optimizer: str = "adamw"
+    optimizer: Literal["adamw", "adamw-foreach", "sgd"] = "adamw"
     gradient_checkpointing: bool = False
     lean: Lean | None = None
     clip: float | None = 1.0
-    accumulate: int = 1
+    accumulate: Size = 1
     loss: Loss = cross_entropy
     autocast: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        check(self.optimizer, Literal["adamw", "adamw-foreach", "sgd"], "optimizer")
+        check_fields(self)
         if self.optimizer != "adamw" and self.lean is not None:
             raise ValueError(
                 f"optimizer is {self.optimizer!r}, but the lean step has an AdamW of its own; use lean=None."
             )
-        object.__setattr__(self, "accumulate", check(self.accumulate, Size, "accumulate"))
 
     def step(self, model: nn.Module) -> TrainingStep:
         """Make ``model`` ready to train, in place. A fake model gets a step that assumes that every target counts.
@@ -208,11 +204,11 @@ def output_width(model: nn.Module) -> int | None:
 # Steps
 
 
-class StepTracer(TorchDispatchMode, ABC):
+class StepTracer(TorchDispatchMode):
     """Passes every operation of a step to :meth:`on_operation`, and knows its phase and module.
 
-    ``phase`` is one of the ``PHASES``, or "before" or "after". The backward pass of a checkpointed block runs its
-    modules again; then :attr:`recomputing` is true.
+    ``phase`` is "before", "forward", "backward", "clipping", "optimiser step" or "after". The backward pass of a
+    checkpointed block runs its modules again; then :attr:`recomputing` is true.
 
     Raises:
         ValueError: the step has several threads, of which hooks and dispatch modes see one only.
@@ -227,7 +223,6 @@ class StepTracer(TorchDispatchMode, ABC):
         self._names = {id(module): name for name, module in step.model.named_modules()}
         self._stack: list[int] = []
 
-    @abstractmethod
     def on_operation(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         """Called after each operation with torch's operator, its arguments and its result."""
 

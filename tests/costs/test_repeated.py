@@ -242,15 +242,15 @@ def recorded(*operations):
     return Recording("by hand", [RecordedOperation("forward", *operation) for operation in operations], [])
 
 
-def block(number, size=8):
-    return [("mm", f"layers.{number}", [(TEMPORARY, size)], []), ("add", "", [], [(TEMPORARY, size)])]
+def block(size=8):
+    return [("mm", "layers.1", [(TEMPORARY, size)], []), ("add", "", [], [(TEMPORARY, size)])]
 
 
 ENDS = [("embedding", "", [(TEMPORARY, 4)], [])], [("loss", "", [], [(TEMPORARY, 4)])]
 
 
-def test_blocks_are_added_with_their_numbers():
-    stacks = {depth: recorded(*ENDS[0], *(o for i in range(depth) for o in block(i)), *ENDS[1]) for depth in (2, 3, 7)}
+def test_blocks_are_added():
+    stacks = {depth: recorded(*ENDS[0], *(depth * block()), *ENDS[1]) for depth in (2, 3, 7)}
     assert extend_recording(stacks[2], stacks[3], 5) == stacks[7]
 
 
@@ -269,18 +269,18 @@ def test_what_grows_with_each_block_grows_in_size_or_in_number():
 @pytest.mark.parametrize(
     "longer",
     [
-        recorded(*ENDS[0], *block(0), *block(1, size=16), *block(2), *ENDS[1]),  # another size
-        recorded(*ENDS[0], *block(0), *block(1), *ENDS[1], *block(2)),  # another place
-        recorded(*ENDS[0], *block(0), *block(1), ("mul",), *block(2)[1:], *ENDS[1]),  # another operation
-        recorded(*ENDS[0], *block(0), *ENDS[1]),  # shorter
-        recorded(*ENDS[0], *block(0), *block(1), *block(2), ("loss", "", [], [(TEMPORARY, 2)])),  # what shrinks
+        recorded(*ENDS[0], *block(), *block(size=16), *block(), *ENDS[1]),  # another size
+        recorded(*ENDS[0], *block(), *block(), *ENDS[1], *block()),  # another place
+        recorded(*ENDS[0], *block(), *block(), ("mul",), *block()[1:], *ENDS[1]),  # another operation
+        recorded(*ENDS[0], *block(), *ENDS[1]),  # shorter
+        recorded(*ENDS[0], *block(), *block(), *block(), ("loss", "", [], [(TEMPORARY, 2)])),  # what shrinks
         Recording("by hand", [RecordedOperation("backward", "mm")], []),
         Recording("by hand", [RecordedOperation("forward", "mm"), RecordedOperation("backward", "mm")], []),
     ],
     ids=["size", "place", "operation", "shorter", "shrinks", "phase", "phases"],
 )
 def test_a_block_that_is_not_like_the_one_before_is_not_extended(longer):
-    shorter = recorded(*ENDS[0], *block(0), *block(1), *ENDS[1])
+    shorter = recorded(*ENDS[0], *block(), *block(), *ENDS[1])
     with pytest.raises(ValueError, match=r"No block is like|argument"):
         extend_recording(shorter, longer, 5)
 
