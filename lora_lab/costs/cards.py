@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lora_lab.costs.cost_model import CostModel, OperatorCall, Prediction, Roofline
 from lora_lab.costs.flops import GIGA
 from lora_lab.costs.memory import GIB
+from lora_lab.costs.timing import CostModel, OperatorCall, Prediction, Roofline
 
 NOT_MEASURED = "from the datasheet, not measured"
 TERA = 10**12

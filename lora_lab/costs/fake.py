@@ -58,7 +58,8 @@ def batch_for(model: nn.Module, batch_size: int | None, seq_len: int | None, bat
             else.
     """
     if batch is not None:
-        return on_each(batch, lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype, device=device_of(model)))
+        inputs, targets = (torch.zeros(each.shape, dtype=each.dtype, device=device_of(model)) for each in batch)
+        return inputs, targets
     reads = getattr(model, "main_input_name", "input_ids")
     if reads == "pixel_values":
         if seq_len is not None:
@@ -86,12 +87,6 @@ def _pictures(model: nn.Module, count: int) -> Tensor:
     parameter = next(model.parameters())
     shape = count, getattr(config, "num_channels", 3), height, width
     return torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
-
-
-def on_each(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
-    """Return a batch of what ``function`` makes of the inputs and of the targets."""
-    inputs, targets = batch
-    return function(inputs), function(targets)
 
 
 def shape_of(batch: Batch) -> str:

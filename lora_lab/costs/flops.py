@@ -97,14 +97,15 @@ class Flops:
         }
 
     def __str__(self) -> str:
-        parts = [part for part in PARTS if self.part(part)]
-        columns = {name: [self.counts.get((part, name), 0) for part in parts] for name in PASSES if self.in_pass(name)}
-        columns["all"] = [self.part(part) for part in parts]
-        lines = [self.setting, f"  {'GFLOP':<12}" + "".join(f"{title:>18}" for title in columns)]
-        for part, *numbers in zip([*parts, "all"], *([*each, sum(each)] for each in columns.values()), strict=True):
-            lines.append(f"  {part:<12}" + "".join(f"{number / GIGA:>18,.3f}" for number in numbers))
-        lines.append(f"  {self.total / self.tokens / 1e6:,.1f} MFLOP for each of {self.tokens:,} tokens or examples")
-        return "\n".join(lines)
+        import pandas
+
+        table = pandas.Series(self.counts).unstack() / GIGA  # parts by passes
+        table = table.reindex(index=PARTS, columns=PASSES).dropna(how="all").dropna(how="all", axis=1).fillna(0.0)
+        table.loc["all"] = table.sum()
+        table["all"] = table.sum(axis=1)
+        numbers = table.to_string(float_format="{:,.3f}".format)
+        each = f"{self.total / self.tokens / 1e6:,.1f} MFLOP for each of {self.tokens:,} tokens or examples"
+        return f"{self.setting}, GFLOP:\n{numbers}\n{each}"
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,6 @@ from lora_lab.costs.fake import (
     device_of,
     device_to_run,
     fake_copy,
-    on_each,
     storage_of,
     unshare_trainable,
 )
@@ -110,7 +109,8 @@ class _Rehearsal:
                 step = self.setup.step(twin)
                 fake_batch = batch_for(twin, batch_size, seq_len, batch)
                 log = StorageLog(step)
-                with _allocate_as_cuda() if self.estimated else nullcontext(), _dequantise_once(log):
+                _dequantise_once(log)
+                with _allocate_as_cuda() if self.estimated else nullcontext():
                     log.run_second(*self.setup.batches(fake_batch))
                 return log.recording(setting_of(self.setup, step.model, fake_batch))
 
@@ -121,23 +121,17 @@ class _Rehearsal:
         return bill.plus(Part.WORKSPACE, _workspace_bytes(None if self.estimated else self.device))
 
 
-@contextmanager
-def _dequantise_once(log: StorageLog) -> Iterator[None]:
-    """A context in which slices of matrices in blocks that differ in their values only are dequantised once."""
+def _dequantise_once(log: StorageLog) -> None:
+    """Let the model dequantise slices of matrices in blocks once that differ in their values only."""
 
     def rows_once(layer: BlockWeight, rows: Callable[[int, int], Tensor], start: int, stop: int) -> Tensor:
         before = start * layer.shape[1] % layer.block  # weights of the first block that lie before the slice
         key = layer.kind, layer.block, layer.shape, layer.dtype, before, stop - start
         return log.once(key, lambda: rows(start, stop))
 
-    layers: list[Any] = [layer for layer in log.step.model.modules() if isinstance(layer, BlockWeight)]
-    for layer in layers:
-        layer.rows = partial(rows_once, layer, layer.rows)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.rows
+    for layer in log.step.model.modules():
+        if isinstance(layer, BlockWeight):
+            cast(Any, layer).rows = partial(rows_once, layer, layer.rows)
 
 
 def measure(
@@ -177,7 +171,7 @@ def measure(
         # Held until the meter stops: otherwise the step's own tensors could reuse a freed address.
         held = [tensor.detach() for tensor in [*twin.parameters(), *twin.buffers()]]
         before = {storage_of(tensor) for tensor in held}
-        batch = on_each(batch, lambda tensor: tensor.to(device))
+        batch = batch[0].to(device), batch[1].to(device)
         parts, weights = setup.batches(batch)
         gc.collect()  # garbage that is freed during the step would be subtracted from its memory
         with (_cuda_meter if device.type == "cuda" else _cpu_meter)(device) as meter:

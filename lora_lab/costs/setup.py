@@ -60,9 +60,7 @@ class Setup:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.optimizer != "adamw" and self.lean is not None:
-            raise ValueError(
-                f"optimizer is {self.optimizer!r}, but the lean step has an AdamW of its own; use lean=None."
-            )
+            raise ValueError(f"optimizer is {self.optimizer!r}, but the lean step has an AdamW of its own.")
 
     def step(self, model: nn.Module) -> TrainingStep:
         """Make ``model`` ready to train, in place. A fake model gets a step that assumes that every target counts.
@@ -98,14 +96,13 @@ class Setup:
             ValueError: there are fewer examples than micro-batches.
         """
         threads = 1 if self.lean is None else self.lean.threads
-        count = self.accumulate * threads
-        if count > len(batch[0]):
+        count, examples = self.accumulate * threads, len(batch[0])
+        if count > examples:
             raise ValueError(
-                f"accumulate is {self.accumulate}, but the batch has only {len(batch[0])} examples"
-                + (f" for {threads} threads." if threads > 1 else ".")
+                f"accumulate is {self.accumulate}, but the batch has {examples} examples for {count} parts."
             )
         parts = list(zip(*(tensor.tensor_split(count) for tensor in batch), strict=True))
-        return parts, [len(inputs) / len(batch[0]) for inputs, _ in parts]
+        return parts, [len(inputs) / size for inputs, _ in parts]
 
     def describe(self) -> str:
         """Return a short description, such as "lora r=8, bfloat16, checkpointing"."""

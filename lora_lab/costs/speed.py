@@ -14,12 +14,11 @@ from typing import Any
 import torch
 
 from lora_lab.costs import cards
-from lora_lab.costs.cost_model import CAUSES, MEMORY, UPDATE, cost_model
 from lora_lab.costs.fake import Source, build_on_meta
 from lora_lab.costs.flops import ADAPTERS, WEIGHT, break_even_rank, flops
 from lora_lab.costs.repeated import prepare_shapes
 from lora_lab.costs.setup import Setup, as_setup
-from lora_lab.costs.timing import step_time
+from lora_lab.costs.timing import CAUSES, MEMORY, UPDATE, cost_model, step_time
 from lora_lab.methods import Method
 from lora_lab.system.schema import Size, check
 

@@ -27,9 +27,9 @@ from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.results import SCORE
 from lora_lab.ablation.run import ablate
 from lora_lab.ablation.stats import block_losses_of
-from lora_lab.costs.cost_model import cost_model
 from lora_lab.costs.fake import Factory
 from lora_lab.costs.setup import Setup
+from lora_lab.costs.timing import cost_model
 from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.models import shapes
@@ -187,7 +187,7 @@ class Sweep:
 
 
 def plan_hours(sweep: Sweep, device: torch.device) -> float:
-    """Return the hours of a sweep of SmolLM2-135M by :mod:`lora_lab.costs.cost_model`; 0 for small nets.
+    """Return the hours of a sweep of SmolLM2-135M by :mod:`lora_lab.costs.timing`; 0 for small nets.
 
     As many trials run at a time as :func:`lora_lab.ablation.studies.processes` allows, on one thread each if there are
     several; packs would take less. A forward pass is taken as half of a step with LoRA, which has no weight gradients,

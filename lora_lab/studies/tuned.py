@@ -47,8 +47,8 @@ from lora_lab.ablation.compare import rates_around
 from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.rank_advice import UpdateRanks
 from lora_lab.ablation.results import SCORE
-from lora_lab.costs.cost_model import cost_model
 from lora_lab.costs.setup import Setup
+from lora_lab.costs.timing import cost_model
 from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.models.digits import DigitsMLP

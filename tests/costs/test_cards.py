@@ -9,7 +9,7 @@ import torch
 
 from lora_lab import FullFineTuning, Llama, LoRA, records, speed
 from lora_lab.costs.cards import CARDS, EFFICIENCY, Efficiency, cost_model, roofline
-from lora_lab.costs.cost_model import OperatorCall
+from lora_lab.costs.timing import OperatorCall
 from lora_lab.models import shapes
 from lora_lab.models.llama import LlamaConfig
 

@@ -37,9 +37,9 @@ from lora_lab import (
     speed,
 )
 from lora_lab.costs.bill import MIB, Bill, Moment, Recording
-from lora_lab.costs.cost_model import CostModel
 from lora_lab.costs.memory import largest, measure, parse_bytes, predict, saved_bytes, training_setups
 from lora_lab.costs.setup import Setup
+from lora_lab.costs.timing import CostModel
 from lora_lab.methods import AsItIs
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.system.process import peak_bytes
@@ -1137,7 +1137,7 @@ REFUSED = [
     *[(lambda: Llama(ONE), FullFineTuning(), text(ONE), options, says) for says, options in CUT.items()],
     (lambda: Llama(ONE), EIGHT, text(ONE), {"lean": Lean(threads=2)}, "lean.threads is 2"),
     (lambda: Llama(ONE), EIGHT, text(ONE), {"lean": Lean(), **CKPT}, "gradient_checkpointing"),
-    (lambda: Llama(ONE), EIGHT, text(ONE), {"accumulate": 5}, "accumulate is 5, but the batch has only 4 examples"),
+    (lambda: Llama(ONE), EIGHT, text(ONE), {"accumulate": 5}, "accumulate is 5, but the batch has 4 examples"),
     (lambda: DigitsMLP().requires_grad_(False), AsItIs(), DIGITS, {}, "no parameter"),
     (lambda: LoRA(2).prepare(model := DigitsMLP(), 0) or model, LoRA(2), DIGITS, {}, "already has adapters"),
 ]

@@ -1,7 +1,6 @@
 """Bills from a few of a model's identical blocks, byte for byte those from all of them."""
 
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -46,7 +45,7 @@ def both_ways(monkeypatch):
             short = predict(*args, **options)
             depth = max(depths)
             patch.setattr(memory, "blocks_are_alike", lambda model: False)
-            patch.setattr(memory, "_dequantise_once", nullcontext)
+            patch.setattr(memory, "_dequantise_once", lambda log: None)
             whole = predict(*args, **options)
         assert short == whole  # the parts, the moment, what is saved, and every point of the timeline
         assert str(short) == str(whole)

@@ -115,7 +115,7 @@ def test_two_threads_have_a_part_of_the_batch_each(tiny_config):
     variants = {"threads": Setup(LoRA(2), lean=Lean(threads=2), accumulate=2, loss=loss)}
     speed.step_time(partial(Llama, tiny_config), variants, 8, 4, rounds=1)
     assert set(seen) == {2}
-    with pytest.raises(ValueError, match="accumulate is 2, but the batch has only 3 examples for 2 threads"):
+    with pytest.raises(ValueError, match="accumulate is 2, but the batch has 3 examples for 4 parts"):
         speed.step_time(partial(Llama, tiny_config), variants, 3, 4, rounds=1)
 
 
