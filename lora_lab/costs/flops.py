@@ -248,7 +248,8 @@ def closed_form(model: Llama, tokens: int, seq_len: int) -> dict[str, int]:
     """
     blocks = list(enumerate(model.model.layers))
     lowest = next(depth for depth, block in blocks if any(each.requires_grad for each in block.parameters()))
-    matrices = [(HEAD, model.lm_head.get_parameter("weight"), True)]  # and whether the backward pass reaches it
+    # And whether the backward pass reaches them.
+    matrices: list[tuple[str, Tensor, bool]] = [(HEAD, model.lm_head.get_parameter("weight"), True)]
     for depth, block in blocks:
         for module in block.modules():
             if isinstance(module, LoRALayer):

@@ -157,9 +157,7 @@ def extend_recording(shorter: Recording, longer: Recording, blocks: int) -> Reco
     return Recording(longer.setting, list(itertools.chain(*passes)), saved)
 
 
-def _extend_pass(
-    few: Sequence[RecordedOperation], more: Sequence[RecordedOperation], blocks: int
-) -> list[RecordedOperation]:
+def _extend_pass(few: list[RecordedOperation], more: list[RecordedOperation], blocks: int) -> list[RecordedOperation]:
     """:func:`extend_recording` for one forward pass, one backward pass or one step of the optimiser."""
     length = len(more) - len(few)  # of the stretch that one block adds
     alike = itertools.takewhile(lambda pair: _NAME(pair[0]) == _NAME(pair[1]), zip(few, more, strict=False))

@@ -96,11 +96,9 @@ class Setup:
             ValueError: there are fewer examples than micro-batches.
         """
         threads = 1 if self.lean is None else self.lean.threads
-        count, examples = self.accumulate * threads, len(batch[0])
-        if count > examples:
-            raise ValueError(
-                f"accumulate is {self.accumulate}, but the batch has {examples} examples for {count} parts."
-            )
+        count, size = self.accumulate * threads, len(batch[0])
+        if count > size:
+            raise ValueError(f"accumulate is {self.accumulate}, but the batch has {size} examples for {count} parts.")
         parts = list(zip(*(tensor.tensor_split(count) for tensor in batch), strict=True))
         return parts, [len(inputs) / size for inputs, _ in parts]
 

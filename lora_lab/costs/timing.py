@@ -508,7 +508,7 @@ class Prediction:
 
         table = 1e3 * pandas.DataFrame(self.seconds).reindex(CAUSES).dropna(how="all").fillna(0.0)
         table.loc["all"] = table.sum()
-        table.loc["ratio"] = table.loc["all"] / table.loc["all", self.first]
+        table.loc["ratio"] = [self.ratio(name) for name in self.seconds]
         reasons = [self.why(name) for name in self.seconds if name != self.first]
         numbers = table.to_string(float_format="{:,.2f}".format)
         return "\n".join([f"{self.setting}: ms a step, predicted", numbers, *reasons, *self.doubts])
