@@ -273,10 +273,9 @@ def speed(
 
     Returns:
         ``model``, ``batch_size``, ``seq_len``, ``device``. ``counted``, a list with one entry a variant: ``variant``,
-        ``setting``, ``tokens``, ``flops``, ``flops_per_token``, ``flops_by_part_and_pass``,
-        ``closed_form_flops_by_part``, ``causal_flops`` and ``fused_flops``. ``predicted``: ``setting``, ``tokens``,
-        ``doubts`` (why it may be wrong) and ``variants``, each with ``variant``, ``seconds`` of a step,
-        ``seconds_by_cause``, ``tokens_per_second``, ``ratio`` to full fine-tuning and ``why``. ``measured``:
+        ``setting``, ``tokens``, ``flops``, ``flops_per_token`` and ``flops_by_part_and_pass``. ``predicted``:
+        ``setting``, ``tokens``, ``doubts`` (why it may be wrong) and ``variants``, each with ``variant``, ``seconds``
+        of a step, ``seconds_by_cause``, ``tokens_per_second``, ``ratio`` to full fine-tuning and ``why``. ``measured``:
         ``setting``, ``tokens``, ``rounds``, ``disturbance`` by other processes, and ``variants``, each with
         ``variant``, ``seconds`` with ``lower_quartile_seconds`` and ``upper_quartile_seconds``, ``tokens_per_second``,
         ``ratio`` with its 95 % interval ``ratio_low`` to ``ratio_high``, and ``verdict``.
