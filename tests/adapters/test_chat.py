@@ -138,7 +138,7 @@ def test_a_talk_goes_on_until_the_user_quits_and_an_interruption_ends_an_answer_
     talk(conversation, read, write)
     assert read() == "never read"
     assert " [stopped]" in shown
-    assert "From the next answer on it is the base model that answers." in shown
+    assert "The next answer is that of the base model." in shown
     assert len(conversation.messages) == 4
 
 

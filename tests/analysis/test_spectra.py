@@ -1,7 +1,6 @@
 """Rows against numpy on the dense updates, every kind of source, the control with nothing to learn, what is refused."""
 
 import copy
-import math
 from collections import OrderedDict
 
 import numpy as np
@@ -130,21 +129,6 @@ def test_two_models_are_compared_matrix_by_matrix():
     np.testing.assert_allclose(again.norm, frame.norm)
 
 
-def test_singular_values_alone():
-    base, threads = DigitsMLP(), torch.get_num_threads()
-    model = perturbed(base, size=1)
-    found = spectra.singular_values(base, model, progress=False)
-    assert list(found) == ["hidden1", "hidden2", "head"]
-    for name, S in found.items():
-        delta = (model.get_submodule(name).weight - base.get_submodule(name).weight).detach().double()
-        np.testing.assert_allclose(S, np.linalg.svd(delta.numpy(), compute_uv=False), atol=1e-6)
-    assert torch.get_num_threads() == threads
-    model.head.weight.data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="NaN"):
-        spectra.singular_values(base, model)
-    assert torch.get_num_threads() == threads
-
-
 def test_a_change_without_signal_lies_within_its_band_and_one_with_signal_does_not():
     base = DigitsMLP()
     noise, signal = perturbed(base), copy.deepcopy(base)
@@ -233,13 +217,13 @@ def test_intruders_beside_those_of_noise_as_large():
     with torch.no_grad():
         W = model.hidden2.weight
         W.add_(torch.outer(torch.randn(128, generator=g), torch.randn(128, generator=g)) / 5)  # one strong direction
-    frame = spectra.intruders(base, model, ["hidden2", "head"], top=5, epsilon=0.5).set_index("layer")
+    frame = spectra.intruders(base, model, ["hidden2", "head"]).set_index("layer")
     old, new = (m.hidden2.weight.detach().double().numpy() for m in (base, model))
     X, Y = (np.linalg.svd(m)[0] for m in (old, new))
-    assert frame.intruders["hidden2"] == (np.abs(Y[:, :5].T @ X).max(1) < 0.5).sum()
+    assert frame.intruders["hidden2"] == (np.abs(Y[:, :10].T @ X).max(1) < 0.5).sum()
     assert frame.intruders["head"] == 0  # it did not change
     assert frame.intruders_high["head"] == 0
-    assert frame.intruders_low["hidden2"] <= frame.intruders_high["hidden2"] <= 5
+    assert frame.intruders_low["hidden2"] <= frame.intruders_high["hidden2"] <= 10
     assert 0 < frame.floor["hidden2"] < 0.5
 
 
@@ -247,8 +231,8 @@ def test_an_adapters_intruders_need_the_weights(tmp_path):
     model = trained(DigitsMLP())
     save_adapter(model, tmp_path)
     with pytest.raises(ValueError, match="not known; pass the model before"):
-        spectra.intruders(None, tmp_path, ["head"], top=2)
-    assert len(spectra.intruders(None, model, ["head"], top=2)) == 1
+        spectra.intruders(None, tmp_path, ["head"])
+    assert len(spectra.intruders(None, model, ["head"])) == 1
 
 
 def spoil(model):
@@ -264,10 +248,8 @@ REFUSED = [
     (lambda: spectra.report(None, "no folder"), FileNotFoundError, "no folder"),
     (lambda: spectra.report(None, adapter_state(trained(DigitsMLP(), DoRALinear))), ValueError, "DoRA's"),
     (lambda: spectra.report(None, spoil(trained(DigitsMLP()))), ValueError, "NaN"),
-    (lambda: spectra.report(None, trained(DigitsMLP()), directions=0), ValueError, "directions is 0"),
     (lambda: spectra.intruders(None, trained(DigitsMLP()), ["tail"]), ValueError, "no update of 'tail'"),
     (lambda: spectra.group(spectra.report(None, trained(DigitsMLP())), "layer"), ValueError, "by is 'layer'"),
-    (lambda: spectra.null(digits(), DigitsMLP(), 0), ValueError, "temperature is 0"),
 ]
 
 
@@ -312,16 +294,6 @@ def test_no_model_predicts_the_labels_better_than_the_base():
     entropy = torch.distributions.Categorical(logits=base(task.train.inputs)).entropy().mean().item()
     assert loss(base) == pytest.approx(entropy, rel=0.05)
     assert loss(perturbed(base)) > loss(base) + 0.01
-
-
-@torch.no_grad()
-def test_labels_follow_the_temperature():
-    base, task = pretrained_digits(), digits()
-    torch.manual_seed(0)
-    uniform = DrawnLabels(base, math.inf)(base, task.train.inputs, task.train.targets)
-    expected = -F.log_softmax(base(task.train.inputs), -1).mean()
-    assert uniform.item() == pytest.approx(expected.item(), rel=0.1)
-    assert uniform > 2 * DrawnLabels(base)(base, task.train.inputs, task.train.targets)
 
 
 def test_targets_that_do_not_count_stay_so(tiny_config):
