@@ -14,7 +14,7 @@ from lora_lab import plots
 from lora_lab.ablation.overfitting import summarise_trials
 from lora_lab.costs.flops import Flops
 from lora_lab.course import figures
-from tests.helpers import LOSSES, PEAKED, STEP, bill, bounds, legend, moments, points, said, sweep
+from tests.helpers import LOSSES, PEAKED, STEP, bill, bounds, by_label, legend, moments, points, said, sweep
 
 
 def test_small_matrices_are_drawn_on_one_scale_with_their_entries():
@@ -140,10 +140,6 @@ def run(setup, lr, seed, validation, training):
     gaps = [np.nan, *np.subtract(validation[1:], training)]
     rows = {"step": [10 * i for i in range(len(validation))], "validation_loss": validation, "gap": gaps}
     return pandas.DataFrame({"setup": setup, "lr": lr, "seed": seed, "outcome": "done"} | rows)
-
-
-def by_label(ax):
-    return {line.get_label(): line for line in ax.get_lines() if not line.get_label().startswith("_")}
 
 
 def test_a_training_curve_is_marked_with_its_lowest_loss_its_rise_and_its_gap():
