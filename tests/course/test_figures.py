@@ -60,7 +60,6 @@ def test_the_schematic_states_shapes_scaling_and_the_count():
     assert all(part in texts for part in ("2 x 64", "48 x 2", "48 x 64, frozen", "$s$ = 8 / 2 = 4", "2 numbers pass"))
     assert "A\\,x$: 48 numbers" in texts
     assert ax.get_title() == "LoRA trains 224 parameters beside 3,072 frozen ones (7%)"
-    assert "$s$ = 32 / 48 = 0.667" in said(figures.schematic(rank=48, alpha=32).texts)
     widths = [np.ptp(patch.get_xy()[2:4, 0]) for patch in (figures.schematic(rank).patches[1] for rank in (4, 16))]
     assert widths[1] == pytest.approx(4 * widths[0])  # A is as narrow at its top as the rank says
 
@@ -190,10 +189,9 @@ def test_a_headline_follows_the_rates_that_were_picked():
     assert points(lora) == [(0, 3.0), (10, 1.0), (20, 3.5)]
     assert full.get_markevery() == lora.get_markevery() == [1]  # a mark at the lowest
     assert lora.get_color() == plots.line_styles(["LoRA r=8"])["LoRA r=8"]["color"]
-    even = TWO_METHODS.assign(setup=TWO_METHODS.setup.replace({"LoRA r=1": "LoRA r=4"}))
-    even.loc[(even.setup == "LoRA r=4"), "validation_loss"] = [3.0, 1.0, 5.0]
-    alike = figures.rigged(even, {"full": 1e-2, "LoRA r=4": 1e-2})
-    assert alike.get_title() == '"LoRA r=4 overfits AS MUCH as full!"'
+    even = TWO_METHODS.assign(validation_loss=[*TWO_METHODS.validation_loss[:-3], 3.0, 1.0, 5.0])
+    alike = figures.rigged(even, {"full": 1e-2, "LoRA r=1": 1e-2})
+    assert alike.get_title() == '"LoRA r=1 overfits AS MUCH as full!"'
 
 
 def test_the_lowest_loss_and_the_rise_stand_beside_each_other_by_rate():
@@ -204,7 +202,6 @@ def test_the_lowest_loss_and_the_rise_stand_beside_each_other_by_rate():
     assert points(by_label(right)["full"]) == [(1e-3, 1.0), (1e-2, 4.0)]
     assert points(by_label(right)["LoRA r=8"]) == [(1e-3, 0.0), (1e-2, 2.5)]
     assert right.get_ylim() == (0, 6.0)  # the highest point is inside
-    assert sorted(legend(right)) == ["LoRA r=1", "LoRA r=8", "full"]
 
 
 COMPARED = pandas.DataFrame(
@@ -258,10 +255,6 @@ def test_weight_decay_is_shown_in_weights_losses_and_right_answers():
     assert by_label(losses)["LoRA r=8: new task, lowest"].get_ydata().tolist() == [5.0, 6.0]
     assert by_label(right)["LoRA r=8: old task, at the end"].get_ydata().tolist() == [0.5 / 3, 0.125]
     assert right.get_ylim()[0] == 0
-    for ax in (weights, losses):
-        lines = [line for line in ax.get_lines() if line.get_label().startswith("full")]
-        assert lines[0].get_linestyle() != lines[1].get_linestyle()
-        assert lines[0].get_color() == lines[1].get_color() == plots.METHOD_COLOURS["full"]
 
 
 def test_copies_and_adapters_are_squares_whose_areas_are_to_scale():
@@ -291,9 +284,8 @@ def test_the_effect_of_adapters_is_written_into_a_map_whose_zero_is_white():
     (image,) = ax.get_images()
     assert image.get_array().tolist() == changes.to_numpy().tolist()
     assert image.get_clim() == (-3.0, 3.0)
-    assert ax.texts[0].get_color() == "white"
-    assert ax.texts[1].get_color() == "black"
-    red, _, blue, _ = image.to_rgba(np.array([-2.0, 0.0, 2.0])).T[[0, 1, 2, 3]]
+    assert [text.get_color() for text in ax.texts[:2]] == ["white", "black"]
+    red, _, blue, _ = image.to_rgba(np.array([-2.0, 0.0, 2.0])).T
     assert red[0] > blue[0]  # orange below zero, purple above
     assert red[2] < blue[2]
     assert min(red[1], blue[1]) > 0.95
@@ -348,12 +340,8 @@ def test_overlaps_are_drawn_against_j_beside_chance():
 
 
 def test_intruders_have_a_panel_for_each_layer():
-    rows = [
-        ("first", "full", 0.1, 0),
-        ("first", "full", 1.0, 4),
-        ("second", "full", 0.2, 1),
-        ("second", "noise", 0.2, 3),
-    ]
+    rows = [("first", "full", size, count) for size, count in ((0.1, 0), (1.0, 4))]
+    rows += [("second", setup, 0.2, count) for setup, count in (("full", 1), ("noise", 3))]
     figure = figures.intruders_by_size(pandas.DataFrame(rows, columns=["layer", "setup", "size", "intruders"]))
     first, second = figure.axes
     assert (first.get_title(), second.get_title()) == ("first", "second")
