@@ -1,5 +1,6 @@
 """Conversations: what the model reads, which adapter answers, and what people type, in a terminal or in widgets."""
 
+import html
 import re
 import threading
 from contextlib import nullcontext
@@ -12,7 +13,6 @@ import lora_lab
 from lora_lab import Llama, LoRAConfig, adapter_state, inject, load_adapter, lora_layers, save_adapter
 from lora_lab.adapters import strength
 from lora_lab.adapters.chat import BASE, HELP, Conversation, talk
-from lora_lab.models.decoding import Sampling
 from lora_lab.variants import DoRALinear
 from tests.helpers import randomise, run_python, snapshot
 
@@ -187,17 +187,13 @@ def ask(chat, text=PROMPT):
 
 def texts(chat):
     """Label and text of each message, without HTML."""
-    pages = [view.value for view in chat.messages.children]
-    return [
-        re.sub("<[^>]*>", "", page).replace("&lt;", "<").replace("&gt;", ">").replace("&#x27;", "'") for page in pages
-    ]
+    return [html.unescape(re.sub("<[^>]*>", "", view.value)) for view in chat.messages.children]
 
 
 def test_enter_and_a_click_send_a_message_and_the_answer_is_that_of_generate(chat, folders, expected):
     first = expected(USER, 5, folders["one"])
     assert ask(chat) == f"one\n{first}"
-    assert texts(chat)[0] == f"you\n{PROMPT}"
-    assert chat.field.value == ""
+    assert (texts(chat)[0], chat.field.value) == (f"you\n{PROMPT}", "")
     history = [*USER, {"role": "assistant", "content": first.strip()}, {"role": "user", "content": "And 3 + 3?"}]
     chat.field.value = "And 3 + 3?"
     assert len(texts(chat)) == 2  # a value alone sends nothing
@@ -213,7 +209,6 @@ def test_enter_and_a_click_send_a_message_and_the_answer_is_that_of_generate(cha
 def test_adapter_and_strength_decide_the_next_answer_and_its_label(chat, folders, expected):
     assert chat.adapter.options == (("one", "one"), ("two", "two"), (BASE, None))
     assert (chat.adapter.value, chat.strength.value, chat.strength.min, chat.strength.max) == ("one", 1.0, 0.0, 2.0)
-    answers = set()
     for seed, (name, factor, label) in enumerate(
         [
             ("two", 1.0, "two"),
@@ -228,14 +223,7 @@ def test_adapter_and_strength_decide_the_next_answer_and_its_label(chat, folders
         assert chat.strength.disabled == (name is None)
         chat.new.click()
         assert texts(chat) == chat.conversation.messages == []
-        answer = expected(USER, seed, name and folders[name], factor)
-        assert ask(chat) == f"{label}\n{answer}"
-        answers.add(answer)
-    assert len(answers) == 5
-    chat.adapter.value, chat.strength.value = "two", 0.0
-    chat.conversation.sampling = Sampling(0.5, 5, 1.1)
-    chat.new.click()
-    assert ask(chat).partition("\n")[2] == expected(USER, 5)  # a strength of 0 is the base
+        assert ask(chat) == f"{label}\n{expected(USER, seed, name and folders[name], factor)}"
 
 
 class Slow:
