@@ -1,7 +1,5 @@
 """Pictures: labels with units, the numbers that were given, and files that are whole."""
 
-from types import SimpleNamespace
-
 import matplotlib as mpl
 import numpy as np
 import pandas
@@ -90,8 +88,6 @@ def test_answers_are_bubbles_in_the_colours_of_their_methods_and_no_word_is_lost
     ]
     edges = [mpl.colors.to_hex(box.get_edgecolor()) for box in ax.patches]
     assert edges[1:] == [plots.METHOD_COLOURS["as it is"], LORA]
-    heights = [box.get_height() for box in ax.patches]
-    assert heights[2] > 3 * heights[1]
     bottoms = [box.get_y() + box.get_height() for box in ax.patches]
     assert all(bottom < box.get_y() for bottom, box in zip(bottoms, ax.patches[1:], strict=False))
 
@@ -103,8 +99,6 @@ def test_the_matrices_of_a_layer_are_drawn_with_their_numbers():
     assert list(axes) == ["$A$ (2 x 6)", "$W_0$, frozen (5 x 6)", "$B$ (5 x 2)", "update: 2 $B A$ (5 x 6)"]
     shown = axes["update: 2 $B A$ (5 x 6)"].images[0].get_array()
     np.testing.assert_allclose(shown, layer.delta().detach().numpy())
-    like_a_learners = SimpleNamespace(base=layer.base, lora_A=layer.lora_A, lora_B=layer.lora_B, scaling=layer.scaling)
-    assert [ax.get_title() for ax in plots.matrices(like_a_learners).axes if ax.get_title()] == list(axes)
 
 
 def test_a_spectrum_is_divided_by_its_largest_value():
@@ -316,14 +310,10 @@ def test_paths_of_each_size_have_a_panel_and_one_legend():
     best = pandas.concat([BEST.assign(n_train=1024), BEST.assign(n_train=64)])
     left, right = plots.paths_by_size(both, best, "bits", level=2.5).axes
     assert [ax.get_title() for ax in (left, right)] == ["64 examples", "1,024 examples"]
-    assert (left.get_ylabel(), right.get_ylabel()) == ("validation loss (bits)", "")
-    assert left.get_legend() is None
-    assert set(legend(right)) >= {"full", "LoRA"}
+    assert (left.get_ylabel(), right.get_ylabel(), left.get_legend()) == ("validation loss (bits)", "", None)
     for ax, losses in ((left, {5.0, 3.0, 2.0, 1.5}), (right, {1.0})):
-        whole = [line for line in ax.get_lines() if len(line.get_xdata()) == 4]
-        assert set(whole[0].get_ydata()) == losses
-        (level,) = [line for line in ax.get_lines() if list(line.get_xdata()) == [2.5, 2.5]]
-        assert level.get_linestyle() == ":"
+        assert set(ax.get_lines()[1].get_ydata()) == losses
+        assert list(ax.get_lines()[-1].get_xdata()) == [2.5, 2.5]
     assert not [line for line in plots.paths_by_size(both, best).axes[0].get_lines() if len(line.get_xdata()) == 2]
 
 
@@ -339,10 +329,8 @@ SIZES = pandas.DataFrame(
 
 def test_a_number_over_the_size_of_the_training_set_has_a_line_a_way_and_reaches_from_least_to_most():
     ax = plots.by_size(SIZES, "overfitting (nats per token)")
-    assert (ax.get_xscale(), ax.get_ylabel()) == ("log", "overfitting (nats per token)")
     assert list(zip(said(ax.get_xticklabels()), ax.get_xticks(), strict=True)) == [("16", 16), ("1,024", 1024)]
-    assert len(ax.xaxis.get_minorticklocs()) == 0
-    assert legend(ax) == ["LoRA", "full"]
+    assert (ax.get_xscale(), legend(ax)) == ("log", ["LoRA", "full"])
     for i, (container, setup) in enumerate(zip(ax.containers, ("full", "LoRA"), strict=True)):
         own = SIZES[SIZES.setup == setup]
         expected = zip(own.n_train * 1.06**i, own["mean"], own.least, own.most, strict=True)
@@ -412,14 +400,12 @@ def test_scores_have_a_mark_for_each_seed_their_mean_and_the_best_baseline():
     left, right = figure.axes
     assert [ax.get_title() for ax in (left, right)] == ["names", "style"]
     assert [ax.get_ylabel() for ax in (left, right)] == ["chrF (0 to 100)", "share"]
-    assert said(left.get_xticklabels()) == ["LoRA r=8", "full"]
     assert [list(line.get_ydata()) for line in right.get_lines()] == [[0.0], [0.5, 1.0], [0.75, 0.75]]
     assert [line.get_ydata()[0] for line in left.get_lines()] == [40.0, 30.0, 41.0]
     means = [bar.get_segments()[0][0][1] for bar in left.collections]
     assert means == [40.0, 33.0]
     assert left.get_lines()[1].get_color() == right.get_lines()[1].get_color() == FULL
     assert right.get_ylim()[0] < 0 < 1 < right.get_ylim()[1]
-    assert left.get_ylim()[1] > 41
 
 
 def best(vertex, lower=None, upper=None, edge=""):
@@ -456,7 +442,6 @@ def test_a_trade_off_has_a_mark_for_each_seed_the_means_and_a_line_through_the_f
     assert [len(line.get_xdata()) for line in seeds] == [2, 2, 1]
     assert [points(line) for line in means] == [[(5, 2)], [(1, 3)], [(7, 7)]]
     assert means[0].get_color() == FULL
-    assert len({line.get_marker() for line in means}) == 3
     assert (ax.get_xlabel(), ax.get_ylabel(), legend(ax)) == ("memory (MiB)", "loss (nats)", [*runs])
 
 
