@@ -275,17 +275,11 @@ def test_layers_are_read_in_the_order_of_their_numbers(tmp_path):
 def test_a_switched_adapter_is_the_other_one_bit_for_bit_and_the_base_and_the_parameters_stay():
     model, first, other = (pictures(seed, alpha=alpha) for seed, alpha in [(1, 3.0), (1, 3.0), (2, 0.7)])
     parameters = dict(model.named_parameters())
-    bases = {name: value.clone() for name, value in model.state_dict().items() if ".base." in name}
-    assert len(bases) == 7
-    state = adapter_state(other)
-    switch(model, state)
+    switch(model, adapter_state(other))
     assert torch.equal(logits(model, PIXELS), logits(other, PIXELS))
     assert not torch.equal(logits(model, PIXELS), logits(first, PIXELS))
-    assert model.head.alpha == 0.7
-    assert model.head.scaling == 0.35
-    for name, parameter in model.named_parameters():
-        assert parameter is parameters[name]
-    assert all(torch.equal(model.state_dict()[name], value) for name, value in bases.items())
+    assert (model.head.alpha, model.head.scaling) == (0.7, 0.35)
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
     switch(model, adapter_state(first))
     assert torch.equal(logits(model, PIXELS), logits(first, PIXELS))
 
@@ -409,11 +403,6 @@ def test_a_mode_that_is_changed_while_adapters_are_off_holds_for_them_too(traini
     with off(model):
         model.train(training)
     assert {module.training for module in model.modules()} == {training}
-    assert any(isinstance(module, nn.Dropout) for module in model.modules())
-    model.train(not training)
-    with off(model):
-        model.head.train(training)
-    assert [layer.dropout.training for layer in lora_layers(model).values()] == [not training, not training, training]
 
 
 # strength
@@ -465,24 +454,13 @@ def test_strength_0_is_the_base_and_1_the_adapter_bit_for_bit(kind):
     assert not torch.equal(outside, logits(base, PIXELS))
 
 
-@pytest.mark.parametrize("factor", [0, 0.1])  # 3 * 0.1 / 0.1 is not 3
-def test_strength_is_taken_back_after_an_error(factor):
-    model = pictures()
-    before, alphas_before, outside = snapshot(model), alphas(model), logits(model, PIXELS)
-    with pytest.raises(KeyError, match="inside"), strength(model, factor):
-        raise KeyError("inside" if not torch.equal(logits(model, PIXELS), outside) else "as outside")
-    assert (snapshot(model), alphas(model)) == (before, alphas_before)
-    assert torch.equal(logits(model, PIXELS), outside)
-
-
-def test_strengths_within_one_another_multiply_and_end_one_by_one():
+def test_strengths_within_one_another_multiply_and_end_one_by_one_and_after_an_error():
     model = pictures()
     start = alphas(model)
     with strength(model, 0.5):
-        half = alphas(model)
-        with strength(model, 0.5):
-            assert alphas(model) == {name: alpha / 4 for name, alpha in start.items()}
-        assert alphas(model) == half == {name: alpha / 2 for name, alpha in start.items()}
+        with pytest.raises(KeyError, match=re.escape(str(3 * 0.5 * 0.1))), strength(model, 0.1):
+            raise KeyError(model.head.alpha)  # 3 * 0.1 / 0.1 is not 3
+        assert alphas(model) == {name: alpha / 2 for name, alpha in start.items()}
     assert alphas(model) == start
 
 
