@@ -26,8 +26,9 @@ from lora_lab import (
     save_adapter,
     save_model,
 )
-from lora_lab.adapters import CONFIG, load_merged, save_gguf, save_merged, shipped
+from lora_lab.adapters import CONFIG, save_gguf, save_merged, shipped
 from lora_lab.adapters.edit import set_factors
+from lora_lab.adapters.export import load_merged
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
 from tests.helpers import command, error_line, logits, names, random_ids, randomise, randomise_all, snapshot
