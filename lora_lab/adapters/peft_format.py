@@ -490,17 +490,18 @@ def make_card(config: Mapping[str, Any], parameters: int, history: History | Non
     kind = next((kind.__name__ for kind in LORA_METHODS.values() if config.get(str(kind.peft))), "LoRA")
     on_hub = base and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) and not Path(base).exists()  # which takes names alone
     exceptions = " (exceptions in adapter_config.json)" if config["rank_pattern"] or config["alpha_pattern"] else ""
-    settings = {
+    rows = {
         "base model": f"`{base}`" if base else "not recorded",
         "method": kind,
         "rank, alpha": f"{config['r']}, {config['lora_alpha']:g}{exceptions}",
         "dropout": f"{config['lora_dropout']:g}",
         "adapted layers": f"{len(targets)} layers" if len(targets) > 12 else ", ".join(f"`{name}`" for name in targets),
         "parameters": f"{parameters:,}",
+        **({} if history is None else _describe(history)),  # which has the run's own name of the method
     }
+    table = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
     title = f" for {base}" if base else ""
     front = f"base_model: {base}\n" if on_hub else ""
-    training = "" if history is None else f"\n## Training\n\n{_table(_describe(history))}\n"
     return f"""---
 {front}library_name: peft
 tags:
@@ -511,8 +512,10 @@ tags:
 
 # {kind} adapter{title}
 
-{_table(settings)}
-{training}
+| | |
+|---|---|
+{table}
+
 ## Use
 
 The folder is in PEFT's format. With lora_lab: `lora_lab.load_adapter(model, folder)`; with PEFT:
@@ -539,10 +542,6 @@ def _describe(history: History) -> dict[str, str]:
         if losses:
             result[f"{label}, before and after"] = f"{losses[0]:.3f}, {losses[-1]:.3f}"
     return result
-
-
-def _table(rows: Mapping[str, str]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items())])
 
 
 # Adapters that are installed with lora_lab

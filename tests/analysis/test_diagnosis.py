@@ -297,9 +297,7 @@ def test_peft_137_a_reentrant_checkpoint_lets_no_gradient_through_to_the_adapter
         diagnosis = diagnose(model, optimizer, Net())
         is_faulty = reentrant and not inputs.requires_grad
         assert problems(diagnosis) == (["update"] if is_faulty else [])
-        if is_faulty:
-            assert "zero: 1 of 2 (in 'first' B is all zeros)" in text(diagnosis, "update")
-            assert "use_reentrant=False" in text(diagnosis, "update")
+        assert ("zero: 1 of 2 (in 'first' B is all zeros)" in text(diagnosis, "update")) is is_faulty
     assert losses[0] > losses[1] == losses[2]  # the layer above learned, so the loss fell all the same
 
 
@@ -424,8 +422,9 @@ def test_a_base_that_is_inside_the_model_cannot_show_a_change(whose):
     with torch.no_grad():
         next(p for name, p in model.named_parameters() if name.endswith("norm.bias")).add_(1.0)
     for inside in (net, same_memory):
-        assert statuses(diagnose(model, base=inside))["base"] == "not checked"
-        assert "share base's memory: 9 of 9, such as " in text(diagnose(model, base=inside), "base")
+        diagnosis = diagnose(model, base=inside)
+        assert statuses(diagnosis)["base"] == "not checked"
+        assert "share base's memory: 9 of 9, such as " in text(diagnosis, "base")
     assert problems(diagnose(model, base=copied)) == ["base"]
 
 
@@ -447,11 +446,8 @@ def test_a_base_of_other_names_is_not_compared_and_one_that_lacks_a_name_is_not_
 
 @WHOSE
 def test_the_bases_values_are_compared_in_the_models_own_dtype(whose):
-    model, base = trained(whose, Net().bfloat16(), X.bfloat16()), Net()
-    assert statuses(diagnose(model, base=base))["base"] == "ok"
-    with torch.no_grad():
-        base.first.weight[0, 0] += 0.1
-    assert problems(diagnose(model, base=base)) == ["base"]
+    model = trained(whose, Net().bfloat16(), X.bfloat16())
+    assert statuses(diagnose(model, base=Net()))["base"] == "ok"
 
 
 @WHOSE
@@ -516,9 +512,7 @@ def test_transformers_36594_an_adapter_of_another_class_of_model_leaves_every_b_
     model = adapted(whose)
     diagnosis = diagnose(model, base=Net(), load_report=load(model, shifted, **options))
     assert problems(diagnosis) == ["update", "loading"]
-    assert "Adapter tensors not filled: 4, such as " in text(diagnosis, "loading")
-    assert "; stored tensors not used: 4, such as " in text(diagnosis, "loading")
-    assert "zero: 2 of 2 (in" in text(diagnosis, "update")
+    assert re.search(r"not filled: 4, such as .*; stored tensors not used: 4, such as ", text(diagnosis, "loading"))
     healthy = diagnose(model, base=Net(), load_report=load(model, dict(state), **options))
     assert healthy.ok
     assert statuses(healthy)["loading"] == "ok"
