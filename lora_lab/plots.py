@@ -222,7 +222,7 @@ def stacked_bars(bars: Mapping[str, Mapping[str, float]], ylabel: str, looks: Lo
     return legend_beside(ax)
 
 
-def bills(bars: Mapping[str, Bill], card_bytes: int | None = None) -> Axes:
+def bills(bars: Mapping[str, Bill], ax: Axes | None = None, card_bytes: int | None = None) -> Axes:
     """Memory bills side by side: one bar each, its parts in the order of the step, the peak above.
 
     Args:
@@ -230,7 +230,7 @@ def bills(bars: Mapping[str, Bill], card_bytes: int | None = None) -> Axes:
     """
     parts = _parts(bill.parts for bill in bars.values())
     heights = {label: {str(part): bill.parts.get(part, 0) / MIB for part in parts} for label, bill in bars.items()}
-    ax = stacked_bars(heights, "memory at the peak of a step (MiB)", PART_LOOKS)
+    ax = stacked_bars(heights, "memory at the peak of a step (MiB)", PART_LOOKS, ax)
     if card_bytes is not None:
         name = f"card of {card_bytes / GIB:g} GiB"
         ax.axhline(card_bytes / MIB, color="#000000", linestyle="--", label=name)

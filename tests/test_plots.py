@@ -461,6 +461,7 @@ def test_losses_by_setup_have_a_panel_for_each_kind_of_data():
 ON_AXES = {
     "curves": lambda ax: plots.curves(RUNS, ax=ax),
     "bars": lambda ax: plots.stacked_bars({"a": {"x": 1.0}}, "MiB", {"x": ("#000000", "")}, ax),
+    "bills": lambda ax: plots.bills({"a": bill(frozen=1)}, ax=ax),
     "step": lambda ax: plots.memory_of_a_step(bill(STEP, frozen=10), ax=ax),
     "paths": lambda ax: plots.paths(WALKS, BEST, ax=ax),
     "sizes": lambda ax: plots.by_size(SIZES.iloc[:3], "loss", ax=ax),
