@@ -25,7 +25,6 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 
 import common
@@ -79,18 +78,19 @@ def digits(rounds: int, steps: int) -> None:
     compare(calls, rounds, "a sweep")
 
 
-def list_trials(planned: recorded.Plan, lean: ll.Lean | None) -> list[Trial]:
+def list_trials(planned: dict, lean: ll.Lean | None) -> list[Trial]:
     """The trials of a study of ranks by that step."""
-    return [trial for trial, _ in planned.sweep(lean).trials()]
+    sweep = recorded.plan_ablation(planned, lean)
+    return [sweep.trial(setup, lr, seed) for setup, lrs in sweep.lrs.items() for lr in lrs for seed in sweep.choosing]
 
 
 def study(rounds: int) -> None:
     """A third of the recorded study."""
     device = ll.device.pick_device()[0]
     planned = recorded.plan(device)
-    fewer = {"seeds": 1, "steps": planned.steps // 10, "eval_examples": planned.eval_examples // 10}
-    trials = partial(list_trials, replace(planned, **fewer))
-    model, task = studies.study("docs", planned.seq_len, device)
+    fewer = {"seeds": 1, "steps": planned["steps"] // 10, "eval_examples": planned["eval_examples"] // 10}
+    trials = partial(list_trials, planned | fewer)
+    model, task = studies.study("docs", planned["seq_len"], device)
     jobs = studies.processes(device)
     print(f"\nstudy on {device}: {len(trials(None))} trials, {fewer['steps']} steps, {jobs} processes")
     calls = {
@@ -105,7 +105,7 @@ def verdicts(folder: str = "runs/ablation-bf16") -> None:
     """The whole recorded study over a base in bfloat16, beside the record."""
     device = torch.device("cpu")
     planned = recorded.plan(device)
-    model, task = studies.study("docs", planned.seq_len, device)
+    model, task = studies.study("docs", planned["seq_len"], device)
     jobs = studies.processes(device)
     trials = list_trials(planned, ll.Lean(torch.bfloat16))
     print(f"\nverdicts: {len(trials)} trials over a base in bfloat16 (about half an hour on two cores)", flush=True)

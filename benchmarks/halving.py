@@ -101,17 +101,17 @@ def of_ablation(folder: Path) -> None:
     """The rates of the record of ranks, chosen again on its first seed."""
     device, margin = pick_device()[0], studies.defaults_of("docs").margin
     planned, whole = spectra.plan(device), records.load_all("ablation")["amd-epyc-2-cores-ablation"].frame()
-    options = {"alpha_per_rank": 2, "steps": planned.steps, "batch_size": planned.batch_size}
-    options |= {"eval_every": planned.steps // 10, "eval_examples": planned.eval_examples}
-    model, task = studies.study("docs", planned.seq_len, device)
-    grids = [studies.grid("docs", "lora", [rank], lrs, [0], **options) for rank, lrs in planned.lrs.items()]
+    options = {name: planned[name] for name in ("steps", "batch_size", "eval_examples")}
+    options |= {"alpha_per_rank": 2, "eval_every": planned["steps"] // 10}
+    model, task = studies.study("docs", planned["seq_len"], device)
+    grids = [studies.grid("docs", "lora", [int(rank)], lrs, [0], **options) for rank, lrs in planned["lrs"].items()]
     trials = list(itertools.chain.from_iterable(grids))
     frame = ablate(model, task, trials, folder, n_jobs=studies.processes(device), halving=Halving(slack=margin))
     chosen = frame[frame["outcome"] == "done"][["rank", "lr"]].drop_duplicates().assign(left=True)
     left = whole.merge(chosen, "left", ["rank", "lr"])["left"].notna()
     out = whole[~left & (whole["step"] == 0)].assign(outcome="stopped")
-    total = len(trials) * planned.seeds * planned.steps
-    share = (share_of_steps(frame) * len(trials) + len(chosen) * (planned.seeds - 1)) * planned.steps / total
+    total = len(trials) * planned["seeds"]
+    share = (share_of_steps(frame) * len(trials) + len(chosen) * (planned["seeds"] - 1)) / total
     print(f"\nThe record of ranks on SmolLM2-135M, margin {margin:g}")
     verdicts = [smallest_sufficient_rank(each, margin) for each in (whole, pandas.concat([whole[left], out]))]
     compare("one seed, slack = margin", *verdicts, share)

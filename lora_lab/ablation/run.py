@@ -115,7 +115,7 @@ def ablate(
     results = {key: result for key, result in stored.items() if result["outcome"] != STOPPED}
     missing = [trial for trial in requested if trial.key not in results]
     if missing and folder is not None:
-        check_writable(folder, leave=True)
+        check_writable(folder)
     workers = _count_workers(n_jobs) if missing else 1
 
     def run(model: nn.Module, trials: Sequence[Trial], *pause: Any) -> Generator[_File]:
@@ -448,7 +448,6 @@ def _train_one(job: _Job, model: nn.Module, task: Task, trial: Trial) -> _File:
             raise _PausedError
 
     if place is not None:
-        place.parent.mkdir(parents=True, exist_ok=True)  # for all trials: fit removes what it makes to try the folder
         options = {"checkpoint_dir": place, "checkpoint_every": until or trial.steps, "on_row": pause}
         stored = checkpoint.read_history(place)
         if until is not None and stored is not None and len(stored.rows) > until:  # before an interrupt

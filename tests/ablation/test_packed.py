@@ -754,7 +754,7 @@ def test_the_logits_of_a_pack_never_exist_whole_where_the_loss_can_be_sliced(tin
     method = LoRA(2, targets=["q_proj", "lm_head"] if head == "adapted" else ["q_proj"])
     if "blocks" in head:
         weight = model.lm_head.weight
-        model.lm_head = BlockLinear(nf4(weight, 64, double=False)[0], "NF4", weight.shape)
+        model.lm_head = BlockLinear(nf4(weight, double=False)[0], "NF4", weight.shape)
     if "half precision" in head:
         model.bfloat16()
     runs = [Run(method, 1e-2, seed) for seed in range(3)]
