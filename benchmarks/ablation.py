@@ -134,7 +134,7 @@ class Packs:
         """Seconds of one step of all adapters."""
         options = {"steps": LLM_STEPS, "batch_size": 1, "eval_every": LLM_STEPS, "lean": lean}
         trials = [Trial(METHOD, 1e-4, seed, **options) for seed in range(ADAPTERS)]
-        history = fit_packed(self.base, self.task, trials, progress=False)[0].history
+        history = fit_packed(self.base, self.task, trials)[0].history
         return ADAPTERS * statistics.median(row["seconds"] for row in history.rows[1:])
 
 

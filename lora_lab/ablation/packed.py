@@ -49,7 +49,6 @@ from lora_lab.models.llama import Llama
 from lora_lab.models.quantize import BlockLinear
 from lora_lab.system.device import own_randomness
 from lora_lab.system.provenance import describe_value
-from lora_lab.system.wording import progress_bar
 from lora_lab.task import IGNORE, Examples, Loss, Task, cross_entropy, logits, mean_squared_error
 from lora_lab.train import (
     EVALUATED,
@@ -89,9 +88,7 @@ class PackedResult:
     adapter: dict[str, Tensor] = field(default_factory=dict)
 
 
-def fit_packed(
-    model: nn.Module, task: Task, trials: Sequence[Trial], *, progress: bool | None = None
-) -> list[PackedResult]:
+def fit_packed(model: nn.Module, task: Task, trials: Sequence[Trial]) -> list[PackedResult]:
     """Train the adapter of each trial, all in one pass, on a copy of ``model`` that shares its weights.
 
     Result k is what ``fit(copy of model, task, trials[k].method, trials[k])`` gives, up to the rounding of sums in
@@ -103,7 +100,6 @@ def fit_packed(
         task: data and loss.
         trials: with LoRA or RsLoRA without dropout. They may differ in rank, alpha, learning rate and seed. Of a lean
             step ``threads`` and ``loss_rows``, which change no result, are left out.
-        progress: as for :func:`lora_lab.fit`.
 
     Raises:
         PackingError: a ValueError; the sentence of :func:`refusal`, or the model mixes the examples of trials.
@@ -134,7 +130,7 @@ def fit_packed(
         if config.lean is None:  # the blocks of the lean step do not mix trials
             first = torch.stack([order.rows(0, config.batch_size) for order in orders])  # (20, 32)
             _check_independence(step, task, first)
-        _train(step, results, task, orders, trials, progress)
+        _train(step, results, task, orders, trials)
         for k, result in enumerate(results):
             if result.error is None:
                 result.adapter = step.adapter(k)
@@ -147,28 +143,22 @@ def _train(
     task: Task,
     orders: Sequence[DataOrder],
     trials: Sequence[Trial],
-    progress: bool | None,
 ) -> None:
     """Train all trials to the end, or until the last of them has diverged."""
     config, count = trials[0], len(trials)
     judged = dataclasses.replace(task, loss=step.loss_on_same_batch)
-    with progress_bar(config.steps, f"{count} adapters", progress) as bar:
-        for number in range(config.steps + 1):
-            if number == 0:
-                bar.set_postfix_str("evaluating")
-                columns = {"seconds": [0.0] * count, "tokens": [0] * count}
-            else:
-                columns = _take_step(step, task, orders, trials, number)
-                bar.set_postfix_str(f"best loss {min(columns['train_loss']):.3f}")
-                bar.update()
-            losses = _evaluate(step.model, judged, config) if config.evaluates(number) else {}
-            for k, result in enumerate(results):
-                if result.error is None:
-                    result.error = _add_row(result.history, k, number, columns, losses)
-                    if result.error is not None:
-                        step.end(k)
-            if all(result.error for result in results):
-                break
+    columns = {"seconds": [0.0] * count, "tokens": [0] * count}  # of the models before training
+    for number in range(config.steps + 1):
+        if number > 0:
+            columns = _take_step(step, task, orders, trials, number)
+        losses = _evaluate(step.model, judged, config) if config.evaluates(number) else {}
+        for k, result in enumerate(results):
+            if result.error is None:
+                result.error = _add_row(result.history, k, number, columns, losses)
+                if result.error is not None:
+                    step.end(k)
+        if all(result.error for result in results):
+            break
 
 
 def _add_row(

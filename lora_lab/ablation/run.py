@@ -428,7 +428,7 @@ def _attempt(job: _Job, task: Task, trials: Sequence[Trial], together: bool) -> 
 def _train_pack(job: _Job, model: nn.Module, task: Task, trials: Sequence[Trial]) -> list[_File]:
     """Train trials in one pass, and judge each on a model of its own, which shares the frozen weights."""
     ended = []
-    for trial, result in zip(trials, packed.fit_packed(model, task, trials, progress=False), strict=True):
+    for trial, result in zip(trials, packed.fit_packed(model, task, trials), strict=True):
         if result.error is not None:
             ended.append(_file(trial, model, "failed", reason=str(result.error)))
             continue

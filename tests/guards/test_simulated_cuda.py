@@ -337,7 +337,7 @@ def test_packed_trials_give_the_cpus_numbers(gpu, make):
     task, model = (TASK, Llama(SHAPE)) if make is Llama else (ll.tasks.digits(), make())
     options = {"steps": 2, "eval_every": 2, "eval_examples": 4}
     trials = [Trial(ll.RsLoRA(2), 1e-3, **options), Trial(ll.RsLoRA(4), 3e-3, 1, **options)]
-    expected, found = (fit_packed(each, task, trials, progress=False) for each in (model, there(model)))
+    expected, found = (fit_packed(each, task, trials) for each in (model, there(model)))
     assert [losses(result.history) for result in found] == [losses(result.history) for result in expected]
 
 
