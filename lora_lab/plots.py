@@ -286,7 +286,7 @@ def changes(seconds: Mapping[str, float]) -> Axes:
     """What one step skips of another, to the left, and what it adds, to the right, in milliseconds by cause.
 
     Args:
-        seconds: cause -> difference, such as :meth:`lora_lab.costs.cost_model.Prediction.changes` returns.
+        seconds: cause -> difference, such as :meth:`lora_lab.costs.timing.Prediction.changes` returns.
     """
     ax = plt.subplots(figsize=(8, 0.42 * len(seconds) + 1.2))[1]
     rows = range(len(seconds))

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from lora_lab.adapters.edit import strength, take_off
 from lora_lab.adapters.peft_format import load_adapter
 from lora_lab.inject import require_no_adapters
-from lora_lab.models.decoding import Sampling
-from lora_lab.models.reading import reader_of, stream
+from lora_lab.models.reading import Sampling, reader_of, stream
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system.schema import Number, check
 from lora_lab.tasks.instruction import stop_token

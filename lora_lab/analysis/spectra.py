@@ -37,6 +37,7 @@ from lora_lab.inject import lora_layers
 from lora_lab.layers import LoRAConv1D, LoRAEmbedding
 from lora_lab.lora import LoRALayer
 from lora_lab.rank import (
+    DRAWS,
     SVD,
     Band,
     amplification_factor,
@@ -61,7 +62,6 @@ if TYPE_CHECKING:
 
 
 STATISTICS = {"effective_rank": effective_rank, "stable_rank": stable_rank, "energy_rank": energy_rank}
-_DRAWS = 39
 _DIRECTIONS = 8  # the leading ones, of which the amplification is reported
 
 
@@ -203,7 +203,7 @@ def _amplification(update: SVD, before: Tensor, directions: int) -> dict[str, fl
 def _random_directions(out_features: int, in_features: int, count: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     sizes = (out_features, in_features)
-    draws = [[orthonormal(size, count, generator=generator).float() for size in sizes] for _ in range(_DRAWS)]
+    draws = [[orthonormal(size, count, generator=generator).float() for size in sizes] for _ in range(DRAWS)]
     left, right = map(torch.stack, zip(*draws, strict=True))
     return left, right  # (39, 192, 8), (39, 576, 8)
 
@@ -219,7 +219,7 @@ def null_bands(shape: tuple[int, int], rank: int | None = None) -> dict[str, Ban
             S = singular_values(gaussian(shape, generator=generator))  # (192,)
         return torch.stack([statistic(S).double() for statistic in STATISTICS.values()])  # (3,)
 
-    band = by_chance(draw, _DRAWS)
+    band = by_chance(draw)
     return {name: Band(*(edge[index] for edge in band)) for index, name in enumerate(STATISTICS)}
 
 
@@ -254,7 +254,7 @@ def count_intruders(update: Update, with_noise: bool = True) -> dict[str, float]
         return intruder_dimensions(old, W + noise.to(W), top).count
 
     if with_noise:
-        row = _add_band("intruders", int(result.count), by_chance(draw, _DRAWS))
+        row = _add_band("intruders", int(result.count), by_chance(draw))
     return {**row, "energy_share": float(result.energy_share), "floor": result.floor}
 
 
@@ -348,11 +348,12 @@ def _update_of(layer: LoRALayer) -> _Factors | Update:
     before = layer.base.weight.flatten(1)  # (192, 576)
     if isinstance(layer, DoRALinear):  # the row norms change too, so the update has full rank
         return Update(svd(layer.weight - before), None, before)
+    A, B = layer.lora_A, layer.lora_B  # (8, 576), (192, 8)
     if isinstance(layer, PiSSALinear):  # B A starts as a part of the weight, and the update is B A - B0 A0
-        layer = layer.as_plain_lora()
+        A, B = layer.plain_factors(A, B, layer.start_A, layer.start_B)  # (16, 576), (192, 16)
     if isinstance(layer, LoRAEmbedding | LoRAConv1D):  # these store their weight as (in, out)
         before = before.T
-    return _Factors(layer.lora_B.flatten(1), layer.lora_A.flatten(1), layer.scaling, before)
+    return _Factors(B.flatten(1), A.flatten(1), layer.scaling, before)
 
 
 def _decompose(adapter: Mapping[str, _Factors | Update], weights: Mapping[str, Tensor]) -> dict[str, Update]:
