@@ -23,7 +23,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -223,44 +223,27 @@ def null_bands(shape: tuple[int, int], rank: int | None = None) -> dict[str, Ban
     return {name: Band(*(edge[index] for edge in band)) for index, name in enumerate(STATISTICS)}
 
 
-def intruders(before: Weights | None, after: Source, layers: Sequence[str] | None = None) -> DataFrame:
-    """Intruder dimensions of each layer (Shuttleworth et al. 2024), with those of noise of the same norm.
+def count_intruders(update: Update, with_noise: bool = True) -> dict[str, float]:
+    """Return the intruder dimensions of a layer (Shuttleworth et al. 2024), beside those of noise of the same norm.
 
-    Columns: ``layer``; ``intruders``, how many of the 10 leading directions of the tuned weight have a cosine below
-    0.5 with every direction of the old weight, with the band of Gaussian updates of the same norm and
-    rank; ``energy_share`` of the intruders in the tuned weight; ``floor``, the cosine of a random direction.
-
-    Each layer takes about 40 decompositions, half a minute if it is 576 x 1536, so select a few layers.
+    ``intruders``, how many of the 10 leading directions of the tuned weight have a cosine below 0.5 with every
+    direction of the old weight, with the band of Gaussian updates of the same norm and rank; ``energy_share`` of the
+    intruders in the tuned weight; ``floor``, the cosine of a random direction.
 
     Args:
-        before, after: as for :func:`updates`.
-        layers: names of the layers; None for all.
+        update: one of :func:`updates`.
+        with_noise: the band takes about 40 decompositions, half a minute if the weight is 576 x 1536.
 
     Raises:
-        FileNotFoundError, ValueError: as for :func:`updates`; also if a layer or its weight before is unknown.
+        ValueError: the weight before the update is not known.
     """
-    import pandas
-
-    by_layer = updates(before, after)
-    names = list(by_layer) if layers is None else list(layers)
-    for name in names:
-        if name not in by_layer:
-            raise ValueError(f"There is no update of {name!r}; name layers such as {next(iter(by_layer))!r}.")
-        if by_layer[name].before is None:
-            raise ValueError(f"The weight of {name!r} before training is not known; pass the model before.")
-    rows = []
-    with progress_bar(len(names), "intruders", None, "layer") as bar:
-        for name in names:
-            rows.append({"layer": name, **_intruders(by_layer[name])})
-            bar.update()
-    return pandas.DataFrame(rows)
-
-
-def _intruders(update: Update) -> dict[str, float]:
+    if update.before is None:
+        raise ValueError("The weight before training is not known; pass the model before, to updates.")
     U, S, Vh = update.svd
-    W = cast(Tensor, update.before).to(U.dtype)  # (192, 576)
+    W = update.before.to(U.dtype)  # (192, 576)
     old, size, top = svd(W), float(S.norm()), min(10, *update.shape)
     result = intruder_dimensions(old, W + U * S @ Vh, top)
+    row: dict[str, float] = {"intruders": int(result.count)}
 
     def draw(generator: torch.Generator) -> Tensor:
         if update.rank is None:
@@ -270,7 +253,8 @@ def _intruders(update: Update) -> dict[str, float]:
             noise = B @ A  # (192, 576)
         return intruder_dimensions(old, W + noise.to(W), top).count
 
-    row = _add_band("intruders", int(result.count), by_chance(draw))
+    if with_noise:
+        row = _add_band("intruders", int(result.count), by_chance(draw))
     return {**row, "energy_share": float(result.energy_share), "floor": result.floor}
 
 

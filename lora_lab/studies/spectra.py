@@ -26,7 +26,7 @@ from lora_lab.analysis.spectra import Update
 from lora_lab.inject import lora_layers, match_layers
 from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA, Method
-from lora_lab.rank import intruder_dimensions, subspace_similarity
+from lora_lab.rank import subspace_similarity
 from lora_lab.studies.recorder import CurveSweep, Recorder, Row, record_sweeps, tell_row
 from lora_lab.system.schema import plain
 from lora_lab.system.wording import progress_bar
@@ -157,16 +157,10 @@ def _intruders(updates: Mapping[str, Update]) -> Iterator[Row]:
     """Yield how many of each layer's 10 leading directions are new; in one block, also how many noise would add."""
     depths = sorted({depth for name in updates if (depth := spectra.depth(name)) is not None})
     block = [name for name in updates if spectra.depth(name) == depths[len(depths) // 2]]
-    with_noise = spectra.intruders(None, updates, block).set_index("layer").to_dict("index")
     with progress_bar(len(updates), "intruders", None, "layer") as bar:
         for name, update in updates.items():
             before = cast(torch.Tensor, update.before)  # known for every update from _updates: (192, 576)
-            row: dict[Any, Any] = with_noise.get(name, {})
-            if not row:
-                U, S, Vh = update.svd
-                result = intruder_dimensions(before, before + U * S @ Vh)  # (192, 576)
-                row = {"intruders": int(result.count), "energy_share": float(result.energy_share)}
-                row["floor"] = result.floor
+            row = spectra.count_intruders(update, with_noise=name in block)
             yield _round_row({"layer": name, **row, "relative_norm": float(update.svd.S.norm() / before.norm())})
             bar.update()
 

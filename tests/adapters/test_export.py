@@ -505,7 +505,7 @@ def test_the_command_writes_adapters_and_models_of_every_form(base, base_folder,
     [
         (("nowhere", "--out", "x.gguf"), "There is no model 'nowhere'"),
         ((".", "--out", "x.gguf"), "lacks the file config.json"),
-        (("nowhere", "--out", "x.bin"), "--out is 'x.bin'; end it in .gguf for llama.cpp and Ollama, or add --merged"),
+        (("nowhere", "--out", "x.bin"), "'x.bin', but the name of a GGUF file must end in .gguf"),
         (("nowhere", "--out", "x", "--merged", "--dtype", "q8_0"), "dtype is 'q8_0', but a folder is written in one"),
         (("nowhere", "--out", "x.gguf", "--dtype", "f64"), "dtype is 'f64'"),
     ],
@@ -514,4 +514,4 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     assert command("export", *arguments) == 1
     assert says in error_line(capsys)
-    assert names(tmp_path) == []
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
