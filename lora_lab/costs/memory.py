@@ -125,8 +125,8 @@ def _dequantise_once(log: StorageLog) -> None:
     """Let the model dequantise slices of matrices in blocks once that differ in their values only."""
 
     def rows_once(layer: BlockWeight, rows: Callable[[int, int], Tensor], start: int, stop: int) -> Tensor:
-        before = start * layer.shape[1] % layer.block  # weights of the first block that lie before the slice
-        key = layer.kind, layer.block, layer.shape, layer.dtype, before, stop - start
+        before = start * layer.shape[1] % layer.format.weights  # weights of the first block that lie before the slice
+        key = layer.kind, layer.shape, layer.dtype, before, stop - start
         return log.once(key, lambda: rows(start, stop))
 
     for layer in log.step.model.modules():

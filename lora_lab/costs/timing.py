@@ -47,8 +47,7 @@ from lora_lab.costs.flops import ADAPTERS, AGAIN, ATTENTION, FORWARD, GIGA, HEAD
 from lora_lab.costs.setup import Setup, as_setup, output_width
 from lora_lab.methods import LoRA, Method
 from lora_lab.models.llama import Llama, LlamaConfig
-from lora_lab.system.device import own_randomness, pick_device
-from lora_lab.system.process import BusyCores
+from lora_lab.system.device import BusyCores, own_randomness, pick_device
 from lora_lab.system.schema import Size, check
 from lora_lab.system.wording import count_noun, progress_bar
 from lora_lab.task import padding_id

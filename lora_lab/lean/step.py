@@ -27,7 +27,6 @@ from lora_lab.models.quantize import BlockEmbedding, BlockLinear, BlockWeight
 from lora_lab.system.schema import Size, check_bfloat16, check_fields
 from lora_lab.task import IGNORE, Loss
 from lora_lab.task import cross_entropy as plain_cross_entropy
-from lora_lab.tasks.instruction import row_cross_entropy
 from lora_lab.train import Batch, TrainConfig, TrainingStep, parameter_groups
 
 _M_MMAP_THRESHOLD = -3  # the C library's number of the setting (malloc.h)
@@ -77,7 +76,7 @@ class Lean:
             _check(rehearsal, self)
         method.prepare(model, config.seed)
         apply_lean(model, self)
-        if loss is plain_cross_entropy or loss is row_cross_entropy:
+        if loss is plain_cross_entropy:
             loss = cast(Loss, partial(cross_entropy, rows=self.loss_rows))  # apply_lean has checked for a Llama
         optimizer = FlatAdamW(parameter_groups(model, method, config))
         return LeanStep(model, loss, optimizer, config.clip, self.threads)

@@ -32,7 +32,7 @@ from lora_lab.methods import FullFineTuning, LoRA
 from lora_lab.models import shapes
 from lora_lab.models.llama import Llama, LlamaConfig
 from lora_lab.studies.recorder import Recorder, Row
-from lora_lab.system.process import peak_bytes, run_in_subprocess
+from lora_lab.system.device import peak_bytes, run_in_subprocess
 from lora_lab.system.wording import count_noun, progress_bar
 from lora_lab.variants import DoRA, LoRAFA, PiSSA
 

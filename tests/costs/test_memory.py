@@ -41,7 +41,7 @@ from lora_lab.costs.setup import Setup
 from lora_lab.costs.timing import CostModel
 from lora_lab.methods import AsItIs
 from lora_lab.models.digits import DigitsMLP
-from lora_lab.system.process import peak_bytes
+from lora_lab.system.device import peak_bytes
 from lora_lab.tasks import Examples, Task, cross_entropy
 from lora_lab.train import TrainingStep
 from tests.helpers import command, llama_folder, printed_json, run_python
@@ -646,7 +646,7 @@ import torch
 from lora_lab import FullFineTuning, Llama, LlamaConfig
 from lora_lab.costs.memory import predict
 from lora_lab.models.shapes import config
-from lora_lab.system.process import peak_bytes
+from lora_lab.system.device import peak_bytes
 
 torch.set_num_threads(1)
 device = torch.device("cpu")
@@ -1234,7 +1234,7 @@ def test_nothing_fits_a_budget_below_the_smallest_step_and_its_bill_is_returned(
 
 GROW = """
 import torch
-from lora_lab.system.process import peak_bytes
+from lora_lab.system.device import peak_bytes
 
 device = torch.device("cpu")
 before = peak_bytes(device)

@@ -30,9 +30,9 @@ from lora_lab.costs.timing import (
 )
 from lora_lab.models import shapes
 from lora_lab.models.digits import DigitsMLP
-from lora_lab.system import process
+from lora_lab.system import device
+from lora_lab.system.device import BusyCores
 from lora_lab.system.distributed import Processes
-from lora_lab.system.process import BusyCores
 from tests.helpers import random_ids
 
 ATEN = torch.ops.aten
@@ -411,13 +411,13 @@ def test_two_threads_have_a_part_of_the_batch_each(tiny_config):
 )
 def test_busy_cores_are_those_that_others_use(monkeypatch, all_before, all_after, this_after, seconds, cores):
     spent, now = iter([(all_before, 4.0), (all_after, this_after)]), iter([0.0, seconds])
-    monkeypatch.setattr(process, "_cpu_seconds", lambda: next(spent))
-    monkeypatch.setattr(process.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(device, "_cpu_seconds", lambda: next(spent))
+    monkeypatch.setattr(device.time, "perf_counter", lambda: next(now))
     with BusyCores(3) as others:
         pass
     assert others.cores == cores
     for count, disturbs in ((4, cores > 0), (5, False)):
-        monkeypatch.setattr(process.psutil, "cpu_count", lambda count=count: count)
+        monkeypatch.setattr(device.psutil, "cpu_count", lambda count=count: count)
         assert others.disturbs == disturbs
 
 

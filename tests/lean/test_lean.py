@@ -206,7 +206,7 @@ def test_said_so_no_number_is_looked_at():
 def quantize_head(model):
     """Put the head into blocks, as a GGUF file's is."""
     weight = model.lm_head.weight
-    packed, _ = quantize.nf4(weight, 64, double=False)
+    packed, _ = quantize.nf4(weight, double=False)
     model.lm_head = BlockLinear(packed, "NF4", weight.shape, dtype=weight.dtype)
 
 
@@ -216,7 +216,7 @@ def test_the_loss_over_slices_of_the_vocabulary_is_the_plain_one_wherever_target
     width, vocabulary = 32, 260
     monkeypatch.setattr(quantize, "_AT_ONCE", size * width)
     monkeypatch.setattr(quantize, "_MOST_SLICES", 10**6)
-    packed, _ = quantize.nf4(torch.randn(vocabulary, width), 64, double=False)
+    packed, _ = quantize.nf4(torch.randn(vocabulary, width), double=False)
     head = BlockLinear(packed, "NF4", (vocabulary, width), dtype=dtype)
     starts = [start for start, _ in head.slices()]
     assert starts == list(range(0, vocabulary, size))
