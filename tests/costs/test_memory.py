@@ -7,7 +7,6 @@ import json
 import math
 import re
 import sys
-import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +35,7 @@ from lora_lab import (
     speed,
 )
 from lora_lab.costs.bill import MIB, Bill, Moment, Recording
-from lora_lab.costs.memory import largest, measure, parse_bytes, predict, saved_bytes, training_setups
+from lora_lab.costs.memory import largest, measure, parse_bytes, predict, training_setups
 from lora_lab.costs.setup import Setup
 from lora_lab.costs.timing import CostModel
 from lora_lab.methods import AsItIs
@@ -97,75 +96,6 @@ def factors(rank, pairs=LINEARS):
     """Bytes of adapters, of their gradients, and of AdamW's state, with a count of steps for each matrix."""
     size = 4 * adapter_numbers(rank, pairs)
     return size, size, 2 * size + 4 * 2 * LAYERS * len(pairs)
-
-
-# saved_bytes: one layer or call
-
-
-def saved(model, x=X):
-    return saved_bytes(lambda: model(x).sum(), model)
-
-
-def test_a_trained_layer_keeps_its_input_and_a_frozen_one_nothing():
-    layer = nn.Linear(IN, OUT)
-    assert saved(layer) == 4 * BATCH * IN
-    layer.weight.requires_grad_(False)  # the bias' gradient needs no input
-    assert saved(layer) == 0
-    layer.requires_grad_(False)
-    assert saved(layer, X.clone().requires_grad_()) == 0  # the weight is kept, but it is a parameter
-
-
-def test_a_tensor_that_several_layers_keep_is_counted_once():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.q, self.k = nn.Linear(IN, OUT), nn.Linear(IN, OUT)
-
-        def forward(self, x):
-            return self.q(x) + self.k(x.view(4, -1, IN)).view(BATCH, OUT)  # a view shares memory too
-
-    assert saved(Twice()) == 4 * BATCH * IN
-    net = nn.Sequential(nn.Linear(IN, OUT), nn.ReLU(), nn.Linear(OUT, 10))
-    assert saved(net) == 4 * BATCH * (IN + OUT)  # the ReLU's output is the next layer's input
-
-
-def test_tensors_of_equal_size_and_values_are_counted_each():
-    class Squares(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(()))
-
-        def forward(self, x):
-            return (x.clone() * self.scale).sum() + (x.clone() * self.scale).sum()
-
-    assert saved(Squares()) == 2 * 4 * BATCH * IN
-
-
-def test_buffers_are_left_out_and_nothing_is_kept_without_gradients():
-    class Masked(nn.Linear):
-        def __init__(self):
-            super().__init__(IN, OUT)
-            self.register_buffer("mask", torch.ones(BATCH, OUT))
-
-        def forward(self, x):
-            return super().forward(x) * self.mask
-
-    assert saved(Masked()) == 4 * BATCH * IN
-    with torch.no_grad():
-        assert saved(Masked()) == 0
-
-
-def test_counting_keeps_nothing_alive():
-    kept = []
-
-    def forward():
-        kept.append(layer(X).exp())  # autograd keeps this output for its own backward pass
-        kept.append(weakref.ref(kept[0].untyped_storage()))
-        return kept.pop(0).sum()
-
-    layer = nn.Linear(IN, OUT)
-    assert saved_bytes(forward, layer) == 4 * BATCH * (IN + OUT)
-    assert kept[0]() is None
 
 
 # Bills worked by hand

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 import lora_lab as ll
 from lora_lab.adapters.edit import take_off
-from lora_lab.costs.memory import saved_bytes
 from lora_lab.inject import replace
 from lora_lab.lean.blocks import _RMSNorm, _Rotate
 from lora_lab.lean.linear import _fuse_is_cheaper, gated_linear, linear
@@ -27,7 +26,7 @@ from lora_lab.models.quantize import BlockEmbedding, BlockLinear, quantize_nf4
 from lora_lab.tasks import IGNORE, Examples, Task
 from lora_lab.tasks import cross_entropy as plain_cross_entropy
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
-from tests.helpers import randomise
+from tests.helpers import randomise, saved_bytes
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
