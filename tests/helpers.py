@@ -28,6 +28,22 @@ PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
 # Models and adapters
 
 
+def saved_bytes(forward, model):
+    """The bytes that autograd saves while ``forward()`` runs, without parameters and buffers, each storage once."""
+    sizes = {}
+
+    def keep(tensor):
+        sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward()  # held until the end, so that no address is used twice
+    for tensor in [*model.parameters(), *model.buffers()]:
+        sizes.pop(tensor.untyped_storage()._cdata, None)
+    del result
+    return sum(sizes.values())
+
+
 @torch.no_grad()
 def randomise(model, seed=1, size=0.3):
     """Give every adapter random numbers, ours or PEFT's, so that it does something; returns the model.

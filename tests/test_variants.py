@@ -12,10 +12,9 @@ from torch.nn import functional as F
 from lora_lab import LoRAConfig, LoRALinear, adapter_state, inject, load_adapter, lora_layers, save_adapter
 from lora_lab.adapters.edit import switch
 from lora_lab.adapters.peft_format import WEIGHTS
-from lora_lab.costs.memory import saved_bytes
 from lora_lab.methods import LoRA
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
-from tests.helpers import randomise, relative_error, snapshot
+from tests.helpers import randomise, relative_error, saved_bytes, snapshot
 
 pytestmark = pytest.mark.usefixtures("seeded")
 

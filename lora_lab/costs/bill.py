@@ -323,7 +323,7 @@ class StorageLog(StepTracer):
         self._name()
         self._start = len(self._operations)
         self._of_batch = {storage_of(tensor) for batch in batches for tensor in batch}
-        with on_saved(self._save):
+        with saved_tensors_hooks(self._save, lambda tensor: tensor):
             super().run(batches, weights)
         self._name()
 
@@ -412,9 +412,11 @@ class StorageLog(StepTracer):
         if torch.ops.aten.is_non_overlapping_and_dense(first):
             self._sums.append((before[0], after[0]))
 
-    def _save(self, tensor: Tensor) -> None:
+    def _save(self, tensor: Tensor) -> Tensor:
+        """Note the kind of the module for which autograd saves a tensor for the backward pass."""
         if (entry := self._alive.get(storage_of(tensor))) is not None:
             entry[0].savers.add(self.kind)
+        return tensor.detach()  # undetached, an output would keep its own graph alive
 
 
 def _node() -> int | None:
@@ -425,13 +427,3 @@ def _node() -> int | None:
 
 def _storages(lives: Iterable[_Life]) -> list[Storage]:
     return sorted((life.part, life.size) for life in lives)
-
-
-def on_saved(function: Callable[[Tensor], None]) -> saved_tensors_hooks:
-    """A context in which ``function`` is called with each tensor that autograd saves for the backward pass."""
-
-    def pack(tensor: Tensor) -> Tensor:
-        function(tensor)
-        return tensor.detach()  # undetached, an output would keep its own graph alive
-
-    return saved_tensors_hooks(pack, lambda tensor: tensor)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lora_lab.costs.bill import GIB, MIB, Bill, Part, Recording, StorageLog, on_saved
+from lora_lab.costs.bill import GIB, MIB, Bill, Part, Recording, StorageLog
 from lora_lab.costs.fake import (
     Source,
     batch_for,
@@ -297,28 +297,6 @@ def largest(
             high = size
         size = min(max(guess, low + 1), high - 1)  # so that each bill narrows the range
     return low, low_bill
-
-
-def saved_bytes(forward: Callable[[], Any], model: nn.Module) -> int:
-    """Return the bytes that autograd saves while ``forward()`` runs, except parameters and buffers, each storage once.
-
-    For a single layer or call; :attr:`Bill.saved` has the same for a whole step, by kind of module.
-
-    Args:
-        forward: runs the model and its loss; its result is ignored.
-        model: the module whose parameters and buffers do not count.
-    """
-    excluded = {storage_of(tensor) for tensor in [*model.parameters(), *model.buffers()]}
-    sizes: dict[int, int] = {}
-
-    def count(tensor: Tensor) -> None:
-        if storage_of(tensor) not in excluded:
-            sizes[storage_of(tensor)] = tensor.untyped_storage().nbytes()
-
-    with on_saved(count):
-        result = forward()  # held until the end, so that no address is used twice
-    del result
-    return sum(sizes.values())
 
 
 # CUDA's choices, on a machine without CUDA

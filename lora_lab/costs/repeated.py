@@ -121,7 +121,7 @@ def rehearse(
     if alike:
         with suppress(ValueError):  # also where the method names blocks one by one, and some of them are left out
             shorter = record(_keep_blocks(model, 2))
-            for count in (3, 4):  # of three none need be like the one before: the first and the last may differ
+            for count in (3, 4):  # the first and the last block may differ from those between
                 longer = record(_keep_blocks(model, count))
                 with suppress(ValueError):
                     return extend(shorter, longer, len(transformer_blocks(model)) - count + 1)

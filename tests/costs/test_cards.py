@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from lora_lab import FullFineTuning, Llama, LoRA, records, speed
+from lora_lab import FullFineTuning, Llama, LoRA
 from lora_lab.costs.cards import CARDS, EFFICIENCY, Efficiency, cost_model, roofline
 from lora_lab.costs.timing import OperatorCall
 from lora_lab.models import shapes
@@ -127,37 +127,3 @@ def test_a_step_that_the_card_has_no_memory_for_is_doubted():
     )
     large = cost_model("a100-80gb").predict(wide, {"full": FullFineTuning()}, 4, 512, dtype=BF16)
     assert doubts(large) == ["fit"]
-
-
-def predicted_for_all_blocks(config, *args, **options):
-    """A prediction for an L40S from models of two and four blocks: by the datasheet all but the first cost the same."""
-    few, more = (
-        speed.cards.cost_model("l40s").predict(
-            partial(Llama, replace(config, num_hidden_layers=blocks)), *args, **options
-        )
-        for blocks in (2, 4)
-    )
-    times = (config.num_hidden_layers - 4) / 2
-    seconds = {
-        name: {cause: s + times * (s - few.seconds[name][cause]) for cause, s in parts.items()}
-        for name, parts in more.seconds.items()
-    }
-    return replace(more, seconds=seconds)
-
-
-@pytest.mark.slow
-def test_full_fine_tuning_was_three_times_slower_on_an_l40s_because_adamw_moved_all_weights():
-    rows = {row["experiment"]: row["tokens_per_second"] for row in records.published("peft-metamathqa").rows}
-    measured = rows["lora/llama-3.2-3B-rank32"] / rows["full-finetuning/llama-3.2-3B-lr_0.00001"]
-    assert measured == pytest.approx(3.1, abs=0.05)
-    found = predicted_for_all_blocks(
-        shapes.config("llama-3.2-3b"),
-        {"LoRA": LoRA(32, 64, targets=["q_proj", "v_proj"]), "full": FullFineTuning()},
-        4,
-        210,
-        dtype=BF16,
-        optimizer="adamw-foreach",
-    )
-    assert found.ratio("full") == pytest.approx(measured, rel=0.25)
-    assert found.changes("full")[speed.UPDATE] > 0.8 * (found.total_s("full") - found.total_s("LoRA"))
-    assert doubts(found) == ["fit"]  # launches are few

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lora_lab.costs.memory import saved_bytes
 from lora_lab.course.exercise import EXERCISES, close
 from lora_lab.course.exercises.memory import TARGETS
 from lora_lab.course.judge import judge
@@ -17,6 +16,7 @@ from lora_lab.course.sheets import points
 from lora_lab.inject import LoRAConfig, inject
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import MLP, LlamaConfig
+from tests.helpers import saved_bytes
 
 SEEDS = (1, 2, 3)
 SOLUTIONS = {name: exercise.solution for name, exercise in EXERCISES.items()}

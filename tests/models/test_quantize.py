@@ -38,7 +38,7 @@ from lora_lab.models.quantize import (
 )
 from lora_lab.tasks import Examples, Task, cross_entropy
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
-from tests.helpers import Stopped, randomise, randomise_all, relative_error, snapshot
+from tests.helpers import Stopped, randomise, randomise_all, relative_error, saved_bytes, snapshot
 
 KINDS = sorted(BYTES_PER_BLOCK)
 
@@ -219,8 +219,8 @@ def test_weights_of_any_precision_are_quantised(dtype):
 
 def test_quantising_a_trainable_weight_builds_no_graph():
     weight = nn.Parameter(normal(4, 64))
-    assert ll.memory.saved_bytes(lambda: nf4(weight), nn.Module()) == 0
-    assert ll.memory.saved_bytes(lambda: weight.abs(), nn.Module()) == 4 * 4 * 64  # so it would be seen
+    assert saved_bytes(lambda: nf4(weight), nn.Module()) == 0
+    assert saved_bytes(lambda: weight.abs(), nn.Module()) == 4 * 4 * 64  # so it would be seen
 
 
 def test_a_default_of_double_precision_changes_nothing():
@@ -304,10 +304,10 @@ def test_nothing_dense_is_kept_in_the_layer_or_for_the_backward_pass(kind):
         ["packed"] + ["steps"] * (kind == "NF4-double"), torch.uint8
     )
     x = normal(32, 96).requires_grad_()
-    assert ll.memory.saved_bytes(lambda: layer(x), layer) == 0
+    assert saved_bytes(lambda: layer(x), layer) == 0
     assert layer(x).grad_fn.saved_tensors == ()
     # The same product made with the dequantised weight keeps that weight.
-    assert ll.memory.saved_bytes(lambda: F.linear(x, layer.weight), layer) == 4 * WEIGHT.numel()
+    assert saved_bytes(lambda: F.linear(x, layer.weight), layer) == 4 * WEIGHT.numel()
 
 
 @ALL_KINDS
