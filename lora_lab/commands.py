@@ -521,9 +521,8 @@ def claims(id: str | None = None, /, records: str | None = None, lessons: str | 
     from lora_lab.studies import claims
     from lora_lab.studies.claims.ledger import WIDTH
 
-    for name, folder in (("records", records), ("lessons", lessons)):
-        if folder and not Path(folder).is_dir():
-            raise FileNotFoundError(f"--{name} is {folder!r}, but there is no such folder.")
+    if records and not Path(records).is_dir():
+        raise FileNotFoundError(f"--records is {records!r}, but there is no such folder.")
     if id is None:
         entries = claims.load(records, lessons)
         print(claims.table(entries, max(WIDTH, shutil.get_terminal_size((WIDTH, 0)).columns)))
