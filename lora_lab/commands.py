@@ -147,7 +147,7 @@ def chat(
     system.schema.check(tokens, system.schema.Size, "--tokens")
     if plain and prompt is None:
         raise ValueError('--plain continues a text; give one, such as lora-lab chat "Once upon a time" --plain.')
-    sampling = models.decoding.Sampling(temperature, seed, repetition_penalty)
+    sampling = models.reading.Sampling(temperature, seed, repetition_penalty)
     adapters = {Path(folder).name: folder for folder in adapter}
     if len(adapters) < len(adapter):
         raise ValueError("Two of the adapters' folders have the same name; rename one, because names choose adapters.")
@@ -273,10 +273,9 @@ def speed(
 
     Returns:
         ``model``, ``batch_size``, ``seq_len``, ``device``. ``counted``, a list with one entry a variant: ``variant``,
-        ``setting``, ``tokens``, ``flops``, ``flops_per_token``, ``flops_by_part_and_pass``,
-        ``closed_form_flops_by_part``, ``causal_flops`` and ``fused_flops``. ``predicted``: ``setting``, ``tokens``,
-        ``doubts`` (why it may be wrong) and ``variants``, each with ``variant``, ``seconds`` of a step,
-        ``seconds_by_cause``, ``tokens_per_second``, ``ratio`` to full fine-tuning and ``why``. ``measured``:
+        ``setting``, ``tokens``, ``flops``, ``flops_per_token`` and ``flops_by_part_and_pass``. ``predicted``:
+        ``setting``, ``tokens``, ``doubts`` (why it may be wrong) and ``variants``, each with ``variant``, ``seconds``
+        of a step, ``seconds_by_cause``, ``tokens_per_second``, ``ratio`` to full fine-tuning and ``why``. ``measured``:
         ``setting``, ``tokens``, ``rounds``, ``disturbance`` by other processes, and ``variants``, each with
         ``variant``, ``seconds`` with ``lower_quartile_seconds`` and ``upper_quartile_seconds``, ``tokens_per_second``,
         ``ratio`` with its 95 % interval ``ratio_low`` to ``ratio_high``, and ``verdict``.
@@ -465,11 +464,13 @@ def record(
         ``path`` of the file, and its content: ``what``, ``device``, ``facts``, ``commit``, ``date``, ``command``,
         ``settings``, ``rows``, ``schema``.
     """
-    from lora_lab.studies import records, submission
-    from lora_lab.studies.recorder import find_recorder, take_over
+    from lora_lab.studies import records
+    from lora_lab.studies.recorder import find_recorder
 
     if check:
-        found = submission.check(what)
+        from lora_lab.studies.claims.deciding import check_record
+
+        found = check_record(what)
         rows = system.wording.count_noun(len(found.rows), "row")
         print(f"{what} is whole: {found.what!r} on {found.device}, {found.date}, {rows}")
         return None
@@ -480,7 +481,7 @@ def record(
         raise ValueError("A record of some models would replace that of all models; name another folder with --out.")
     chosen = find_recorder(what)
     where, why = system.device.pick_device(device)
-    print(f"Device: {why}")
+    print(f"Device: {why}\nOn two cores this takes {records.KINDS[what].hours}.", flush=True)
     command = f"lora-lab record {what}"
     command += f" --device {device}" if device else ""
     command += f" --models {' '.join(models)}" if models else ""
@@ -488,8 +489,6 @@ def record(
     settings = chosen.settings(where)
     folder = Path(out) if out else records.destination()
     system.files.check_writable(folder)
-    if begun := take_over(what):
-        print(f"{system.wording.count_noun(begun, 'trial')} of a record that was begun earlier need not be run again.")
     rows = []
     for row in chosen.rows(where, list(models) or None) if what in records.OF_MODELS else chosen.rows(where):
         rows.append(row)
@@ -519,7 +518,7 @@ def claims(id: str | None = None, /, records: str | None = None, lessons: str | 
         ``shown_by``, which ends with our number, ``date`` and ``machine`` of that measurement.
     """
     from lora_lab.studies import claims
-    from lora_lab.studies.claims.ledger import WIDTH
+    from lora_lab.studies.claims.deciding import WIDTH
 
     if records and not Path(records).is_dir():
         raise FileNotFoundError(f"--records is {records!r}, but there is no such folder.")

@@ -20,13 +20,12 @@ import torch
 
 from lora_lab import Llama, LoRAConfig, cli, inject, load_pretrained, save_adapter, save_model
 from lora_lab.ablation.compare import RankResult, RankVerdict
-from lora_lab.costs.cost_model import Prediction
 from lora_lab.costs.flops import Flops
 from lora_lab.costs.memory import report
 from lora_lab.costs.setup import Setup
-from lora_lab.costs.timing import Times
+from lora_lab.costs.timing import Prediction, Times
 from lora_lab.models import pretrained
-from lora_lab.models.decoding import Sampling
+from lora_lab.models.reading import Sampling
 from tests.helpers import ROOT, command, error_line, printed_json, randomise
 
 

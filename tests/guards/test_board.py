@@ -8,8 +8,7 @@ import sys
 import pytest
 
 from lora_lab import records
-from lora_lab.studies.claims.deciding import DECIDERS, judge, read_claims
-from lora_lab.studies.claims.ledger import Entry
+from lora_lab.studies.claims.deciding import DECIDERS, Entry, judge, read_claims
 from lora_lab.studies.records import KINDS
 from tests.helpers import PNG, ROOT
 

@@ -29,7 +29,7 @@ from lora_lab.costs.flops import flops
 from lora_lab.inject import LoRAConfig
 from lora_lab.methods import AsItIs
 from lora_lab.task import logits
-from lora_lab.tasks import IGNORE, Examples, Pair, Task, from_pairs, mean_squared_error
+from lora_lab.tasks import IGNORE, Examples, Pair, Task, from_pairs, generate, mean_squared_error
 from lora_lab.tasks.generate import answers, log_likelihoods, reply
 from tests.helpers import enlarge, randomise, randomise_all
 from tests.tiny_models import (
@@ -422,7 +422,6 @@ def test_each_expert_more_has_the_products_of_its_three_matrices_in_both_dtypes(
     model, batch = original(family.make), family.batch
     two, half = (flops(model, LoRA(rank=4), batch=batch, dtype=dtype) for dtype in (None, torch.bfloat16))
     assert two.counts == half.counts
-    assert two.closed is None  # it knows layers that see every token
     config = copy.deepcopy(model.config)
     config.num_experts_per_tok = 1
     one = flops(lambda: type(model)(config), LoRA(rank=4), batch=batch)
@@ -510,7 +509,7 @@ SPEAKERS = pytest.mark.parametrize("make", [llama, gpt2, gemma3, phi, mamba])
 @pytest.mark.slow
 @SPEAKERS
 @torch.no_grad()
-def test_answers_are_those_of_transformers_own_generate_with_padding_on_the_left(make, plain):
+def test_answers_are_those_of_transformers_own_generate_with_padding_on_the_left(make, plain, monkeypatch):
     model = speaking(make)
     task = from_pairs(plain, [Pair("x" * (5 * i % 14) + chr(97 + i), "abc") for i in range(12)])
     prompts = [task.prompt_ids(pair) for pair in task.pairs["train"]]
@@ -522,8 +521,9 @@ def test_answers_are_those_of_transformers_own_generate_with_padding_on_the_left
         plain.decode([token for token in row if token != 259]).strip()
         for row in model.generate(ids, attention_mask=mask, **options)[:, longest:].tolist()
     ]
-    assert answers(model, task, "train", max_new_tokens=8, batch_size=len(prompts)) == expected
-    assert answers(model, task, "train", max_new_tokens=8, batch_size=2) == expected
+    assert answers(model, task, "train", max_new_tokens=8) == expected
+    monkeypatch.setattr(generate, "BATCH", 2)
+    assert answers(model, task, "train", max_new_tokens=8) == expected
     assert [reply(model, plain, pair.prompt, max_new_tokens=8) for pair in task.pairs["train"]] == expected
     assert len(set(expected)) > 1
     unmasked = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, longest:]
@@ -553,7 +553,7 @@ def test_a_class_is_chosen_by_the_log_likelihood_that_transformers_computes(make
             found = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
             scores.append(float(found[range(len(answer)), answer].sum()))
         expected.append(labels[scores.index(max(scores))])
-    best = log_likelihoods(model, task, task.pairs["train"], labels, 7).argmax(1)
+    best = log_likelihoods(model, task, task.pairs["train"], labels).argmax(1)
     assert [labels[i] for i in best] == expected
     assert len(set(expected)) > 1
 

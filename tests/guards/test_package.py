@@ -124,7 +124,8 @@ def test_lessons_that_assert_on_measured_times_run_alone():
 
 
 def test_a_wheel_takes_every_file_of_the_package():
-    """That it takes every folder of modules is held by test_records.py."""
+    code = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "lora_lab").rglob("__init__.py")}
+    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == code | {"lora_lab.notebooks", "lora_lab.recorded"}
     data = PYPROJECT["tool"]["setuptools"]["package-data"]
     folders = {folder.replace(".", "/"): patterns for folder, patterns in data.items()}
     files = [path.relative_to(ROOT) for path in tracked() if (ROOT / "lora_lab") in path.parents]
