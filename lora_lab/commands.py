@@ -238,6 +238,8 @@ def memory(
     from lora_lab.costs.fake import build_on_meta
     from lora_lab.costs.memory import parse_bytes, report, training_setups
 
+    if largest and not budget:
+        raise ValueError("--largest needs --budget, such as --budget 24GiB, to search for what fits into it.")
     built = build_on_meta(models.pretrained.architecture(model))
     budget_bytes = parse_bytes(budget) if budget else None
     setting = {"batch_size": batch, "seq_len": _choose_length(built, seq, 512), "device": device}
