@@ -238,6 +238,8 @@ def memory(
     from lora_lab.costs.fake import build_on_meta
     from lora_lab.costs.memory import parse_bytes, report, training_setups
 
+    if largest and not budget:
+        raise ValueError("--largest needs --budget, such as --budget 24GiB, to search for what fits into it.")
     built = build_on_meta(models.pretrained.architecture(model))
     budget_bytes = parse_bytes(budget) if budget else None
     setting = {"batch_size": batch, "seq_len": _choose_length(built, seq, 512), "device": device}
@@ -520,9 +522,8 @@ def claims(id: str | None = None, /, records: str | None = None, lessons: str | 
     from lora_lab.studies import claims
     from lora_lab.studies.claims.deciding import WIDTH
 
-    for name, folder in (("records", records), ("lessons", lessons)):
-        if folder and not Path(folder).is_dir():
-            raise FileNotFoundError(f"--{name} is {folder!r}, but there is no such folder.")
+    if records and not Path(records).is_dir():
+        raise FileNotFoundError(f"--records is {records!r}, but there is no such folder.")
     if id is None:
         entries = claims.load(records, lessons)
         print(claims.table(entries, max(WIDTH, shutil.get_terminal_size((WIDTH, 0)).columns)))

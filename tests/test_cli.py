@@ -178,7 +178,7 @@ REFUSED = [  # arguments, and what the one line of the error names
     (("memory", "--rank", HUGE), "rank"),
     (("memory", "--budget", "9" * 400 + "GB"), "unit"),
     (("memory", "--batch", HUGE), "batch_size"),
-    (("memory", "--largest", "batch"), "budget"),
+    (("memory", "--largest", "batch"), "--budget"),
     (("analyze", "no-such-folder"), "no-such-folder"),
     (("export", "no-such-folder", "--out", "folder"), ".gguf"),
     (("record", "taste"), "taste"),

@@ -99,7 +99,7 @@ def test_plain_chat_writes_what_the_model_writes_with_and_without_the_adapter(lo
 
 
 def test_chat_answers_lines_and_switches_the_adapter(lora_lab, adapter, monkeypatch):
-    lines = iter(["one", "/off", "one", "/strength 0.5", "one"])
+    lines = iter(["one", "/strength 0.5", "one", "/off", "one"])
 
     def read(prompt=""):
         try:
