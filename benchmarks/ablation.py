@@ -7,8 +7,7 @@
                thread, packed in two processes, which are started before
     smollm2    8 adapters of rank 8, one sequence of 64 tokens each: seconds for one step of all of them, one after
                another on two threads (the first baseline), two at a time on a thread each (the fair one), packed, and
-               packed with the lean step, whose two threads take half of the adapters each, in float32 and over a base
-               in bfloat16
+               packed with the lean step, in float32 and over a base in bfloat16
     study      a third of the trials of the recorded study of ranks (`lora-lab record ablation`: one seed of three), on
                the real model, with a tenth of their steps and evaluations: without the lean step (the baseline), with
                it, and over a base in bfloat16; minutes a sweep, and without a first round
@@ -26,7 +25,6 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 
 import common
@@ -80,18 +78,19 @@ def digits(rounds: int, steps: int) -> None:
     compare(calls, rounds, "a sweep")
 
 
-def list_trials(planned: recorded.Plan, lean: ll.Lean | None) -> list[Trial]:
+def list_trials(planned: dict, lean: ll.Lean | None) -> list[Trial]:
     """The trials of a study of ranks by that step."""
-    return [trial for trial, _ in planned.sweep(lean).trials()]
+    sweep = recorded.plan_ablation(planned, lean)
+    return [sweep.trial(setup, lr, seed) for setup, lrs in sweep.lrs.items() for lr in lrs for seed in sweep.choosing]
 
 
 def study(rounds: int) -> None:
     """A third of the recorded study."""
     device = ll.device.pick_device()[0]
     planned = recorded.plan(device)
-    fewer = {"seeds": 1, "steps": planned.steps // 10, "eval_examples": planned.eval_examples // 10}
-    trials = partial(list_trials, replace(planned, **fewer))
-    model, task = studies.study("docs", planned.seq_len, device)
+    fewer = {"seeds": 1, "steps": planned["steps"] // 10, "eval_examples": planned["eval_examples"] // 10}
+    trials = partial(list_trials, planned | fewer)
+    model, task = studies.study("docs", planned["seq_len"], device)
     jobs = studies.processes(device)
     print(f"\nstudy on {device}: {len(trials(None))} trials, {fewer['steps']} steps, {jobs} processes")
     calls = {
@@ -106,7 +105,7 @@ def verdicts(folder: str = "runs/ablation-bf16") -> None:
     """The whole recorded study over a base in bfloat16, beside the record."""
     device = torch.device("cpu")
     planned = recorded.plan(device)
-    model, task = studies.study("docs", planned.seq_len, device)
+    model, task = studies.study("docs", planned["seq_len"], device)
     jobs = studies.processes(device)
     trials = list_trials(planned, ll.Lean(torch.bfloat16))
     print(f"\nverdicts: {len(trials)} trials over a base in bfloat16 (about half an hour on two cores)", flush=True)
@@ -172,8 +171,8 @@ def smollm2(rounds: int) -> None:
     }
     if device.type != "cuda":
         calls |= {
-            "packed, lean": lambda: packs.step_s(ll.Lean(threads=2)),
-            "packed, lean, base in bfloat16": lambda: packs.step_s(ll.Lean(torch.bfloat16, threads=2)),
+            "packed, lean": lambda: packs.step_s(ll.Lean()),
+            "packed, lean, base in bfloat16": lambda: packs.step_s(ll.Lean(torch.bfloat16)),
         }
     compare(calls, rounds, "a step of all")
 

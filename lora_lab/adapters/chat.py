@@ -155,18 +155,17 @@ def obey(conversation: Conversation, line: str) -> str:
                     f"There is no adapter {name!r}; there are {', '.join(conversation.adapters) or 'none'}."
                 )
             conversation.name = name
-            return f"The next answer is given with {name}, at strength {conversation.strength:g}."
         case ["/off"]:
             conversation.name = None
-            return "From the next answer on it is the base model that answers."
         case ["/strength", number]:
             conversation.strength = check(float(number), Number, "The strength")
-            waits = "" if conversation.name else ", once /adapter NAME has chosen an adapter"
-            return f"The adapter's update is multiplied by {conversation.strength:g} from now on{waits}."
         case ["/new"]:
             conversation.messages.clear()
             return "A new conversation begins."
-    return HELP
+        case _:
+            return HELP
+    name, factor = conversation.name, conversation.strength
+    return f"The next answer is that of {'the base model' if name is None else f'{name}, at strength {factor:g}'}."
 
 
 # In a notebook

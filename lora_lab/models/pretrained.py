@@ -519,7 +519,7 @@ def _cache_lock(name: str) -> FileLock:
     """
     folder = cache_folder()
     try:
-        files.check_writable(folder, leave=True)
+        files.check_writable(folder)
     except OSError as error:
         raise OSError(f"{str(error).removesuffix('.')} (LORA_LAB_CACHE names it).") from None
     return FileLock(folder / f".{name}.lock", mode=0o666)  # several users may share a cache

@@ -3,16 +3,13 @@
 A study is data: ``records.KINDS`` says which file makes which record, for ``lora-lab record NAME``.
 
 records      measured runs with their provenance, and the kinds of them
-recorder     how a record is made: sweeps of two kinds, and how long they take
+recorder     how a record is made: sweeps of two kinds
 claims/      what is claimed about LoRA, and what holds: a ledger whose verdicts are computed
 steps        memory and times of training steps, predicted and measured
-tuned        setups at their best rates: quality, targets, variants, rates, rank advice, courses, translation
-quantised    what a base in fewer bits costs, and what its merges lose
+tuned        setups at their best rates: quality, targets, variants, rates, rank advice, courses, translation, bits
 spectra      which rank is enough, and what training writes into the weights
-forgetting   which method overfits, which forgets, and what eases it
-head_start   is fine-tuning better than training from scratch?
+curves       which method overfits, which forgets, and what eases it; is fine-tuning better than training from scratch?
 downstream   can the model learn a downstream task, and how much of it can it do untrained?
-submission   is a record that somebody hands in whole?
 """
 
 import lazy_loader

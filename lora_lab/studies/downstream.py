@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -34,7 +33,7 @@ from lora_lab.ablation.stats import interval
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.models.llama import Llama
 from lora_lab.models.pretrained import SMOLLM2, load_pretrained
-from lora_lab.studies.recorder import CurveSweep, Recorder, Row, find_folder, start_from_random
+from lora_lab.studies.recorder import CurveSweep, Recorder, Row, find_folder
 from lora_lab.system.schema import plain
 from lora_lab.task import Task
 from lora_lab.tasks import TASKS
@@ -55,66 +54,42 @@ _COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How much is trained.
-
-    Args:
-        steps: of each task.
-        lrs: the learning rates to try for each setup.
-        seeds: how many seeds; the first chooses the rates.
-        batch_size: of a trial.
-        eval_examples: how many examples of each part the losses are of, from its first.
-    """
-
-    steps: Mapping[str, int]
-    lrs: Mapping[str, tuple[float, ...]]
-    seeds: int
-    batch_size: int
-    eval_examples: int
-
-    def sweep(self, task: str) -> CurveSweep:
-        """Return what is trained on a task, and evaluated before and after training."""
-        steps = self.steps[task]
-        options: dict[str, Any] = {"steps": steps, "eval_every": steps, "batch_size": self.batch_size}
-        return CurveSweep(
-            {
-                setup: (Trial(SETUPS[setup], lrs[0], eval_examples=self.eval_examples, **options), lrs)
-                for setup, lrs in self.lrs.items()
-                if setup != SCRATCH or task in FROM_SCRATCH
-            },
-            *(range(1), range(1, self.seeds)),
-            about={"about": "result", "task": task},
-            task=partial(load_task, task),
-            starts={SCRATCH: lambda seed, device: start_from_random(0, device)},
-            widen=0,
-            options={"judge": judge},
-            shared=True,
-        )
-
-
-def plan(device: torch.device) -> Plan:
-    """Return what two cores can do in a few hours, or a GPU in one."""
+def plan(device: torch.device) -> dict[str, Any]:
+    """Return what two cores can do in a few hours, or a GPU in one, as the record states it; one seed chooses."""
+    stated: dict[str, Any] = {"setups": {setup: method.settings() for setup, method in SETUPS.items()}, "batch_size": 8}
     if device.type == "cuda":
         steps = {"sentiment": 207, "summarise": 226, "style": 81, "style-plain": 81}
         steps |= {f"translate-{language}": 279 for language in ("fr", "de", "es")}
-        lrs = {"full": (1e-5, 3e-5, 1e-4, 3e-4), "LoRA r=8": (2e-4, 6e-4, 2e-3, 6e-3)}
-        lrs[SCRATCH] = (1e-4, 3e-4, 1e-3, 3e-3)
-        return Plan(steps, lrs, seeds=5, batch_size=8, eval_examples=128)
+        lrs = {"full": [1e-5, 3e-5, 1e-4, 3e-4], "LoRA r=8": [2e-4, 6e-4, 2e-3, 6e-3]}
+        lrs[SCRATCH] = [1e-4, 3e-4, 1e-3, 3e-3]
+        return stated | {"steps": steps, "lrs": lrs, "seeds": 5, "eval_examples": 128}
     steps = {"sentiment": 50, "translate-fr": 50, "style": 27, "summarise": 25}
-    lrs = {"full": (3e-5, 1e-4, 3e-4), "LoRA r=8": (6e-4, 2e-3, 6e-3), SCRATCH: (1e-4, 3e-4, 1e-3)}
-    return Plan(steps, lrs, seeds=3, batch_size=8, eval_examples=32)
+    lrs = {"full": [3e-5, 1e-4, 3e-4], "LoRA r=8": [6e-4, 2e-3, 6e-3], SCRATCH: [1e-4, 3e-4, 1e-3]}
+    return stated | {"steps": steps, "lrs": lrs, "seeds": 3, "eval_examples": 32}
 
 
-def describe_downstream(device: torch.device) -> dict[str, Any]:
-    """Return how the rows are made, as the record states it."""
-    planned = plan(device)
-    lrs = {setup: list(rates) for setup, rates in planned.lrs.items()}
-    return {**asdict(planned), "lrs": lrs, "setups": {setup: SETUPS[setup].settings() for setup in lrs}}
+def plan_sweep(task: str, planned: Row, device: torch.device) -> CurveSweep:
+    """Return what is trained on a task, and evaluated before and after training."""
+    options: dict[str, Any] = {name: planned[name] for name in ("batch_size", "eval_examples")}
+    options |= dict.fromkeys(("steps", "eval_every"), planned["steps"][task])
+    return CurveSweep(
+        {
+            setup: (Trial(SETUPS[setup], lrs[0], **options), lrs)
+            for setup, lrs in planned["lrs"].items()
+            if setup != SCRATCH or task in FROM_SCRATCH
+        },
+        *(range(1), range(1, planned["seeds"])),
+        about={"about": "result", "task": task},
+        task=partial(load_task, task),
+        starts={SCRATCH: lambda seed: partial(studies.random_init, device, 0)},
+        widen=0,
+        options={"judge": judge},
+        shared=True,
+    )
 
 
-def load_task(name: str, seed: int = 0) -> PairTask:
-    """Return a downstream task for the real model, the same for each seed."""
+def load_task(name: str) -> PairTask:
+    """Return a downstream task for the real model."""
     return cast(PairTask, TASKS[name](load_pretrained(SMOLLM2)[1]))
 
 
@@ -150,7 +125,7 @@ def record_downstream(device: torch.device, folder: Path | None = None) -> Itera
     were not chosen. "answer": the answer to a prompt of the test part, after training with seed 0.
     """
     planned = plan(device)
-    for name in planned.steps:
+    for name in planned["steps"]:
         task = load_task(name)
         row = describe_task(task, name) | {"says": task.about, "licence": task.licence}
         if task.metric not in METRICS:
@@ -161,10 +136,10 @@ def record_downstream(device: torch.device, folder: Path | None = None) -> Itera
             yield {**result, "setup": "trivial", **scores(task, trivial(task))}
         model, result = studies.language_model(device), {**result, "setup": "zero-shot"}
         for part in ("validation", "off_domain", "test"):
-            result[f"{part}_loss"] = evaluate(model, task, part, planned.batch_size, planned.eval_examples)
+            result[f"{part}_loss"] = evaluate(model, task, part, planned["batch_size"], planned["eval_examples"])
         yield from _split(result | judge(model, task), task, answered=True)
         del model
-        for frame in planned.sweep(name).frames(device, folder or find_folder("downstream")):
+        for frame in plan_sweep(name, planned, device).frames(device, folder or find_folder("downstream")):
             for trial in last_rows(frame).to_dict("records"):
                 row = {name: trial[name] for name in _COLUMNS}
                 row |= {str(name).removeprefix(SCORE): trial[name] for name in trial if str(name).startswith(SCORE)}
@@ -187,7 +162,7 @@ def _split(result: Row, task: PairTask, answered: bool) -> Iterator[Row]:
         yield about | {"prompt": pair.prompt, "reference": pair.answer, "prediction": prediction}
 
 
-DOWNSTREAM = Recorder(describe_downstream, record_downstream)
+DOWNSTREAM = Recorder(plan, record_downstream)
 
 
 # Elicitation
@@ -273,12 +248,13 @@ def _answer(task: PairTask, model: nn.Module, k: int, seed: int, control: bool =
 
 def _probe(name: str, task: PairTask, model: nn.Module, device: torch.device) -> Iterator[Answered]:
     """Yield linear probes on the training examples that the trials of ``downstream`` see, and on shuffled labels."""
-    trials = plan(device)
+    planned = plan(device)
     states = {part: last_states(model, task, task.pairs[part]) for part in ("train", "validation", "test")}
     labels = {part: [pair.answer for pair in task.pairs[part]] for part in states}
-    for control, seeds in ((False, trials.seeds), (True, SHUFFLES)):
+    examples = planned["steps"][name] * planned["batch_size"]
+    for control, seeds in ((False, planned["seeds"]), (True, SHUFFLES)):
         for seed in range(seeds):
-            seen = DataOrder(len(task.train), seed).rows(0, trials.steps[name] * trials.batch_size).unique()
+            seen = DataOrder(len(task.train), seed).rows(0, examples).unique()
             learned = [labels["train"][i] for i in seen.tolist()]
             if control:
                 random.Random(seed).shuffle(learned)

@@ -23,31 +23,31 @@ if TYPE_CHECKING:
 
 
 class Kind(NamedTuple):
-    """A kind of record: the module of :mod:`lora_lab.studies` that makes it, how long that takes, and what it asks."""
+    """A kind of record: what in :mod:`lora_lab.studies` makes it, how long that takes, and what it asks."""
 
-    module: str
+    recorder: str
     hours: str  # on two cores
     question: str
 
 
 KINDS = {
-    "memory": Kind("steps", "half an hour", "memory of training steps, predicted and measured"),
-    "speed": Kind("steps", "half an hour", "times of training steps, predicted and measured"),
-    "rates": Kind("tuned", "three hours", "how the best learning rate depends on the rank"),
-    "quality": Kind("tuned", "eleven hours", "is LoRA as good as full fine-tuning, after how many steps?"),
-    "ablation": Kind("spectra", "an hour", "which rank is enough"),
-    "targets": Kind("tuned", "an hour", "which layers should have adapters"),
-    "variants": Kind("tuned", "three hours", "do variants of LoRA learn more?"),
-    "taught": Kind("tuned", "at most five hours", "what courses print, as taught and then tuned"),
-    "quantised": Kind("quantised", "an hour and a half", "what a base in fewer bits costs, and what its merges lose"),
-    "rank_advice": Kind("tuned", "two hours", "does one run at a high rank tell which rank is enough?"),
-    "spectra": Kind("spectra", "half an hour", "what training writes into the weights"),
-    "overfitting": Kind("forgetting", "six hours", "which method overfits, and which forgets"),
-    "remedies": Kind("forgetting", "two hours", "what eases forgetting, and what predicts it"),
-    "head_start": Kind("head_start", "an hour", "is fine-tuning better than training from scratch?"),
-    "downstream": Kind("downstream", "three hours", "can the model learn a downstream task?"),
-    "elicitation": Kind("downstream", "half an hour", "how much of that can it do untrained, if asked well?"),
-    "translation": Kind("tuned", "three hours", "can the real model learn to translate?"),
+    "memory": Kind("steps.MEMORY", "half an hour", "memory of training steps, predicted and measured"),
+    "speed": Kind("steps.SPEED", "half an hour", "times of training steps, predicted and measured"),
+    "rates": Kind("tuned.RATES", "three hours", "how the best learning rate depends on the rank"),
+    "quality": Kind("tuned.QUALITY", "eleven hours", "is LoRA as good as full fine-tuning, after how many steps?"),
+    "ablation": Kind("spectra.ABLATION", "an hour", "which rank is enough"),
+    "targets": Kind("tuned.TARGETS", "an hour", "which layers should have adapters"),
+    "variants": Kind("tuned.VARIANTS", "three hours", "do variants of LoRA learn more?"),
+    "taught": Kind("tuned.TAUGHT", "at most five hours", "what courses print, as taught and then tuned"),
+    "quantised": Kind("tuned.QUANTISED", "an hour and a half", "what a base in fewer bits and its merges cost"),
+    "rank_advice": Kind("tuned.RANK_ADVICE", "two hours", "does one run at a high rank tell which rank is enough?"),
+    "spectra": Kind("spectra.SPECTRA", "half an hour", "what training writes into the weights"),
+    "overfitting": Kind("curves.OVERFITTING", "six hours", "which method overfits, and which forgets"),
+    "remedies": Kind("curves.REMEDIES", "two hours", "what eases forgetting, and what predicts it"),
+    "head_start": Kind("curves.HEAD_START", "an hour", "is fine-tuning better than training from scratch?"),
+    "downstream": Kind("downstream.DOWNSTREAM", "three hours", "can the model learn a downstream task?"),
+    "elicitation": Kind("downstream.ELICITATION", "half an hour", "how much of that can it do untrained, asked well?"),
+    "translation": Kind("tuned.TRANSLATION", "three hours", "can the real model learn to translate?"),
 }
 OF_MODELS = ("memory", "speed")  # measure several models; all others are about SmolLM2-135M
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -33,46 +33,6 @@ from lora_lab.system.wording import progress_bar
 from lora_lab.task import Task
 from lora_lab.train import evaluate, fit
 
-
-@dataclass(frozen=True)
-class Plan:
-    """How much is trained, here and for the record of spectra.
-
-    Args:
-        lrs: the learning rates to try for each rank. Alpha is always twice the rank, so a higher rank moves further at
-            the same rate, and its best rate is lower.
-        seeds: how many seeds.
-        steps, batch_size, seq_len: of a trial.
-        eval_examples: how many examples of each part the losses are of, from its first.
-    """
-
-    lrs: Mapping[int, tuple[float, ...]]
-    seeds: int
-    steps: int
-    batch_size: int
-    seq_len: int
-    eval_examples: int
-
-    def sweep(self, lean: Lean | None = None) -> CurveSweep:
-        """Return all ranks at all their rates with all seeds; a lean step in float32 gives the same in less time."""
-        options: dict[str, Any] = {"steps": self.steps, "batch_size": self.batch_size, "eval_every": self.steps}
-        options |= {"eval_examples": self.eval_examples, "lean": lean}
-        return CurveSweep(
-            {f"r={rank}": (Trial(LoRA(rank, 2 * rank), lrs[0], **options), lrs) for rank, lrs in self.lrs.items()},
-            range(self.seeds),
-            task=partial(load_docs, self.seq_len),
-            shared=True,
-            columns=COLUMNS,
-            show=lambda frame: frame,
-            seq_len=self.seq_len,
-        )
-
-
-def load_docs(seq_len: int, seed: int) -> Task:
-    """Return Python's manual, the same for each seed."""
-    return studies.docs_task(seq_len)
-
-
 # Ablation
 
 COLUMNS = (
@@ -82,27 +42,39 @@ COLUMNS = (
 )
 
 
-def plan(device: torch.device) -> Plan:
-    """Return what two cores, or a GPU, can do in an hour."""
+def plan(device: torch.device) -> dict[str, Any]:
+    """Return what two cores, or a GPU, can do in an hour, as both records state it.
+
+    Alpha is always twice the rank, so a higher rank moves further at the same rate, and its best rate is lower.
+    """
+    stated: dict[str, Any] = {"study": "docs", "alpha": "twice the rank"}
     if device.type == "cuda":
-        rates = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
-        lrs = {rank: rates for rank in (1, 2, 4, 8, 16, 32, 64, 128)}
-        return Plan(lrs, seeds=5, steps=300, batch_size=8, seq_len=128, eval_examples=256)
-    lrs = {1: (2e-3, 4e-3, 8e-3), 4: (1e-3, 2e-3, 4e-3), 16: (1e-3, 2e-3, 4e-3), 64: (5e-4, 1e-3, 2e-3)}
-    return Plan(lrs, seeds=3, steps=60, batch_size=4, seq_len=64, eval_examples=64)
+        rates = [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
+        lrs = {str(rank): rates for rank in (1, 2, 4, 8, 16, 32, 64, 128)}
+        return stated | {"lrs": lrs, "seeds": 5, "steps": 300, "batch_size": 8, "seq_len": 128, "eval_examples": 256}
+    lrs = {"1": [2e-3, 4e-3, 8e-3], "4": [1e-3, 2e-3, 4e-3], "16": [1e-3, 2e-3, 4e-3], "64": [5e-4, 1e-3, 2e-3]}
+    return stated | {"lrs": lrs, "seeds": 3, "steps": 60, "batch_size": 4, "seq_len": 64, "eval_examples": 64}
 
 
-def describe(device: torch.device) -> dict[str, Any]:
-    """Return how the rows are made, as the record states it."""
-    planned = plan(device)
-    lrs = {str(rank): list(rates) for rank, rates in planned.lrs.items()}
-    return {"study": "docs", "alpha": "twice the rank", **vars(planned), "lrs": lrs}
+def plan_ablation(planned: Row, lean: Lean | None) -> CurveSweep:
+    """Return all ranks at all their rates with all seeds; a lean step in float32 gives the same in less time."""
+    options: dict[str, Any] = {name: planned[name] for name in ("steps", "batch_size", "eval_examples")}
+    options |= {"eval_every": planned["steps"], "lean": lean}
+    setups = {}
+    for rank, lrs in planned["lrs"].items():
+        setups[f"r={rank}"] = Trial(LoRA(int(rank), 2 * int(rank)), lrs[0], **options), lrs
+    return CurveSweep(
+        setups,
+        range(planned["seeds"]),
+        task=partial(studies.docs_task, planned["seq_len"]),
+        shared=True,
+        columns=COLUMNS,
+        show=lambda frame: frame,
+    )
 
 
-ABLATION = replace(
-    record_sweeps("ablation", lambda device: [plan(device).sweep(Lean())], describe),
-    line=lambda row: tell_row(row | {"task": "", "model": ""}),  # which are fingerprints here
-)
+_SWEEP = record_sweeps("ablation", lambda device: [plan_ablation(plan(device), Lean())])
+ABLATION = replace(_SWEEP, settings=plan)
 
 
 # Spectra
@@ -131,13 +103,14 @@ def record_spectra(device: torch.device) -> Iterator[Row]:
     adapters, on the side of the inputs and of the outputs (by chance, 1 and 8 over the layer's width).
     """
     planned = plan(device)
-    base, task = studies.language_model(device), studies.docs_task(planned.seq_len)
+    base, task = studies.language_model(device), studies.docs_task(planned["seq_len"])
     yield {"about": "run", "run": "base", **_losses(base, task, planned)}
     updates = {}
-    options: dict[str, Any] = {"steps": planned.steps, "batch_size": planned.batch_size, "eval_every": planned.steps}
+    steps, batch_size = planned["steps"], planned["batch_size"]
     for name, (method, lr, seed) in RUNS.items():
         model = copy.deepcopy(base)
-        history = fit(model, task, method, lr=lr, seed=seed, eval_examples=4, **options)
+        options: dict[str, Any] = {"lr": lr, "seed": seed, "steps": steps, "batch_size": batch_size}
+        history = fit(model, task, method, eval_every=steps, eval_examples=4, **options)
         about = {"about": "run", "run": name, "lr": lr, "seed": seed}
         yield {**about, **_losses(model, task, planned), "trainable_parameters": history.trainable_parameters}
         updates[name] = _updates(base, model)
@@ -166,10 +139,10 @@ def _updates(base: nn.Module, model: nn.Module) -> dict[str, Update]:
     return spectra.updates(before, after)
 
 
-def _losses(model: nn.Module, task: Task, planned: Plan) -> dict[str, float]:
+def _losses(model: nn.Module, task: Task, planned: Row) -> dict[str, float]:
     """Return the losses of the parts not trained on, in nats per token."""
-    parts = ("validation", "test", "off_domain")
-    return {f"{part}_loss": evaluate(model, task, part, planned.batch_size, planned.eval_examples) for part in parts}
+    size = planned["batch_size"], planned["eval_examples"]
+    return {f"{part}_loss": evaluate(model, task, part, *size) for part in ("validation", "test", "off_domain")}
 
 
 def _round_row(row: Mapping[Any, Any]) -> dict[str, Any]:
@@ -199,7 +172,7 @@ def _intruders(updates: Mapping[str, Update]) -> Iterator[Row]:
 
 
 def _cuts(
-    base: nn.Module, tuned: nn.Module, updates: Mapping[str, Update], ranks: Iterable[int], task: Task, planned: Plan
+    base: nn.Module, tuned: nn.Module, updates: Mapping[str, Update], ranks: Iterable[int], task: Task, planned: Row
 ) -> Iterator[Row]:
     """Yield the losses with every update truncated, from the largest rank down; energy is the mean over layers."""
     energies = {name: update.svd.S.double().square() for name, update in updates.items()}
@@ -226,4 +199,9 @@ def _overlaps(first: Mapping[str, Update], second: Mapping[str, Update]) -> Iter
         yield _round_row(row)
 
 
-SPECTRA = Recorder(describe, record_spectra)
+def tell_spectra(row: Row) -> str | None:
+    """Return a row with losses as a line for people."""
+    return tell_row(row) if "test_loss" in row else None
+
+
+SPECTRA = Recorder(plan, record_spectra, tell_spectra)

@@ -23,10 +23,26 @@ taught       Do the results on LoRA and full fine-tuning that courses print surv
              LoRA with alpha = 1. There LoRA is much worse. A public repository reports that LoRA of rank 4 has a far
              lower perplexity, and takes minutes where full fine-tuning takes hours. Both comparisons are repeated here
              as they are taught, on SmolLM2-135M and this project's data. Then only the learning rates change: each
-             method gets its best one. Steps of both methods are timed in turn.
+             method gets its best one. Steps of both methods are timed in turn. The first source is homework 1 of CMU
+             CS11-711, Advanced NLP, Fall 2025: README, run_llama.py and lora.py, read in copies. Changed are the model
+             (SmolLM2-135M-Instruct in place of a 42M Llama), the data (552 texts of this project in place of SST-5 and
+             CFIMDB), the head (the language model's in place of a new one of classes with dropout before it) and the
+             size (as in the setups, in place of 5 epochs in batches of 80 and 10); the last step counts, not the best
+             epoch. The second is README and notebook of a public SmolLM-135M LoRA repository. Changed are the model
+             (SmolLM2-135M-Instruct in place of SmolLM-135M), the data (Python's manual in place of Dolly's
+             instructions, and the test part in place of five openings of a few words) and the size (as in the setups,
+             in place of 300 steps of 8); the rate is constant, as theirs is for 200 steps, and full fine-tuning has
+             LoRA's, since the repository has no run of it. In both LoRA trains over a base in bfloat16.
 translation  Can 135 million parameters learn to translate, and what can they not? Names from English into French, and
              sentences of a small grammar in both directions, with combinations or with words that training never
              shows. A translation counts if it is exact and no baseline gets it right: copying, a dictionary, rules.
+quantised    What does a base in fewer bits cost in loss and time, and what do its merges lose? LoRA over four bases:
+             float32, bfloat16, NF4 (QLoRA), and the blocks of Q4_1 in which the model is shipped. The float32 base is
+             what those blocks hold, so the two differ in time alone, and the loss of NF4 is that of a second
+             quantisation. Then each adapter that was trained over float32 or NF4 is merged, in every form; and the
+             steps are timed in turn. A merge into blocks rounds twice: the base, which may not lie on the grid of the
+             blocks, and the update, which may be smaller than the grid. The control shows the first alone: the base is
+             rounded, and the adapter stays unmerged beside it.
 
 Rates beside setups are the middles of the first grids, which are widened where the best rate is not inside.
 """
@@ -34,32 +50,41 @@ Rates beside setups are the middles of the first grids, which are widened where 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lab import tasks
 from lora_lab.ablation import studies
 from lora_lab.ablation.compare import rates_around
-from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.rank_advice import UpdateRanks
 from lora_lab.ablation.results import SCORE
-from lora_lab.costs.cost_model import cost_model
+from lora_lab.ablation.stats import BlockLosses
+from lora_lab.adapters.edit import off, switch
+from lora_lab.costs.fake import Factory
 from lora_lab.costs.setup import Setup
+from lora_lab.costs.timing import cost_model, step_time
+from lora_lab.inject import adapter_state, inject, lora_layers
 from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.models.digits import DigitsMLP
+from lora_lab.models.pretrained import load_pretrained
+from lora_lab.models.quantize import quantize_nf4, round_matrix
 from lora_lab.studies.recorder import (
-    Again,
+    ON_TEST,
     BlockSweep,
+    Rerun,
     Row,
-    describe_blocks,
+    Source,
+    TrialAndRates,
     plan_judges,
+    plan_setup,
     plan_size,
-    plan_trial,
+    read_loss,
     record_sweeps,
 )
 from lora_lab.studies.steps import ATTENTION, SMOLLM2, Case, compare_times, measure_cases
@@ -95,8 +120,8 @@ def plan_quality(device: torch.device) -> Iterator[BlockSweep]:
         setups = {}
         for steps in budgets:
             for name, (method, step, centres) in AFTER.items():
-                trial = plan_trial(method, steps, size, **step)
-                setups[f"{name}, {steps} steps"] = trial, rates_around(centres[steps], count=count)
+                lrs = rates_around(centres[steps], count=count)
+                setups[f"{name}, {steps} steps"] = plan_setup(method, lrs, steps, size, **step)
         seeds, source = (range(choosing), range(first, first + judging)), partial(studies.study, "docs", 64)
         yield BlockSweep(setups, *seeds, data=data, source=source, chosen_on=64)
 
@@ -118,7 +143,7 @@ TARGETS_OF = {
 def plan_targets(device: torch.device) -> list[BlockSweep]:
     """Return what two cores can do in an hour or two, or a GPU in less."""
     size = plan_size(device)
-    setups = {name: (plan_trial(method, *size, BF16_BASE), rates_around(2e-3)) for name, method in TARGETS_OF.items()}
+    setups = {name: plan_setup(method, rates_around(2e-3), *size, BF16_BASE) for name, method in TARGETS_OF.items()}
     return [BlockSweep(setups, choosing=range(2), judging=plan_judges(device), data="docs", chosen_on=128)]
 
 
@@ -134,7 +159,7 @@ def plan_variants(device: torch.device) -> list[BlockSweep]:
             "DoRA": (DoRA(rank, 2 * rank), 2e-3, None),
         }
         for name, (method, lr, lean) in methods.items():
-            setups[f"{name}, r={rank}"] = plan_trial(method, *size, lean, eval_every=10), rates_around(factor * lr)
+            setups[f"{name}, r={rank}"] = plan_setup(method, rates_around(factor * lr), *size, lean, eval_every=10)
     return [BlockSweep(setups, choosing=range(2), judging=plan_judges(device), data="docs", chosen_on=128)]
 
 
@@ -168,10 +193,10 @@ def plan_rates(device: torch.device) -> Iterator[BlockSweep]:
         "docs": (plan_size(device), BF16_BASE, _docs_seeds(device), 128, 64),
     }
     for data, (size, lean, choosing, chosen_on, seq_len) in sizes.items():
-        setups = {"full": (plan_trial(FullFineTuning(), *size), rates_around(CENTRES[data]["full"]))}
+        setups = {"full": plan_setup(FullFineTuning(), rates_around(CENTRES[data]["full"]), *size)}
         for rule, alpha in RULES.items():
             for rank, lr in zip(RANKS, CENTRES[data][rule], strict=True):
-                setups[f"r={rank}, {rule}"] = plan_trial(LoRA(rank, alpha(rank)), *size, lean=lean), rates_around(lr)
+                setups[f"r={rank}, {rule}"] = plan_setup(LoRA(rank, alpha(rank)), rates_around(lr), *size, lean=lean)
         on: dict[str, Any] = {"chosen_on": chosen_on, "judged_on": {}, "seq_len": seq_len}
         yield BlockSweep(setups, choosing, data=data, beyond=2, **on)
 
@@ -189,8 +214,7 @@ RATES = record_sweeps("rates", plan_rates)
 HIGH = f"r={RANKS[-1]}"  # the setup whose runs predict
 PLANTED = (1, 2, 4, 8, 16)  # ranks of the planted updates
 PICTURES = (100, 500, 1200)  # of digits to train on
-MARGINS = {"planted": 0.001, "digits": 0.03}  # differences of losses that do not matter, and of language models:
-MARGIN = 0.02
+MARGINS = {"planted": 0.001, "digits": 0.03, "language model": 0.02}  # differences of losses that do not matter
 DOWNSTREAM = {"translate-fr": (50, 44), "summarise": (25, 113)}  # steps, and the mean tokens of an example
 # By rank; those of digits and docs are in CENTRES.
 PLANTED_RATES = (1.6e-2, 1.6e-2, 1.6e-2, 8e-3, 8e-3, 4e-3, 4e-3)
@@ -206,26 +230,26 @@ def plan_rank_advice(device: torch.device) -> Iterator[BlockSweep]:
     on: dict[str, Any] = {"chosen_on": 200, "judged_on": {"validation": 200, "test": 256}, "seq_len": None}
     for data, (source, steps, rates) in nets.items():
         setups = _list_ranks(rates, (steps, 32, None))
-        yield BlockSweep(setups, range(3), range(3, 13), data=data, source=source, again=_run_high(200), **on)
+        yield BlockSweep(setups, range(3), range(3, 13), data=data, source=source, rerun=_run_high(200), **on)
     judging, setups = plan_judges(device, 5 if gpu else 3), _list_ranks(docs, (*plan_size(device), BF16_BASE))
-    yield BlockSweep(setups, _docs_seeds(device), judging, data="docs", again=_run_high(128), chosen_on=128)
+    yield BlockSweep(setups, _docs_seeds(device), judging, data="docs", rerun=_run_high(128), chosen_on=128)
     ranks, count = (RANKS, 5) if gpu else (RANKS[::2], 3)
     for data, (steps, tokens) in DOWNSTREAM.items():
         setups = _list_ranks(DOWNSTREAM_RATES, (steps, 8, BF16_BASE), ranks, count)
-        yield BlockSweep(setups, range(2), judging, data=data, again=_run_high(64), chosen_on=64, seq_len=tokens)
+        yield BlockSweep(setups, range(2), judging, data=data, rerun=_run_high(64), chosen_on=64, seq_len=tokens)
 
 
 def _list_ranks(
     centres: Sequence[float], step: tuple[int, int, Lean | None], ranks: Sequence[int] = RANKS, count: int = 5
-) -> dict[str, tuple[Trial, Sequence[float]]]:
+) -> dict[str, TrialAndRates]:
     """Return LoRA of each rank, with alpha twice the rank, and its first rates."""
     lrs = {rank: rates_around(lr, count=count) for rank, lr in zip(RANKS, centres, strict=True)}
-    return {f"r={rank}": (plan_trial(LoRA(rank, 2 * rank), *step), lrs[rank]) for rank in ranks}
+    return {f"r={rank}": plan_setup(LoRA(rank, 2 * rank), lrs[rank], *step) for rank in ranks}
 
 
-def _run_high(examples: int) -> Again:
+def _run_high(examples: int) -> Rerun:
     """Return the runs at rank 64 that give the statistics."""
-    return Again(HIGH, UpdateRanks(RANKS, examples), len(RANKS) * examples, "high rank", advise)
+    return Rerun(HIGH, UpdateRanks(RANKS, examples), "high rank", advise)
 
 
 def imitate(rank: int, device: torch.device) -> tuple[nn.Module, Task]:
@@ -240,7 +264,7 @@ def read_moved_digits(count: int, device: torch.device) -> tuple[nn.Module, Task
 
 def advise(trial: Row, judged: Row) -> Iterator[Row]:
     """Yield the row of a run at rank 64: its statistics, and no losses, which are of fewer examples than others."""
-    margin = MARGINS.get(judged["data"].partition(" ")[0], MARGIN)
+    margin = MARGINS.get(judged["data"].partition(" ")[0], MARGINS["language model"])
     about = {"data": judged["data"], "stage": "high rank", "setup": HIGH, "margin": margin}
     columns = {name: trial[name] for name in ("rank", "lr", "seed", "outcome", "reason", "commit")}
     scores = {name: value for name, value in trial.items() if name.startswith(SCORE)}
@@ -259,20 +283,6 @@ LORA = {
 }
 LRS = {"sentiment": 2e-5, "docs": 1e-4}
 TUNED = {"sentiment": {"full": 1.25e-4, "LoRA": 8e-3}, "docs": {"full": 1.25e-4, "LoRA": 4e-3}}
-SOURCES = {
-    "sentiment": "CMU CS11-711, Advanced NLP, Fall 2025, homework 1: README, run_llama.py, lora.py (read in copies)",
-    "docs": "README and notebook of a public SmolLM-135M LoRA repository",
-}
-CHANGED = {
-    "sentiment": "SmolLM2-135M-Instruct in place of a 42M Llama; 552 texts of this project in place of SST-5 and "
-    "CFIMDB; the language model's head in place of a new one of classes with dropout before it; the last step in place "
-    "of the best epoch; LoRA over a base in bfloat16; steps and batch as in the setups, where theirs are 5 epochs in "
-    "batches of 80 and 10",
-    "docs": "SmolLM2-135M-Instruct in place of SmolLM-135M; Python's manual in place of Dolly's instructions; steps "
-    "and batch as in the setups, where theirs are 300 of 8; a constant rate, as theirs is for 200 steps; the test part "
-    "in place of five openings of a few words; LoRA over a base in bfloat16; full fine-tuning at LoRA's rate, since "
-    "the repository has no run of it",
-}
 
 
 def plan_taught(device: torch.device) -> list[BlockSweep]:
@@ -288,18 +298,19 @@ def plan_taught(device: torch.device) -> list[BlockSweep]:
     ]
 
 
-def _set_up(data: str, steps: int, batch_size: int, **options: Any) -> dict[str, tuple[Trial, tuple[float, ...]]]:
+def _set_up(data: str, steps: int, batch_size: int, **options: Any) -> dict[str, TrialAndRates]:
     """Return both methods, as taught and tuned: constant rates without warm-up, and no clipping."""
-    trials = {
-        "full": plan_trial(FullFineTuning(), steps, batch_size, autocast=torch.bfloat16),
-        "LoRA": plan_trial(LORA[data], steps, batch_size, BF16_BASE),
+    options |= {"steps": steps, "batch_size": batch_size, "schedule": "constant", "warmup": 0, "clip": None}
+    methods: dict[str, tuple[Method, dict[str, Any]]] = {
+        "full": (FullFineTuning(), {"autocast": torch.bfloat16}),
+        "LoRA": (LORA[data], {"lean": BF16_BASE}),
     }
-    options |= {"schedule": "constant", "warmup": 0, "clip": None}
-    trials = {name: replace(trial, **options) for name, trial in trials.items()}
-    tuned = {name: rates_around(centre, count=3) for name, centre in TUNED[data].items()}
-    return {f"{name}, as taught": (trial, (LRS[data],)) for name, trial in trials.items()} | {
-        f"{name}, tuned": (trial, tuned[name]) for name, trial in trials.items()
-    }
+    setups = {}
+    for how in ("as taught", "tuned"):
+        for name, (method, step) in methods.items():
+            lrs = (LRS[data],) if how == "as taught" else rates_around(TUNED[data][name], count=3)
+            setups[f"{name}, {how}"] = plan_setup(method, lrs, **options, **step)
+    return setups
 
 
 def time_methods(device: torch.device) -> Iterator[Row]:
@@ -313,12 +324,7 @@ def time_methods(device: torch.device) -> Iterator[Row]:
             yield row | {"data": sweep.data, "stage": "time"}
 
 
-TAUGHT = record_sweeps(
-    "taught",
-    plan_taught,
-    lambda device: describe_blocks(plan_taught(device)) | {"sources": SOURCES, "changed": CHANGED},
-    time_methods,
-)
+TAUGHT = record_sweeps("taught", plan_taught, after=time_methods)
 
 
 # Translation
@@ -332,9 +338,9 @@ SIZES = {NAMES: (56, 92), FRENCH: (64, 160), ENGLISH: (64, 160)}
 def plan_translation(device: torch.device) -> Iterator[BlockSweep]:
     """Yield what two cores can do in an evening, with LoRA alone; on a GPU full fine-tuning, too, and more steps."""
     gpu = device.type == "cuda"
-    setups = {"LoRA r=8": (plan_trial(LoRA(8, 16), 600 if gpu else 150, 8, BF16_BASE), rates_around(4e-3, count=3))}
+    setups = {"LoRA r=8": plan_setup(LoRA(8, 16), rates_around(4e-3, count=3), 600 if gpu else 150, 8, BF16_BASE)}
     if gpu:
-        setups["full"] = plan_trial(FullFineTuning(), 600, 8), rates_around(2e-4, count=3)
+        setups["full"] = plan_setup(FullFineTuning(), rates_around(2e-4, count=3), 600, 8)
     for data, (seq_len, size) in SIZES.items():
         # The score "accuracy" of a trial is 1 or 0 for each example.
         on: dict[str, Any] = {"chosen_on": 64, "judged_on": {"test": size}, "block": 1, "answered": True}
@@ -369,3 +375,126 @@ def guess_french(name: str) -> str:
 
 
 TRANSLATION = record_sweeps("translation", plan_translation, after=list_examples)
+
+
+# Quantised
+
+NF4, Q4_1 = "NF4-double", "Q4_1"  # the blocks, of which the first is QLoRA's and the second that of the model's file
+METHOD = LoRA(8, 16)
+BASES = {"float32": Lean(), "bfloat16": Lean(torch.bfloat16), "NF4": Lean(), "Q4_1": Lean()}
+BLOCKS_OF = {"float32": None, "NF4": NF4}  # of the bases whose adapters are merged
+ROUNDS = 9  # of the timing
+BLOCK = 4  # examples whose losses are one, as in the sweeps
+
+
+def plan_quantised(device: torch.device) -> Iterator[BlockSweep]:
+    """Yield what two cores can do in an hour and a half, or a GPU in less."""
+    for base, lean in BASES.items():
+        setups = {base: plan_setup(METHOD, rates_around(2e-3), *plan_size(device), lean)}
+        rerun = Rerun(base, Merges(base, ON_TEST["test"]), "merged", merge_rows) if base in BLOCKS_OF else None
+        options: dict[str, Any] = {"source": partial(load_source, base), "judged_on": ON_TEST, "rerun": rerun}
+        yield BlockSweep(setups, range(2), plan_judges(device), data=base, chosen_on=64, **options)
+
+
+def load_source(base: str, device: torch.device) -> Source:
+    """Return what makes the model and the task."""
+    return partial(load_base, base, device), partial(studies.docs_task, 64)
+
+
+def load_base(base: str, device: torch.device) -> nn.Module:
+    """Return the language model over that base; in bfloat16 it is the lean step that casts it."""
+    if base == "Q4_1":
+        return load_pretrained(SMOLLM2, device=device, keep_blocks=True)[0]
+    model = studies.language_model(device)
+    if base == "NF4":
+        quantize_nf4(model)
+    return model
+
+
+def forms_of(base: str) -> list[str]:
+    """Return the names of the models that are made of an adapter, in the order of :class:`Merges`."""
+    forms = ["base", "unmerged", "merged"]
+    for blocks in (NF4, Q4_1):
+        forms += [f"unmerged, base in {blocks}", f"merged, then {blocks}"]
+    if base != "float32":
+        forms += ["merged into float32", *(f"merged into float32, then {blocks}" for blocks in (NF4, Q4_1))]
+    return forms
+
+
+@dataclass(frozen=True)
+class Merges:
+    """A judge for :func:`lora_lab.ablation.ablate`: the losses of every form in which an adapter can be used.
+
+    With W the weight of the base in float32, Q the rounding to blocks, V the weight under which the adapter was trained
+    (W, or Q(W) for QLoRA) and D its update, the forms are
+
+        base                          V               without the adapter
+        unmerged                      V + D           as it was trained
+        merged                        V + D           as one dense matrix
+        unmerged, base in Q           Q(V) + D        the control: the base is rounded, the update is not
+        merged, then Q                Q(V + D)
+        merged into float32           W + D           under V = Q(W) alone, as are the next
+        merged into float32, then Q   Q(W + D)
+
+    Its scores are the losses of blocks of test examples by form, as those of
+    :class:`lora_lab.ablation.stats.BlockLosses`.
+
+    Args:
+        base: of the adapter, in :data:`BLOCKS_OF`.
+        examples: of the test part, how many.
+    """
+
+    base: str
+    examples: int
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, task: Task) -> dict[str, str]:
+        state, device = adapter_state(model), next(model.parameters()).device
+        model = studies.language_model(device)
+        inject(model, METHOD)
+        switch(model, state)
+        layers = lora_layers(model)
+        W = {name: layer.base.weight.detach().clone() for name, layer in layers.items()}  # (192, 576)
+        V = {name: _quantise(weight, BLOCKS_OF[self.base]) for name, weight in W.items()}  # (192, 576)
+        judge = BlockLosses({"test": self.examples}, BLOCK)
+        scores = {}
+        for form in forms_of(self.base):
+            unmerged = form.startswith("unmerged")
+            under = W if "float32" in form else V
+            blocks = next((kind for kind in (NF4, Q4_1) if form.endswith(kind)), None)
+            for name, layer in layers.items():
+                dense = under[name] + layer.delta() if form.startswith("merged") else under[name]  # (192, 576)
+                layer.base.weight.data.copy_(_quantise(dense, blocks))  # (192, 576)
+            with nullcontext() if unmerged else off(model):
+                scores[form] = judge(model, task)["test"]
+        return scores
+
+
+def _quantise(weight: Tensor, kind: str | None) -> Tensor:
+    return weight if kind is None else round_matrix(weight, kind)
+
+
+def merge_rows(trial: Row, judged: Row) -> Iterator[Row]:
+    """Yield a row of every form of an adapter, with the data "<base>, merged" and the form as its setup.
+
+    So :func:`lora_lab.ablation.compare.compare_losses` compares the forms.
+    """
+    base = judged["data"]
+    row = {"data": f"{base}, merged", "stage": "judging", "edge": judged["edge"]}
+    row |= {name: trial[name] for name in ("lr", "seed", "steps", "step", "outcome", "reason", "commit")}
+    for form in forms_of(base):
+        losses = {SCORE + "test": trial.get(SCORE + form), "validation_loss": None}
+        yield row | {"setup": form} | losses | {"test_loss": read_loss(losses, "test")}
+
+
+def time_steps(device: torch.device) -> Iterator[Row]:
+    """Yield rows of the time of a step over each base, measured in turn, with the data "time"."""
+    sources: dict[str, Factory] = {base: partial(load_base, base, device) for base in BASES}
+    variants = {base: Setup(METHOD, lean=lean) for base, lean in BASES.items()}
+    times = step_time(sources, variants, plan_size(device)[1], 64, rounds=ROUNDS, device=device)
+    for row in times.to_dict()["variants"]:
+        setup = {"data": "time", "stage": "timing", "setup": row.pop("variant"), "rounds": ROUNDS}
+        yield setup | {**row, "disturbance": times.disturbance}
+
+
+QUANTISED = record_sweeps("quantised", plan_quantised, after=time_steps)

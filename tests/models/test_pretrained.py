@@ -117,7 +117,7 @@ def loaded(raced):
     code = """
 import json, sys, torch
 from lora_lab.models import pretrained
-from lora_lab.system.process import peak_bytes
+from lora_lab.system.device import peak_bytes
 peaks = [peak_bytes(torch.device("cpu"))]
 for keep in (True, False):
     model, _ = pretrained.load_pretrained(device="cpu", keep_blocks=keep)

@@ -7,7 +7,7 @@ import torch
 
 from lora_lab.ablation import run, studies
 from lora_lab.models.llama import Llama
-from lora_lab.studies import recorder, spectra, steps
+from lora_lab.studies import spectra, steps
 from lora_lab.tasks import Examples, Task
 from tests.helpers import COMMIT
 
@@ -73,9 +73,9 @@ def small_study(monkeypatch, tiny_config, tmp_path):
     study = partial(Llama, tiny_config, seed=3), partial(sentences, tiny_config.vocab_size)
     monkeypatch.setattr(studies, "language_model", lambda device, model=None: study[0]())
     monkeypatch.setattr(studies, "docs_task", lambda seq_len, model=None: study[1]())
-    plan = spectra.Plan({1: (1e-3, 1e-2), 4: (1e-3, 1e-2)}, 2, 4, 4, 8, 5)
+    plan = {"lrs": {"1": [1e-3, 1e-2], "4": [1e-3, 1e-2]}, "seeds": 2, "steps": 4, "batch_size": 4, "seq_len": 8}
+    plan["eval_examples"] = 5
     monkeypatch.setattr(spectra, "plan", lambda device: plan)
     monkeypatch.setattr(studies, "processes", lambda device: 1)
-    monkeypatch.setattr(recorder, "plan_hours", lambda sweep, device: 0.0)
     monkeypatch.chdir(tmp_path)
     return study

@@ -1,7 +1,8 @@
-"""What `lora-lab record downstream` runs, on a tiny model and small tasks, and what it writes and prints."""
+"""What `lora-lab record downstream` and `elicitation` run, on a tiny model and small tasks, and what they write."""
 
 import dataclasses
 import io
+import statistics
 from collections import Counter
 from contextlib import redirect_stdout
 from functools import cache
@@ -16,19 +17,21 @@ from lora_lab.models.llama import Llama
 from lora_lab.studies import downstream
 from lora_lab.tasks import Pair, from_pairs
 from lora_lab.tasks.generate import answers
-from lora_lab.tasks.metrics import StyleJudge, trivial
+from lora_lab.tasks.metrics import StyleJudge, score, trivial
 from tests.helpers import COMMIT, enlarge, french, sentiment
 
 pytestmark = pytest.mark.slow
 
 FOLDER = Path("runs/record-downstream")
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-REAL_PLAN = downstream.plan  # the fixture puts another in its place
-RATES = {"full": (1e-4, 1e-2), "LoRA r=8": (3e-2, 1e-3), "scratch": (1e-2, 1e-4)}
+CPU = torch.device("cpu")
+RATES = {"full": [1e-4, 1e-2], "LoRA r=8": [3e-2, 1e-3], "scratch": [1e-2, 1e-4]}
 STEPS = {"sentiment": 5, "translate-fr": 3, "style": 4}
-PLAN = downstream.Plan(STEPS, RATES, 3, 4, 3)
+PLAN = {"steps": STEPS, "lrs": RATES, "seeds": 3, "batch_size": 4, "eval_examples": 3}
 TRAINED = {"sentiment": {"full", "LoRA r=8", "scratch"}, "translate-fr": {"full", "LoRA r=8"}}
 TRAINED["style"] = TRAINED["translate-fr"]
+ASKED = {"SHOTS": {"sentiment": (1, 3), "translate-fr": (1, 2)}, "DRAWS": {"sentiment": 2, "translate-fr": 2}}
+ASKED |= {"CHOSEN_ON": 3, "SHUFFLES": 4, "RESAMPLES": 25}  # scikit-learn takes milliseconds for each of the last
+CALIBRATIONS = ("", "content-free", "validation texts")
 
 
 def stories(tokenizer, variant="log"):
@@ -44,7 +47,7 @@ def stories(tokenizer, variant="log"):
 @pytest.fixture(scope="module")
 def tiny(small_world, tiny_config, chatter):
     """The real model is a tiny one with something to say, and its tasks are small."""
-    config = dataclasses.replace(tiny_config, tie_word_embeddings=False)
+    config = dataclasses.replace(tiny_config, tie_word_embeddings=False, max_position_embeddings=1024)
 
     def make(device=None):
         return enlarge(Llama(config, seed=4), 5)
@@ -55,6 +58,8 @@ def tiny(small_world, tiny_config, chatter):
     small_world.setattr(downstream, "style", small["style"])
     small_world.setattr(downstream, "load_pretrained", lambda name: (None, chatter))
     small_world.setattr(downstream, "plan", lambda device: PLAN)
+    for name, value in ASKED.items():
+        small_world.setattr(downstream, name, value)
     return make
 
 
@@ -208,25 +213,6 @@ def test_from_scratch_another_model_is_trained_on_sentiment_alone(whole, tiny, c
     assert full["validation_loss"] != pytest.approx(found[1]["validation_loss"], rel=1e-2)
 
 
-def test_answers_are_kept_of_the_first_seed_alone_beside_the_prompts_and_what_was_wanted(whole, tiny, chatter):
-    for name, setups in TRAINED.items():
-        task = SCORED[name][0](chatter)
-        for setup in (*setups, "zero-shot"):
-            told = rows_of(whole[1], "answer", task=name, setup=setup)
-            assert [row["prompt"] for row in told] == [pair.prompt for pair in task.pairs["test"][:3]]
-            assert [row["reference"] for row in told] == [pair.answer for pair in task.pairs["test"][:3]]
-            assert set(told[0]) == {"about", "task", "setup", "prompt", "reference", "prediction"}
-        assert len(rows_of(whole[1], "answer", task=name)) == 3 * (len(setups) + 1)
-        (first,) = rows_of(whole[1], "result", task=name, setup="full", seed=0)
-        model, steps = tiny(), STEPS[name]
-        fit(model, task, FullFineTuning(), lr=first["lr"], seed=0, steps=steps, batch_size=4, eval_every=steps)
-        assert [row["prediction"] for row in rows_of(whole[1], "answer", task=name, setup="full")] == answers(
-            model, task
-        )[:3]
-    assert not any(key.startswith("prediction_") for row in whole[1] for key in row)
-    assert len({row["prediction"] for row in rows_of(whole[1], "answer")}) > 6
-
-
 def test_the_style_is_told_from_plain_stories_as_well_as_the_row_says(whole, chatter):
     (row,) = rows_of(whole[1], "task", task="style")
     judge = StyleJudge(stories(chatter), stories(chatter, "plain"))
@@ -239,22 +225,13 @@ def test_the_style_is_told_from_plain_stories_as_well_as_the_row_says(whole, cha
     assert downstream.scores(stories(chatter), plainly) == {"in_style": 0.0}
 
 
-def test_a_record_says_how_its_rows_were_made(whole):
-    own = whole[0].settings
-    assert own["lrs"] == {setup: list(lrs) for setup, lrs in RATES.items()}
-    assert own["steps"] == STEPS
-    assert (own["seeds"], own["batch_size"], own["eval_examples"]) == (3, 4, 3)
-    assert (own["setups"]["LoRA r=8"]["rank"], own["setups"]["LoRA r=8"]["alpha"]) == (8, 16)
-    assert own["setups"]["full"]["name"] == own["setups"]["scratch"]["name"] == "full"
-
-
 # What fails, and what is stopped
 
 
 def hot(monkeypatch, *setups, steps=None):
     """The plan, for one task, with a rate at which nothing can be trained; for some methods there is no other."""
-    rates = {setup: (1e30,) if setup in setups else (*lrs, 1e30) for setup, lrs in RATES.items()}
-    plan = dataclasses.replace(PLAN, lrs=rates, steps=steps or {"sentiment": 5})
+    rates = {setup: [1e30] if setup in setups else [*lrs, 1e30] for setup, lrs in RATES.items()}
+    plan = PLAN | {"lrs": rates, "steps": steps or {"sentiment": 5}}
     monkeypatch.setattr(downstream, "plan", lambda device: plan)
 
 
@@ -281,3 +258,96 @@ def test_where_everything_failed_the_next_task_begins(tiny, monkeypatch, tmp_pat
     assert [row["task"] for row in rows_of(rows, "task")] == ["sentiment", "style"]
     assert {row["setup"] for row in rows_of(rows, "result")} == {"trivial", "zero-shot"}
     assert [row["outcome"] for row in rows_of(rows, "tuning")] == ["failed"] * 5
+
+
+# Elicitation
+
+
+@pytest.fixture(scope="module")
+def seen(tiny):
+    """What each probe learned from: (states, labels)."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def asked(tiny, seen):
+    """(the record, what was printed) of one run of the command."""
+    probe = downstream.linear_probe
+
+    def watched(states, labels, *validation):
+        seen.append((states, list(labels)))
+        return probe(states, labels, *validation)
+
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(downstream, "linear_probe", watched)
+        assert cli.main(["record", "elicitation", "--device", "cpu", "--out", "records"]) == 0
+    (record,) = records.load_all("elicitation", "records").values()
+    return record, printed.getvalue()
+
+
+def results(record, **columns):
+    return [row for row in record.rows if row["about"] == "result" and columns.items() <= row.items()]
+
+
+def test_a_record_holds_each_setup_and_each_control(asked):
+    record, _ = asked
+    for task, shots in ASKED["SHOTS"].items():
+        rows = results(record, task=task)
+        counted = Counter((row["setup"], row.get("k"), row["control"]) for row in rows)
+        each = 3 if task == "sentiment" else 1  # calibrations
+        (best,) = {row["k"] for row in rows if row["setup"] == "few-shot" and row["control"]}
+        expected = {("zero-shot", 0, False): each, ("few-shot", best, True): 2 * each}
+        expected |= {("few-shot", k, False): 2 * each for k in shots}
+        if task == "sentiment":
+            expected |= {("probe", None, False): 3, ("probe", None, True): 4}
+            assert {row["calibration"] for row in rows if row["setup"] != "probe"} == set(CALIBRATIONS)
+        assert counted == expected
+
+
+def test_the_control_has_the_number_of_examples_that_validation_chose(asked):
+    record, _ = asked
+    for task in ("sentiment", "translate-fr"):
+        means = {
+            k: max(
+                statistics.fmean(row["validation"] for row in rows)
+                for calibration in CALIBRATIONS
+                if (rows := results(record, task=task, k=k, calibration=calibration, control=False))
+            )
+            for k in ASKED["SHOTS"][task]
+        }
+        (chosen,) = {row["k"] for row in results(record, task=task, setup="few-shot", control=True)}
+        assert means[chosen] == max(means.values())
+
+
+def test_zero_shot_has_the_scores_that_the_model_has_without_this_recorder(asked, tiny, chatter):
+    record, _ = asked
+    for task in (sentiment(chatter), french(chatter)):
+        (row,) = results(record, task=task.name, setup="zero-shot", calibration="")
+        expected = score(task, answers(tiny(), task))
+        assert {key: row[key] for key in expected} == expected
+
+
+def test_an_interval_holds_the_score_and_has_no_width_where_all_answers_are_right(tiny, chatter):
+    task = sentiment(chatter)
+    right = [pair.answer for pair in task.pairs["test"]]
+    validation = [pair.answer for pair in task.pairs["validation"]]
+    perfect = downstream._result(task, {}, {"test": right, "validation": validation})
+    assert [perfect[name] for name in ("lower", "accuracy", "upper", "validation")] == [1, 1, 1, 1]
+    constant = downstream._result(task, {}, {"test": trivial(task), "validation": ["good"]})
+    assert 0 <= constant["lower"] < constant["accuracy"] < constant["upper"] <= 1
+    assert constant["validation"] == float(validation[0] == "good")
+
+
+def test_a_probe_sees_the_training_examples_of_the_trial_with_its_seed(asked, seen, tiny, chatter):
+    task = sentiment(chatter)
+    labels = [pair.answer for pair in task.pairs["train"]]
+    count = 5 * 4  # steps and batch
+    assert len(seen) == 3 + 4
+    for i, (states, learned) in enumerate(seen):
+        seed, control = (i, False) if i < 3 else (i - 3, True)
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+        assert len(states) == len(order) == count < len(labels)
+        assert sorted(learned) == sorted(labels[row] for row in order)
+        assert (learned == [labels[row] for row in order]) is not control
+    assert torch.equal(seen[0][0], seen[3][0])
+    assert not torch.equal(seen[0][0], seen[1][0])

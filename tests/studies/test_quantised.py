@@ -9,13 +9,13 @@ import torch
 
 from lora_lab import LoRA, fit, merge, quantize_nf4
 from lora_lab.ablation import studies
-from lora_lab.ablation.compare import compare_losses
+from lora_lab.ablation.compare import compare_losses, rates_around
 from lora_lab.ablation.stats import BlockLosses
 from lora_lab.adapters.edit import off
 from lora_lab.models.llama import Llama
 from lora_lab.models.quantize import FORMATS, BlockLinear, nf4
-from lora_lab.studies import quantised, recorder
-from lora_lab.studies.quantised import NF4, Q4_1, Merges, forms_of, rounding
+from lora_lab.studies import tuned
+from lora_lab.studies.tuned import NF4, Q4_1, Merges, forms_of
 from tests.studies.conftest import sentences
 
 pytestmark = pytest.mark.slow
@@ -36,14 +36,12 @@ def rows(small_world, tiny_config):
     task = sentences(tiny_config.vocab_size)
     small_world.setattr(studies, "language_model", lambda device, model=None: Llama(tiny_config, seed=3))
     small_world.setattr(studies, "docs_task", lambda seq_len: task)
-    small_world.setattr(quantised, "load_base", lambda base, device: load(tiny_config, base))
-    small_world.setattr(recorder, "plan_hours", lambda *arguments: 1.0)
-    small_world.setattr(quantised, "ON_TEST", {"validation": 5, "test": 6})
-    small_world.setattr(quantised, "CENTRE", 2e-2)
-    small_world.setattr(quantised, "ROUNDS", 2)
-    template = quantised.plan_trial
-    small_world.setattr(quantised, "plan_trial", lambda method, steps, size, lean: template(method, 3, 4, lean))
-    return list(quantised.QUANTISED.rows(CPU))
+    small_world.setattr(tuned, "load_base", lambda base, device: load(tiny_config, base))
+    small_world.setattr(tuned, "ON_TEST", {"validation": 5, "test": 6})
+    small_world.setattr(tuned, "ROUNDS", 2)
+    real, lrs = tuned.plan_setup, rates_around(2e-2)
+    small_world.setattr(tuned, "plan_setup", lambda method, rates, steps, size, lean: real(method, lrs, 3, 4, lean))
+    return list(tuned.QUANTISED.rows(CPU))
 
 
 def frame_of(rows, *data):
@@ -54,7 +52,7 @@ def frame_of(rows, *data):
 
 
 def test_four_bases_are_compared_on_the_same_seeds_and_blocks(rows):
-    table = compare_losses(frame_of(rows, *quantised.BASES), "float32").set_index("setup")
+    table = compare_losses(frame_of(rows, *tuned.BASES), "float32").set_index("setup")
     assert set(table.index) == {"float32", "bfloat16", "NF4", "Q4_1"}
     assert (table["seeds"] == 3).all()
     assert table.loc["NF4", "difference"] != 0
@@ -71,15 +69,6 @@ def test_forms_are_compared_as_setups(rows, base):
     assert abs(table.loc["base", "difference"]) > 1e-4
 
 
-def test_rounding_is_recorded_for_each_adapter(rows):
-    for base in ("float32", "NF4"):
-        table = frame_of(rows, f"{base}, rounded").set_index("setup")
-        assert sorted(table.index) == sorted([NF4, Q4_1] * 3)
-        assert table["cosine"].between(-1, 1).all()
-        assert (table[["update", "change", "merged_error"]] > 0).all(axis=None)
-    assert (frame_of(rows, "float32, rounded")["base_error"] > 0.01).all()
-
-
 def test_steps_are_timed_in_turn(rows):
     table = frame_of(rows, "time").set_index("setup")
     assert [*table.index] == ["float32", "bfloat16", "NF4", "Q4_1"]
@@ -89,7 +78,7 @@ def test_steps_are_timed_in_turn(rows):
 
 
 def test_each_base_has_its_own_step():
-    plans = {device: {sweep.data: sweep for sweep in quantised.plan(device)} for device in (CPU, CUDA)}
+    plans = {device: {sweep.data: sweep for sweep in tuned.plan_quantised(device)} for device in (CPU, CUDA)}
     leans = {base: sweep.setups[base][0].lean for base, sweep in plans[CPU].items()}
     assert leans["bfloat16"].base_dtype == torch.bfloat16
     assert {leans[base].base_dtype for base in ("float32", "NF4", "Q4_1")} == {None}
@@ -168,45 +157,9 @@ def test_the_control_rounds_the_base_and_not_the_update(trained, tiny_config):
         json.loads(judge(model, task)["test"]), abs=2e-5
     )
     assert scores[f"unmerged, base in {NF4}"] != scores[f"merged, then {NF4}"]
-    assert [*scores] == [*forms_of("float32"), "rounding"]
+    assert [*scores] == [*forms_of("float32")]
 
 
 def quantised_layer(layer):
     packed, steps = nf4(layer.weight)
     return BlockLinear(packed, NF4, layer.weight.shape, steps=steps)
-
-
-# Rounding
-
-
-def on_grid(seed=0):
-    """A weight that Q4_1 holds exactly: in each block whole numbers from 1 to 13, and 0 and 15."""
-    weight = torch.randint(1, 14, (8, 32), generator=torch.Generator().manual_seed(seed)).float()
-    weight[:, 0], weight[:, 1] = 0, 15
-    return weight
-
-
-def test_a_base_on_the_grid_loses_nothing_and_a_small_update_to_it_is_lost_whole():
-    V = on_grid()
-    inner = torch.ones(8, 32)
-    inner[:, :2] = 0  # the largest and the smallest weight of a block, which decide the grid, stay
-    small, large = (rounding([(V, size * inner)], Q4_1) for size in (0.3, 1.0))
-    assert small["base_error"] == large["base_error"] == pytest.approx(0, abs=1e-6)
-    assert (small["change"], small["cosine"]) == (0.0, 0.0)
-    assert small["merged_error"] == pytest.approx(small["update"], rel=1e-5)
-    assert large["change"] == pytest.approx(large["update"], rel=1e-3)
-    assert large["cosine"] > 0.99
-    assert large["merged_error"] < 1e-3 * large["update"]
-
-
-def test_a_base_off_the_grid_is_rounded_with_and_without_an_update():
-    V = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
-    result = rounding([(V, 1e-3 * torch.ones_like(V))], Q4_1)
-    assert result["base_error"] == pytest.approx(result["merged_error"], rel=0.1)
-    assert result["base_error"] > 0.01 > result["update"]
-
-
-def test_layers_count_together():
-    V, D = on_grid(), torch.full((8, 32), 0.3)
-    both = rounding([(V, D), (on_grid(1), 0 * D)], Q4_1)
-    assert rounding([(V, D)], Q4_1)["update"] > both["update"] > 0

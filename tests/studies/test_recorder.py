@@ -1,10 +1,7 @@
-"""How records are made: what is planned and taken over, what a tuned study writes, and how long studies take."""
+"""How records are made: what is planned, and what a tuned study writes."""
 
 import json
 import math
-from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +12,8 @@ from lora_lab.ablation.compare import compare_losses
 from lora_lab.ablation.stats import BlockLosses, best_rate, block_losses_of, losses_by_rate
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
-from lora_lab.studies import forgetting, recorder, tuned
-from lora_lab.studies.recorder import BlockSweep, CurveSweep, find_recorder, plan_hours, take_over, tell_row
+from lora_lab.studies import curves, recorder, tuned
+from lora_lab.studies.recorder import BlockSweep, find_recorder, tell_row
 from lora_lab.studies.records import KINDS
 from lora_lab.tasks import digits
 from tests.helpers import COMMIT, command
@@ -25,54 +22,9 @@ from tests.studies.conftest import sentences
 CPU = torch.device("cpu")
 
 
-# A record that was begun in an earlier sitting, whose finished trials are committed
-
-
-@pytest.fixture
-def begun(tmp_path, monkeypatch):
-    """A working directory, and two trials of the record "rates" that were committed."""
-    shipped = tmp_path / "records"
-    for name, loss in (("digits/choosing/a", 1.5), ("docs/choosing/b", 2.5)):
-        path = shipped / "unfinished" / "rates" / f"{name}.json"
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({"loss": loss}), encoding="utf-8")
-    monkeypatch.setattr(records, "shipped", lambda: shipped)
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    return Path("runs/record-rates")
-
-
-def test_trials_that_were_committed_are_taken_over_once_and_replace_none(begun):
-    assert take_over("quality") == 0
-    assert not Path("runs").exists()
-    own = begun / "docs" / "choosing" / "b.json"
-    own.parent.mkdir(parents=True)
-    own.write_text('{"loss": 7}', encoding="utf-8")
-    assert take_over("rates") == 1
-    assert own.read_text(encoding="utf-8") == '{"loss": 7}'
-    assert json.loads((begun / "digits" / "choosing" / "a.json").read_text(encoding="utf-8")) == {"loss": 1.5}
-    assert take_over("rates") == 0
-
-
-def test_the_command_goes_on_from_them_and_says_so(begun, monkeypatch, tmp_path, capsys):
-    seen = []
-
-    def rows(device):
-        seen.extend(path.name for path in begun.rglob("*.json"))
-        yield {"data": "docs"}
-
-    made = replace(tuned.RATES, rows=rows, settings=lambda device: {}, line=str)
-    monkeypatch.setattr(tuned, "RATES", made)
-    assert command("record", "rates", "--device", "cpu", "--out", tmp_path / "out") == 0
-    assert sorted(seen) == ["a.json", "b.json"]
-    assert "2 trials of a record that was begun earlier need not be run again." in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("name", KINDS)
-def test_a_record_can_hold_the_settings_of_every_study(name, device, monkeypatch):  # or hours would end in an error
-    costs = SimpleNamespace(predict=lambda *arguments: SimpleNamespace(total_s=lambda label: 1.0))
-    monkeypatch.setattr(recorder, "cost_model", lambda device: costs)
+def test_a_record_can_hold_the_settings_of_every_study(name, device):  # or hours would end in an error
     settings = find_recorder(name).settings(torch.device(device))
     record = records.new(name, [{"a": 1}], settings, "a test", torch.device("cpu"), "unknown")
     assert record.settings == json.loads(json.dumps(settings))
@@ -81,15 +33,15 @@ def test_a_record_can_hold_the_settings_of_every_study(name, device, monkeypatch
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({}, "docs  r=1  rank 1  lr 0.001  seed 2: validation_loss 3.0000"),
-        ({"outcome": "failed", "reason": "It diverged."}, "docs  r=1  rank 1  lr 0.001  seed 2: It diverged."),
+        ({}, "docs  r=1  lr 0.001  seed 2  step 8  steps 8  validation_loss 3.123"),
+        ({"outcome": "failed", "reason": "It diverged."}, "r=1, lr 0.001, seed 2: It diverged."),
         ({"step": 7}, None),
-        ({"validation_loss": None}, None),
+        ({"validation_loss": None, "lr": None}, None),
     ],
 )
 def test_a_trials_last_row_is_told_in_a_line(changes, told):
-    row = {"data": "docs", "setup": "r=1", "rank": 1.0, "lr": 1e-3, "seed": 2, "outcome": "done", "step": 8, "steps": 8}
-    assert tell_row(row | {"validation_loss": 3.0, "test_loss": None, "score_test": "[3.0]"} | changes) == told
+    row = {"data": "docs", "setup": "r=1", "lr": 1e-3, "seed": 2, "step": 8, "steps": 8, "validation_loss": 3.1234}
+    assert tell_row(row | {"edge": "", "test_loss": None, "score_test": str([3.0] * 9)} | changes) == told
 
 
 # A sweep by blocks
@@ -104,19 +56,11 @@ def plan(device):
         yield BlockSweep(setups, [0, 1], [2, 3], data=data, seq_len=seq_len, **judged)
 
 
-def predict(factory, setups, batch_size, seq_len):
-    """Full fine-tuning takes 3 hours a step, and LoRA 2."""
-    assert (batch_size, seq_len) == (4, 8)
-    hours = {label: 3 if setup.method == FullFineTuning() else 2 for label, setup in setups.items()}
-    return SimpleNamespace(total_s=lambda label: 3600 * hours[label])
-
-
 @pytest.fixture(scope="module")
 def tiny(small_world, tiny_config):
     """The language model is tiny, and `lora-lab record rates` runs the plan above."""
     small_world.setattr(studies, "language_model", lambda device, model=None: Llama(tiny_config, seed=3))
     small_world.setattr(studies, "docs_task", lambda seq_len, model=None: sentences(tiny_config.vocab_size))
-    small_world.setattr(recorder, "cost_model", lambda device: SimpleNamespace(predict=predict))
     small_world.setattr(tuned, "RATES", recorder.record_sweeps("rates", plan))
     return tuned.RATES
 
@@ -177,79 +121,14 @@ def test_a_record_says_how_its_rows_were_made(record):
     assert (own["chosen_on"], own["judged_on"]) == (5, {"validation": 4, "test": 6})
 
 
-def test_planned_hours_count_steps_evaluations_and_what_is_judged(record):
-    forward = 3 / 3 / 4  # hours an example
-    own = 2 * 2 * 4 + 4  # before and after, two parts; the test part
-    expected = 0.0
-    for hours in (3, 2, 2):
-        expected += 2 * 2 * (3 * hours + (own + 5) * forward) + 2 * (3 * hours + (own + 10) * forward)
-    assert record.settings["planned_hours"] == pytest.approx(expected, abs=0.1)
-
-
-def test_a_stopped_record_goes_on_where_it_was(record, tiny, no_trial_runs, capsys):
+def test_a_stopped_record_goes_on_where_it_was(record, tiny, no_trial_runs):
     again = list(tiny.rows(CPU))
     assert [row["validation_loss"] for row in again] == [row["validation_loss"] for row in record.rows]
-    assert f"Planned: about {record.settings['planned_hours']} hours" in capsys.readouterr().out
 
 
 def test_where_full_fine_tuning_is_compared_all_methods_multiply_in_bfloat16():
-    sweeps = [*tuned.plan_quality(CPU), *tuned.plan_taught(CPU), *forgetting.plan_remedies(CPU)]
+    sweeps = [*tuned.plan_quality(CPU), *tuned.plan_taught(CPU), *curves.plan_remedies(CPU)]
     trials = [trial for sweep in sweeps for trial, _ in sweep.setups.values()]
     assert {type(trial.method) for trial in trials} == {FullFineTuning, LoRA}
     for trial in trials:
         assert (trial.autocast or trial.lean.base_dtype) is torch.bfloat16, trial.method
-
-
-# Hours, against sums worked by hand
-
-OPTIONS = {"steps": 4, "batch_size": 2, "eval_every": 2, "eval_examples": 6}
-FULL, ADAPTER = Trial(FullFineTuning(), 1e-3, **OPTIONS), Trial(LoRA(1, 2), 1e-3, **OPTIONS)
-
-
-@pytest.fixture
-def threads(monkeypatch):
-    """Full fine-tuning takes 9 hours a step, LoRA 2; the threads for which costs were asked."""
-    asked = []
-
-    def predict(factory, setups, batch_size, seq_len):
-        asked.append(torch.get_num_threads())
-        hours = {label: 9 if setup.method == FullFineTuning() else 2 for label, setup in setups.items()}
-        hours |= {label: 5 for label, setup in setups.items() if setup.autocast}
-        return SimpleNamespace(total_s=lambda label: 3600 * hours[label])
-
-    monkeypatch.setattr(recorder, "cost_model", lambda device: SimpleNamespace(predict=predict))
-    monkeypatch.setattr(studies, "processes", lambda device: 1)
-    return asked
-
-
-def hours(*trials, **options):
-    setups = {str(i): (trial, [1e-3]) for i, trial in enumerate(trials)}
-    return plan_hours(CurveSweep(setups, [0], task=None, seq_len=8, **options), CPU)
-
-
-def test_a_forward_pass_is_a_third_of_a_full_step_and_half_of_one_with_an_adapter(threads):
-    examples = 3 * 2 * 6 + 6  # two parts before, in the middle and after; the test part
-    assert hours(FULL) == pytest.approx(4 * 9 + examples / 2 * 9 / 3)
-    assert hours(ADAPTER) == pytest.approx(4 * 2 + examples / 2 * 2 / 2)
-    assert hours(FULL, ADAPTER) == pytest.approx(hours(FULL) + hours(ADAPTER))
-
-
-def test_a_step_under_autocast_has_its_own_time(threads):
-    halved = replace(FULL, autocast=torch.bfloat16)
-    assert hours(FULL, FULL) - hours(FULL, halved) == pytest.approx(4 * (9 - 5))
-
-
-def test_what_is_judged_and_a_short_off_domain_part_are_counted(threads):
-    plain = hours(ADAPTER)
-    assert hours(ADAPTER, chosen_on=10) == pytest.approx(plain + 10 / 2)
-    assert hours(ADAPTER, off_domain=2) == pytest.approx(plain - 3 * 4 / 2)
-    assert hours(ADAPTER, off_domain=100) == plain
-
-
-def test_two_processes_with_a_thread_each_take_half_of_what_one_thread_takes(threads, monkeypatch):
-    before = torch.get_num_threads()
-    alone = hours(FULL, FULL)
-    monkeypatch.setattr(studies, "processes", lambda device: 2)
-    assert hours(FULL, FULL) == pytest.approx(alone / 2)
-    assert threads == [before, 1]
-    assert torch.get_num_threads() == before

@@ -1,12 +1,8 @@
 """Records: what is let in, what is written and read back, where they are kept, and how they are named."""
 
-import copy
 import dataclasses
-import functools
-import itertools
 import json
 import re
-import tomllib
 from datetime import UTC, datetime
 
 import pandas
@@ -17,7 +13,7 @@ from lora_lab import records
 from lora_lab.studies.records import Record, load, load_all, write
 from lora_lab.system import provenance
 from lora_lab.system.provenance import machine_info
-from tests.helpers import COMMIT, HOSTILE, ROOT, names, places
+from tests.helpers import COMMIT, ROOT, names
 
 CPU = torch.device("cpu")
 
@@ -133,43 +129,6 @@ def test_a_damaged_file_is_refused_in_one_sentence(tmp_path, content, named):
             read()
 
 
-def changed(content, place, value):
-    """A copy of the content with the value in that place."""
-    content = copy.deepcopy(content)
-    functools.reduce(lambda entry, name: entry[name], place[:-1], content)[place[-1]] = value
-    return content
-
-
-@pytest.mark.parametrize("kind", ["a record", "a file of published numbers"])
-def test_whatever_stands_in_a_file_it_is_read_or_refused_in_a_sentence(tmp_path, kind):
-    (tmp_path / "published").mkdir()
-    if kind == "a record":
-        path, whole, advice = tmp_path / "gpu-memory.json", without(""), "measure it anew."
-        read = functools.partial(load, path)
-    else:
-        path, advice = tmp_path / "published" / "theirs.json", "restore it."
-        whole = json.loads((records.shipped() / "published" / "torchtune.json").read_text(encoding="utf-8"))
-        read = functools.partial(records.published, "theirs", tmp_path)
-    accepted, refused = 0, []
-    for place, value in itertools.product(list(places(whole)), HOSTILE):
-        path.write_text(json.dumps(changed(whole, place, value)))
-        try:
-            read()
-            accepted += 1
-        except ValueError as error:
-            refused.append((type(error), str(error)))
-    assert min(accepted, len(refused)) > 20  # within settings and rows there may be anything that JSON can hold
-    for error, message in refused:
-        assert error is ValueError
-        assert message.startswith(f"{path} is not {kind}")
-        assert message.endswith(advice)
-        assert len(message) < 1000
-    for text in ("[1, 2]", json.dumps(without("")).replace("[4, 128]", "[" * 700 + "]" * 700)):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=f"is not {kind} .*{advice}"):
-            read()
-
-
 def test_all_records_of_a_folder_are_read_by_name_in_order(tmp_path):
     assert load_all(folder=tmp_path) == load_all(folder=tmp_path / "none") == {}
     made = [a_record(what=what, device=device) for what in ("speed", "memory") for device in ("Z1", "A2", "M3")]
@@ -210,24 +169,6 @@ def test_an_installed_package_brings_them_along_and_is_not_written_into(tmp_path
     assert list(load_all()) == ["nvidia-h100-80gb-hbm3-memory"]
 
 
-def test_a_wheel_takes_every_package_and_the_records():
-    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    code = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "lora_lab").rglob("__init__.py")}
-    assert set(setuptools["packages"]) == code | {"lora_lab.notebooks", "lora_lab.recorded"}
-    assert setuptools["package-dir"] == {"lora_lab.notebooks": "notebooks", "lora_lab.recorded": "records"}
-    # The folder must be in the wheel even when it holds no record.
-    data = {
-        "lora_lab": ["*.pyi", "py.typed", "demo.html"],
-        "lora_lab.adapters": ["data/README.md", "data/*/*"],
-        "lora_lab.studies.claims": ["claims.toml"],
-        "lora_lab.notebooks": ["*.ipynb"],
-        "lora_lab.recorded": ["*.json", "README.md", "published/*.json"],
-        "lora_lab.tasks": ["data/*"],
-    }
-    assert setuptools["package-data"] == data
-    assert (ROOT / "records" / "README.md").is_file()
-
-
 # Names
 
 
@@ -235,10 +176,7 @@ def test_a_wheel_takes_every_package_and_the_records():
     ("name", "expected"),
     [
         ("Intel(R) Xeon(R) Processor, 2 cores", "intel-xeon-processor-2-cores"),
-        ("Intel(R) Core(TM) i7-9750H CPU @ 2.60GHz, 12 cores", "intel-core-i7-9750h-cpu-2-60ghz-12-cores"),
-        ("AMD EPYC 9R14 96-Core Processor, 192 cores", "amd-epyc-9r14-96-core-processor-192-cores"),
         ("NVIDIA H100 80GB HBM3", "nvidia-h100-80gb-hbm3"),
-        ("NVIDIA GeForce RTX 4090", "nvidia-geforce-rtx-4090"),
         ("Apple M2, 8 cores, mps", "apple-m2-8-cores-mps"),
         ("  x86_64 / ../Ω ", "x86-64"),
     ],
@@ -327,15 +265,3 @@ def test_published_numbers_have_a_source_a_version_a_day_and_a_licence():
 
 
 # The records of this repository
-
-
-@pytest.mark.parametrize(
-    "path",
-    sorted(path for path in (ROOT / "records").glob("*.json") if not path.name.startswith(".")),
-    ids=lambda path: path.stem,
-)
-def test_a_record_of_this_repository_is_whole_and_as_a_command_wrote_it(path, tmp_path):
-    record = load(path)
-    assert path.stem == record.name
-    assert record.command.startswith("lora-lab record")
-    assert write(record, tmp_path).read_bytes() == path.read_bytes()

@@ -9,8 +9,8 @@ import torch
 
 from lora_lab import FullFineTuning, LoRA, records, speed
 from lora_lab.costs.bill import PARTS
-from lora_lab.costs.cost_model import CostModel
 from lora_lab.costs.setup import Setup
+from lora_lab.costs.timing import CostModel
 from lora_lab.models.llama import Llama
 from lora_lab.studies import steps
 from tests.helpers import command, llama_folder, printed_json
@@ -31,42 +31,11 @@ def priced(monkeypatch):
 # Memory
 
 
-def labels_of(model, device=CPU):
-    return [label for case in steps.memory_cases(device) if case.model == model for label in case.setups]
-
-
 def only(monkeypatch, *labels):
     """Measure these setups alone, on the small model."""
     cases = [case for case in steps.memory_cases(CPU) if case.model == "small" and {*case.setups} <= {*labels}]
     monkeypatch.setattr(steps, "memory_cases", lambda device: cases)
     return cases
-
-
-def test_the_cases_cover_what_the_bill_is_checked_on():
-    assert labels_of("small") == list(steps.memory_setups())
-    kinds = ("r=1", "r=8", "r=64", "attention only", "LoRA-FA", "NF4", "bf16", "checkpointing", "lean", "full")
-    for model in ("small", "smollm2-135m"):
-        assert all(any(words in label for label in labels_of(model)) for words in kinds)
-    contexts = {case.seq_len for case in steps.memory_cases(CPU) if case.batch_size == 1}
-    assert contexts == set(steps.CONTEXTS)
-    cases = steps.memory_cases(torch.device("cuda"))
-    large = [case for case in cases if case.model in ("llama-3.2-1b", "llama-3-8b")]
-    assert {case.model for case in large} == {"llama-3.2-1b", "llama-3-8b"}
-    for case in large:
-        (setup,) = case.setups.values()
-        assert setup.dtype == torch.bfloat16 or setup.lean is not None
-    assert not any(case.model.startswith("llama") for case in steps.memory_cases(CPU))
-
-
-def test_labels_say_what_the_setups_do():
-    for label, setup in steps.memory_setups().items():
-        lean = setup.lean
-        assert ("bf16" in label) == (setup.dtype == torch.bfloat16 or getattr(lean, "base_dtype", None) is not None)
-        assert ("checkpointing" in label) == (setup.gradient_checkpointing or getattr(lean, "checkpoint", False))
-        assert ("lean" in label) == (lean is not None)
-        assert ("NF4" in label) == setup.nf4
-        assert ("SGD" in label) == (setup.optimizer == "sgd")
-        assert "r=" not in label or f"r={setup.method.rank}" in label
 
 
 def test_a_row_holds_parts_that_add_up_to_a_peak_that_was_predicted(small_is_tiny, monkeypatch):
@@ -161,22 +130,6 @@ def test_a_part_does_not_take_the_place_of_the_whole_record(capsys):
 # Speed
 
 
-def test_the_speed_cases_cover_tokens_ranks_and_blocks():
-    cases = steps.speed_cases(CPU)
-    for model in ("small", "smollm2-135m"):
-        own = [case for case in cases if case.model == model]
-        assert {case.batch_size * case.seq_len for case in own} == {32, 128, 512, 2048, 4096}
-        labels = {label for case in own for label in case.setups}
-        assert {"full", "LoRA r=1", "LoRA r=8", "LoRA r=64", "LoRA r=256"} <= labels
-        assert any("last 1 block" in label for label in labels)
-        assert all(next(iter(case.setups)) == "full" for case in own)
-    last = next(setup for label, setup in cases[0].setups.items() if label.endswith("last 1 block"))
-    assert len(last.method.targets) == 7
-    assert all(name.startswith("model.layers.7.") for name in last.method.targets)
-    on_gpu = steps.speed_cases(torch.device("cuda"))
-    assert {"llama-3.2-1b", "llama-3-8b"} <= {case.model for case in on_gpu}
-
-
 def test_speed_rows_hold_what_was_measured_beside_what_was_predicted(
     small_is_tiny, priced, monkeypatch, tmp_path, capsys
 ):
@@ -193,15 +146,7 @@ def test_speed_rows_hold_what_was_measured_beside_what_was_predicted(
     assert lora["predicted_ratio"] == pytest.approx(lora["predicted_seconds"] / full["predicted_seconds"])
     assert lora["flops"] == speed.flops(lambda: Llama(steps._SMALL), LoRA(2, 4), 2, 8).total
     printed = capsys.readouterr().out
-    assert f"ratio {lora['ratio']:.4f}  predicted_ratio {lora['predicted_ratio']:.4f}" in printed
-
-
-def test_large_comparisons_have_fewer_rounds_and_setups():
-    cases = {(case.model, case.batch_size * case.seq_len): case for case in steps.speed_cases(CPU)}
-    assert [cases["small", tokens].rounds for tokens in (32, 128, 512, 2048, 4096)] == [9, 9, 9, 6, 6]
-    assert [cases["smollm2-135m", tokens].rounds for tokens in (32, 128, 512, 2048, 4096)] == [9, 9, 6, 3, 3]
-    assert len(cases["smollm2-135m", 512].setups) == 7
-    assert list(cases["smollm2-135m", 2048].setups) == ["full", "LoRA r=8", "LoRA r=256", "LoRA r=8, last 1 block"]
+    assert f"  ratio {lora['ratio']:.4g}  " in printed
 
 
 def test_speed_as_json_has_what_is_counted_predicted_and_measured(priced, tmp_path, capsys, tiny_config, monkeypatch):
@@ -225,8 +170,6 @@ def test_speed_as_json_has_what_is_counted_predicted_and_measured(priced, tmp_pa
         counts = {(part, name): n for part, row in entry["flops_by_part_and_pass"].items() for name, n in row.items()}
         assert counts == dict(flops.counts)
         assert (entry["flops"], entry["flops_per_token"]) == (sum(counts.values()), sum(counts.values()) / 16)
-        assert entry["closed_form_flops_by_part"] == dict(flops.closed)
-        assert (entry["causal_flops"], entry["fused_flops"]) == (flops.causal, flops.fused)
     prediction = speed.cost_model(CPU).predict(model, variants, 2, 8)
     assert document["predicted"]["tokens"] == 16
     for entry, name in zip(document["predicted"]["variants"], variants, strict=True):
@@ -265,21 +208,3 @@ def test_speed_of_a_card_that_is_not_here_comes_from_its_datasheet(tmp_path, cap
     assert command("speed", *arguments, "--dtype", "float32") == 0
     printed = [entry["seconds"] for entry in printed_json(capsys)[0]["predicted"]["variants"]]
     assert printed == seconds[torch.float32]
-
-
-# (arguments, what is named)
-REFUSED = [
-    (["--model", "gpt-5"], "'gpt-5'"),
-    (["--seq", 0], "seq_len is 0"),
-    (["--rank", 0], "rank is 0"),
-    (["--card", "l40"], "'l40'"),
-    (["--card", "l40s", "--measure", 2], "--measure"),
-    (["--card", "l40s", "--device", "cpu"], "--device"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "named"), REFUSED)
-def test_speed_refuses_what_makes_no_sense_in_one_sentence(capsys, arguments, named):
-    assert command("speed", *arguments) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert named in line

@@ -5,16 +5,14 @@
 
 In reading order:
 
-    deciding    the claims as data, what a verdict is, and which function, record or lesson decides which claim
-    counted     verdicts by counting parameters, bytes and FLOPs
-    computed    verdicts by computing with small layers and random matrices
+    deciding    the claims as data, what a verdict is, what decides which claim, and the ledger; is a record whole?
+    computed    verdicts by counting parameters, bytes and FLOPs, and by computing with small layers
     measured    verdicts from records, and from what others published
     compared    verdicts from losses that are compared by seed: quality, head start, overfitting, forgetting
     rates       verdicts on ranks and best learning rates
-    ledger      each claim with its verdict: table, JSON, explanation
 """
 
-from lora_lab.studies.claims.deciding import Claim, Result
-from lora_lab.studies.claims.ledger import Entry, load, table, verdict
+from lora_lab.studies.claims import compared, computed, measured, rates  # noqa: F401  # they register themselves
+from lora_lab.studies.claims.deciding import Claim, Entry, Result, load, table, verdict
 
 __all__ = ["Claim", "Entry", "Result", "load", "table", "verdict"]

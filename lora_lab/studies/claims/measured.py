@@ -25,7 +25,7 @@ from lora_lab.ablation.stats import CONFIDENCE, block_losses_of, interval, resam
 from lora_lab.costs.bill import MIB
 from lora_lab.models import shapes
 from lora_lab.studies.claims import deciding
-from lora_lab.studies.claims.counted import rank_of_equal_memory
+from lora_lab.studies.claims.computed import rank_of_equal_memory
 from lora_lab.studies.claims.deciding import Answer, Cases, Claim, Result, below, decide_cases, decides, near, within
 from lora_lab.studies.records import Published, Record
 from lora_lab.system.wording import count_noun
@@ -38,21 +38,23 @@ PARTS = ("validation", "off_domain")  # of the losses that a record has
 # Memory
 
 
-def _peaks(record: Record) -> dict[tuple[str, int, int], dict[str, dict[str, Any]]]:
-    """Return (model, batch, length) -> setup -> row; the peak is the measured one, or on a GPU the allocator's."""
-    cells: dict[tuple[str, int, int], dict[str, dict[str, Any]]] = {}
+def _bytes(record: Record, column: str = "measured_bytes") -> dict[tuple[str, int, int], dict[str, int]]:
+    """Return (model, batch, length) -> setup -> bytes; the peak is the measured one, or on a GPU the allocator's."""
+    cells: dict[tuple[str, int, int], dict[str, int]] = {}
     for row in record.rows:
-        if row.get("measured_bytes"):
-            cells.setdefault((row["model"], row["batch"], row["length"]), {})[row["setup"]] = row
+        if row.get(column):
+            cells.setdefault((row["model"], row["batch"], row["length"]), {})[row["setup"]] = row[column]
     return cells
 
 
-def _memory_ratios(record: Record, pairs: Sequence[tuple[str, str]], column: str = "measured_bytes"):
+def _memory_ratios(
+    record: Record, pairs: Sequence[tuple[str, str]], column: str = "measured_bytes"
+) -> Iterator[tuple[float, str]]:
     """Yield (ratio first / second, words) for each cell of the record that has both setups of a pair."""
-    for (model, batch, length), setups in _peaks(record).items():
+    for (model, batch, length), setups in _bytes(record, column).items():
         for first, second in pairs:
-            if setups.get(first, {}).get(column) and setups.get(second, {}).get(column):
-                ratio = setups[first][column] / setups[second][column]
+            if {first, second} <= setups.keys():
+                ratio = setups[first] / setups[second]
                 words = f", {first.partition(', ')[2]}" if ", " in first else ""
                 yield ratio, f"{ratio:.2f} ({model}, {batch} x {length}{words})"
 
@@ -66,11 +68,9 @@ FULL_AND_LORA = [(f"full{also}", f"LoRA r=8{also}") for also in ALSO]
 def memory_as_parameters(claim: Claim, record: Record) -> Answer:
     """The memory that LoRA saves, in per cent of full fine-tuning's peak."""
     pairs = [*FULL_AND_LORA, ("full", "LoRA r=1")]
-    savings = sorted(100 * (1 - 1 / ratio) for ratio, _ in _memory_ratios(record, pairs))
-    if not savings:
-        return None, "the record has no pair of full fine-tuning and LoRA"
-    text = f"saves {savings[0]:.0f} to {savings[-1]:.0f} % in {len(savings)} cases"
-    return savings[0] >= 0.9 * claim.stated, text
+    savings = [100 * (1 - 1 / ratio) for ratio, _ in _memory_ratios(record, pairs)]
+    text = f"saves {min(savings):.0f} to {max(savings):.0f} % in {len(savings)} cases"
+    return min(savings) >= 0.9 * claim.stated, text
 
 
 @decides("fewer-gradients-lower-the-peak", record="memory")
@@ -103,9 +103,9 @@ def less_memory(claim: Claim, record: Record) -> Cases:
 def memory_and_context(claim: Claim, record: Record) -> Cases:
     """LoRA's peak in units of full fine-tuning's, along the lengths of one sequence."""
     by_model: dict[str, list[tuple[float, str]]] = {}  # in ascending order of the length
-    for (model, batch, length), setups in sorted(_peaks(record).items()):
+    for (model, batch, length), setups in sorted(_bytes(record).items()):
         if batch == 1 and {"LoRA r=8", "full"} <= setups.keys():
-            lora, full = (setups[name]["measured_bytes"] for name in ("LoRA r=8", "full"))
+            lora, full = setups["LoRA r=8"], setups["full"]
             words = f"{lora / full:.2f} at {length} ({(full - lora) / MIB:,.0f} MiB less)"
             by_model.setdefault(model, []).append((lora / full, words))
     for model, ratios in by_model.items():
@@ -136,7 +136,7 @@ def memory_ratio(claim: Claim, record: Record) -> Result:
     result = decide_cases(cases, on)
     if claim.id == "lora-fa-less-memory":
         return replace(result, measured=f"LoRA's peak divided by LoRA-FA's. {result.measured}")
-    models = {model for (model, _, _), setups in _peaks(record).items() if "DoRA r=8" in setups}
+    models = {model for (model, _, _), setups in _bytes(record).items() if "DoRA r=8" in setups}
     if pairs is _DORA and len(models) < 2:
         return Result(deciding.OPEN, f"{result.measured}; fewer than two models have DoRA")
     return result
@@ -335,30 +335,34 @@ Row = Mapping[Any, Any]  # of the table of compare_losses
 
 def _compare(
     record: Record, data: Sequence[str], pairs: Sequence[tuple[str, str]], part: str = "test"
-) -> Iterator[tuple[Row, Row, bool]]:
-    """Yield the rows of :func:`compare_losses` of each setup and its reference, and whether they may be judged."""
+) -> Iterator[tuple[Row, Row]]:
+    """Yield the rows of :func:`compare_losses` of each setup and its reference; with too few seeds one has a reason."""
     frame = record.frame()
     for setup, reference in pairs:
         table = compare_losses(frame[frame["data"].isin(data)], reference, part, MARGIN).to_dict("records")
         rows = {row["setup"]: row for row in table}
-        yield rows[setup], rows[reference], rows[setup]["why"] == "" and rows[setup]["seeds"] >= MIN_SEEDS
+        few = "few seeds" if rows[setup]["seeds"] < MIN_SEEDS else ""
+        yield rows[setup] | {"why": rows[setup]["why"] or few}, rows[reference]
+
+
+def _answer(row: Row, *claimed: str) -> bool | None:
+    """Return whether the verdict on a row is one of those that are claimed; None if it supports none."""
+    return None if row["why"] or row["verdict"] == deciding.OPEN else row["verdict"] in claimed
 
 
 @decides("qlora-matches-16-bits", record="quantised", on="the base it is compared with")
 def qlora_matches(claim: Claim, record: Record) -> Cases:
     """LoRA's test loss over a base in NF4, less that over float32 and over bfloat16, each at its own rate."""
     bases = ("float32", "bfloat16")
-    for nf4, base, judged in _compare(record, [*bases, "NF4"], [("NF4", base) for base in bases]):
-        answer = {"lower": True, "equal": True, "higher": False}.get(nf4["verdict"])
-        yield answer if judged else None, _difference(nf4, base)
+    for nf4, base in _compare(record, [*bases, "NF4"], [("NF4", base) for base in bases]):
+        yield _answer(nf4, "lower", "equal"), _difference(nf4, base)
 
 
 @decides("merge-into-dequantised-base", record="quantised", on="the model")
 def merge_into_dequantised(claim: Claim, record: Record) -> Cases:
     """The test loss of QLoRA adapters merged into the float32 weights, less that in the dequantised ones."""
-    for into_float32, merged, judged in _compare(record, ["NF4, merged"], [("merged into float32", "merged")]):
-        answer = {"lower": False, "equal": False, "higher": True}.get(into_float32["verdict"])
-        yield answer if judged else None, _difference(into_float32, merged)
+    for into_float32, merged in _compare(record, ["NF4, merged"], [("merged into float32", "merged")]):
+        yield _answer(into_float32, "higher"), _difference(into_float32, merged)
 
 
 def _difference(row: Row, reference: Row) -> str:
@@ -379,8 +383,8 @@ def _rates(lora: Row, full: Row) -> str:
 @decides("cmu-lora-much-worse", record="taught", on="the learning rates")
 def much_worse(claim: Claim, record: Record) -> Cases:
     """Whether LoRA's accuracy on sentiment is lower by at least what they print, as taught and with tuned rates."""
-    for lora, full, judged in _compare(record, ["sentiment"], TAUGHT_AND_TUNED, "accuracy"):
-        answer = below(lora["lower"], lora["upper"], -claim.stated) if judged else None
+    for lora, full in _compare(record, ["sentiment"], TAUGHT_AND_TUNED, "accuracy"):
+        answer = None if lora["why"] else below(lora["lower"], lora["upper"], -claim.stated)
         text = f"{lora['loss']:.3f} against {full['loss']:.3f}, by {lora['difference']:+.3f}"
         text += f" ({lora['lower']:+.3f} to {lora['upper']:+.3f})"
         yield answer, f"{_rates(lora, full)}: accuracy {text}"
@@ -389,11 +393,10 @@ def much_worse(claim: Claim, record: Record) -> Cases:
 @decides("smollm-lora-far-better", record="taught", on="the learning rates")
 def far_better(claim: Claim, record: Record) -> Cases:
     """Whether LoRA's test loss is lower by more than a margin, as taught and with tuned rates."""
-    for lora, full, judged in _compare(record, ["docs"], TAUGHT_AND_TUNED):
-        answer = {"lower": True, "equal": False, "higher": False}.get(lora["verdict"]) if judged else None
+    for lora, full in _compare(record, ["docs"], TAUGHT_AND_TUNED):
         text = f"loss by {lora['difference']:+.3f} ({lora['lower']:+.3f} to {lora['upper']:+.3f})"
         perplexities = f"{math.exp(lora['loss']):.2f} against {math.exp(full['loss']):.2f}"
-        yield answer, f"{_rates(lora, full)}: perplexity {perplexities}, {text}"
+        yield _answer(lora, "lower"), f"{_rates(lora, full)}: perplexity {perplexities}, {text}"
 
 
 @decides("spectrum-predicts-rank", record="rank_advice")
@@ -426,9 +429,9 @@ def right_by_kind(record: Record, data: str, setup: str) -> list[dict[str, Any]]
     table = []
     for kind, rows in frame[frame["stage"] == "example"].groupby("kind"):
         of_kind = right[:, rows["position"].astype(int)]
-        ends = dict(zip(("lower", "upper"), interval(resampled_means(of_kind)), strict=True))
-        counts = {"examples": len(rows), "seeds": len(done), "edge": judged["edge"].iloc[0]}
-        table.append({"kind": kind, "share": of_kind.mean(), **ends, **counts})
+        lower, upper = interval(resampled_means(of_kind))
+        row = {"kind": kind, "share": of_kind.mean(), "lower": lower, "upper": upper, "examples": len(rows)}
+        table.append(row | {"seeds": len(done), "edge": judged["edge"].iloc[0]})
     return table
 
 
@@ -493,8 +496,7 @@ def torchtune_speed(claim: Claim, published: Published) -> Cases:
         yield near(full[fastest], claim.stated), text, {"the model": model, "the card": card}
 
 
-@decides("qlora-takes-more-time", published="litgpt")
-@decides("qlora-33-percent-less-memory", published="litgpt")
+@decides("qlora-takes-more-time", "qlora-33-percent-less-memory", published="litgpt")
 def qlora_beside_bfloat16(claim: Claim, published: Published) -> Answer:
     """By how many per cent time or peak is higher in NF4 than in bfloat16, with one sequence in a micro-batch.
 

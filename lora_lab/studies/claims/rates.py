@@ -9,8 +9,7 @@ falls if it lies outside, and is open otherwise.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from itertools import pairwise
 from typing import cast
 
@@ -26,7 +25,7 @@ from lora_lab.studies.records import Record
 
 FULL = "full"
 SAME_SCALING, FIXED_ALPHA = "alpha = 2r", "alpha = 32"  # the rules, as the setups are named: "r=8, alpha = 32"
-DATA = {"docs": "SmolLM2-135M", "digits": "the digits net"}
+DATA = {"docs": "SmolLM2-135M", "digits": "not judged, the digits net"}
 FACTOR = 1.5  # margin of a rate or of a ratio of rates
 POWER = 0.25  # margin of a power: nearer to -1/2 than to 0 or -1
 SMOLLM2_WIDTH = 576
@@ -37,8 +36,10 @@ HINTED_RANKS = (1, 4, 16, 64)  # of the record "ablation", whose best rates sugg
 # Ranks
 
 
-def rank_is_enough(rank: int, claim: Claim, record: Record, *wider: Record) -> Answer:
-    """Return whether a rank is enough beside the largest one, each at its own rate."""
+@decides("rank-one-suffices", "loss-flat-from-rank-16", record="ablation", beside="rates")
+def rank_is_enough(claim: Claim, record: Record, *wider: Record) -> Answer:
+    """Whether a rank is enough beside the largest one, each at its own rate."""
+    rank = 1 if claim.id == "rank-one-suffices" else 16
     verdict = smallest_sufficient_rank(record.frame(), MARGIN)
     results = {each.rank: each for each in verdict.ranks}
     largest = max(results)
@@ -71,10 +72,6 @@ def _is_best_inside(wider: Record, record: Record, rank: int, rate: float | None
     return best.tried == rate and not best.edge
 
 
-decides("rank-one-suffices", record="ablation", beside="rates")(partial(rank_is_enough, 1))
-decides("loss-flat-from-rank-16", record="ablation", beside="rates")(partial(rank_is_enough, 16))
-
-
 # Rates
 
 
@@ -84,22 +81,16 @@ def best_by_rank(frame: pandas.DataFrame, rule: str) -> dict[int, dict[float, np
     return {int(cast(float, rank)): losses_by_rate(rows) for rank, rows in setups.groupby("rank")}
 
 
-def decides_by_rates(*claims: str, data: Sequence[str] = tuple(DATA)) -> Callable[[Callable], Callable]:
-    """Register a function that answers claims from the rows of one kind of data; the language model's answer counts."""
+def decides_by_rates(*claims: str) -> Callable[[Callable], Callable]:
+    """Register a function of the rows of one kind of data; what it answers for the language model decides."""
 
     def register(answer: Callable[[Claim, pandas.DataFrame], Answer]) -> Callable:
         def decide(claim: Claim, record: Record) -> Answer:
-            rows = dict(iter(record.frame().groupby("data")))
-            answers = {name: answer(claim, rows[name]) for name in data if name in rows}
-            if "docs" not in answers:
-                return None, "the record has no language model"
-            marks = {"docs": "", "digits": "not judged, "}
-            texts = (f"{marks[name]}{DATA[name]}: {words}" for name, (_, words) in answers.items())
+            answers = {data: answer(claim, rows) for data, rows in record.frame().groupby("data")}
+            texts = [f"{name}: {answers[data][1]}" for data, name in DATA.items() if data in answers]
             return answers["docs"][0], "; ".join(texts)
 
-        for claim_id in claims:
-            decides(claim_id, record="rates")(decide)
-        return answer
+        return decides(*claims, record="rates")(decide)
 
     return register
 
@@ -187,13 +178,13 @@ def falls_as_root_of_alpha(claim: Claim, frame: pandas.DataFrame) -> Answer:
     return False if False in inside else None if None in inside else True, words
 
 
-@decides_by_rates("rate-law-of-width", data=["docs"])
-def law_of_width(claim: Claim, frame: pandas.DataFrame) -> Answer:
+@decides("rate-law-of-width", record="rates")
+def law_of_width(claim: Claim, record: Record) -> Answer:
     """The best rates of the ranks from 4 on (their geometric mean) under alpha = 32, beside the law's at this width."""
     law = 5e-4 * (2000 / SMOLLM2_WIDTH) ** 0.781
-    samples, each = _sample_mean_of_ranks(frame)
+    samples, each = _sample_mean_of_ranks(dict(iter(record.frame().groupby("data")))["docs"])
     lower, upper = ratio_interval(samples, np.zeros_like(samples))
-    words = f"{math.exp(np.median(samples)):.2g} ({lower:.2g} to {upper:.2g}), the law's {law:.2g}"
+    words = f"{DATA['docs']}: {math.exp(np.median(samples)):.2g} ({lower:.2g} to {upper:.2g}), the law's {law:.2g}"
     return within(lower, upper, law / FACTOR, law * FACTOR), f"{words}; best rates tried: {each}"
 
 

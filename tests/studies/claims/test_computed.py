@@ -1,16 +1,110 @@
-"""Verdicts by computing with small layers: each turns where the thing it shows is broken."""
+"""Verdicts by counting, against paper and pencil, and by computing: each turns where what it shows is broken."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
+from lora_lab.models import shapes
 from lora_lab.studies.claims import computed
 from lora_lab.studies.claims.deciding import judge, read_claims
 
 
-def result_of(claim_id):
-    return judge(read_claims()[claim_id])
+def result_of(claim_id, value=None, values=None):
+    claim = read_claims()[claim_id]
+    value, values = claim.value if value is None else value, claim.values if values is None else values
+    number = " ".join(f"{each:g}" for each in (value or 0, *values))
+    return judge(dataclasses.replace(claim, value=value, values=values, number=number))
+
+
+@pytest.mark.parametrize(
+    ("shape", "targets", "expected"),
+    [
+        (shapes.config("smollm2-135m"), computed.ALL, 305_280),  # 30 blocks: 2 x 1152 + 2 x 768 + 3 x 2112
+        (shapes.config("smollm2-135m"), computed.QV, 57_600),
+        (computed.LLAMA_2_7B, computed.ALL, 2_498_560),  # 32 blocks: 4 x 8192 + 3 x 15104
+        (computed.LLAMA_65B, computed.ALL, 799_539_200 // 64),  # 80 blocks: 4 x 16384 + 3 x 30208
+        (shapes.config("llama-3-8b"), computed.MLP, 1_769_472),
+    ],
+)
+def test_parameters_for_each_rank(shape, targets, expected):
+    assert computed.adapter_size(shape, targets) == expected
+
+
+def test_parameters_of_whole_models():
+    assert computed.parameters(computed.LLAMA_2_7B) == 6_738_415_616
+    assert computed.parameters(computed.LLAMA_65B) == 65_285_660_672
+    assert computed.parameters(shapes.config("smollm2-135m")) == 134_515_008
+    assert computed.GPT3_ADAPTER == 18_874_368
+    assert computed.linear_weights(shapes.config("smollm2-135m")) == 106_168_320  # which QLoRA quantises
+
+
+@pytest.mark.parametrize(
+    ("claim_id", "verdict", "measured", "other", "turned"),
+    [
+        ("checkpoint-10000-times-smaller", "stands", "9,285 times", 3000, "falls"),
+        ("hundred-models-354-gb", "stands", "354 GB", 450, "falls"),
+        ("vera-lora-count", "stands", "159.9 million", 80, "falls"),
+        ("double-quantisation-0-37-bits", "stands", "0.373 bits", 0.5, "falls"),
+        ("quiz-8b-in-6-gb", "falls", "16.1 GB", 56, "stands"),
+        ("two-percent-of-the-compute", "falls", "72 % of the FLOPs", 72, "stands"),
+        ("gpt3-needs-1-2-tb", "untestable", "6.85 bytes a weight", 2.8, "stands"),
+        ("adapters-are-small", "depends", "all layers of smollm2-135m, rank 192: 43.6 %", 50, "stands"),
+        ("qlora-4-times-less-than-lora", "depends", "yes: llama-65b rank 1 3.77 times. no: ", 99, "falls"),
+        ("checkpoint-ratio-elsewhere", "depends", "rank 4 on query and value matrices, 584", 10, "stands"),
+        ("two-percent-of-the-parameters", "depends", "all layers: 0.26 % of llama-3-8b", 20, "falls"),
+        ("full-7b-112-gb-lora-15", "stands", "107.8 and 14.6 GB; 1 % is rank 27", 99, "falls"),
+        ("25-percent-faster-gpt3", "depends", "24.6 % less time", 99, "falls"),
+        ("qlora-65b-in-48-gb", "stands", "rank 64 on all layers: 45.3 GiB with 512", 40, "depends"),
+        ("checkpointing-costs-a-third", "depends", "llama-3-8b, LoRA r=8 +46 %", 99, "falls"),
+        ("last-block-a-third", "depends", "matrices alone 0.34", 0.9, "falls"),
+    ],
+)
+def test_the_number_of_the_claim_decides(claim_id, verdict, measured, other, turned):
+    result = result_of(claim_id)
+    assert (result.verdict, result.machine) == (verdict, "any")
+    assert measured in result.measured
+    assert result_of(claim_id, other).verdict == turned
+
+
+@pytest.mark.parametrize(
+    ("claim_id", "values", "verdict"),
+    [
+        ("25-percent-faster-gpt3", (32.5, 43.1), "depends"),
+        ("25-percent-faster-gpt3", (30.0, 30.0), "falls"),
+        ("attention-256-mlp-128", (0.25, 0.24, 0.49, 0.70), "depends"),
+        ("attention-256-mlp-128", (0.25, 0.24, 0.49, 0.80), "falls"),
+        ("full-7b-112-gb-lora-15", (56,), "falls"),
+    ],
+)
+def test_further_numbers_of_the_claim_decide_too(claim_id, values, verdict):
+    assert result_of(claim_id, values=values).verdict == verdict
+
+
+def test_a_high_rank_has_more_flops_than_full_fine_tuning():
+    assert computed.flop_ratio("smollm2-135m", 146) <= 1 < computed.flop_ratio("smollm2-135m", 148)
+    result = result_of("never-more-flops-than-full")
+    assert result.verdict == "falls"
+    assert "rank 148 1.00" in result.measured
+
+
+def test_a_formula_for_square_matrices_counts_too_much_where_they_are_not():
+    result = result_of("two-l-d-r-parameters")
+    assert result.verdict == "depends"
+    assert "69,120 r by the formula, 57,600 r counted" in result.measured
+
+
+def test_the_copies_of_the_heads_gradient_count_where_the_head_is_the_embedding():
+    tied = shapes.config("smollm2-135m")
+    untied = dataclasses.replace(tied, tie_word_embeddings=False)
+    whole, head, for_each_rank = 134_515_008, 49_152 * 576, 305_280
+    assert computed.rank_of_equal_memory(tied, gradients=True) == (12 * whole + 8 * head) // (16 * for_each_rank) + 1
+    assert computed.rank_of_equal_memory(untied, gradients=True) == 12 * (whole + head) // (16 * for_each_rank) + 1
+    assert computed.rank_of_equal_memory(tied, gradients=False) == 8 * whole // (12 * for_each_rank) + 1
+
+
+# Small layers
 
 
 def inject_with_b(model, config, inject=computed.inject):
@@ -50,7 +144,7 @@ TURNED = [  # claim, verdict; what is replaced, by what, and the verdict then
     ("merged-computes-the-same", "stands", "merge", clear_b, "falls"),
     ("two-real-knobs", "stands", "adam_losses", losses_with_usual_a, "falls"),
     ("alpha-is-a-learning-rate", "stands", "adam_losses", losses_with_usual_a, "falls"),
-    ("many-terms-mean-structure", "falls", "rank.gaussian", lambda shape, generator: torch.ones(shape), "stands"),
+    ("many-terms-mean-structure", "falls", "gaussian", lambda shape, generator: torch.ones(shape), "stands"),
     ("lower-loss-better-answers", "falls", "random_matrix", lambda *shape: torch.zeros(shape), "stands"),
     ("nf4-merge-loses-90-percent", "depends", "near", lambda value, claimed: claimed != 1, "falls"),
 ]

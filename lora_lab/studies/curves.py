@@ -1,4 +1,4 @@
-"""``lora-lab record overfitting`` and ``remedies``: which method overfits, which forgets, and what helps?
+"""``lora-lab record overfitting``, ``remedies`` and ``head_start``: which method overfits or forgets, and what helps?
 
 Forgetting is measured on text that the base itself wrote, the off-domain part: the rise of the loss on it is
 KL(base || tuned) (:mod:`lora_lab.analysis.divergence`). Rates are constant after the warm-up, so that the curve up to
@@ -17,21 +17,30 @@ remedies     LoRA of rank 8 learns Python's manual: as it is, at three rates; wi
     compare_over_rates(frame, "forgotten", "LoRA r=8", share=0.9)           # lora_lab.ablation.overfitting
     rank_correlations(runs, "forgotten_at_last", ["score_divergence", ...])  # lora_lab.ablation.stats
 
-The rows of a setup that ends in "scaled" are the same trials with their adapters at several strengths: ``step`` is the
-strength in per cent.
+             The rows of a setup that ends in "scaled" are the same trials with their adapters at several strengths:
+             ``step`` is the strength in per cent.
+head_start   Is fine-tuning better than training from scratch, and what does that depend on? Two small nets learn to
+             read digits, and then a change of them: moved by a pixel, with black and white swapped, or other digits. A
+             net that was pre-trained is fine-tuned on few changed pictures or on many. A net of the same shape with
+             random weights learns the same from scratch, in as many steps, and in as many as pre-training and
+             fine-tuning have together. The seed draws everything that is left to chance: which pictures are in which
+             part, the pre-training, the random weights, the training pictures and their order. Some seeds choose each
+             setup's learning rate, by the validation loss after the last step, and others are judged. The real model
+             learns Python's manual in the same way, beside a model of its shape with random weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from lora_lab import tasks
 from lora_lab.ablation import studies
 from lora_lab.ablation.compare import rates_around
 from lora_lab.ablation.grid import Trial
@@ -42,9 +51,13 @@ from lora_lab.analysis.divergence import NearBase, base_replies, mean_divergence
 from lora_lab.inject import lora_layers
 from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA, Method, PartialFineTuning
-from lora_lab.studies.recorder import CurveSweep, plan_judges, record_sweeps
+from lora_lab.models.digits import DigitsMLP, DigitsTransformer
+from lora_lab.models.pretrained import SMOLLM2
+from lora_lab.studies.claims.compared import DOCS, FINE_TUNED, FROM_SCRATCH, LONGER, SIZES
+from lora_lab.studies.recorder import CurveSweep, TrialAndRates, plan_judges, plan_size, record_sweeps
 from lora_lab.task import Task
-from lora_lab.train import evaluate
+from lora_lab.tasks.arrays import CHANGES
+from lora_lab.train import evaluate, fit
 
 if TYPE_CHECKING:
     import pandas
@@ -66,7 +79,6 @@ SIZE, SEQ_LEN, WIDEN = 8, 32, 2  # examples a step, tokens an example, and rates
 CHOSEN_ON, JUDGED_ON = 64, 256  # validation examples, from the first
 ON_TWO_CORES = ("full", "LoRA r=1", "LoRA r=8")  # a GPU trains all
 EVALUATED = 64  # steps between evaluations, at most; small sets are evaluated after every epoch
-REPLIES = 100  # windows of 32 tokens, about as long as 32 replies with their prompts
 OVERFITTING_COLUMNS = (
     *("n_train", "setup", "schedule", "stage", "edge", "lr", "seed", "steps", "outcome", "reason", "step"),
     *("train_loss", "validation_loss", "off_domain_loss", "gap", "test_loss", "trainable_parameters", "commit"),
@@ -97,12 +109,10 @@ def plan_overfitting(device: torch.device) -> Iterator[CurveSweep]:
             options={"halving": HALVING},
             columns=OVERFITTING_COLUMNS,
             show=hide_few_replies,
-            seq_len=SEQ_LEN,
-            off_domain=REPLIES,
         )
 
 
-def _set_up(size: int, device: torch.device) -> dict[str, tuple[Trial, Sequence[float]]]:
+def _set_up(size: int, device: torch.device) -> dict[str, TrialAndRates]:
     """Return all methods at a constant rate, warmed up for as many steps whatever the size, and under a cosine."""
     setups, epoch = {}, size // SIZE
     for schedule, of_size in zip(("constant", "cosine"), epochs(device), strict=True):
@@ -129,32 +139,14 @@ def draw_examples(size: int, judging: Sequence[int], seed: int) -> Task:
     return replace(task, off_domain=task.off_domain[slice(0, None, 2) if seed in judging else slice(4)])
 
 
-def describe_overfitting(device: torch.device) -> dict[str, Any]:
-    """Return how the rows are made, as the record states it."""
-    first, *_ = plan_overfitting(device)
-    constant, cosine = ({str(size): count for size, count in of_size.items()} for of_size in epochs(device))
-    return {
-        "study": "docs",
-        "setups": {
-            setup: {"lrs": list(lrs), **trial.to_dict()["method"]}
-            for setup, (trial, lrs) in first.setups.items()
-            if not setup.endswith(COSINE)
-        },
-        "sizes": list(epochs(device)[0]),
-        **{"choosing": list(first.choosing), "judging": list(first.judging)},
-        **{"batch_size": SIZE, "seq_len": SEQ_LEN, "chosen_on": CHOSEN_ON, "judged_on": JUDGED_ON, "widen": WIDEN},
-        "epochs": constant,
-        "cosine_epochs": cosine,
-        "halving": asdict(HALVING) | {"rungs": list(HALVING.rungs)},
-    }
-
-
 def hide_few_replies(frame: pandas.DataFrame) -> pandas.DataFrame:
     """Return the rows without the off-domain losses of the seeds that choose, which are of too few replies."""
     return frame.assign(off_domain_loss=frame["off_domain_loss"].where(frame["stage"] == "judging"))
 
 
-OVERFITTING = record_sweeps("overfitting", plan_overfitting, describe_overfitting)
+_HALVING = asdict(HALVING) | {"rungs": list(HALVING.rungs)}
+_STATED = {"study": "docs", "batch_size": SIZE, "seq_len": SEQ_LEN, "halving": _HALVING}
+OVERFITTING = record_sweeps("overfitting", plan_overfitting, _STATED)
 
 
 # Remedies
@@ -163,7 +155,6 @@ REHEARSED, JUDGED = slice(16, None), slice(16)  # of the prompts: replies to tra
 # Steps, examples a step and seeds: what two cores can do in an hour and a half, and what a GPU can in less.
 FEW, MORE = (60, 4, range(3)), (300, 8, range(5))
 LENGTH, EXAMPLES = 64, 48  # tokens of an example, and how many validation examples
-WINDOWS = 50  # of 64 tokens: as long are the replies that judge, with their prompts
 FULL_RANK = 576  # the least side of the widest matrices
 STRENGTHS = (0.25, 0.5, 0.75, 1.2)
 R8 = LoRA(8, 16)
@@ -205,7 +196,7 @@ RATE = 2e-3  # of the last
 REMEDIES_COLUMNS = (
     *("setup", "method", "rank", "alpha", "lr", "weight_decay", "seed", "steps", "outcome", "reason", "step"),
     *("train_loss", "validation_loss", "off_domain_loss", "gap", "test_loss"),
-    *("score_divergence", "score_size", "score_prose", "trainable_parameters", "commit"),
+    *("score_divergence", "score_size", "trainable_parameters", "commit"),
 )
 
 
@@ -221,24 +212,18 @@ def plan_remedies(device: torch.device) -> Iterator[CurveSweep]:
             step: dict[str, Any] = {"lean": Lean(torch.bfloat16)} if lora else {"autocast": torch.bfloat16}
             setups[name] = Trial(method, lrs[0], weight_decay=decay, **options, **step), lrs
         strengths = STRENGTHS if change is None else ()
-        judged_on = (3 + 2 * len(strengths)) * EXAMPLES
-        if change and CHANGED[change].func is stay_near_base:  # one more forward pass a step
-            judged_on += steps * batch_size
         yield CurveSweep(
             *(setups, seeds),
             task=partial(make_task, change),
             shared=True,
-            chosen_on=judged_on,
-            options={"judge": DistanceFromBase(LENGTH, EXAMPLES, strengths)},
+            options={"judge": DistanceFromBase(EXAMPLES, strengths)},
             columns=REMEDIES_COLUMNS,
             show=add_strengths,
-            seq_len=LENGTH,
-            off_domain=WINDOWS,
         )
 
 
-def make_task(change: str | None, seed: int) -> Task:
-    """Return the manual, changed or not, and the base's replies to measure forgetting on; the same for each seed."""
+def make_task(change: str | None) -> Task:
+    """Return the manual, changed or not, and the base's replies to measure forgetting on."""
     task = studies.docs_task(LENGTH)
     return on_base_text(CHANGED[change](task) if change else task, prompts=JUDGED)
 
@@ -248,28 +233,21 @@ class DistanceFromBase:
     """A judge: how far a trained model has moved from its base, and its losses with the adapter at other strengths.
 
     Its scores are ``divergence``, KL(base || tuned) on validation examples of the new task in nats a token; ``size``,
-    the Frobenius norm of the change of all weights; ``prose``, the rise of the loss on other text; and, for an adapter,
-    ``validation_0.25``, ``off_domain_0.25`` and so on.
+    the Frobenius norm of the change of all weights; and, for an adapter, ``validation_0.25``, ``off_domain_0.25`` and
+    so on.
 
     Args:
-        seq_len: tokens an example.
         limit: how many examples.
         strengths: of the adapter.
     """
 
-    seq_len: int
     limit: int
     strengths: Sequence[float] = ()
 
     def __call__(self, model: nn.Module, task: Task) -> dict[str, float]:
         base = studies.language_model(next(model.parameters()).device)
-        few = self.limit // 2
-        prose = replace(task, off_domain=studies.docs_task(self.seq_len).off_domain[-few:])  # not the replayed text
-        scores = {
-            "divergence": mean_divergence(base, model, task, "validation", limit=few),
-            "size": update_norm(base, model),
-            "prose": evaluate(model, prose, "off_domain") - evaluate(base, prose, "off_domain"),
-        }
+        divergence = mean_divergence(base, model, task, "validation", limit=self.limit // 2)
+        scores = {"divergence": divergence, "size": update_norm(base, model)}
         for factor in self.strengths if lora_layers(model) else ():
             with strength(model, factor):
                 for part in ("validation", "off_domain"):
@@ -286,24 +264,6 @@ def update_norm(base: nn.Module, tuned: nn.Module) -> float:
         before = dict(base.named_parameters())
         changes = [parameter - before[name] for name, parameter in tuned.named_parameters()]
     return float(sum(change.double().square().sum() for change in changes)) ** 0.5
-
-
-def describe_remedies(device: torch.device) -> dict[str, Any]:
-    """Return how the rows are made, as the record states it."""
-    sweeps = list(plan_remedies(device))
-    setups = {name: setup for sweep in sweeps for name, setup in sweep.setups.items()}
-    trial, _ = setups["LoRA r=8"]
-    return {
-        "study": "docs",
-        "setups": {
-            name: {"lrs": list(lrs), "weight_decay": trial.weight_decay, **trial.to_dict()["method"]}
-            for name, (trial, lrs) in setups.items()
-        },
-        **{"steps": trial.steps, "batch_size": trial.batch_size, "seq_len": LENGTH, "eval_examples": EXAMPLES},
-        "seeds": list(sweeps[0].choosing),
-        "strengths": list(STRENGTHS),
-        "schedule": "constant, after a warm-up of a tenth of the steps",
-    }
 
 
 def add_strengths(frame: pandas.DataFrame) -> pandas.DataFrame:
@@ -327,4 +287,88 @@ def add_strengths(frame: pandas.DataFrame) -> pandas.DataFrame:
     return pandas.concat(frames, ignore_index=True)
 
 
-REMEDIES = record_sweeps("remedies", plan_remedies, describe_remedies)
+REMEDIES = record_sweeps("remedies", plan_remedies, {"study": "docs", "seq_len": LENGTH, "strengths": [*STRENGTHS]})
+
+
+# Head start
+
+NETS: dict[str, Callable[..., nn.Module]] = {"transformer": DigitsTransformer, "MLP": DigitsMLP}
+BATCH = 32  # pictures a step
+PRETRAINING: dict[str, Any] = {"steps": 400, "lr": 3e-3, "batch_size": BATCH}
+TRAINING = 150  # steps on changed digits
+TEXT_LENGTH = 64  # tokens an example of the language model
+OFF_DOMAIN = 4  # examples: what is forgotten is not asked here
+HEAD_START_COLUMNS = (
+    *("data", "model", "n_train", "setup", "stage", "lr", "edge", "seed", "steps", "outcome", "reason", "step"),
+    *("validation_loss", "test_loss", "score_accuracy", "commit"),
+)
+
+
+def draw_text(n_train: int, seed: int) -> Task:
+    """Return Python's manual, of which the seed draws so many examples."""
+    task = studies.docs_task(TEXT_LENGTH, n_train, seed)
+    return replace(task, off_domain=task.off_domain[:OFF_DOMAIN])
+
+
+def draw_pictures(change: str, n_train: int, seed: int) -> Task:
+    """Return changed digits, of which the seed draws so many."""
+    return tasks.digits("adapt", seed, change=change).limited(n_train, seed)
+
+
+def make_net(net: str, seed: int) -> nn.Module:
+    """Return a small net with random weights; it stays on the CPU."""
+    return NETS[net](seed=seed, dtype=torch.float64)
+
+
+@cache
+def pretrain(net: str, change: str, seed: int) -> nn.Module:
+    """Return a small net that has learned the digits as they are before that change."""
+    task, learned = tasks.digits("pretrain", seed, change=change), make_net(net, seed)
+    fit(learned, task, FullFineTuning(), seed=seed, progress=False, **PRETRAINING)
+    model = make_net(net, seed)
+    model.load_state_dict(learned.state_dict())  # without the mark of the method that trained it
+    return model
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, task: Task) -> dict[str, float]:
+    """Return the share of the test pictures that a net reads right."""
+    return {"accuracy": float((model(task.test.inputs).argmax(-1) == task.test.targets).float().mean())}
+
+
+def plan_head_start(device: torch.device) -> Iterator[CurveSweep]:
+    """Yield what two cores can do in an hour."""
+    yield from (_sweep_digits(data, net, size) for data in CHANGES for net in NETS for size in SIZES)
+    steps, size = plan_size(device)
+    options: dict[str, Any] = {"eval_examples": 128, "autocast": torch.bfloat16}
+    tuned, scratch = (_plan_setup(rates_around(lr, count=3), steps, size, **options) for lr in (1.25e-4, 1e-3))
+    yield CurveSweep(
+        {FINE_TUNED: tuned, FROM_SCRATCH: scratch},
+        *(range(2), plan_judges(device)),
+        about={"data": DOCS, "model": SMOLLM2, "n_train": steps * size},
+        task=partial(draw_text, steps * size),
+        starts={FROM_SCRATCH: lambda seed: partial(studies.random_init, device, seed)},
+        columns=HEAD_START_COLUMNS,
+    )
+
+
+def _sweep_digits(data: str, net: str, size: int) -> CurveSweep:
+    random, rates = partial(make_net, net), rates_around(3e-3, factor=3)
+    short, long = (_plan_setup(rates, steps, min(BATCH, size)) for steps in (TRAINING, PRETRAINING["steps"] + TRAINING))
+    return CurveSweep(
+        {FINE_TUNED: short, FROM_SCRATCH: short, LONGER: long},
+        *(range(3), range(3, 13)),
+        about={"data": data, "model": net, "n_train": size},
+        task=partial(draw_pictures, data, size),
+        starts={FINE_TUNED: partial(pretrain, net, data), FROM_SCRATCH: random, LONGER: random},
+        options={"judge": accuracy, "progress": False},
+        columns=HEAD_START_COLUMNS,
+    )
+
+
+def _plan_setup(lrs: Sequence[float], steps: int, batch_size: int, **options: Any) -> TrialAndRates:
+    """Return full fine-tuning, evaluated before the first step and after the last, and the rates that it tries."""
+    return Trial(FullFineTuning(), lrs[0], steps=steps, batch_size=batch_size, eval_every=steps, **options), lrs
+
+
+HEAD_START = record_sweeps("head_start", plan_head_start, {"pretraining": PRETRAINING})

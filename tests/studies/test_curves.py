@@ -1,29 +1,44 @@
-"""What `lora-lab record overfitting` and `remedies` run, on a tiny model, and what they write, say and plan."""
+"""What `lora-lab record overfitting`, `remedies` and `head_start` run, on tiny models, and what they write and plan."""
 
 import copy
 import dataclasses
 import io
 import json
+import re
 import shutil
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas
 import pytest
 import torch
 
-from lora_lab import FullFineTuning, LoRA, PartialFineTuning, cli, evaluate, fit, lora_layers, merge, records
+from lora_lab import (
+    FullFineTuning,
+    LoRA,
+    PartialFineTuning,
+    claims,
+    cli,
+    evaluate,
+    fit,
+    lora_layers,
+    merge,
+    records,
+    tasks,
+)
 from lora_lab.ablation import studies
 from lora_lab.ablation.halving import Halving
-from lora_lab.ablation.overfitting import by_stopping_point, by_training_loss, compare_over_rates, summarise_trials
+from lora_lab.ablation.overfitting import compare_over_rates, summarise_trials
 from lora_lab.ablation.stats import rank_correlations
 from lora_lab.analysis import divergence
+from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
 from lora_lab.models.shapes import config
-from lora_lab.studies import forgetting, recorder
-from lora_lab.studies.forgetting import DistanceFromBase, make_task, update_norm
+from lora_lab.studies import curves, recorder
+from lora_lab.studies.claims.compared import DOCS, FINE_TUNED, FROM_SCRATCH, LONGER
+from lora_lab.studies.curves import DistanceFromBase, make_task, update_norm
+from lora_lab.tasks.arrays import CHANGES
 from tests.helpers import COMMIT
 from tests.studies.conftest import counting_on
 
@@ -31,11 +46,6 @@ pytestmark = pytest.mark.slow
 
 FOLDER = Path("runs/record-overfitting")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-HOURS = {FullFineTuning: 3.0, LoRA: 2.0, PartialFineTuning: 1.0}  # of a step, on the machine of these tests
-
-
-def predict(factory, setups, batch_size, seq_len):
-    return SimpleNamespace(total_s=lambda label: 3600 * HOURS[type(setups[label].method)])
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +66,6 @@ def make(small_world, tiny_config, tmp_path_factory):
     small_world.setattr(divergence, "REPLIES", path)
     small_world.setattr(studies, "language_model", make)
     small_world.setattr(studies, "docs_task", counting_on)
-    small_world.setattr(recorder, "cost_model", lambda device: SimpleNamespace(predict=predict))
     return make
 
 
@@ -73,8 +82,8 @@ def record_of(what):
 
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=["cpu", "cuda"])
 def test_each_planned_run_reads_its_examples_a_whole_number_of_times(device):
-    constant, cosine = forgetting.epochs(device)
-    for case in forgetting.plan_overfitting(device):
+    constant, cosine = curves.epochs(device)
+    for case in curves.plan_overfitting(device):
         size = case.about["n_train"]
         for setup, (trial, lrs) in case.setups.items():
             decays = setup.endswith(", cosine")
@@ -82,25 +91,13 @@ def test_each_planned_run_reads_its_examples_a_whole_number_of_times(device):
             assert trial.steps % trial.eval_every == 0
             assert trial.schedule == ("cosine" if decays else "constant")
             assert decays or trial.warmup == 8
-            assert case.trial(setup, 1e-3, case.judging[0]).eval_examples == forgetting.JUDGED_ON > trial.eval_examples
-            forgetting.HALVING.check([case.trial(setup, lr, 0) for lr in lrs])
+            assert case.trial(setup, 1e-3, case.judging[0]).eval_examples == curves.JUDGED_ON > trial.eval_examples
+            curves.HALVING.check([case.trial(setup, lr, 0) for lr in lrs])
 
 
 def test_the_last_blocks_are_those_of_the_real_model():
-    assert [f"model.layers.{i}" for i in (26, 27, 28, 29)] == forgetting.LAST_BLOCKS
+    assert [f"model.layers.{i}" for i in (26, 27, 28, 29)] == curves.LAST_BLOCKS
     assert config("smollm2-135m").num_hidden_layers == 30
-
-
-def test_every_remedy_is_planned_and_a_gpu_trains_longer():
-    small, large = (list(forgetting.plan_remedies(device)) for device in (CPU, CUDA))
-    assert [name for sweep in small for name in sweep.setups] == [*forgetting.PLAIN, *forgetting.CHANGED]
-    for sweep, more in zip(small, large, strict=True):
-        assert len(more.choosing) > len(sweep.choosing) >= 3
-        for name, (trial, lrs) in sweep.setups.items():
-            assert more.setups[name][0].steps > trial.steps
-            assert more.setups[name][1] == lrs
-            assert trial.schedule == "constant"
-            assert (trial.lean is None) == (trial.method == FullFineTuning())
 
 
 # Overfitting
@@ -119,7 +116,7 @@ OF_SIZE = {4: [*METHODS], 8: [*METHODS, *(f"{setup}, cosine" for setup in METHOD
 @pytest.fixture
 def small(make, monkeypatch):
     for name, value in SMALL.items():
-        monkeypatch.setattr(forgetting, name, value)
+        monkeypatch.setattr(curves, name, value)
     return make
 
 
@@ -127,7 +124,7 @@ def small(make, monkeypatch):
 def overfitted(make):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SMALL.items():
-            patch.setattr(forgetting, name, value)
+            patch.setattr(curves, name, value)
         return record_of("overfitting")
 
 
@@ -157,17 +154,6 @@ def test_two_seeds_choose_each_setups_rate_for_each_size_and_schedule_and_others
     assert frame.loc[frame["stage"] == "judging", "off_domain_loss"].notna().all()
 
 
-def test_rates_that_are_far_behind_are_stopped_and_not_tried_on_the_next_seed(overfitted):
-    frame = overfitted[0].frame()
-    stopped = frame[frame["outcome"] == "stopped"]
-    assert len(stopped)
-    for (size, setup, lr), rows in stopped.groupby(["n_train", "setup", "lr"]):
-        assert rows["step"].max() < rows["steps"].max()
-        if set(rows["seed"]) == {0}:
-            again = frame[(frame["n_train"] == size) & (frame["setup"] == setup) & (frame["lr"] == lr)]
-            assert set(again["seed"]) == {0}
-
-
 def test_a_row_is_what_fit_gives_for_its_setup_rate_and_seed(make, overfitted):
     frame = overfitted[0].frame()
     for setup, size, seed in (("full", 8, 2), ("LoRA r=8, cosine", 8, 3), ("last blocks", 4, 2)):
@@ -186,64 +172,39 @@ def test_a_row_is_what_fit_gives_for_its_setup_rate_and_seed(make, overfitted):
         assert len(set(own["validation_loss"])) == len(own) > 2
 
 
-def test_curves_of_one_schedule_compare_at_every_stopping_point_and_at_equal_training_loss(overfitted):
-    frame = overfitted[0].frame()
-    judged = frame[(frame["stage"] == "judging") & (frame["schedule"] == "constant")]
-    rises = by_stopping_point(judged)
-    assert set(rises["setup"]) == {"LoRA r=8", "last blocks"}
-    assert set(rises["seeds"]) == {3}
-    divergences = by_stopping_point(judged, "forgotten_at_last")
-    assert divergences["difference"].tolist() != rises["difference"].tolist()
-    last = judged[(judged["n_train"] == 8) & (judged["step"] == judged["steps"])]["train_loss"]
-    assert len(by_training_loss(judged[judged["n_train"] == 8], [last.max() + 0.01]))
-    with pytest.raises(ValueError, match="has the rates"):
-        by_stopping_point(frame[frame["schedule"] == "constant"])  # those that chose are no part of it
-
-
 def test_a_record_says_how_its_rows_were_made(overfitted):
     own = overfitted[0].settings
-    assert own["setups"]["full"]["lrs"] == [2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2]
-    assert own["setups"]["LoRA r=8"]["rank"] == 8
-    assert (own["sizes"], own["choosing"], own["judging"]) == ([4, 8], [0, 1], [2, 3, 4])
-    assert (own["epochs"], own["cosine_epochs"]) == ({"4": 4, "8": 5}, {"8": 4})
-    assert own["halving"]["slack"] == 0.2
-    assert own["planned_hours"] == pytest.approx(hours_by_hand(), abs=0.06)
-    assert f"Planned: about {own['planned_hours']} hours" in overfitted[1]
-
-
-def hours_by_hand():
-    """All steps and evaluations, at three of five rates with halving, and at all under a cosine."""
-    expected = 0.0
-    for size, steps, rates in ((4, 4, 3), (8, 10, 3), (8, 8, 5)):
-        evaluations = steps // (size // 4) + 1
-        for examples, runs in ((6, 2 * rates), (8, 3)):
-            forward = (2 * evaluations + 1) * examples / 4  # a third of full fine-tuning's 3 hours, or half of LoRA's 2
-            expected += runs * sum(steps * HOURS[type(method)] + forward for method, _ in METHODS.values())
-    return expected
+    first, last = own["cases"]
+    assert first["lrs"]["full"] == [2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2]
+    assert first["setups"]["LoRA r=8"]["method"]["rank"] == 8
+    assert (first["about"], last["about"]) == ({"n_train": 4}, {"n_train": 8})
+    assert (first["choosing"], first["judging"], first["judged"]) == ([0, 1], [2, 3, 4], {"eval_examples": 8})
+    assert (last["setups"]["full"]["steps"], last["setups"]["full, cosine"]["steps"]) == (10, 8)
+    assert "On two cores this takes six hours." in overfitted[1]
 
 
 @pytest.mark.parametrize("hot", [["full"], [*METHODS]])
 def test_a_trial_that_failed_is_a_row_with_its_reason_and_its_setup_is_not_judged(small, monkeypatch, tmp_path, hot):
     methods = {name: (method, 1e30 if name in hot else lr) for name, (method, lr) in METHODS.items()}
-    monkeypatch.setattr(forgetting, "METHODS", methods)
-    monkeypatch.setattr(forgetting, "epochs", lambda device: ({8: 4}, {}))
-    rows = list(forgetting.OVERFITTING.rows(CPU, tmp_path))
+    monkeypatch.setattr(curves, "METHODS", methods)
+    monkeypatch.setattr(curves, "epochs", lambda device: ({8: 4}, {}))
+    rows = list(curves.OVERFITTING.rows(CPU, tmp_path))
     failed = [row for row in rows if row["outcome"] == "failed"]
     assert {row["setup"] for row in failed} == {*hot}
     assert {row["setup"] for row in rows if row["stage"] == "judging"} == METHODS.keys() - {*hot}
     for row in failed:
         assert "lower the learning rate" in row["reason"]
         assert row["step"] is row["validation_loss"] is row["gap"] is None
-        assert forgetting.OVERFITTING.line(row).endswith(f"seed {row['seed']}: {row['reason']}")
+        assert curves.OVERFITTING.line(row).endswith(f"seed {row['seed']}: {row['reason']}")
     records.new("overfitting", rows, {}, "a test", CPU, "unknown")  # has no NaN in it
 
 
 def test_of_a_record_that_is_overfitted_nothing_is_run_again(overfitted, tmp_path, no_trial_runs, small):
     shutil.copytree(FOLDER, tmp_path / "trials")
-    assert list(forgetting.OVERFITTING.rows(CPU, tmp_path / "trials")) == overfitted[0].rows
+    assert list(curves.OVERFITTING.rows(CPU, tmp_path / "trials")) == overfitted[0].rows
     next((tmp_path / "trials").glob("*.json")).unlink()
     with pytest.raises(AssertionError, match="a trial is run again"):
-        list(forgetting.OVERFITTING.rows(CPU, tmp_path / "trials"))
+        list(curves.OVERFITTING.rows(CPU, tmp_path / "trials"))
 
 
 def test_settings_that_no_record_can_hold_are_refused_before_anything_is_run(monkeypatch, capsys):
@@ -253,8 +214,8 @@ def test_settings_that_no_record_can_hold_are_refused_before_anything_is_run(mon
         begun.append(device)
         yield {"setup": "full"}
 
-    made = dataclasses.replace(forgetting.OVERFITTING, rows=rows, settings=lambda device: {"sizes": (4, 8)})
-    monkeypatch.setattr(forgetting, "OVERFITTING", made)
+    made = dataclasses.replace(curves.OVERFITTING, rows=rows, settings=lambda device: {"sizes": (4, 8)})
+    monkeypatch.setattr(curves, "OVERFITTING", made)
     assert cli.main(["record", "overfitting", "--device", "cpu", "--out", "refused"]) == 1
     assert ".sizes" in capsys.readouterr().err
     assert begun == []
@@ -269,9 +230,9 @@ PLAIN = {
     "weight decay": (LoRA(8, 16), (2e-2,), 10.0),
 }
 CHANGED = {
-    "own replies": partial(forgetting.add_own_replies, 0.5),
-    "other text": partial(forgetting.add_other_text, 0.5),
-    "KL penalty": partial(forgetting.stay_near_base, 1.0),
+    "own replies": partial(curves.add_own_replies, 0.5),
+    "other text": partial(curves.add_other_text, 0.5),
+    "KL penalty": partial(curves.stay_near_base, 1.0),
 }
 SETUPS = PLAIN | {name: (LoRA(8, 16), (2e-2,), 0.0) for name in CHANGED}
 
@@ -281,7 +242,7 @@ def tiny(make):
     few = {"PLAIN": PLAIN, "CHANGED": CHANGED, "RATE": 2e-2, "FEW": (10, 4, (0, 1)), "LENGTH": 9, "EXAMPLES": 6}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in few.items():
-            patch.setattr(forgetting, name, value)
+            patch.setattr(curves, name, value)
         yield make
 
 
@@ -303,7 +264,6 @@ def test_a_record_has_a_curve_for_each_setup_rate_and_seed_and_for_each_strength
     assert set(frame["commit"]) == {COMMIT}
     assert frame.loc[frame["setup"] == "full", "rank"].unique() == [576]
     assert whole[1].count("off_domain_loss") == len(expected) - 4
-    assert whole[0].settings["planned_hours"] > 0
 
 
 def test_a_row_is_what_fit_gives_on_the_changed_task(tiny, whole):
@@ -312,7 +272,7 @@ def test_a_row_is_what_fit_gives_on_the_changed_task(tiny, whole):
         (method, (lr, *_), decay), options = SETUPS[name], {"steps": 10, "batch_size": 4, "schedule": "constant"}
         own = frame[(frame["setup"] == name) & (frame["seed"] == 1) & (frame["lr"] == lr)].set_index("step")
         options |= {"lr": lr, "seed": 1, "weight_decay": decay, "eval_examples": 6}
-        history = fit(tiny(), make_task(name if name in CHANGED else None, 0), method, progress=False, **options)
+        history = fit(tiny(), make_task(name if name in CHANGED else None), method, progress=False, **options)
         table = history.frame().set_index("step")
         tolerance = 1e-4 if name == "full" else 3e-2  # over a base in bfloat16
         for loss in ("train_loss", "validation_loss", "off_domain_loss"):
@@ -322,7 +282,7 @@ def test_a_row_is_what_fit_gives_on_the_changed_task(tiny, whole):
 
 
 def test_replayed_replies_and_those_that_judge_have_no_prompt_in_common(tiny):
-    task = make_task("own replies", 0)
+    task = make_task("own replies")
     replayed = {int(row[0]) for row in task.train.inputs[24:]}
     assert replayed == set(range(16, 28))  # of the 24 that are as many as the windows
     assert {int(row[0]) for row in task.off_domain.inputs} == set(range(16))
@@ -339,7 +299,7 @@ def test_scaling_goes_from_the_base_to_the_adapter_and_beyond(tiny, whole):
     model = tiny()
     fit(
         model,
-        make_task(None, 0),
+        make_task(None),
         LoRA(8, 16),
         steps=10,
         lr=2e-2,
@@ -350,26 +310,26 @@ def test_scaling_goes_from_the_base_to_the_adapter_and_beyond(tiny, whole):
     for layer in lora_layers(model).values():
         layer.alpha *= 0.5
     merge(model)
-    expected = evaluate(model, make_task(None, 0), "validation", limit=6)
+    expected = evaluate(model, make_task(None), "validation", limit=6)
     assert curve.loc[50, "validation_loss"] == pytest.approx(expected, rel=3e-2)
 
 
 def test_what_a_judge_measures(tiny):
-    base, task = tiny(), make_task(None, 0)
+    base, task = tiny(), make_task(None)
     model = copy.deepcopy(base)
     fit(model, task, FullFineTuning(), steps=3, lr=1e-3, batch_size=4, progress=False)
-    scores = DistanceFromBase(9, 6, (0.5,))(model, task)
-    assert scores.keys() == {"divergence", "size", "prose"}  # no adapter, no strengths
+    scores = DistanceFromBase(6, (0.5,))(model, task)
+    assert scores.keys() == {"divergence", "size"}  # no adapter, no strengths
     flat = [torch.cat([p.flatten() for p in each.parameters()]) for each in (model, base)]
     assert scores["size"] == pytest.approx(float((flat[0] - flat[1]).detach().norm()), rel=1e-5)
     assert scores["divergence"] > 0
-    still = DistanceFromBase(9, 6)(copy.deepcopy(base), task)
-    assert still == pytest.approx({"divergence": 0, "size": 0, "prose": 0}, abs=1e-5)
+    still = DistanceFromBase(6)(copy.deepcopy(base), task)
+    assert still == pytest.approx({"divergence": 0, "size": 0}, abs=1e-5)
 
 
 def test_the_size_of_an_adapters_update_is_that_of_the_merged_model(tiny):
     base, model = tiny(), tiny()
-    fit(model, make_task(None, 0), LoRA(2, 8), steps=3, lr=1e-2, batch_size=4, progress=False)
+    fit(model, make_task(None), LoRA(2, 8), steps=3, lr=1e-2, batch_size=4, progress=False)
     size = update_norm(base, model)
     merge(model)
     assert size == pytest.approx(update_norm(base, model), rel=1e-4)
@@ -387,20 +347,112 @@ def test_a_record_can_be_compared_at_equal_learning_and_asked_what_predicts_forg
     assert predicted["correlation"].notna().all()
 
 
-def test_planned_hours_count_steps_evaluations_and_the_judge(whole):
-    forward = 3 / 3 / 4  # hours an example
-    hours = {name: 3 if name == "full" else 2 for name in SETUPS}
-    steps = sum(2 * len(lrs) * 10 * hours[name] for name, (_, lrs, _) in SETUPS.items())
-    own = 2 * 11 * 6 + 6 + 3 * 6  # two parts at 11 evaluations, the test part, the judge
-    alone, penalised = 2 * (2 + 1 + 2 + 1), 2
-    examples = 18 * own + alone * 8 * 6 + penalised * 10 * 4
-    assert whole[0].settings["planned_hours"] == pytest.approx(steps + examples * forward, rel=0.01)
-
-
 def test_a_failed_trial_has_no_strengths(tiny, monkeypatch, tmp_path):
-    monkeypatch.setattr(forgetting, "PLAIN", {"LoRA r=8": (LoRA(8, 16), (1e30,), 0.0)})
-    monkeypatch.setattr(forgetting, "CHANGED", {})
-    monkeypatch.setattr(forgetting, "FEW", (10, 4, (0,)))
-    (row,) = forgetting.REMEDIES.rows(CPU, tmp_path)
+    monkeypatch.setattr(curves, "PLAIN", {"LoRA r=8": (LoRA(8, 16), (1e30,), 0.0)})
+    monkeypatch.setattr(curves, "CHANGED", {})
+    monkeypatch.setattr(curves, "FEW", (10, 4, (0,)))
+    (row,) = curves.REMEDIES.rows(CPU, tmp_path)
     assert row["outcome"] == "failed"
     assert pandas.isna(row["step"])
+
+
+# Head start
+
+REAL_PLAN = curves.plan_head_start
+
+
+def few(device):
+    """Two cases of the real plan, with fewer rates, seeds and steps."""
+    (digits,) = (case for case in REAL_PLAN(CPU) if [*case.about.values()] == ["inverted", "MLP", 40])
+    (docs,) = (case for case in REAL_PLAN(CPU) if case.about["data"] == DOCS)
+    seeds = {"choosing": (0, 1), "judging": (2, 3, 4), "widen": 1}
+    of_digits = {setup: (trial, (1e-3, 3e-3, 9e-3)) for setup, (trial, _) in digits.setups.items()}
+    of_docs = {
+        setup: (dataclasses.replace(trial, steps=4, warmup=None, eval_every=4), (1e-3, 1e-2))
+        for setup, (trial, _) in docs.setups.items()
+    }
+    of_eight = {"about": docs.about | {"n_train": 8}, "task": partial(curves.draw_text, 8)}
+    return [
+        dataclasses.replace(digits, setups=of_digits, **seeds),
+        dataclasses.replace(docs, setups=of_docs, **of_eight, **seeds),
+    ]
+
+
+@pytest.fixture(scope="module")
+def head_start(make, small_world, tiny_config):
+    """One run of the command, in which the real model is a tiny one and its text counts on."""
+    small_world.setattr(studies, "random_init", lambda device=None, seed=0: Llama(tiny_config, seed=100 + seed))
+    small_world.setattr(curves, "TEXT_LENGTH", 9)
+    made = recorder.record_sweeps("head_start", few)
+    small_world.setattr(curves, "HEAD_START", made)
+    record, printed = record_of("head_start")
+    assert re.search(r"inverted +MLP +from scratch, longer +judging .*n_train 40 +lr 0.00", printed)
+    assert [case["about"]["data"] for case in record.settings["cases"]] == ["inverted", DOCS]
+    assert record.settings["cases"][0]["setups"][LONGER]["steps"] == 550
+    return record
+
+
+def test_a_row_is_what_fit_gives_for_its_start_pictures_rate_and_seed(head_start):
+    frame = head_start.frame()
+    task = tasks.digits("adapt", 3, change="inverted").limited(40, 3)
+    learned = DigitsMLP(seed=3, dtype=torch.float64)
+    before = {"steps": 400, "lr": 3e-3, "batch_size": 32, "seed": 3, "progress": False}
+    fit(learned, tasks.digits("pretrain", 3, change="inverted"), FullFineTuning(), **before)
+    scratch = DigitsMLP(seed=3, dtype=torch.float64)
+    starts = {FINE_TUNED: (learned, 150), FROM_SCRATCH: (scratch, 150), LONGER: (scratch, 550)}
+    own = frame[(frame["data"] == "inverted") & (frame["seed"] == 3)].set_index("setup")
+    for setup, (start, steps) in starts.items():
+        row = own.loc[setup]
+        model = DigitsMLP(dtype=torch.float64)
+        model.load_state_dict(start.state_dict())
+        fit(
+            model,
+            task,
+            FullFineTuning(),
+            steps=steps,
+            lr=row["lr"],
+            batch_size=32,
+            seed=3,
+            eval_every=steps,
+            progress=False,
+        )
+        assert row["test_loss"] == pytest.approx(evaluate(model, task, "test"), rel=1e-4)
+        right = (model(task.test.inputs).argmax(-1) == task.test.targets).float().mean()
+        assert row["score_accuracy"] == pytest.approx(float(right))
+
+
+def test_the_ledger_reads_the_record(head_start):
+    for claim in ("fine-tuning-beats-scratch", "never-train-from-scratch", "fine-tuning-needs-fewer-steps"):
+        result = claims.verdict(claim, "records").result
+        assert "docs" in result.measured or claim.endswith("steps")
+        assert "inverted, MLP, 40" in result.measured
+
+
+def test_seeds_draw_the_pictures_the_pretraining_and_the_random_weights():
+    case = few(CPU)[0]
+    for setup in (FINE_TUNED, FROM_SCRATCH):
+        first, again, other = (case.starts[setup](seed).state_dict() for seed in (0, 0, 1))
+        assert all(torch.equal(first[name], again[name]) for name in first)
+        assert not torch.equal(first["head.weight"], other["head.weight"])
+    assert case.task(0).fingerprint == case.task(0).fingerprint != case.task(1).fingerprint
+    assert torch.equal(1 - case.task(0).train.inputs, (1 - case.task(0).train.inputs).clamp(0, 1))
+    scratch, longer = (case.starts[setup](0).state_dict() for setup in (FROM_SCRATCH, LONGER))
+    assert torch.equal(scratch["head.weight"], longer["head.weight"])
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_the_plan_compares_equal_steps_on_three_changes_two_nets_and_the_language_model(device):
+    cases = list(REAL_PLAN(device))
+    table = pandas.DataFrame([case.about for case in cases])
+    digits = {(data, net): [10, 40, 160, 500] for data in CHANGES for net in ("transformer", "MLP")}
+    docs = {(DOCS, "smollm2-135m"): [240 if device == CPU else 2400]}
+    assert table.groupby(["data", "model"])["n_train"].apply(list).to_dict() == digits | docs
+    for case in cases:
+        trials = {setup: case.trial(setup, 1e-3, 0) for setup in case.setups}
+        assert trials[FINE_TUNED] == trials[FROM_SCRATCH]
+        assert not set(case.choosing) & set(case.judging)
+        assert len(case.judging) >= 3
+        assert trials[FINE_TUNED].batch_size <= case.about["n_train"]
+        if case.about["data"] != DOCS:
+            assert trials[LONGER].steps == 550 == 400 + trials[FINE_TUNED].steps
+    assert cases[-1].starts.keys() == {FROM_SCRATCH}
