@@ -204,9 +204,7 @@ def from_table(
     return _task_of_pairs(tokenizer, name, stored, options)
 
 
-def from_text(
-    tokenizer: Tokenizer, path: str | Path, *, seq_len: int = 128, name: str | None = None, allow_special: bool = False
-) -> Task:
+def from_text(tokenizer: Tokenizer, path: str | Path, *, seq_len: int = 128, allow_special: bool = False) -> Task:
     """Return the task of predicting the next token of a text file of your own.
 
     Paragraphs (separated by an empty line) stay whole: of every ten, the ninth goes to validation, the tenth to test.
@@ -215,7 +213,6 @@ def from_text(
         tokenizer: of the model.
         path: of the file.
         seq_len: tokens per example.
-        name: of the task; defaults to that of the file.
         allow_special: whether the text may contain the special tokens that structure conversations or end a text, such
             as ``<|im_end|>``. They are then encoded as these tokens, and ``about`` states how often each occurs.
 
@@ -230,7 +227,7 @@ def from_text(
         tokenizer.check_text(line, f"Line {number} of {path}", allow_special)
     paragraphs = [paragraph for paragraph in "\n".join(lines).split("\n\n") if paragraph.strip()]
     about = f"from the file {path.name}"
-    return _task_of_texts(tokenizer, path, paragraphs, "paragraph", name or path.stem, about, seq_len)
+    return _task_of_texts(tokenizer, path, paragraphs, "paragraph", path.stem, about, seq_len)
 
 
 def _read_lines(path: Path) -> list[str]:
