@@ -7,8 +7,7 @@
                thread, packed in two processes, which are started before
     smollm2    8 adapters of rank 8, one sequence of 64 tokens each: seconds for one step of all of them, one after
                another on two threads (the first baseline), two at a time on a thread each (the fair one), packed, and
-               packed with the lean step, whose two threads take half of the adapters each, in float32 and over a base
-               in bfloat16
+               packed with the lean step, in float32 and over a base in bfloat16
     study      a third of the trials of the recorded study of ranks (`lora-lab record ablation`: one seed of three), on
                the real model, with a tenth of their steps and evaluations: without the lean step (the baseline), with
                it, and over a base in bfloat16; minutes a sweep, and without a first round
@@ -172,8 +171,8 @@ def smollm2(rounds: int) -> None:
     }
     if device.type != "cuda":
         calls |= {
-            "packed, lean": lambda: packs.step_s(ll.Lean(threads=2)),
-            "packed, lean, base in bfloat16": lambda: packs.step_s(ll.Lean(torch.bfloat16, threads=2)),
+            "packed, lean": lambda: packs.step_s(ll.Lean()),
+            "packed, lean, base in bfloat16": lambda: packs.step_s(ll.Lean(torch.bfloat16)),
         }
     compare(calls, rounds, "a step of all")
 

@@ -29,7 +29,7 @@ from lora_lab.course.copies import choose_lessons
 from lora_lab.system.device import pick_device
 
 ENVIRONMENT = {"LORA_LAB_DEVICE": "cpu", "LORA_LAB_EFFORT": "quick", "LORA_LAB_PROGRESS": "0", "OMP_NUM_THREADS": "1"}
-PEAK = "import torch\nfrom lora_lab.system.process import peak_bytes\npeak_bytes(torch.device('cpu'))"
+PEAK = "import torch\nfrom lora_lab.system.device import peak_bytes\npeak_bytes(torch.device('cpu'))"
 
 
 def run(lesson: Path) -> int:

@@ -72,8 +72,8 @@ def work(rank: int, meeting: str, rounds: int) -> None:
             rows.append(((loopback_bytes() - before) / PROCESSES, seconds, measured["seconds"]))
         sent, seconds, reducing = (statistics.median(values) for values in zip(*rows[1:], strict=True))
         if rank == 0:
-            numbers = f"{predicted.sent_bytes:>15,.0f}{measured['bytes']:>15,}{sent:>15,.0f}"
-            print(f"{name:<12}{numbers}{sent / predicted.sent_bytes:>9.3f}{seconds:>9.2f}{reducing:>12.3f}", flush=True)
+            numbers = f"{predicted:>15,.0f}{measured['bytes']:>15,}{sent:>15,.0f}"
+            print(f"{name:<12}{numbers}{sent / predicted:>9.3f}{seconds:>9.2f}{reducing:>12.3f}", flush=True)
     dist.destroy_process_group()
 
 

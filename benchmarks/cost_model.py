@@ -1,15 +1,14 @@
 """Does the cost model predict whether LoRA is faster, before any training? Predicted beside measured ratios.
 
     python benchmarks/cost_model.py [--models digits small smollm2-135m] [--tokens 32 128 512 2048 4096]
-                                    [--ranks 1 8 64 256] [--only grid rank tokens blocks] [--threads 1 2] [--quick]
+                                    [--ranks 1 8 64 256] [--only grid rank blocks] [--threads 1 2] [--quick]
 
 The grid: the time of a LoRA step over that of full fine-tuning, by `lora_lab.speed.cost_model().predict` (no step is
 taken) and by `lora_lab.speed.step_time` (variants in turn in one process, medians of ratios round by round), and
 beside the ratios the times themselves, which are harder to predict: what all variants share does not cancel. Then
-three break-even points, found by counting or by prediction and confirmed by another count or by measuring:
+two points, found by counting or by prediction and confirmed by another count or by measuring:
 
     rank      the highest at which LoRA has no more FLOPs than full fine-tuning; confirmed by torch's FlopCounterMode
-    tokens    how many a step has when the faster becomes the slower; confirmed at a quarter and at four times as many
     blocks    what it saves to adapt the top blocks only
 
 A step is forward, backward, clipping to norm 1 and fused AdamW, in float32, with random weights and tokens. Waiting
@@ -219,25 +218,6 @@ def torch_count(make: Callable, method) -> int:
     return counter.get_total_flops()
 
 
-def token_point(costs, name: str, rank: int, quick: bool) -> None:
-    """The tokens a step at which the faster becomes the slower, and the ratio measured on either side."""
-    from lora_lab import FullFineTuning, LoRA, speed
-
-    make, full, lora = factory(name), FullFineTuning(), LoRA(rank, 2.0 * rank)
-    even = costs.break_even_tokens(make, full, lora, seq_len=32)
-    print(f"\ntokens: {name}, r={rank}, sequences of 32: predicted to change sign at {even} tokens a step", end="")
-    sides = [32, 4096] if even is None else [max(32, even // 4 // 32 * 32), max(64, min(4096, even * 4 // 32 * 32))]
-    ratios = {}
-    for tokens in sides:
-        times = speed.step_time(
-            make, {"full": full, "LoRA": lora}, tokens // 32, 32, rounds=rounds(name, tokens, quick)
-        )
-        ratios[tokens] = times.ratio("LoRA")
-    changes = (ratios[sides[0]] - 1) * (ratios[sides[1]] - 1) < 0
-    print("; measured " + ", ".join(f"{ratio:.3f} at {tokens}" for tokens, ratio in ratios.items()), end=" ")
-    print(f"(confirmed: {changes == (even is not None)})", flush=True)
-
-
 def block_point(costs, name: str, tokens: int, quick: bool) -> None:
     """What adapting the top blocks saves, by FLOPs, by prediction and by the clock."""
     from lora_lab import LoRA, speed
@@ -274,8 +254,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["digits", "small", "smollm2-135m"])
     parser.add_argument("--tokens", nargs="+", type=int, default=list(BATCHES), choices=list(BATCHES))
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 8, 64, 256])
-    parser.add_argument("--only", nargs="+", choices=["grid", "rank", "tokens", "blocks"],
-                        default=["grid", "rank", "tokens", "blocks"])  # fmt: skip
+    parts = ["grid", "rank", "blocks"]
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, os.cpu_count() or 1])
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # the environment is set
@@ -296,9 +276,6 @@ def main() -> None:
         summary(list(grid(costs, options.models, options.tokens, options.ranks, options.quick)))
     if "rank" in options.only:
         rank_point()
-    if "tokens" in options.only:
-        token_point(costs, "small", 8, options.quick)
-        token_point(costs, "small", 1, options.quick)
     if "blocks" in options.only:
         block_point(costs, "smollm2-135m", 512, options.quick)
 

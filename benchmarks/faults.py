@@ -40,8 +40,8 @@ from lora_lab.ablation import Grid, ablate, load
 from lora_lab.ablation.run import fingerprint
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.pretrained import FILE, cache_folder
+from lora_lab.system.device import peak_bytes, run_in_subprocess
 from lora_lab.system.files import write_json
-from lora_lab.system.process import peak_bytes, run_in_subprocess
 
 VARYING = ["seconds", "date", "engine", "commit"]
 USERS = (65533, 65534)  # of the system; they own no files

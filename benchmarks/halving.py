@@ -1,8 +1,7 @@
 """What stopping learning rates early saves, and whether the verdicts stay the same.
 
-    python benchmarks/halving.py [--only records studies ablation] [--folder runs/halving]
+    python benchmarks/halving.py [--only studies ablation] [--folder runs/halving]
 
-    records    replays of the records that ship, as far as they hold curves
     studies    digits and planted ranks, with a decaying and a constant rate: two draws of 5 ranks x 4 rates x 5 seeds
                train to the end (a minute), and are replayed by several rules; the defaults were chosen on the first
     ablation   the record of ranks on SmolLM2-135M holds no curves: the trials of its first seed train again with
@@ -15,16 +14,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from dataclasses import replace
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import common
 import pandas
 
 from lora_lab import records
-from lora_lab.ablation import Halving, RankVerdict, ablate, overfitting, smallest_sufficient_rank, studies
-from lora_lab.ablation.compare import best_rates
-from lora_lab.ablation.halving import replay, share_of_steps
+from lora_lab.ablation import Halving, RankVerdict, Trial, ablate, smallest_sufficient_rank, studies
+from lora_lab.ablation.halving import PAUSED, next_round
 from lora_lab.studies import spectra
 from lora_lab.system.device import pick_device
 
@@ -43,15 +42,44 @@ def compare(name: str, whole: RankVerdict, less: RankVerdict, share: float) -> N
     )
 
 
-def rules(margin: float, **options: bool) -> dict[str, Halving]:
+def replay(frame: pandas.DataFrame, trials: Sequence[Trial], halving: Halving) -> pandas.DataFrame:
+    """Return the frame that ``ablate`` would have returned with ``halving``, from one without."""
+    trials = [trial.bound(frame["task"].iloc[0], frame["model"].iloc[0]) for trial in trials]
+    rows_of, results = dict(iter(frame.groupby("key"))), {}
+    last = dict.fromkeys(trials, 0)  # the step to which each has trained
+    due, stopped = next_round(halving, trials, results)
+    while due:
+        for until, trial in [(until, trial) for until, waiting in due.items() for trial in waiting]:
+            rows = rows_of[trial.key]
+            last[trial] = trial.steps if until is None else until
+            seen = rows[rows["step"] <= last[trial]].to_dict("records")
+            outcome = rows["outcome"].iloc[0] if until is None or not seen else PAUSED
+            results[trial.key] = {"outcome": outcome, "history": {"rows": seen}}
+        due, stopped = next_round(halving, trials, results)
+    parts = []
+    for trial in trials:
+        rows = rows_of[trial.key]
+        if trial in stopped:
+            rows = rows[rows["step"] <= last[trial]]
+            rows = rows.assign(outcome="stopped", reason=stopped[trial], test_loss=math.nan)
+        parts.append(rows)
+    return pandas.concat(parts, ignore_index=True)
+
+
+def share_of_steps(frame: pandas.DataFrame) -> float:
+    """Return the steps that trials took, as a share of those that they were to take; failed ones count in full."""
+    taken = frame["step"].where(frame["outcome"] == "stopped", frame["steps"])
+    last = frame.assign(taken=taken.fillna(0)).groupby("key")[["taken", "steps"]].max()
+    return float(last["taken"].sum() / last["steps"].sum())
+
+
+def rules(margin: float) -> dict[str, Halving]:
     """The rules that are compared, by name, for a verdict with a margin."""
     return {
-        "all seeds choose": Halving(**options),
-        "three seeds choose": Halving(choose=3, **options),
-        "one seed, slack = margin": Halving(choose=1, slack=margin, **options),
-        "one seed": Halving(choose=1, **options),
-        "no noise, no trend": Halving(cautious=False, **options),
-        "the same, from a tenth": Halving(rungs=[0.1], cautious=False, **options),
+        "all seeds choose": Halving(),
+        "three seeds choose": Halving(choose=3),
+        "one seed, slack = margin": Halving(choose=1, slack=margin),
+        "one seed": Halving(choose=1),
     }
 
 
@@ -65,41 +93,8 @@ def of_studies() -> None:
         whole = smallest_sufficient_rank(frame, margin)
         print(f"\n{study}, {schedule}, {draw} draw: {len(trials)} trials of {trials[0].steps} steps: {whole.answer}")
         for name, rule in rules(margin).items():
-            less = replay(frame, rule)
+            less = replay(frame, trials, rule)
             compare(name, whole, smallest_sufficient_rank(less, margin), share_of_steps(less))
-
-
-def of_records() -> None:
-    """The shipped records."""
-    group = ["n_train", "setup"]
-    margin = studies.defaults_of("docs").margin
-    of_one_seed = {
-        "one seed, slack = margin",
-        "one seed",
-        "no noise, no trend",
-    }  # the record has one seed at most rates
-    for name, record in records.load_all("overfitting").items():
-        frame, seeds = record.frame(), record.settings["seeds"]
-        rates = {setup: len(settings["lrs"]) for setup, settings in record.settings["setups"].items()}
-        groups = frame.drop_duplicates(group)
-        full = sum(rates[row.setup] * seeds * row.steps for row in groups.itertuples())
-        taken = frame.drop_duplicates([*group, "lr", "seed"])["steps"].sum()
-        print(f"\n{name}: all rates on one seed and the best one on {seeds}, {taken / full:.1%} of the grid's steps")
-        whole = best_rates(frame).merge(overfitting.summarise_trials(frame))
-        for rule_name, rule in rules(margin, best_so_far=True).items():
-            if rule_name not in of_one_seed:
-                continue
-            less = replay(frame, replace(rule, choose=1), group)
-            best = best_rates(less).merge(overfitting.summarise_trials(less))
-            same = len(whole[[*group, "lr"]].drop_duplicates().merge(best[[*group, "lr"]].drop_duplicates()))
-            # The record has the other seeds at its own best rate only, so another rate leaves no verdict.
-            verdicts = "the same verdicts" if whole.equals(best) else "ANOTHER RATE, so no verdict"
-            share = share_of_steps(less) * taken / full
-            print(f"  {rule_name:<26}{share:6.1%} of the steps: {verdicts}, rates {same}/{len(groups)}")
-    for name, record in (records.load_all("ablation") | records.load_all("downstream")).items():
-        print(
-            f"\n{name}: {record.settings['seeds']} seeds; no losses between the first step and the last, so no replay"
-        )
 
 
 def of_ablation(folder: Path) -> None:
@@ -125,12 +120,10 @@ def of_ablation(folder: Path) -> None:
 def main() -> None:
     """Run the chosen benchmarks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=["records", "studies", "ablation"], default=["records", "studies"])
+    parser.add_argument("--only", nargs="+", choices=["studies", "ablation"], default=["studies"])
     parser.add_argument("--folder", type=Path, default=Path("runs/halving"))
     options = parser.parse_args()
     common.print_machine()
-    if "records" in options.only:
-        of_records()
     if "studies" in options.only:
         of_studies()
     if "ablation" in options.only:

@@ -22,7 +22,7 @@ import common
 import torch
 
 from lora_lab.models.pretrained import SMOLLM2, load_tokenizer
-from lora_lab.system.process import peak_bytes, run_in_subprocess
+from lora_lab.system.device import peak_bytes, run_in_subprocess
 from lora_lab.tasks import from_jsonl, from_text
 
 KINDS = ("text", "lines of texts", "prompts and answers")

@@ -1,4 +1,4 @@
-"""Short and long examples together: answer tokens a second at random, by length, and several in a row.
+"""Short and long examples together: answer tokens a second in random batches and in batches by length.
 
     python benchmarks/lengths.py [--rounds 5] [--lean] [--threads 1] [--cpu-time]
 
@@ -6,10 +6,8 @@ The data are the pairs of `sentiment` and `summarise` as they are, mixed, the mo
 
     random       batches of 8 examples in random order, each padded to its longest
     by length    fit(..., batches="by_length"), batches of 8 too
-    rows         share_rows(task, length=384), batches of 2 rows, which hold as many examples
 
-`rows` also leaves out the logits of columns in which no answer counts. `--lean` takes the lean step, which leaves them
-out for all three: what is left then is the padding alone.
+`--lean` takes the lean step, which leaves out the logits of tokens that do not count.
 
 A measurement is five steps, on batches at the 10th, 30th, ... 90th percentile of an epoch's by size, and is scaled to
 the epoch by the number of tokens, padding included. Setups take turns; medians are printed, and medians of ratios in
@@ -31,7 +29,7 @@ import torch
 
 import lora_lab as ll
 from lora_lab.models.tokenizer import Tokenizer
-from lora_lab.tasks import TASKS, PairTask, from_pairs, share_rows
+from lora_lab.tasks import TASKS, PairTask, from_pairs
 from lora_lab.tasks.instruction import PARTS
 from lora_lab.train import TrainConfig, data_order, make_step
 
@@ -55,7 +53,7 @@ class Epoch:
     def __init__(self, task: PairTask, config: TrainConfig) -> None:
         rows, count = data_order(task, config).rows(0, len(task.train)), config.batch_size
         batches = sorted((task.train[part] for part in rows.split(count)), key=lambda part: part.targets.numel())
-        self.loss, self.answer_tokens = task.loss, task.count_targets(task.train)
+        self.answer_tokens = task.count_targets(task.train)
         self.tokens = sum(batch.targets.numel() for batch in batches)
         self.sample = [batches[math.floor((i + 0.5) / SAMPLED * len(batches))] for i in range(SAMPLED)]
 
@@ -78,20 +76,16 @@ def main() -> None:
     common.print_machine(torch.device("cpu"))
     model, tokenizer = ll.load_pretrained(device="cpu")
     task, config = mixture(tokenizer), TrainConfig(steps=1, lr=1e-4, lean=ll.Lean() if options.lean else None)
-    rows = share_rows(task, length=384)
-    print(f"\n{rows.describe()}\n")
+    print(f"\n{task.describe()}\n")
     epochs = {
         "random": Epoch(task, config),
         "by length": Epoch(task, dataclasses.replace(config, batches="by_length")),
-        "rows": Epoch(rows, dataclasses.replace(config, batch_size=2)),
     }
     step = make_step(model.train(), task.loss, ll.LoRA(rank=8), config)
 
     def steps(epoch: Epoch) -> Callable[[], float]:
         def take() -> float:
             started = clock()
-            if not options.lean:  # the lean step's loss is one for both
-                step.loss = epoch.loss
             for batch in epoch.sample:
                 step.read_targets([batch.targets])
                 step([(batch.inputs, batch.targets)], [1.0])

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 
 from lora_lab import DoRA, FullFineTuning, LoRA, LoRAFA, RsLoRA, lora_layers, memory, records, speed
 from lora_lab.costs.bill import Part
-from lora_lab.costs.cost_model import StepWork
 from lora_lab.costs.setup import Setup
+from lora_lab.costs.timing import StepWork
 from lora_lab.methods import AsItIs
 from lora_lab.models import shapes
 from lora_lab.models.llama import Llama, LlamaConfig

@@ -5,7 +5,7 @@
 On SmolLM2-135M's 210 linear layers with random weights and updates:
 
     adapters     r = 8, from the factors (`lora_lab.spectra.updates`), beside the SVD of each product
-    full         singular values of 210 dense changes (`spectra.singular_values`), beside torch.linalg.svdvals
+    full         singular values of 210 dense changes (`lora_lab.rank.singular_values`), beside torch.linalg.svdvals
     accuracy     the largest error over the largest value, on a matrix with singular values j^-2, by Gram product in
                  float64 (ours), by one in float32, and by svdvals in float32
 
@@ -76,9 +76,9 @@ def full(rounds: int) -> None:
     print(f"\nfull: {len(names)} dense changes")
     timed(
         {
-            "all, eigenvalues of the Gram product in float64": lambda: spectra.singular_values(
-                before, after, progress=False
-            ),
+            "all, eigenvalues of the Gram product in float64": lambda: [
+                rank.singular_values(after[name].double() - before[name].double()) for name in names
+            ],
             f"svdvals in float32 ({FEW} of {len(names)})": lambda: [
                 torch.linalg.svdvals(after[name] - before[name]) for name in names[:FEW]
             ],

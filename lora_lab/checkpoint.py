@@ -22,28 +22,25 @@ from lora_lab.system.provenance import bytes_of
 from lora_lab.system.wording import short_repr, shortened
 
 Folder = str | Path | None
-Hashes = Mapping[str, str] | None
 _CHECKPOINT = "checkpoint.safetensors"
 
 
 class _Saved(NamedTuple):
-    """What a checkpoint holds: its tensors, the hashes of weights in its header, and the history so far."""
+    """What a checkpoint holds: its tensors, the hash of the weights before training, and the history so far."""
 
     path: Path
     tensors: dict[str, Tensor]
-    hashes: dict[str, str]
+    start: str
     history: History
 
 
-def save(folder: str | Path, model: nn.Module, optimizer: Optimizer, history: History, hashes: Hashes = None) -> None:
+def save(folder: str | Path, model: nn.Module, optimizer: Optimizer, history: History, start: str) -> None:
     """Write all that a run needs to continue, into one file, so that weights and history are always of the same step.
 
     Args:
         folder: for this run alone.
         model, optimizer, history: of the run.
-        hashes: of the weights by which the run is known. "frozen" (:func:`hash_frozen`, the default): those that
-            training must not change, checked after preparation. "start" (:func:`hash_parameters`): those of the loaded
-            model, checked before it is changed.
+        start: the hash of the loaded model, from which the run started (:func:`hash_parameters`).
 
     Raises:
         DivergedError: a trained parameter is NaN or infinite; the previous checkpoint stays.
@@ -60,24 +57,24 @@ def save(folder: str | Path, model: nn.Module, optimizer: Optimizer, history: Hi
         tensors["random.cuda"] = torch.cuda.get_rng_state(device)
     # A tensor, because a header of safetensors holds at most 100 MB. vars, because asdict copies every row.
     tensors["history"] = torch.frombuffer(bytearray(json.dumps(vars(history)).encode()), dtype=torch.uint8)
-    save_tensors(Path(folder) / _CHECKPOINT, tensors, hashes or {"frozen": hash_frozen(model)})
+    save_tensors(Path(folder) / _CHECKPOINT, tensors, {"start": start})
 
 
-def resume(folder: Folder, model: nn.Module, optimizer: Optimizer, history: History, hashes: Hashes = None) -> int:
+def resume(folder: Folder, model: nn.Module, optimizer: Optimizer, history: History) -> int:
     """Restore a run from its checkpoint, and return the number of steps done (0 without a checkpoint).
 
-    The whole checkpoint is checked before anything is changed. The states of torch's global random generators are
-    restored too, so call it within :func:`lora_lab.system.device.own_randomness`, as ``fit`` does.
+    That it is of this run is checked by :func:`check_belongs`, before the model is prepared. The states of torch's
+    global random generators are restored too, so call it within :func:`lora_lab.system.device.own_randomness`, as
+    ``fit`` does.
 
     Args:
-        folder, model, optimizer, history, hashes: as for :func:`save`; the history has no rows yet.
+        folder, model, optimizer, history: as for :func:`save`; the history has no rows yet.
 
     Raises:
-        ValueError: the file is damaged, or belongs to another run, to other frozen weights or to another start.
+        ValueError: the file is damaged, or does not fit the prepared model. Nothing is changed then.
     """
     if (saved := _read(folder)) is None:
         return 0
-    _check_run(saved, history, hashes or {"frozen": hash_frozen(model)})
     device, tensors = next(model.parameters()).device, saved.tensors
     cpu_state, gpu_state = tensors.pop("random.cpu", torch.empty(0)), tensors.pop("random.cuda", None)
     state = _find_trained(model)
@@ -113,8 +110,21 @@ def check_belongs(folder: Folder, history: History, model: nn.Module) -> None:
     Raises:
         ValueError: the file is damaged, or the checkpoint is of another run.
     """
-    if (saved := _read(folder)) is not None:
-        _check_run(saved, history, {"start": hash_parameters(model)})
+    if (saved := _read(folder)) is None:
+        return
+    for group in ("task", "method", "settings"):
+        there = getattr(saved.history, group)
+        here = json.loads(json.dumps(getattr(history, group)))  # tuples become lists, as in the file
+        for name in here | there:  # some settings are stored only if they are in use
+            if there.get(name) != here.get(name):
+                raise ValueError(
+                    f"{saved.path} is from another run: its {group}.{name} is {short_repr(there.get(name))}, "
+                    f"not {short_repr(here.get(name))}; use another folder, or delete it."
+                )
+    if saved.start != hash_parameters(model):
+        raise ValueError(
+            f"{saved.path} is of a run that started from other weights; load the same model, or use another folder."
+        )
 
 
 def read_history(folder: Folder) -> History | None:
@@ -168,11 +178,6 @@ def hash_parameters(model: nn.Module) -> str:
     return hash_tensors(dict(model.named_parameters()))
 
 
-def hash_frozen(model: nn.Module) -> str:
-    """Return a hash of the frozen parameters: an adapter must be resumed on the base that it was trained on."""
-    return hash_tensors({name: p for name, p in model.named_parameters() if not p.requires_grad})
-
-
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of names and values, as hexadecimal digits."""
     digest = hashlib.sha256()
@@ -189,38 +194,21 @@ def _read(folder: Folder) -> _Saved | None:
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            hashes = file.metadata() or {}
+            note = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        if hashes.pop("sha256", None) != _checksum(tensors, hashes) or "frozen" not in hashes:
+        if note.pop("sha256", None) != _checksum(tensors, note):
             raise ValueError("its content does not match the checksum in its header")
         history = History.from_dict(json.loads(bytes(bytes_of(tensors.pop("history")))))
         if len(history.rows) < 2:
             raise ValueError("it has no step")
+        return _Saved(path, tensors, note["start"], history)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _report_damage(path, error) from None
-    return _Saved(path, tensors, hashes, history)
 
 
 def _report_damage(path: Path, error: Exception) -> ValueError:
     reason = shortened(str(error)).removesuffix(".")
     return ValueError(f"{path} is damaged ({reason}); delete it to restart the run.")
-
-
-def _check_run(saved: _Saved, history: History, hashes: Mapping[str, str]) -> None:
-    """Raise ValueError if a checkpoint is of another task, method or settings, or of other weights."""
-    for group in ("task", "method", "settings"):
-        there = getattr(saved.history, group)
-        here = json.loads(json.dumps(getattr(history, group)))  # tuples become lists, as in the file
-        for name in here | there:  # some settings are stored only if they are in use
-            if there.get(name) != here.get(name):
-                raise ValueError(
-                    f"{saved.path} is from another run: its {group}.{name} is {short_repr(there.get(name))}, "
-                    f"not {short_repr(here.get(name))}; use another folder, or delete it."
-                )
-    for name in hashes.keys() & saved.hashes.keys():  # runs of lora_lab.ablation.packed know no start
-        if saved.hashes[name] != hashes[name]:
-            weights = "has other frozen weights" if name == "frozen" else "is of a run that started from other weights"
-            raise ValueError(f"{saved.path} {weights}; load the same model, or use another folder.")
 
 
 def _find_trained(model: nn.Module) -> dict[str, Tensor]:

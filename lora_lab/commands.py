@@ -58,7 +58,7 @@ def finetune(
     half: bool = False,
     checkpoint_every: int | None = None,
     preview: bool = False,
-    out: str | None = None,
+    out: str = "runs/finetune",
     overwrite: bool = False,
     device: str | None = None,
 ) -> dict[str, Any] | None:
@@ -85,7 +85,7 @@ def finetune(
         half: save the adapter in half precision, in half the bytes
         checkpoint_every: save a checkpoint every so many steps; if stopped, the same command resumes from it
         preview: show what the model would read and learn, and stop
-        out: folder for the results (default: runs/finetune, or if it holds some, runs/finetune-2 and so on)
+        out: folder for the results
         overwrite: replace the results of an earlier run in the folder
         device: cpu, cuda, ... (default: the best available)
 
@@ -103,8 +103,6 @@ def finetune(
         if isinstance(data, ll.tasks.PairTask):
             print(data.preview(3))
         return None
-    if out is None:
-        out = str(finetune.OUT if overwrite else finetune.find_unused_folder(checkpoint_every is not None))
     options: dict[str, Any] = {"steps": steps, "batch_size": batch, "seed": seed, "eval_examples": eval_examples}
     options |= {"lr": lr, "batches": "by_length" if by_length else "random", "half": half, "overwrite": overwrite}
     options |= {"model": model, "device": device, "allow_special": allow_special, "checkpoint_every": checkpoint_every}
@@ -143,13 +141,13 @@ def chat(
         seed: seed of the sampling, above temperature 0
         device: cpu, cuda, ... (default: the best available)
     """
-    from lora_lab.adapters.chat import HELP, Conversation, talk
+    from lora_lab.adapters.chat import HELP, Conversation, continue_ids, talk
     from lora_lab.adapters.export import find_base
 
     system.schema.check(tokens, system.schema.Size, "--tokens")
     if plain and prompt is None:
         raise ValueError('--plain continues a text; give one, such as lora-lab chat "Once upon a time" --plain.')
-    sampling = models.decoding.Sampling(temperature, seed, repetition_penalty)
+    sampling = models.reading.Sampling(temperature, seed, repetition_penalty)
     adapters = {Path(folder).name: folder for folder in adapter}
     if len(adapters) < len(adapter):
         raise ValueError("Two of the adapters' folders have the same name; rename one, because names choose adapters.")
@@ -159,29 +157,19 @@ def chat(
     if prompt is not None and len(adapter) > 1:
         raise ValueError(f"One answer takes one adapter, but --adapter names {len(adapter)}.")
     loaded, tokenizer = models.pretrained.load_pretrained(bases.pop(), device=device)
-    if prompt is not None:
-        _answer(loaded, tokenizer, prompt, adapter, tokens, plain, sampling)
+    if plain and prompt is not None:
+        for folder in adapter:
+            ll.load_adapter(loaded, folder)
+        ids = tokenizer.encode(prompt, add_special_tokens=True)
+        for part in chain([prompt], continue_ids(loaded, tokenizer, ids, tokens, tokenizer.eos_id, sampling), ["\n"]):
+            print(part, end="", flush=True)
         return
     conversation = Conversation(loaded, tokenizer, adapters, max_new_tokens=tokens, **vars(sampling))
+    if prompt is not None:
+        print("".join(conversation.answer(prompt)).strip())
+        return
     print(HELP)
     talk(conversation, lambda: input(f"{conversation.name or 'base'}> "), lambda text: print(text, end="", flush=True))
-
-
-def _answer(
-    model: Any, tokenizer: Any, prompt: str, adapter: tuple[str, ...], tokens: int, plain: bool, sampling: Any
-) -> None:
-    """Print one answer, or the continuation of a text as it is made."""
-    from lora_lab.adapters.chat import continue_ids
-
-    for folder in adapter:
-        ll.load_adapter(model, folder)
-    if not plain:
-        print(ll.reply(model, tokenizer, prompt, max_new_tokens=tokens, **vars(sampling)))
-        return
-    ids = tokenizer.encode(prompt, add_special_tokens=True)
-    continuation = continue_ids(model, tokenizer, ids, tokens, tokenizer.eos_id, sampling)
-    for part in chain([prompt], continuation, ["\n"]):
-        print(part, end="", flush=True)
 
 
 def export(source: str, /, *, out: str, merged: bool = False, dtype: str | None = None) -> None:
@@ -199,20 +187,12 @@ def export(source: str, /, *, out: str, merged: bool = False, dtype: str | None 
     from lora_lab.adapters.export import is_adapter
 
     target = Path(out)
-    as_folder = target.suffix != ".gguf"
-    if as_folder and not merged:
-        raise ValueError(
-            f"--out is {out!r}; end it in .gguf for llama.cpp and Ollama, or add --merged for the whole model as a "
-            "Hugging Face folder."
-        )
-    if not as_folder:
-        models.gguf.check_target(target, dtype or "f16")
+    as_folder = merged and target.suffix != ".gguf"
     system.files.check_writable(target if as_folder else target.parent)
     if as_folder:
         ll.adapters.save_merged(source, target, dtype or "f32")
     else:
-        whole = merged or not is_adapter(source)
-        ll.adapters.save_gguf(source, target, merged=whole, dtype=dtype or "f16")
+        ll.adapters.save_gguf(source, target, merged=merged or not is_adapter(source), dtype=dtype or "f16")
     size = sum(path.stat().st_size for path in (target.iterdir() if as_folder else [target]))
     print(f"Written: {target} ({size / 1e6:,.1f} MB)")
 
@@ -258,24 +238,12 @@ def memory(
     from lora_lab.costs.fake import build_on_meta
     from lora_lab.costs.memory import parse_bytes, report, training_setups
 
-    if largest and not budget:
-        raise ValueError("--largest needs --budget, such as --budget 24GiB, to search for what fits into it.")
     built = build_on_meta(models.pretrained.architecture(model))
-    length = _choose_length(built, seq, 512)
     budget_bytes = parse_bytes(budget) if budget else None
-    rows = report(
-        built,
-        model,
-        training_setups(rank, getattr(torch, dtype), lean=isinstance(built, ll.Llama)),
-        batch_size=batch,
-        seq_len=length,
-        device=device,
-        budget_bytes=budget_bytes,
-        look_for=largest,
-        with_bills=bills,
-    )
-    facts = {"model": model, "batch_size": batch, "seq_len": length, "dtype": dtype, "device": device}
-    return {**facts, "budget_bytes": budget_bytes, "setups": rows}
+    setting = {"batch_size": batch, "seq_len": _choose_length(built, seq, 512), "device": device}
+    setups = training_setups(rank, getattr(torch, dtype), lean=isinstance(built, ll.Llama))
+    rows = report(built, model, setups, **setting, budget_bytes=budget_bytes, look_for=largest, with_bills=bills)
+    return {"model": model, "dtype": dtype, **setting, "budget_bytes": budget_bytes, "setups": rows}
 
 
 def speed(
@@ -305,10 +273,9 @@ def speed(
 
     Returns:
         ``model``, ``batch_size``, ``seq_len``, ``device``. ``counted``, a list with one entry a variant: ``variant``,
-        ``setting``, ``tokens``, ``flops``, ``flops_per_token``, ``flops_by_part_and_pass``,
-        ``closed_form_flops_by_part``, ``causal_flops`` and ``fused_flops``. ``predicted``: ``setting``, ``tokens``,
-        ``doubts`` (why it may be wrong) and ``variants``, each with ``variant``, ``seconds`` of a step,
-        ``seconds_by_cause``, ``tokens_per_second``, ``ratio`` to full fine-tuning and ``why``. ``measured``:
+        ``setting``, ``tokens``, ``flops``, ``flops_per_token`` and ``flops_by_part_and_pass``. ``predicted``:
+        ``setting``, ``tokens``, ``doubts`` (why it may be wrong) and ``variants``, each with ``variant``, ``seconds``
+        of a step, ``seconds_by_cause``, ``tokens_per_second``, ``ratio`` to full fine-tuning and ``why``. ``measured``:
         ``setting``, ``tokens``, ``rounds``, ``disturbance`` by other processes, and ``variants``, each with
         ``variant``, ``seconds`` with ``lower_quartile_seconds`` and ``upper_quartile_seconds``, ``tokens_per_second``,
         ``ratio`` with its 95 % interval ``ratio_low`` to ``ratio_high``, and ``verdict``.
@@ -378,7 +345,6 @@ def analyze(tuned: str, /, base: str | None = None, out: str = "runs/analyze") -
             f"{tuned} is not an adapter (it lacks {ll.adapters.CONFIG}); a fine-tuned model needs --base as well."
         )
     folder = Path(out)
-    system.files.check_writable(folder)
     system.files.check_replaceable(folder / "layers.csv", ("layer", "kind", "depth"))
     before = None if base is None else models.pretrained.load_pretrained(base, device="cpu")[0]
     after = tuned if adapter else models.pretrained.load_pretrained(tuned, device="cpu")[0]
@@ -416,13 +382,11 @@ def ablate(
     lrs: tuple[float, ...] = (),
     seeds: int = 5,
     alpha: float | None = None,
-    alpha_per_rank: float = 2.0,
     steps: int | None = None,
     batch: int | None = None,
     seq: int = 64,
     eval_examples: int | None = None,
     margin: float | None = None,
-    engine: Literal["auto", "packed", "separate"] = "auto",
     jobs: int = 1,
     out: str = "runs/ranks",
 ) -> dict[str, Any]:
@@ -437,14 +401,12 @@ def ablate(
         ranks: ranks to try
         lrs: learning rates to try (default: depends on the task)
         seeds: number of seeds
-        alpha: one alpha for all ranks
-        alpha_per_rank: alpha divided by the rank, if --alpha is not given
+        alpha: one alpha for all ranks (default: twice each rank)
         steps: training steps (default: depends on the task)
         batch: examples per step (default: depends on the task)
         seq: tokens per example, for docs
         eval_examples: examples of each part to evaluate on (default: all)
         margin: difference in loss that does not matter (default: depends on the task)
-        engine: separate: one trial after another; packed: many in one pass; auto: packed where possible
         jobs: number of processes
         out: folder of results; finished trials are not run again
 
@@ -459,14 +421,12 @@ def ablate(
     system.schema.check(margin, system.schema.Positive | None, "--margin")
     folder = Path(out)
     options: dict[str, Any] = {"steps": steps, "batch_size": batch, "eval_examples": eval_examples}
-    options |= {"alpha": alpha, "alpha_per_rank": alpha_per_rank if alpha is None else None}
-    system.schema.check(seeds, system.schema.Size, "--seeds")
+    options |= {"alpha": alpha} if alpha is not None else {"alpha_per_rank": 2.0}
     grid = ablation.studies.grid(task, method, list(ranks), list(lrs) or None, range(seeds), **options)
-    system.files.check_writable(folder, leave=True)
     system.files.check_replaceable(folder / "table.csv", ("key", "method", "lr", "outcome"))
     print(f"{len(grid)} trials; results in {folder / 'trials'}, from which a run that was stopped continues")
     net, data = ablation.studies.study(task, seq, model=model)
-    frame = ablation.ablate(net, data, grid, folder / "trials", n_jobs=jobs, engine=engine)
+    frame = ablation.ablate(net, data, grid, folder / "trials", n_jobs=jobs)
     _write(partial(frame.to_csv, index=False), folder / "table.csv")
     ll.plots.use_style()
     _draw(ll.plots.loss_by_rate(frame), folder / "rates.png")
@@ -527,7 +487,6 @@ def record(
     command += f" --models {' '.join(models)}" if models else ""
     commit = system.provenance.commit()  # of the code that runs, even if something is committed meanwhile
     settings = chosen.settings(where)
-    records.new(what, [{"row": "to come"}], settings, command, where, commit)  # validate now, not after hours
     folder = Path(out) if out else records.destination()
     system.files.check_writable(folder)
     rows = []

@@ -25,8 +25,7 @@ from lora_lab.models.llama import Llama
 from lora_lab.models.pretrained import load_pretrained
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system import files
-from lora_lab.system.device import pick_device
-from lora_lab.system.process import peak_bytes, run_in_subprocess
+from lora_lab.system.device import peak_bytes, pick_device, run_in_subprocess
 from lora_lab.system.provenance import machine_info
 from lora_lab.system.schema import Seed, Size, check
 from lora_lab.tasks.generate import reply
@@ -59,29 +58,19 @@ class Result:
     sample: str
 
 
-@dataclass(frozen=True)
-class Voice:
-    """What a model answers to one prompt: as it is, with an adapter, and with the adapter off again."""
-
-    base: str
-    adapted: str
-    off: str
-    adapter_bytes: int
-    model_bytes: int
-
-
-def answer_before_training(device: str | None) -> tuple[str, Voice]:
+def answer_before_training(device: str | None) -> dict[str, Any]:
     """Return how the model continues the prompt before any training, and what an adapter makes of its voice."""
     model, tokenizer = load_pretrained(device=device)
-    continuation = _continuation(model, tokenizer)
-    model_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    base = reply(model, tokenizer, STORY, **SAMPLING)
     folder = shipped(VOICE)
+    facts: dict[str, Any] = {"before": _continuation(model, tokenizer)}
+    facts["model_bytes"] = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    facts["adapter_bytes"] = (folder / WEIGHTS).stat().st_size
+    answers = {"base": reply(model, tokenizer, STORY, **SAMPLING)}
     load_adapter(model, folder)
-    adapted = reply(model, tokenizer, STORY, **SAMPLING)
+    answers["with the adapter"] = reply(model, tokenizer, STORY, **SAMPLING)
     with off(model):
-        back = reply(model, tokenizer, STORY, **SAMPLING)
-    return continuation, Voice(base, adapted, back, (folder / WEIGHTS).stat().st_size, model_bytes)
+        answers["adapter off"] = reply(model, tokenizer, STORY, **SAMPLING)
+    return facts | {"answers": answers}
 
 
 def train(label: str, method: Method, lr: float, steps: int, seed: int, device: str | None, out: Path) -> Result:
@@ -128,15 +117,16 @@ def run(
         (f"LoRA r={rank}", LoRA(rank=rank, alpha=2 * rank), 2e-3, out / "lora"),
         ("full fine-tuning", FullFineTuning(), 2e-4, out / "full"),
     ]
-    for folder in (out, *(run[3] for run in runs)):
-        files.check_writable(folder)
     files.check_replaceable(out / "demo.json", ("machine", "results"))
+    for *_, folder in runs:
+        files.check_writable(folder)
     print(f"Device: {why}")
     print("\n[1/4] SmolLM2-135M-Instruct, before any training")
-    before, voice = run_in_subprocess(answer_before_training, device)
-    print(f"\n{STORY}\n{_quote(voice.base)}")
-    print(f"\nThe same with the adapter {VOICE}, which is installed with lora_lab:\n{_quote(voice.adapted)}")
-    print(f"\nThe beginning of a sentence, which both methods will be trained to continue:\n{_quote(before)}")
+    start = run_in_subprocess(answer_before_training, device)
+    print(f"\n{STORY}\n{_quote(start['answers']['base'])}")
+    adapted = _quote(start["answers"]["with the adapter"])
+    print(f"\nThe same with the adapter {VOICE}, which is installed with lora_lab:\n{adapted}")
+    print(f"\nThe beginning of a sentence, which both methods will be trained to continue:\n{_quote(start['before'])}")
     results = []
     for number, (label, method, lr, folder) in enumerate(runs, start=2):
         print(f"\n[{number}/4] {label}: {steps} steps of {BATCH_SIZE} x {SEQ_LEN} tokens at learning rate {lr:g}")
@@ -156,7 +146,7 @@ def run(
     )
     report = out / "demo.html"
     with files.atomic_file(report) as temporary:
-        temporary.write_text(make_page(results, before, voice, picture, machine, steps, seed), encoding="utf-8")
+        temporary.write_text(make_page(results, start, picture, machine, steps, seed), encoding="utf-8")
     allocator = " (torch's allocator)" if chosen.type == "cuda" else ""
     print(CLOSING.format(allocator=allocator, prompt=PROMPT, page=report, picture=picture, out=out))
     return out
@@ -219,7 +209,7 @@ def draw(results: list[Result], path: Path) -> Path:
 
 
 def make_page(
-    results: list[Result], before: str, voice: Voice, picture: Path, machine: dict[str, str], steps: int, seed: int
+    results: list[Result], start: dict[str, Any], picture: Path, machine: dict[str, str], steps: int, seed: int
 ) -> str:
     """Return the run as one HTML file that needs no other: texts, table and picture."""
     from jinja2 import Template
@@ -227,12 +217,11 @@ def make_page(
     from lora_lab import plots
 
     template = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"), autoescape=True)
-    answers = {"base": voice.base, "with the adapter": voice.adapted, "adapter off": voice.off}
-    samples = {"before training": before, **{result.label: result.sample for result in results}}
-    facts: dict[str, Any] = {"steps": steps, "seed": seed, "batch_size": BATCH_SIZE, "seq_len": SEQ_LEN}
-    facts |= {"prompt": STORY, "adapter": VOICE, "voice": voice, "answers": answers, "samples": samples}
-    facts |= {"styles": plots.line_styles([*answers, *samples]), "table": make_table(results), "machine": machine}
-    return template.render(facts, picture=base64.b64encode(picture.read_bytes()).decode())
+    samples = {"before training": start["before"], **{result.label: result.sample for result in results}}
+    facts = {"steps": steps, "seed": seed, "batch_size": BATCH_SIZE, "seq_len": SEQ_LEN, "machine": machine}
+    facts |= {"prompt": STORY, "adapter": VOICE, "samples": samples, "table": make_table(results)}
+    styles = plots.line_styles([*start["answers"], *samples])
+    return template.render(start, **facts, styles=styles, picture=base64.b64encode(picture.read_bytes()).decode())
 
 
 def _continuation(model: Llama, tokenizer: Tokenizer) -> str:

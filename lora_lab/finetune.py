@@ -7,7 +7,7 @@ run("mine.jsonl", LoRA(rank=8, alpha=16), "runs/mine")        # {"prompt": ..., 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from lora_lab.adapters.peft_format import CARD, CONFIG, WEIGHTS, is_free, save_a
 from lora_lab.history import History
 from lora_lab.inject import lora_layers
 from lora_lab.methods import AsItIs, FullFineTuning, Method, PartialFineTuning
-from lora_lab.models.pretrained import FILES, GENERATION, SMOLLM2, check_separate, load_pretrained, save_model
+from lora_lab.models.pretrained import FILES, SMOLLM2, check_separate, load_pretrained, save_model
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system import files
 from lora_lab.system.device import pick_device
@@ -35,7 +35,6 @@ from lora_lab.tasks.named import check_name
 from lora_lab.train import TrainConfig, evaluate, fit, new_history
 from lora_lab.variants import LORA_METHODS
 
-OUT = Path("runs/finetune")  # where the command saves its results if no folder is named
 CHECKPOINTS = "checkpoint"  # the folder of checkpoints in it
 SHOWN = 3  # answers printed before and after
 _SAVED = ("result.json", "history.json", *FILES, CONFIG, WEIGHTS)  # a folder with one of them is in use
@@ -58,27 +57,6 @@ def make_method(name: str, rank: int, alpha: float | None = None) -> Method:
 def saves_adapter(method: str) -> bool:
     """Return whether a run with the method of this name saves an adapter; otherwise it saves the whole model."""
     return method not in (FullFineTuning.name, PartialFineTuning.name, AsItIs.name)
-
-
-def find_unused_folder(checkpoints: bool) -> Path:
-    """Return the first of runs/finetune, runs/finetune-2 and so on that holds no results and that no run is using.
-
-    Of several processes, all get the one of rank 0.
-
-    Args:
-        checkpoints: whether the run writes checkpoints, and so goes on from the one that a stopped run has left in the
-            folder; a run without them leaves such a folder alone.
-    """
-    processes = current_processes()
-    folder, number = OUT, 1
-    while processes.rank == 0 and (
-        _find_saved(folder) is not None
-        or (not checkpoints and (folder / CHECKPOINTS).exists())
-        or files.is_held(folder)
-    ):
-        number += 1
-        folder = OUT.with_name(f"{OUT.name}-{number}")
-    return processes.broadcast(folder)
 
 
 def run(
@@ -110,12 +88,12 @@ def run(
         half: save the adapter in float16, which halves the file; what is scored after training is the rounded adapter.
         checkpoint_every: steps between checkpoints in ``out``/checkpoint, from which the same call goes on if it was
             stopped; the last one is removed when the results are saved. None for no checkpoints.
-        overwrite: replace what an earlier run has saved in ``out``, and begin anew where the checkpoint is damaged, or
-            of another run or model. A checkpoint of this run is continued all the same.
+        overwrite: replace what an earlier run has saved in ``out``. A checkpoint is continued all the same.
         steps, **training: as for :class:`lora_lab.train.TrainConfig`; 64 examples of each part are evaluated.
 
     Raises:
-        ValueError: an argument has a wrong value, ``out`` is in no state for this run, or its checkpoint is not of it.
+        ValueError: an argument has a wrong value, ``out`` holds a model where an adapter is to be saved or the reverse,
+            or its checkpoint is damaged or of another run.
         FileExistsError: ``out`` holds results, a model or an adapter, or another run saves there.
         KeyboardInterrupt: at Ctrl-C; during the training its message says how the run can go on.
         OSError: ``out`` cannot be written to, which is checked before the model is loaded.
@@ -133,7 +111,7 @@ def run(
         net, tokenizer = load_pretrained(model, device=chosen)
         data = task_of(task, tokenizer, allow_special)
         print(_describe_start(why, data))
-        _check_checkpoint(checkpoints, new_history(data, method, config, net), net, overwrite)
+        checkpoint.check_belongs(checkpoints, new_history(data, method, config, net), net)  # before the evaluations
         history, losses = _train(net, data, method, config, checkpoints, every, dtype)
         about = {"name": data.name, "fingerprint": data.fingerprint, "about": data.about}
         result = {"task": about, "method": history.method, "settings": history.settings}
@@ -159,13 +137,13 @@ def save_run(
     """Save the adapter, or the whole model, with the history of its training and a result.json, in one transaction.
 
     Args:
-        folder: where to; what an earlier run saved there is replaced.
+        folder: where to; what an earlier run saved there is replaced. A card that somebody else wrote stays.
         net, tokenizer, history: what was trained, and how.
         base: what an adapter's config says of its base.
         dtype: of an adapter's tensors; None keeps theirs.
         result: the content of result.json.
     """
-    with files.atomic_files(folder, remove=_find_outdated(folder, history.method["name"])) as temporary:
+    with files.atomic_files(folder) as temporary:
         if lora_layers(net):
             save_adapter(net, temporary, base=base, dtype=dtype, history=history)
             if not is_free(folder):
@@ -186,30 +164,15 @@ def _hold(out: Path, model: str, method: Method, overwrite: bool) -> Iterator[No
         yield
         return
     with files.hold_folder(out):
-        files.check_writable(out)
         files.check_replaceable(out / "result.json", ("method", "settings", "before", "after"))
-        if not overwrite and (name := _find_saved(out)) is not None:
+        saved = [name for name in _SAVED if (out / name).exists()]
+        if saved and not overwrite:
             raise FileExistsError(
-                f"{out} holds {name} already; name another folder (--out), or pass --overwrite to replace what an "
+                f"{out} holds {saved[0]} already; name another folder (--out), or pass --overwrite to replace what an "
                 "earlier run saved there."
             )
-        # What an earlier run saved is no obstacle: it is removed, if this one saves the other.
-        check_separate(out, "adapter" if _saved_adapter(out, method.name) else "model")
+        check_separate(out, "adapter" if saves_adapter(method.name) else "model")
         yield
-
-
-def _check_checkpoint(checkpoints: Path | None, history: History, net: nn.Module, overwrite: bool) -> None:
-    """Check that a checkpoint in the folder is one from which this run can go on, or remove it if that is allowed."""
-    processes = current_processes()
-    if processes.rank == 0:
-        try:
-            checkpoint.check_belongs(checkpoints, history, net)
-        except ValueError:
-            if not overwrite:
-                raise
-            checkpoint.remove(checkpoints)
-            print(f"The checkpoint in {checkpoints} is not of this run, so --overwrite removes it\n")
-    processes.broadcast(None)  # the others wait
 
 
 def _train(
@@ -258,26 +221,6 @@ def _round_adapters(net: nn.Module, dtype: torch.dtype) -> None:
 def name_base(model: str) -> str:
     """Return what an adapter's config says of its base: the absolute path of a folder or a file, or else the name."""
     return str(Path(model).resolve()) if model != SMOLLM2 and Path(model).exists() else model
-
-
-def _find_saved(folder: Path) -> str | None:
-    """Return the name of a file in the folder that belongs to results, a model or an adapter; None if there is none."""
-    return next((name for name in _SAVED if (folder / name).exists()), None)
-
-
-def _saved_adapter(folder: Path, method: str) -> bool:
-    """Return whether the run whose result.json the folder holds saved an adapter; without one, if this one will."""
-    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-        method = files.read_json(folder / "result.json")["method"]["name"]
-    return saves_adapter(method)
-
-
-def _find_outdated(folder: Path, method: str) -> tuple[str, ...]:
-    """Return the files that an earlier run saved in the folder, by its result.json, and that would be left over."""
-    adapter = _saved_adapter(folder, method)
-    if adapter == saves_adapter(method):
-        return ()
-    return (CONFIG, WEIGHTS, *([CARD] if is_free(folder) else [])) if adapter else (*FILES, GENERATION)
 
 
 def _evaluate(net: nn.Module, data: Task, limit: int | None) -> dict[str, Any]:

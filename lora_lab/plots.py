@@ -120,13 +120,8 @@ def use_style() -> None:
     )
 
 
-def curves(
-    histories: Mapping[str, History],
-    column: str = "validation_loss",
-    unit: str = "nats per token",
-    ax: Axes | None = None,
-) -> Axes:
-    """A loss against steps, a line with a colour and a marker for each run.
+def curves(histories: Mapping[str, History], unit: str = "nats per token", ax: Axes | None = None) -> Axes:
+    """The validation loss against steps, a line with a colour and a marker for each run.
 
     Runs of different methods have their methods' colours, other runs those of their labels (see :func:`line_styles`).
     """
@@ -136,10 +131,10 @@ def curves(
     # Otherwise by their labels, such as "from scratch" and "fine-tuned", which are both of full fine-tuning.
     styles = line_styles(names if by_method else list(histories)).values()
     for (label, history), style in zip(histories.items(), styles, strict=True):
-        steps, values = history.curve(column)
+        steps, values = history.curve("validation_loss")
         marker = style["marker"] if len(steps) <= 25 else None
         ax.plot(steps, values, color=style["color"], marker=marker, label=label)
-    ax.set(xlabel="training step", ylabel=f"{column.replace('_', ' ')} ({unit})")
+    ax.set(xlabel="training step", ylabel=f"validation loss ({unit})")
     ax.legend()
     return ax
 
@@ -198,14 +193,11 @@ def log_axis(ax: Axes, ticks: Sequence[float], xlabel: str, form: str = ",", bas
 
 def _draw_seeds(ax: Axes, place: int, values: Series, style: Mapping[str, Any], upright: bool) -> None:
     """Draw a hollow mark for each seed and a bar at their mean, at a place on the other axis."""
-    places = [place] * len(values)
-    marks = {**style, "linestyle": "none", "fillstyle": "none"}
-    if upright:
-        ax.plot(places, values, **marks)
-        ax.hlines(values.mean(), place - 0.3, place + 0.3, color=style["color"], linewidth=2)
-    else:
-        ax.plot(values, places, **marks)
-        ax.vlines(values.mean(), place - 0.35, place + 0.35, color=style["color"], linewidth=2)
+    x, y, draw_bar, reach = [place] * len(values), values, ax.hlines, 0.3
+    if not upright:
+        x, y, draw_bar, reach = y, x, ax.vlines, 0.35
+    ax.plot(x, y, **{**style, "linestyle": "none", "fillstyle": "none"})
+    draw_bar(values.mean(), place - reach, place + reach, color=style["color"], linewidth=2)
 
 
 def stacked_bars(bars: Mapping[str, Mapping[str, float]], ylabel: str, looks: Looks, ax: Axes | None = None) -> Axes:
@@ -290,13 +282,13 @@ def memory_of_a_step(bill: Bill, ax: Axes | None = None, around_peak: int | None
     return legend_beside(ax)
 
 
-def changes(seconds: Mapping[str, float], ax: Axes | None = None) -> Axes:
+def changes(seconds: Mapping[str, float]) -> Axes:
     """What one step skips of another, to the left, and what it adds, to the right, in milliseconds by cause.
 
     Args:
-        seconds: cause -> difference, such as :meth:`lora_lab.costs.cost_model.Prediction.changes` returns.
+        seconds: cause -> difference, such as :meth:`lora_lab.costs.timing.Prediction.changes` returns.
     """
-    ax = ax or plt.subplots(figsize=(8, 0.42 * len(seconds) + 1.2))[1]
+    ax = plt.subplots(figsize=(8, 0.42 * len(seconds) + 1.2))[1]
     rows = range(len(seconds))
     sizes = np.array([1e3 * size for size in seconds.values()])
     looks = {"skipped": (METHOD_COLOURS["full"], "//"), "added": (METHOD_COLOURS["lora"], "xx")}
@@ -368,9 +360,9 @@ def legend_beside(ax: Axes) -> Axes:
     return ax
 
 
-def spectrum(values: Mapping[str, Sequence[float]], ax: Axes | None = None) -> Axes:
+def spectrum(values: Mapping[str, Sequence[float]]) -> Axes:
     """Singular values from the largest down, each divided by the largest, on a logarithmic scale."""
-    ax = ax or plt.subplots()[1]
+    ax = plt.subplots()[1]
     styles = line_styles(list(values))
     for label, sizes in values.items():
         sizes = np.asarray(sizes, dtype=float)
@@ -437,17 +429,16 @@ def loss_by_rate(frame: DataFrame, ax: Axes | None = None, by: str = "rank", unt
     return ax
 
 
-def by_rank(lines: Mapping[str, Mapping[int, float]], ylabel: str, ax: Axes | None = None) -> Axes:
+def by_rank(lines: Mapping[str, Mapping[int, float]], ylabel: str) -> Axes:
     """A quantity against the rank, on a logarithmic axis: a line for each label.
 
     Args:
         lines: label -> rank -> value; the last line is drawn in black, as what the others are compared with.
         ylabel: the quantity, with its unit.
     """
-    ax = ax or plt.subplots()[1]
-    for i, (label, values) in enumerate(lines.items()):
-        black: dict[str, Any] = {"color": "#000000", "marker": "P", "linestyle": "-"}
-        look = _style(i) if i < len(lines) - 1 else black
+    ax = plt.subplots()[1]
+    looks = [*map(_style, range(len(lines) - 1)), {"color": "#000000", "marker": "P", "linestyle": "-"}]
+    for (label, values), look in zip(lines.items(), looks, strict=True):
         ax.plot(list(values), list(values.values()), label=label, **look)
     rank_axis(ax, sorted({rank for values in lines.values() for rank in values}))
     ax.set_ylabel(ylabel)
@@ -500,13 +491,13 @@ def rank_axis(ax: Axes, ranks: Sequence[int]) -> None:
     log_axis(ax, ranks, "rank", "")
 
 
-def learning_and_forgetting(frame: DataFrame, ax: Axes | None = None) -> Axes:
+def learning_and_forgetting(frame: DataFrame) -> Axes:
     """The last step of each trial: test loss (learning) against off-domain loss (forgetting); lower is better in both.
 
     Args:
         frame: from :func:`lora_lab.ablation.run.ablate`.
     """
-    ax = ax or plt.subplots()[1]
+    ax = plt.subplots()[1]
     last = frame[frame.step == frame.steps]
     groups = last.groupby(["method", "rank"], dropna=False)
     # NaN: a method without a rank.
@@ -773,24 +764,23 @@ def pictures(
     return figure
 
 
-def energy(spectra: Mapping[str, Sequence[float]], share: float = 0.9, ax: Axes | None = None) -> Axes:
-    """The energy (sum of squared singular values) in the first terms, with a mark where it reaches a share.
+def energy(spectra: Mapping[str, Sequence[float]]) -> Axes:
+    """The energy (sum of squared singular values) in the first terms, with a mark where it reaches 90 %.
 
     Args:
         spectra: label -> singular values, the largest first.
-        share: of the energy, from 0 to 1.
     """
-    ax = ax or plt.subplots()[1]
+    ax = plt.subplots()[1]
     styles = line_styles(list(spectra))
     for label, values in spectra.items():
         S = torch.as_tensor(np.asarray(values, dtype=float))
         percent = 100 * (S.square().cumsum(0) / S.square().sum()).numpy()
-        count = int(energy_rank(S, share))
+        count = int(energy_rank(S))
         style = {**styles[label], "markevery": [count - 1]}
         ax.plot(np.arange(1, len(S) + 1), percent, label=f"{label}: {count} of {len(S)} terms", **style)
-    ax.axhline(100 * share, color="#000000", linestyle=":", linewidth=0.8)
+    ax.axhline(90, color="#000000", linestyle=":", linewidth=0.8)
     ax.set(xlabel="terms kept, largest first", ylabel="energy held (%)")
-    ax.legend(title=f"{share:.0%} of the energy in")
+    ax.legend(title="90% of the energy in")
     return ax
 
 
@@ -829,7 +819,7 @@ def pareto_front(points: Mapping[str, Sequence[float]]) -> list[str]:
     return [label for label, worse in zip(points, beaten, strict=True) if not worse]
 
 
-def trade_off(points: Mapping[str, ArrayLike], xlabel: str, ylabel: str, ax: Axes | None = None) -> Axes:
+def trade_off(points: Mapping[str, ArrayLike], xlabel: str, ylabel: str) -> Axes:
     """Two quantities of each setup, of which lower is better: a filled mark at the mean, a small one for each seed.
 
     A grey line joins the means that no other beats in both quantities.
@@ -838,7 +828,7 @@ def trade_off(points: Mapping[str, ArrayLike], xlabel: str, ylabel: str, ax: Axe
         points: setup -> (seeds, 2), the quantities on the two axes.
         xlabel, ylabel: the quantities, with their units.
     """
-    ax = ax or plt.subplots(figsize=(5, 3.8))[1]
+    ax = plt.subplots(figsize=(5, 3.8))[1]
     seeds = {label: np.asarray(values, dtype=float) for label, values in points.items()}
     means = {label: values.mean(axis=0).tolist() for label, values in seeds.items()}
     front = sorted(means[label] for label in pareto_front(means))

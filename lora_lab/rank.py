@@ -217,20 +217,19 @@ class Amplification(NamedTuple):
     random: Tensor
 
 
-def amplification(delta: Matrix, W: Matrix, rank: int, *, generator: torch.Generator | None = None) -> Amplification:
+def amplification(delta: Matrix, W: Matrix, rank: int) -> Amplification:
     """Return how much an update amplifies directions that the weight does not emphasise (Hu et al. 2021, section 7.3).
 
     Args:
         delta: the update (..., out, in), or its SVD.
         W: the weight before the update (..., out, in), or its SVD.
         rank: number of leading directions.
-        generator: a CPU generator for the random directions; default: a new one with seed 0.
 
     Raises:
         ValueError: the shapes differ, the rank is out of range, or as for :func:`svd`.
     """
     size, projected, weight = _size_and_projection(delta, W, rank)
-    generator = generator or torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     sides = (orthonormal(n, rank, generator=generator).to(weight) for n in weight.shape[-2:])
     left, right = sides  # (192, 8), (576, 8)
     largest = singular_values(W)[..., :rank].norm(dim=-1).to(weight.dtype)  # ()
@@ -306,7 +305,7 @@ def intruder_dimensions(before: Matrix, after: Matrix, top: int = 10, epsilon: f
     return Intruders(intrudes.sum(-1), share, cosines, random_cosine(old.U.shape[-2], old.U.shape[-1]))
 
 
-def random_cosine(width: int, directions: int | None = None, *, draws: int = 200) -> float:
+def random_cosine(width: int, directions: int | None = None) -> float:
     """Return the largest cosine between a random direction and the vectors of an orthonormal basis, on average.
 
     About sqrt(2 ln(n) / n) for a basis of n vectors in n dimensions: 0.137 for n = 576, 0.328 for n = 64.
@@ -314,10 +313,9 @@ def random_cosine(width: int, directions: int | None = None, *, draws: int = 200
     Args:
         width: dimensions of the space.
         directions: vectors of the basis; default: ``width``.
-        draws: random directions to average over.
     """
     generator = torch.Generator().manual_seed(0)
-    vectors = torch.randn(draws, width, generator=generator, dtype=torch.float64)  # (200, 192)
+    vectors = torch.randn(200, width, generator=generator, dtype=torch.float64)  # (200, 192)
     # The basis is the first axes, which loses nothing: all bases are alike to a random direction.
     return float((vectors[:, : directions or width].abs().amax(-1) / vectors.norm(dim=-1)).mean())
 
@@ -347,6 +345,9 @@ def orthonormal(n: int, k: int, *, generator: torch.Generator | None = None) -> 
     return torch.linalg.qr(torch.randn(n, k, generator=generator, dtype=torch.float64)).Q  # (576, 8)
 
 
+DRAWS = 39  # of noise, for a band
+
+
 class Band(NamedTuple):
     """The range under pure noise: 95 % of draws lie between ``low`` and ``high``; ``mean`` is the mean of the draws."""
 
@@ -358,26 +359,18 @@ class Band(NamedTuple):
         return bool(((self.low <= value) & (value <= self.high)).all())
 
 
-def by_chance(draw: Callable[[torch.Generator], Tensor], draws: int = 39, seed: int = 0) -> Band:
-    """Return the band that holds a statistic of pure noise with 95 % probability, from draws of it.
+def by_chance(draw: Callable[[torch.Generator], Tensor]) -> Band:
+    """Return the band that holds a statistic of pure noise with 95 % probability, from 39 draws of it.
 
-    Another draw lies below or above all of n draws with probability 2 / (n + 1), whatever the distribution. So the
-    k-th lowest and the k-th highest of 40 k - 1 draws bound exactly 95 %, and 39 is the smallest number of draws.
+    Another draw lies below or above all of n draws with probability 2 / (n + 1), whatever the distribution: of 39 the
+    lowest and the highest bound exactly 95 %.
 
     Args:
         draw: computes the statistic of a random matrix, drawn with the generator passed to it.
-        draws: 39 or more.
-        seed: of the generator.
-
-    Raises:
-        ValueError: fewer than 39 draws.
     """
-    if draws < 39:
-        raise ValueError(f"draws is {draws}, but a band of 95 % needs at least 39.")
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.stack([torch.as_tensor(draw(generator)) for _ in range(draws)]).double()  # (39, ...)
-    ordered, k = values.sort(0).values, (draws + 1) // 40
-    return Band(ordered[k - 1], values.mean(0), ordered[-k])
+    generator = torch.Generator().manual_seed(0)
+    values = torch.stack([torch.as_tensor(draw(generator)) for _ in range(DRAWS)]).double()  # (39, ...)
+    return Band(values.amin(0), values.mean(0), values.amax(0))
 
 
 # Checks

@@ -64,7 +64,7 @@ Batch = tuple[Tensor, Tensor]  # inputs and targets, on the model's device
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]  # (model, inputs, targets) -> mean loss of the batch, ()
 
 
-def logits(model: nn.Module, inputs: Tensor, targets: Tensor | None = None, **options: Any) -> Tensor:
+def logits(model: nn.Module, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
     """Return the logits of a model for a batch as one tensor, such as (batch, length, vocabulary).
 
     The model may return the tensor, a tuple that begins with it, or an object with an attribute ``logits``, as the
@@ -79,13 +79,12 @@ def logits(model: nn.Module, inputs: Tensor, targets: Tensor | None = None, **op
         model: takes the inputs as its first argument.
         inputs: (batch, ...), as in :class:`Examples`.
         targets: (batch, length), which the decoder of an encoder-decoder reads; no other model needs them.
-        **options: what else the model is called with, such as ``position_ids``.
 
     Raises:
         TypeError: the model returns something else, such as the hidden states of a model without a head.
         ValueError: an encoder-decoder gets no targets, or has no rule for shifting them.
     """
-    more = dict(options)
+    more: dict[str, Any] = {}
     if accepts(model, "use_cache"):
         more["use_cache"] = False
     pad = padding_id(model)

@@ -318,9 +318,7 @@ def fit(
         step.processes = processes
         set_training_mode(model)
         history.count(model)
-        hashes = None if start is None else {"frozen": checkpoint.hash_frozen(model), "start": start}
-        run = model, step.optimizer, history, hashes
-        done = checkpoint.resume(checkpoint_dir, *run)
+        done = checkpoint.resume(checkpoint_dir, model, step.optimizer, history)
         check_alike(processes, model, history, done)
         with progress_bar(config.steps, method.name, progress if leads else False, done=done) as bar:
             for number in range(len(history.rows), config.steps + 1):
@@ -334,7 +332,7 @@ def fit(
                     evaluate_parts(step, task, config, history)
                 if leads and checkpoint_dir is not None and config.saves(number, checkpoint_every):
                     with warn_if_complete(number == config.steps):
-                        checkpoint.save(checkpoint_dir, *run)
+                        checkpoint.save(checkpoint_dir, model, step.optimizer, history, start)
                 if leads and on_row is not None:
                     report(on_row, history, model)
     return history
@@ -369,11 +367,11 @@ def check_run(model: nn.Module, task: Task, method: Method, config: TrainConfig)
         task.require_targets(part, config.eval_examples)
 
 
-def check_checkpoints(folder: str | Path | None, every: int | None, model: nn.Module, history: History) -> str | None:
+def check_checkpoints(folder: str | Path | None, every: int | None, model: nn.Module, history: History) -> str:
     """Check that a run can go on from the checkpoint in a folder, and can write the next one.
 
     Returns:
-        A hash of the weights that the run starts from; None without a folder.
+        A hash of the weights that the run starts from; "" without a folder.
 
     Raises:
         ValueError: the checkpoint is damaged or of another run, or ``every`` is out of range or without a folder.
@@ -383,7 +381,7 @@ def check_checkpoints(folder: str | Path | None, every: int | None, model: nn.Mo
     if folder is None:
         if every is not None:
             raise ValueError(f"checkpoint_every is {every}, but there is no folder to write to; give checkpoint_dir.")
-        return None
+        return ""
     checkpoint.check_belongs(folder, history, model)
     if current_processes().rank == 0:
         check_writable(folder)

@@ -82,7 +82,7 @@ class PiSSALinear(LoRALinear):
     whose singular value is zero starts at zero and stays there.
 
     A0 and B0 are part of the adapter's state, because A and B mean nothing without them. Adapter files hold the
-    update as plain LoRA of rank 2 r: see :meth:`as_plain_lora`.
+    update as plain LoRA of rank 2 r: see :meth:`plain_factors`.
 
     Reference: Meng et al. 2024, arXiv 2404.02948, section 3, equations 2 to 5; the difference: its appendix
     on converting PiSSA into LoRA.
@@ -123,16 +123,6 @@ class PiSSALinear(LoRALinear):
 
     def _delta(self) -> Tensor:
         return self.scaling * (self.lora_B @ self.lora_A - self.start_B @ self.start_A)  # (48, 64)
-
-    @torch.no_grad()
-    def as_plain_lora(self) -> LoRALinear:
-        """Return a LoRALinear over the same base, of rank 2 r and the same scaling, that computes the same function."""
-        # With its own generator, so that saving a model draws nothing from the global one.
-        plain = LoRALinear(self.base, 2 * self.rank, 2 * self.alpha, getattr(self.dropout, "p", 0.0), torch.Generator())
-        A, B = self.plain_factors(self.lora_A, self.lora_B, self.start_A, self.start_B)  # (8, 64), (48, 8)
-        plain.lora_A.copy_(A)
-        plain.lora_B.copy_(B)
-        return plain.train(self.training)
 
     @staticmethod
     def plain_factors(A: Tensor, B: Tensor, start_A: Tensor, start_B: Tensor) -> tuple[Tensor, Tensor]:

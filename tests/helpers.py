@@ -255,6 +255,10 @@ def points(line):
     return list(zip(line.get_xdata(), line.get_ydata(), strict=True))
 
 
+def by_label(ax):
+    return {line.get_label(): line for line in ax.get_lines() if not line.get_label().startswith("_")}
+
+
 def said(artists):
     return [each.get_text() for each in artists]
 

@@ -161,10 +161,11 @@ off-domain loss       4.250 -> 3.750    4.250 -> 3.500
 
 
 def test_the_page_escapes_texts_and_says_if_the_base_is_not_back(tmp_path):
-    voice = demo.Voice("<b>", "a & b", "other", 1_200_000, 538_000_000)
+    answers = {"base": "<b>", "with the adapter": "a & b", "adapter off": "other"}
+    start = {"before": "before", "answers": answers, "adapter_bytes": 1_200_000, "model_bytes": 538_000_000}
     picture = tmp_path / "demo.png"
     picture.write_bytes(PNG)
-    text = demo.make_page(RESULTS, "before", voice, picture, {"cpu": "x"}, 4, 3)
+    text = demo.make_page(RESULTS, start, picture, {"cpu": "x"}, 4, 3)
     assert "<blockquote>&lt;b&gt;</blockquote>" in text
     assert "a &amp; b" in text
     assert "1.2 MB beside a model of\n538 MB" in text

@@ -190,8 +190,7 @@ def test_similarity_is_the_papers_sum(n, seed, data):
 
 def test_similarity_by_chance_is_the_larger_part_of_the_space():
     band = rank.by_chance(
-        lambda g: rank.subspace_similarity(rank.orthonormal(40, 4, generator=g), rank.orthonormal(40, 10, generator=g)),
-        draws=199,
+        lambda g: rank.subspace_similarity(rank.orthonormal(40, 4, generator=g), rank.orthonormal(40, 10, generator=g))
     )
     i, j = torch.arange(1, 5.0)[:, None], torch.arange(1, 11.0)
     np.testing.assert_allclose(band.mean, torch.maximum(i, j) / 40, rtol=0.25)
@@ -295,15 +294,12 @@ def test_what_chance_gives_for_a_full_matrix_and_for_an_adapter():
 def test_the_band_holds_ninety_five_of_a_hundred():
     """Coverage over many bands, each tried on one fresh draw."""
     generator, inside = torch.Generator().manual_seed(0), 0
-    for seed in range(400):
-        band = rank.by_chance(lambda g: torch.rand((), generator=g), seed=seed)
+    for _ in range(400):
+        band = rank.by_chance(lambda _: torch.rand((), generator=generator))
         inside += torch.rand((), generator=generator).double() in band
     assert 0.92 < inside / 400 < 0.975
-    wide = rank.by_chance(lambda g: torch.rand((), generator=g), draws=199)
-    assert float(wide.low) == pytest.approx(0.025, abs=0.03)
-    assert float(wide.high) == pytest.approx(0.975, abs=0.03)
-    assert 0.5 in wide
-    assert 1.5 not in wide
+    assert 0.5 in band
+    assert 1.5 not in band
 
 
 # Kinds of numbers, and what is refused
@@ -355,7 +351,6 @@ REFUSED = [  # the call, what must be named
     (lambda: rank.intruder_dimensions(W, normal(6, 4), 2), r"\(4, 6\) and \(6, 4\)"),
     (lambda: rank.intruder_dimensions(W, W), "top is 10"),
     (lambda: rank.intruder_dimensions(W, W, 2, 0.0), r"epsilon is 0\.0"),
-    (lambda: rank.by_chance(lambda g: W, draws=20), "39"),
     (lambda: rank.orthonormal(4, 5), "k is 5"),
 ]
 

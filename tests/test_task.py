@@ -85,16 +85,6 @@ def test_fingerprint_is_that_of_the_values_not_of_their_layout_in_memory():
     assert one.fingerprint == other.fingerprint
 
 
-def test_description_gives_sizes_shapes_units_source_and_fingerprint():
-    task = tiny(about="numbers in a row")
-    lines = task.describe().splitlines()
-    assert lines[0] == "tiny: numbers in a row"
-    assert [line.split() for line in lines[1:5]] == [
-        [name, str(n), "examples", "of", "3,", str(n), "examples"] for name, n in zip(PARTS, (2, 3, 4, 5), strict=True)
-    ]
-    assert lines[5].split() == ["fingerprint", task.fingerprint]
-
-
 def test_targets_count_unless_they_are_ignored_whatever_the_unit():
     part = Examples(torch.zeros(2, 3, dtype=torch.long), torch.tensor([[1, IGNORE, 2], [IGNORE, IGNORE, 0]]))
     tokens, examples = tiny(unit="tokens"), tiny()

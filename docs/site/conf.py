@@ -25,7 +25,6 @@ myst_heading_anchors = 4
 
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
-autodoc_type_aliases = {"Verdict": "lora_lab.ablation.compare.Verdict"}  # of two classes that of comparisons
 autodoc_typehints_format = "short"
 autodoc_default_options = {"show-inheritance": True}
 python_use_unqualified_type_names = True

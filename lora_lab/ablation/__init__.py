@@ -17,7 +17,7 @@ In reading order:
 
 import lazy_loader
 
-from lora_lab.ablation.compare import RankVerdict, Verdict, smallest_sufficient_rank
+from lora_lab.ablation.compare import RankVerdict, smallest_sufficient_rank
 from lora_lab.ablation.grid import Grid, Trial
 from lora_lab.ablation.halving import Halving
 from lora_lab.ablation.packed import fit_packed
@@ -29,7 +29,6 @@ __all__ = [
     "Halving",
     "RankVerdict",
     "Trial",
-    "Verdict",
     "ablate",
     "fit_packed",
     "load",

@@ -1,8 +1,8 @@
 r"""Choose each setup's learning rate, compare setups in pairs at those rates, and say what the bounds allow to say.
 
     frame = tune(model, task, {"r=8": Trial(LoRA(8, 16), 1e-3)}, {"r=8": rates_around(1e-3)}, range(3), "runs/rates")
-    study = Study(setups, lrs, choosing=range(2), judging=range(2, 5), chosen_on=64, judged_on={"test": 256})
-    print(compare_losses(pandas.concat(compare_tuned(model, task, study, "runs/study")), "full", margin=0.01))
+    seeds = {"choosing": range(2), "judging": range(2, 5), "chosen_on": 64, "judged_on": {"test": 256}}
+    print(compare_losses(pandas.concat(compare_tuned(model, task, setups, lrs, "runs/study", **seeds)), "full"))
     print(smallest_sufficient_rank(load("runs/ranks"), margin=0.01))
 
 The same rules hold for methods and for ranks:
@@ -37,7 +37,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
@@ -72,29 +71,20 @@ Grids = Mapping[str, Sequence[float]]  # setup -> its rates
 # Verdicts
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What the bounds of a difference allow to say: "lower", "higher" or "equal"; or "open", and why."""
-
-    value: Literal["lower", "higher", "equal", "open"]
-    why: str = ""
-
-
-def judge(lower: float | None, upper: float | None, margin: float = 0.0, why: str = "") -> Verdict:
+def judge(lower: float | None, upper: float | None, margin: float = 0.0) -> Literal["lower", "higher", "equal", "open"]:
     """Return the verdict on a difference, of losses or of times, from its bounds.
 
     Args:
         lower, upper: of the difference; None or NaN where too few seeds give none.
         margin: the difference that does not matter.
-        why: what forbids a verdict, such as a rate at the edge of its grid.
     """
-    if why or lower is None or upper is None or math.isnan(lower) or math.isnan(upper):
-        return Verdict("open", why)
+    if lower is None or upper is None or math.isnan(lower) or math.isnan(upper):
+        return "open"
     if upper < -margin:
-        return Verdict("lower")
+        return "lower"
     if lower > margin:
-        return Verdict("higher")
-    return Verdict("equal" if -margin <= lower and upper <= margin else "open")
+        return "higher"
+    return "equal" if -margin <= lower and upper <= margin else "open"
 
 
 # The choice of a rate
@@ -136,18 +126,8 @@ class Choice:
     diverged: float | None = None
 
 
-def choose_rate(frame: pandas.DataFrame, seeds: Sequence[int]) -> Choice:
-    """Choose by the validation losses after the last step, those of :class:`BlockLosses` where such a judge was.
-
-    Args:
-        frame: the trials of one setup.
-        seeds: which a rate needs to count.
-    """
-    return _choose(_losses_of_trials(frame, "judged"), seeds)[0]
-
-
 def _losses_of_trials(frame: pandas.DataFrame, by: str) -> pandas.DataFrame:
-    """Return one row for each trial, with the ``loss`` that counts; NaN if there is none."""
+    """Return one row for each trial, with the ``loss`` that counts (:func:`choose_rates`); NaN if there is none."""
     if by == "judged":
         rows = last_rows(frame)
         losses = [fmean(block_losses_of(row, "validation")) for row in rows.to_dict("records")]
@@ -202,18 +182,17 @@ def _choose(trials: pandas.DataFrame, seeds: Sequence[int], slack: float = 0.0) 
     return choices
 
 
-def best_rates(frame: pandas.DataFrame, slack: float = 0.0, by: str = "best_loss") -> pandas.DataFrame:
+def best_rates(frame: pandas.DataFrame, slack: float = 0.0) -> pandas.DataFrame:
     """Return each setup's best rate, and those that tie with it, by the mean loss over the seeds that its rates share.
 
-    On a few seeds rates that nearly tie are indistinguishable, and what is compared later may differ much between
-    them. So train them all on other seeds (:func:`at_rates`), and see whether a verdict holds for each
-    (:func:`lora_lab.ablation.overfitting.compare_over_rates`).
+    The loss is the lowest of each trial. On a few seeds rates that nearly tie are indistinguishable, and what is
+    compared later may differ much between them. So train them all on other seeds (:func:`at_rates`), and see whether a
+    verdict holds for each (:func:`lora_lab.ablation.overfitting.compare_over_rates`).
 
     Args:
         frame: what :func:`lora_lab.ablation.ablate` returns, with a column ``setup``; with a column ``n_train`` each
             size of the training set has its own rates. A rate that was stopped on some seed cannot be the best.
         slack: how much worse than the best a rate may be, in the units of the loss.
-        by: the loss that counts: "best_loss", the lowest, for training that is stopped early; or "last_loss".
 
     Returns:
         Columns ``n_train`` (if there is one), ``setup``, ``lr`` and ``edge``, as of :class:`Choice`.
@@ -223,7 +202,7 @@ def best_rates(frame: pandas.DataFrame, slack: float = 0.0, by: str = "best_loss
     """
     import pandas
 
-    found = _choose_each(frame, by, slack=check(slack, NotNegative, "slack"))
+    found = _choose_each(frame, "best_loss", slack=check(slack, NotNegative, "slack"))
     rows = [
         {**setup, "lr": one.lr, "edge": one.edge} for setup, choices in found for one in choices if one.lr is not None
     ]
@@ -249,7 +228,15 @@ def _choose_each(
         yield dict(zip(names, values, strict=True)), _choose(of_setup, counted, slack)
 
 
-def _choices_by_setup(frame: pandas.DataFrame, by: str, seeds: Sequence[int] | None = None) -> dict[str, Choice]:
+def choose_rates(frame: pandas.DataFrame, by: str = "judged", seeds: Sequence[int] | None = None) -> dict[Any, Choice]:
+    """Return the choice of each setup.
+
+    Args:
+        frame: trials of one task, with a column ``setup``.
+        by: the loss that counts: "best_loss", the lowest validation loss, for training that is stopped early;
+            "last_loss"; or "judged", that after the last step, by :class:`BlockLosses` where such a judge was.
+        seeds: which a rate needs to count; None means those that the rates of its setup share.
+    """
     return {setup["setup"]: choices[0] for setup, choices in _choose_each(frame, by, seeds)}
 
 
@@ -339,7 +326,7 @@ def tune(
             for setup, template in setups.items()
         }
         frame = ablate_setups(model_factory, task, trials, place, **options)
-        return frame, _choices_by_setup(frame, "judged", seeds)
+        return frame, choose_rates(frame, "judged", seeds)
 
     with nullcontext(folder) if folder is not None else TemporaryDirectory() as place:
         return _widen(run, {setup: lrs[setup] for setup in setups}, widen, beyond)[0]
@@ -349,7 +336,7 @@ def ablate_setups(
     model_factory: nn.Module | Factory,
     task: Task | Callable[[], Task],
     trials: Mapping[str, Sequence[Trial]],
-    folder: str | Path | None,
+    folder: str | Path | None = None,
     **options: Any,
 ) -> pandas.DataFrame:
     """Return the table of :func:`ablate` for the trials of several setups, with a column ``setup``, setup after setup.
@@ -370,7 +357,7 @@ def tune_by_seed(
     lrs: Grids,
     seeds: Sequence[int],
     widen: int,
-    by: str = "best_loss",
+    by: str,
 ) -> tuple[list[pandas.DataFrame], dict[str, Choice]]:
     """Choose each setup's learning rate on seeds that have a task, or a model, of their own.
 
@@ -382,7 +369,7 @@ def tune_by_seed(
         lrs: the rates that each setup tries first.
         seeds: choose.
         widen: how many rates may be added to a grid.
-        by: as for :func:`best_rates`.
+        by: as for :func:`choose_rates`.
 
     Returns:
         The frames of the seeds, and the choice of each setup of which a trial ended well.
@@ -396,7 +383,7 @@ def tune_by_seed(
             rows = frames[-1][frames[-1]["outcome"] == STOPPED]
             stopped = set(zip(rows["setup"], rows["lr"], strict=True))
             left = {setup: [lr for lr in rates if (setup, lr) not in stopped] for setup, rates in left.items()}
-        return frames, _choices_by_setup(pandas.concat(frames, ignore_index=True), by)
+        return frames, choose_rates(pandas.concat(frames, ignore_index=True), by)
 
     frames, choices = _widen(run_seeds, lrs, widen)
     return frames, {setup: choice for setup, choice in choices.items() if choice.lr is not None}
@@ -409,139 +396,104 @@ def by_size(
     lrs: Grids,
     sizes: Sequence[int],
     seeds: Sequence[int],
-    folder: str | Path | None = None,
-    choose: int = 1,
-    widen: int = 0,
     **options: Any,
 ) -> Iterator[pandas.DataFrame]:
-    """For each size of the training set choose each setup's learning rate on the first seeds, and run the rest at it.
-
-    A setup of which no rate ends well on a choosing seed is not run on the others.
+    """Train each setup at each of its rates on each seed, for each size of the training set.
 
     Args:
-        model_factory, folder, **options: as for :func:`lora_lab.ablation.ablate`.
+        model_factory, **options: as for :func:`lora_lab.ablation.ablate`.
         task_of: (size, seed) -> the task; it should draw its examples by the seed, for few examples differ much.
         trial_of: (setup, lr, seed, size) -> the trial.
-        lrs: the rates that each setup tries.
-        choose: how many of the seeds choose. One is cheap, but unreliable where rates nearly tie.
-        widen: how many rates may be added to a grid while its best rate is at the edge.
+        lrs: the rates of each setup.
 
     Yields:
-        A frame with the columns ``setup`` and ``n_train`` for each size and seed, in this order: those of the seeds
-        that choose as soon as they have chosen, the others as soon as they are done. Its setups are in the order of
-        ``lrs``.
-
-    Raises:
-        ValueError: ``choose`` is out of range.
+        A frame with the columns ``setup`` and ``n_train`` for each size and seed, as soon as it is done. Its setups are
+        in the order of ``lrs``.
     """
-    if not 1 <= choose <= len(seeds):
-        raise ValueError(f"choose is {choose}, but it must be from 1 to the number of seeds, {len(seeds)}.")
-
-    def run(size: int, seed: int, lrs: Grids) -> pandas.DataFrame:
-        trials = {setup: [trial_of(setup, lr, seed, size) for lr in rates] for setup, rates in lrs.items()}
-        return ablate_setups(model_factory, task_of(size, seed), trials, folder, **options).assign(n_train=size)
-
     for size in sizes:
-        frames, choices = tune_by_seed(partial(run, size), lrs, seeds[:choose], widen)
-        yield from frames
-        for seed in seeds[choose:] if choices else ():
-            yield run(size, seed, {setup: [cast(float, choice.lr)] for setup, choice in choices.items()})
+        for seed in seeds:
+            trials = {setup: [trial_of(setup, lr, seed, size) for lr in rates] for setup, rates in lrs.items()}
+            yield ablate_setups(model_factory, task_of(size, seed), trials, **options).assign(n_train=size)
 
 
-def at_rates(rates: pandas.DataFrame, seeds: Sequence[int], **options: Any) -> pandas.DataFrame:
-    """Return the frames of :func:`by_size` with each setup at each of its rates on each seed.
+def at_rates(rates: pandas.DataFrame, **options: Any) -> pandas.DataFrame:
+    """Return the frames of :func:`by_size`, together, with each setup at its own rates at each size.
 
     Args:
         rates: columns ``n_train``, ``setup``, ``lr``, such as the :func:`best_rates` of seeds that chose.
-        seeds, **options: as for :func:`by_size`.
+        **options: as for :func:`by_size`.
     """
     import pandas
 
     frames = []
-    for size in sorted(set(rates["n_train"].astype(int))):
-        of_size = rates[rates["n_train"] == size].groupby("setup", sort=False)
-        lrs = {str(setup): rows["lr"].tolist() for setup, rows in of_size}
-        frames += by_size(lrs=lrs, sizes=[size], seeds=seeds, choose=len(seeds), **options)
+    for size, of_size in rates.groupby("n_train"):
+        lrs = {str(setup): rows["lr"].tolist() for setup, rows in of_size.groupby("setup", sort=False)}
+        frames += by_size(lrs=lrs, sizes=[int(cast(float, size))], **options)
     return pandas.concat(frames, ignore_index=True)
 
 
 # Studies: rates chosen on some seeds, setups judged on others
 
 
-@dataclass(frozen=True)
-class Study:
-    """What is compared, and how it is judged.
-
-    Args:
-        setups: how each trains, by name; its own rate and seed do not count.
-        lrs: the rates with which each setup begins. One with a single rate is judged at it, as others chose it.
-        choosing: the seeds that choose each setup's rate.
-        judging: other seeds, which train at the rate that was chosen; none, if the rates are all that is asked for.
-        chosen_on: how many validation examples choose, from the first.
-        judged_on: of each part, how many examples judge.
-        block: neighbouring examples that are drawn together (:mod:`lora_lab.ablation.stats`).
-        widen, beyond: how many rates may be added to a grid, and shall lie on either side of its best.
-        answered: whether the answers to the prompts of the test part judge, too (as for
-            :class:`lora_lab.ablation.stats.BlockLosses`).
-
-    Raises:
-        ValueError: a setup has no rates or a rate no setup, or a seed both chooses and judges.
-    """
-
-    setups: Mapping[str, Trial]
-    lrs: Grids
-    choosing: Sequence[int]
-    judging: Sequence[int]
-    chosen_on: int
-    judged_on: Mapping[str, int]
-    block: int = 4
-    widen: int = 4
-    beyond: int = 1
-    answered: bool = False
-
-    def __post_init__(self) -> None:
-        if unequal := self.setups.keys() ^ self.lrs.keys():
-            raise ValueError(f"setups and lrs must name the same, but {sorted(unequal)} are only in one of them.")
-        if both := sorted(set(self.choosing) & set(self.judging)):
-            raise ValueError(f"The seeds {both} both choose and judge; judge with others.")
-
-
 def compare_tuned(
     model_factory: nn.Module | Factory,
     task: Task | Callable[[], Task],
-    study: Study,
+    setups: Mapping[str, Trial],
+    lrs: Grids,
     folder: str | Path,
+    *,
+    choosing: Sequence[int],
+    judging: Sequence[int],
+    chosen_on: int,
+    judged_on: Mapping[str, int],
+    block: int = 4,
+    widen: int = 4,
+    beyond: int = 1,
+    answered: bool = False,
     **options: Any,
 ) -> Iterator[pandas.DataFrame]:
     """Choose each setup's rate, then train all at their rates on the judging seeds.
 
     Args:
         model_factory, task, **options: as for :func:`lora_lab.ablation.ablate`.
-        study: what is compared.
+        setups: how each trains, by name; its own rate and seed do not count.
+        lrs: the rates with which each setup begins. One with a single rate is judged at it, as others chose it.
         folder: for results, from which a study that was stopped goes on. Trials that are judged on other examples are
             in other folders inside.
+        choosing: the seeds that choose each setup's rate.
+        judging: other seeds, which train at the rate that was chosen; none, if the rates are all that is asked for.
+        chosen_on: how many validation examples choose, from the first.
+        judged_on: of each part, how many examples judge.
+        block, answered: as for :class:`lora_lab.ablation.stats.BlockLosses`, of the trials that judge.
+        widen, beyond: as for :func:`tune`.
 
     Yields:
         Tables as ablate returns them, with the columns ``setup``, ``stage`` ("choosing", then "judging") and ``edge``
         ("smallest" or "largest" where the chosen rate is that of all tried, else "").
+
+    Raises:
+        ValueError: a setup has no rates or a rate no setup, or a seed both chooses and judges.
     """
-    chosen = {setup: Choice(rates[0], None) for setup, rates in study.lrs.items()}
-    if tunable := {setup: trial for setup, trial in study.setups.items() if len(study.lrs[setup]) > 1}:
-        place = Path(folder) / f"choosing-{study.chosen_on}-{study.block}"
-        judge = BlockLosses({"validation": study.chosen_on}, study.block)
-        grids = {"widen": study.widen, "beyond": study.beyond, "judge": judge}
-        tuned = tune(model_factory, task, tunable, study.lrs, study.choosing, place, **grids, **options)
-        chosen |= _choices_by_setup(tuned, "judged", study.choosing)
+    if unequal := setups.keys() ^ lrs.keys():
+        raise ValueError(f"setups and lrs must name the same, but {sorted(unequal)} are only in one of them.")
+    if both := sorted(set(choosing) & set(judging)):
+        raise ValueError(f"The seeds {both} both choose and judge; judge with others.")
+    chosen = {setup: Choice(rates[0], None) for setup, rates in lrs.items()}
+    if tunable := {setup: trial for setup, trial in setups.items() if len(lrs[setup]) > 1}:
+        place = Path(folder) / f"choosing-{chosen_on}-{block}"
+        grids = {"widen": widen, "beyond": beyond, "judge": BlockLosses({"validation": chosen_on}, block)}
+        tuned = tune(model_factory, task, tunable, lrs, choosing, place, **grids, **options)
+        chosen |= choose_rates(tuned, "judged", choosing)
         yield tuned.assign(stage="choosing", edge=[chosen[setup].edge for setup in tuned["setup"]])
     trials = {
-        setup: [replace(template, lr=chosen[setup].lr, seed=seed) for seed in study.judging]
-        for setup, template in study.setups.items()
+        setup: [replace(template, lr=chosen[setup].lr, seed=seed) for seed in judging]
+        for setup, template in setups.items()
         if chosen[setup].lr is not None
     }
     if any(trials.values()):
-        parts = "-".join(f"{part}-{examples}" for part, examples in study.judged_on.items())
-        place = Path(folder) / f"judging-{parts}-{study.block}{'-answered' * study.answered}"
-        judge = BlockLosses(study.judged_on, study.block, study.answered)
+        parts = "-".join(f"{part}-{examples}" for part, examples in judged_on.items())
+        place = Path(folder) / f"judging-{parts}-{block}{'-answered' * answered}"
+        judge = BlockLosses(judged_on, block, answered)
         judged = ablate_setups(model_factory, task, trials, place, judge=judge, **options)
         yield judged.assign(stage="judging", edge=[chosen[setup].edge for setup in judged["setup"]])
 
@@ -565,9 +517,9 @@ def compare_losses(
 
     Returns:
         Columns ``setup``, ``lr``, ``loss`` (mean over seeds and examples), ``difference``, ``lower`` and ``upper`` (the
-        two-sided 95 % interval; NaN for one seed), ``seeds``, and ``verdict`` and ``why``, as of :func:`judge`: "edge"
-        if nothing is known beyond the rate of the setup or of the reference; "failed" if a seed has no result or no
-        rate could be chosen; "reference" of the reference itself.
+        two-sided 95 % interval; NaN for one seed), ``seeds``, and ``verdict``, as of :func:`judge`. It is "open" where
+        ``why`` says what forbids one: "edge" if nothing is known beyond the rate of the setup or of the reference;
+        "failed" if a seed has no result or no rate could be chosen; "reference" of the reference itself.
 
     Raises:
         ValueError: the reference has no results for all seeds.
@@ -589,8 +541,8 @@ def compare_losses(
             row |= {"loss": losses[setup].mean(), "difference": paired.mean(), "lower": lower, "upper": upper}
             why = "edge" if first["edge"][setup] or first["edge"][reference] else ""
             why = "reference" if setup == reference else why
-        verdict = judge(row.get("lower"), row.get("upper"), margin, why)
-        table.append(row | {"verdict": verdict.value, "why": verdict.why})
+        verdict = "open" if why else judge(row.get("lower"), row.get("upper"), margin)
+        table.append(row | {"verdict": verdict, "why": why})
     return pandas.DataFrame(table)[["setup", "lr", "loss", "difference", "lower", "upper", "seeds", "verdict", "why"]]
 
 
@@ -641,11 +593,6 @@ def each_size(frame: pandas.DataFrame) -> Iterator[tuple[dict[str, Any], pandas.
 # All else is a setting, and settings must be equal for a comparison to be one.
 _MAY_VARY = ("key", "rank", "alpha", "lr", "seed", *OUTCOME, *PROVENANCE)
 _STATUS = {"lower": "enough", "equal": "enough", "higher": "too small", "open": "open"}
-_EDGES = {
-    "smallest": "the best learning rate of {} is the smallest tried, so a better one may lie beyond.",
-    "largest": "the best learning rate of {} is the largest tried, so a better one may lie beyond.",
-    "only": "only one learning rate was tried for {}, so it may not be the best.",
-}
 
 
 @dataclass(frozen=True)
@@ -720,7 +667,7 @@ class RankVerdict:
         )
 
 
-def smallest_sufficient_rank(frame: pandas.DataFrame, margin: float = 0.01, method: str | None = None) -> RankVerdict:
+def smallest_sufficient_rank(frame: pandas.DataFrame, margin: float = 0.01) -> RankVerdict:
     """Return the smallest rank whose loss is at most ``margin`` above the largest rank's, as far as the seeds can tell.
 
     A rank is enough if the upper bound of its difference lies below the margin, and too small if the lower bound lies
@@ -728,25 +675,23 @@ def smallest_sufficient_rank(frame: pandas.DataFrame, margin: float = 0.01, meth
 
     Args:
         frame: what :func:`lora_lab.ablation.run.ablate` or ``load`` returns, of one task, one model and one setting
-            of everything but rank, alpha, learning rate and seed.
+            of everything but rank, alpha, learning rate and seed. Trials without a rank are left out.
         margin: the difference of losses that does not matter, in the task's unit (nats for cross-entropy); positive.
-        method: which method, where the frame has several with ranks.
 
     Raises:
-        ValueError: the margin is not positive; or the frame mixes settings, holds a trial twice, has
-            fewer than two ranks, or has several methods and none was named.
+        ValueError: the margin is not positive; or the frame mixes methods or settings, holds a trial twice, or has
+            fewer than two ranks.
     """
     margin = check(margin, Positive, "margin")
-    trials = _comparable(frame, method)
+    trials = last_rows(frame[frame["rank"].notna()])
+    if trials["rank"].nunique() < 2:
+        raise ValueError(f"The frame has the ranks {trials['rank'].unique()}, but it takes two to compare them.")
+    _check_comparable(trials)
     seeds = tuple(sorted(int(seed) for seed in trials["seed"].unique()))
-    tried = sorted(int(rank) for rank in trials["rank"].unique())
-    choices = {rank: choose_rate(trials[trials["rank"] == rank], seeds) for rank in tried}
-    *smaller, largest = choices
-    if not smaller:
-        raise ValueError(f"The frame has only rank {largest}; ranks are compared, so it takes at least two.")
+    choices = choose_rates(trials.assign(setup=trials["rank"].astype(int)).sort_values("rank"), "judged", seeds)
     of_rate = trials.sort_values("seed").groupby(["rank", "lr"])["test_loss"]
     losses = {rank: of_rate.get_group((rank, one.lr)).to_numpy() for rank, one in choices.items() if one.lr is not None}
-    ranks = tuple(_judge_rank(rank, choice, losses, largest, margin) for rank, choice in choices.items())
+    ranks = tuple(_judge_rank(rank, choice, losses, max(choices), margin) for rank, choice in choices.items())
     rank, reason = _answer(ranks, len(seeds), margin)
     notes = [f"rank {each}: {choice.note}." for each, choice in choices.items() if choice.note and choice.lr]
     if better := [str(one.rank) for one in ranks if one.upper is not None and one.upper < -margin]:
@@ -754,21 +699,16 @@ def smallest_sufficient_rank(frame: pandas.DataFrame, margin: float = 0.01, meth
             f"rank {', '.join(better)}: better than the largest by more than the margin, so the largest was most "
             "likely trained badly and is not a fair reference; try more learning rates."
         )
-    for edge, sentence in _EDGES.items():
+    for edge, name in {"smallest": "smallest", "largest": "largest", "only": "only one"}.items():
         if at := [str(each) for each, choice in choices.items() if choice.edge == edge]:
             *others, last = at
-            notes.append(sentence.format(f"ranks {', '.join(others)} and {last}" if others else f"rank {last}"))
+            which = f"ranks {', '.join(others)} and {last}" if others else f"rank {last}"
+            notes.append(f"the best learning rate of {which} is the {name} tried, so a better one may lie beyond.")
     return RankVerdict(rank, reason, str(trials["method"].iloc[0]), margin, seeds, ranks, tuple(notes))
 
 
-def _comparable(frame: pandas.DataFrame, method: str | None) -> pandas.DataFrame:
-    """Return the last row of each trial of the method, after a check that they can be compared with each other."""
-    with_ranks = frame[frame["rank"].notna()]
-    methods = sorted(with_ranks["method"].unique())
-    method = methods[0] if method is None and len(methods) == 1 else method
-    if method not in methods:
-        raise ValueError(f"method is {method!r}, but the methods with ranks in this frame are {methods}; name one.")
-    rows = last_rows(with_ranks[with_ranks["method"] == method])
+def _check_comparable(rows: pandas.DataFrame) -> None:
+    """Raise ValueError if the trials, a row each, cannot be compared with each other."""
     settings = [(name, rows) for name in map(str, rows) if name not in _MAY_VARY and not name.startswith(SCORE)]
     settings += [("alpha", of_rank) for _, of_rank in rows.groupby("rank") if "alpha" in rows]
     for name, alike in settings:
@@ -783,7 +723,6 @@ def _comparable(frame: pandas.DataFrame, method: str | None) -> pandas.DataFrame
             f"The frame holds rank {first['rank']:g}, lr {first['lr']:g}, seed {first['seed']:g} twice; "
             "drop_duplicates removes repeated rows."
         )
-    return rows
 
 
 def _judge_rank(rank: int, choice: Choice, losses: Mapping[int, np.ndarray], largest: int, margin: float) -> RankResult:
@@ -799,7 +738,7 @@ def _judge_rank(rank: int, choice: Choice, losses: Mapping[int, np.ndarray], lar
     if lower is None or upper is None:
         return RankResult(rank, "open", **known, note="one seed has no spread to judge by")
     verdict = judge(max(lower, -margin), upper, margin)  # by how much the rank is better does not matter
-    return RankResult(rank, _STATUS[verdict.value], **known, lower=lower, upper=upper)
+    return RankResult(rank, _STATUS[verdict], **known, lower=lower, upper=upper)
 
 
 def _answer(ranks: Sequence[RankResult], seeds: int, margin: float) -> tuple[int | None, str]:

@@ -303,7 +303,7 @@ def _add_verdicts(parts: Sequence[pandas.DataFrame], reference: str) -> pandas.D
     if table.empty or table["lower"].isna().any():
         raise ValueError(f"Each setup needs two seeds in common with {reference!r} to be compared; train more seeds.")
     bounds = zip(table["lower"], table["upper"], strict=True)
-    return table.assign(verdict=[_WORDS[judge(*of_setup).value] for of_setup in bounds])
+    return table.assign(verdict=[_WORDS[judge(*of_setup)] for of_setup in bounds])
 
 
 def bounds_table(compared: pandas.DataFrame, digits: int = 2) -> pandas.DataFrame:

@@ -23,10 +23,8 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -38,19 +36,19 @@ from lora_lab.costs.fake import copy_sharing_weights
 from lora_lab.history import DivergedError, History, count_parameters
 from lora_lab.inject import adapter_state, match_layers, replace, require_no_adapters
 from lora_lab.lean import Lean, apply_lean
-from lora_lab.lean import cross_entropy as lean_cross_entropy
 from lora_lab.lora import LoRALinear
 from lora_lab.methods import LoRA, Method, require_unmarked
 from lora_lab.models.quantize import BlockLinear
 from lora_lab.system.device import own_randomness
 from lora_lab.system.provenance import describe_value
 from lora_lab.system.wording import progress_bar
-from lora_lab.task import Examples, Loss, Task, cross_entropy
+from lora_lab.task import Examples, Loss, Task
 from lora_lab.train import (
     EVALUATED,
     Batch,
     DataOrder,
     TrainingStep,
+    check_run,
     data_order,
     gradient_checkpointing_method,
     make_adamw,
@@ -59,8 +57,6 @@ from lora_lab.train import (
     to_device,
 )
 from lora_lab.variants import RsLoRA
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # as AdamW names them
 
 
 @dataclass
@@ -72,23 +68,15 @@ class PackedResult:
             and that the settings hold K as ``packed``.
         error: why the trial diverged, where its history ends; or None.
         adapter: the trained adapter, as :func:`lora_lab.adapter_state` gives it; empty if the trial diverged.
-        state: AdamW's state of each tensor of the adapter, by name, if the trial pauses.
     """
 
     history: History
     error: DivergedError | None = None
     adapter: dict[str, Tensor] = field(default_factory=dict)
-    state: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 def fit_packed(
-    model: nn.Module,
-    task: Task,
-    trials: Sequence[Trial],
-    *,
-    progress: bool | None = None,
-    paused: Sequence[PackedResult] | None = None,
-    until: int | None = None,
+    model: nn.Module, task: Task, trials: Sequence[Trial], *, progress: bool | None = None
 ) -> list[PackedResult]:
     """Train the adapter of each trial, all in one pass, on a copy of ``model`` that shares its weights.
 
@@ -99,11 +87,9 @@ def fit_packed(
     Args:
         model: on the device where it is to be used. Its activations are K times as large as those of one trial.
         task: data and loss.
-        trials: with LoRA or RsLoRA without dropout. They may differ in rank, alpha, learning rate and seed. With
-            ``Lean(threads=2)`` two threads compute half of them each.
+        trials: with LoRA or RsLoRA without dropout. They may differ in rank, alpha, learning rate and seed. Of a lean
+            step ``threads`` and ``loss_rows``, which change no result, are left out.
         progress: as for :func:`lora_lab.fit`.
-        paused: the results of a call with ``until``, one for each trial and all of the same step, from where to go on.
-        until: the step after which to pause; default: the last.
 
     Raises:
         PackingError: a ValueError; the sentence of :func:`refusal`, or the model mixes the examples of trials.
@@ -111,38 +97,33 @@ def fit_packed(
     """
     _check_pack(model, task, trials)
     config = trials[0]  # for all that they have in common
-    orders = _data_orders(task, trials)
+    order_of = {seed: data_order(task, trial) for seed, trial in {trial.seed: trial for trial in trials}.items()}
+    orders = [order_of[trial.seed] for trial in trials]
     model = copy_sharing_weights(model)
     for buffer in model.buffers():
         buffer.data = buffer.clone()  # a forward pass may change it
     if config.gradient_checkpointing:
         gradient_checkpointing_method(model)()
-    lean = cast(Lean | None, config.lean)
-    threads = 1 if lean is None else lean.threads
-    with (
-        own_randomness(next(model.parameters()).device, 0),
-        ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-    ):
+    with own_randomness(next(model.parameters()).device, 0):
         adapters = [_new_adapter(model, trial) for trial in trials]
         results = [
             PackedResult(_new_history(model, task, trial, adapter, len(trials)))
             for trial, adapter in zip(trials, adapters, strict=True)
         ]
         model.requires_grad_(False)
-        if lean is not None:  # it looks at the adapters, of which those of one trial stand for all
+        if config.lean is not None:  # it looks at the adapters, of which those of one trial stand for all
             for name, layer in adapters[0].items():
                 replace(model, name, layer)
-            apply_lean(model, lean)
-        at_start = None if lean is None or paused else _evaluate_base(model, task, config, len(trials))
-        step = PackedStep(model, task.loss, adapters, trials, threads, pool)
+            apply_lean(model, cast(Lean, config.lean))
+        step = PackedStep(model, task.loss, adapters, trials)
         model.train()
-        if lean is None:  # the blocks of the lean step do not mix trials
+        if config.lean is None:  # the blocks of the lean step do not mix trials
             first = torch.stack([order.rows(0, config.batch_size) for order in orders])  # (20, 32)
             _check_independence(step, task, first)
-        _train(step, results, task, orders, trials, at_start, paused, until, progress)
+        _train(step, results, task, orders, trials, progress)
         for k, result in enumerate(results):
             if result.error is None:
-                result.adapter, result.state = step.adapter(k), step.state(k) if until else {}
+                result.adapter = step.adapter(k)
         return results
 
 
@@ -152,44 +133,45 @@ def _train(
     task: Task,
     orders: Sequence[DataOrder],
     trials: Sequence[Trial],
-    at_start: dict[str, list[float]] | None,
-    paused: Sequence[PackedResult] | None,
-    until: int | None,
     progress: bool | None,
 ) -> None:
-    """Train all trials, from the beginning or from where they paused, to the end or to where they are to pause."""
-    model, config, count = step.model, trials[0], len(trials)
+    """Train all trials to the end, or until the last of them has diverged."""
+    config, count = trials[0], len(trials)
     judged = dataclasses.replace(task, loss=step.loss_on_same_batch)
-
-    def record(number: int, columns: Mapping[str, Sequence[float]], losses: Mapping[str, Sequence[float]]) -> None:
-        """Add a row to the history of each trial that goes on; one that diverges ends alone."""
-        for k, result in enumerate(results):
-            if result.error is None:
-                try:
-                    result.history.add(number, **{name: column[k] for name, column in columns.items()})
-                    for part, of_trials in losses.items():
-                        result.history.add_evaluation(part, of_trials[k])
-                except DivergedError as error:
-                    result.error = error.with_traceback(None)  # which would keep the whole pack in memory
-                    step.end(k)
-
-    done = 0 if paused is None else len(paused[0].history.rows) - 1
-    with progress_bar(config.steps, f"{count} adapters", progress, done=done) as bar:
-        bar.set_postfix_str("evaluating")
-        if paused is None:
-            nothing = {"seconds": [0.0] * count, "tokens": [0] * count}
-            record(0, nothing, at_start or _evaluate(model, judged, config, count))
-        else:
-            for result, before in zip(results, paused, strict=True):
-                result.history.rows.extend(map(dict, before.history.rows))
-            step.resume(paused)
-        for number in range(done + 1, (until or config.steps) + 1):
+    with progress_bar(config.steps, f"{count} adapters", progress) as bar:
+        for number in range(config.steps + 1):
+            if number == 0:
+                bar.set_postfix_str("evaluating")
+                columns = {"seconds": [0.0] * count, "tokens": [0] * count}
+            else:
+                columns = _take_step(step, task, orders, trials, number)
+                bar.set_postfix_str(f"best loss {min(columns['train_loss']):.3f}")
+                bar.update()
+            losses = _evaluate(step.model, judged, config) if config.evaluates(number) else {}
+            for k, result in enumerate(results):
+                if result.error is None:
+                    result.error = _add_row(result.history, k, number, columns, losses)
+                    if result.error is not None:
+                        step.end(k)
             if all(result.error for result in results):
                 break
-            columns = _take_step(step, task, orders, trials, number)
-            bar.set_postfix_str(f"best loss {min(columns['train_loss']):.3f}")
-            record(number, columns, _evaluate(model, judged, config, count) if config.evaluates(number) else {})
-            bar.update()
+
+
+def _add_row(
+    history: History,
+    k: int,
+    number: int,
+    columns: Mapping[str, Sequence[float]],
+    losses: Mapping[str, Sequence[float]],
+) -> DivergedError | None:
+    """Add a row to the history of trial k, and return the error if it has diverged."""
+    try:
+        history.add(number, **{name: of_trials[k] for name, of_trials in columns.items()})
+        for part, of_trials in losses.items():
+            history.add_evaluation(part, of_trials[k])
+    except DivergedError as error:
+        return error.with_traceback(None)  # which would keep the whole pack in memory
+    return None
 
 
 def _take_step(
@@ -207,25 +189,10 @@ def _take_step(
     return columns | {"seconds": [(time.perf_counter() - started) / len(trials)] * len(trials)}
 
 
-def _evaluate(model: nn.Module, task: Task, config: Trial, trials: int) -> dict[str, list[float]]:
-    """Return the losses of each trial by part; a loss that is one number, as before training, is that of all trials."""
+def _evaluate(model: nn.Module, task: Task, config: Trial) -> dict[str, list[float]]:
+    """Return the losses of each trial by part."""
     sizes = config.batch_size, config.eval_examples, config.by_length
-    return {part: mean_loss(model, task, part, *sizes).expand(trials).tolist() for part in EVALUATED}
-
-
-def _evaluate_base(model: nn.Module, task: Task, config: Trial, trials: int) -> dict[str, list[float]]:
-    """Return the losses before training of a lean model, in which all updates are zero: the same for all trials."""
-    rows = cast(Lean, config.lean).loss_rows
-    loss = partial(lean_cross_entropy, rows=rows) if task.loss is cross_entropy else task.loss
-    return _evaluate(model, dataclasses.replace(task, loss=cast(Loss, loss)), config, trials)
-
-
-def _data_orders(task: Task, trials: Sequence[Trial]) -> list[DataOrder]:
-    """Check that what is evaluated has targets, and return the data order of each trial; one for each seed."""
-    for part in EVALUATED:
-        task.require_targets(part, trials[0].eval_examples)
-    by_seed = {trial.seed: data_order(task, trial) for trial in trials}
-    return [by_seed[trial.seed] for trial in trials]
+    return {part: mean_loss(model, task, part, *sizes).tolist() for part in EVALUATED}
 
 
 def join_batches(
@@ -260,42 +227,19 @@ def _new_adapter(model: nn.Module, trial: Trial) -> dict[str, LoRALinear]:
     return {name: layer(base, method.rank, method.alpha, generator=generator) for name, base in layers}
 
 
-def _factors(adapter: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
-    """Return A (r, in) and B (out, r) of each layer, by their names in :func:`lora_lab.adapter_state`."""
-    return {f"{name}.{part}": getattr(layer, part) for name, layer in adapter.items() for part in ("lora_A", "lora_B")}
+def _factors(adapter: Mapping[str, LoRALinear]) -> list[Tensor]:
+    """Return A (r, in) and B (out, r) of each layer in turn."""
+    return [factor for layer in adapter.values() for factor in (layer.lora_A, layer.lora_B)]
 
 
 def _new_history(model: nn.Module, task: Task, trial: Trial, adapter: Mapping[str, LoRALinear], trials: int) -> History:
     """Return the history of a trial, with the sizes that it would have alone."""
-    history, factors = new_history(task, trial.method, trial, model), _factors(adapter).values()
+    history, factors = new_history(task, trial.method, trial, model), _factors(adapter)
     history.settings["packed"] = trials
     history.trainable_parameters = sum(factor.numel() for factor in factors)
     history.total_parameters = count_parameters(model) + history.trainable_parameters
     history.optimizer_bytes = sum(2 * factor.nbytes + 4 for factor in factors)  # two moments, and a count of steps
     return history
-
-
-@dataclass
-class Lane:
-    """The trials that one thread computes, in modules of its own, which share the frozen weights with the other lanes.
-
-    Args:
-        model: with a packed layer in place of each adapted one.
-        trials: which of the pack's trials.
-        factors: A and B of each packed layer in turn.
-    """
-
-    model: nn.Module
-    trials: slice
-    factors: list[Tensor]
-
-    def __len__(self) -> int:
-        return self.trials.stop - self.trials.start
-
-    def rows(self, joined: Tensor, trials: int) -> Tensor:
-        """Return this lane's rows of a tensor that holds those of all trials, one after another."""
-        each = len(joined) // trials
-        return joined[self.trials.start * each : self.trials.stop * each]
 
 
 class PackedStep(TrainingStep):
@@ -306,81 +250,41 @@ class PackedStep(TrainingStep):
     one learning rate.
 
     Args:
-        model: frozen; the packed layers are put into it, and into a copy of its modules for each further thread.
+        model: frozen; a packed layer is put in place of each adapted one.
         loss: one of :data:`TRIAL_LOSSES`.
         adapters: of each trial, as it starts.
         trials: whose adapters they are.
-        threads, pool: how many lanes there are, and where they are computed.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        loss: Loss,
-        adapters: Sequence[Mapping[str, LoRALinear]],
-        trials: Sequence[Trial],
-        threads: int,
-        pool: ThreadPoolExecutor,
+        self, model: nn.Module, loss: Loss, adapters: Sequence[Mapping[str, LoRALinear]], trials: Sequence[Trial]
     ) -> None:
-        config, layers = trials[0], adapters[0].values()
-        rank = max(layer.rank for adapter in adapters for layer in adapter.values())
-        sides = [(layer.base.in_features, layer.base.out_features) for layer in layers]
+        config, layers, rank = trials[0], adapters[0], max(lora_of(trial).rank for trial in trials)
+        sides = [(layer.base.in_features, layer.base.out_features) for layer in layers.values()]
         self.shapes = [shape for inputs, outputs in sides for shape in ((rank, inputs), (outputs, rank))]
-        self.sizes = [math.prod(shape) for shape in self.shapes]
-        self.adapters, self.trials, self.pool = adapters, len(adapters), pool
-        self.values = next(iter(layers)).lora_A.new_zeros(self.trials, sum(self.sizes))  # (20, N)
+        self.adapters, self.trials, self.trial_losses = adapters, len(adapters), TRIAL_LOSSES[loss]
+        size = sum(map(math.prod, self.shapes))  # N
+        self.values = _factors(layers)[0].new_zeros(self.trials, size)  # (20, N)
         self.gradient = torch.zeros_like(self.values)  # (20, N)
-        for k, adapter in enumerate(adapters):
-            self._write(self.values[k], k, _factors(adapter))
-        self.lanes = self._place(model, math.ceil(self.trials / threads))
-        self.blocks: list[tuple[slice, nn.Parameter]] = []
+        for k in range(self.trials):
+            for factor, place in self._places(k):
+                place.copy_(factor)
+        views, self.factors = self._split(self.values), []
+        for (name, layer), A, B in zip(layers.items(), views[::2], views[1::2], strict=True):
+            scaling = A.new_tensor([adapter[name].scaling for adapter in adapters])  # (20,)
+            packed = PackedLinear(cast(nn.Linear, layer.base), A, B, scaling)
+            replace(model, name, packed)
+            self.factors += [packed.lora_A, packed.lora_B]
+        self.blocks: list[tuple[range, nn.Parameter]] = []
         groups = []
         for lr, same in itertools.groupby(range(self.trials), lambda k: trials[k].lr):
             first, *others = same
-            rows = slice(first, first + 1 + len(others))
-            parameter = nn.Parameter(self.values[rows])  # (20, N)
-            parameter.grad = self.gradient[rows]  # (20, N)
+            rows = range(first, first + 1 + len(others))
+            parameter = nn.Parameter(self.values[rows.start : rows.stop])  # (20, N)
+            parameter.grad = self.gradient[rows.start : rows.stop]  # (20, N)
             self.blocks.append((rows, parameter))
             groups.append({"params": [parameter], "lr": lr, "peak": lr, "weight_decay": config.weight_decay})
-        self.trial_losses = TRIAL_LOSSES[loss]
-        if config.lean is not None and loss is cross_entropy:
-            self.trial_losses = partial(self.trial_losses, rows=cast(Lean, config.lean).loss_rows)
-        super().__init__(model, loss, make_adamw(groups), config.clip, len(self.lanes))
-
-    def _place(self, model: nn.Module, size: int) -> list[Lane]:
-        """Put the packed layers into the model, and into copies of it, each for so many trials."""
-        views = [
-            part.unflatten(1, shape) for part, shape in zip(self.values.split(self.sizes, 1), self.shapes, strict=True)
-        ]
-        starts, lanes = range(0, self.trials, size), []
-        models = [model, *(copy_sharing_weights(model) for _ in starts[1:])]
-        for start, own in zip(starts, models, strict=True):
-            trials, factors = slice(start, min(start + size, self.trials)), []
-            for name, A, B in zip(self.adapters[0], views[::2], views[1::2], strict=True):
-                scaling = A.new_tensor([adapter[name].scaling for adapter in self.adapters[trials]])  # (20,)
-                layer = own.get_submodule(name)
-                base = cast(nn.Linear, layer.base if isinstance(layer, LoRALinear) else layer)
-                packed = PackedLinear(base, A[trials], B[trials], scaling)
-                replace(own, name, packed)
-                factors += [packed.lora_A, packed.lora_B]
-            lanes.append(Lane(own, trials, factors))
-        return lanes
-
-    def _run_lanes(self, compute: Callable[[Lane], Tensor]) -> Tensor:
-        """Return what is computed for the trials of each lane, a number for each trial: (trials,)."""
-        if len(self.lanes) == 1:
-            return compute(self.lanes[0])  # (20,)
-        with_gradients, threads = torch.is_grad_enabled(), torch.get_num_threads()
-
-        def in_thread(lane: Lane) -> Tensor:
-            with torch.set_grad_enabled(with_gradients):  # a setting of each thread
-                return compute(lane)
-
-        try:
-            torch.set_num_threads(1)
-            return torch.cat(list(self.pool.map(in_thread, self.lanes)))  # (20,)
-        finally:
-            torch.set_num_threads(threads)
+        super().__init__(model, loss, make_adamw(groups), config.clip)
 
     def __call__(self, batches: Sequence[Batch], weights: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """Take one step of every trial: forward, backward, clip, update.
@@ -392,7 +296,7 @@ class PackedStep(TrainingStep):
         Returns:
             The losses, and the norms of the gradients before clipping: (trials,) each.
         """
-        losses = self._run_lanes(lambda lane: self._backward(lane, batches, weights))  # (20,)
+        losses = torch.stack(self.backward(batches, weights)).sum(0)  # (20,)
         norms = torch.linalg.vector_norm(self.gradient, dim=1)  # (20,)
         if self.clip is not None:
             # As torch.nn.utils.clip_grad_norm_, for each trial.
@@ -400,85 +304,46 @@ class PackedStep(TrainingStep):
         self.optimizer.step()
         return losses, norms
 
-    def _backward(self, lane: Lane, batches: Sequence[Batch], weights: Sequence[Tensor]) -> Tensor:
-        """Return the weighted losses of a lane's trials; their gradients are written into its rows of ``gradient``."""
-        into = self.gradient[lane.trials]  # (20, N)
-        total = into.new_zeros(len(lane))  # (20,)
+    def backward(self, batches: Sequence[Batch], weights: Sequence[Any]) -> list[Tensor]:
+        """Write the gradients of the weighted losses into ``gradient``, and return these losses: (trials,) each."""
+        losses = []
         for number, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
-            losses = self._losses(lane, *batch)  # (20,)
-            shares = weight[lane.trials].to(losses)  # (20,)
+            loss = self.batch_loss(*batch)  # (20,)
+            shares = weight.to(loss)  # (20,)
             # Trials are independent, so the gradients of all losses are those of their sum.
-            parts = [part.flatten(1) for part in torch.autograd.grad(losses, lane.factors, shares)]
+            parts = [part.flatten(1) for part in torch.autograd.grad(loss, self.factors, shares)]
             if number == 0:
-                torch.cat(parts, dim=1, out=into)  # (20, N)
+                torch.cat(parts, dim=1, out=self.gradient)  # (20, N)
             else:
-                into.add_(torch.cat(parts, dim=1))  # (20, N)
-            total += losses.detach() * shares
-        return total
-
-    def _losses(self, lane: Lane, inputs: Tensor, targets: Tensor) -> Tensor:
-        rows = (lane.rows(part, self.trials) for part in (inputs, targets))
-        return self.trial_losses(lane.model, *rows, trials=len(lane))  # (20,)
+                self.gradient.add_(torch.cat(parts, dim=1))  # (20, N)
+            losses.append(loss.detach() * shares)  # (20,)
+        return losses
 
     def batch_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return each trial's mean loss on its own rows: (trials,)."""
-        return self._run_lanes(lambda lane: self._losses(lane, inputs, targets))  # (20,)
+        return self.trial_losses(self.model, inputs, targets, self.trials)  # (20,)
 
     def loss_on_same_batch(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return each trial's mean loss on one batch that all of them are given: (trials,)."""
-        return self._run_lanes(
-            lambda lane: self.trial_losses(
-                lane.model, torch.cat([inputs] * len(lane)), torch.cat([targets] * len(lane)), trials=len(lane)
-            )
-        )  # (20,)
+        return self.batch_loss(torch.cat([inputs] * self.trials), torch.cat([targets] * self.trials))  # (20,)
 
-    def _parts(self, row: Tensor, k: int) -> dict[str, Tensor]:
-        """Return views of trial k's row of a tensor like ``values``, in the shapes and by the names of its factors."""
-        views = (part.view(shape) for part, shape in zip(row.split(self.sizes), self.shapes, strict=True))
-        factors = _factors(self.adapters[k]).items()
-        return {name: view[: len(own), : own.shape[1]] for (name, own), view in zip(factors, views, strict=True)}
+    def _split(self, values: Tensor) -> list[Tensor]:
+        """Return views of (..., N) in the padded factors' shapes, (..., R, in) and (..., out, R) in turn."""
+        parts = values.split([*map(math.prod, self.shapes)], -1)
+        return [part.unflatten(-1, shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
-    @torch.no_grad()
-    def _write(self, row: Tensor, k: int, factors: Mapping[str, Tensor]) -> None:
-        for name, part in self._parts(row, k).items():
-            part.copy_(factors[name])
+    def _places(self, k: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the factors of trial k's own adapter, and the place of each in ``values``."""
+        for factor, view in zip(_factors(self.adapters[k]), self._split(self.values[k]), strict=True):
+            yield factor.detach(), view[: len(factor), : factor.shape[1]]
 
-    @torch.no_grad()
     def adapter(self, k: int) -> dict[str, Tensor]:
         """Put trial k's adapter alone into the model, and return its state."""
-        parts = self._parts(self.values[k], k)
-        for name, factor in _factors(self.adapters[k]).items():
-            factor.copy_(parts[name])
+        for factor, place in self._places(k):
+            factor.copy_(place)
         for name, layer in self.adapters[k].items():
             replace(self.model, name, layer)
         return adapter_state(self.model)
-
-    def _row(self, k: int) -> tuple[nn.Parameter, int]:
-        """Return the optimiser's parameter with trial k's adapter, and its row there."""
-        rows, parameter = next(block for block in self.blocks if k < block[0].stop)
-        return parameter, k - rows.start
-
-    def state(self, k: int) -> dict[str, dict[str, Tensor]]:
-        """Return AdamW's state of each tensor of trial k's adapter."""
-        parameter, place = self._row(k)
-        state = self.optimizer.state[parameter]
-        parts = {moment: self._parts(state[moment][place], k) for moment in MOMENTS}
-        return {
-            name: {"step": state["step"].clone()} | {moment: parts[moment][name].clone() for moment in MOMENTS}
-            for name in _factors(self.adapters[k])
-        }
-
-    def resume(self, paused: Sequence[PackedResult]) -> None:
-        """Take up the adapters and moments of trials that have paused at the same step."""
-        for rows, parameter in self.blocks:
-            state = {moment: torch.zeros_like(parameter) for moment in MOMENTS}  # (20, N) each
-            for k in range(rows.start, rows.stop):
-                self._write(self.values[k], k, paused[k].adapter)
-                for moment, of_trials in state.items():
-                    of_trial = {name: own[moment] for name, own in paused[k].state.items()}
-                    self._write(of_trials[k - rows.start], k, of_trial)
-            done = parameter.new_tensor(len(paused[0].history.rows) - 1, dtype=torch.float32)  # ()
-            self.optimizer.state[parameter] = {"step": done, **state}
 
     @torch.no_grad()
     def end(self, k: int) -> None:
@@ -487,10 +352,10 @@ class PackedStep(TrainingStep):
         Without the place the joined batch would be smaller, and the base's product may round the other trials' rows
         differently (with three trials of the digits transformer it does).
         """
-        parameter, place = self._row(k)
+        rows, parameter = next(block for block in self.blocks if k in block[0])
         for tensor in (parameter, *self.optimizer.state[parameter].values()):
             if tensor.ndim:  # not the count of steps
-                tensor[place] = 0.0  # (N,)
+                tensor[k - rows.start] = 0.0  # (N,)
 
 
 def _check_independence(step: PackedStep, task: Task, rows: Tensor) -> None:
@@ -505,7 +370,7 @@ def _check_independence(step: PackedStep, task: Task, rows: Tensor) -> None:
     Raises:
         PackingError: they do, or the forward pass draws at random, or a layer takes no part in the loss.
     """
-    (lane,), device = step.lanes, step.values.device
+    device = step.values.device
     # Not cut to its longest row, because other rows of another length would change the rounding of all losses.
     uncut = Examples(task.train.inputs, task.train.targets)
 
@@ -514,7 +379,7 @@ def _check_independence(step: PackedStep, task: Task, rows: Tensor) -> None:
 
     @torch.no_grad()
     def fill(trials: Tensor, value: float) -> None:
-        for B in lane.factors[1::2]:
+        for B in step.factors[1::2]:
             B[trials] = value  # (19, 128, 16)
 
     def state() -> list[Tensor]:
@@ -527,7 +392,7 @@ def _check_independence(step: PackedStep, task: Task, rows: Tensor) -> None:
         others = torch.arange(len(losses)) != k  # (20,)
         fill(others, 1.0)
         loss = losses_on(torch.where(others[:, None], (rows + 1) % len(task.train), rows))[k]  # ()
-        gradients = torch.autograd.grad(loss, lane.factors, allow_unused=True)
+        gradients = torch.autograd.grad(loss, step.factors, allow_unused=True)
         fill(others, 0.0)
         alone &= bool(loss == losses[k]) or not bool(losses[k].isfinite())
         for gradient in gradients:  # infinite ones are of a trial that diverges
@@ -547,6 +412,7 @@ def _check_pack(model: nn.Module, task: Task, trials: Sequence[Trial]) -> None:
             "trials is empty, but a pack needs at least one, such as Trial(LoRA(rank=8), 1e-3, steps=100)."
         )
     first = trials[0]
+    check_run(model, task, first.method, first)
     for trial in trials:
         if common_settings(trial) != common_settings(first):
             raise PackingError(

@@ -172,12 +172,12 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.add_(torch.bmm(left, right))
 
 
-def _cross_entropies(model: nn.Module, inputs: Tensor, targets: Tensor, trials: int, rows: int | None = None) -> Tensor:
+def _cross_entropies(model: nn.Module, inputs: Tensor, targets: Tensor, trials: int) -> Tensor:
     counts = targets.flatten() != IGNORE  # (640,)
     if isinstance(model, Llama) and _sums_in_full_precision(model.lm_head):
         # In slices: the logits of a pack may take more memory than all else, and are needed only for a moment.
         hidden = model.model(inputs).flatten(0, -2)  # (512, 576)
-        losses = token_losses(hidden, targets.flatten().clamp(min=0), model.lm_head, rows or _LOSS_ROWS)  # (512,)
+        losses = token_losses(hidden, targets.flatten().clamp(min=0), model.lm_head, _LOSS_ROWS)  # (512,)
         losses = losses.where(counts, 0.0)  # (512,)
     else:
         outputs = logits(model, inputs, targets).flatten(0, -2)  # (640, 10)

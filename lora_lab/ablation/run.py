@@ -42,17 +42,15 @@ from lora_lab.ablation.halving import PAUSED, Halving, next_round
 from lora_lab.ablation.packed import adapted_layers, common_settings, lora_of, refusal
 from lora_lab.ablation.results import OUT_OF_MEMORY, SCHEMA, STOPPED, Scores, read_results, table
 from lora_lab.costs.fake import Factory, copy_sharing_weights, fake_copy
-from lora_lab.costs.memory import Part, predict, saved_bytes
+from lora_lab.costs.memory import Part, predict
 from lora_lab.history import DivergedError, History
-from lora_lab.inject import adapter_state
 from lora_lab.lean.step import Lean
-from lora_lab.system.device import own_randomness
 from lora_lab.system.files import as_path, check_writable, write_json
 from lora_lab.system.provenance import bytes_of, commit, device_name, machine_info, version
 from lora_lab.system.schema import Size, as_number, check
 from lora_lab.system.wording import progress_bar
-from lora_lab.task import Examples, Task
-from lora_lab.train import evaluate, fit, in_autocast, make_step, to_device
+from lora_lab.task import Task
+from lora_lab.train import evaluate, fit, in_autocast, make_step
 
 Judge = Callable[[nn.Module, Task], Mapping[str, float | str]]
 _File = dict[str, Any]  # the content of a trial's file
@@ -60,6 +58,7 @@ _IN_THREADS = "in threads of one process, which share torch's random generators;
 _BUSY = threading.Lock()  # held while this process runs a trial
 _MOST_PACKED = 32  # larger packs gain little, and a kill loses the whole pack
 _MOST_STEPS = 3000  # of all trials of a pack on the CPU, unless the model is small: an hour or less for SmolLM2-135M
+_SMALL = 100_000  # numbers of a model of which the largest pack fits any machine, and takes minutes
 _commit = functools.cache(commit)  # asked once: the code that runs does not change with the folder
 
 
@@ -90,21 +89,21 @@ def ablate(
         folder: where results are kept, one file a trial; None keeps none, and an interrupt then loses all.
         n_jobs: number of processes, each with one torch thread; None means this process alone, or what the caller's
             ``joblib.parallel_config`` says.
-        engine: "separate" runs each trial with :func:`lora_lab.fit`, "packed" many in one pass
-            (:mod:`lora_lab.ablation.packed`), "auto" packs what can be packed.
+        engine: "separate" runs each by :func:`lora_lab.fit`, "packed" many in one pass, "auto" packs what can be.
         budget_bytes: memory for one pack; default half of what is free on this machine, shared among the workers.
         judge: called with each trained model and the task. The numbers and texts by name that it returns are in the
             table as ``score_<name>``. Stored trials without scores are run anew. Give another judge another folder.
         progress: show a bar; default only where a person is looking.
         timeout_s: seconds without any trial ending after which to give up on the workers.
         halving: stops trials at learning rates that validation rules out (:mod:`lora_lab.ablation.halving`); a call
-            without it runs them to the end. Paused trials have checkpoints in ``folder/paused``, for all workers.
+            without it runs them to the end. None is packed, and those that wait have checkpoints in ``folder/paused``.
 
     Raises:
         ValueError: a wrong value, a damaged file, a backend of threads, or trials that fit no model, pack or halving.
         RuntimeError: a worker makes another model or task, was ended by the system, or did not answer in time.
     """
-    check(engine, Literal["auto", "separate", "packed"], "engine")
+    check(engine, Literal["auto", "separate", "packed"] if halving is None else Literal["auto", "separate"], "engine")
+    engine = engine if halving is None else "separate"
     check(len(trials), Size, "The number of trials")
     folder = None if folder is None else as_path(folder, "folder")
     make = functools.partial(copy.deepcopy, model_factory) if isinstance(model_factory, nn.Module) else model_factory
@@ -116,7 +115,7 @@ def ablate(
     results = {key: result for key, result in stored.items() if result["outcome"] != STOPPED}
     missing = [trial for trial in requested if trial.key not in results]
     if missing and folder is not None:
-        check_writable(folder, leave=True)
+        check_writable(folder)
     workers = _count_workers(n_jobs) if missing else 1
 
     def run(model: nn.Module, trials: Sequence[Trial], *pause: Any) -> Generator[_File]:
@@ -259,13 +258,14 @@ def _fitting(model: nn.Module, task: Task, trials: Sequence[Trial], budget_bytes
 
     On the CPU they also fit into an hour or so, which is what an interrupted pack loses.
     """
+    small = sum(parameter.numel() for parameter in model.parameters()) <= _SMALL
+    if small and budget_bytes is None:
+        return _MOST_PACKED
     device = next(model.parameters()).device
     if budget_bytes is None:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
         budget_bytes = int(free) // 2 // workers
     widest = max(trials, key=lambda trial: lora_of(trial).rank)
-    if _is_small(model, task, widest, budget_bytes):
-        return _MOST_PACKED
     rows = torch.arange(widest.batch_size) % len(task.train)  # (batch,)
     lean = cast(Lean | None, widest.lean)
     bill = predict(
@@ -276,28 +276,11 @@ def _fitting(model: nn.Module, task: Task, trials: Sequence[Trial], budget_bytes
         clip=widest.clip,
         accumulate=widest.accumulate,
         gradient_checkpointing=widest.gradient_checkpointing,
-        lean=None if lean is None else replace(lean, threads=1),  # threads share the pack's trials, not a trial
+        lean=None if lean is None else replace(lean, threads=1),  # as a pack computes
     )
     shared = bill.parts.get(Part.FROZEN, 0)
     most = (budget_bytes - shared) // (bill.peak_bytes - shared)
-    return max(1, min(most, _MOST_STEPS // widest.steps) if device.type == "cpu" else most)
-
-
-def _is_small(model: nn.Module, task: Task, trial: Trial, budget_bytes: int) -> bool:
-    """Return whether the largest pack is so far below the budget that its bill, which takes a second, need not be made.
-
-    For each trial it counts ten times what its adapter has in numbers and one forward pass of the model saves.
-    """
-    layers, most = adapted_layers(model, lora_of(trial)).values(), budget_bytes // (10 * _MOST_PACKED)
-    sides = sum(layer.in_features + layer.out_features for layer in layers)
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    fixed = weights + torch.float64.itemsize * lora_of(trial).rank * sides  # bytes
-    if fixed > most:
-        return False
-    examples = Examples(task.train.inputs[: trial.batch_size], task.train.targets[: trial.batch_size])
-    batch = to_device(examples, model)  # padded in full: no batch is longer
-    with own_randomness(batch[0].device, 0):
-        return fixed + saved_bytes(lambda: task.loss(model, *batch), model) < most
+    return max(1, most if small or device.type != "cpu" else min(most, _MOST_STEPS // widest.steps))
 
 
 # Where trials run
@@ -346,7 +329,7 @@ def _check_same(what: str, made: str, expected: str | None) -> None:
 
 @dataclass(frozen=True)
 class _Job:
-    """What is sent to a worker: one or more trials, and what they need.
+    """What is sent to a worker: a trial, or several as a pack, and what they need.
 
     It is one object on purpose: joblib's Dask backend sends large arguments ahead and keeps them on workers, where a
     kill can lose them, whereas the content of one small object is sent with each job.
@@ -361,10 +344,6 @@ class _Job:
     judge: Judge | None = None
     paused: Path | None = None  # of the checkpoints of trials that pause, in a folder for each
     until: int | None = None  # the step after which to pause
-
-    def checkpoint_dir(self, trial: Trial) -> Path | None:
-        """Return the folder of a trial's checkpoint."""
-        return self.paused and self.paused / trial.key
 
 
 class _PausedError(Exception):
@@ -425,7 +404,7 @@ def _attempt(job: _Job, task: Task, trials: Sequence[Trial], together: bool) -> 
     _check_same("model", fingerprint(model), trials[0].model)
     ended, parts = [], []
     try:
-        ended = _train(job, model, task, trials, together)
+        ended = _train_pack(job, model, task, trials) if together else [_train_one(job, model, task, trials[0])]
     except packed.PackingError:  # only the attempt shows that they cannot be packed
         if job.engine == "packed":
             raise
@@ -446,35 +425,33 @@ def _attempt(job: _Job, task: Task, trials: Sequence[Trial], together: bool) -> 
     return [result for part in parts for result in _attempt(job, task, part, together)]
 
 
-def _train(job: _Job, model: nn.Module, task: Task, trials: Sequence[Trial], together: bool) -> list[_File]:
-    """Train trials, from where they have paused if they have, to where they are to pause or to the end."""
-    stored = {trial: checkpoint.read_history(job.checkpoint_dir(trial)) for trial in trials}
-    parts: dict[int, list[Trial]] = {}
-    for trial, history in stored.items():  # after an interrupt some are further than others
-        parts.setdefault(0 if history is None else len(history.rows) - 1, []).append(trial)
+def _train_pack(job: _Job, model: nn.Module, task: Task, trials: Sequence[Trial]) -> list[_File]:
+    """Train trials in one pass, and judge each on a model of its own, which shares the frozen weights."""
     ended = []
-    for done, part in parts.items():
-        if job.until is not None and done >= job.until:
-            ended += [_file(trial, model, PAUSED, stored[trial]) for trial in part]
-        elif together:
-            paused = [_read_paused(job, model, task, trial) for trial in part] if done else None
-            results = packed.fit_packed(model, task, part, progress=False, paused=paused, until=job.until)
-            ended += [_end_of_pack(job, model, task, *each) for each in zip(part, results, strict=True)]
-        else:
-            ended += [_run_one(job, model, task, trial) for trial in part]
+    for trial, result in zip(trials, packed.fit_packed(model, task, trials, progress=False), strict=True):
+        if result.error is not None:
+            ended.append(_file(trial, model, "failed", reason=str(result.error)))
+            continue
+        student = copy_sharing_weights(model)
+        make_step(student, task.loss, trial.method, trial)
+        student.load_state_dict(result.adapter, strict=False)  # which has the frozen weights already
+        ended.append(_judge(job, trial, student, task, result.history))
     return ended
 
 
-def _run_one(job: _Job, model: nn.Module, task: Task, trial: Trial) -> _File:
-    place, options = job.checkpoint_dir(trial), {}
+def _train_one(job: _Job, model: nn.Module, task: Task, trial: Trial) -> _File:
+    """Train a trial, from where it has paused if it has, to where it is to pause or to the end."""
+    place, until, options = job.paused and job.paused / trial.key, job.until, {}
 
     def pause(row: Mapping[str, Any]) -> None:
-        if row["step"] == job.until:  # its checkpoint has been written
+        if row["step"] == until:  # its checkpoint has been written
             raise _PausedError
 
     if place is not None:
-        place.parent.mkdir(parents=True, exist_ok=True)  # for all trials: fit removes what it makes to try the folder
-        options = {"checkpoint_dir": place, "checkpoint_every": job.until or trial.steps, "on_row": pause}
+        options = {"checkpoint_dir": place, "checkpoint_every": until or trial.steps, "on_row": pause}
+        stored = checkpoint.read_history(place)
+        if until is not None and stored is not None and len(stored.rows) > until:  # before an interrupt
+            return _file(trial, model, PAUSED, stored)
     try:
         history = fit(model, task, trial.method, config=trial, progress=False, **options)
     except _PausedError:
@@ -482,42 +459,6 @@ def _run_one(job: _Job, model: nn.Module, task: Task, trial: Trial) -> _File:
     except DivergedError as error:
         return _file(trial, model, "failed", reason=str(error))
     return _judge(job, trial, model, task, history)
-
-
-def _end_of_pack(job: _Job, model: nn.Module, task: Task, trial: Trial, result: packed.PackedResult) -> _File:
-    """Return the file of a packed trial; one that pauses gets the checkpoint that fit would have written."""
-    if result.error is not None:
-        return _file(trial, model, "failed", reason=str(result.error))
-    history, (student, optimizer, parameters) = result.history, _student(model, task, trial)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(result.adapter[name])
-            optimizer.state[parameter] = result.state.get(name, {})
-    if job.paused is None or job.until is None:
-        return _judge(job, trial, student, task, history)
-    # Without "packed", which fit does not know, so that it can go on from there too.
-    settings = {name: value for name, value in history.settings.items() if name != "packed"}
-    checkpoint.save(job.paused / trial.key, student, optimizer, replace(history, settings=settings))
-    return _file(trial, model, PAUSED, history)
-
-
-def _read_paused(job: _Job, model: nn.Module, task: Task, trial: Trial) -> packed.PackedResult:
-    """Return what a pack, or fit, had reached with a trial."""
-    place, (student, optimizer, parameters) = job.checkpoint_dir(trial), _student(model, task, trial)
-    history = cast(History, checkpoint.read_history(place))
-    with own_randomness(next(model.parameters()).device, trial.seed):
-        checkpoint.resume(place, student, optimizer, history)
-    state = {name: optimizer.state[parameter] for name, parameter in parameters.items()}
-    return packed.PackedResult(history, adapter=adapter_state(student), state=state)
-
-
-def _student(
-    model: nn.Module, task: Task, trial: Trial
-) -> tuple[nn.Module, torch.optim.Optimizer, dict[str, nn.Parameter]]:
-    """Return a model with the trial's adapters over the same frozen weights, its optimiser, and what it trains."""
-    student = copy_sharing_weights(model)
-    optimizer = make_step(student, task.loss, trial.method, trial).optimizer
-    return student, optimizer, {name: each for name, each in student.named_parameters() if each.requires_grad}
 
 
 def _judge(job: _Job, trial: Trial, model: nn.Module, task: Task, history: History) -> _File:

@@ -2,38 +2,22 @@
 extract it, lower its rank, and combine several.
 
 edit         switch, off, strength, extract, resize
-peft_format  adapters as files, in the format of the PEFT library, with a model card; those installed with lora_lab
-arithmetic   combine: several adapters as one
+peft_format  adapters as files, in the format of the PEFT library, with a model card; several adapters as one
 export       a whole model with its adapter merged, as a Hugging Face folder; files for llama.cpp and Ollama
 chat         a conversation whose adapter changes between answers, in a terminal or a notebook
 """
 
-from lora_lab.adapters.arithmetic import Combined, combine
-from lora_lab.adapters.edit import extract, off, resize, strength, switch
-from lora_lab.adapters.export import load_merged, save_gguf, save_merged
-from lora_lab.adapters.peft_format import (
-    CONFIG,
-    WEIGHTS,
-    load_adapter,
-    read_adapter,
-    read_config,
-    save_adapter,
-    shipped,
-)
+from lora_lab.adapters.edit import off, resize, strength, switch
+from lora_lab.adapters.export import save_gguf, save_merged
+from lora_lab.adapters.peft_format import CONFIG, WEIGHTS, combine, read_adapter, shipped
 
 __all__ = [
     "CONFIG",
     "WEIGHTS",
-    "Combined",
     "combine",
-    "extract",
-    "load_adapter",
-    "load_merged",
     "off",
     "read_adapter",
-    "read_config",
     "resize",
-    "save_adapter",
     "save_gguf",
     "save_merged",
     "shipped",

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from lora_lab.adapters.edit import strength, take_off
 from lora_lab.adapters.peft_format import load_adapter
 from lora_lab.inject import require_no_adapters
-from lora_lab.models.decoding import Sampling
-from lora_lab.models.reading import reader_of, stream
+from lora_lab.models.reading import Sampling, reader_of, stream
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system.schema import Number, check
 from lora_lab.tasks.instruction import stop_token
@@ -156,18 +155,17 @@ def obey(conversation: Conversation, line: str) -> str:
                     f"There is no adapter {name!r}; there are {', '.join(conversation.adapters) or 'none'}."
                 )
             conversation.name = name
-            return f"The next answer is given with {name}, at strength {conversation.strength:g}."
         case ["/off"]:
             conversation.name = None
-            return "From the next answer on it is the base model that answers."
         case ["/strength", number]:
             conversation.strength = check(float(number), Number, "The strength")
-            waits = "" if conversation.name else ", once /adapter NAME has chosen an adapter"
-            return f"The adapter's update is multiplied by {conversation.strength:g} from now on{waits}."
         case ["/new"]:
             conversation.messages.clear()
             return "A new conversation begins."
-    return HELP
+        case _:
+            return HELP
+    name, factor = conversation.name, conversation.strength
+    return f"The next answer is that of {'the base model' if name is None else f'{name}, at strength {factor:g}'}."
 
 
 # In a notebook

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_lab.inject import adapter_state, lora_layers, match_layers, replace, require_no_adapters, uncompiled
 from lora_lab.layers import LoRAConv1D, lora_class
 from lora_lab.lora import LoRALayer
-from lora_lab.rank import energy_rank, product_svd, svd, truncate
+from lora_lab.rank import product_svd, svd, truncate
 from lora_lab.system.schema import Number, Positive, Size, check, check_finite
 from lora_lab.variants import DoRALinear, PiSSALinear
 
@@ -187,7 +187,7 @@ def strength(model: nn.Module, factor: float) -> Iterator[nn.Module]:
 
         h = W0 x + factor * scaling * B A x
 
-    A factor of 1 changes nothing. With 0 the model is the base, as within :func:`off`. Between 0 and 1 the adapter acts
+    A factor of 1 changes nothing. With 0 the model computes what its base does. Between 0 and 1 the adapter acts
     less than it was trained to, above 1 more, and below 0 in the opposite direction (Ilharco et al. 2023, "Editing
     Models with Task Arithmetic", arXiv 2212.04089). Blocks within blocks multiply their factors. When the block ends,
     also by an error, every layer has its alpha back. Do not save, switch or inject within the block.
@@ -204,10 +204,6 @@ def strength(model: nn.Module, factor: float) -> Iterator[nn.Module]:
                 f"{name!r} has an adapter of type DoRALinear, whose update is not proportional to its scaling, so it "
                 "cannot be multiplied by a factor; use off, or an adapter of plain LoRA."
             )
-    if factor == 0:
-        with off(model):
-            yield model
-        return
     alphas = {name: layer.alpha for name, layer in layers.items()}
     try:
         for layer in layers.values():
@@ -219,9 +215,7 @@ def strength(model: nn.Module, factor: float) -> Iterator[nn.Module]:
 
 
 @torch.no_grad()
-def extract(
-    base: nn.Module, tuned: nn.Module | dict[str, Tensor], rank: int | None = None, *, energy: float | None = None
-) -> dict[str, float]:
+def extract(base: nn.Module, tuned: nn.Module | dict[str, Tensor], rank: int) -> dict[str, float]:
     """Turn a full fine-tune into adapters on ``base``, in place: the change of each linear layer, cut to a low rank.
 
     Each layer's W_tuned - W_base is replaced by the nearest matrix of that rank (:func:`lora_lab.rank.truncate`), as
@@ -231,19 +225,16 @@ def extract(
     Args:
         base: the model before fine-tuning.
         tuned: the model after it, or its state dict.
-        rank: of all adapters (at most the rank that a layer's shape allows), or
-        energy: share of the change's squared norm, from which each layer's rank follows: the smallest that holds it.
+        rank: of all adapters, or as much of it as a layer's shape allows.
 
     Returns:
         The relative error ||change - B A|| / ||change|| (Frobenius) of each adapted layer.
 
     Raises:
-        ValueError: both or none of rank and energy are given, a number is out of range, the models differ in shape,
-            nothing changed, a change holds NaN or infinity, or ``base`` has adapters. ``base`` is then left unchanged.
+        ValueError: the rank is below 1, the models differ in shape, nothing changed, a change holds NaN or infinity, or
+            ``base`` has adapters. ``base`` is then left unchanged.
     """
-    if (rank is None) == (energy is None):
-        raise ValueError(f"rank is {rank} and energy {energy}; pass one of them.")
-    rank, energy = check(rank, Size | None, "rank"), check(energy, Number | None, "energy")
+    rank = check(rank, Size, "rank")
     if isinstance(tuned, nn.Module):
         tuned = uncompiled(tuned).state_dict()
     base = uncompiled(base)
@@ -263,10 +254,8 @@ def extract(
         change = svd(difference.T if issubclass(kind, LoRAConv1D) else difference)  # (48, 48), (48,), (48, 64)
         if not change.S.any():
             continue
-        most = len(change.S) if rank is None else min(rank, len(change.S))
-        layer_rank = most if energy is None else int(energy_rank(change.S, energy))
-        B, A, error = truncate(change, layer_rank)  # (48, 4), (4, 64), ()
-        factors[name] = Factors({"lora_A": A, "lora_B": B}, layer_rank, 1.0)
+        B, A, error = truncate(change, min(rank, len(change.S)))  # (48, 4), (4, 64), ()
+        factors[name] = Factors({"lora_A": A, "lora_B": B}, len(A), 1.0)
         errors[name] = float(error)
     if not factors:
         raise ValueError("No linear layer of the tuned model differs from the base, so there is nothing to extract.")
@@ -299,18 +288,11 @@ def resize(model: nn.Module, rank: int) -> dict[str, float]:
     errors = dict.fromkeys(layers, 0.0)
     for name, layer in layers.items():
         if layer.rank > rank:
-            scaling = layer.scaling
-            A, B, errors[name] = truncate_product(layer.lora_A, layer.lora_B, rank)
-            set_factors(layer, {"lora_A": A, "lora_B": B}, layer.alpha)
+            A, B, scaling = layer.lora_A, layer.lora_B, layer.scaling
+            exact = product_svd(B.flatten(1), A.flatten(1))  # a small layer's has fewer singular values than A has rows
+            nearest = truncate(exact, min(rank, len(exact.S)))
+            new_A, new_B = nearest.A.view(-1, *A.shape[1:]), nearest.B.view(len(B), -1, *B.shape[2:])
+            set_factors(layer, {"lora_A": new_A, "lora_B": new_B}, layer.alpha)
             _set_scaling(layer, scaling)
+            errors[name] = float(nearest.error)
     return errors
-
-
-def truncate_product(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Return the factors of the matrix of this rank nearest to B A, in the shapes of a layer's, and the relative error.
-
-    Of a small layer, B A may have a lower rank, and so has the result.
-    """
-    exact = product_svd(B.flatten(1), A.flatten(1))
-    nearest = truncate(exact, min(rank, len(exact.S)))
-    return nearest.A.view(-1, *A.shape[1:]), nearest.B.view(len(B), -1, *B.shape[2:]), float(nearest.error)

@@ -12,8 +12,8 @@ import math
 import platform
 import re
 import warnings
-from collections import Counter
-from collections.abc import Collection, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Required
 
@@ -32,7 +32,7 @@ from lora_lab.lora import LoRALayer
 from lora_lab.models.pretrained import ADAPTER_CONFIG, check_separate
 from lora_lab.system.files import as_path, atomic_files, read_carried_json, read_json, repair, write_json
 from lora_lab.system.provenance import version
-from lora_lab.system.schema import Dropout, Positive, Size, check, check_finite
+from lora_lab.system.schema import Dropout, Number, Positive, Size, check, check_finite
 from lora_lab.system.wording import count_noun, short_repr, shortened
 from lora_lab.variants import LORA_METHODS, PiSSALinear
 
@@ -413,6 +413,58 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
+# Several adapters as one
+
+
+@torch.no_grad()
+def combine(
+    adapters: Sequence[str | Path | Mapping[str, Tensor]], weights: Sequence[float] | None = None
+) -> dict[str, Tensor]:
+    """Return one adapter whose update is the weighted sum of those of several adapters of the same base.
+
+        W0 + sum_i w_i s_i B_i A_i
+
+    The factors stand side by side, so the update is the sum to rounding, and its rank is the sum of the ranks;
+    :func:`lora_lab.adapters.resize` lowers it. PEFT's ``add_weighted_adapter`` calls this "cat", and with the
+    resizing "svd". A layer that only some of them adapt gets the sum of theirs.
+
+    Args:
+        adapters: folders, or what :func:`read_adapter` or :func:`lora_lab.adapter_state` returned; of any kind but
+            DoRA.
+        weights: one finite number for each adapter; None counts each once. Below 0 subtracts an adapter.
+
+    Returns:
+        The adapter with scaling 1, for :func:`load_adapter` or :func:`lora_lab.adapters.switch`.
+
+    Raises:
+        ValueError: there are no adapters; the weights do not fit; an adapter is of DoRA, whose updates do not add up; a
+            number of one is NaN or infinite; or the shapes in a layer differ.
+    """
+    weights = [1.0 for _ in adapters] if weights is None else [check(weight, Number, "weight") for weight in weights]
+    if len(adapters) == 0 or len(weights) != len(adapters):
+        raise ValueError(f"There are {len(adapters)} adapters and {len(weights)} weights; give each adapter one.")
+    layers: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    for weight, adapter in zip(weights, adapters, strict=True):
+        for name, (tensors, _, scaling) in read(adapter).factors.items():
+            if tensors.keys() != {*LoRALayer.parts}:
+                raise ValueError(
+                    f"An adapter holds {sorted(tensors)} of {name!r}, so its update is more than scaling * B A and "
+                    "does not add up with others; merge it, extract a plain adapter, and combine that."
+                )
+            A, B = (
+                tensors[part].to(torch.promote_types(tensors[part].dtype, torch.float32)) for part in LoRALayer.parts
+            )
+            layers[name].append((weight * scaling * A, B))  # (r, in), (out, r)
+    factors = {}
+    for name, terms in layers.items():
+        if len({(A.shape[1:], len(B), B.shape[2:]) for A, B in terms}) > 1:
+            raise ValueError(f"The adapters of {name!r} are of layers of different shapes; combine those of one base.")
+        A = torch.cat([A for A, _ in terms])  # (r1 + r2, in)
+        B = torch.cat([B for _, B in terms], dim=1)  # (out, r1 + r2)
+        factors[name] = Factors({"lora_A": A, "lora_B": B}, float(len(A)), 1.0)
+    return join_state(factors)
+
+
 # The model card, which the Hugging Face Hub reads, and people too
 
 _MARK = (
@@ -438,17 +490,18 @@ def make_card(config: Mapping[str, Any], parameters: int, history: History | Non
     kind = next((kind.__name__ for kind in LORA_METHODS.values() if config.get(str(kind.peft))), "LoRA")
     on_hub = base and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) and not Path(base).exists()  # which takes names alone
     exceptions = " (exceptions in adapter_config.json)" if config["rank_pattern"] or config["alpha_pattern"] else ""
-    settings = {
+    rows = {
         "base model": f"`{base}`" if base else "not recorded",
         "method": kind,
         "rank, alpha": f"{config['r']}, {config['lora_alpha']:g}{exceptions}",
         "dropout": f"{config['lora_dropout']:g}",
         "adapted layers": f"{len(targets)} layers" if len(targets) > 12 else ", ".join(f"`{name}`" for name in targets),
         "parameters": f"{parameters:,}",
+        **({} if history is None else _describe(history)),  # which has the run's own name of the method
     }
+    table = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
     title = f" for {base}" if base else ""
     front = f"base_model: {base}\n" if on_hub else ""
-    training = "" if history is None else f"\n## Training\n\n{_table(_describe(history))}\n"
     return f"""---
 {front}library_name: peft
 tags:
@@ -459,8 +512,10 @@ tags:
 
 # {kind} adapter{title}
 
-{_table(settings)}
-{training}
+| | |
+|---|---|
+{table}
+
 ## Use
 
 The folder is in PEFT's format. With lora_lab: `lora_lab.load_adapter(model, folder)`; with PEFT:
@@ -487,10 +542,6 @@ def _describe(history: History) -> dict[str, str]:
         if losses:
             result[f"{label}, before and after"] = f"{losses[0]:.3f}, {losses[-1]:.3f}"
     return result
-
-
-def _table(rows: Mapping[str, str]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items())])
 
 
 # Adapters that are installed with lora_lab

@@ -87,18 +87,13 @@ class NearBase:
 
 
 def mean_divergence(
-    base: nn.Module,
-    tuned: nn.Module,
-    task: Task,
-    part: str = "validation",
-    batch_size: int = 8,
-    limit: int | None = None,
+    base: nn.Module, tuned: nn.Module, task: Task, part: str = "validation", limit: int | None = None
 ) -> float:
     """Return KL(base || tuned) over the targets of one part that count, in nats a target, without dropout.
 
     Args:
         base, tuned: models of the same vocabulary, on the same device.
-        task, part, batch_size, limit: as for :func:`lora_lab.evaluate`.
+        task, part, limit: as for :func:`lora_lab.evaluate`.
     """
 
     def from_base(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -107,7 +102,7 @@ def mean_divergence(
 
     with restore_modes(base):
         base.eval()
-        return evaluate(tuned, replace(task, loss=from_base), part, batch_size, limit)
+        return evaluate(tuned, replace(task, loss=from_base), part, limit=limit)
 
 
 def base_replies(prompts: slice = slice(None)) -> Padded:

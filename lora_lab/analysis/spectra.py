@@ -24,7 +24,6 @@ import copy
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -38,6 +37,7 @@ from lora_lab.inject import lora_layers
 from lora_lab.layers import LoRAConv1D, LoRAEmbedding
 from lora_lab.lora import LoRALayer
 from lora_lab.rank import (
+    DRAWS,
     SVD,
     Band,
     amplification_factor,
@@ -49,11 +49,10 @@ from lora_lab.rank import (
     intruder_dimensions,
     orthonormal,
     product_svd,
+    singular_values,
     stable_rank,
     svd,
 )
-from lora_lab.rank import singular_values as matrix_singular_values
-from lora_lab.system.schema import Size, check
 from lora_lab.system.wording import progress_bar
 from lora_lab.task import IGNORE, Task, logits, mean_cross_entropy
 from lora_lab.variants import DoRALinear, PiSSALinear
@@ -63,7 +62,7 @@ if TYPE_CHECKING:
 
 
 STATISTICS = {"effective_rank": effective_rank, "stable_rank": stable_rank, "energy_rank": energy_rank}
-_DRAWS = 39
+_DIRECTIONS = 8  # the leading ones, of which the amplification is reported
 
 
 @dataclass(frozen=True)
@@ -139,56 +138,23 @@ def updates(before: Weights | None, after: Source, *, progress: bool | None = No
     return result
 
 
-@torch.no_grad()
-def singular_values(before: Weights, after: Weights, *, progress: bool | None = None) -> dict[str, Tensor]:
-    """Return the singular values (k,) of every matrix's change, in float64: several times as fast as :func:`updates`.
-
-    On the CPU, each matrix is computed by one thread (a second one does not speed up the eigenvalues of small
-    matrices), and as many matrices in parallel as torch has threads. On a GPU they are computed one after another.
-
-    Args:
-        before, after: two models, or their state dicts.
-        progress: as for :func:`updates`.
-
-    Raises:
-        ValueError: as for :func:`updates`.
-    """
-    pairs, threads = _pair_matrices(before, after), torch.get_num_threads()
-
-    def work(name: str) -> Tensor:
-        old, new = pairs[name]
-        S = matrix_singular_values(new.double() - old.double())  # (192,)
-        bar.update()
-        return S
-
-    on_cpu = all(matrix.device.type == "cpu" for pair in pairs.values() for matrix in pair)
-    with progress_bar(len(pairs), "singular values", progress, "matrix") as bar, ThreadPoolExecutor(threads) as pool:
-        torch.set_num_threads(1)
-        try:
-            return dict(zip(pairs, (pool.map if on_cpu else map)(work, pairs), strict=True))
-        finally:
-            torch.set_num_threads(threads)
-
-
-def report(before: Weights | None, after: Source, *, directions: int = 8, progress: bool | None = None) -> DataFrame:
+def report(before: Weights | None, after: Source, *, progress: bool | None = None) -> DataFrame:
     """Return one row per layer: how large the update is, how many directions it has, and what chance would give.
 
     Columns: ``layer``; ``kind``, the last part of its name; ``depth``, the number in its name; ``out`` and ``in``;
     ``rank`` of the adapter; ``norm`` (Frobenius) and ``spectral_norm`` of the update; effective_rank, stable_rank and
     energy_rank (of 90 %), each with its band for noise; and, if the weight before is known, ``relative_norm`` (relative
-    to that weight's norm) and ``amplification`` of the leading directions (Hu et al. 2021, section 7.3) with the band
+    to that weight's norm) and ``amplification`` of the 8 leading directions (Hu et al. 2021, section 7.3) with the band
     of random directions.
 
     Args:
         before, after, progress: as for :func:`updates`.
-        directions: how many leading directions the amplification uses, at most.
 
     Raises:
         FileNotFoundError, ValueError: as for :func:`updates`.
     """
     import pandas
 
-    directions = check(directions, Size, "directions")
     rows = []
     for name, update in updates(before, after, progress=progress).items():
         S = update.svd.S
@@ -207,7 +173,7 @@ def report(before: Weights | None, after: Source, *, directions: int = 8, progre
             row["relative_norm"] = row["norm"] / max(float(update.before.float().norm()), 1e-30)
             rounding = len(S) * torch.finfo(S.dtype).eps * S[0]
             nonzero = int((rounding < S).sum())  # singular vectors of zero singular values are arbitrary
-            row |= _amplification(update.svd, update.before, max(1, min(directions, nonzero)))
+            row |= _amplification(update.svd, update.before, max(1, min(_DIRECTIONS, nonzero)))
         rows.append(row)
     return pandas.DataFrame(rows).astype({"depth": "Int64", "rank": "Int64"})
 
@@ -237,7 +203,7 @@ def _amplification(update: SVD, before: Tensor, directions: int) -> dict[str, fl
 def _random_directions(out_features: int, in_features: int, count: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     sizes = (out_features, in_features)
-    draws = [[orthonormal(size, count, generator=generator).float() for size in sizes] for _ in range(_DRAWS)]
+    draws = [[orthonormal(size, count, generator=generator).float() for size in sizes] for _ in range(DRAWS)]
     left, right = map(torch.stack, zip(*draws, strict=True))
     return left, right  # (39, 192, 8), (39, 576, 8)
 
@@ -250,42 +216,32 @@ def null_bands(shape: tuple[int, int], rank: int | None = None) -> dict[str, Ban
         if rank is not None:
             S = product_svd(*gaussian_factors(shape, rank, generator=generator)).S  # (8,)
         else:
-            S = matrix_singular_values(gaussian(shape, generator=generator))  # (192,)
+            S = singular_values(gaussian(shape, generator=generator))  # (192,)
         return torch.stack([statistic(S).double() for statistic in STATISTICS.values()])  # (3,)
 
-    band = by_chance(draw, _DRAWS)
+    band = by_chance(draw)
     return {name: Band(*(edge[index] for edge in band)) for index, name in enumerate(STATISTICS)}
 
 
-def intruders(
-    before: Weights | None,
-    after: Source,
-    layers: Sequence[str] | None = None,
-    *,
-    top: int = 10,
-    epsilon: float = 0.5,
-    progress: bool | None = None,
-) -> DataFrame:
+def intruders(before: Weights | None, after: Source, layers: Sequence[str] | None = None) -> DataFrame:
     """Intruder dimensions of each layer (Shuttleworth et al. 2024), with those of noise of the same norm.
 
-    Columns: ``layer``; ``intruders``, how many of the ``top`` leading directions of the tuned weight have a cosine
-    below ``epsilon`` with every direction of the old weight, with the band of Gaussian updates of the same norm and
+    Columns: ``layer``; ``intruders``, how many of the 10 leading directions of the tuned weight have a cosine below
+    0.5 with every direction of the old weight, with the band of Gaussian updates of the same norm and
     rank; ``energy_share`` of the intruders in the tuned weight; ``floor``, the cosine of a random direction.
 
     Each layer takes about 40 decompositions, half a minute if it is 576 x 1536, so select a few layers.
 
     Args:
-        before, after, progress: as for :func:`updates`.
+        before, after: as for :func:`updates`.
         layers: names of the layers; None for all.
-        top: number of leading directions to check.
-        epsilon: cosine below which a direction counts as new.
 
     Raises:
         FileNotFoundError, ValueError: as for :func:`updates`; also if a layer or its weight before is unknown.
     """
     import pandas
 
-    by_layer = updates(before, after, progress=progress)
+    by_layer = updates(before, after)
     names = list(by_layer) if layers is None else list(layers)
     for name in names:
         if name not in by_layer:
@@ -293,18 +249,18 @@ def intruders(
         if by_layer[name].before is None:
             raise ValueError(f"The weight of {name!r} before training is not known; pass the model before.")
     rows = []
-    with progress_bar(len(names), "intruders", progress, "layer") as bar:
+    with progress_bar(len(names), "intruders", None, "layer") as bar:
         for name in names:
-            rows.append({"layer": name, **_intruders(by_layer[name], top, epsilon)})
+            rows.append({"layer": name, **_intruders(by_layer[name])})
             bar.update()
     return pandas.DataFrame(rows)
 
 
-def _intruders(update: Update, top: int, epsilon: float) -> dict[str, float]:
+def _intruders(update: Update) -> dict[str, float]:
     U, S, Vh = update.svd
     W = cast(Tensor, update.before).to(U.dtype)  # (192, 576)
-    old, size = svd(W), float(S.norm())
-    result = intruder_dimensions(old, W + U * S @ Vh, top, epsilon)
+    old, size, top = svd(W), float(S.norm()), min(10, *update.shape)
+    result = intruder_dimensions(old, W + U * S @ Vh, top)
 
     def draw(generator: torch.Generator) -> Tensor:
         if update.rank is None:
@@ -312,9 +268,9 @@ def _intruders(update: Update, top: int, epsilon: float) -> dict[str, float]:
         else:
             B, A = gaussian_factors(update.shape, update.rank, norm=size, generator=generator)
             noise = B @ A  # (192, 576)
-        return intruder_dimensions(old, W + noise.to(W), top, epsilon).count
+        return intruder_dimensions(old, W + noise.to(W), top).count
 
-    row = _add_band("intruders", int(result.count), by_chance(draw, _DRAWS))
+    row = _add_band("intruders", int(result.count), by_chance(draw))
     return {**row, "energy_share": float(result.energy_share), "floor": result.floor}
 
 
@@ -408,11 +364,12 @@ def _update_of(layer: LoRALayer) -> _Factors | Update:
     before = layer.base.weight.flatten(1)  # (192, 576)
     if isinstance(layer, DoRALinear):  # the row norms change too, so the update has full rank
         return Update(svd(layer.weight - before), None, before)
+    A, B = layer.lora_A, layer.lora_B  # (8, 576), (192, 8)
     if isinstance(layer, PiSSALinear):  # B A starts as a part of the weight, and the update is B A - B0 A0
-        layer = layer.as_plain_lora()
+        A, B = layer.plain_factors(A, B, layer.start_A, layer.start_B)  # (16, 576), (192, 16)
     if isinstance(layer, LoRAEmbedding | LoRAConv1D):  # these store their weight as (in, out)
         before = before.T
-    return _Factors(layer.lora_B.flatten(1), layer.lora_A.flatten(1), layer.scaling, before)
+    return _Factors(B.flatten(1), A.flatten(1), layer.scaling, before)
 
 
 def _decompose(adapter: Mapping[str, _Factors | Update], weights: Mapping[str, Tensor]) -> dict[str, Update]:
@@ -447,35 +404,26 @@ class DrawnLabels:
 
     Args:
         base: the model that predicts; in evaluation mode.
-        temperature: its logits are divided by it. At 1 there is nothing to learn; at infinity all labels are equally
-            likely, so a confident base has one thing to learn: to be less confident.
     """
 
     base: nn.Module
-    temperature: float = 1.0
 
     def __call__(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         generator = None if torch.is_grad_enabled() else torch.Generator(inputs.device).manual_seed(0)
         with torch.no_grad():
-            scores = logits(self.base, inputs, targets).float() / self.temperature  # (32, 10) or (4, 128, 49152)
+            scores = logits(self.base, inputs, targets).float()  # (32, 10) or (4, 128, 49152)
             chances = scores.flatten(0, -2).softmax(-1)  # (32, 10) or (4 * 128, 49152)
             labels = torch.multinomial(chances, 1, generator=generator).view(targets.shape)  # (32,) or (4, 128)
         labels = labels.where(targets != IGNORE, IGNORE)
         return mean_cross_entropy(logits(model, inputs, targets), labels)  # ()
 
 
-def null(task: Task, base: nn.Module, temperature: float = 1.0) -> Task:
+def null(task: Task, base: nn.Module) -> Task:
     """Return the task with labels from the base's own predictions: with it, training has nothing to learn.
 
     Args:
         task: whose targets are classes or next tokens.
         base: the model from which training starts; it is copied.
-        temperature: as for :class:`DrawnLabels`.
-
-    Raises:
-        ValueError: the temperature is not positive.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature!r}, but it must be positive: 1, or math.inf for equal chances.")
     frozen = copy.deepcopy(base).eval().requires_grad_(False)
-    return replace(task, name=f"{task.name}, nothing to learn", loss=DrawnLabels(frozen, temperature))
+    return replace(task, name=f"{task.name}, nothing to learn", loss=DrawnLabels(frozen))

@@ -6,6 +6,7 @@ A :class:`StorageLog` follows a step: which storages each of its operations allo
 from __future__ import annotations
 
 import math
+import re
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -79,7 +80,7 @@ class Bill:
 
     Args:
         parts: part -> bytes, with the names of :class:`Part`. Batches themselves are not counted.
-        moment: the operation at which the peak is reached.
+        moment: the operation at which the peak is reached, and its module: "layers.*.mlp" stands for that of any block.
         source: "predicted", "measured", or "estimated for CUDA, not measured".
         setting: the model, the setup and the batch.
         saved: what autograd has saved at the end of the forward pass, by the kind of module that saved it. A storage
@@ -156,7 +157,7 @@ class RecordedOperation(NamedTuple):
     """One operation of a step.
 
     Args:
-        phase: one of ``setup.PHASES``, or "before".
+        phase: as of a :class:`StepTracer`.
         name: torch's name of the operator.
         module: which module calls it, or what it belongs to outside all modules; empty if that is not known.
         allocated: storages that exist from this operation on. The first operation of a step has all from before it.
@@ -218,8 +219,8 @@ class Recording:
         operation = self.operations[index]
         of_phase = [i for i, other in enumerate(self.operations) if other.phase == operation.phase]
         number = f"operation {of_phase.index(index) + 1:,} of {len(of_phase):,}"
-        where = f" in {operation.module}" if operation.module else ""
-        return f"{operation.phase}, {number}: {operation.name}{where}"
+        where = re.sub(r"\.\d+", ".*", operation.module)  # of blocks that are alike only a few may be rehearsed
+        return f"{operation.phase}, {number}: {operation.name}{f' in {where}' if where else ''}"
 
 
 def _round_up(size: int, block: int) -> int:

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lora_lab.costs.cost_model import CostModel, OperatorCall, Prediction, Roofline
 from lora_lab.costs.flops import GIGA
 from lora_lab.costs.memory import GIB
+from lora_lab.costs.timing import CostModel, OperatorCall, Prediction, Roofline
 
 NOT_MEASURED = "from the datasheet, not measured"
 TERA = 10**12
@@ -91,9 +91,9 @@ class Efficiency:
 # benchmarks/published.py, which predicts all other rows. The launch is assumed: those rows hardly depend on it.
 EFFICIENCY = Efficiency(matmul=0.69, memory=0.77, launch_s=5e-6)
 _BASIS = (
-    "The shares of the datasheet's rates are fitted to two steps on an L40S, and {launch_us:.0f} us for a launch are "
-    "assumed. Predictions were compared with measurements of others on L40S and A100 only, with an aim of 25 %: see "
-    "docs/costs.md."
+    f"The shares of the datasheet's rates are fitted to two steps on an L40S, and {EFFICIENCY.launch_s * 1e6:.0f} us "
+    "for a launch are assumed. Predictions were compared with measurements of others on L40S and A100 only, with an "
+    "aim of 25 %: see docs/costs.md."
 )
 # Launches are 36 to 47 % of the times predicted for LitGPT's steps, which really took three times as long, and at most
 # 16 % of the times of all other steps in benchmarks/published.py.
@@ -127,12 +127,11 @@ class CardCosts(CostModel):
     """What operations cost on a card; nothing was measured, so that a prediction has more doubts."""
 
     card: Card
-    efficiency: Efficiency
 
     def _doubts(self, prediction: Prediction, disturbed: str) -> list[str]:
-        card, efficiency, doubts = self.card, self.efficiency, []
+        card, doubts = self.card, []
         shares = {
-            name: work.launches() * efficiency.launch_s / prediction.total_s(name)
+            name: work.launches() * EFFICIENCY.launch_s / prediction.total_s(name)
             for name, work in prediction.works.items()
         }
         if many := [f"{share * 100:.0f} % ({name})" for name, share in shares.items() if share > _MANY_LAUNCHES]:
@@ -148,34 +147,24 @@ class CardCosts(CostModel):
             )
         if card.note:
             doubts.append(f"The {card.name} {card.note}.")
-        if efficiency == EFFICIENCY:
-            doubts.append(_BASIS.format(launch_us=efficiency.launch_s * 1e6))
-        return doubts
+        return [*doubts, _BASIS]
 
 
-def cost_model(name: str, efficiency: Efficiency = EFFICIENCY) -> CardCosts:
+def cost_model(name: str) -> CardCosts:
     """Return what operations cost on a card that is not here, from its datasheet; nothing is measured.
 
     Args:
         name: as for :func:`card`.
-        efficiency: how much of the datasheet's rates a step reaches.
 
     Raises:
         ValueError: as for :func:`card`.
     """
-    chosen = card(name)
+    chosen, share = card(name), EFFICIENCY
     rates = {
-        "matrix multiplications in bfloat16": f"{chosen.half_flops / TERA:,.1f} TFLOP/s x {efficiency.matmul:.2f}",
-        "matrix multiplications in float32": f"{chosen.float32_flops / TERA:,.1f} TFLOP/s x {efficiency.matmul:.2f}",
-        "memory": f"{chosen.bytes_per_second / GIGA:,.0f} GB/s x {efficiency.memory:.2f}",
-        "shortest operation": f"{efficiency.launch_s * 1e6:.1f} us",
+        "matrix multiplications in bfloat16": f"{chosen.half_flops / TERA:,.1f} TFLOP/s x {share.matmul:.2f}",
+        "matrix multiplications in float32": f"{chosen.float32_flops / TERA:,.1f} TFLOP/s x {share.matmul:.2f}",
+        "memory": f"{chosen.bytes_per_second / GIGA:,.0f} GB/s x {share.memory:.2f}",
+        "shortest operation": f"{share.launch_s * 1e6:.1f} us",
         "source": chosen.source,
     }
-    return CardCosts(
-        roofline(chosen, efficiency),
-        rates=rates,
-        where=f"{chosen.name}, {NOT_MEASURED}",
-        place=f"on the {chosen.name}",
-        card=chosen,
-        efficiency=efficiency,
-    )
+    return CardCosts(roofline(chosen), rates=rates, where=f"{chosen.name}, {NOT_MEASURED}", card=chosen)

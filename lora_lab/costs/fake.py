@@ -58,7 +58,8 @@ def batch_for(model: nn.Module, batch_size: int | None, seq_len: int | None, bat
             else.
     """
     if batch is not None:
-        return on_each(batch, lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype, device=device_of(model)))
+        inputs, targets = (torch.zeros(each.shape, dtype=each.dtype, device=device_of(model)) for each in batch)
+        return inputs, targets
     reads = getattr(model, "main_input_name", "input_ids")
     if reads == "pixel_values":
         if seq_len is not None:
@@ -86,12 +87,6 @@ def _pictures(model: nn.Module, count: int) -> Tensor:
     parameter = next(model.parameters())
     shape = count, getattr(config, "num_channels", 3), height, width
     return torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
-
-
-def on_each(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
-    """Return a batch of what ``function`` makes of the inputs and of the targets."""
-    inputs, targets = batch
-    return function(inputs), function(targets)
 
 
 def shape_of(batch: Batch) -> str:
@@ -255,17 +250,18 @@ def _call_factory(factory: Factory | str | Path, device: torch.device | str) -> 
         return factory()
 
 
-def unshare_trainable(model: nn.Module, shared: set[int]) -> None:
-    """Clone those shared tensors of a model that training would write to: trainable parameters and buffers.
+def unshare_trainable(twin: nn.Module, model: nn.Module) -> None:
+    """Clone those tensors that training would write to and that a copy shares: trainable parameters and buffers.
 
     Args:
-        model: from :func:`copy_sharing_weights`, and ready to train since.
-        shared: the storages (:func:`storage_of`) that it shares.
+        twin: from :func:`copy_sharing_weights`, and ready to train since.
+        model: what it is a copy of.
     """
-    for parameter in model.parameters():
+    shared = {storage_of(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    for parameter in twin.parameters():
         if parameter.requires_grad and storage_of(parameter) in shared:
             parameter.data = parameter.data.clone()
-    for module in model.modules():
+    for module in twin.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.clone()

@@ -9,7 +9,6 @@ another question (``lora_lab.costs.speed``).
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,16 +21,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from lora_lab.costs.fake import Source, batch_for, build_on_meta, fake_copy, storage_of
-from lora_lab.costs.repeated import extend_counts, longest_run, prepare_shapes, rehearse, transformer_blocks
+from lora_lab.costs.repeated import blocks_are_alike, extend_counts, prepare_shapes, rehearse
 from lora_lab.costs.setup import Setup, StepTracer, adapter_modules, as_setup, setting_of
-from lora_lab.inject import lora_layers, output_head
-from lora_lab.layers import is_linear
-from lora_lab.lora import LoRALayer, LoRALinear
+from lora_lab.inject import output_head
+from lora_lab.lora import LoRALayer
 from lora_lab.methods import FullFineTuning, LoRA, Method
-from lora_lab.models.quantize import BlockLinear
+from lora_lab.models.llama import Llama
 from lora_lab.system.device import own_randomness
-from lora_lab.system.wording import count_noun
-from lora_lab.task import is_encoder_decoder
 from lora_lab.train import Batch, TrainingStep
 
 LAYERS, HEAD, ATTENTION, ADAPTERS, OTHER = "layers", "head", "attention", "adapters", "other"
@@ -67,15 +63,11 @@ class Flops:
             in the forward pass and twice that in the backward pass.
         tokens: the batch's size, in tokens or examples.
         setting: the model, the setup and the batch.
-        seq_len: s; None for examples that are not sequences of tokens.
-        closed: :func:`closed_form` of the same step, or None where it does not apply.
     """
 
     counts: Mapping[tuple[str, str], int]
     tokens: int
     setting: str
-    seq_len: int | None = None
-    closed: Mapping[str, float] | None = None
 
     @property
     def total(self) -> int:
@@ -90,25 +82,6 @@ class Flops:
         """Return all parts of one pass: "forward", "input gradients", "weight gradients" or "recomputed"."""
         return sum(count for (_, pass_), count in self.counts.items() if pass_ == name)
 
-    @property
-    def causal(self) -> float | None:
-        """The total if a causal kernel skips what the mask hides: (s - 1) / 2s of attention. None without s."""
-        if self.seq_len is None:
-            return None
-        return self.total - self.part(ATTENTION) * (self.seq_len - 1) / 2 / self.seq_len
-
-    @property
-    def fused(self) -> float | None:
-        """As ``causal``, for a kernel that saves no scores and recomputes them in the backward pass.
-
-        The backward pass then has 5 matrix multiplications for the forward pass's 2, not 4 (Dao et al. 2022,
-        arXiv 2205.14135, algorithm 4).
-        """
-        if self.seq_len is None or self.causal is None:
-            return None
-        recomputed = self.counts.get((ATTENTION, INPUT), 0) / 4
-        return self.causal + recomputed * (self.seq_len + 1) / 2 / self.seq_len
-
     def to_dict(self) -> dict[str, Any]:
         """Return all counts and totals, in values of JSON."""
         return {
@@ -121,28 +94,18 @@ class Flops:
                 for part in PARTS
                 if self.part(part)
             },
-            "closed_form_flops_by_part": None if self.closed is None else dict(self.closed),
-            "causal_flops": self.causal,
-            "fused_flops": self.fused,
         }
 
     def __str__(self) -> str:
-        parts = [part for part in PARTS if self.part(part)]
-        columns: dict[str, Sequence[float]] = {
-            name: [self.counts.get((part, name), 0) for part in parts] for name in PASSES if self.in_pass(name)
-        }
-        columns["all"] = [self.part(part) for part in parts]
-        if self.closed is not None:
-            columns["closed form"] = [self.closed.get(part, 0) for part in parts]
-        lines = [self.setting, f"  {'GFLOP':<12}" + "".join(f"{title:>18}" for title in columns)]
-        for part, *numbers in zip([*parts, "all"], *([*each, sum(each)] for each in columns.values()), strict=True):
-            lines.append(f"  {part:<12}" + "".join(f"{number / GIGA:>18,.3f}" for number in numbers))
-        unit = "example" if self.seq_len is None else "token"
-        lines.append(f"  {self.total / self.tokens / 1e6:,.1f} MFLOP for each of {count_noun(self.tokens, unit)}")
-        if self.causal is not None and self.fused is not None and self.part(ATTENTION):
-            lines.append(f"  with a causal kernel that skips the masked half: {self.causal / GIGA:,.3f} GFLOP; with a")
-            lines.append(f"  fused one, which makes the scores again in the backward pass: {self.fused / GIGA:,.3f}")
-        return "\n".join(lines)
+        import pandas
+
+        table = pandas.Series(self.counts).unstack() / GIGA  # parts by passes
+        table = table.reindex(index=PARTS, columns=PASSES).dropna(how="all").dropna(how="all", axis=1).fillna(0.0)
+        table.loc["all"] = table.sum()
+        table["all"] = table.sum(axis=1)
+        numbers = table.to_string(float_format="{:,.3f}".format)
+        each = f"{self.total / self.tokens / 1e6:,.1f} MFLOP for each of {self.tokens:,} tokens or examples"
+        return f"{self.setting}, GFLOP:\n{numbers}\n{each}"
 
 
 @dataclass(frozen=True)
@@ -263,7 +226,7 @@ def weight_owners(model: nn.Module) -> dict[int, str]:
     return owners
 
 
-def closed_form(model: nn.Module, tokens: int, seq_len: int | None = None) -> dict[str, int]:
+def closed_form(model: Llama, tokens: int, seq_len: int) -> dict[str, int]:
     """Return FLOPs of a plain step from sizes alone, by part: the calculation on paper.
 
     Each token is multiplied by M weights in the layers, E in the head, P = sum of r (in + out) in the adapters, and
@@ -274,59 +237,31 @@ def closed_form(model: nn.Module, tokens: int, seq_len: int | None = None) -> di
         full = 3 M + 3 E + 3 T,    LoRA = 2 M + 2 E + 3 T + 3 P
 
     The backward pass ends at the first block with trained weights: adapters in the top n of L blocks need
-    (1 + n / L) M and (1 + 2 n / L) T.
+    (1 + n / L) M and (1 + 2 n / L) T. :func:`flops` also sees that the first trained block passes nothing on.
 
     Reference: the rule of 6 FLOPs a weight and token is Kaplan et al. 2020, arXiv 2001.08361, section 2.1.
 
     Args:
-        model: ready to train. The sizes of attention are read from its ``config``, which our Llama and the models of
-            transformers have; without one T is 0.
+        model: ready to train, with trained weights in a block.
         tokens: the batch's size.
-        seq_len: s; None for a model without attention.
-
-    Raises:
-        ValueError: nothing in the model is trained.
+        seq_len: s.
     """
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError("No parameter of the model requires a gradient, so it is not made ready to train.")
-    owners, names = weight_owners(model), list(transformer_blocks(model))
-    head = output_head(model)
-    matrices, trained, depth = [], [], -1  # the depth is a block's number, -1 below the blocks, their count above
-    for name, module in model.named_modules():
-        inside = next((i for i, block in enumerate(names) if f"{name}.".startswith(f"{block}.")), None)
-        depth = inside if inside is not None else depth if depth < 0 else len(names)
-        trained += [depth for parameter in module.parameters(recurse=False) if parameter.requires_grad]
-        for weight, size in _matrices(module, head):
-            matrices.append((depth, owners[id(weight)], size, weight.requires_grad))
-    lowest, counts = min(trained), Counter[str]()
-    for depth, part, size, trains in matrices:
-        reached = depth >= lowest or part == ADAPTERS  # by the backward pass
-        counts[part] += 2 * tokens * size * (1 + reached + trains)
-    if seq_len is not None and (sizes := _attention(model)) is not None:
-        width, layers = sizes
-        passes = sum(1 + 2 * (block >= lowest) for block in range(layers))
-        counts[ATTENTION] = 2 * tokens * 2 * seq_len * width * passes
+    blocks = list(enumerate(model.model.layers))
+    lowest = next(depth for depth, block in blocks if any(each.requires_grad for each in block.parameters()))
+    # And whether the backward pass reaches them.
+    matrices: list[tuple[str, Tensor, bool]] = [(HEAD, model.lm_head.get_parameter("weight"), True)]
+    for depth, block in blocks:
+        for module in block.modules():
+            if isinstance(module, LoRALayer):
+                matrices += [(ADAPTERS, factor, True) for factor in (module.lora_A, module.lora_B)]
+            elif isinstance(module, nn.Linear):
+                matrices.append((LAYERS, module.weight, depth >= lowest))
+    counts = Counter[str]()
+    for part, matrix, reached in matrices:
+        counts[part] += 2 * tokens * matrix.numel() * (1 + reached + matrix.requires_grad)
+    width, passes = model.config.num_attention_heads * model.config.head_dim, len(blocks) + 2 * (len(blocks) - lowest)
+    counts[ATTENTION] = 2 * tokens * 2 * seq_len * width * passes
     return dict(counts)
-
-
-def _attention(model: nn.Module) -> tuple[int, int] | None:
-    """Return the width of all heads together and the number of layers, if the model has a config with both."""
-    config: Any = getattr(model, "config", None)
-    heads, layers = getattr(config, "num_attention_heads", None), getattr(config, "num_hidden_layers", None)
-    if heads is None or layers is None:
-        return None
-    return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads), layers
-
-
-def _matrices(module: nn.Module, head: nn.Module | None) -> list[tuple[Tensor, int]]:
-    """Return the tensors of a module that hold matrices, and the number of weights in each."""
-    if isinstance(module, LoRALayer):
-        return [(factor, factor.numel()) for factor in (module.lora_A, module.lora_B)]
-    if isinstance(module, BlockLinear):
-        return [(module.packed, math.prod(module.shape))]
-    if (is_linear(module) or module is head) and isinstance(weight := getattr(module, "weight", None), Tensor):
-        return [(weight, weight.numel())]
-    return []
 
 
 def flops(
@@ -359,65 +294,33 @@ def flops(
             has several threads.
     """
     setup, cpu = as_setup(method, options), torch.device("cpu")
-    setup.check_watchable()
     counted_batch: list[Batch] = []
 
-    def count(model: nn.Module) -> tuple[nn.Module, Counter[tuple[str, str]]]:
+    def count(model: nn.Module) -> Counter[tuple[str, str]]:
         with fake_copy(model, cpu, setup.dtype) as twin, own_randomness(cpu, 0), sdpa_kernel(SDPBackend.MATH):
             counted_batch[:] = [batch_for(twin, batch_size, seq_len, batch)]
             counter = FlopCounter(setup.step(twin))
             counter.run(*setup.batches(*counted_batch))
-            return counter.step.model, counter.counts()
+            return counter.counts()
 
     model = build_on_meta(model)
     prepared = prepare_shapes(model, setup)
-    counts = rehearse(model, longest_run(prepared), count, extend_counts)
-    tokens, length = size_of(*counted_batch)
-    known = not counts[ATTENTION, FORWARD] or (length is not None and _attention(prepared) is not None)
-    plain = not any(name == AGAIN for _, name in counts) and _is_plain_stack(prepared)
-    closed = closed_form(prepared, tokens, length) if known and plain else None
-    return Flops(counts, tokens, setting_of(setup, prepared, *counted_batch), length, closed)
+    counts = rehearse(model, blocks_are_alike(prepared), count, extend_counts)
+    return Flops(counts, size_of(*counted_batch), setting_of(setup, prepared, *counted_batch))
 
 
-def break_even_rank(
-    model: Source,
-    batch_size: int | None = None,
-    seq_len: int | None = None,
-    *,
-    batch: Batch | None = None,
-    targets: str | Sequence[str] = "all-linear",
-    **options: Any,
-) -> int:
-    """Return the highest rank at which a step of LoRA has no more FLOPs than one of full fine-tuning, by counting.
+def break_even_rank(model: Source, batch_size: int, seq_len: int) -> int:
+    """Return the highest rank at which a step of LoRA has no more FLOPs than one of full fine-tuning; 0 if none has.
 
     On paper it is where 3 P = M + E: the adapters take as many FLOPs as the weight gradients that they replace. The
     count is linear in the rank, so that those of two ranks give it.
-
-    Args:
-        targets: the layers that LoRA adapts, as in :class:`lora_lab.LoRAConfig`.
-        model, batch_size, seq_len, batch, **options: as for :func:`flops`, for both methods.
-
-    Returns:
-        The rank; 0 if LoRA has more FLOPs even at rank 1.
     """
-
-    def count(method: Method) -> int:
-        return flops(model, method, batch_size, seq_len, batch=batch, **options).total
-
-    full, one, two = count(FullFineTuning()), *(count(LoRA(rank, targets=targets)) for rank in (1, 2))
+    methods = FullFineTuning(), LoRA(1), LoRA(2)
+    full, one, two = (flops(model, method, batch_size, seq_len).total for method in methods)
     return max(0, 1 + (full - one) // (two - one))
 
 
-def size_of(batch: Batch) -> tuple[int, int | None]:
-    """Return the number of tokens and the length of a sequence; or the number of examples, and None."""
+def size_of(batch: Batch) -> int:
+    """Return the number of tokens in a batch, or of examples that are no sequences of tokens."""
     inputs = batch[0]
-    of_tokens = inputs.ndim == 2 and not inputs.is_floating_point()
-    return (inputs.numel(), inputs.shape[1]) if of_tokens else (len(inputs), None)
-
-
-def _is_plain_stack(model: nn.Module) -> bool:
-    """Return whether the model is one stack of blocks, no convolutions or experts, with plain adapters."""
-    convolutions = any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules())
-    experts = any(parameter.ndim > 2 for parameter in model.parameters())
-    plain = all(type(layer).forward is LoRALinear.forward for layer in lora_layers(model).values())
-    return bool(transformer_blocks(model)) and plain and not (convolutions or experts or is_encoder_decoder(model))
+    return inputs.numel() if inputs.ndim == 2 and not inputs.is_floating_point() else len(inputs)

@@ -18,17 +18,15 @@ import gc
 import itertools
 import os
 import re
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lora_lab.costs.bill import GIB, MIB, Bill, Part, Recording, StorageLog, on_saved
 from lora_lab.costs.fake import (
@@ -39,18 +37,16 @@ from lora_lab.costs.fake import (
     device_of,
     device_to_run,
     fake_copy,
-    on_each,
     storage_of,
     unshare_trainable,
 )
-from lora_lab.costs.repeated import extend_recording, longest_run, prepare_shapes, rehearse
+from lora_lab.costs.repeated import blocks_are_alike, extend_recording, prepare_shapes, rehearse
 from lora_lab.costs.setup import Setup, as_setup, setting_of
 from lora_lab.lean.step import Lean
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.models.quantize import BlockWeight
 from lora_lab.system.device import own_randomness, pick_device
 from lora_lab.system.schema import NotNegative, check
-from lora_lab.system.wording import progress_bar
 from lora_lab.train import Batch
 
 _LARGEST_SIZE = 2**20  # the largest batch or context that is considered
@@ -101,47 +97,41 @@ class _Rehearsal:
     """
 
     def __init__(self, model: Source, setup: Setup, device: torch.device | str | None) -> None:
-        setup.check_watchable()
         self.device, self.estimated = _device_to_predict(model, device)
         self.model, self.setup = build_on_meta(model), setup
-        self.run = longest_run(prepare_shapes(self.model, setup))
+        self.alike = blocks_are_alike(prepare_shapes(self.model, setup))
 
     def bill(self, batch_size: int | None, seq_len: int | None, batch: Batch | None = None) -> Bill:
         """Return the bill of a step on such a batch, as from :func:`predict`."""
 
-        def record(model: nn.Module) -> tuple[nn.Module, Recording]:
+        def record(model: nn.Module) -> Recording:
             with fake_copy(model, self.device, self.setup.dtype) as twin, own_randomness(torch.device("cpu"), 0):
                 step = self.setup.step(twin)
                 fake_batch = batch_for(twin, batch_size, seq_len, batch)
                 log = StorageLog(step)
-                with _allocate_as_cuda() if self.estimated else nullcontext(), _dequantise_once(log):
+                _dequantise_once(log)
+                with _allocate_as_cuda() if self.estimated else nullcontext():
                     log.run_second(*self.setup.batches(fake_batch))
-                return step.model, log.recording(setting_of(self.setup, step.model, fake_batch))
+                return log.recording(setting_of(self.setup, step.model, fake_batch))
 
-        recording = rehearse(self.model, self.run, record, extend_recording)
+        recording = rehearse(self.model, self.alike, record, extend_recording)
         if not self.estimated and self.device.type != "cuda":
             return recording.bill("predicted")
         bill = recording.bill("estimated for CUDA, not measured" if self.estimated else "predicted", _BLOCK)
         return bill.plus(Part.WORKSPACE, _workspace_bytes(None if self.estimated else self.device))
 
 
-@contextmanager
-def _dequantise_once(log: StorageLog) -> Iterator[None]:
-    """A context in which slices of matrices in blocks that differ in their values only are dequantised once."""
+def _dequantise_once(log: StorageLog) -> None:
+    """Let the model dequantise slices of matrices in blocks once that differ in their values only."""
 
     def rows_once(layer: BlockWeight, rows: Callable[[int, int], Tensor], start: int, stop: int) -> Tensor:
-        before = start * layer.shape[1] % layer.block  # weights of the first block that lie before the slice
-        key = layer.kind, layer.block, layer.shape, layer.dtype, before, stop - start
+        before = start * layer.shape[1] % layer.format.weights  # weights of the first block that lie before the slice
+        key = layer.kind, layer.shape, layer.dtype, before, stop - start
         return log.once(key, lambda: rows(start, stop))
 
-    layers: list[Any] = [layer for layer in log.step.model.modules() if isinstance(layer, BlockWeight)]
-    for layer in layers:
-        layer.rows = partial(rows_once, layer, layer.rows)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.rows
+    for layer in log.step.model.modules():
+        if isinstance(layer, BlockWeight):
+            cast(Any, layer).rows = partial(rows_once, layer, layer.rows)
 
 
 def measure(
@@ -175,27 +165,26 @@ def measure(
         ValueError: as for :func:`predict`, or the model is on the meta device.
     """
     setup = as_setup(method, options)
-    setup.check_watchable()
     device = device_to_run(model, device)
     with own_randomness(device, 0):
         twin = build_model(model, device, setup.dtype)
         # Held until the meter stops: otherwise the step's own tensors could reuse a freed address.
         held = [tensor.detach() for tensor in [*twin.parameters(), *twin.buffers()]]
         before = {storage_of(tensor) for tensor in held}
-        batch = on_each(batch, lambda tensor: tensor.to(device))
+        batch = batch[0].to(device), batch[1].to(device)
         parts, weights = setup.batches(batch)
         gc.collect()  # garbage that is freed during the step would be subtracted from its memory
         with (_cuda_meter if device.type == "cuda" else _cpu_meter)(device) as meter:
             step = setup.step(twin)
+            log = StorageLog(step)
             if isinstance(model, nn.Module):
-                unshare_trainable(twin, before)
+                unshare_trainable(twin, model)
             step(parts, weights)
             with meter.second_step:
                 step(parts, weights)
         after = {storage_of(t): t.untyped_storage().nbytes() for t in [*twin.parameters(), *twin.buffers()]}
         del held
         peak = meter.peak_bytes + sum(size for key, size in after.items() if key in before)
-        log = StorageLog(step)
         log.run(parts, weights)
         bill = log.recording(setting_of(setup, twin, batch)).bill("measured")
         del log, step
@@ -318,29 +307,16 @@ def saved_bytes(forward: Callable[[], Any], model: nn.Module) -> int:
     Args:
         forward: runs the model and its loss; its result is ignored.
         model: the module whose parameters and buffers do not count.
-
-    Raises:
-        ValueError: a module of the model ran in another thread, where saved tensors cannot be observed.
     """
     excluded = {storage_of(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     sizes: dict[int, int] = {}
-    threads: set[int] = set()
 
     def count(tensor: Tensor) -> None:
         if storage_of(tensor) not in excluded:
             sizes[storage_of(tensor)] = tensor.untyped_storage().nbytes()
 
-    enter = register_module_forward_pre_hook(lambda module, args: threads.add(threading.get_ident()))
-    try:
-        with on_saved(count):
-            result = forward()  # held until the end, so that no address is used twice
-    finally:
-        enter.remove()
-    if threads - {threading.get_ident()}:
-        raise ValueError(
-            "The model ran in several threads, but what autograd saves is seen by hooks that hold for one thread "
-            "only; run it in this thread, with Lean(threads=1)."
-        )
+    with on_saved(count):
+        result = forward()  # held until the end, so that no address is used twice
     del result
     return sum(sizes.values())
 
@@ -451,65 +427,47 @@ def report(
 ) -> list[dict[str, Any]]:
     """Print which training setups fit on a card, each row as soon as it is computed, and return the rows.
 
-    A bar on standard error shows which bill is being made, and how many there are.
-
     Args:
         model, batch_size, seq_len, device: as for :func:`predict`; ``seq_len`` is None for a model that reads images.
         name: the model's name, for the heading.
         setups: label -> setup, such as those of :func:`training_setups`.
         budget_bytes: the card's memory; None leaves out the comparison.
-        look_for: "batch" or "seq": also find the largest that fits, with the other unchanged.
+        look_for: "batch" or "seq": also find the largest that fits the budget, with the other unchanged.
         with_bills: print each bill, part by part, after the table.
 
     Returns:
         A row for each setup, in values of JSON: its bill, and what the card has left at the peak.
 
     Raises:
-        ValueError: a size is to be found without a budget, or as for :func:`predict`.
+        ValueError: as for :func:`predict`.
     """
-    if look_for and budget_bytes is None:
-        raise ValueError(f"look_for is {look_for!r}, but budget_bytes is missing; give the memory to fit into.")
     bills: list[Bill] = []
     rows: list[dict[str, Any]] = []
-    with progress_bar(len(setups), "memory", None, "setup") as bar:
-        for label, setup in setups.items():
-            bar.set_description(label)
-            bills.append(bill := predict(model, setup, batch_size, seq_len, device=device))
-            row, free, most = f"{label:<32}{bill.peak_bytes / GIB:>6.2f} GiB", None, None
-            if budget_bytes is not None:
-                free = budget_bytes - bill.peak_bytes
-                row += f"  {'yes' if free >= 0 else 'no':<4}{f'({free / GIB:+.2f} GiB)':<14}"
-            if look_for and budget_bytes is not None:
+    for label, setup in setups.items():
+        bills.append(bill := predict(model, setup, batch_size, seq_len, device=device))
+        row = {"setup": label, "fits": None, "free_bytes": None, "largest_batch_size": None, "largest_seq_len": None}
+        line = f"{label:<32}{bill.peak_bytes / GIB:>6.2f} GiB"
+        if budget_bytes is not None:
+            free = budget_bytes - bill.peak_bytes
+            row |= {"fits": free >= 0, "free_bytes": free}
+            line += f"  {'yes' if free >= 0 else 'no':<4}{f'({free / GIB:+.2f} GiB)':<14}"
+            if look_for:
                 fixed = {"seq_len": seq_len} if look_for == "batch" else {"batch_size": batch_size}
-                most = largest(model, setup, budget_bytes, device=device, **fixed)[0]
-                row += f"{most:>13,}"
-            with bar.external_write_mode():
-                if not rows:
-                    print(_heading(name, bill, batch_size, seq_len, budget_bytes, look_for))
-                print(row.rstrip(), flush=True)
-            found = {
-                "setup": label,
-                "fits": None if free is None else free >= 0,
-                "free_bytes": free,
-                "largest_batch_size": most if look_for == "batch" else None,
-                "largest_seq_len": most if look_for == "seq" else None,
-            }
-            rows.append(found | bill.to_dict())
-            bar.update()
+                most, _ = largest(model, setup, budget_bytes, device=device, **fixed)
+                row["largest_batch_size" if look_for == "batch" else "largest_seq_len"] = most
+                line += f"{most:>13,}"
+        if not rows:
+            size = f"{batch_size} pictures" if seq_len is None else f"{batch_size} x {seq_len} tokens"
+            fits = "" if budget_bytes is None else f"  fits {budget_bytes / GIB:.4g} GiB?"
+            print(f"{name}, batch {size}: peak of one step, {bill.source}")
+            print(f"{'':<32}{'peak':>10}{fits:<20}{f'largest {look_for}' if look_for else ''}".rstrip())
+        print(line.rstrip(), flush=True)
+        rows.append(row | bill.to_dict())
     if any(Part.WORKSPACE in bill.parts for bill in bills):  # they are for CUDA
         print("In addition, CUDA's own context takes a few hundred MiB on the GPU, and the allocator leaves gaps.")
     for bill in bills if with_bills else ():
         print(f"\n{bill}")
     return rows
-
-
-def _heading(
-    name: str, bill: Bill, batch_size: int, seq_len: int | None, budget_bytes: int | None, look_for: str | None
-) -> str:
-    size = f"{batch_size} pictures" if seq_len is None else f"{batch_size} x {seq_len} tokens"
-    fits = "" if budget_bytes is None else f"  fits {budget_bytes / GIB:.4g} GiB?"
-    columns = f"{'':<32}{'peak':>10}{fits:<20}{f'largest {look_for}' if look_for else ''}".rstrip()
-    return f"{name}, batch {size}: peak of one step, {bill.source}\n{columns}"
 
 
 def parse_bytes(text: str) -> int:

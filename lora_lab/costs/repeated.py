@@ -12,12 +12,9 @@ from __future__ import annotations
 
 import itertools
 import operator
-import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, TypeVar, cast
 
 import torch
@@ -31,8 +28,6 @@ from lora_lab.system.device import own_randomness
 
 Key = TypeVar("Key", bound=Hashable)
 Rehearsed = TypeVar("Rehearsed")  # what a rehearsal records or counts
-Rehearse = Callable[[nn.Module], tuple[nn.Module, Rehearsed]]  # also returns the model that it has prepared
-Extend = Callable[[Rehearsed, Rehearsed, int], Rehearsed]
 _FEWEST = 6  # blocks; below, two rehearsals of a shorter model would save little
 _LIBRARIES = {"torch", "transformers", "peft", "lora_lab"}  # whose models treat blocks alike that look alike
 _NAME = operator.attrgetter("phase", "name")
@@ -60,37 +55,8 @@ def last_blocks(model: nn.Module, count: int) -> list[str]:
     return [layer for layer in match_layers(model, "all-linear", ()) if layer.startswith(prefixes)]
 
 
-@dataclass(frozen=True)
-class BlockRun:
-    """Consecutive blocks of a model that differ in nothing but their number.
-
-    Args:
-        stack: the name of the ``nn.ModuleList`` that holds all blocks.
-        first: the index of the run's first block.
-        count: the number of blocks in the run.
-        groups: (what a block looks like, how many such blocks follow each other), for the whole stack.
-    """
-
-    stack: str
-    first: int
-    count: int
-    groups: Sequence[tuple[Hashable, int]]
-
-    def shorten(self, model: nn.Module, count: int) -> nn.Module:
-        """Return a copy of a model that shares its weights, with only ``count`` blocks of the run."""
-        rest = slice(self.first + count, self.first + self.count)
-        left_out = cast(nn.ModuleList, model.get_submodule(self.stack))[rest]
-        short = copy_sharing_weights(model, left_out)
-        del cast(nn.ModuleList, short.get_submodule(self.stack))[rest]
-        return short
-
-    def fits(self, short: nn.Module, count: int) -> bool:
-        """Return whether the prepared shortened model has the blocks of the whole one, except those left out."""
-        return _group_blocks(short) == [(look, count if size == self.count else size) for look, size in self.groups]
-
-
-def longest_run(model: nn.Module) -> BlockRun | None:
-    """Return the longest run of blocks that look alike; None if it is too short to matter, or looks may deceive.
+def blocks_are_alike(model: nn.Module) -> bool:
+    """Return whether the blocks of a model's stack look alike, and are so many that a few of them save time.
 
     Blocks look alike if their modules have the same classes, the same settings (numbers, texts and truth values), and
     parameters and buffers of the same shapes, dtypes and need of a gradient. That decides only for models whose code is
@@ -100,27 +66,18 @@ def longest_run(model: nn.Module) -> BlockRun | None:
     Args:
         model: ready to train.
     """
-    blocks, groups = transformer_blocks(model), _group_blocks(model)
-    place = max(range(len(groups)), key=lambda i: groups[i][1], default=0)
-    if not groups or groups[place][1] < _FEWEST:
-        return None
+    blocks = transformer_blocks(model)
+    if len(blocks) < _FEWEST or len(set(map(_look, blocks.values()))) > 1:
+        return False
     if any(type(module).__module__.partition(".")[0] not in _LIBRARIES for module in model.modules()):
-        return None
+        return False
     config: Any = getattr(model, "config", None)
     for part in (config, getattr(config, "text_config", None)):
         for value in vars(part).values() if hasattr(part, "__dict__") else ():
             of_blocks = isinstance(value, list | tuple) and len(value) == len(blocks)
             if of_blocks and any(entry != value[0] for entry in value):
-                return None
-    stack = next(iter(blocks)).rpartition(".")[0]
-    if any(part.isdigit() for part in stack.split(".")):  # parts of one block, such as experts
-        return None
-    return BlockRun(stack, sum(size for _, size in groups[:place]), groups[place][1], groups)
-
-
-def _group_blocks(model: nn.Module) -> list[tuple[Hashable, int]]:
-    looks = map(_look, transformer_blocks(model).values())
-    return [(look, len(list(same))) for look, same in itertools.groupby(looks)]
+                return False
+    return not any(part.isdigit() for part in next(iter(blocks)).split(".")[:-1])  # parts of one block, such as experts
 
 
 def _look(block: nn.Module) -> Hashable:
@@ -147,32 +104,37 @@ def prepare_shapes(model: nn.Module, setup: Setup) -> nn.Module:
 
 
 def rehearse(
-    model: nn.Module, run: BlockRun | None, record: Rehearse[Rehearsed], extend: Extend[Rehearsed]
+    model: nn.Module,
+    alike: bool,
+    record: Callable[[nn.Module], Rehearsed],
+    extend: Callable[[Rehearsed, Rehearsed, int], Rehearsed],
 ) -> Rehearsed:
-    """Return what a rehearsal of the whole model records; if possible, from those with two to four blocks of a run.
+    """Return what a rehearsal of the whole model records; if possible, from those with two to four blocks.
 
     Args:
         model: as it is before it is prepared.
-        run: what :func:`longest_run` found in the prepared model.
+        alike: whether :func:`blocks_are_alike` in the prepared model.
         record: prepares a copy of a model, and records something of a step.
         extend: makes the record of a longer model from those of two shorter ones, of which the second has a block more,
             and from the number of blocks that the first lacks; raises ValueError if they do not determine it.
     """
-    if run is None:
-        return record(model)[1]
-    shorter = None
-    for blocks in (2, 3, 4):
-        try:
-            short, longer = record(run.shorten(model, blocks))
-        except ValueError:  # the method names blocks one by one, and some of them are left out
-            break
-        if not run.fits(short, blocks):
-            break
-        if shorter is not None:
-            with suppress(ValueError):
-                return extend(shorter, longer, run.count - blocks + 1)
-        shorter = longer
-    return record(model)[1]
+    if alike:
+        with suppress(ValueError):  # also where the method names blocks one by one, and some of them are left out
+            shorter = record(_keep_blocks(model, 2))
+            for count in (3, 4):  # of three none need be like the one before: the first and the last may differ
+                longer = record(_keep_blocks(model, count))
+                with suppress(ValueError):
+                    return extend(shorter, longer, len(transformer_blocks(model)) - count + 1)
+                shorter = longer
+    return record(model)
+
+
+def _keep_blocks(model: nn.Module, count: int) -> nn.Module:
+    """Return a copy of a model that shares its weights, with only the first ``count`` blocks."""
+    blocks = transformer_blocks(model)
+    short = copy_sharing_weights(model, list(blocks.values())[count:])
+    del cast(nn.ModuleList, short.get_submodule(next(iter(blocks)).rpartition(".")[0]))[count:]
+    return short
 
 
 def extend_counts(shorter: Counter[Key], longer: Counter[Key], blocks: int) -> Counter[Key]:
@@ -195,9 +157,7 @@ def extend_recording(shorter: Recording, longer: Recording, blocks: int) -> Reco
     return Recording(longer.setting, list(itertools.chain(*passes)), saved)
 
 
-def _extend_pass(
-    few: Sequence[RecordedOperation], more: Sequence[RecordedOperation], blocks: int
-) -> list[RecordedOperation]:
+def _extend_pass(few: list[RecordedOperation], more: list[RecordedOperation], blocks: int) -> list[RecordedOperation]:
     """:func:`extend_recording` for one forward pass, one backward pass or one step of the optimiser."""
     length = len(more) - len(few)  # of the stretch that one block adds
     alike = itertools.takewhile(lambda pair: _NAME(pair[0]) == _NAME(pair[1]), zip(few, more, strict=False))
@@ -209,21 +169,14 @@ def _extend_pass(
         if [*map(_BYTES, before)] == [*map(_BYTES, stretch)]:
             with suppress(ValueError):
                 shared = [_interpolate(*pair, blocks) for pair in zip(few, [*more[:place], *after], strict=True)]
-                last = list(zip(few[place - length : place], before, stretch, strict=True))
-                copies = [
-                    _renumber(same, (1 - blocks, blocks - i, i)) if same[-1].module else same[-1]
-                    for i in range(1, blocks + 1)
-                    for same in last
-                ]
-                return [*shared[:place], *copies, *shared[place:]]
+                return [*shared[:place], *(blocks * stretch), *shared[place:]]
     raise ValueError("No block is like the one before.")
 
 
 def _interpolate(few: RecordedOperation, more: RecordedOperation, blocks: int) -> RecordedOperation:
-    """Return an operation that both have: its sizes and numbers change by the same amount with each block."""
+    """Return an operation that both have: its sizes change by the same amount with each block."""
     allocated = _extrapolate(few.allocated, more.allocated, blocks)
-    released = _extrapolate(few.released, more.released, blocks)
-    return _renumber((few, more), (1 - blocks, blocks))._replace(allocated=allocated, released=released)
+    return more._replace(allocated=allocated, released=_extrapolate(few.released, more.released, blocks))
 
 
 def _extrapolate(few: Sequence[Storage], more: Sequence[Storage], blocks: int) -> Sequence[Storage]:
@@ -240,18 +193,3 @@ def _extrapolate(few: Sequence[Storage], more: Sequence[Storage], blocks: int) -
                 raise ValueError("A storage becomes smaller.")
             storages += blocks * [(part, larger)] if size is None else [(part, size + blocks * (larger - size))]
     return storages
-
-
-def _renumber(alike: tuple[RecordedOperation, ...], weights: tuple[int, ...]) -> RecordedOperation:
-    """Return the last operation; each number in its module's name is the weighted sum of those of all operations."""
-    return alike[-1]._replace(module=_number(tuple(operation.module for operation in alike), weights))
-
-
-@lru_cache(maxsize=2**14)
-def _number(names: tuple[str, ...], weights: tuple[int, ...]) -> str:
-    texts = [re.split(r"(\d+)", name) for name in names]
-    if len(set(map(len, texts))) > 1:
-        return names[-1]
-    numbers = [[int(part) for part in text[1::2]] for text in texts]
-    sums = (sum(map(operator.mul, weights, places)) for places in zip(*numbers, strict=True))
-    return re.sub(r"\d+", lambda _: str(next(sums)), names[-1])

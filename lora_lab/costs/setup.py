@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -23,11 +22,9 @@ from lora_lab.methods import FullFineTuning, Method
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import MLP, Attention
 from lora_lab.models.quantize import quantize_nf4
-from lora_lab.system.schema import Size, check
+from lora_lab.system.schema import Size, check_fields
 from lora_lab.task import Loss, cross_entropy
 from lora_lab.train import Batch, TrainConfig, TrainingStep, make_step, set_training_mode
-
-PHASES = ("forward", "backward", "clipping", "optimiser step")
 
 
 @dataclass(frozen=True)
@@ -52,21 +49,18 @@ class Setup:
     method: Method = field(default_factory=FullFineTuning)
     dtype: torch.dtype | None = None
     nf4: bool = False
-    optimizer: str = "adamw"
+    optimizer: Literal["adamw", "adamw-foreach", "sgd"] = "adamw"
     gradient_checkpointing: bool = False
     lean: Lean | None = None
     clip: float | None = 1.0
-    accumulate: int = 1
+    accumulate: Size = 1
     loss: Loss = cross_entropy
     autocast: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        check(self.optimizer, Literal["adamw", "adamw-foreach", "sgd"], "optimizer")
+        check_fields(self)
         if self.optimizer != "adamw" and self.lean is not None:
-            raise ValueError(
-                f"optimizer is {self.optimizer!r}, but the lean step has an AdamW of its own; use lean=None."
-            )
-        object.__setattr__(self, "accumulate", check(self.accumulate, Size, "accumulate"))
+            raise ValueError(f"optimizer is {self.optimizer!r}, but the lean step has an AdamW of its own.")
 
     def step(self, model: nn.Module) -> TrainingStep:
         """Make ``model`` ready to train, in place. A fake model gets a step that assumes that every target counts.
@@ -102,14 +96,11 @@ class Setup:
             ValueError: there are fewer examples than micro-batches.
         """
         threads = 1 if self.lean is None else self.lean.threads
-        count = self.accumulate * threads
-        if count > len(batch[0]):
-            raise ValueError(
-                f"accumulate is {self.accumulate}, but the batch has only {len(batch[0])} examples"
-                + (f" for {threads} threads." if threads > 1 else ".")
-            )
+        count, size = self.accumulate * threads, len(batch[0])
+        if count > size:
+            raise ValueError(f"accumulate is {self.accumulate}, but the batch has {size} examples for {count} parts.")
         parts = list(zip(*(tensor.tensor_split(count) for tensor in batch), strict=True))
-        return parts, [len(inputs) / len(batch[0]) for inputs, _ in parts]
+        return parts, [len(inputs) / size for inputs, _ in parts]
 
     def describe(self) -> str:
         """Return a short description, such as "lora r=8, bfloat16, checkpointing"."""
@@ -129,14 +120,6 @@ class Setup:
             "no clipping": self.clip is None,
         }
         return ", ".join(word for word, said in words.items() if said)
-
-    def check_watchable(self) -> None:
-        """Raise ValueError if the step runs in several threads: hooks and dispatch modes see one thread only."""
-        if self.lean is not None and self.lean.threads > 1:
-            raise ValueError(
-                f"lean.threads is {self.lean.threads}, but what autograd saves and the operations it runs are watched "
-                "by hooks that hold for one thread only; use Lean(threads=1) here."
-            )
 
 
 def as_setup(method: Method | Setup, options: dict[str, Any]) -> Setup:
@@ -216,21 +199,25 @@ def output_width(model: nn.Module) -> int | None:
 # Steps
 
 
-class StepTracer(TorchDispatchMode, ABC):
+class StepTracer(TorchDispatchMode):
     """Passes every operation of a step to :meth:`on_operation`, and knows its phase and module.
 
-    ``phase`` is one of the ``PHASES``, or "before" or "after". The backward pass of a checkpointed block runs its
-    modules again; then :attr:`recomputing` is true.
+    ``phase`` is "before", "forward", "backward", "clipping", "optimiser step" or "after". The backward pass of a
+    checkpointed block runs its modules again; then :attr:`recomputing` is true.
+
+    Raises:
+        ValueError: the step has several threads, of which hooks and dispatch modes see one only.
     """
 
     def __init__(self, step: TrainingStep) -> None:
         super().__init__()
+        if step.threads > 1:
+            raise ValueError(f"lean.threads is {step.threads}, but only one thread can be watched; use threads=1 here.")
         self.step, self.phase = step, "before"
         self._kinds = module_kinds(step.model)
         self._names = {id(module): name for name, module in step.model.named_modules()}
         self._stack: list[int] = []
 
-    @abstractmethod
     def on_operation(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         """Called after each operation with torch's operator, its arguments and its result."""
 

@@ -28,15 +28,13 @@ def cross_entropy(model: Llama, inputs: Tensor, targets: Tensor, rows: int = 256
     tensor of (tokens, vocabulary) is saved.
 
     Args:
-        inputs, targets: token ids (batch, length), or as for :func:`lora_lab.tasks.instruction.row_cross_entropy`; a
-            target of -100 does not count.
+        inputs, targets: token ids (batch, length); a target of -100 does not count.
         rows: tokens whose logits exist at the same time.
         every_target: whether the caller knows that every target counts. If not, the targets are read, which makes
             Python wait for a GPU. If True is wrong, a target of -100 raises an error, or makes the loss NaN if the
             head is in blocks.
     """
-    ids, positions = inputs.unbind(1) if inputs.ndim == 3 else (inputs, None)  # (4, 128), (4, 128)
-    hidden = model.model(ids, position_ids=positions).flatten(0, 1)  # (512, 576)
+    hidden = model.model(inputs).flatten(0, 1)  # (4, 128) -> (512, 576)
     targets = targets.flatten()  # (512,)
     counts = targets != IGNORE  # (512,)
     if not every_target and not bool(counts.all()):

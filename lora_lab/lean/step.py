@@ -27,7 +27,6 @@ from lora_lab.models.quantize import BlockEmbedding, BlockLinear, BlockWeight
 from lora_lab.system.schema import Size, check_bfloat16, check_fields
 from lora_lab.task import IGNORE, Loss
 from lora_lab.task import cross_entropy as plain_cross_entropy
-from lora_lab.tasks.instruction import row_cross_entropy
 from lora_lab.train import Batch, TrainConfig, TrainingStep, parameter_groups
 
 _M_MMAP_THRESHOLD = -3  # the C library's number of the setting (malloc.h)
@@ -71,14 +70,13 @@ class Lean:
         Raises:
             ValueError: as for :func:`apply_lean`, or as for the method.
         """
-        _check_is_llama(model)
         if _has_values(model):  # a refusal leaves it as it was
             rehearsal = _copy_without_values(model)
             method.prepare(rehearsal, config.seed)
-            _check(rehearsal, self, next(model.parameters()).device)
+            _check(rehearsal, self)
         method.prepare(model, config.seed)
         apply_lean(model, self)
-        if loss is plain_cross_entropy or loss is row_cross_entropy:
+        if loss is plain_cross_entropy:
             loss = cast(Loss, partial(cross_entropy, rows=self.loss_rows))  # apply_lean has checked for a Llama
         optimizer = FlatAdamW(parameter_groups(model, method, config))
         return LeanStep(model, loss, optimizer, config.clip, self.threads)
@@ -142,23 +140,15 @@ class FlatAdamW(torch.optim.Optimizer):
     Parameters become views of the flat tensor; their names, shapes and values do not change. ``state`` holds views
     for each parameter where ``torch.optim.AdamW`` holds tensors.
 
-    Args: as for ``torch.optim.AdamW``.
-
-    Raises:
-        ValueError: the parameters of a group are of several dtypes or devices.
+    Args:
+        groups: each with its ``params``, of one dtype and device.
+        lr, weight_decay: of groups without their own, as for ``torch.optim.AdamW``.
     """
 
-    def __init__(
-        self,
-        groups: Sequence[dict[str, Any]],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
-    ) -> None:
+    def __init__(self, groups: Sequence[dict[str, Any]], lr: float = 1e-3, weight_decay: float = 0.01) -> None:
         self._gradients: dict[nn.Parameter, Tensor] = {}  # each parameter's view
         self._flat: list[dict[str, Tensor]] = []  # of each group
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(groups, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, which become views of a flat tensor of their own.
@@ -170,11 +160,6 @@ class FlatAdamW(torch.optim.Optimizer):
         self.param_groups.append(group)
 
     def _flatten(self, parameters: list[nn.Parameter]) -> dict[str, Tensor]:
-        if len({(parameter.dtype, parameter.device) for parameter in parameters}) > 1:
-            raise ValueError(
-                "The parameters of a group are of several dtypes or devices, so they do not fit into one tensor; "
-                "put them into several groups."
-            )
         values = torch.cat([parameter.detach().flatten() for parameter in parameters])  # (2442240,)
         zeros = {name: torch.zeros_like(values) for name in ("gradients", *_MOMENTS)}  # (2442240,) each
         flat = {"values": values, **zeros, "step": torch.zeros((), device=values.device)}
@@ -195,14 +180,7 @@ class FlatAdamW(torch.optim.Optimizer):
             flat["gradients"].zero_()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict()`` returned, here or for a ``torch.optim.AdamW`` with the same groups.
-
-        Raises:
-            ValueError: the parameters of a group are at different steps.
-        """
-        for group in state_dict["param_groups"]:
-            if len({float(state_dict["state"][index]["step"]) for index in group["params"]}) > 1:
-                raise ValueError("The parameters of a group are at different steps, which a FlatAdamW counts once.")
+        """Load what ``state_dict()`` returned, here or for a ``torch.optim.AdamW`` with the same groups."""
         views = dict(self.state)
         super().load_state_dict(state_dict)  # which replaces the views by copies
         for parameter, state in views.items():
@@ -235,11 +213,10 @@ def apply_lean(model: nn.Module, lean: Lean) -> None:
 
     Raises:
         ValueError: the model is not a Llama of ours, has no adapters or adapters of a variant with another forward
-            pass (DoRA, PiSSA), trains more than adapters, or has hooks; or ``threads`` is above 1 with dropout or on a
-            GPU. The model is then left as it was.
+            pass (DoRA, PiSSA), trains more than adapters, or has hooks; or ``threads`` is above 1 with dropout. The
+            model is then left as it was.
     """
-    model = _check_is_llama(model)
-    _check(model, lean, next(model.parameters()).device)
+    model = _check(model, lean)
     if lean.checkpoint and _has_values(model):  # a rehearsal frees nothing
         _return_memory_at_once()
     if lean.base_dtype is not None:
@@ -258,15 +235,6 @@ def apply_lean(model: nn.Module, lean: Lean) -> None:
         cast(Any, head).__class__ = LeanBlockHead if isinstance(head, BlockLinear) else LeanHead
 
 
-def _check_is_llama(model: nn.Module) -> Llama:
-    if not isinstance(model, Llama):
-        raise ValueError(
-            f"The lean step is built for lora_lab's Llama, but the model is a {type(model).__name__}; leave "
-            "lean out (a model of transformers can save memory with gradient_checkpointing=True)."
-        )
-    return model
-
-
 def _has_values(model: nn.Module) -> bool:
     parameter = next(model.parameters())
     return not (parameter.is_meta or isinstance(parameter, FakeTensor))
@@ -280,7 +248,12 @@ def _copy_without_values(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, copies)
 
 
-def _check(model: nn.Module, lean: Lean, device: torch.device) -> None:
+def _check(model: nn.Module, lean: Lean) -> Llama:
+    if not isinstance(model, Llama):
+        raise ValueError(
+            f"The lean step is built for lora_lab's Llama, but the model is a {type(model).__name__}; leave "
+            "lean out (a model of transformers can save memory with gradient_checkpointing=True)."
+        )
     layers = lora_layers(model)
     if not layers:
         raise ValueError("The lean step trains adapters, but the model has no adapters; use a LoRA method.")
@@ -298,14 +271,12 @@ def _check(model: nn.Module, lean: Lean, device: torch.device) -> None:
                 f"{name or 'the model'!r} has a hook, which the lean step would not call; remove it, or register it on "
                 "a block once the model is lean."
             )
-    if lean.threads > 1:
-        if any(isinstance(layer.dropout, nn.Dropout) for layer in layers.values()):
-            raise ValueError(
-                f"threads is {lean.threads}, but the adapters have dropout, whose random numbers would depend on the "
-                "timing of the threads; use dropout=0 or threads=1."
-            )
-        if device.type != "cpu":
-            raise ValueError(f"threads is {lean.threads}, but threads are for the CPU; use threads=1 on a GPU.")
+    if lean.threads > 1 and any(isinstance(layer.dropout, nn.Dropout) for layer in layers.values()):
+        raise ValueError(
+            f"threads is {lean.threads}, but the adapters have dropout, whose random numbers would depend on the "
+            "timing of the threads; use dropout=0 or threads=1."
+        )
+    return model
 
 
 def _cast_base(model: Llama, dtype: torch.dtype) -> None:

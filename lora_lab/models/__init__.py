@@ -1,8 +1,7 @@
 """Models to experiment on: a real language model and two small nets.
 
-decoding       token after token: how the next one is chosen
+reading        what a causal language model has read, and token after token what follows
 llama          a Llama written for reading
-reading        what a causal language model has read: our Llama, and those of transformers
 shapes         a model's shape: config.json, and those of well-known models for questions that need no weights
 digits         two small nets for experiments that take seconds
 quantize       a frozen base in 4 bits: GGUF's blocks, NF4
@@ -16,16 +15,5 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    [
-        "chat_template",
-        "decoding",
-        "digits",
-        "gguf",
-        "llama",
-        "pretrained",
-        "quantize",
-        "reading",
-        "shapes",
-        "tokenizer",
-    ],
+    ["chat_template", "digits", "gguf", "llama", "pretrained", "quantize", "reading", "shapes", "tokenizer"],
 )

@@ -78,8 +78,8 @@ def _compile(template: str) -> jinja2.Template:
     def refuse(reason: str) -> None:
         raise jinja2.TemplateError(reason)
 
-    def tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, **options)  # Jinja's own escapes for HTML
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # Jinja's own escapes for HTML
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]

@@ -24,11 +24,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from lora_lab.models.llama import Llama, LlamaConfig, RopeScaling, rotary_frequencies
@@ -36,7 +35,6 @@ from lora_lab.models.quantize import BLOCK, BYTES_PER_BLOCK
 from lora_lab.models.shapes import config_from_hf, read_positions
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system.files import atomic_file
-from lora_lab.system.schema import Number, check
 
 _TEXT, _ARRAY = 8, 9
 # The types of numbers, as numpy names them.
@@ -75,9 +73,6 @@ _SIZES = {  # GGUF's names, below that of the architecture, and Hugging Face's
 }
 _OPTIONAL = ("attention.head_count_kv", "attention.key_length", "rope.freq_base")
 _ROPE_FACTORS = "rope_freqs.weight"
-# Our own entry, the rule of rope_freqs: factor, low_freq_factor, high_freq_factor, original_context.
-_ROPE_RULE = "lora_lab.rope_scaling"
-_Rule = Annotated[list[Number], Field(min_length=4, max_length=4)]
 # The dtypes of a written file, and the largest number of each; q8_0 has a float16 and a code up to 127.
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 _LARGEST = {"f32": float("inf"), "f16": _FLOAT16_MAX, "q8_0": 127 * _FLOAT16_MAX}
@@ -323,11 +318,9 @@ def _config(fields: dict[str, Any], stored: dict[str, StoredTensor], path: Path)
         )
     if _ROPE_FACTORS not in stored:
         return config
-    # GGUF stores Llama 3's scaling of positions as one divisor per frequency, of which the rule is found here.
+    # GGUF stores Llama 3's scaling of positions as one divisor per frequency. Its models differ in the factor alone.
     factors = _dense(_ROPE_FACTORS, stored[_ROPE_FACTORS])  # (head_dim / 2,)
-    rule = check(fields.get(_ROPE_RULE), _Rule | None, _ROPE_RULE) or (float(factors.max()), 1.0, 4.0, 8192)
-    factor, low, high, original = rule
-    scaled = replace(config, rope_scaling=RopeScaling(factor, low, high, int(original)))
+    scaled = replace(config, rope_scaling=RopeScaling(float(factors.max()), 1.0, 4.0, 8192))
     expected = _rope_factors(scaled)  # (head_dim / 2,)
     if factors.shape != expected.shape or not torch.allclose(factors, expected, rtol=1e-4):
         raise ValueError(
@@ -402,8 +395,7 @@ def write_gguf(path: Path, layout: Layout, tensors: Mapping[str, Tensor], tokeni
     }
     header = {"general.type": "model"} | {f"{layout.architecture}.{name}": value for name, value in entries.items()}
     stored: dict[str, Tensor] = {}
-    if (scaling := config.rope_scaling) is not None:
-        header[_ROPE_RULE] = [float(number) for number in vars(scaling).values()]
+    if config.rope_scaling is not None:
         stored[_ROPE_FACTORS] = _rope_factors(config)  # (head_dim / 2,)
     for name, value in tensors.items():
         stored[gguf_name(name)] = reorder_for_gguf(gguf_name(name), value, layout)  # (576, columns), or (n,)

@@ -18,6 +18,7 @@ References: Touvron et al. 2023, "LLaMA", arXiv 2302.13971, section 2.2; RMSNorm
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Annotated
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lora_lab.models.decoding import Sampling, continue_text
+from lora_lab.models.reading import Reader, Sampling, reader_of, stream
 from lora_lab.system.schema import Number, Positive, Seed, Size, check, check_fields
 
 # Ranges that no Llama leaves. Within them a model without weights is built in a second, no product of sizes overflows,
@@ -232,21 +233,15 @@ class Trunk(nn.Module):
         ids: Tensor,
         attention_mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
-        position_ids: Tensor | None = None,
     ) -> Tensor:
-        if position_ids is not None and cache is not None:
-            raise ValueError("position_ids are for rows of whole examples, but a cache was given too; leave one out.")
         past = cache.length if cache is not None else 0
         new = ids.shape[1]
         x = self.embed_tokens(ids)  # (4, 128) -> (4, 128, 576)
-        if position_ids is None:
-            positions = torch.arange(past, past + new, device=ids.device, dtype=torch.float32)  # (128,)
-        else:
-            positions = position_ids[:, None].float()  # (4, 1, 128), the same for all heads
-        angles = positions[..., None] * self.frequencies_on(ids.device)  # (128, 32), or (4, 1, 128, 32)
+        positions = torch.arange(past, past + new, device=ids.device, dtype=torch.float32)  # (128,)
+        angles = positions[:, None] * self.frequencies_on(ids.device)  # (128, 32)
         angles = torch.cat((angles, angles), dim=-1)  # (128, 64)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)  # (128, 64)
-        mask = _mask(past, new, attention_mask, position_ids, ids.device)  # None, or (4 or 1, 1, 128, past + 128)
+        mask = _mask(past, new, attention_mask, ids.device)  # None, or (4 or 1, 1, 128, past + 128)
         checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
         for layer in self.layers:
             if checkpointed:  # of the block only x is saved, and the backward pass recomputes it
@@ -289,8 +284,6 @@ class Llama(nn.Module):
         ids: Tensor,
         attention_mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
-        position_ids: Tensor | None = None,
-        logits_to_keep: Tensor | None = None,
     ) -> Tensor:
         """Return logits (batch, length, vocabulary).
 
@@ -298,16 +291,8 @@ class Llama(nn.Module):
             ids: token ids (batch, length), integers.
             attention_mask: (batch, past + length), 1 for tokens and 0 for padding, on either side.
             cache: keys and values of the past positions, which ``ids`` continue; it is extended in place.
-            position_ids: (batch, length), integers, for rows that hold several examples each: where they start again
-                at 0 another example begins, which attends to none before it.
-            logits_to_keep: indices (columns,) of the positions whose logits are returned; None returns all.
-
-        Raises:
-            ValueError: both ``cache`` and ``position_ids`` are given.
         """
-        hidden = self.model(ids, attention_mask, cache, position_ids)  # (4, 128, 576)
-        if logits_to_keep is not None:
-            hidden = hidden[:, logits_to_keep]  # (4, columns, 576)
+        hidden = self.model(ids, attention_mask, cache)  # (4, 128, 576)
         return self.lm_head(hidden)  # (4, 128, 49152)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -363,7 +348,7 @@ class Llama(nn.Module):
             ids: the prompt, (length,), at least one token.
             max_new_tokens: maximum number of new tokens.
             stop: a token that ends the text (it is not returned).
-            temperature, seed, repetition_penalty: as for :class:`lora_lab.models.decoding.Sampling`.
+            temperature, seed, repetition_penalty: as for :class:`lora_lab.models.reading.Sampling`.
 
         Returns:
             Token ids (new,), new <= max_new_tokens.
@@ -373,29 +358,67 @@ class Llama(nn.Module):
                 and ``max_new_tokens`` together exceed ``max_position_embeddings``; or the temperature or the penalty is
                 out of range.
         """
-        sampling, cache = Sampling(temperature, seed, repetition_penalty), KeyValueCache()
-
-        def read(new: Tensor) -> Tensor:
-            return self.lm_head(self.model(new, cache=cache)[:, -1])  # (1, new) -> (1, 49152)
-
-        tokens = continue_text(self, read, ids, max_new_tokens, stop, sampling)
+        tokens = stream(self, ids, max_new_tokens, stop, Sampling(temperature, seed, repetition_penalty))
         return torch.tensor(list(tokens), dtype=torch.long)  # (new,)
 
 
-def _mask(
-    past: int, new: int, attention_mask: Tensor | None, position_ids: Tensor | None, device: torch.device
-) -> Tensor | None:
+def _mask(past: int, new: int, attention_mask: Tensor | None, device: torch.device) -> Tensor | None:
     """Return True where a query may attend to a key; None where causal attention, or one last query, needs no mask."""
-    if attention_mask is None and position_ids is None and (past == 0 or new == 1):
+    if attention_mask is None and (past == 0 or new == 1):
         return None
     queries = torch.arange(past, past + new, device=device)[:, None]  # (new, 1)
     keys = torch.arange(past + new, device=device)[None]  # (1, past + new)
     allowed = (keys <= queries)[None, None]  # (1, 1, new, past + new)
-    if position_ids is not None:
-        example = (position_ids == 0).cumsum(1)  # (4, new): the number of its example in the row, for each token
-        allowed = allowed & (example[:, None, :, None] == example[:, None, None, :])  # (4, 1, new, new)
     if attention_mask is not None:
         real = attention_mask.bool()[:, None, None, :]  # (4, 1, 1, past + new)
         # A padded query attends to itself, because a row without any key would be NaN, and NaN would spread.
         allowed = (allowed & real) | (keys == queries)  # (4, 1, new, past + new)
     return allowed
+
+
+# Token after token
+
+
+class LlamaReader(Reader):
+    """What a Llama has read, as :class:`lora_lab.models.reading.Reader`.
+
+    Padding on the left shifts positions, but rotary embeddings depend on their differences only.
+    """
+
+    def __init__(self, model: Llama, mask: Tensor | None = None) -> None:
+        super().__init__(model, mask)
+        self.cache = KeyValueCache()
+
+    def branch(self) -> LlamaReader:
+        """Return another reader, which shares keys and values, because a cache is extended by new tensors."""
+        other = copy.copy(self)
+        other.cache = KeyValueCache()
+        other.cache.layers = dict(self.cache.layers)
+        return other
+
+    def repeat(self, mask: Tensor) -> LlamaReader:
+        """Return a reader of a batch of texts that all begin with the one text that this one has read, without padding.
+
+        Padding between that beginning and the rest of a text would move them away from each other. So the keys of the
+        beginning are rotated by the number of padding positions: rotations add up.
+
+        Args:
+            mask: (batch, new) for the tokens that are read next, as for :class:`Reader`.
+        """
+        past = torch.ones(len(mask), self.length, dtype=mask.dtype, device=mask.device)  # (16, past)
+        other = LlamaReader(self.model, torch.cat([past, mask], 1))
+        other.length = self.length
+        padding = (mask == 0).sum(1)[:, None, None, None]  # (16, 1, 1, 1)
+        angles = padding * self.model.model.frequencies_on(mask.device).repeat(2)  # (16, 1, 1, 64)
+        for layer, (key, value) in self.cache.layers.items():  # (1, 3, past, 64) each
+            turned = rotate(key, angles.cos().to(key.dtype), angles.sin().to(key.dtype))  # (16, 3, past, 64)
+            other.cache.layers[layer] = turned, value.expand(len(mask), -1, -1, -1)
+        return other
+
+    def _logits(self, ids: Tensor, last: bool) -> Tensor:
+        self._extend(ids)
+        hidden = self.model.model(ids, self.mask, self.cache)  # (16, new, 576)
+        return self.model.lm_head(hidden[:, -1:] if last else hidden)  # (16, 1 or new, 49152)
+
+
+reader_of.register(Llama, LlamaReader)

@@ -17,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import Any, Literal, cast
@@ -55,14 +56,6 @@ _KINDS = "lora_lab.block_kinds"  # in the safetensors header: the kind of each t
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 GENERATION = "generation_config.json"  # of transformers
 ADAPTER_CONFIG = "adapter_config.json"  # of peft; where transformers finds it, it puts the adapter on the model
-# In the order in which they are tried where a config names no architecture with a head.
-_HEADS = (
-    "MODEL_FOR_MASKED_LM_MAPPING",  # before the next, which makes decoders of encoders
-    "MODEL_FOR_CAUSAL_LM_MAPPING",
-    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
-    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
-    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
-)
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -97,32 +90,23 @@ def load_pretrained(
     """
     if not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}, but weights need a floating-point one, such as torch.float32.")
-    device = pick_device(device)[0]
-    path = _smollm2_folder() if str(source) == SMOLLM2 else files.as_path(source, "source")
-    if path.is_dir():
+    device, path = pick_device(device)[0], _find_source(source)
+    if path.is_file():
+        stored = read_gguf(path)
+    else:
         entries = read_entries(path)
         reason = find_misfit(entries)
         if str(source) != SMOLLM2:
             which = f"a model of transformers, because {reason}" if reason else "a lora_lab.Llama"
             print(f"{path}: {which}.", file=sys.stderr)
         stored = None if reason else _read_folder(path, entries)
-    elif not path.is_file():
-        raise FileNotFoundError(
-            f"There is no model {str(source)!r}; use {SMOLLM2!r}, the path of a .gguf file, or a Hugging Face folder."
-        )
-    elif path.suffix != ".gguf":
-        raise ValueError(f"{path} is neither a folder nor a .gguf file.")
-    else:
-        stored = read_gguf(path)
     if keep_blocks and not (stored and stored.kinds):
         raise ValueError(
             f"{path} holds no matrix in blocks of {' or '.join(quantize.BYTES_PER_BLOCK)}, so there are none to keep; "
             "load it without keep_blocks and then call lora_lab.quantize_nf4(model)."
         )
     if stored is None:
-        _weight_files(path)  # transformers would follow an index out of the folder
-        tokenizer = Tokenizer.load(path)  # before the weights: it takes no time, and may be what is missing
-        return _load_by_transformers(path, dtype, device), tokenizer
+        return _load_by_transformers(path, dtype, device)
     return _build(stored, path, dtype, device, keep_blocks), stored.tokenizer
 
 
@@ -137,12 +121,22 @@ def load_tokenizer(source: str | Path = SMOLLM2) -> Tokenizer:
         ValueError: the file is damaged.
         RuntimeError: the model cannot be downloaded.
     """
-    path = _smollm2_folder() if str(source) == SMOLLM2 else Path(source)
-    if path.is_dir():
-        return Tokenizer.load(path)
-    if path.suffix == ".gguf" and path.is_file():
-        return Tokenizer.from_gguf(read_header(path)[0])
-    return load_pretrained(source, device="cpu")[1]  # which says what is wrong with the source
+    path = _find_source(source)
+    return Tokenizer.load(path) if path.is_dir() else Tokenizer.from_gguf(read_header(path)[0])
+
+
+def _find_source(source: str | Path) -> Path:
+    """Return the folder or the GGUF file of a model; SmolLM2's is a folder in the cache."""
+    if str(source) == SMOLLM2:
+        return _smollm2_folder()
+    path = files.as_path(source, "source")
+    if not path.exists():
+        raise FileNotFoundError(
+            f"There is no model {str(source)!r}; use {SMOLLM2!r}, the path of a .gguf file, or a Hugging Face folder."
+        )
+    if path.is_file() and path.suffix != ".gguf":
+        raise ValueError(f"{path} is neither a folder nor a .gguf file.")
+    return path
 
 
 def architecture(source: str | Path) -> Callable[[], nn.Module]:
@@ -169,7 +163,7 @@ def architecture(source: str | Path) -> Callable[[], nn.Module]:
     entries = read_entries(path)
     if find_misfit(entries) is None:
         return partial(Llama, config_from_hf(entries, path))
-    return partial(build_by_transformers, _read_config(path))
+    return partial(_build_by_transformers, _read_config(path))
 
 
 def save_model(
@@ -255,8 +249,7 @@ def _save_folder(model: nn.Module, folder: Path, tokenizer: Tokenizer | None) ->
         if not isinstance(model, Llama):
             if not hasattr(model, "save_pretrained"):
                 raise ValueError(f"A {type(model).__name__} is neither a lora_lab.Llama nor a model of transformers.")
-            state = _dequantise_state(model, model.state_dict())
-            cast(Any, model).save_pretrained(temporary, state_dict=state, max_shard_size="1TB")
+            cast(Any, model).save_pretrained(temporary, state_dict=_dense_state(model), max_shard_size="1TB")
             return
         state = {name: value.detach().cpu().contiguous() for name, value in _dense_state(model).items()}
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")}
@@ -268,14 +261,9 @@ def _save_folder(model: nn.Module, folder: Path, tokenizer: Tokenizer | None) ->
 
 
 def _dense_state(model: Any) -> dict[str, Tensor]:
-    """Return the dense tensors of a Llama, or of a relative, by Hugging Face's names."""
-    tied = model.config.tie_word_embeddings  # the head is the embedding's matrix, which is written once
+    """Return a model's tensors by Hugging Face's names; matrices in blocks are dequantised."""
+    tied = getattr(model.config, "tie_word_embeddings", False)  # the head is the embedding's matrix, written once
     state = {name: value for name, value in model.state_dict().items() if not (tied and name.startswith("lm_head."))}
-    return _dequantise_state(model, state)
-
-
-def _dequantise_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a model's state, which is changed: matrices in blocks are dequantised under their usual names."""
     for name, module in model.named_modules():
         if isinstance(module, quantize.BlockWeight) and f"{name}.packed" in state:
             del state[f"{name}.packed"]
@@ -414,49 +402,48 @@ def _read_config(path: Path) -> Any:
         import transformers
     except ModuleNotFoundError:
         raise ModuleNotFoundError("This model needs transformers; run pip install 'lora-lab[hf]'.") from None
-    try:
+    with _explain_failure(f"transformers {transformers.__version__} cannot read {path}"):
         return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever the entries of the file lead to
-        raise _not_possible(f"transformers {transformers.__version__} cannot read {path}", error) from None
 
 
-def model_class(config: Any) -> Any:
-    """Return the class of a config's model, with a head: the first architecture that it names, or the usual one.
+@contextmanager
+def _explain_failure(what: str) -> Iterator[None]:
+    """Tell in one sentence ``what`` failed: transformers raises whatever the entries of a file lead to."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what}: {shortened(str(error)) or type(error).__name__}") from None
+
+
+def _model_class(config: Any) -> Any:
+    """Return the first model with a head among a config's architectures.
 
     Raises:
-        ValueError: transformers has no such class.
+        ValueError: transformers has none of them.
     """
     import transformers
 
     bare = transformers.MODEL_MAPPING.get(type(config), None)
-    named = [getattr(transformers, name, None) for name in config.architectures or ()]
-    usual = [getattr(transformers, name).get(type(config), None) for name in _HEADS]
-    for kind in (*named, *usual):
+    for name in config.architectures or ():
+        kind = getattr(transformers, name, None)
         if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and kind is not bare:
             return kind
+    named = shortened(str(config.architectures), 80)
     raise ValueError(
-        f"transformers {transformers.__version__} has no model with a head for a config of type {config.model_type!r}."
+        f"The config's architectures are {named}, but transformers {transformers.__version__} has no model with a head "
+        "of such a name; name one, such as BertForMaskedLM."
     )
 
 
-def build_by_transformers(config: Any) -> nn.Module:
-    """Return a model with random weights, or without any on torch's meta device.
-
-    Args:
-        config: from :func:`_read_config`; it is not changed.
-
-    Raises:
-        ValueError: transformers has no such class, or cannot build the model.
-    """
-    kind = model_class(config)
-    try:
+def _build_by_transformers(config: Any) -> nn.Module:
+    """Return a model with random weights, or without any on torch's meta device; the config is not changed."""
+    kind = _model_class(config)
+    with _explain_failure(f"transformers cannot build a {kind.__name__} of this config"):
         return kind(copy.deepcopy(config))
-    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, AssertionError) as error:
-        raise _not_possible(f"transformers cannot build a {kind.__name__} of this config", error) from None
 
 
-def _load_by_transformers(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """Return the model of a folder, in evaluation mode.
+def _load_by_transformers(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[Any, Tokenizer]:
+    """Return the model of a folder, in evaluation mode, and its tokenizer.
 
     Args:
         folder: with config.json and safetensors.
@@ -468,6 +455,8 @@ def _load_by_transformers(folder: Path, dtype: torch.dtype, device: torch.device
             weights are quantised, or an adapter is in the same folder.
         ModuleNotFoundError: transformers is not installed.
     """
+    _weight_files(folder)  # transformers would follow an index out of the folder
+    tokenizer = Tokenizer.load(folder)  # before the weights: it takes no time, and may be what is missing
     config = _read_config(folder)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{folder} holds quantised weights; load the original ones, then call quantize_nf4(model).")
@@ -475,8 +464,9 @@ def _load_by_transformers(folder: Path, dtype: torch.dtype, device: torch.device
         raise ValueError(
             f"{folder} holds an adapter beside the model, which transformers would put on it; move it elsewhere."
         )
-    try:
-        model, report = model_class(config).from_pretrained(
+    kind = _model_class(config)
+    with _explain_failure(f"{folder} cannot be loaded by transformers"):
+        model, report = kind.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -484,16 +474,10 @@ def _load_by_transformers(folder: Path, dtype: torch.dtype, device: torch.device
             use_safetensors=True,
             output_loading_info=True,
         )
-    except Exception as error:  # of safetensors, of transformers, and of what the config's entries lead to
-        raise _not_possible(f"{folder} cannot be loaded by transformers", error) from None
     if missing := sorted(report["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{folder} lacks the tensor {missing[0]}{more}, so it is incomplete; copy or make it anew.")
-    return model.to(device).eval()
-
-
-def _not_possible(what: str, error: Exception) -> ValueError:
-    return ValueError(f"{what}: {shortened(str(error)) or type(error).__name__}")
+    return model.to(device).eval(), tokenizer
 
 
 # The cache
@@ -535,7 +519,7 @@ def _cache_lock(name: str) -> FileLock:
     """
     folder = cache_folder()
     try:
-        files.check_writable(folder, leave=True)
+        files.check_writable(folder)
     except OSError as error:
         raise OSError(f"{str(error).removesuffix('.')} (LORA_LAB_CACHE names it).") from None
     return FileLock(folder / f".{name}.lock", mode=0o666)  # several users may share a cache

@@ -41,10 +41,9 @@ from lora_lab.inject import check_names, find_excluded, output_head, replace, re
 from lora_lab.layers import QuantizedLayer, register
 from lora_lab.lora import LoRALinear
 
-BLOCK = 32  # weights in a block of GGUF's formats
+BLOCK, _NF4_BLOCK = 32, 64  # weights in a block of GGUF's formats, and of NF4's
 _GROUP = 256  # blocks of NF4-double that share a step
 _E4M3_MAX = 448.0  # the largest number of torch.float8_e4m3fn
-_LONGEST_BLOCK = 2**16  # of NF4
 # Weights dequantised at a time: allocating 100 MB at once takes longer than computing the weights in it.
 _AT_ONCE = 2**20
 _MOST_SLICES = 32  # of a larger matrix: each slice takes a dozen operations, whatever its size
@@ -60,15 +59,17 @@ class BlockFormat:
     Args:
         decode: uint8 (blocks, bytes) -> float32 (blocks, weights). Where scales are quantised, it also takes each
             block's step (blocks, 1) and the mean of all scales.
-        encode: the reverse: a matrix of any floating-point dtype and the weights in a block -> the blocks, and the
-            steps, as :func:`nf4` returns them (None if scales are not quantised).
+        encode: the reverse: a matrix of any floating-point dtype -> the blocks, and the steps, as :func:`nf4` returns
+            them (None if scales are not quantised).
         scale_bytes: bytes at the start of a block that hold its scale (and minimum); the codes follow.
+        weights: in a block.
         bits: of a code.
     """
 
     decode: Callable[..., Tensor]
-    encode: Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
+    encode: Callable[[Tensor], tuple[Tensor, Tensor | None]]
     scale_bytes: int
+    weights: int
     bits: int
 
 
@@ -98,8 +99,8 @@ def _q8_0(block: Tensor) -> Tensor:
     return block[:, 2:].view(torch.int8).float().mul_(_float16(block[:, 0:2]))  # (27648, 34) -> (27648, 32)
 
 
-def _to_q4_1(weight: Tensor, block: int) -> tuple[Tensor, None]:
-    weights = _split(weight, block)  # (27648, 32)
+def _to_q4_1(weight: Tensor) -> tuple[Tensor, None]:
+    weights = _split(weight, BLOCK)  # (27648, 32)
     minimum, maximum = weights.amin(dim=1, keepdim=True), weights.amax(dim=1, keepdim=True)  # (27648, 1)
     scale = (maximum - minimum) / 15  # (27648, 1)
     codes = ((weights - minimum) * _inverse(scale) + 0.5).clamp(0, 15).byte()  # (27648, 32)
@@ -107,8 +108,8 @@ def _to_q4_1(weight: Tensor, block: int) -> tuple[Tensor, None]:
     return torch.cat((_half_bytes(scale), _half_bytes(minimum), low | high << 4), dim=1), None  # (27648, 20)
 
 
-def _to_q8_0(weight: Tensor, block: int) -> tuple[Tensor, None]:
-    weights = _split(weight, block)  # (27648, 32)
+def _to_q8_0(weight: Tensor) -> tuple[Tensor, None]:
+    weights = _split(weight, BLOCK)  # (27648, 32)
     scale = weights.abs().amax(dim=1, keepdim=True) / 127  # (27648, 1)
     scaled = weights * _inverse(scale)  # (27648, 32)
     whole = scaled.abs().floor()  # (27648, 32)
@@ -191,29 +192,23 @@ _LEVEL = torch.tensor(LEVELS, dtype=torch.float32, device="cpu")  # (16,)
 _PAIRS = {torch.device("cpu"): torch.cartesian_prod(_LEVEL, _LEVEL).view(torch.int64).flatten()}  # (256, 2) -> (256,)
 
 
-def nf4(weight: Tensor, block: int = 64, double: bool = True) -> tuple[Tensor, Tensor | None]:
+def nf4(weight: Tensor, double: bool = True) -> tuple[Tensor, Tensor | None]:
     """Return ``weight`` in NF4: each block divided by its largest magnitude, and rounded to the nearest of 16 levels.
 
-    Blocks may cross the ends of rows; the last block is padded with zeros. Double quantisation stores the scales of
-    the blocks as mean + step * (a number of 8 bits, e4m3), with one step per 256 blocks.
+    A block has 64 weights, and may cross the ends of rows; the last one is padded with zeros. Double quantisation
+    stores the scales of the blocks as mean + step * (a number of 8 bits, e4m3), with one step per 256 blocks.
 
     Args:
         weight: a floating-point tensor of any shape.
-        block: weights per scale, an even number.
         double: quantise the scales too.
 
     Returns:
         The blocks (blocks, bytes), uint8; and the bytes of float32 numbers (1 + groups, 4), uint8, the mean of
         the scales and the step of each group (None without double quantisation).
 
-    Raises:
-        ValueError: block is not an even whole number from 2 to 65,536.
-
     Reference: Dettmers et al. 2023, section 3, "4-bit NormalFloat Quantization" and "Double Quantization".
     """
-    if not 2 <= block <= _LONGEST_BLOCK or block % 2:
-        raise ValueError(f"block is {block}, but it must be even and from 2 to {_LONGEST_BLOCK:,}, such as 64.")
-    weights = _split(weight, block)  # (13824, 64)
+    weights = _split(weight, _NF4_BLOCK)  # (13824, 64)
     scale = weights.abs().amax(dim=1, keepdim=True)  # (13824, 1)
     level = weight.new_tensor(LEVELS, dtype=torch.float32)  # (16,), on the same device
     middle = (level[1:] + level[:-1]) / 2  # (15,)
@@ -237,10 +232,10 @@ def _not_zero(scale: Tensor) -> Tensor:
 
 
 FORMATS = {
-    "Q4_1": BlockFormat(_q4_1, _to_q4_1, scale_bytes=4, bits=4),
-    "Q8_0": BlockFormat(_q8_0, _to_q8_0, scale_bytes=2, bits=8),
-    "NF4": BlockFormat(_nf4, partial(nf4, double=False), scale_bytes=4, bits=4),
-    "NF4-double": BlockFormat(_nf4_double, nf4, scale_bytes=1, bits=4),
+    "Q4_1": BlockFormat(_q4_1, _to_q4_1, scale_bytes=4, weights=BLOCK, bits=4),
+    "Q8_0": BlockFormat(_q8_0, _to_q8_0, scale_bytes=2, weights=BLOCK, bits=8),
+    "NF4": BlockFormat(_nf4, partial(nf4, double=False), scale_bytes=4, weights=_NF4_BLOCK, bits=4),
+    "NF4-double": BlockFormat(_nf4_double, nf4, scale_bytes=1, weights=_NF4_BLOCK, bits=4),
 }
 BYTES_PER_BLOCK = {kind: FORMATS[kind].scale_bytes + BLOCK * FORMATS[kind].bits // 8 for kind in ("Q4_1", "Q8_0")}
 
@@ -274,9 +269,9 @@ def round_matrix(weight: Tensor, kind: str) -> Tensor:
 
     Args:
         weight: a floating-point matrix (rows, columns).
-        kind: in :data:`FORMATS`; NF4's blocks are of 64 weights.
+        kind: in :data:`FORMATS`.
     """
-    packed, steps = FORMATS[kind].encode(weight, BLOCK if kind in BYTES_PER_BLOCK else 64)  # (13824, 33), (55, 4)
+    packed, steps = FORMATS[kind].encode(weight)  # (13824, 33), (55, 4)
     return BlockWeight(packed, kind, weight.shape, steps=steps).weight  # (1536, 576)
 
 
@@ -314,7 +309,6 @@ class BlockWeight(QuantizedLayer):
     ) -> None:
         super().__init__()
         self.format = FORMATS[kind]
-        self.block = (packed.shape[1] - self.format.scale_bytes) * 8 // self.format.bits  # weights
         self.packed = _freeze(packed)  # (27648, 20)
         self.steps = None if steps is None else _freeze(steps)  # None, or (55, 4)
         self.bias = None if bias is None else _freeze(bias)  # None, or (1536,)
@@ -332,12 +326,11 @@ class BlockWeight(QuantizedLayer):
         return self.rows(0, self.shape[0])
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Return rows ``start`` to ``stop`` of the matrix, as a slice counts them: (stop - start, 576)."""
-        start, stop, _ = slice(start, stop).indices(self.shape[0])
-        stop, columns = max(start, stop), self.shape[1]
-        first, last = start * columns // self.block, math.ceil(stop * columns / self.block)
+        """Return the rows of the matrix from ``start`` to before ``stop``: (stop - start, 576)."""
+        columns, block = self.shape[1], self.format.weights
+        first, last = start * columns // block, math.ceil(stop * columns / block)
         weights = self._decode(first, last).flatten()  # from the start of a block, which may lie in another row
-        skipped = start * columns - first * self.block
+        skipped = start * columns - first * block
         return weights[skipped : skipped + (stop - start) * columns].view(stop - start, columns).to(self.dtype)
 
     def _decode(self, first: int, last: int) -> Tensor:
@@ -350,12 +343,12 @@ class BlockWeight(QuantizedLayer):
         return self.format.decode(block, step, mean)  # (13824, 64)
 
     def requantize(self, weight: Tensor) -> BlockWeight:
-        """Return a new layer in blocks of the same kind and size, with another matrix; a bias is copied.
+        """Return a new layer in blocks of the same kind, with another matrix; a bias is copied.
 
         Args:
             weight: of the shape of this layer's, in floating point. It is best in float32, so that it is rounded once.
         """
-        packed, steps = self.format.encode(weight, self.block)  # (13824, 33), (55, 4)
+        packed, steps = self.format.encode(weight)  # (13824, 33), (55, 4)
         in_place_of = {id(self.packed): _freeze(packed)}
         if self.steps is not None and steps is not None:
             in_place_of[id(self.steps)] = _freeze(steps)
@@ -462,23 +455,22 @@ def _freeze(tensor: Tensor) -> nn.Parameter:
 register(BlockLinear, LoRALinear, linear=True)
 
 
-def quantize_nf4(model: nn.Module, block: int = 64, double: bool = True, exclude: Sequence[str] = ()) -> list[str]:
+def quantize_nf4(model: nn.Module, double: bool = True, exclude: Sequence[str] = ()) -> list[str]:
     """Replace the ``nn.Linear`` layers of ``model`` by frozen ones in NF4, in place.
 
     The output head (see :func:`lora_lab.inject.output_head`) stays dense, because it often shares its weight with the
-    embedding. So do subclasses of ``nn.Linear``, because the modules around them
-    may read their weights directly.
+    embedding. So do subclasses of ``nn.Linear``, because the modules around them may read their weights directly.
 
     Args:
-        block, double: as in :func:`nf4`.
+        double: as in :func:`nf4`.
         exclude: names or endings of names of layers to leave dense.
 
     Returns:
         The names of the layers now in NF4.
 
     Raises:
-        ValueError: the model has adapters, there is no such layer, a name in ``exclude`` matches nothing, a weight
-            belongs to two modules, or block is not an even whole number. The model is then left as it was.
+        ValueError: the model has adapters, there is no such layer, a name in ``exclude`` matches nothing, or a weight
+            belongs to two modules. The model is then left as it was.
     """
     exclude = check_names("exclude", exclude)
     require_no_adapters(model)
@@ -502,7 +494,7 @@ def quantize_nf4(model: nn.Module, block: int = 64, double: bool = True, exclude
             )
     kind = "NF4-double" if double else "NF4"
     for name, layer in layers.items():
-        packed, steps = nf4(layer.weight, block, double)
+        packed, steps = nf4(layer.weight, double)
         quantized = BlockLinear(packed, kind, layer.weight.shape, layer.bias, steps, layer.weight.dtype)
         replace(model, name, quantized.train(layer.training))
     return list(layers)

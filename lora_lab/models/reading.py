@@ -1,25 +1,31 @@
-"""What a causal language model has read: our Llama, and the models of transformers, behind one interface.
+"""What a causal language model has read, and what follows, token after token: our Llama, and those of transformers.
 
     reader = reader_of(model)
     logits = reader.read(ids)          # of the token that follows the prompt, (batch, vocabulary)
     logits = reader.read(token)        # and of the one after that
 
-``stream`` makes text of it, token by token; ``lora_lab.tasks.generate`` answers many prompts at once.
+:func:`stream` makes text of it, token by token; ``lora_lab.tasks.generate`` answers many prompts at once.
 """
 
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from functools import singledispatch
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lab.models.decoding import Sampling, continue_text
-from lora_lab.models.llama import KeyValueCache, Llama, rotate
-from lora_lab.task import accepts, is_encoder_decoder
+from lora_lab.system.schema import Count, NotNegative, Seed, check, check_fields
+from lora_lab.system.wording import shortened
+from lora_lab.task import accepts, context_length, is_encoder_decoder, restore_modes
+
+_LOWEST_TEMPERATURE = 1e-6  # far below it logits / temperature overflows
 
 
 class Reader:
@@ -83,50 +89,9 @@ class Reader:
         return outputs.logits[:, -new:]  # (16, 1 or new, vocabulary)
 
 
-class LlamaReader(Reader):
-    """The same of a :class:`lora_lab.Llama`.
-
-    Padding on the left shifts positions, but rotary embeddings depend on their differences only.
-    """
-
-    def __init__(self, model: Llama, mask: Tensor | None = None) -> None:
-        super().__init__(model, mask)
-        self.cache = KeyValueCache()
-
-    def branch(self) -> LlamaReader:
-        """Return another reader, which shares keys and values, because a cache is extended by new tensors."""
-        other = copy.copy(self)
-        other.cache = KeyValueCache()
-        other.cache.layers = dict(self.cache.layers)
-        return other
-
-    def repeat(self, mask: Tensor) -> LlamaReader:
-        """Return a reader of a batch of texts that all begin with the one text that this one has read, without padding.
-
-        Padding between that beginning and the rest of a text would move them away from each other. So the keys of the
-        beginning are rotated by the number of padding positions: rotations add up.
-
-        Args:
-            mask: (batch, new) for the tokens that are read next, as for :class:`Reader`.
-        """
-        past = torch.ones(len(mask), self.length, dtype=mask.dtype, device=mask.device)  # (16, past)
-        other = LlamaReader(self.model, torch.cat([past, mask], 1))
-        other.length = self.length
-        padding = (mask == 0).sum(1)[:, None, None, None]  # (16, 1, 1, 1)
-        angles = padding * self.model.model.frequencies_on(mask.device).repeat(2)  # (16, 1, 1, 64)
-        for layer, (key, value) in self.cache.layers.items():  # (1, 3, past, 64) each
-            turned = rotate(key, angles.cos().to(key.dtype), angles.sin().to(key.dtype))  # (16, 3, past, 64)
-            other.cache.layers[layer] = turned, value.expand(len(mask), -1, -1, -1)
-        return other
-
-    def _logits(self, ids: Tensor, last: bool) -> Tensor:
-        self._extend(ids)
-        hidden = self.model.model(ids, self.mask, self.cache)  # (16, new, 576)
-        return self.model.lm_head(hidden[:, -1:] if last else hidden)  # (16, 1 or new, 49152)
-
-
+@singledispatch
 def reader_of(model: nn.Module, mask: Tensor | None = None) -> Reader:
-    """Return a reader that has read nothing yet.
+    """Return a reader that has read nothing yet; our Llama has one of its own.
 
     Args:
         model, mask: as for :class:`Reader`.
@@ -134,8 +99,6 @@ def reader_of(model: nn.Module, mask: Tensor | None = None) -> Reader:
     Raises:
         ValueError: the model is not a causal language model of this package or of transformers.
     """
-    if isinstance(model, Llama):
-        return LlamaReader(model, mask)
     can_generate = getattr(model, "can_generate", None)
     if can_generate is None or not can_generate() or is_encoder_decoder(model):
         raise ValueError(
@@ -145,15 +108,97 @@ def reader_of(model: nn.Module, mask: Tensor | None = None) -> Reader:
     return Reader(model, mask)
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from its logits.
+
+    Args:
+        temperature: 0 always takes the most probable token (greedy); from 0.000001 on tokens are sampled from
+            softmax(logits / temperature).
+        seed: of the samples.
+        repetition_penalty: divides the positive logits of the tokens that the text holds already, prompt included, and
+            multiplies their negative ones (Keskar et al. 2019, "CTRL", arXiv 1909.05858, section 4.1): above 1 the
+            text repeats itself less; 1 changes nothing. From 0.001 to 1000.
+
+    Raises:
+        ValueError: the temperature or the penalty is out of range, or one of the three is no such number.
+    """
+
+    temperature: NotNegative = 0.0
+    seed: Seed = 0
+    repetition_penalty: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if 0 < self.temperature < _LOWEST_TEMPERATURE:
+            raise ValueError(
+                f"temperature is {self.temperature}, but it must be 0, or at least {_LOWEST_TEMPERATURE:f}."
+            )
+
+    def choose(self, logits: Tensor, text: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the next token, a scalar.
+
+        Args:
+            logits: (vocabulary,), changed in place if there is a penalty.
+            text: the tokens so far, (length,).
+            generator: of the samples.
+        """
+        if self.repetition_penalty != 1:
+            repeated, penalty = logits[text], float(self.repetition_penalty)  # (length,)
+            lower, higher = repeated * penalty, repeated / penalty  # (length,) each
+            logits[text] = torch.where(repeated < 0, lower, higher)  # (length,)
+        if self.temperature == 0:
+            return logits.argmax()  # ()
+        probabilities = torch.softmax(logits.float().cpu() / float(self.temperature), dim=-1)  # (49152,)
+        return torch.multinomial(probabilities, 1, generator=generator)[0]  # ()
+
+
+def check_context(model: nn.Module, length: int, max_new_tokens: int) -> None:
+    """Check that a prompt of ``length`` tokens and the new ones fit into the model's context, if its config names one.
+
+    Raises:
+        ValueError: they do not.
+    """
+    context = context_length(model)
+    if context is not None and length + max_new_tokens > context:
+        raise ValueError(
+            f"The prompt has {length} tokens and max_new_tokens is {max_new_tokens}, but the model reads at most "
+            f"{context} (max_position_embeddings); shorten the prompt, or ask for fewer tokens."
+        )
+
+
+@torch.no_grad()
 def stream(model: nn.Module, ids: Tensor, max_new_tokens: int, stop: int | None, sampling: Sampling) -> Iterator[int]:
     """Return the tokens that follow a prompt, one by one, as they are made.
 
     Args:
-        model: as for :func:`reader_of`.
-        ids, max_new_tokens, stop: as for :meth:`lora_lab.Llama.generate`.
+        model: as for :func:`reader_of`; it is in evaluation mode meanwhile.
+        ids: the prompt, (length,), at least one token.
+        max_new_tokens: maximum number of new tokens.
+        stop: a token that ends the text (it is not returned).
         sampling: how tokens are chosen.
 
     Raises:
-        ValueError: as for :meth:`lora_lab.Llama.generate` and :func:`reader_of`.
+        ValueError: the prompt is empty, not one-dimensional or holds a token that the model does not know; prompt and
+            new tokens together may exceed the model's context; or as for :func:`reader_of`.
     """
-    return continue_text(model, reader_of(model).read, ids, max_new_tokens, stop, sampling)
+    reader = reader_of(model)
+    max_new_tokens = check(max_new_tokens, Count, "max_new_tokens")
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", sys.maxsize)
+    if ids.ndim != 1 or len(ids) == 0 or not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        raise ValueError(
+            f"The prompt is {shortened(str(ids.tolist()), 80)}, but it must be a row of at least one token id, each "
+            f"below {vocabulary}; encode at least one word with the model's own tokenizer."
+        )
+    check_context(model, len(ids), max_new_tokens)
+    generator = torch.Generator().manual_seed(sampling.seed)
+    new, text = ids[None], ids  # (1, length), then (1, 1); (length,), then longer
+    with restore_modes(model):
+        model.eval()
+        for _ in range(max_new_tokens):
+            token = sampling.choose(reader.read(new)[0], text, generator)  # ()
+            if int(token) == stop:
+                break
+            yield int(token)
+            new = token.to(ids.device).view(1, 1)  # (1, 1)
+            text = torch.cat([text, new[0]])  # (length + new,)

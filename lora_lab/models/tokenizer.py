@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 from lora_lab.models.chat_template import render
 from lora_lab.system.files import atomic_files, read_json, repair, write_json
 from lora_lab.system.schema import Count, check
-from lora_lab.system.wording import short_repr, shortened
+from lora_lab.system.wording import shortened
 
 TEMPLATE = "chat_template.jinja"  # of newer folders; it has precedence over the one in tokenizer_config.json
 # How text is split before byte pairs are merged, by the name in a GGUF file (as llama.cpp defines them).
@@ -32,26 +32,10 @@ PRE_TOKENIZERS = {
     "llama-bpe": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_LLAMA3_WORDS), "isolated"), _BYTES]),
     "qwen2": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_QWEN2_WORDS), "isolated"), _BYTES]),
 }
-# What is done to a text first, by our own entry in a GGUF file's header, which has none for it. Of Qwen2's files that
-# lack the entry it is Unicode's NFC.
-_NORMALIZER = "lora_lab.normalizer"
 _GGML = "tokenizer.ggml."  # begins the entries of a tokenizer in a GGUF file's header
 _GGUF_IDS = {"eos_id": "eos", "bos_id": "bos", "pad_id": "padding"}
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
 _ROLES = ("system", "user", "assistant")
-
-
-@runtime_checkable
-class TextTokenizer(Protocol):
-    """The part of a tokenizer's interface that text tasks use."""
-
-    def encode(self, text: str) -> list[int]: ...
-
-
-def check_tokenizer(tokenizer: Any, interface: type = TextTokenizer) -> None:
-    """Raise ValueError if an argument lacks a method of a tokenizer, such as a path (and a text has an ``encode``)."""
-    if isinstance(tokenizer, str) or not isinstance(tokenizer, interface):
-        raise ValueError(f"tokenizer is {short_repr(tokenizer)}, but it must be one that load_tokenizer returns.")
 
 
 class _Token(TypedDict):
@@ -91,14 +75,11 @@ class Tokenizer:
     def __post_init__(self) -> None:
         self.pad_id = self.eos_id if self.pad_id is None else self.pad_id
 
-    def __len__(self) -> int:
-        return self.backend.get_vocab_size()
-
     @property
-    def special_tokens(self) -> dict[str, int]:
-        """The special tokens, as they are written in a text, with their ids."""
+    def special_tokens(self) -> list[str]:
+        """The special tokens, as they are written in a text."""
         added = self.backend.get_added_tokens_decoder()
-        return {token.content: i for i, token in sorted(added.items()) if token.special}
+        return [added[i].content for i in sorted(added) if added[i].special]
 
     @property
     def control_tokens(self) -> list[str]:
@@ -309,8 +290,6 @@ class Tokenizer:
             header["tokenizer.chat_template"] = self.chat_template
         for pre in PRE_TOKENIZERS:  # the one from which the same tokenizer comes back
             made = header | {f"{_GGML}pre": pre}
-            if pre == "qwen2":
-                made[_NORMALIZER] = (state["normalizer"] or {}).get("type", "none")
             with suppress(ValueError):
                 if merges and _are_same(Tokenizer.from_gguf(made).backend, self.backend):
                     return made
@@ -369,7 +348,7 @@ def _backend(ggml: dict[str, Any], pre: str, ids: dict[str, int | None]) -> Back
     # Llama 3 does not split a word that is a token, whatever the merges would make of it.
     vocabulary = {token: i for i, token in enumerate(tokens)}
     backend = Backend(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe"))
-    if ggml.get(_NORMALIZER, "NFC" if pre == "qwen2" else "none") == "NFC":
+    if pre == "qwen2":
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer, backend.decoder = PRE_TOKENIZERS[pre], decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, kind in typed if kind == _CONTROL])

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from lora_lab.ablation import studies
-from lora_lab.ablation.compare import Grids, Study, ablate_setups, compare_tuned, last_rows, tune_by_seed
+from lora_lab.ablation.compare import Grids, ablate_setups, compare_tuned, last_rows, tune_by_seed
 from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.results import SCORE
 from lora_lab.ablation.run import ablate
@@ -146,7 +146,7 @@ class BlockSweep(Sweep):
         source: makes the model and the task on a device; None makes those of the study of that name
             (:func:`lora_lab.ablation.studies.study`).
         rerun: makes further rows.
-        chosen_on, judged_on, block, beyond, answered: as for :class:`lora_lab.ablation.compare.Study`.
+        chosen_on, judged_on, block, beyond, answered: as for :func:`lora_lab.ablation.compare.compare_tuned`.
         seq_len: tokens an example; None for a small net, whose trials take seconds.
     """
 
@@ -169,12 +169,12 @@ class BlockSweep(Sweep):
         """Yield the last row of each trial, and what is made of those that are trained again."""
         trials = {setup: trial for setup, (trial, _) in self.setups.items()}
         names = ("choosing", "judging", "chosen_on", "judged_on", "block", "widen", "beyond", "answered")
-        study = Study(trials, self.lrs, **{name: getattr(self, name) for name in names})
+        study = {name: getattr(self, name) for name in names}
         model, task = (self.source or partial(studies.study, self.data, self.seq_len or 64))(device)
         options: dict[str, Any] = {"n_jobs": studies.processes(device) if self.seq_len else 1}
         folder = folder / self.data
         columns, judged = [*_BLOCK_COLUMNS, *[f"{SCORE}accuracy"] * self.answered], {}
-        for frame in compare_tuned(model, task, study, folder, **options):
+        for frame in compare_tuned(model, task, trials, self.lrs, folder, **study, **options):
             for row in read_rows(last_rows(frame).assign(data=self.data), columns):
                 row |= {f"{part}_loss": read_loss(row, part) for part in ("validation", "test")}
                 yield row

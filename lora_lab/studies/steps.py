@@ -21,19 +21,18 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from lora_lab.costs.cost_model import CostModel, cost_model
 from lora_lab.costs.fake import token_batch
 from lora_lab.costs.flops import flops
 from lora_lab.costs.memory import MIB, Part, measure, predict
 from lora_lab.costs.repeated import last_blocks
 from lora_lab.costs.setup import Setup
-from lora_lab.costs.timing import step_time
+from lora_lab.costs.timing import CostModel, cost_model, step_time
 from lora_lab.lean.step import Lean
 from lora_lab.methods import FullFineTuning, LoRA
 from lora_lab.models import shapes
 from lora_lab.models.llama import Llama, LlamaConfig
 from lora_lab.studies.recorder import Recorder, Row
-from lora_lab.system.process import peak_bytes, run_in_subprocess
+from lora_lab.system.device import peak_bytes, run_in_subprocess
 from lora_lab.system.wording import count_noun, progress_bar
 from lora_lab.variants import DoRA, LoRAFA, PiSSA
 

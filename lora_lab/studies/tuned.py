@@ -65,10 +65,9 @@ from lora_lab.ablation.rank_advice import UpdateRanks
 from lora_lab.ablation.results import SCORE
 from lora_lab.ablation.stats import BlockLosses
 from lora_lab.adapters.edit import off, switch
-from lora_lab.costs.cost_model import cost_model
 from lora_lab.costs.fake import Factory
 from lora_lab.costs.setup import Setup
-from lora_lab.costs.timing import step_time
+from lora_lab.costs.timing import cost_model, step_time
 from lora_lab.inject import adapter_state, inject, lora_layers
 from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA, Method

@@ -2,9 +2,8 @@
 
 wording      words for messages, and the progress bar
 schema       what a file may say, what an argument may be, and results as JSON
-device       which device to compute on, how much work to do, and reproducible randomness
+device       where and how much to compute, randomness; fresh processes, their memory, cores that others use
 files        atomic writes: files that appear whole or not at all
-process      fresh processes for measurements; peak memory; cores used by other processes
 distributed  one run in several processes, which torchrun starts
 provenance   where a result comes from: commit, machine, device, versions; texts and bytes to hash
 torch_build  the build of torch that suits this machine, installed before all else

@@ -14,15 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from lora_lab.system.device import seed_generators
-
-T = TypeVar("T")
 
 
 class ProcessEndedError(RuntimeError):
@@ -66,20 +64,8 @@ class Processes:
             for tensor, total in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
                 tensor.copy_(total.view_as(tensor))
 
-    def broadcast(self, value: T) -> T:
-        """Return, in every process, the value that rank 0 calls this with.
-
-        Raises:
-            ProcessEndedError: as for :meth:`sum`.
-        """
-        values = [value]
-        if self.world_size > 1:
-            with _errors_in_one_sentence():
-                dist.broadcast_object_list(values, src=0)
-        return values[0]
-
     def check_same(self, values: Mapping[str, Any]) -> None:
-        """Check that all processes call this with equal values, by name.
+        """Wait for all processes, and check that they call this with equal values, by name.
 
         Raises:
             ValueError: they differ.

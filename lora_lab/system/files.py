@@ -6,7 +6,6 @@ carries the small files. A save that was killed between two renames is completed
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -26,7 +25,6 @@ from lora_lab.system.wording import short_repr, shortened
 _NEW = ".lora_lab-new-"  # begins the name of the hidden folder in which a save is written
 _DAY = 86_400  # seconds, after which a hidden folder is one that a killed process left
 _LOCK = ".lora_lab.lock"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Small files that say what tensors mean.
 _CARRIED = (
     *("adapter_config.json", "config.json", "generation_config.json"),
@@ -39,16 +37,10 @@ def as_path(path: str | Path, name: str) -> Path:
     """Return the path that an argument of this name gives.
 
     Raises:
-        ValueError: it is empty, or no system has such a name; perhaps it is the text of a file.
+        ValueError: it is empty, has several lines or a zero, or is longer than a name can be: perhaps it is the text of
+            a file.
     """
-    usable = bool(str(path))
-    try:
-        Path(path).stat()
-    except OSError as error:
-        usable &= error.errno != errno.ENAMETOOLONG
-    except ValueError:  # it holds a zero, or half a character
-        usable = False
-    if not usable:
+    if not str(path) or {"\0", "\n"} & set(str(path)) or len(Path(path).name) > 255:
         raise ValueError(f"{name} is {short_repr(path)}, but it must be the path of a file or folder, not its text.")
     return Path(path)
 
@@ -82,11 +74,8 @@ def atomic_files(folder: str | Path, remove: Iterable[str] = ()) -> Iterator[Pat
                 if file.suffix == ".safetensors":
                     _carry_files(file, folder, remove)
                 _flush(file)
-        except (OSError, SafetensorError) as error:
-            if isinstance(error, OSError) and error.errno not in _FULL:
-                raise
-            reason = getattr(error, "strerror", error)
-            raise OSError(f"{folder} could not be written ({reason}); make room, or name another folder.") from None
+        except SafetensorError as error:  # as its save_file says that the disk is full
+            raise OSError(f"{folder} could not be written ({error}); make room, or name another folder.") from None
         for file in files:
             file.replace(folder / file.name)
         for name in remove:
@@ -200,34 +189,29 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path} is not JSON ({error}); it may be damaged, so make or copy it anew.") from None
 
 
-def check_writable(folder: str | Path, leave: bool = False) -> None:
-    """Raise OSError now, and not after minutes of work, if a folder cannot be written to.
-
-    Args:
-        leave: whether the folder stays if it did not exist, because other processes may be about to write to it too.
-    """
+def check_writable(folder: str | Path) -> None:
+    """Make a folder, and raise OSError now, and not after minutes of work, if it cannot be written to."""
     with _make_workspace(Path(folder)) as temporary:
         (temporary / "trial").write_bytes(bytes(4096))
-    if leave:
-        Path(folder).mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
 def hold_folder(folder: str | Path) -> Iterator[None]:
-    """Hold a folder for the block, so that no other run saves its results there; without any, it is removed again.
+    """Hold a folder for the block, so that no other run saves its results there; without any, it is made.
 
     Raises:
         FileExistsError: another process, or another block of this one, holds the folder.
-        OSError: the folder cannot be made.
+        OSError: the folder cannot be written to.
     """
-    folder = Path(folder)
+    check_writable(folder)
+    lock = Path(folder) / _LOCK
     try:
-        with _make(folder), FileLock(folder / _LOCK, timeout=0):
+        with FileLock(lock, timeout=0):
             try:
                 yield
             finally:
                 with suppress(OSError):  # Windows removes no open file
-                    (folder / _LOCK).unlink()
+                    lock.unlink()
     except Timeout:
         raise FileExistsError(
             f"{shortened(str(folder))} is in use by another run, which has not ended; name another folder (--out), or "
@@ -235,17 +219,8 @@ def hold_folder(folder: str | Path) -> Iterator[None]:
         ) from None
 
 
-def is_held(folder: str | Path) -> bool:
-    """Return whether a folder is held by :func:`hold_folder`."""
-    try:
-        with hold_folder(folder):
-            return False
-    except FileExistsError:
-        return True
-
-
 def check_replaceable(path: str | Path, names: Iterable[str]) -> None:
-    """Check that a file which is about to be replaced does not exist yet, or is one that lora_lab wrote.
+    """Check that a file can be written, and that it does not exist yet, or is one that lora_lab wrote.
 
     Args:
         path: of a ``.json`` or ``.csv`` file.
@@ -253,8 +228,10 @@ def check_replaceable(path: str | Path, names: Iterable[str]) -> None:
 
     Raises:
         ValueError: it is another file.
+        OSError: its folder, which is made, cannot be written to.
     """
     path = Path(path)
+    check_writable(path.parent)
     if not path.exists():
         return
     try:
@@ -270,60 +247,36 @@ def check_replaceable(path: str | Path, names: Iterable[str]) -> None:
 
 
 def save_or_rescue(save: Callable[[Path], Any], folder: str | Path) -> Any:
-    """Return ``save(folder)``; if ``folder`` cannot be written to, save to a new temporary folder and raise.
+    """Return ``save(folder)``; if that fails, save to a new temporary folder and raise.
 
     Raises:
-        OSError: ``folder`` cannot be written to. The message names the temporary folder, if saving there succeeded.
+        OSError: ``folder`` cannot be written to. The message names the temporary folder.
     """
     try:
         return save(Path(folder))
     except OSError as error:
         fallback = Path(tempfile.mkdtemp(prefix="lora_lab-"))
-        try:
-            save(fallback)
-        except OSError:
-            shutil.rmtree(fallback, ignore_errors=True)
-            raise error from None
+        save(fallback)
         raise OSError(f"{str(error).rstrip('.')}. The files are in {fallback} instead.") from None
 
 
 @contextmanager
 def _make_workspace(folder: Path) -> Iterator[Path]:
-    """Yield a hidden folder within ``folder``, and remove what a process killed days ago has left there."""
-    with _make(folder):
+    """Make a folder, and yield a hidden one within it; remove what a process killed days ago has left there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(prefix=_NEW, dir=folder, ignore_cleanup_errors=True)
+    except OSError as error:
+        reason = "it is a file" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
+        raise OSError(
+            f"{shortened(str(folder))} cannot be written to ({reason}); name another folder, or make this one writable."
+        ) from None
+    with temporary:
         for leftover in folder.glob(f"{_NEW}*"):
             with suppress(OSError):  # another process may have just removed it
                 if time.time() - leftover.stat().st_mtime > _DAY:
                     shutil.rmtree(leftover)
-        try:
-            temporary = tempfile.TemporaryDirectory(prefix=_NEW, dir=folder, ignore_cleanup_errors=True)
-        except OSError as error:
-            raise _not_writable(folder, error) from None
-        with temporary:
-            yield Path(temporary.name)
-
-
-@contextmanager
-def _make(folder: Path) -> Iterator[None]:
-    """Make a folder, and those above it, for the block; what is empty at its end is removed again."""
-    try:
-        made = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _not_writable(folder, error) from None
-    try:
-        yield
-    finally:
-        for path in made:
-            with suppress(OSError):  # something is in it
-                path.rmdir()
-
-
-def _not_writable(folder: Path, error: OSError) -> OSError:
-    reason = "it is a file" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
-    return OSError(
-        f"{shortened(str(folder))} cannot be written to ({reason}); name another folder, or make this one writable."
-    )
+        yield Path(temporary.name)
 
 
 def _flush(file: Path) -> None:

@@ -80,13 +80,10 @@ def commit_of(folder: str | Path) -> str:
     """
     if not (Path(folder) / ".git").exists():  # the repository of a parent folder is not that of this code
         return "unknown"
-    # Git sets these variables in hooks, and they would redirect it to another repository.
-    redirecting = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
-    environment = {name: value for name, value in os.environ.items() if name not in redirecting}
 
     def git(*arguments: str) -> str:
         command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         commit = git("rev-parse", "--verify", "HEAD")
@@ -132,10 +129,8 @@ def describe_value(value: Any) -> str:
         return f"{{{', '.join(sorted(f'{key!r}: {describe_value(entry)}' for key, entry in value.items()))}}}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(describe_value, value))}]"
-    if isinstance(value, np.ndarray):
-        return f"{value.dtype} {describe_value(value.tolist())}"
-    if isinstance(value, Tensor):  # the repr of a large tensor omits values
-        return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(bytes_of(value)).hexdigest()}"
+    if isinstance(value, np.ndarray | Tensor):  # the repr of a large one omits values
+        return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(bytes_of(torch.as_tensor(value))).hexdigest()}"
     if type(value).__repr__ is object.__repr__:
         return type(value).__qualname__
     return re.sub(r" at 0x[0-9A-Fa-f]+", "", repr(value))

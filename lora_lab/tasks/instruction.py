@@ -8,22 +8,11 @@ The prompt is put through the model's chat template; the answer follows, up to a
 turn. Targets of the prompt are IGNORE, so the loss is the mean over the tokens of the answers: in a conversation of
 several turns, of all the assistant's. All pairs of a group (the same source, the same wording) go to one part, so that
 validation and test repeat nothing from training.
-
-Short examples need no padding if several share a row ("packing"; Krell et al. 2021, "Efficient Sequence Packing without
-Cross-contamination", arXiv 2107.02027):
-
-    task = share_rows(task, length=512)
-    fit(model, task, LoRA(rank=8), steps=100, lr=1e-3, batch_size=2)  # a batch is of rows now, each of many examples
-
-Beside its token ids a row holds the position of each token in its example. From them the model knows where another
-example begins: no token attends to another example, and positions start again at 0. So the loss of a row is that of its
-examples in rows of their own.
 """
 
 from __future__ import annotations
 
 import re
-from bisect import bisect_left, insort
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,25 +21,13 @@ from operator import itemgetter
 from typing import Any, Literal, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lora_lab.models.tokenizer import Tokenizer, check_tokenizer
-from lora_lab.system.provenance import describe_value
+from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system.schema import Count, Seed, Size, check
 from lora_lab.system.wording import count_noun, short_repr
-from lora_lab.task import (
-    IGNORE,
-    Examples,
-    Task,
-    accepts,
-    cross_entropy,
-    draw_rows,
-    logits,
-    mean_cross_entropy,
-    restore_modes,
-)
+from lora_lab.task import IGNORE, Examples, Task, draw_rows
 from lora_lab.tasks.python_docs import off_domain_texts, windows
 
 PARTS = ("train", "validation", "test")
@@ -59,8 +36,6 @@ Turn = tuple[str, str]  # role and content
 _SAMPLE = "Good day."  # of an assistant
 _MOST_CHARACTERS = 1000  # per token, more than any token has: a text above this limit is too long without tokenising it
 _MOST_CLASSES, _NEARLY_ALL = 20, 0.9  # distinct answers, with more of which they are no labels; a suspicious share
-# The root mean square difference of logits up to which it is rounding, in their standard deviations.
-_ROUNDING, _ROUNDING_OF_HALF = 1e-3, 0.1
 T = TypeVar("T")
 
 
@@ -103,7 +78,7 @@ class Padded(Examples):
         targets = self.targets[rows]  # (8, 191)
         columns = (targets != IGNORE).any(0).nonzero()  # (columns in which a target counts, 1)
         length = int(columns[-1]) + 1 if len(columns) else 0
-        return Padded(self.inputs[rows][..., :length], targets[:, :length])
+        return Padded(self.inputs[rows][:, :length], targets[:, :length])
 
 
 def pad(inputs: Sequence[Tensor], targets: Sequence[Tensor], pad_id: int = 0) -> Padded:
@@ -180,11 +155,8 @@ class PairTask(Task):
             f"{len(examples)} examples, padded to {examples.inputs.shape[1]} tokens; answers of "
             f"{int(lengths.min())} to {int(lengths.max())} tokens (median {float(lengths.median()):g})"
         )
-        if special := self.tokenizer.special_tokens:
-            written = re.compile("|".join(map(re.escape, special)))
-            texts = (text for pair in pairs for text in (pair.context, pair.answer))
-            if counts := Counter(token for text in texts for token in written.findall(text)):
-                lines.append(f"special tokens in the texts: {list_counts(counts)}")
+        if found := count_special(self.tokenizer, (text for pair in pairs for text in (pair.context, pair.answer))):
+            lines.append(f"special tokens in the texts: {found}")
         return "\n".join(lines)
 
 
@@ -217,7 +189,6 @@ def from_pairs(
         ValueError: an argument is of another type, there is no such metric, a text is empty, an example too long, a
             part empty or missing, a group in two parts, a prompt in two parts, or there are fewer than three groups.
     """
-    check_tokenizer(tokenizer, Tokenizer)
     max_tokens, seed = check(max_tokens, Size, "max_tokens"), check(seed, Seed, "seed")
     check(metric, Metric, "metric")
     split: dict[str, list[Pair]]
@@ -257,8 +228,10 @@ def _as_pair(pair: Any) -> Pair:
     raise ValueError(f"pairs holds {short_repr(pair)}, but each must be a Pair, or two texts: a prompt and an answer.")
 
 
-def list_counts(counts: Mapping[str, int]) -> str:
-    """Return how often each special token occurs, in words."""
+def count_special(tokenizer: Tokenizer, texts: Iterable[str]) -> str:
+    """Return how often each special token is written in the texts, in words; "" if none is."""
+    written = re.compile("|".join(map(re.escape, tokenizer.special_tokens)) or r"(?!)")  # or what nothing matches
+    counts = Counter(token for text in texts for token in written.findall(text))
     return ", ".join(f"{token!r} ({count_noun(count, 'time')})" for token, count in sorted(counts.items()))
 
 
@@ -426,148 +399,3 @@ def _encode_part(
         raise ValueError(f"All pairs of the {part} part have more than {max_tokens} tokens; raise max_tokens.")
     examples = pad([ids for _, ids, _ in short], [targets for _, _, targets in short], tokenizer.pad_id or 0)
     return [pair for pair, _, _ in short], examples
-
-
-# Several examples in one row
-
-
-def row_cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """``cross_entropy`` of rows that hold several examples each.
-
-    Our Llama and the models of transformers can skip logits. They are asked only for the columns in which a target of
-    some row counts: answers are a small part of the tokens, and logits a large part of the work. (Fake tensors have no
-    values, so for them all columns are computed.)
-
-    Args:
-        model: a causal language model that takes ``position_ids``.
-        inputs: token ids and their positions in their examples, (batch, 2, length).
-        targets: (batch, length).
-    """
-    ids, positions = inputs.unbind(1)  # (2, 512), (2, 512)
-    options = {"position_ids": positions}
-    if accepts(model, "logits_to_keep") and not isinstance(targets, FakeTensor):
-        columns = (targets != IGNORE).any(0).nonzero().flatten()  # (100,)
-        options["logits_to_keep"], targets = columns, targets[:, columns]  # (100,), (2, 100)
-    return mean_cross_entropy(logits(model, ids, **options), targets)  # ()
-
-
-@dataclass(frozen=True)
-class RowTask(PairTask):
-    """A :class:`PairTask` whose rows hold several examples each; :func:`share_rows` makes it.
-
-    Args:
-        source: the same examples in rows of their own. Descriptions, previews and answers are of its pairs.
-        length: the most tokens of a row.
-    """
-
-    source: PairTask = field(kw_only=True, repr=False, compare=False)
-    length: int = field(kw_only=True)
-
-    def describe(self) -> str:
-        """Return a summary as for the examples in rows of their own, and a line on the rows of each part."""
-        lines = [self.source.describe(), f"  in rows of up to {self.length} tokens, which examples share:"]
-        for part, rows in self.parts.items():
-            examples = self.source.parts[part]
-            each, filled = len(examples) / len(rows), sum(_lengths(examples)) / rows.targets.numel()
-            lines.append(f"  {part:<11}{len(rows):>6} rows of {each:.1f} examples, {1 - filled:.1%} padding")
-        return "\n".join([*lines, f"  fingerprint {self.fingerprint}"])
-
-    def preview(self, count: int = 2, part: str = "train") -> str:
-        """Return the first examples as the model sees them, and how many rows all of them share."""
-        rows = self.part(part)
-        last = f"in {len(rows)} rows of up to {self.length} tokens, none of which attends to another example"
-        return f"{self.source.preview(count, part)}\n{last}"
-
-    def limited(self, n_train: int, seed: int | None = None) -> RowTask:
-        """Return a smaller task, as for :class:`lora_lab.tasks.Task`; examples are counted, not rows."""
-        return share_rows(self.source.limited(n_train, seed), self.length)
-
-    def check_model(self, model: nn.Module) -> None:
-        """Check a model as for :class:`Task`, and that it keeps the first two examples of a row separate.
-
-        Raises:
-            ValueError: as for :class:`Task`; or it takes no positions, as one with an encoder and a decoder, or its
-                logits are not those of the examples in rows of their own, as for one that looks ahead.
-        """
-        self.source.check_model(model)
-        shared = (self.train[row : row + 1].inputs for row in range(len(self.train)))  # (1, 2, tokens) each
-        row = next((inputs for inputs in shared if int((inputs[0, 1] == 0).sum()) > 1), None)
-        if not accepts(model, "position_ids") or (row is not None and _mixes(model, row)):
-            raise ValueError(
-                f"In a {type(model).__name__} the examples of a row would change each other's logits, because it is "
-                "not causal or does not read position_ids; use task.source, whose examples have rows of their own."
-            )
-
-
-@torch.no_grad()
-def _mixes(model: nn.Module, row: Tensor) -> bool:
-    """Return whether the first two examples of a row (1, 2, tokens) have other logits than each alone."""
-    (ids,), (positions,) = row.to(next(model.parameters()).device).unbind(1)  # (512,), (512,)
-    _, second, end = [*(positions == 0).nonzero().flatten().tolist(), len(ids)][:3]
-    with restore_modes(model):
-        model.eval()
-        separate = [logits(model, each[None]) for each in (ids[:second], ids[second:end])]
-        shared = logits(model, ids[None, :end], position_ids=positions[None, :end])  # (1, end, vocabulary)
-    expected = torch.cat(separate, 1).double()  # (1, end, vocabulary)
-    rounding = _ROUNDING if shared.dtype in (torch.float32, torch.float64) else _ROUNDING_OF_HALF
-    return bool((shared.double() - expected).square().mean().sqrt() > rounding * expected.std())
-
-
-def share_rows(task: Task, length: int = 512) -> RowTask:
-    """Return the same examples in rows that hold several each, with the same loss and gradient for each of them.
-
-    The batch size of a run, and the number of examples of an evaluation, then count rows. A row is filled with the
-    longest example that still fits, so that each part has few rows, and the same examples always share one.
-
-    Args:
-        task: prompts and answers, for a causal language model.
-        length: the most tokens of a row.
-
-    Raises:
-        ValueError: the task is of another kind or has a loss of its own, its rows hold several examples already, or
-            an example is longer than a row.
-    """
-    if not isinstance(task, PairTask) or task.loss is not cross_entropy:
-        what = f"Task {task.name!r} is a {type(task).__name__} with the loss {describe_value(task.loss)!r}"
-        raise ValueError(f"{what}, but only a PairTask with cross_entropy can share rows; use it as it is.")
-    length = check(length, Size, "length")
-    for part, examples in task.parts.items():
-        if (longest := max(_lengths(examples))) > length:
-            raise ValueError(f"length is {length}, but an example of the {part} part has {longest} tokens.")
-    rows: dict[str, Any] = {part: _rows(examples, length) for part, examples in task.parts.items()}
-    return RowTask(**vars(task) | rows | {"loss": row_cross_entropy, "source": task, "length": length})
-
-
-def _lengths(examples: Examples) -> list[int]:
-    lengths = examples.lengths
-    return [examples.targets.shape[1]] * len(examples) if lengths is None else lengths.tolist()
-
-
-def _rows(examples: Examples, length: int) -> Padded:
-    """Return examples in rows: inputs (rows, 2, longest), targets (rows, longest)."""
-    lengths = _lengths(examples)
-    inputs, targets = [], []
-    for row in _fill_rows(lengths, length):
-        ids = torch.cat([examples.inputs[index, : lengths[index]] for index in row])  # (tokens,)
-        positions = torch.cat([torch.arange(lengths[index]) for index in row])  # (tokens,)
-        inputs.append(torch.stack([ids, positions], 1))  # (tokens, 2)
-        targets.append(torch.cat([examples.targets[index, : lengths[index]] for index in row]))  # (tokens,)
-    padded = pad(inputs, targets)
-    return Padded(padded.inputs.mT.contiguous(), padded.targets)  # (rows, 2, longest), (rows, longest)
-
-
-def _fill_rows(lengths: Sequence[int], length: int) -> list[list[int]]:
-    """Return the indices of each row's examples, by the rule of best fit, longest first; rows are in random order."""
-    rows: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # (tokens that still fit into a row, the row), sorted
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        place = bisect_left(rooms, (lengths[index], 0))
-        if place < len(rooms):
-            room, row = rooms.pop(place)
-        else:
-            room, row = length, len(rows)
-            rows.append([])
-        rows[row].append(index)
-        insort(rooms, (room - lengths[index], row))
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))  # (rows,)
-    return [rows[row] for row in order.tolist()]

@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import torch
 from typing_extensions import TypedDict
 
 from lora_lab.models.tokenizer import Tokenizer
@@ -29,7 +28,7 @@ from lora_lab.system.schema import check
 from lora_lab.system.wording import count_noun, short_repr, shortened
 from lora_lab.task import Task
 from lora_lab.tasks.datasets import LANGUAGES, sentiment, style, summarise, translate, tweets
-from lora_lab.tasks.instruction import PARTS, Pair, PairTask, Turn, from_pairs, list_counts
+from lora_lab.tasks.instruction import PARTS, Pair, PairTask, Turn, count_special, from_pairs
 from lora_lab.tasks.python_docs import docs, off_domain_texts, windows
 from lora_lab.tasks.sentences import PROMPTS, sentences
 
@@ -164,7 +163,7 @@ def from_jsonl(tokenizer: Tokenizer, path: str | Path, *, allow_special: bool = 
         raise ValueError(f"{path} has {len(texts)} texts and {len(stored) - len(texts)} conversations; split them.")
     if texts:
         return _task_of_texts(tokenizer, path, texts, "text", **options)
-    return _task_of_pairs(tokenizer, str(path), stored, any(example.part for example in stored), options)
+    return _task_of_pairs(tokenizer, str(path), stored, options)
 
 
 def from_table(
@@ -173,19 +172,17 @@ def from_table(
     *,
     prompt: str = "prompt",
     answer: str = "answer",
-    group: str | None = None,
-    part: str | None = None,
     **options: Any,
 ) -> PairTask:
     """Return a task of prompts and answers from two columns of a table.
+
+    Columns "group" and "part" mean what these entries mean in :func:`from_jsonl`; others are ignored.
 
     Args:
         tokenizer, **options: as for :func:`lora_lab.tasks.from_pairs`; the name defaults to that of the file.
         table: the path of a CSV, TSV or Parquet file (UTF-8; the first line names the columns), a pandas DataFrame, or
             a ``datasets.Dataset``.
         prompt, answer: names of the columns. Numbers in them become text.
-        group: name of a column; rows with the same value go to the same part of the task.
-        part: name of a column that decides the split: "train", "validation" or "test" in each row.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -194,17 +191,17 @@ def from_table(
     """
     frame, name = _read_frame(table)
     columns = {"prompt": prompt, "answer": answer}
-    columns |= {role: column for role, column in {"group": group, "part": part}.items() if column is not None}
     for role, column in columns.items():
         if column not in frame.columns:
             names = shortened(str([*map(str, frame.columns)]))
             raise ValueError(f"{name} has no column {short_repr(column)}, but {names}; name the right one: {role}=...")
+    columns |= {own: own for own in ("group", "part") if own in frame.columns}
     cells = frame[list(columns.values())].astype(object)
     cells = cells.where(cells.notna(), "")
     rows = (dict(zip(columns, map(str, row), strict=True)) for row in cells.itertuples(index=False))
     stored = _read(tokenizer, name, "row", enumerate(rows, start=1))
     options = {"name": Path(name).stem, "about": f"from {name}"} | options
-    return _task_of_pairs(tokenizer, name, stored, part is not None, options)
+    return _task_of_pairs(tokenizer, name, stored, options)
 
 
 def from_text(
@@ -307,15 +304,14 @@ def _read(
 
 
 def _task_of_pairs(
-    tokenizer: Tokenizer, name: str, stored: Sequence[StoredExample], is_split: bool, options: dict[str, Any]
+    tokenizer: Tokenizer, name: str, stored: Sequence[StoredExample], options: dict[str, Any]
 ) -> PairTask:
-    """Return the task of examples which are split already, or not."""
+    """Return the task of examples which name their parts, or not."""
     pairs: Any = [example.content for example in stored]
-    if is_split:
-        parts = [example.part for example in stored]
-        if not all(parts):
-            known = len(parts) - parts.count("")
-            raise ValueError(f'{name} has "part" on {known} of {len(parts)} examples; give it on all.')
+    parts = [example.part for example in stored]
+    if named := len(parts) - parts.count(""):
+        if named < len(parts):
+            raise ValueError(f'{name} has "part" on {named} of {len(parts)} examples; give it on all.')
         pairs = {part: [pair for pair, own in zip(pairs, parts, strict=True) if own == part] for part in PARTS}
     return from_pairs(tokenizer, pairs, **options)
 
@@ -337,11 +333,8 @@ def _task_of_texts(
                 f"{path} has {count_noun(len(texts), unit)}, too few for a {part} part of {seq_len} tokens an "
                 f"example; give more or longer {unit}s, or a smaller seq_len."
             )
-    special = tokenizer.special_tokens
-    ids = torch.cat([examples.inputs.flatten() for examples in parts.values()])  # (tokens,)
-    counts = ids.bincount(minlength=max(special.values(), default=0) + 1)  # (vocabulary,)
-    if found := {token: int(counts[i]) for token, i in special.items() if counts[i]}:
-        about += f", with the special tokens {list_counts(found)}"
+    if found := count_special(tokenizer, texts):
+        about += f", with the special tokens {found}"
     about += "; off-domain: scikit-learn's descriptions of data sets"
     return Task(name, **parts, off_domain=windows(tokenizer, off_domain_texts(), seq_len), unit="tokens", about=about)
 

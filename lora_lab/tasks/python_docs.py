@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
-from lora_lab.models.tokenizer import TextTokenizer, check_tokenizer
+from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system.schema import check
 from lora_lab.task import Examples, Task
 
@@ -21,7 +21,7 @@ _CONTEXT = 100  # characters on each side of a cut: far more than a token has
 _WORD_END = re.compile(r"(?<=[^\W_])(?=[\W_])")
 
 
-def docs(tokenizer: TextTokenizer, seq_len: int = 128) -> Task:
+def docs(tokenizer: Tokenizer, seq_len: int = 128) -> Task:
     """Return the task of predicting the next token of Python's reference manual (``pydoc_data.topics``).
 
     Pages that quote each other (some repeat whole sections of others) form a group, and a whole group goes to one part,
@@ -48,13 +48,12 @@ def docs(tokenizer: TextTokenizer, seq_len: int = 128) -> Task:
     return Task("docs", **parts, off_domain=off_domain, unit="tokens", about=about)
 
 
-def windows(tokenizer: TextTokenizer, texts: Sequence[str], seq_len: int) -> Examples:
+def windows(tokenizer: Tokenizer, texts: Sequence[str], seq_len: int) -> Examples:
     """Return texts joined and cut into sequences of ``seq_len`` tokens, in random order; targets are one token ahead.
 
     Raises:
         ValueError: ``seq_len`` is below 2.
     """
-    check_tokenizer(tokenizer)
     check(seq_len, Annotated[int, Field(ge=2, lt=2**31)], "seq_len")
     chunks = _chunks(tokenizer, "\n\n".join(texts))
     ids = torch.cat([torch.tensor(tokenizer.encode(chunk), dtype=torch.long) for chunk in chunks])  # (tokens,)
@@ -65,7 +64,7 @@ def windows(tokenizer: TextTokenizer, texts: Sequence[str], seq_len: int) -> Exa
     return Examples(inputs[order], targets[order])
 
 
-def _chunks(tokenizer: TextTokenizer, text: str) -> Iterator[str]:
+def _chunks(tokenizer: Tokenizer, text: str) -> Iterator[str]:
     """Yield parts of a long text whose tokens, one after another, are those of the text."""
     start = 0
     while len(text) - start > _CHUNK and (end := _cut(tokenizer, text, start + _CHUNK)) < len(text):
@@ -74,7 +73,7 @@ def _chunks(tokenizer: TextTokenizer, text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _cut(tokenizer: TextTokenizer, text: str, start: int) -> int:
+def _cut(tokenizer: Tokenizer, text: str, start: int) -> int:
     """Return the first place from ``start`` on at which a cut changes no token; the text's end if that is far away."""
     for word_end in islice(_WORD_END.finditer(text, start), 100):
         place = word_end.start()

@@ -138,13 +138,12 @@ class Sentence(NamedTuple):
         return tuple(name for name, needed in needs.items() if needed)
 
 
-def sentences(tokenizer: Tokenizer, target: str = "fr", max_tokens: int = 96) -> PairTask:
+def sentences(tokenizer: Tokenizer, target: str = "fr") -> PairTask:
     """Return a task of sentences to translate from English into French, or from French into English.
 
     Args:
         tokenizer: of the model.
         target: "fr" or "en".
-        max_tokens: of an example; none of these sentences has as many.
 
     Raises:
         ValueError: ``target`` is neither.
@@ -156,7 +155,6 @@ def sentences(tokenizer: Tokenizer, target: str = "fr", max_tokens: int = 96) ->
         tokenizer,
         pairs,
         name=f"sentences-{target}",
-        max_tokens=max_tokens,
         metric="translation",
         about="sentences of a small grammar, between English and French, written for this project",
         licence="CC0-1.0",

@@ -14,9 +14,7 @@ from torch import nn
 from lora_lab import FullFineTuning, LoRA, fit
 from lora_lab.ablation import Trial
 from lora_lab.ablation.compare import (
-    Study,
-    Verdict,
-    choose_rate,
+    choose_rates,
     compare_losses,
     compare_tuned,
     judge,
@@ -51,8 +49,7 @@ BOUNDS = {  # beside a margin of 0.1
 @pytest.mark.parametrize("verdict", BOUNDS)
 def test_a_verdict_is_where_the_bounds_lie_beside_the_margin(verdict):
     for bounds in BOUNDS[verdict]:
-        assert judge(*bounds, margin=0.1) == Verdict(verdict)
-        assert judge(*bounds, margin=0.1, why="edge") == Verdict("open", "edge")
+        assert judge(*bounds, margin=0.1) == verdict
 
 
 # Which rank is enough
@@ -286,7 +283,7 @@ def test_a_failed_seed_is_not_forgotten_where_it_failed_for_all():
     [
         ((0.01, 0.03), "ranks 1, 2, 4, 8 and 16 is the smallest tried"),
         ((0.003, 0.01), "ranks 1, 2, 4, 8 and 16 is the largest tried"),
-        ((0.01,), "only one learning rate was tried for ranks 1, 2, 4, 8 and 16"),
+        ((0.01,), "ranks 1, 2, 4, 8 and 16 is the only one tried"),
     ],
 )
 def test_notes_tell_of_rates_at_the_edge_and_untuned_ones(lrs, note):
@@ -295,13 +292,9 @@ def test_notes_tell_of_rates_at_the_edge_and_untuned_ones(lrs, note):
     assert smallest_sufficient_rank(frame_of(PLANTED)).notes == ()
 
 
-def test_methods_are_judged_one_at_a_time():
-    plain, other = frame_of(PLANTED), frame_of(FULL).assign(method="dora")
-    full = frame_of({1: 0.0}).assign(method="full", rank=np.nan)
-    both = pandas.concat([plain, other, full])
-    assert smallest_sufficient_rank(pandas.concat([plain, full])).rank == 4
-    assert smallest_sufficient_rank(both, method="lora") == smallest_sufficient_rank(plain)
-    assert smallest_sufficient_rank(both, method="dora").rank == 16
+def test_trials_without_a_rank_are_left_out():
+    plain, full = frame_of(PLANTED), frame_of({1: 0.0}).assign(method="full", rank=np.nan)
+    assert smallest_sufficient_rank(pandas.concat([plain, full])) == smallest_sufficient_rank(plain)
 
 
 # Live: W0 + an update of rank 4 is taught to W0
@@ -442,7 +435,7 @@ def template(method):
     return Trial(method, 1e-3, steps=8, batch_size=16, eval_every=8, eval_examples=8)
 
 
-def study(**changes):
+def study(folder, **changes):
     options = {
         "setups": {"full": template(FullFineTuning()), "r=2": template(LoRA(2, 4))},
         "lrs": {"full": (1e-3, 3e-3), "r=2": (1e-2, 3e-2)},
@@ -452,12 +445,12 @@ def study(**changes):
         "judged_on": {"validation": 16, "test": 24},
         "widen": 3,
     }
-    return Study(**options | changes)
+    return compare_tuned(DigitsMLP(), digits(), folder=folder, progress=False, **options | changes)
 
 
 @pytest.fixture(scope="module")
 def frame(tmp_path_factory):
-    parts = compare_tuned(DigitsMLP(), digits(), study(), tmp_path_factory.mktemp("study"), progress=False)
+    parts = study(tmp_path_factory.mktemp("study"))
     return pandas.concat(parts, ignore_index=True)
 
 
@@ -467,7 +460,7 @@ def test_rates_are_chosen_on_some_seeds_and_judged_on_others(frame):
     assert set(judging["seed"]) == {2, 3, 4}
     for setup, rows in judging.groupby("setup"):
         chosen = frame[(frame["stage"] == "choosing") & (frame["setup"] == setup)]
-        choice = choose_rate(last_rows(chosen), [0, 1])
+        choice = choose_rates(chosen, "judged", [0, 1])[setup]
         assert set(rows["lr"]) == {choice.lr}
         assert set(rows["edge"]) == {choice.edge}
         tried = sorted(chosen["lr"].unique())
@@ -483,21 +476,19 @@ def test_each_stage_is_judged_on_its_own_examples(frame):
 
 
 def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch):
-    list(compare_tuned(DigitsMLP(), digits(), study(), tmp_path, progress=False))
+    list(study(tmp_path))
     monkeypatch.setattr(BlockLosses, "__call__", None)
-    again = list(compare_tuned(DigitsMLP(), digits(), study(), tmp_path, progress=False))
+    again = list(study(tmp_path))
     assert len(again) == 2
     monkeypatch.undo()
-    (only,) = compare_tuned(DigitsMLP(), digits(), study(judging=()), tmp_path, progress=False)
+    (only,) = study(tmp_path, judging=())
     assert set(only["stage"]) == {"choosing"}
 
 
 def test_trials_that_were_judged_otherwise_are_not_taken_for_these(tmp_path):
     counts = []
     for changes in ({}, {"chosen_on": 20}, {"block": 8}, {"judged_on": {"validation": 16, "test": 12}}):
-        frames = [
-            last_rows(each) for each in compare_tuned(DigitsMLP(), digits(), study(**changes), tmp_path, progress=False)
-        ]
+        frames = [last_rows(each) for each in study(tmp_path, **changes)]
         counts.append(
             [
                 len(block_losses_of(rows.iloc[0], part))
@@ -508,13 +499,11 @@ def test_trials_that_were_judged_otherwise_are_not_taken_for_these(tmp_path):
 
 
 def test_a_setup_with_a_single_rate_is_judged_at_it_and_supports_a_verdict(tmp_path):
-    fixed = study(lrs={"full": (1e-3, 3e-3), "r=2": (1e-2,)})
-    chosen, judged = compare_tuned(DigitsMLP(), digits(), fixed, tmp_path / "one", progress=False)
+    chosen, judged = study(tmp_path / "one", lrs={"full": (1e-3, 3e-3), "r=2": (1e-2,)})
     assert set(chosen["setup"]) == {"full"}
     rows = judged[judged["setup"] == "r=2"]
     assert (set(rows["lr"]), set(rows["edge"])) == ({1e-2}, {""})
-    untuned = study(lrs={"full": (1e-3,), "r=2": (1e-2,)})
-    (only,) = compare_tuned(DigitsMLP(), digits(), untuned, tmp_path / "both", progress=False)
+    (only,) = study(tmp_path / "both", lrs={"full": (1e-3,), "r=2": (1e-2,)})
     assert set(compare_losses(only, "full")["verdict"]) <= {"lower", "higher", "open"}
 
 
@@ -536,13 +525,12 @@ SMALL = frame_of(PLANTED, seeds=2)
 METHODS = pandas.concat([SMALL, SMALL.assign(method="dora")])
 REFUSED = [  # the call, and what must be named
     *((lambda margin=margin: smallest_sufficient_rank(SMALL, margin), "margin is") for margin in (0, np.nan, np.inf)),
-    (lambda: smallest_sufficient_rank(METHODS), r"method is None, .* \['dora', 'lora'\]; name one"),
-    (lambda: smallest_sufficient_rank(METHODS, method="full"), "method is 'full'"),
+    (lambda: smallest_sufficient_rank(METHODS), "mixes method 'lora' and 'dora'"),
     (lambda: smallest_sufficient_rank(pandas.concat([SMALL, SMALL])), r"rank 1, lr 0\.003, seed 0 twice"),
-    (lambda: smallest_sufficient_rank(frame_of({4: 0.0})), "only rank 4"),
+    (lambda: smallest_sufficient_rank(frame_of({4: 0.0})), "has the ranks"),
     (lambda: compare_losses(judged({"full": [[1.0]]}), "LoRA"), "'LoRA' has no results for all seeds"),
-    (lambda: study(judging=[1, 2]), r"The seeds \[1\] both choose and judge"),
-    (lambda: study(lrs={"full": (1e-3, 1e-2)}), r"\['r=2'\] are only in one"),
+    (lambda: next(study(None, judging=[1, 2])), r"The seeds \[1\] both choose and judge"),
+    (lambda: next(study(None, lrs={"full": (1e-3, 1e-2)})), r"\['r=2'\] are only in one"),
 ]
 
 

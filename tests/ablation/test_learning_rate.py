@@ -8,7 +8,7 @@ import pytest
 
 from lora_lab import FullFineTuning, LoRA
 from lora_lab.ablation import Trial
-from lora_lab.ablation.compare import choose_rate, rates_around, tune
+from lora_lab.ablation.compare import choose_rates, rates_around, tune
 from lora_lab.ablation.stats import (
     best_rate,
     losses_by_rate,
@@ -205,14 +205,19 @@ def rows_of(outcomes):
     return pandas.DataFrame(rows).assign(step=4, steps=4, test_loss=1.0)
 
 
+def choose(rows, seeds):
+    """The choice of the rate of one setup."""
+    return choose_rates(rows.assign(setup="a"), "judged", seeds)["a"]
+
+
 def test_what_is_missing_or_did_not_fit_says_nothing_of_what_lies_beyond():
     best = {(1e-3, 0): 2.0, (1e-3, 1): 2.0, (2e-3, 0): 1.0, (2e-3, 1): 1.0}
     for beyond in ({(4e-3, 0): 3.0}, {(4e-3, 0): 3.0, (4e-3, 1): "out of memory: 3 GB"}):
-        choice = choose_rate(rows_of(best | beyond), [0, 1])
+        choice = choose(rows_of(best | beyond), [0, 1])
         assert (choice.lr, choice.edge, choice.diverged) == (2e-3, "largest", None)
-    choice = choose_rate(rows_of(best | {(4e-3, 0): 3.0, (4e-3, 1): "The loss is nan in step 3."}), [0, 1])
+    choice = choose(rows_of(best | {(4e-3, 0): 3.0, (4e-3, 1): "The loss is nan in step 3."}), [0, 1])
     assert (choice.lr, choice.edge, choice.diverged) == (2e-3, "", 4e-3)
-    choice = choose_rate(rows_of(best | {(4e-3, 0): 3.0, (4e-3, 1): 3.0, (8e-3, 0): "nan", (8e-3, 1): "nan"}), [0, 1])
+    choice = choose(rows_of(best | {(4e-3, 0): 3.0, (4e-3, 1): 3.0, (8e-3, 0): "nan", (8e-3, 1): "nan"}), [0, 1])
     assert (choice.lr, choice.edge, choice.diverged) == (2e-3, "", None)  # a rate that counts lies beyond
 
 
@@ -236,9 +241,9 @@ def test_the_blocks_of_a_judge_decide_where_there_are_some():
     row = {"lr": 1e-3, "seed": 0, "outcome": "done", "reason": "", "validation_loss": 1.0}
     row |= {"test_loss": 1.0, "step": 4, "steps": 4}
     rows = pandas.DataFrame([row, row | {"lr": 2e-3, "validation_loss": 2.0}])
-    assert choose_rate(rows, [0]).lr == 1e-3
+    assert choose(rows, [0]).lr == 1e-3
     judged = rows.assign(score_validation=["[5.0, 7.0]", "[3.0, 4.0]"])
-    choice = choose_rate(judged, [0])
+    choice = choose(judged, [0])
     assert (choice.lr, choice.loss, choice.edge) == (2e-3, 3.5, "largest")
     assert losses_by_rate(judged)[1e-3].tolist() == [[5.0, 7.0]]
 

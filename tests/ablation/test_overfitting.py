@@ -11,7 +11,7 @@ import torch
 
 from lora_lab import FullFineTuning, LoRA, fit
 from lora_lab.ablation import run
-from lora_lab.ablation.compare import at_rates, best_rates, by_size, compare_by_seed, tune_by_seed
+from lora_lab.ablation.compare import at_rates, best_rates, by_size, choose_rates, compare_by_seed, tune_by_seed
 from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.halving import Halving
 from lora_lab.ablation.overfitting import (
@@ -107,9 +107,9 @@ def losses(*rows):
     return together(*(curve(setup, lr, seed, [loss + 1.0, loss]) for setup, lr, seed, loss in rows))
 
 
-def at_best_rate(frame, by="best_loss"):
+def at_best_rate(frame):
     """The summaries of the trials at each setup's best rate."""
-    return summarise_trials(frame).merge(best_rates(frame, by=by))
+    return summarise_trials(frame).merge(best_rates(frame))
 
 
 def by_loops(rows, slack):
@@ -152,7 +152,8 @@ def test_the_last_loss_may_choose_another_rate_than_the_lowest():
     slow = curve("full", 1e-4, 0, [1.0, 1.2, 1.3])
     trials = together(harmed, slow, curve("full", 1e-3, 0, [1.0, 0.9, 2.0]))
     assert at_best_rate(trials)[["lr", "edge"]].values.tolist() == [[1e-3, ""]]
-    assert at_best_rate(trials, by="last_loss")[["lr", "edge"]].values.tolist() == [[1e-4, "smallest"]]
+    choice = choose_rates(trials, "last_loss")["full"]
+    assert (choice.lr, choice.edge) == (1e-4, "smallest")
 
 
 @pytest.mark.parametrize(("by", "chosen", "tried"), [("best_loss", 1e-3, 3), ("last_loss", 2.5e-4, 5)])
@@ -297,7 +298,7 @@ def test_each_size_has_its_own_amount_and_the_result_can_be_compared():
     assert table.difference[64, "LoRA"] == pytest.approx(8 - 1.5)
 
 
-# Rates chosen on the first seed, for each size
+# All rates on all seeds, for each size
 
 METHODS = {"full": FullFineTuning(), "LoRA": LoRA(2, 4)}
 RATES = {"full": (1e-4, 1e-2), "LoRA": (0.1, 1e-3, 3e-2)}
@@ -309,13 +310,13 @@ def task_of(size, seed):
     return largest_of_three().limited(size, seed)
 
 
-def trial_of(setup, lr, seed, size, spoilt=()):
-    return Trial(METHODS[setup], 1e30 if (setup, size) in spoilt else lr, seed, **OPTIONS)
+def trial_of(setup, lr, seed, size):
+    return Trial(METHODS[setup], lr, seed, **OPTIONS)
 
 
-def sweep(folder=None, lrs=RATES, sizes=(8, 12), seeds=(5, 0, 1), spoilt=(), **more):
+def sweep(lrs=RATES, sizes=(8, 12), seeds=(5, 0), **more):
     options = {"engine": "separate", "progress": False, **more}
-    return by_size(MODEL, task_of, partial(trial_of, spoilt=spoilt), lrs, sizes, seeds, folder, **options)
+    return by_size(MODEL, task_of, trial_of, lrs, sizes, seeds, **options)
 
 
 def tried(frame):
@@ -344,75 +345,43 @@ def best_by_fit(setup, size, seed):
     return min(lowest, key=lowest.get)
 
 
-def test_all_rates_are_run_on_the_first_seed_and_the_best_ones_alone_on_the_others():
-    frames = list(sweep())
-    assert [(frame.n_train.unique().tolist(), frame.seed.unique().tolist()) for frame in frames] == [
-        ([size], [seed]) for size in (8, 12) for seed in (5, 0, 1)
-    ]
-    chosen = {size: {setup: best_by_fit(setup, size, 5) for setup in METHODS} for size in (8, 12)}
-    every = [(setup, lr) for setup, lrs in RATES.items() for lr in lrs]
-    assert [frame.setup.unique().tolist() for frame in frames] == [["full", "LoRA"]] * 6
-    backwards = sweep(sizes=(8,), seeds=(5,), lrs=dict(reversed(RATES.items())))
-    assert next(backwards).setup.unique().tolist() == ["LoRA", "full"]
-    for frame in frames:
-        size, seed = int(frame.n_train.iloc[0]), int(frame.seed.iloc[0])
-        assert tried(frame) == (sorted(every) if seed == 5 else sorted(chosen[size].items()))
-        assert set(frame.task) == {task_of(size, seed).fingerprint}
-    assert any(chosen[8][setup] != rates[0] for setup, rates in RATES.items())
-    best = at_best_rate(pandas.concat(frames))
-    assert (best.learned > 0).all()
-    assert best.groupby(["n_train", "setup"]).lr.unique().map(list).to_dict() == {
-        (size, setup): [lr] for size, own in chosen.items() for setup, lr in own.items()
-    }
-
-
-def test_where_everything_failed_no_other_seed_is_run_and_the_next_size_begins_anew():
-    frames = list(sweep(spoilt={("full", 8), ("LoRA", 8)}, seeds=(0, 1)))
-    assert [(frame.n_train.iloc[0], frame.seed.iloc[0]) for frame in frames] == [(8, 0), (12, 0), (12, 1)]
-    assert set(frames[0].outcome) == {"failed"}
-    assert set(frames[0].setup) == {"full", "LoRA"}
-    assert set(frames[2].outcome) == {"done"}
+def test_all_rates_are_run_on_each_seed_and_the_best_one_is_that_of_fit():
+    frames = list(sweep(seeds=(5,)))
+    for frame, size in zip(frames, (8, 12), strict=True):
+        assert (set(frame.n_train), set(frame.task)) == ({size}, {task_of(size, 5).fingerprint})
+        assert tried(frame) == sorted((setup, lr) for setup, lrs in RATES.items() for lr in lrs)
+        assert frame.setup.unique().tolist() == ["full", "LoRA"]
+        best = best_rates(frame).set_index("setup").lr.to_dict()
+        assert best == {setup: best_by_fit(setup, size, 5) for setup in METHODS}
+    backwards = next(sweep(lrs=dict(reversed(RATES.items()))))
+    assert backwards.setup.unique().tolist() == ["LoRA", "full"]
 
 
 def test_what_was_stopped_goes_on_from_its_folder(tmp_path, monkeypatch):
-    whole = list(sweep(tmp_path / "whole", sizes=(8,)))
-    stopped = sweep(tmp_path / "part", sizes=(8,))
+    whole = list(sweep(folder=tmp_path / "whole", sizes=(8,)))
+    stopped = sweep(folder=tmp_path / "part", sizes=(8,))
     next(stopped)  # a frame is there before the next one is run
     stopped.close()
     assert load(tmp_path / "part").key.nunique() == 5
     seeds = seeds_run(monkeypatch)
-    again = list(sweep(tmp_path / "part", sizes=(8,)))
-    assert sorted(seeds) == [0, 0, 1, 1]  # both methods at the rates that were chosen before
+    again = list(sweep(folder=tmp_path / "part", sizes=(8,)))
+    assert seeds == [0] * 5
     varying = ["seconds", "date", "commit"]
     for one, other in zip(again, whole, strict=True):
         pandas.testing.assert_frame_equal(one.drop(columns=varying), other.drop(columns=varying))
-    seeds.clear()
-    for one, other in zip(sweep(tmp_path / "part", sizes=(8,)), again, strict=True):
-        pandas.testing.assert_frame_equal(one, other)
-    assert seeds == []
-
-
-def test_a_grid_is_widened_while_its_best_rate_is_at_the_edge():
-    rates = {"full": (1e-5, 2e-5), "LoRA": (1e-3, 3e-2, 1.0)}
-    frames = list(sweep(lrs=rates, sizes=(8,), seeds=(5, 0, 1), choose=2, widen=3))
-    of_full = sorted(frames[0][frames[0].setup == "full"].lr.unique())
-    assert of_full == pytest.approx([1e-5, 2e-5, 4e-5, 8e-5, 1.6e-4])  # the best is above them all
-    assert tried(frames[0]) == tried(frames[1])
-    best = at_best_rate(pandas.concat(frames[:2])).drop_duplicates("setup").set_index("setup")
-    assert best.edge.to_dict() == {"full": "largest", "LoRA": ""}  # inside, so nothing was added
-    assert dict(tried(frames[2])) == best.lr.to_dict()
-    assert sorted(frames[0][frames[0].setup == "LoRA"].lr.unique()) == [1e-3, 3e-2, 1.0]
-    narrow = next(sweep(lrs=rates, sizes=(8,), seeds=(5,)))
-    assert tried(narrow) == sorted((setup, lr) for setup, lrs in rates.items() for lr in lrs)
 
 
 def test_a_rate_that_was_stopped_on_one_seed_is_not_tried_on_the_next_and_cannot_be_the_best():
     rates = {"full": (1e-6, 1e-2), "LoRA": (1e-3, 3e-2)}
-    halving = Halving(rungs=[0.5], best_so_far=True, keep=0, cautious=False)
-    frames = list(sweep(lrs=rates, sizes=(8,), seeds=(5, 0, 1), choose=2, halving=halving))
-    stopped = [tried(frame[frame.outcome == "stopped"]) for frame in frames]
-    assert [len(each) for each in stopped] == [2, 0, 0]
-    assert tried(frames[1]) == tried(frames[2]) == sorted({*tried(frames[0])} - {*stopped[0]})
+    halving = Halving(rungs=[0.5], best_so_far=True, keep=0)
+
+    def run_seed(seed, lrs):
+        return next(sweep(lrs=lrs, sizes=(8,), seeds=(seed,), halving=halving))
+
+    (first, second), choices = tune_by_seed(run_seed, rates, (5, 0), 0, "best_loss")
+    stopped = tried(first[first.outcome == "stopped"])
+    assert len(stopped) == 2
+    assert tried(second) == sorted({*tried(first)} - {*stopped}) == sorted((k, one.lr) for k, one in choices.items())
 
 
 def test_a_rate_that_went_on_with_one_seed_and_was_stopped_with_another_is_not_the_best():
@@ -431,7 +400,7 @@ def test_all_rates_that_tie_are_run_on_all_seeds_at_each_size():
         columns=["n_train", "setup", "lr"],
     )
     how = {"model_factory": MODEL, "task_of": task_of, "trial_of": trial_of, "engine": "separate", "progress": False}
-    frame = at_rates(ties, (3, 4), **how)
+    frame = at_rates(ties, seeds=(3, 4), **how)
     for size, trials in ((8, [("full", 1e-2)]), (12, [("LoRA", 3e-2), ("full", 1e-4), ("full", 1e-2)])):
         for seed in (3, 4):
             assert tried(frame[(frame.n_train == size) & (frame.seed == seed)]) == trials
@@ -661,7 +630,6 @@ def refusals():
         (lambda: best_rates(whole, math.nan), "slack is nan"),
         (lambda: best_rates(shared[0]), "'LoRA'.* no seed in common"),
         (lambda: best_rates(shared[1]), "no trial that ended well"),
-        (lambda: next(sweep(seeds=(0, 1), choose=3)), "choose is 3"),
         (lambda: at_equal_learning(whole, summarise_trials(whole), 1.01), "share is 1.01"),
         (lambda: interpolate_at([0.0, 1.0], [0.0, 2.0], 1.5), "never learned that much"),
         (lambda: compare_by_seed(summarise_trials(whole), "overfit", "dora"), "'dora'"),

@@ -165,7 +165,7 @@ def test_one_alpha_for_all_ranks(tmp_path):
     [
         (["--task", "cats"], "no study 'cats'"),
         (["--method", "full"], "no method 'full'"),
-        (["--seeds", 0], "--seeds is 0, but it must be at least 1"),
+        (["--seeds", 0], "seeds is empty"),
         (["--ranks", 0, 1], "rank is 0"),
         (["--margin", "-1"], "margin is -1"),
     ],

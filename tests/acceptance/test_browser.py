@@ -119,21 +119,14 @@ def test_the_first_look(opened, course, screenshots):
     assert (course / "progress.json").is_file()
 
 
-def run_and_slide(page, number, screenshots):
-    """Run a lesson, and move its first slider by one step: the picture changes. Returns the slider's cell."""
+def test_lora_from_scratch(opened, screenshots):
+    page = opened("03_lora_from_scratch")
     page.run_all(300)
-    page.screenshot(screenshots / f"{number}_run.png")
+    page.screenshot(screenshots / "03_run.png")
     cell = page.cell("lessons.explore(")
     before = page.picture(cell)
     page.move_slider(cell, "ArrowRight", times=1)
     page.wait_for(lambda: page.picture(cell) != before, seconds=30)
-    page.screenshot(screenshots / f"{number}_slider.png", scroll_to=cell)
-    return cell
-
-
-def test_lora_from_scratch(opened, screenshots):
-    page = opened("03_lora_from_scratch")
-    cell = run_and_slide(page, "03", screenshots)
     line = 'def forward(x, W, A, B, alpha):\n    return {}\n\ncheck("forward", forward)'
     wrong_then_right(
         page,
@@ -144,13 +137,6 @@ def test_lora_from_scratch(opened, screenshots):
     )
     page.hide_files()
     page.screenshot(screenshots / "03_narrow.png", width=480, height=1000, scroll_to=cell)
-
-
-def test_low_rank(opened, screenshots):
-    page = opened("01_low_rank")
-    cell = run_and_slide(page, "01", screenshots)
-    page.hide_files()
-    page.screenshot(screenshots / "01_narrow.png", width=480, height=1000, scroll_to=cell)
 
 
 def test_a_conversation(opened, talker, screenshots):

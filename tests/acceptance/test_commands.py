@@ -16,23 +16,12 @@ from tests.acceptance import ROOT
 
 COMMANDS = ["demo", "finetune", "chat", "export", "memory", "speed", "analyze", "ablate", "record"]
 COMMANDS += ["claims", "course", "doctor", "fetch"]
-WITH_JSON = ["memory", "speed", "analyze", "ablate", "finetune", "record", "claims", "doctor"]
 CONFIGS = ROOT / "tests" / "data" / "configs"
 
 
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_each_command_has_a_help(main, capsys, name):
-    with pytest.raises(SystemExit) as ended:
-        main([name, "--help"])
-    assert ended.value.code == 0
-    printed = capsys.readouterr().out
-    assert f"lora-lab {name}" in printed
-    assert ("--json" in printed) is (name in WITH_JSON)
 
 
 def test_the_help_lists_exactly_these_commands(lora_lab):

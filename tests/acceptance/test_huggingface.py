@@ -91,22 +91,6 @@ def test_a_family_is_trained_saved_read_by_peft_and_merged(name, tmp_path):
     assert ll.spectra.report(None, model)["layer"].tolist() == names
 
 
-METHODS = {"full": ll.FullFineTuning(), "lora": ll.LoRA(rank=2)}
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:'all-linear' does not reach weights:UserWarning")
-@pytest.mark.parametrize("name", SMALL)
-def test_what_a_step_costs_is_predicted_for_a_family(name):
-    model = model_of(name)
-    batch = task_of(model).test.inputs, task_of(model).test.targets
-    bills = {kind: ll.memory.predict(model, method, batch=batch).peak_bytes for kind, method in METHODS.items()}
-    flops = {kind: ll.speed.flops(model, method, batch=batch).total for kind, method in METHODS.items()}
-    assert 0 < bills["lora"] < bills["full"]
-    assert flops["lora"] > 0
-    assert flops["full"] > 0
-
-
 def test_a_model_and_tokenizer_of_transformers_are_loaded_trained_and_saved_for_transformers(stranger, sums, tmp_path):
     model, tokenizer = ll.load_pretrained(stranger, device="cpu")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(stranger)

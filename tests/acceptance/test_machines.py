@@ -110,13 +110,6 @@ def test_everything_works_offline_with_a_filled_cache(lora_lab, tmp_path):
     assert (tmp_path / "mine" / "01_low_rank.ipynb").is_file()
 
 
-def test_the_cache_is_where_a_variable_says(lora_lab, monkeypatch, tmp_path):
-    monkeypatch.setenv("LORA_LAB_CACHE", str(tmp_path))
-    result = json.loads(lora_lab("doctor", "--json"))
-    assert result["cache_folder"] == str(tmp_path)
-    assert not result["model_is_cached"]
-
-
 # An empty environment
 
 

@@ -32,16 +32,6 @@ def test_the_readme_lists_pages_that_exist_and_each_guide_is_among_them():
         assert f"](docs/{path.name})" in README
 
 
-def test_every_command_of_the_readme_is_a_target_or_a_command(main, capsys):
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
-    assert set(re.findall(r"\bmake ([a-z-]+)", README)) <= targets
-    main([])
-    listed = capsys.readouterr().out
-    for name in re.findall(r"`lora-lab ([a-z-]+)", README):
-        assert re.search(rf"^ +{name}\b", listed, re.MULTILINE), name
-
-
 def test_the_readmes_code_runs_on_a_small_model(stranger, tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Adapters edited in memory: switched, taken off, made by decomposition (extract, resize); and read_adapter."""
+"""Adapters edited in memory: switched, off, extracted, resized, combined; and adapters read without their model."""
 
 import copy
 import re
@@ -6,13 +6,14 @@ from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
+import peft
 import pytest
 import torch
 from torch import nn
 
 from lora_lab import LoRAConfig, LoRALinear, adapter_state, extract, inject, load_adapter, lora_layers, save_adapter
 from lora_lab.adapters.edit import off, resize, strength, switch
-from lora_lab.adapters.peft_format import read_adapter
+from lora_lab.adapters.peft_format import combine, read_adapter
 from lora_lab.layers import LoRAConv2d, LoRAEmbedding
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
@@ -74,23 +75,10 @@ def test_a_change_of_low_rank_is_kept_whole_and_the_model_computes_it():
     assert not torch.allclose(base(PIXELS), DigitsMLP()(PIXELS), atol=1e-2)
 
 
-def test_each_layer_gets_the_rank_that_holds_the_energy(tiny_config):
-    base = Llama(tiny_config)
-    model, original = tuned(base), copy.deepcopy(base)
-    extract(base, model, energy=0.5)
-    ranks = set()
-    for name, layer in lora_layers(base).items():
-        S = np.linalg.svd(change(name, original, model), compute_uv=False)
-        share = np.cumsum(S**2) / np.sum(S**2)
-        assert layer.rank == np.argmax(share >= 0.5) + 1
-        ranks.add(layer.rank)
-    assert len(ranks) > 1
-
-
 def test_an_extracted_adapter_is_saved_and_read_like_any_other(tiny_config, tmp_path):
     base = Llama(tiny_config)
     original, ids = copy.deepcopy(base), torch.arange(12)[None]
-    extract(base, tuned(base), energy=0.6)
+    extract(base, tuned(base), 4)
     layer = next(iter(lora_layers(base).values()))
     layer.lora_A.data = layer.lora_A.data.T.contiguous().T  # numbers in another order in memory
     save_adapter(base, tmp_path)
@@ -178,6 +166,87 @@ def test_a_layer_smaller_than_the_rank_gets_all_it_can_hold():
     torch.testing.assert_close(model.head.delta(), before, rtol=1e-4, atol=1e-4)
 
 
+# Combine
+
+WEIGHTS = (0.7, -0.4)
+
+
+def digits(seed, rank=3, alpha=6.0, targets="all-linear", layer=None, width=128):
+    model = DigitsMLP(width)
+    inject(model, LoRAConfig(rank, alpha, targets=targets), layer=layer)
+    return randomise(model, seed)
+
+
+def updates(model):
+    return {name: layer.delta() for name, layer in lora_layers(model).items()}
+
+
+def weighted_sum(models, weights):
+    total = {}
+    for model, weight in zip(models, weights, strict=True):
+        for name, update in updates(model).items():
+            total[name] = total.get(name, 0) + weight * update
+    return total
+
+
+@pytest.mark.parametrize("how", ["cat", "svd"])
+def test_a_combined_adapter_is_that_of_peft_and_resized_the_nearest_of_that_rank(how, tmp_path):
+    ours = [digits(1), digits(2, 5, alpha=2.0)]
+    folders = [save_adapter(model, tmp_path / name) for model, name in zip(ours, "ab", strict=True)]
+    theirs = peft.PeftModel.from_pretrained(DigitsMLP(), folders[0], adapter_name="a")
+    theirs.load_adapter(folders[1], adapter_name="b")
+    theirs.add_weighted_adapter(["a", "b"], list(WEIGHTS), "both", combination_type=how, svd_rank=4)
+    together = DigitsMLP()
+    load_adapter(together, combine(folders, WEIGHTS))
+    if how == "svd":
+        resize(together, 4)
+    for name, update in updates(together).items():
+        expected = theirs.base_model.model.get_submodule(name).get_delta_weight("both")
+        assert expected.norm() > 0.1
+        torch.testing.assert_close(update, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [None, RsLoRALinear])
+def test_adapters_side_by_side_are_their_sum_and_run_as_a_model(layer):
+    models = [digits(1, layer=layer), digits(2, 5, targets=["hidden1", "head"], layer=layer)]
+    total = weighted_sum(models, WEIGHTS)
+    together, plain = DigitsMLP(), DigitsMLP()
+    assert load_adapter(together, combine([adapter_state(model) for model in models], WEIGHTS)) == list(total)
+    for name, update in updates(together).items():
+        torch.testing.assert_close(update, total[name], rtol=0, atol=1e-6)
+        plain.get_submodule(name).weight.data += total[name]
+    assert [layer.rank for layer in lora_layers(together).values()] == [8, 3, 8]
+    torch.testing.assert_close(logits(together, PIXELS), logits(plain, PIXELS), rtol=0, atol=1e-4)
+
+
+def test_convolutions_and_embeddings_add_up_and_half_precision_is_added_in_float32(tmp_path):
+    models = [pictures(seed=1, rank=2), pictures(seed=2, rank=3)]
+    total, together = weighted_sum(models, (1.0, 1.0)), Pictures()
+    load_adapter(together, combine([adapter_state(model) for model in models]))
+    for name, update in updates(together).items():
+        torch.testing.assert_close(update, total[name], rtol=0, atol=1e-5)
+    folders = [save_adapter(model, tmp_path / str(len(model.head.lora_A)), dtype=torch.float16) for model in models]
+    assert combine(folders)["head.lora_A"].dtype == torch.float32
+
+
+LAYERS = adapter_state(digits(1))
+TERMS = [
+    (([],), "0 adapters and 0 weights"),
+    (([LAYERS], [1.0, 2.0]), "1 adapters and 2 weights"),
+    (([LAYERS], [float("nan")]), "must be a finite number"),
+    (([adapter_state(digits(1, width=width)) for width in (16, 8)],), "layers of different shapes"),
+    (([LAYERS, adapter_state(digits(1, layer=DoRALinear))],), "does not add up with others"),
+    (([{**LAYERS, "head.lora_A": LAYERS["head.lora_A"] * torch.nan}],), "head.lora_A holds numbers that are NaN"),
+    (([{key: value for key, value in LAYERS.items() if key != "head.lora_B"}],), "head.lora_B"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "named"), TERMS)
+def test_what_cannot_be_combined_is_refused(arguments, named):
+    with pytest.raises(ValueError, match=re.escape(named)):
+        combine(*arguments)
+
+
 # Read
 
 
@@ -206,17 +275,11 @@ def test_layers_are_read_in_the_order_of_their_numbers(tmp_path):
 def test_a_switched_adapter_is_the_other_one_bit_for_bit_and_the_base_and_the_parameters_stay():
     model, first, other = (pictures(seed, alpha=alpha) for seed, alpha in [(1, 3.0), (1, 3.0), (2, 0.7)])
     parameters = dict(model.named_parameters())
-    bases = {name: value.clone() for name, value in model.state_dict().items() if ".base." in name}
-    assert len(bases) == 7
-    state = adapter_state(other)
-    switch(model, state)
+    switch(model, adapter_state(other))
     assert torch.equal(logits(model, PIXELS), logits(other, PIXELS))
     assert not torch.equal(logits(model, PIXELS), logits(first, PIXELS))
-    assert model.head.alpha == 0.7
-    assert model.head.scaling == 0.35
-    for name, parameter in model.named_parameters():
-        assert parameter is parameters[name]
-    assert all(torch.equal(model.state_dict()[name], value) for name, value in bases.items())
+    assert (model.head.alpha, model.head.scaling) == (0.7, 0.35)
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
     switch(model, adapter_state(first))
     assert torch.equal(logits(model, PIXELS), logits(first, PIXELS))
 
@@ -340,11 +403,6 @@ def test_a_mode_that_is_changed_while_adapters_are_off_holds_for_them_too(traini
     with off(model):
         model.train(training)
     assert {module.training for module in model.modules()} == {training}
-    assert any(isinstance(module, nn.Dropout) for module in model.modules())
-    model.train(not training)
-    with off(model):
-        model.head.train(training)
-    assert [layer.dropout.training for layer in lora_layers(model).values()] == [not training, not training, training]
 
 
 # strength
@@ -391,30 +449,18 @@ def test_strength_0_is_the_base_and_1_the_adapter_bit_for_bit(kind):
         return
     with strength(model, 0):
         assert torch.equal(logits(model, PIXELS), logits(base, PIXELS))
-        assert lora_layers(model) == {}
     with strength(model, 1 + 1e-3):
         assert not torch.equal(logits(model, PIXELS), outside)
     assert not torch.equal(outside, logits(base, PIXELS))
 
 
-@pytest.mark.parametrize("factor", [0, 0.1])  # 3 * 0.1 / 0.1 is not 3
-def test_strength_is_taken_back_after_an_error(factor):
-    model = pictures()
-    before, alphas_before, outside = snapshot(model), alphas(model), logits(model, PIXELS)
-    with pytest.raises(KeyError, match="inside"), strength(model, factor):
-        raise KeyError("inside" if not torch.equal(logits(model, PIXELS), outside) else "as outside")
-    assert (snapshot(model), alphas(model)) == (before, alphas_before)
-    assert torch.equal(logits(model, PIXELS), outside)
-
-
-def test_strengths_within_one_another_multiply_and_end_one_by_one():
+def test_strengths_within_one_another_multiply_and_end_one_by_one_and_after_an_error():
     model = pictures()
     start = alphas(model)
     with strength(model, 0.5):
-        half = alphas(model)
-        with strength(model, 0.5):
-            assert alphas(model) == {name: alpha / 4 for name, alpha in start.items()}
-        assert alphas(model) == half == {name: alpha / 2 for name, alpha in start.items()}
+        with pytest.raises(KeyError, match=re.escape(str(3 * 0.5 * 0.1))), strength(model, 0.1):
+            raise KeyError(model.head.alpha)  # 3 * 0.1 / 0.1 is not 3
+        assert alphas(model) == {name: alpha / 2 for name, alpha in start.items()}
     assert alphas(model) == start
 
 
@@ -458,10 +504,7 @@ STATES = [
     *((STATE | {"head.scaling": scaling}, "head.scaling") for scaling in (torch.ones(2), torch.zeros(()))),
 ]
 REFUSED = [  # a model, what is done with it, and what must be named
-    (DigitsMLP, lambda base: extract(base, tuned(base)), "rank is None and energy None"),
-    (DigitsMLP, lambda base: extract(base, tuned(base), 4, energy=0.5), "rank is 4 and energy 0.5"),
     (DigitsMLP, lambda base: extract(base, tuned(base), 0), "rank is 0"),
-    (DigitsMLP, lambda base: extract(base, tuned(base), energy=1.5), "share is 1.5"),
     (DigitsMLP, lambda base: extract(base, copy.deepcopy(base), 4), "nothing to extract"),
     (DigitsMLP, lambda base: extract(base, DigitsMLP(32), 4), "hidden1.weight"),
     (DigitsMLP, lambda base: extract(base, {}, 4), "hidden1.weight is missing"),

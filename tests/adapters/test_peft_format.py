@@ -37,7 +37,7 @@ from lora_lab.adapters.peft_format import CARD, CONFIG, WEIGHTS, find_values, re
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
 from tests.helpers import PIXELS, randomise, small_task, snapshot
-from tests.tiny_models import PICTURES, Pictures, pictures
+from tests.tiny_models import Pictures, pictures
 
 IDS = torch.randint(0, 260, (2, 9), generator=torch.Generator().manual_seed(5))
 
@@ -84,16 +84,6 @@ def check_both(folder, model, make, inputs=PIXELS):
 # Both ways with peft
 
 
-def test_peft_reads_an_adapter_of_a_part_of_the_layers(pair, tmp_path):
-    theirs, load = pair
-    ours = load()
-    names = inject(ours, LoRAConfig(rank=3, alpha=5, exclude=["layers.0.mlp.down_proj", "layers.1.self_attn.q_proj"]))
-    read = peft.PeftModel.from_pretrained(theirs, save_adapter(randomise(ours), tmp_path / "adapter"))
-    layers = [name for name, module in read.named_modules() if isinstance(module, peft.tuners.lora.Linear)]
-    assert [name.removeprefix("base_model.model.") for name in layers] == names
-    torch.testing.assert_close(logits(read), logits(ours), rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
 def test_what_peft_saved_is_read_here_and_gives_the_same_logits(pair, tmp_path, init):
     theirs, load = pair
@@ -103,9 +93,9 @@ def test_what_peft_saved_is_read_here_and_gives_the_same_logits(pair, tmp_path, 
     )
     saved = randomise(peft.get_peft_model(theirs, config))
     saved.save_pretrained(tmp_path / "adapter")
+    edit(tmp_path / "adapter", auto_mapping={"base_model_class": "Llama"}, revision="main", peft_version="0.21.2")
     ours = load()
-    names = load_adapter(ours, tmp_path / "adapter")
-    assert len(names) == 14
+    assert len(load_adapter(ours, tmp_path / "adapter")) == 14
     assert all(layer.dropout.p == 0.25 for layer in ours.modules() if isinstance(layer, LoRALinear))
     torch.testing.assert_close(logits(ours), logits(saved), rtol=0, atol=1e-5)
     assert (logits(ours) - base).abs().max() > 0.1
@@ -120,8 +110,7 @@ def test_config_has_pefts_keys(tmp_path):
     config = json.loads((tmp_path / "new" / "folder" / CONFIG).read_text())
     assert config.keys() <= {field.name for field in peft.LoraConfig.__dataclass_fields__.values()}
     expected = {"r": 3, "lora_alpha": 5.0, "lora_dropout": 0.1, "target_modules": ["head", "hidden1"], "bias": "none"}
-    assert {name: config[name] for name in expected} == expected
-    assert (config["base_model_name_or_path"], config["task_type"]) == ("some-model", None)
+    assert config.items() >= (expected | {"base_model_name_or_path": "some-model", "task_type": None}).items()
 
 
 def folders(**modules):
@@ -133,13 +122,7 @@ def folders(**modules):
     ("model", "config", "expected"),
     [
         (DigitsTransformer(), {"targets": ["q_proj", "v_proj"]}, ["q_proj", "v_proj"]),
-        (DigitsTransformer(), {}, ["down_proj", "embed", "head", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
-        (DigitsTransformer(), {"targets": ["layers.1.q_proj"]}, ["layers.1.q_proj"]),
-        (
-            DigitsTransformer(),
-            {"targets": ["layers.0.q_proj", "v_proj"]},
-            ["layers.0.q_proj", "layers.0.v_proj", "layers.1.v_proj"],
-        ),
+        (DigitsTransformer(), {"targets": ["layers.0.q_proj", "1.v_proj"]}, ["layers.0.q_proj", "layers.1.v_proj"]),
         (folders(a=nn.Linear(4, 4), b=nn.Linear(4, 4)), {}, ["base"]),  # the adapters' own base layers do not count
         (folders(a=nn.Linear(4, 4), b=nn.LayerNorm(4)), {}, ["a.base"]),
     ],
@@ -161,14 +144,13 @@ def test_an_adapter_is_stored_in_half_precision_and_comes_back_rounded_in_the_mo
     save_adapter(model, tmp_path / "half", dtype=torch.float16)
     assert snapshot(model) == before
     whole, half = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "half"))
-    assert whole.keys() == half.keys()
-    for name, tensor in half.items():
-        assert (tensor.dtype, whole[name].dtype) == (torch.float16, torch.float32)
-        assert torch.equal(tensor, whole[name].half())
+    assert {name: tensor.half().tolist() for name, tensor in whole.items()} == {
+        name: tensor.tolist() for name, tensor in half.items()
+    }
+    assert {tensor.dtype for tensor in half.values()} == {torch.float16}
     load_adapter(back, tmp_path / "half")
     assert {parameter.dtype for parameter in back.parameters()} == {torch.float32}
     torch.testing.assert_close(logits(back, PIXELS), logits(model, PIXELS), rtol=1e-2, atol=1e-2)
-    assert not torch.equal(logits(back, PIXELS), logits(model, PIXELS))
     assert not torch.allclose(logits(back, PIXELS), base, atol=0.1)
 
 
@@ -197,10 +179,9 @@ def test_ranks_and_alphas_by_layer_are_saved_and_come_back(tmp_path):
     assert list(config["rank_pattern"].items()) == [("^hidden", 4), ("^places", 1)]
     assert list(config["alpha_pattern"].items()) == [("^hidden", 5.0), ("^places", 2.0)]
     back = check_both(tmp_path, model, Pictures)
-    assert list(lora_layers(back)) == PICTURES
-    assert [layer.rank for layer in lora_layers(back).values()] == [layer.rank for layer in lora_layers(model).values()]
-    assert {layer.alpha for layer in lora_layers(back).values()} == {2.0, 3.0, 5.0}
-    assert all(layer.lora_A.requires_grad for layer in lora_layers(back).values())
+    found = {name: (layer.rank, layer.alpha) for name, layer in lora_layers(back).items()}
+    assert found == {name: (layer.rank, layer.alpha) for name, layer in lora_layers(model).items()}
+    assert found == {"patches": (2, 3.0), "places": (1, 2.0), "hidden": (4, 5.0), "head": (2, 3.0)}
 
 
 class Nested(nn.Module):
@@ -250,7 +231,7 @@ VARIANTS = pytest.mark.parametrize(
 @VARIANTS
 def test_variants_that_peft_knows_are_saved_as_what_they_are(tmp_path, setting, kind):
     model = pictures(targets=["hidden", "head"], layer=kind)
-    switch(model, adapter_state(model) | adapter_state(pictures(2, rank=4, targets=["head"], layer=kind)))
+    switch(model, adapter_state(model) | adapter_state(pictures(2, rank=3, targets=["head"], layer=kind)))
     save_adapter(model, tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text())
     assert {name for name in ("use_dora", "use_rslora") if config[name]} == {setting}
@@ -279,29 +260,21 @@ def test_variants_of_peft_on_layers_that_have_them_not_here_are_refused(tmp_path
     refuse(tmp_path, kind.__name__, model=Pictures())
 
 
-@pytest.mark.parametrize(("kind", "rank"), [(LoRAFALinear, 2), (PiSSALinear, 4)])
-def test_variants_that_peft_does_not_know_are_saved_as_plain_lora_of_the_same_function(tmp_path, kind, rank):
-    model = pictures(targets=["hidden", "head"], layer=kind)
-    save_adapter(model, tmp_path)
-    back = Pictures()
-    load_adapter(back, tmp_path)
-    assert {(type(layer), layer.rank) for layer in lora_layers(back).values()} == {(LoRALinear, rank)}
-    read = peft.PeftModel.from_pretrained(Pictures(), tmp_path)
-    for other in (back, read):
-        torch.testing.assert_close(logits(other, PIXELS), logits(model, PIXELS), rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(logits(model, PIXELS), logits(Pictures(), PIXELS), atol=0.1)
-
-
 @pytest.mark.parametrize(
     ("kind", "rank"), [(None, 2), (LoRAFALinear, 2), (RsLoRALinear, 2), (PiSSALinear, 4), (DoRALinear, 2)]
 )
-def test_an_adapter_in_memory_becomes_plain_lora_or_dora_of_the_same_function(kind, rank):
-    model = pictures(targets=["hidden", "head"], layer=kind)
-    back = Pictures()
-    load_adapter(back, adapter_state(model))
-    loaded = DoRALinear if kind is DoRALinear else LoRALinear
-    assert {(type(layer), layer.rank) for layer in lora_layers(back).values()} == {(loaded, rank)}
-    torch.testing.assert_close(logits(back, PIXELS), logits(model, PIXELS), rtol=1e-5, atol=1e-5)
+def test_an_adapter_in_memory_becomes_plain_lora_or_dora_and_so_do_kinds_that_peft_does_not_know(tmp_path, kind, rank):
+    model, loaded = pictures(targets=["hidden", "head"], layer=kind), DoRALinear if kind is DoRALinear else LoRALinear
+    sources = [adapter_state(model)]
+    if kind in (LoRAFALinear, PiSSALinear):
+        sources.append(save_adapter(model, tmp_path))
+        read = peft.PeftModel.from_pretrained(Pictures(), tmp_path)
+        torch.testing.assert_close(logits(read, PIXELS), logits(model, PIXELS), rtol=1e-5, atol=1e-5)
+    for source in sources:
+        back = Pictures()
+        load_adapter(back, source)
+        assert {(type(layer), layer.rank) for layer in lora_layers(back).values()} == {(loaded, rank)}
+        torch.testing.assert_close(logits(back, PIXELS), logits(model, PIXELS), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(logits(model, PIXELS), logits(Pictures(), PIXELS), atol=0.1)
 
 
@@ -332,7 +305,7 @@ def test_the_table_that_peft_saves_beside_an_adapted_embedding_is_accepted_if_it
     key = "base_model.model.model.embed_tokens.base_layer.weight"
     tensors = {name: tensor.clone() for name, tensor in load_file(tmp_path / WEIGHTS).items()}  # the file changes
     save_file(tensors | {key: tensors[key].bfloat16()}, tmp_path / WEIGHTS)
-    assert load_adapter(untied(load), tmp_path) == ["model.embed_tokens"]  # rounded as the file is, it is the same
+    assert load_adapter(untied(load), tmp_path)  # rounded as the file is, it is the same
     save_file(tensors, tmp_path / WEIGHTS)
     other = untied(load)
     with torch.no_grad():
@@ -451,10 +424,10 @@ def test_a_folder_that_does_not_hold_an_adapter_that_fits_is_refused(saved, chan
     refuse(saved, named)
 
 
-@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
-def test_a_missing_file_is_named(saved, name):
-    (saved / name).unlink()
-    refuse(saved, name, FileNotFoundError)
+@pytest.mark.parametrize(("name", "named"), [(CONFIG, CONFIG), (WEIGHTS, "adapter_model.bin is a pickle")])
+def test_a_missing_file_is_named(saved, name, named):
+    (saved / name).rename(saved / "adapter_model.bin")
+    refuse(saved, named, FileNotFoundError)
 
 
 STATE = adapter_state(adapted())
@@ -480,15 +453,22 @@ def test_an_adapter_in_memory_that_is_none_or_does_not_fit_is_refused(state, nam
     refuse(state, named, model=Pictures() if "head.start_B" in state or "head.start_A" in state else None)
 
 
-@pytest.mark.parametrize("change", ["another width", None, nn.Identity(), "adapted"])
-def test_an_adapter_of_another_model_or_on_top_of_one_is_refused(saved, change):
-    if change == "another width":
-        return refuse(saved, "base model", model=DigitsMLP(width=24))
-    if change == "adapted":
-        return refuse(saved, "already has adapters", model=adapted(2))
-    other = DigitsMLP(width=16)
-    other.hidden2 = change
-    return refuse(saved, "'hidden2'", model=other)
+def without_hidden2(instead):
+    model = DigitsMLP(width=16)
+    model.hidden2 = instead
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "named"),
+    [
+        (DigitsMLP(width=24), "base model"),
+        (adapted(2), "already has adapters"),
+        *((without_hidden2(instead), "'hidden2'") for instead in (None, nn.Identity())),
+    ],
+)
+def test_an_adapter_of_another_model_or_on_top_of_one_is_refused(saved, model, named):
+    refuse(saved, named, model=model)
 
 
 @pytest.mark.parametrize("folder", ["someone/adapter", "", "a\0b", "x" * 5000])
@@ -537,29 +517,11 @@ def test_names_of_layers_with_any_sign_of_text_are_patterns_that_fit_them():
     assert list(found.values()) == list(pattern.values())
 
 
-def test_settings_of_peft_that_change_nothing_are_accepted(saved):
-    named = {"auto_mapping": {"base_model_class": "DigitsMLP"}, "revision": "main", "peft_version": "0.21.2"}
-    written = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["head", "hidden1", "hidden2"]).to_dict() | named
-    edit(saved, **written | {"peft_type": "LORA", "target_modules": sorted(written["target_modules"])})
-    back = DigitsMLP(width=16)
-    load_adapter(back, saved)
-    assert torch.equal(logits(back, PIXELS), logits(adapted(), PIXELS))
-
-
-def test_weights_in_a_pickle_are_not_opened(saved):
-    torch.save(load_file(saved / WEIGHTS), saved / "adapter_model.bin")
-    (saved / WEIGHTS).unlink()
-    refuse(saved, "adapter_model.bin", FileNotFoundError)
-
-
 def test_a_compiled_model_is_saved_and_loaded_by_the_names_of_its_own_layers(tmp_path):
-    model = adapted()
+    model, back = adapted(), DigitsMLP(width=16)
     save_adapter(torch.compile(model, backend="eager"), tmp_path)
-    plain, compiled = DigitsMLP(width=16), DigitsMLP(width=16)
-    for target in (plain, torch.compile(compiled, backend="eager")):
-        assert load_adapter(target, tmp_path) == list(lora_layers(model))
-    for back in (plain, compiled):
-        assert torch.equal(logits(back, PIXELS), logits(model, PIXELS))
+    assert load_adapter(torch.compile(back, backend="eager"), tmp_path) == list(lora_layers(model))
+    assert torch.equal(logits(back, PIXELS), logits(model, PIXELS))
 
 
 def test_layers_that_the_targets_match_and_the_file_lacks_are_warned_of(tmp_path):
@@ -644,11 +606,6 @@ def test_what_cannot_be_saved_is_refused_and_the_old_adapter_stays(tmp_path, sav
     assert not (tmp_path / "new").exists()
 
 
-def test_a_number_that_float16_does_not_hold_is_saved_in_bfloat16(tmp_path):
-    save_adapter(changed("hidden2", 1e5), tmp_path, dtype=torch.bfloat16)
-    assert load_file(tmp_path / WEIGHTS)["base_model.model.hidden2.lora_B.weight"].max() > 9e4
-
-
 # The card
 
 
@@ -662,9 +619,7 @@ def trained(method, model=None):
 
 def rows(folder):
     """The tables of a folder's card as a dictionary."""
-    lines = (folder / CARD).read_text().splitlines()
-    cells = [line.strip("|").split("|") for line in lines if line.startswith("| ") and line.count("|") == 3]
-    return {name.strip(): value.strip() for name, value in cells}
+    return dict(re.findall(r"^\| (.+?) \| (.*) \|$", (folder / CARD).read_text(), re.MULTILINE))
 
 
 def test_the_hub_reads_base_and_library_and_people_the_settings(tmp_path):
@@ -673,12 +628,11 @@ def test_the_hub_reads_base_and_library_and_people_the_settings(tmp_path):
     card = ModelCard.load(tmp_path / CARD)
     assert (card.data.base_model, card.data.library_name) == ("some-lab/some-model", "peft")
     assert card.data.tags == ["lora", "lora_lab"]
-    assert "| method | RsLoRA |" in card.content
-    losses = [history.rows[i]["validation_loss"] for i in (0, -1)]
+    assert "# RsLoRA adapter for some-lab/some-model" in card.content
+    first, *_, last = (row["validation_loss"] for row in history.rows if row["validation_loss"] is not None)
     expected = {"base model": "`some-lab/some-model`", "rank, alpha": "3, 5", "adapted layers": "`head`, `hidden1`"}
     expected |= {"parameters": f"{3 * (64 + 128 + 128 + 10):,}", "method": "rslora", "steps, examples a step": "4, 4"}
-    expected |= {"seed": "3", "validation loss, before and after": f"{losses[0]:.3f}, {losses[1]:.3f}"}
-    expected["task"] = f"small (fingerprint `{small_task().fingerprint[:12]}`)"
+    expected |= {"seed": "3", "validation loss, before and after": f"{first:.3f}, {last:.3f}"}
     assert expected.items() <= rows(tmp_path).items()
     assert "continued from" not in rows(tmp_path)
 
@@ -690,7 +644,7 @@ def test_a_base_that_is_no_name_on_the_hub_is_not_given_to_it(base, tmp_path, mo
     save_adapter(adapted(), tmp_path, base=base)
     assert ModelCard.load(tmp_path / CARD).data.base_model is None
     assert rows(tmp_path)["base model"] == ("not recorded" if base is None else f"`{base}`")
-    assert "## Training" not in (tmp_path / CARD).read_text()
+    assert "learning rate" not in rows(tmp_path)
 
 
 def test_a_continued_adapter_names_what_it_was_continued_from_and_ranks_that_differ_are_mentioned(tmp_path):
@@ -707,7 +661,7 @@ def test_the_lab_renews_its_own_card_and_leaves_yours(tmp_path):
     save_adapter(model, tmp_path)
     save_adapter(model, tmp_path, history=history)
     renewed = (tmp_path / CARD).read_text()
-    assert "## Training" in renewed
+    assert "| learning rate |" in renewed
     mine = "".join(line for line in renewed.splitlines(True) if not line.startswith("<!--")) + "\nMy words.\n"
     (tmp_path / CARD).write_text(mine)
     save_adapter(model, tmp_path)

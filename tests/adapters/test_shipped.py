@@ -44,8 +44,7 @@ def test_the_folder_holds_an_adapter_in_half_precision_of_at_most_1_3_mb(name):
 
 @pytest.mark.parametrize("name", ["lighthouse", "", "..", "README.md"])
 def test_another_name_is_refused_with_those_that_exist(name):
-    message = f"There is no shipped adapter {name!r}; choose one of {', '.join(NAMES)}."
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ValueError, match=re.escape(f"{name!r}; choose one of {', '.join(NAMES)}")):
         shipped(name)
 
 

@@ -1,7 +1,6 @@
 """Rows against numpy on the dense updates, every kind of source, the control with nothing to learn, what is refused."""
 
 import copy
-import math
 from collections import OrderedDict
 
 import numpy as np
@@ -126,23 +125,6 @@ def test_two_models_are_compared_matrix_by_matrix():
     for name in frame.index:
         W = base.get_submodule(name).weight
         assert_row(frame.loc[name], model.get_submodule(name).weight - W, W)
-    again = spectra.report(base.state_dict(), model.state_dict())
-    np.testing.assert_allclose(again.norm, frame.norm)
-
-
-def test_singular_values_alone():
-    base, threads = DigitsMLP(), torch.get_num_threads()
-    model = perturbed(base, size=1)
-    found = spectra.singular_values(base, model, progress=False)
-    assert list(found) == ["hidden1", "hidden2", "head"]
-    for name, S in found.items():
-        delta = (model.get_submodule(name).weight - base.get_submodule(name).weight).detach().double()
-        np.testing.assert_allclose(S, np.linalg.svd(delta.numpy(), compute_uv=False), atol=1e-6)
-    assert torch.get_num_threads() == threads
-    model.head.weight.data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="NaN"):
-        spectra.singular_values(base, model)
-    assert torch.get_num_threads() == threads
 
 
 def test_a_change_without_signal_lies_within_its_band_and_one_with_signal_does_not():
@@ -162,19 +144,22 @@ def test_a_change_without_signal_lies_within_its_band_and_one_with_signal_does_n
         assert (outside[statistic] < 0.7 * outside[f"{statistic}_low"]).all()
 
 
-def test_a_random_adapter_lies_within_the_band_of_its_rank_and_not_of_a_full_matrix(tiny_config):
-    frame = spectra.report(None, trained(Llama(tiny_config), r=4))
+def test_a_random_adapter_lies_within_the_band_of_its_rank_and_is_grouped_by_kind_and_depth(tiny_config):
+    frame, depth = spectra.report(None, trained(Llama(tiny_config), r=4)), tiny_config.num_hidden_layers
     inside = (frame.stable_rank >= frame.stable_rank_low) & (frame.stable_rank <= frame.stable_rank_high)
     assert inside.mean() > 0.6  # A is uniform, not Gaussian
-    full = spectra.null_bands((32, 32))
-    assert float(full["stable_rank"].low) > frame.stable_rank_high.max()
-
-
-def test_bands_are_computed_once_a_shape_and_do_not_disturb():
-    before = torch.get_rng_state()
-    assert spectra.null_bands((20, 30), 2) is spectra.null_bands((20, 30), 2)
-    assert spectra.null_bands((20, 30), 2) != spectra.null_bands((20, 30), 3)
-    assert torch.equal(before, torch.get_rng_state())
+    assert float(spectra.null_bands((32, 32))["stable_rank"].low) > frame.stable_rank_high.max()  # of a full matrix
+    by_kind, by_depth = spectra.group(frame), spectra.group(frame, "depth")
+    assert (by_kind.layers.tolist(), by_depth.layers.tolist()) == ([depth] * 7, [7] * depth)
+    assert by_kind.stable_rank["q_proj"] == pytest.approx(frame[frame.kind == "q_proj"].stable_rank.median())
+    heading, columns, *rows = spectra.table(frame).splitlines()
+    assert "95 %" in heading
+    assert "stable_rank_low" not in columns
+    (row,) = (row for row in rows if row.startswith("q_proj "))
+    medians = by_kind.loc["q_proj"]
+    assert f"{medians.stable_rank:.3g} [{medians.stable_rank_low:.3g}-{medians.stable_rank_high:.3g}]" in row
+    assert len({len(line) for line in [columns, *rows]}) == 1
+    assert len(spectra.table(frame, "depth").splitlines()) == 2 + depth
 
 
 def test_the_band_of_amplification_is_that_of_random_directions():
@@ -217,15 +202,6 @@ def test_embeddings_convolutions_and_a_base_in_4_bits(tiny_config):
     assert spectra.report(None, trained(model)).relative_norm.between(0, 10).all()
 
 
-def test_groups_by_kind_and_depth(tiny_config):
-    frame = spectra.report(None, trained(Llama(tiny_config)))
-    by_kind, by_depth = spectra.group(frame), spectra.group(frame, "depth")
-    assert by_kind.layers.tolist() == [tiny_config.num_hidden_layers] * 7
-    assert by_depth.layers.tolist() == [7] * tiny_config.num_hidden_layers
-    expected = frame[frame.kind == "q_proj"].stable_rank.median()
-    assert by_kind.stable_rank["q_proj"] == pytest.approx(expected)
-
-
 def test_intruders_beside_those_of_noise_as_large():
     base = DigitsMLP()
     model = copy.deepcopy(base)
@@ -233,22 +209,14 @@ def test_intruders_beside_those_of_noise_as_large():
     with torch.no_grad():
         W = model.hidden2.weight
         W.add_(torch.outer(torch.randn(128, generator=g), torch.randn(128, generator=g)) / 5)  # one strong direction
-    frame = spectra.intruders(base, model, ["hidden2", "head"], top=5, epsilon=0.5).set_index("layer")
+    frame = spectra.intruders(base, model, ["hidden2", "head"]).set_index("layer")
     old, new = (m.hidden2.weight.detach().double().numpy() for m in (base, model))
     X, Y = (np.linalg.svd(m)[0] for m in (old, new))
-    assert frame.intruders["hidden2"] == (np.abs(Y[:, :5].T @ X).max(1) < 0.5).sum()
+    assert frame.intruders["hidden2"] == (np.abs(Y[:, :10].T @ X).max(1) < 0.5).sum()
     assert frame.intruders["head"] == 0  # it did not change
     assert frame.intruders_high["head"] == 0
-    assert frame.intruders_low["hidden2"] <= frame.intruders_high["hidden2"] <= 5
+    assert frame.intruders_low["hidden2"] <= frame.intruders_high["hidden2"] <= 10
     assert 0 < frame.floor["hidden2"] < 0.5
-
-
-def test_an_adapters_intruders_need_the_weights(tmp_path):
-    model = trained(DigitsMLP())
-    save_adapter(model, tmp_path)
-    with pytest.raises(ValueError, match="not known; pass the model before"):
-        spectra.intruders(None, tmp_path, ["head"], top=2)
-    assert len(spectra.intruders(None, model, ["head"], top=2)) == 1
 
 
 def spoil(model):
@@ -264,10 +232,9 @@ REFUSED = [
     (lambda: spectra.report(None, "no folder"), FileNotFoundError, "no folder"),
     (lambda: spectra.report(None, adapter_state(trained(DigitsMLP(), DoRALinear))), ValueError, "DoRA's"),
     (lambda: spectra.report(None, spoil(trained(DigitsMLP()))), ValueError, "NaN"),
-    (lambda: spectra.report(None, trained(DigitsMLP()), directions=0), ValueError, "directions is 0"),
     (lambda: spectra.intruders(None, trained(DigitsMLP()), ["tail"]), ValueError, "no update of 'tail'"),
+    (lambda: spectra.intruders(None, adapter_state(trained(DigitsMLP()))), ValueError, "'hidden1' before training"),
     (lambda: spectra.group(spectra.report(None, trained(DigitsMLP())), "layer"), ValueError, "by is 'layer'"),
-    (lambda: spectra.null(digits(), DigitsMLP(), 0), ValueError, "temperature is 0"),
 ]
 
 
@@ -281,6 +248,7 @@ def test_nothing_of_the_model_changes():
     model = trained(DigitsMLP())
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     spectra.report(None, model)
+    assert spectra.null_bands((20, 30), 2) is spectra.null_bands((20, 30), 2) != spectra.null_bands((20, 30), 3)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
 
@@ -312,16 +280,6 @@ def test_no_model_predicts_the_labels_better_than_the_base():
     entropy = torch.distributions.Categorical(logits=base(task.train.inputs)).entropy().mean().item()
     assert loss(base) == pytest.approx(entropy, rel=0.05)
     assert loss(perturbed(base)) > loss(base) + 0.01
-
-
-@torch.no_grad()
-def test_labels_follow_the_temperature():
-    base, task = pretrained_digits(), digits()
-    torch.manual_seed(0)
-    uniform = DrawnLabels(base, math.inf)(base, task.train.inputs, task.train.targets)
-    expected = -F.log_softmax(base(task.train.inputs), -1).mean()
-    assert uniform.item() == pytest.approx(expected.item(), rel=0.1)
-    assert uniform > 2 * DrawnLabels(base)(base, task.train.inputs, task.train.targets)
 
 
 def test_targets_that_do_not_count_stay_so(tiny_config):
@@ -362,20 +320,6 @@ def test_an_evaluation_repeats_and_takes_nothing_from_what_training_draws():
 # The command
 
 
-def test_a_table_has_each_statistic_with_its_null(tiny_config):
-    frame = spectra.report(None, trained(Llama(tiny_config)))
-    heading, columns, *rows = spectra.table(frame).splitlines()
-    assert "95 %" in heading
-    assert columns.split()[0] == "kind"
-    assert len(rows) == 7
-    (row,) = (row for row in rows if row.startswith("q_proj "))
-    medians = spectra.group(frame).loc["q_proj"]
-    assert f"{medians.stable_rank:.3g} [{medians.stable_rank_low:.3g}-{medians.stable_rank_high:.3g}]" in row
-    assert len({len(line) for line in [columns, *rows]}) == 1
-    assert "stable_rank_low" not in columns
-    assert len(spectra.table(frame, "depth").splitlines()) == 2 + tiny_config.num_hidden_layers
-
-
 @pytest.fixture
 def saved(tiny_config, tiny_tokenizer, tmp_path):
     """A model with an adapter, and the arguments of the command for its files."""
@@ -387,25 +331,20 @@ def saved(tiny_config, tiny_tokenizer, tmp_path):
     ]  # fmt: skip
 
 
-def test_analyze_prints_tables_and_writes_layers_and_pictures(saved, tmp_path, capsys):
+def test_analyze_prints_tables_and_writes_layers_and_pictures_and_as_json_the_same(saved, tmp_path, capsys):
     model, arguments = saved
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
     frame = spectra.report(None, model)
     assert all(spectra.table(frame, by) in printed for by in ("kind", "depth"))
-    assert sorted(pandas.read_csv(tmp_path / "out" / "layers.csv").layer) == sorted(frame.layer)
     for statistic in plots.STATISTICS:
         assert (tmp_path / "out" / f"{statistic}.png").read_bytes().startswith(PNG)
         assert f"{statistic}.png" in printed
-
-
-def test_analyze_as_json_has_the_layers_and_their_medians(saved, tmp_path, capsys):
-    model, arguments = saved
     assert cli.main([*arguments, "--json"]) == 0
     document, _ = printed_json(capsys)
     assert document["folder"] == str(tmp_path / "out")
     layers = pandas.DataFrame(document["layers"]).set_index("layer")
-    frame = spectra.report(None, model).set_index("layer").loc[layers.index].astype(layers.dtypes)
+    frame = frame.set_index("layer").loc[layers.index].astype(layers.dtypes)
     pandas.testing.assert_frame_equal(layers, frame, rtol=1e-4)
     for by, count in (("kind", 7), ("depth", 2)):
         assert len(document[f"by_{by}"]) == count
@@ -418,8 +357,7 @@ def test_what_analyze_does_not_know_is_null_in_json(tmp_path, capsys):
     save_adapter(trained(DigitsMLP()), tmp_path / "adapter")
     assert cli.main(["analyze", str(tmp_path / "adapter"), "--out", str(tmp_path / "out"), "--json"]) == 0
     document, _ = printed_json(capsys)
-    assert [row["depth"] for row in document["layers"]] == [None] * len(document["layers"])
-    assert [row["depth"] for row in document["by_depth"]] == [None]
+    assert {row["depth"] for row in [*document["layers"], *document["by_depth"]]} == {None}
     assert "amplification" not in document["layers"][0]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["layers.csv"]  # no depths to draw over
 

@@ -9,7 +9,7 @@ import torch
 
 from lora_lab import FullFineTuning, Llama, LoRA, records, speed
 from lora_lab.costs.cards import CARDS, EFFICIENCY, Efficiency, cost_model, roofline
-from lora_lab.costs.cost_model import OperatorCall
+from lora_lab.costs.timing import OperatorCall
 from lora_lab.models import shapes
 from lora_lab.models.llama import LlamaConfig
 
@@ -83,7 +83,7 @@ def test_a_prediction_says_that_it_was_not_measured_and_costs_say_what_they_are_
     assert str(costs).splitlines()[0] == "Costs on NVIDIA T4, from the datasheet, not measured"
     for words in ("65.0 TFLOP/s x 0.69", "320 GB/s x 0.77", "NVIDIA T4 datasheet, 2019"):
         assert words in str(costs), words
-    assert re.search(r"So LoRA is (slower|faster) on the NVIDIA T4\.", str(found))
+    assert re.search(r"So LoRA is (slower|faster)\.", str(found))
     for doubt in (
         r"The NVIDIA T4 has no bfloat16, so its rate is that of float16; at 70 W its clock may fall\.",
         r"fitted to two steps on an L40S, and 5 us for a launch are assumed\. .*an aim of 25 %: see docs/costs\.md\.",
@@ -127,11 +127,6 @@ def test_a_step_that_the_card_has_no_memory_for_is_doubted():
     )
     large = cost_model("a100-80gb").predict(wide, {"full": FullFineTuning()}, 4, 512, dtype=BF16)
     assert doubts(large) == ["fit"]
-
-
-def test_other_shares_are_not_said_to_be_those_that_were_compared(tiny_config):
-    found = cost_model("l40s", WHOLE).predict(partial(Llama, tiny_config), {"full": FullFineTuning()}, 2, 16)
-    assert found.doubts == []
 
 
 def predicted_for_all_blocks(config, *args, **options):

@@ -1,7 +1,6 @@
 """Bills from a few of a model's identical blocks, byte for byte those from all of them."""
 
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -12,7 +11,7 @@ from lora_lab import DoRA, FullFineTuning, Lean, Llama, LlamaConfig, LoRA, LoRAF
 from lora_lab.costs import memory
 from lora_lab.costs.bill import Part, RecordedOperation, Recording
 from lora_lab.costs.memory import predict
-from lora_lab.costs.repeated import extend_recording, last_blocks, longest_run, transformer_blocks
+from lora_lab.costs.repeated import blocks_are_alike, extend_recording, last_blocks, transformer_blocks
 from lora_lab.costs.setup import Setup
 from lora_lab.methods import AsItIs
 from lora_lab.models import quantize
@@ -45,8 +44,8 @@ def both_ways(monkeypatch):
             patch.setattr(memory, "StorageLog", log)
             short = predict(*args, **options)
             depth = max(depths)
-            patch.setattr(memory, "longest_run", lambda model: None)
-            patch.setattr(memory, "_dequantise_once", nullcontext)
+            patch.setattr(memory, "blocks_are_alike", lambda model: False)
+            patch.setattr(memory, "_dequantise_once", lambda log: None)
             whole = predict(*args, **options)
         assert short == whole  # the parts, the moment, what is saved, and every point of the timeline
         assert str(short) == str(whole)
@@ -133,12 +132,12 @@ def test_blocks_that_differ_are_not_taken_for_alike(both_ways):
     assert not both_ways(model, LoRA(8, targets=top), 2, 24)
     named = [f"model.layers.{i}.self_attn.q_proj" for i in range(7)]  # all alike, but a shorter model lacks some
     assert not both_ways(model, LoRA(8, targets=named), 2, 24)
-    assert longest_run(model).count == 7
+    assert blocks_are_alike(model)
     model.model.layers[4].mlp.register_forward_hook(lambda *_: None)
-    assert longest_run(model) is None
+    assert not blocks_are_alike(model)
     wide = deep(SEVEN)
     wide.model.layers[4] = Llama(replace(SHAPE, intermediate_size=96)).model.layers[0].to("meta")
-    assert longest_run(wide) is None
+    assert not blocks_are_alike(wide)
 
 
 class Alternating(nn.Module):
@@ -156,7 +155,7 @@ class Alternating(nn.Module):
 
 def test_a_model_of_unknown_code_is_rehearsed_whole(both_ways):
     batch = torch.zeros(3, 8), torch.zeros(3, dtype=torch.long)
-    assert longest_run(Alternating()) is None
+    assert not blocks_are_alike(Alternating())
     assert not both_ways(Alternating(), FullFineTuning(), batch=batch)
 
 
@@ -212,7 +211,7 @@ def test_a_model_that_peft_made_ready_has_the_same_bill_from_a_few_blocks(tiny_h
 def test_a_config_with_an_entry_for_each_block_must_have_the_same_throughout(kinds, alike):
     model = transformers_model("Llama")
     model.config.block_kinds = kinds  # nothing in the blocks tells
-    assert (longest_run(model) is not None) == alike
+    assert blocks_are_alike(model) == alike
 
 
 def test_experts_are_no_stack_of_blocks():
@@ -222,7 +221,7 @@ def test_experts_are_no_stack_of_blocks():
     Block.__module__ = "torch.nn"
     expert = nn.ModuleList(nn.Linear(4, 4) for _ in range(8))
     model = nn.Sequential(nn.ModuleList([Block(expert), Block(nn.Linear(4, 4))]))
-    assert longest_run(model) is None
+    assert not blocks_are_alike(model)
 
 
 def test_a_prediction_shares_nothing_with_the_model_it_shortens():
@@ -242,15 +241,15 @@ def recorded(*operations):
     return Recording("by hand", [RecordedOperation("forward", *operation) for operation in operations], [])
 
 
-def block(number, size=8):
-    return [("mm", f"layers.{number}", [(TEMPORARY, size)], []), ("add", "", [], [(TEMPORARY, size)])]
+def block(size=8):
+    return [("mm", "layers.1", [(TEMPORARY, size)], []), ("add", "", [], [(TEMPORARY, size)])]
 
 
 ENDS = [("embedding", "", [(TEMPORARY, 4)], [])], [("loss", "", [], [(TEMPORARY, 4)])]
 
 
-def test_blocks_are_added_with_their_numbers():
-    stacks = {depth: recorded(*ENDS[0], *(o for i in range(depth) for o in block(i)), *ENDS[1]) for depth in (2, 3, 7)}
+def test_blocks_are_added():
+    stacks = {depth: recorded(*ENDS[0], *(depth * block()), *ENDS[1]) for depth in (2, 3, 7)}
     assert extend_recording(stacks[2], stacks[3], 5) == stacks[7]
 
 
@@ -269,18 +268,18 @@ def test_what_grows_with_each_block_grows_in_size_or_in_number():
 @pytest.mark.parametrize(
     "longer",
     [
-        recorded(*ENDS[0], *block(0), *block(1, size=16), *block(2), *ENDS[1]),  # another size
-        recorded(*ENDS[0], *block(0), *block(1), *ENDS[1], *block(2)),  # another place
-        recorded(*ENDS[0], *block(0), *block(1), ("mul",), *block(2)[1:], *ENDS[1]),  # another operation
-        recorded(*ENDS[0], *block(0), *ENDS[1]),  # shorter
-        recorded(*ENDS[0], *block(0), *block(1), *block(2), ("loss", "", [], [(TEMPORARY, 2)])),  # what shrinks
+        recorded(*ENDS[0], *block(), *block(size=16), *block(), *ENDS[1]),  # another size
+        recorded(*ENDS[0], *block(), *block(), *ENDS[1], *block()),  # another place
+        recorded(*ENDS[0], *block(), *block(), ("mul",), *block()[1:], *ENDS[1]),  # another operation
+        recorded(*ENDS[0], *block(), *ENDS[1]),  # shorter
+        recorded(*ENDS[0], *block(), *block(), *block(), ("loss", "", [], [(TEMPORARY, 2)])),  # what shrinks
         Recording("by hand", [RecordedOperation("backward", "mm")], []),
         Recording("by hand", [RecordedOperation("forward", "mm"), RecordedOperation("backward", "mm")], []),
     ],
     ids=["size", "place", "operation", "shorter", "shrinks", "phase", "phases"],
 )
 def test_a_block_that_is_not_like_the_one_before_is_not_extended(longer):
-    shorter = recorded(*ENDS[0], *block(0), *block(1), *ENDS[1])
+    shorter = recorded(*ENDS[0], *block(), *block(), *ENDS[1])
     with pytest.raises(ValueError, match=r"No block is like|argument"):
         extend_recording(shorter, longer, 5)
 

@@ -14,18 +14,15 @@ from lora_lab import plots
 from lora_lab.ablation.overfitting import summarise_trials
 from lora_lab.costs.flops import Flops
 from lora_lab.course import figures
-from tests.helpers import LOSSES, PEAKED, STEP, bill, bounds, legend, moments, points, said, sweep
+from tests.helpers import LOSSES, PEAKED, STEP, bill, bounds, by_label, legend, moments, points, said, sweep
 
 
 def test_small_matrices_are_drawn_on_one_scale_with_their_entries():
     figure = figures.numbers({"M": [[3, -1, 0], [2, 6, 1]], "term": np.full((2, 3), -6.0)})
     first, second = figure.axes
     assert (first.get_title(), second.get_title()) == ("M", "term")
-    assert said(first.texts) == ["3", "-1", "0", "2", "6", "1"]
-    assert [text.get_position() for text in first.texts][:4] == [(0, 0), (1, 0), (2, 0), (0, 1)]  # x is the column
+    assert {text.get_text(): text.get_position() for text in first.texts}["2"] == (0, 1)  # x is the column
     assert {ax.images[0].get_clim() for ax in figure.axes} == {(-6, 6)}
-    inks = {text.get_text(): text.get_color() for text in first.texts}
-    assert inks["6"] == "#ffffff" != inks["3"]  # on a dark cell
 
 
 def test_shares_by_rank_are_means_in_per_cent_with_a_band_from_min_to_max():
@@ -47,10 +44,7 @@ def test_setups_stand_side_by_side_above_and_below_full_fine_tuning():
     assert second[:, 1:] == pytest.approx(np.array([of_rank_8[60], of_rank_8[240]]))
     assert (first[:, 0] < second[:, 0]).all()
     assert first[:, 0] * second[:, 0] == pytest.approx([60**2, 240**2])
-    styles = plots.line_styles(["LoRA r=1", "LoRA r=8"])
-    assert [each.lines[0].get_color() for each in ax.containers] == [style["color"] for style in styles.values()]
-    levels = {line.get_label(): line.get_ydata()[0] for line in ax.lines if line.get_label() in ("full", "margin")}
-    assert levels == {"full": 0, "margin": 0.01}
+    assert [by_label(ax)[level].get_ydata()[0] for level in ("full", "margin")] == [0, 0.01]
     assert said(ax.get_xticklabels()) == ["60", "240"]
 
 
@@ -60,7 +54,6 @@ def test_the_schematic_states_shapes_scaling_and_the_count():
     assert all(part in texts for part in ("2 x 64", "48 x 2", "48 x 64, frozen", "$s$ = 8 / 2 = 4", "2 numbers pass"))
     assert "A\\,x$: 48 numbers" in texts
     assert ax.get_title() == "LoRA trains 224 parameters beside 3,072 frozen ones (7%)"
-    assert "$s$ = 32 / 48 = 0.667" in said(figures.schematic(rank=48, alpha=32).texts)
     widths = [np.ptp(patch.get_xy()[2:4, 0]) for patch in (figures.schematic(rank).patches[1] for rank in (4, 16))]
     assert widths[1] == pytest.approx(4 * widths[0])  # A is as narrow at its top as the rank says
 
@@ -96,14 +89,9 @@ def test_the_passes_of_a_step_are_as_long_as_their_flops_and_what_is_gone_is_an_
     def step(**counts):
         return Flops({tuple(name.split("_")): int(size * 1e9) for name, size in counts.items()}, 4, "")
 
-    full = step(**{"layers_forward": 60, "head_input gradients": 70, "layers_weight gradients": 50})
-
-    def lora_of(forward, inputs, *adapters):
-        names = ["adapters_forward", "adapters_input gradients", "adapters_weight gradients"]
-        return {"layers_forward": forward, "head_input gradients": inputs} | dict(zip(names, adapters, strict=False))
-
-    lora = step(**lora_of(60, 70, 4, 3, 3))
-    ax = figures.passes({"full": full, "LoRA": lora})
+    both = {"layers_forward": 60, "head_input gradients": 70}
+    adapters = {"adapters_forward": 4, "adapters_input gradients": 3, "adapters_weight gradients": 3}
+    ax = figures.passes({"full": step(**both, **{"layers_weight gradients": 50}), "LoRA": step(**both, **adapters)})
     bars = [(round(bar.get_x(), 3), round(bar.get_width(), 3)) for container in ax.containers for bar in container]
     assert bars == [(0, 60), (60, 70), (130, 0), (130, 50), (0, 60), (60, 70), (130, 10), (140, 50)]
     filled = [bar.get_facecolor()[3] > 0 for container in ax.containers for bar in container]
@@ -111,8 +99,6 @@ def test_the_passes_of_a_step_are_as_long_as_their_flops_and_what_is_gone_is_an_
     texts = [text.get_text().strip() for text in ax.texts]
     assert texts == ["60", "70", "50", "180", "60", "70", "10", "gone: 50", "140 (0.78)"]
     assert legend(ax) == ["forward", "input gradients", "adapters", "weight gradients"]
-    thin = figures.passes({"full": full, "LoRA": step(**lora_of(60, 70, 3))})
-    assert "3.0" in said(thin.texts)  # a sliver has its number above it
 
 
 def test_published_ratios_are_drawn_beside_what_flops_allow():
@@ -140,10 +126,6 @@ def run(setup, lr, seed, validation, training):
     gaps = [np.nan, *np.subtract(validation[1:], training)]
     rows = {"step": [10 * i for i in range(len(validation))], "validation_loss": validation, "gap": gaps}
     return pandas.DataFrame({"setup": setup, "lr": lr, "seed": seed, "outcome": "done"} | rows)
-
-
-def by_label(ax):
-    return {line.get_label(): line for line in ax.get_lines() if not line.get_label().startswith("_")}
 
 
 def test_a_training_curve_is_marked_with_its_lowest_loss_its_rise_and_its_gap():
@@ -189,15 +171,11 @@ def test_a_headline_follows_the_rates_that_were_picked():
         (1e-3, 1e-2): '"LoRA r=8 overfits MORE than full!"',
     }
     assert legend(ax) == ["full, rate 0.001: lowest 1.00, rise 1.00", "LoRA r=8, rate 0.01: lowest 1.00, rise 2.50"]
-    full, lora = ax.get_lines()
-    assert points(full) == [(0, 3.0), (10, 1.0), (20, 2.0)]
-    assert points(lora) == [(0, 3.0), (10, 1.0), (20, 3.5)]
-    assert full.get_markevery() == lora.get_markevery() == [1]  # a mark at the lowest
-    assert lora.get_color() == plots.line_styles(["LoRA r=8"])["LoRA r=8"]["color"]
-    even = TWO_METHODS.assign(setup=TWO_METHODS.setup.replace({"LoRA r=1": "LoRA r=4"}))
-    even.loc[(even.setup == "LoRA r=4"), "validation_loss"] = [3.0, 1.0, 5.0]
-    alike = figures.rigged(even, {"full": 1e-2, "LoRA r=4": 1e-2})
-    assert alike.get_title() == '"LoRA r=4 overfits AS MUCH as full!"'
+    assert [points(line)[-1] for line in ax.get_lines()] == [(20, 2.0), (20, 3.5)]
+    assert [line.get_markevery() for line in ax.get_lines()] == [[1], [1]]  # a mark at the lowest
+    even = TWO_METHODS.assign(validation_loss=[*TWO_METHODS.validation_loss[:-3], 3.0, 1.0, 5.0])
+    alike = figures.rigged(even, {"full": 1e-2, "LoRA r=1": 1e-2})
+    assert alike.get_title() == '"LoRA r=1 overfits AS MUCH as full!"'
 
 
 def test_the_lowest_loss_and_the_rise_stand_beside_each_other_by_rate():
@@ -208,7 +186,6 @@ def test_the_lowest_loss_and_the_rise_stand_beside_each_other_by_rate():
     assert points(by_label(right)["full"]) == [(1e-3, 1.0), (1e-2, 4.0)]
     assert points(by_label(right)["LoRA r=8"]) == [(1e-3, 0.0), (1e-2, 2.5)]
     assert right.get_ylim() == (0, 6.0)  # the highest point is inside
-    assert sorted(legend(right)) == ["LoRA r=1", "LoRA r=8", "full"]
 
 
 COMPARED = pandas.DataFrame(
@@ -255,17 +232,14 @@ def test_weight_decay_is_shown_in_weights_losses_and_right_answers():
         for i, (setup, decay) in enumerate([("full", 10), ("full", 0), ("LoRA r=8", 0), ("LoRA r=8", 10)])
     ]
     weights, losses, right = figures.weight_decay(pandas.DataFrame(rows)).axes
-    assert said(weights.get_xticklabels()) == ["0", "10"]
-    assert by_label(weights)["full: size of the weights"].get_ydata().tolist() == [3.0, 2.0]
-    assert by_label(weights)["LoRA r=8: distance from the start"].get_ydata().tolist() == [3.0, 4.0]
-    assert by_label(losses)["full: old task, scaled, at the end"].get_ydata().tolist() == [5.0, 4.0]
-    assert by_label(losses)["LoRA r=8: new task, lowest"].get_ydata().tolist() == [5.0, 6.0]
-    assert by_label(right)["LoRA r=8: old task, at the end"].get_ydata().tolist() == [0.5 / 3, 0.125]
-    assert right.get_ylim()[0] == 0
-    for ax in (weights, losses):
-        lines = [line for line in ax.get_lines() if line.get_label().startswith("full")]
-        assert lines[0].get_linestyle() != lines[1].get_linestyle()
-        assert lines[0].get_color() == lines[1].get_color() == plots.METHOD_COLOURS["full"]
+    for ax, label, values in (
+        (weights, "full: size of the weights", [3.0, 2.0]),
+        (weights, "LoRA r=8: distance from the start", [3.0, 4.0]),
+        (losses, "full: old task, scaled, at the end", [5.0, 4.0]),
+        (losses, "LoRA r=8: new task, lowest", [5.0, 6.0]),
+        (right, "LoRA r=8: old task, at the end", [0.5 / 3, 0.125]),
+    ):
+        assert by_label(ax)[label].get_ydata().tolist() == values
 
 
 def test_copies_and_adapters_are_squares_whose_areas_are_to_scale():
@@ -295,11 +269,9 @@ def test_the_effect_of_adapters_is_written_into_a_map_whose_zero_is_white():
     (image,) = ax.get_images()
     assert image.get_array().tolist() == changes.to_numpy().tolist()
     assert image.get_clim() == (-3.0, 3.0)
-    assert ax.texts[0].get_color() == "white"
-    assert ax.texts[1].get_color() == "black"
-    red, _, blue, _ = image.to_rgba(np.array([-2.0, 0.0, 2.0])).T[[0, 1, 2, 3]]
+    assert [text.get_color() for text in ax.texts[:2]] == ["white", "black"]
+    red, _, blue, _ = image.to_rgba(np.array([-2.0, 0.0, 2.0])).T
     assert red[0] > blue[0]  # orange below zero, purple above
-    assert red[2] < blue[2]
     assert min(red[1], blue[1]) > 0.95
 
 
@@ -316,8 +288,6 @@ def test_methods_are_ranked_at_the_common_rate_from_the_worst_below_to_the_best_
     assert said(right.get_yticklabels()) == [*absent, *order]
     assert said(right.texts) == texts
     assert [text.get_position()[1] for text in right.texts] == list(range(len(texts)))  # each beside its name
-    centres = [bar.get_y() + bar.get_height() / 2 for bar in right.patches]
-    assert centres == pytest.approx(range(len(absent), len(texts)))
     widths = [bar.get_width() for bar in right.patches]
     assert widths == sorted(widths, reverse=True)
     assert f"At {rate:g}, {order[-1]} is ahead" in right.get_title()
@@ -352,12 +322,8 @@ def test_overlaps_are_drawn_against_j_beside_chance():
 
 
 def test_intruders_have_a_panel_for_each_layer():
-    rows = [
-        ("first", "full", 0.1, 0),
-        ("first", "full", 1.0, 4),
-        ("second", "full", 0.2, 1),
-        ("second", "noise", 0.2, 3),
-    ]
+    rows = [("first", "full", size, count) for size, count in ((0.1, 0), (1.0, 4))]
+    rows += [("second", setup, 0.2, count) for setup, count in (("full", 1), ("noise", 3))]
     figure = figures.intruders_by_size(pandas.DataFrame(rows, columns=["layer", "setup", "size", "intruders"]))
     first, second = figure.axes
     assert (first.get_title(), second.get_title()) == ("first", "second")

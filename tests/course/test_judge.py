@@ -94,7 +94,6 @@ def raising(W, x):
     ("answer", "text"),
     [
         (lambda W, x: None, "The result is None. Is the return missing?"),
-        (lambda W, x: x, "The result has the shape (3,), but it should have (2,)."),
         (lambda W, x: 3 * W @ x, "The result is 3 times what it should be, on all inputs. A factor is wrong."),
         (lambda W, x: W @ -x, "The result has the wrong sign on all inputs."),
         (lambda W, x: W @ x + 1, "The result differs from the expected one on all inputs."),
@@ -148,17 +147,11 @@ def test_an_answer_that_agrees_on_all_inputs_must_have_the_properties_too(regist
     assert judge(trial, lambda s: 2 * s if s > 0 else 1 / 0).text.startswith("Your code stops with ZeroDivisionError")
 
 
-def stub_with_error(W, x):
+def stub(*arguments):
     raise NotImplementedError("your code here")
 
 
-def stub_with_hole(W, x):
-    return W @ x + ____  # noqa: F821
-
-
-@pytest.mark.parametrize(
-    "answer", [stub_with_error, lambda W, x: ..., stub_with_hole], ids=["raise", "ellipsis", "hole"]
-)
+@pytest.mark.parametrize("answer", [stub, lambda W, x: ..., lambda W, x: W @ x + ____])  # noqa: F821
 def test_stubs_are_not_started(trial, answer):
     assert judge(trial, answer).passed is None
 
@@ -178,14 +171,6 @@ class TestTimeLimit:
     def short(self, monkeypatch):
         monkeypatch.setattr(module, "SECONDS", 0.1)
 
-    def test_an_endless_loop_is_stopped(self, trial):
-        def answer(W, x):
-            while True:
-                x = x + 1
-
-        expected = "Your function was still running after 0.1 s. Is there a loop that never ends?"
-        assert judge(trial, answer) == module.Verdict(False, expected)
-
     def test_slow_mistakes_do_not_prolong_a_check(self, register):
         """What is left is a general finding."""
 
@@ -198,15 +183,11 @@ class TestTimeLimit:
         assert time.monotonic() - started < 30
 
     def test_an_endless_property_is_stopped(self, register):
-        def loops(W, x):
-            while True:
-                pass
-
         def two(answer, rng):
             return len(answer(*weight_and_input(rng))) == 2
 
         trial = register(product, properties=[(two, "No.")])
-        assert "still running" in judge(trial, loops).text
+        assert "was still running after 0.1 s" in judge(trial, lambda W, x: endless()).text
 
 
 def test_a_large_result_is_shown_where_it_differs_most(register):
@@ -234,14 +215,6 @@ def test_the_smallest_inputs_are_shown(register):
 
     verdict = judge(register(total, inputs=lambda rng: (np.ones(next(lengths)),)), lambda x: x.sum() + 1)
     assert verdict.example == "x           = [1. 1.]\nyour result = 3\nexpected    = 2"
-
-
-def test_what_is_printed_is_shown_once(trial):
-    def answer(W, x):
-        print(W.shape)
-        return W @ x + 1
-
-    assert judge(trial, answer).printed == "(2, 3)\n"
 
 
 def test_what_is_printed_while_a_property_fails_is_shown_and_nothing_before(register):
@@ -283,12 +256,8 @@ def test_properties_are_tried_in_order(register):
     assert judge(trial, lambda: -5).text == "It is not positive."
     assert judge(trial, lambda: 10).text == "It is too large."
     assert judge(trial, lambda: None).text.startswith("Your code stops with TypeError")
-    assert judge(trial, stub_without_arguments).passed is None
+    assert judge(trial, stub).passed is None
     assert judge(trial, int).text == 'Pass the function itself, without calling it: check("trial", <lambda>).'
-
-
-def stub_without_arguments():
-    raise NotImplementedError
 
 
 # One call
@@ -433,63 +402,50 @@ class Hostile:
         raise RuntimeError
 
 
-EQUAL = {
-    "None": (None, None),
-    "int": (3, np.int64(3)),
-    "large int": (10**30, 10**30),
-    "int for a float": (2, 2.0),
-    "tensor of no dimension": (torch.tensor(2.0), 2.0),
-    "rounding": (0.1 + 0.2, 0.3),
-    "float32": (torch.tensor(M).float() / 3, M / 3),
-    "bfloat16": (torch.tensor(M).bfloat16(), M),
-    "with a gradient": (torch.tensor(M, requires_grad=True), M),
-    "small beside large": (np.array([1e6, 1e-3]), np.array([1e6, 0.0])),
-    "nan": (np.array([np.nan, 1]), np.array([np.nan, 1])),
-    "list and tuple": ([1, "a", M], (1, "a", torch.tensor(M))),
-    "dict": ({"a": M, "b": [True]}, {"b": [True], "a": torch.tensor(M)}),
-}
-UNEQUAL = {
-    "None": (None, 0),
-    "zero for None": (0, None),
-    "True for 1": (True, 1),
-    "1 for True": (1, True),
-    "whole float for an int": (3.0, 3),
-    "text of a number": ("3", 3),
-    "large int": (2**63 + 1, 2**63),
-    "int beyond 2**53": (2**60 + 1, 2**60),
-    "beyond the tolerance": (1.0003, 1.0),
-    "shape": (M, M.T),
-    "column": (np.ones((2, 1)), np.ones(2)),
-    "number for a constant array": (1.0, np.ones(2)),
-    "nan": (np.nan, 1.0),
-    "infinity": (np.inf, 1.0),
-    "list for an array": ([0.0, 1.0], np.array([0.0, 1.0])),
-    "shorter": ((1, 2), (1, 2, 3)),
-    "other order": ((1, 2), (2, 1)),
-    "set": ({1}, {1, 2}),
-    "key": ({"a": 1}, {"b": 1}),
-    "value in a dict": ({"a": 1}, {"a": 2}),
-    "hostile": (Hostile(), Hostile()),
-    "array of objects": (np.array([None]), 1.0),
-}
+EQUAL = [
+    (None, None),
+    (3, np.int64(3)),
+    (10**30, 10**30),
+    (2, 2.0),
+    (torch.tensor(2.0), 2.0),
+    (0.1 + 0.2, 0.3),
+    (torch.tensor(M).float() / 3, M / 3),
+    (torch.tensor(M).bfloat16(), M),
+    (torch.tensor(M, requires_grad=True), M),
+    (np.array([1e6, 1e-3]), np.array([1e6, 0.0])),
+    (np.array([np.nan, 1]), np.array([np.nan, 1])),
+    ([1, "a", M], (1, "a", torch.tensor(M))),
+    ({"a": M, "b": [True]}, {"b": [True], "a": torch.tensor(M)}),
+]
+UNEQUAL = [
+    *((0, None), (True, 1), (1, True), (3.0, 3), ("3", 3)),
+    *((number + 1, number) for number in (2**63, 2**60)),  # which floats do not tell apart
+    (1.0003, 1.0),
+    (np.ones((2, 1)), np.ones(2)),
+    (1.0, np.ones(2)),
+    ([0.0, 1.0], np.array([0.0, 1.0])),
+    ((1, 2), (2, 1)),
+    ({1}, {1, 2}),
+    ({"a": 1}, {"a": 2}),
+    (Hostile(), Hostile()),
+    (np.array([None]), 1.0),
+]
 
 
-@pytest.mark.parametrize("name", EQUAL)
-def test_equal_values(name):
-    value, expected = EQUAL[name]
+@pytest.mark.parametrize(("value", "expected"), EQUAL)
+def test_equal_values(value, expected):
     assert same(value, expected)
     assert difference(value, expected) is None
 
 
-@pytest.mark.parametrize("name", UNEQUAL)
-def test_unequal_values(name):
-    assert not same(*UNEQUAL[name])
+@pytest.mark.parametrize(("value", "expected"), UNEQUAL)
+def test_unequal_values(value, expected):
+    assert not same(value, expected)
 
 
 @pytest.mark.parametrize(
     ("value", "expected", "sentence"),
     [
-        (None, M, "The result is None. Is the return missing?"),
         ("x", M, "The result is a string, but it should be an array of shape (2, 3)."),
         ([[1, 2], [3]], M, "The result is a list, but it should be an array of shape (2, 3)."),
         (M.T, M, "The result is transposed: its shape is (3, 2), but it should be (2, 3)."),
@@ -515,6 +471,7 @@ def test_unequal_values(name):
     ],
 )
 def test_the_most_telling_difference(value, expected, sentence):
+    assert not same(value, expected)
     assert difference(value, expected) == sentence
 
 

@@ -30,7 +30,6 @@ def name_of(path):
 
 
 FILES = {name_of(path): path for path in sorted(ROOT.rglob("*.py"))}
-ALL = pytest.mark.parametrize("module", list(FILES))
 
 
 @functools.cache
@@ -82,15 +81,15 @@ def faults(module, tree):
                 yield other
 
 
-@pytest.mark.parametrize("folder", ["", *sorted({name.split(".")[0] for name in FILES if "." in name})])
-def test_a_folder_lists_all_its_files(folder):
-    inside = {name.removeprefix(f"{folder}.").split(".")[0] for name in FILES if name.startswith(folder)}
-    assert inside - {folder, ""} <= set(listed(folder))
+def test_a_folder_lists_all_its_files():
+    for folder in {"", *(name.split(".")[0] for name in FILES if "." in name)}:
+        inside = {name.removeprefix(f"{folder}.").split(".")[0] for name in FILES if name.startswith(folder)}
+        assert inside - {folder, ""} <= set(listed(folder)), folder
 
 
-@pytest.mark.parametrize("module", [name for name in FILES if name])
-def test_a_file_imports_only_what_is_listed_before_it(module):
-    assert list(faults(module, tree_of(module))) == []
+def test_a_file_imports_only_what_is_listed_before_it():
+    found = {module: list(faults(module, tree_of(module))) for module in FILES if module}
+    assert {module: later for module, later in found.items() if later} == {}
 
 
 def test_an_import_of_what_comes_later_would_be_found():
@@ -101,17 +100,18 @@ def test_an_import_of_what_comes_later_would_be_found():
         assert list(faults("models.llama", ast.parse(f"def f():\n    {line}"))) != [], line
 
 
-@ALL
-def test_what_a_file_must_not_import_or_call(module):
+def test_what_a_file_must_not_import_or_call():
     """Libraries for tests; matplotlib, but for pictures; pickles; and global seeds, which belong to the user."""
-    roots = {name.split(".")[0] for name in imports(tree_of(module))}
-    if module == "models.pretrained":  # inside a function, which is called for a model of transformers only
-        roots.discard("transformers")
-    assert not roots & (FOR_TESTS | PICKLES)
-    assert "matplotlib" not in roots or module in DRAWING
-    found = calls(tree_of(module))
-    assert not found & READING
-    assert not [name for name in found if SEEDING.search(name) and not name.startswith("torch.cuda")]
+    found = {}
+    for module in FILES:
+        roots = {name.split(".")[0] for name in imports(tree_of(module))}
+        if module == "models.pretrained":  # inside a function, which is called for a model of transformers only
+            roots.discard("transformers")
+        found[module] = roots & (FOR_TESTS | PICKLES | ({"matplotlib"} if module not in DRAWING else set()))
+        called = calls(tree_of(module))
+        found[module] |= called & READING
+        found[module] |= {name for name in called if SEEDING.search(name) and not name.startswith("torch.cuda")}
+    assert {module: names for module, names in found.items() if names} == {}
 
 
 @pytest.mark.parametrize(
@@ -122,11 +122,9 @@ def test_the_heart_imports_torch_only_beside_the_standard_library(module):
     assert roots - set(sys.stdlib_module_names) - {"lora_lab"} == {"torch"}
 
 
-@ALL
-def test_no_function_is_too_long(module):
-    functions = [node for node in ast.walk(tree_of(module)) if isinstance(node, ast.FunctionDef)]
-    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
-    assert {name: length for name, length in lengths.items() if length > MOST_LINES} == {}
+def test_no_function_is_too_long():
+    functions = [node for module in FILES for node in ast.walk(tree_of(module)) if isinstance(node, ast.FunctionDef)]
+    assert [node.name for node in functions if node.end_lineno - node.lineno >= MOST_LINES] == []
 
 
 # What an import does

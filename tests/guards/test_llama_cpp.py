@@ -22,9 +22,8 @@ import torch
 
 from lora_lab import Llama, LoRAConfig, inject, load_adapter, load_pretrained, save_model
 from lora_lab.adapters import save_gguf, shipped, strength
-from lora_lab.models.decoding import Sampling
 from lora_lab.models.llama import RopeScaling
-from lora_lab.models.reading import stream
+from lora_lab.models.reading import Sampling, stream
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.variants import DoRALinear, PiSSALinear, RsLoRALinear
 from tests.helpers import logits, random_ids, randomise, randomise_all

@@ -10,7 +10,6 @@ import transformers as hf
 
 import lora_lab as ll
 from lora_lab.costs.flops import flops
-from lora_lab.models import pretrained
 from lora_lab.models.pretrained import architecture, load_tokenizer
 from lora_lab.tasks.generate import reply
 from tests.helpers import command, error_line, logits, randomise
@@ -78,31 +77,17 @@ def test_a_name_a_llamas_config_and_another_are_built_by_the_right_library(folde
             assert type(architecture(source)()) is expected
 
 
-@pytest.mark.parametrize(
-    ("kind", "names", "expected"),
-    [
-        (hf.BertConfig, ["BertModel"], "BertForMaskedLM"),
-        (hf.BertConfig, None, "BertForMaskedLM"),
-        (hf.Qwen3Config, ["NoSuchClass"], "Qwen3ForCausalLM"),
-        (hf.T5Config, None, "T5ForConditionalGeneration"),
-        (hf.ViTConfig, ["ViTModel"], "ViTForImageClassification"),
-        (hf.BertConfig, ["BertForTokenClassification"], "BertForTokenClassification"),
-        (hf.BertConfig, ["Trainer"], "BertForMaskedLM"),  # what is no model is not called
-        (hf.BertConfig, ["pipeline"], "BertForMaskedLM"),
-    ],
-)
-def test_a_config_without_a_head_gets_the_usual_one(kind, names, expected):
-    assert pretrained.model_class(kind(architectures=names)).__name__ == expected
+@pytest.mark.parametrize("names", [None, ["BertModel"], ["NoSuchClass"], ["Trainer"], ["pipeline"]])
+def test_a_config_that_names_no_model_with_a_head_is_refused(tmp_path, names):
+    hf.BertConfig(architectures=names).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^The config's architectures are .* has no model with a head"):
+        architecture(tmp_path)()
 
 
-def test_a_config_of_which_nothing_can_be_built_is_refused():
+def test_a_config_of_which_nothing_can_be_built_is_refused(tmp_path):
+    hf.BertConfig(num_attention_heads=0, architectures=["BertForMaskedLM"]).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"^transformers cannot build a BertForMaskedLM of this config: .*zero"):
-        pretrained.build_by_transformers(hf.BertConfig(num_attention_heads=0))
-
-
-def test_a_config_for_which_there_is_no_head_is_refused():
-    with pytest.raises(ValueError, match=r"^transformers .* has no model with a head for a config"):
-        pretrained.model_class(hf.CLIPVisionConfig())
+        architecture(tmp_path)()
 
 
 @pytest.mark.parametrize(
@@ -267,7 +252,7 @@ def test_memory_and_speed_take_a_folder_and_leave_the_lean_step_to_our_llama(fol
     assert "lean" not in printed
     expected = ll.memory.predict(folder, ll.LoRA(rank=8, alpha=16), 1, 16, dtype=torch.bfloat16, device="cpu")
     assert f"{'LoRA r=8':<32}{expected.peak_bytes / 2**30:>6.2f} GiB" in printed
-    vit().config.save_pretrained(folder.parent / "vit")
+    vit().save_pretrained(folder.parent / "vit")
     assert command("memory", "--model", folder.parent / "vit" / "config.json", "--device", "cpu") == 0
     assert "batch 1 pictures: peak" in capsys.readouterr().out
 

@@ -337,49 +337,6 @@ def test_gradients_equal_those_of_transformers(tiny_hf, hf_folder):
         torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-4, atol=1e-6)
 
 
-# Several texts in one row
-
-
-def test_texts_of_one_row_have_the_logits_of_separate_ones_and_of_transformers(tiny_hf, hf_folder):
-    theirs = tiny_hf()
-    ours, _ = load_pretrained(hf_folder(theirs), device="cpu")
-    lengths, ids = [5, 1, 9, 7], random_ids(2, 22)
-    positions = torch.cat([torch.arange(length) for length in lengths]).expand(2, -1)
-    with torch.no_grad():
-        rows = ours(ids, position_ids=positions)
-        assert torch.equal(rows, theirs(ids, position_ids=positions, use_cache=False).logits)
-        separate = torch.cat([ours(part) for part in ids.split(lengths, 1)], 1)
-        torch.testing.assert_close(rows, separate, rtol=1e-5, atol=1e-5)
-        plain = ours(ids)
-        assert torch.equal(ours(ids, position_ids=torch.arange(22).expand(2, -1)).argmax(-1), plain.argmax(-1))
-    assert (rows[:, :5] - plain[:, :5]).abs().max() < 1e-5
-    assert (rows[:, 5:] - plain[:, 5:]).abs().max() > 1e-2
-
-
-def test_rows_may_be_cut_at_other_places_and_padded(tiny):
-    ids = random_ids(2, 12)
-    positions = torch.stack([torch.arange(12) % 5, torch.arange(12) % 7])
-    mask = torch.ones(2, 12, dtype=torch.long)
-    mask[0, 10:], mask[1, :7] = 0, 0
-    with torch.no_grad():
-        rows = tiny(ids, mask, position_ids=positions)
-        for row, start, end in ((0, 0, 5), (0, 5, 10), (1, 7, 12)):
-            expected = tiny(ids[row : row + 1, start:end])[0]
-            torch.testing.assert_close(rows[row, start:end], expected, rtol=1e-5, atol=1e-5)
-
-
-def test_positions_with_a_cache_are_refused(tiny):
-    with pytest.raises(ValueError, match="position_ids are for rows of whole examples, but a cache was given too"):
-        tiny(random_ids(1, 3), cache=KeyValueCache(), position_ids=torch.arange(3)[None])
-
-
-def test_the_logits_of_some_columns_are_those_of_all(tiny, tiny_hf):
-    ids, columns = random_ids(2, 9), torch.tensor([7, 0, 3])
-    with torch.no_grad():
-        torch.testing.assert_close(tiny(ids, logits_to_keep=columns), tiny(ids)[:, columns], rtol=1e-5, atol=1e-6)
-        assert tiny_hf()(ids, logits_to_keep=columns).logits.shape == (2, 3, tiny_hf().config.vocab_size)
-
-
 # Checkpointing
 
 

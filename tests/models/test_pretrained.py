@@ -89,7 +89,7 @@ def told(path):
 pretrained.read_gguf = told
 model, tokenizer = pretrained.load_pretrained(device="cpu", keep_blocks=True)
 import torch
-print(len(tokenizer), sum(parameter.sum(dtype=torch.float64).item() for parameter in model.parameters()))
+print(sum(parameter.sum(dtype=torch.float64).item() for parameter in model.parameters()))
 """
     with ThreadPoolExecutor(2) as pool:
         done = pool.map(lambda _: run_python(code, LORA_LAB_CACHE=str(cache)), range(2))
@@ -98,14 +98,12 @@ print(len(tokenizer), sum(parameter.sum(dtype=torch.float64).item() for paramete
 
 
 @pytest.mark.slow
-def test_two_processes_at_once_both_load_and_only_one_converts(smollm2, smollm2_gguf, in_blocks, raced):
-    (_, tokenizer), (cache, said) = smollm2, raced
+def test_two_processes_at_once_both_load_and_only_one_converts(smollm2_gguf, in_blocks, raced):
+    cache, said = raced
     total = sum(parameter.sum(dtype=torch.float64).item() for parameter in in_blocks.parameters())
     assert sum("converts" in lines for lines in said) == 1
     for lines in said:
-        count, value = lines[-2].split()
-        assert int(count) == len(tokenizer)
-        assert float(value) == pytest.approx(total, rel=1e-12)
+        assert float(lines[-2]) == pytest.approx(total, rel=1e-12)
     assert [name for name in names(cache) if name[0] != "."] == [smollm2_gguf.name, ENTRY]
     usual = smollm2_gguf.parent / ENTRY
     assert filecmp.cmpfiles(cache / ENTRY, usual, names(usual), shallow=False) == (names(usual), [], [])
@@ -119,7 +117,7 @@ def loaded(raced):
     code = """
 import json, sys, torch
 from lora_lab.models import pretrained
-from lora_lab.system.process import peak_bytes
+from lora_lab.system.device import peak_bytes
 peaks = [peak_bytes(torch.device("cpu"))]
 for keep in (True, False):
     model, _ = pretrained.load_pretrained(device="cpu", keep_blocks=keep)
@@ -637,7 +635,7 @@ def test_a_config_of_another_save_is_refused(tiny, tiny_tokenizer, tmp_path):
         save_model(tiny(rope_theta=theta), tmp_path / name, tiny_tokenizer)
     path = tmp_path / "one" / "config.json"
     own = json.loads(path.read_text())
-    path.write_text(json.dumps(own | {"architectures": ["Mine"]}))  # which changes no number
+    path.write_text(json.dumps(own | {"architectures": ["MineForCausalLM"]}))  # which changes no number
     assert same_weights(load_pretrained(tmp_path / "one", device="cpu")[0], tiny())
     path.write_text((tmp_path / "other" / "config.json").read_text())
     with pytest.raises(ValueError, match=r"config\.json"):

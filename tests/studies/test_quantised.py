@@ -111,7 +111,7 @@ def in_blocks(model, kind):
         return twin
     for name, layer in list(twin.named_modules()):
         if isinstance(layer, torch.nn.Linear) and name != "lm_head":
-            packed, _ = FORMATS[Q4_1].encode(layer.weight, 32)
+            packed, _ = FORMATS[Q4_1].encode(layer.weight)
             parent, _, child = name.rpartition(".")
             setattr(twin.get_submodule(parent), child, BlockLinear(packed, Q4_1, layer.weight.shape))
     return twin

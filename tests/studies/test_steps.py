@@ -9,8 +9,8 @@ import torch
 
 from lora_lab import FullFineTuning, LoRA, records, speed
 from lora_lab.costs.bill import PARTS
-from lora_lab.costs.cost_model import CostModel
 from lora_lab.costs.setup import Setup
+from lora_lab.costs.timing import CostModel
 from lora_lab.models.llama import Llama
 from lora_lab.studies import steps
 from tests.helpers import command, llama_folder, printed_json

@@ -100,7 +100,7 @@ def test_translation_judges_every_example_of_the_test_parts(chatter):
     for data, sweep in sweeps(tuned.plan_translation).items():
         assert sweep.block == 1
         if data != tuned.NAMES:
-            assert sweep.judged_on == {"test": len(sentences(chatter, data[-2:], 512).test)}
+            assert sweep.judged_on == {"test": len(sentences(chatter, data[-2:]).test)}
         assert set(sweep.setups) == {"LoRA r=8"}
         assert set(sweeps(tuned.plan_translation, CUDA)[data].setups) == {"LoRA r=8", "full"}
 
@@ -248,7 +248,7 @@ def translated(tiny, chatter):
     pairs = [Pair(f"Translate into French: {a} {b}", f"{a.lower()} {b.lower()}") for a in words for b in words[:5]]
     odd = [replace(pair, answer=pair.answer + "é") if i % 2 else pair for i, pair in enumerate(pairs)]
     tasks = {tuned.NAMES: from_pairs(chatter, odd, metric="translation")}
-    tasks |= {f"sentences-{target}": sentences(chatter, target, 512) for target in ("fr", "en")}
+    tasks |= {f"sentences-{target}": sentences(chatter, target) for target in ("fr", "en")}
     return tiny("translation", tasks, lambda data: {"test": len(tasks[data].test)}, [1], after=tuned.list_examples)
 
 

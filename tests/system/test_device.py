@@ -1,9 +1,11 @@
-"""Where to compute and why, how much to do, and seeds."""
+"""Where to compute and why, how much to do, and functions called in processes of their own."""
+
+import os
 
 import pytest
 import torch
 
-from lora_lab.system.device import effort, pick_device
+from lora_lab.system.device import effort, pick_device, run_in_subprocess
 from lora_lab.system.provenance import machine_info
 
 
@@ -42,7 +44,7 @@ def test_the_variable_is_honoured_above_the_machine_and_an_argument_above_both(n
     assert pick_device(torch.device("cpu"))[0] == torch.device("cpu")
 
 
-@pytest.mark.parametrize("bad", ["banana", "cpu:x", "", "cuda:99", "meta"])
+@pytest.mark.parametrize("bad", ["banana", "cpu:x", "", "cuda:99"])
 def test_a_device_that_cannot_be_used_is_refused_in_one_line(no_wishes, bad):
     with pytest.raises(ValueError, match=f"Device '{bad}' .*; try 'cpu'") as error:
         pick_device(bad)
@@ -76,3 +78,29 @@ def test_facts_name_versions_system_and_device():
     assert f"{torch.get_num_threads()} torch threads" in found["cpu"]
     assert "gpu" not in found
     assert all(isinstance(value, str) and value for value in found.values())
+
+
+# Fresh processes
+
+
+def test_each_call_has_a_process_of_its_own_and_its_result_and_errors_come_back():
+    assert run_in_subprocess(os.getpid) not in (os.getpid(), run_in_subprocess(os.getpid))
+    assert run_in_subprocess(divmod, 17, 5) == (3, 2)
+    with pytest.raises(ValueError, match="invalid literal"):
+        run_in_subprocess(int, "x")
+
+
+def test_a_process_that_the_system_ends_is_reported_as_lack_of_memory():
+    with pytest.raises(MemoryError, match="subprocess was ended by the system, most likely for lack of memory; free"):
+        run_in_subprocess(os._exit, 9)
+
+
+def test_variables_are_the_processs_alone(monkeypatch):
+    monkeypatch.setenv("LORA_LAB_TEST_KEPT", "before")
+    monkeypatch.delenv("LORA_LAB_TEST_NEW", raising=False)
+    before, wanted = dict(os.environ), {"LORA_LAB_TEST_KEPT": "during", "LORA_LAB_TEST_NEW": "during"}
+    for name in wanted:
+        assert run_in_subprocess(os.getenv, name, environment=wanted) == "during"
+    with pytest.raises(ValueError, match="invalid literal"):
+        run_in_subprocess(int, "x", environment=wanted)
+    assert dict(os.environ) == before

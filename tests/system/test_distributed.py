@@ -17,7 +17,7 @@ from torch import distributed as dist
 from torch import multiprocessing, nn
 from torch.nn import functional as F
 
-from lora_lab import FullFineTuning, Lean, Llama, LoRA, checkpoint, fit, save_model
+from lora_lab import FullFineTuning, Lean, Llama, LoRA, fit, save_model
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import LlamaConfig
 from lora_lab.system import distributed
@@ -153,8 +153,6 @@ def work(rank, folder):
     drawn, results["drawn"] = [], [None, None]
     small_run(loss=lambda *batch: drawn.append(torch.initial_seed()) or F.cross_entropy(*batch))
     dist.all_gather_object(results["drawn"], drawn)
-    results["from first"] = [None, None]
-    dist.all_gather_object(results["from first"], current_processes().broadcast(f"of process {rank}"))
     for dropout in (0.5, 0.0):
         message(Stopped, small_run, folder / f"stopped at {dropout}", dropout, loss=At(4, stop))
     results["resumed"] = small_run(folder / "stopped at 0.5", 0.5)
@@ -212,13 +210,12 @@ def test_without_the_sums_two_processes_differ_from_one(two):
     assert largest_difference(results["without sums"], run("unequal targets")) > 1e-2
 
 
-def test_sums_keep_dtypes_and_layouts_the_first_shares_values_and_it_alone_calls_on_row(two):
+def test_sums_keep_dtypes_and_layouts_and_the_first_process_alone_calls_on_row(two):
     _, results = two
     matrix, vector, scalar = results["mixed"]
     assert (matrix.tolist(), matrix.stride()) == (torch.ones(3, 2).tolist(), (1, 3))
     assert vector.tolist() == [1.2000000000000002] * 3
     assert (matrix.dtype, vector.dtype, scalar.item()) == (torch.float32, torch.float64, 2.0)
-    assert results["from first"] == ["of process 0"] * 2
     assert results["seen"] == results["dropout"][0][0]
 
 
@@ -267,18 +264,6 @@ def test_a_killed_process_ends_the_other_with_one_sentence_and_a_whole_checkpoin
     assert largest_difference(resumed, small_run()) < 1e-10
 
 
-def test_without_a_checkpoint_the_sentence_says_so(tmp_path):
-    for folder, says in (
-        (None, "the run cannot be resumed, because it writes no checkpoints."),
-        (tmp_path, f"{tmp_path} holds no checkpoint yet, so start the same command again from the beginning."),
-    ):
-        expected = pytest.raises(ProcessEndedError, match=re.escape(f"ends them all (SIGTERM); {says}"))
-        with expected, checkpoint.advise(folder):
-            raise ProcessEndedError("SIGTERM")
-        with pytest.raises(KeyboardInterrupt, match=re.escape(says[:-1])), checkpoint.advise(folder):
-            raise KeyboardInterrupt
-
-
 # What is refused
 
 
@@ -303,7 +288,6 @@ def test_one_process_needs_no_check_and_keeps_the_random_numbers_that_it_has():
         assert torch.equal(torch.get_rng_state(), before)
     assert current_processes() == distributed.ALONE
     distributed.ALONE.check_same({"seed": 1})
-    assert distributed.ALONE.broadcast("own") == "own"
     fit(Normed(), numbers(), FullFineTuning(), **OPTIONS)
 
 

@@ -84,18 +84,3 @@ def test_where_there_is_no_commit_none_is_named(checkout, tmp_path, monkeypatch)
     assert provenance.commit_of(tmp_path / "empty") == "unknown"
     monkeypatch.setenv("PATH", str(tmp_path))  # without git
     assert provenance.commit_of(checkout) == "unknown"
-
-
-def test_the_variables_of_gits_hooks_do_not_lead_to_another_repository(checkout, tmp_path, monkeypatch):
-    other = tmp_path / "other"
-    other.mkdir()
-    git(other, "init", "--quiet")
-    (other / "a").write_text("1")
-    git(other, "add", ".")
-    git(other, "commit", "--quiet", "--message", "another")
-    clean = git(checkout, "rev-parse", "HEAD")
-    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
-    monkeypatch.setenv("GIT_WORK_TREE", str(other))
-    monkeypatch.setenv("GIT_INDEX_FILE", str(other / ".git" / "index"))
-    assert provenance.commit_of(checkout) == clean
-    assert provenance.commit_of(other) != clean

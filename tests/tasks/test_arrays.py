@@ -234,8 +234,7 @@ def test_numbers_are_predicted_in_columns():
 
 def test_a_task_of_arrays_trains():
     X, y = load_digits(return_X_y=True)
-    task = from_arrays(X / 16, y, off_domain=(1 - X / 16, y))
-    assert "off-domain" not in task.about
+    task = from_arrays(X / 16, y)
     history = fit(DigitsMLP(), task, LoRA(8), steps=60, lr=2e-2, batch_size=32)
     assert history.rows[-1]["validation_loss"] < 0.7 * history.rows[0]["validation_loss"]
 
@@ -271,7 +270,6 @@ REFUSED = [  # what is asked for, and what must be named
     (lambda: from_arrays(X, [0.0, 1.0, NAN, 1.0] * 5, kind="classification"), "missing"),
     (lambda: from_arrays(X, np.arange(20), kind="ranking"), "kind is 'ranking'"),
     (lambda: from_arrays(X, np.arange(20), seed=-1), "seed is -1"),
-    (lambda: from_arrays(X, np.arange(20) % 2, off_domain=(np.ones((2, 2)), [0, 7])), "class 7"),
 ]
 
 

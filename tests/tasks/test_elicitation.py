@@ -11,8 +11,8 @@ from sklearn.metrics import log_loss
 from torch.nn import functional as F
 
 from lora_lab import Llama
-from lora_lab.models.reading import LlamaReader
-from lora_lab.tasks import Pair, from_pairs
+from lora_lab.models.llama import LlamaReader
+from lora_lab.tasks import Pair, from_pairs, generate
 from lora_lab.tasks.elicitation import PENALTIES, calibrate, content_free, few_shot, linear_probe
 from lora_lab.tasks.generate import answers, last_states, log_likelihoods
 from tests.helpers import enlarge
@@ -99,10 +99,11 @@ def test_what_all_prompts_begin_with_is_read_once_and_changes_no_answer(chatter,
     many = dataclasses.replace(asked, pairs={**asked.pairs, "test": tests})
     read, extend = [], LlamaReader._extend
     monkeypatch.setattr(talker, "config", dataclasses.replace(talker.config, max_position_embeddings=256))
+    monkeypatch.setattr(generate, "BATCH", 3)
     monkeypatch.setattr(LlamaReader, "_extend", lambda self, ids: (read.append(ids.shape[-1]), extend(self, ids))[1])
-    written = answers(talker, many, max_new_tokens=6, batch_size=3)
-    scores = log_likelihoods(talker, many, tests, LABELS, batch_size=3)
-    states = last_states(talker, many, tests, batch_size=3)
+    written = answers(talker, many, max_new_tokens=6)
+    scores = log_likelihoods(talker, many, tests, LABELS)
+    states = last_states(talker, many, tests)
     assert max(read) > 100 > 40 > sorted(read)[-4]  # three calls read the examples once each
     for pair, own, label_scores, state in zip(tests, written, scores, states, strict=True):
         ids = many.prompt_ids(pair)
@@ -155,8 +156,8 @@ def test_calibration_divides_by_the_mean_probability_of_each_label():
 def test_the_last_state_of_a_prompt_is_what_the_head_reads_alone_and_in_a_batch(task, talker, kind):
     shape = SHAPE | {"vocab_size": 260, "max_position_embeddings": 128, "tie_word_embeddings": False}
     model = talker if kind == "ours" else transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).eval()
-    pairs = [Pair("x" * (1 + 7 * i % 30), "good") for i in range(9)]
-    states = last_states(model, task, pairs, batch_size=4)
+    pairs = [Pair("x" * (1 + 7 * i % 30), "good") for i in range(19)]
+    states = last_states(model, task, pairs)
     for pair, state in zip(pairs, states, strict=True):
         alone = model.model(torch.tensor([task.prompt_ids(pair)]))  # (1, length, width)
         assert torch.allclose(state, alone[0][-1] if kind == "ours" else alone[0][0, -1], atol=1e-4)

@@ -25,7 +25,7 @@ def talker(tiny_config):
 
 def test_answers_of_many_prompts_at_once_are_those_of_each_alone(chatter, talker):
     task = from_pairs(chatter, [Pair("x" * (1 + 7 * i % 30), "abc") for i in range(30)])
-    said = answers(talker, task, "train", max_new_tokens=12, batch_size=5)
+    said = answers(talker, task, "train", max_new_tokens=12)
     assert len(said) == len(task.pairs["train"])
     for pair, own in zip(task.pairs["train"], said, strict=True):
         alone = talker.generate(torch.tensor(task.prompt_ids(pair)), 12, stop=chatter.eos_id)
@@ -111,7 +111,7 @@ def test_a_class_is_chosen_by_the_likelihood_of_the_whole_answer(chatter, talker
 
     otherwise = 0
     for pair, scores in zip(
-        task.pairs["train"], log_likelihoods(talker, task, task.pairs["train"], labels, 7), strict=True
+        task.pairs["train"], log_likelihoods(talker, task, task.pairs["train"], labels), strict=True
     ):
         each = [losses(pair.prompt, label) for label in labels]
         assert scores.tolist() == pytest.approx([-float(loss.sum()) for loss in each], rel=1e-3)
@@ -126,10 +126,9 @@ def test_a_class_is_chosen_by_the_likelihood_of_the_whole_answer(chatter, talker
     [
         ({"limit": 0}, "limit is 0"),
         ({"limit": -1}, "limit is -1"),
-        ({"batch_size": -1}, "batch_size is -1"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),  # once it never ended
         ({"part": "tests"}, "part is 'tests'"),
-        ({"model": None}, "Only a causal language model"),
+        ({"model": torch.nn.Linear(2, 2)}, "Only a causal language model"),
     ],
 )
 def test_arguments_that_cannot_be_are_named(chatter, talker, options, says):

@@ -9,7 +9,7 @@ import torch
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from lora_lab import Llama, LoRA, evaluate, fit, reply
+from lora_lab import Llama, LoRA, reply
 from lora_lab.ablation import run
 from lora_lab.ablation.grid import Trial
 from lora_lab.costs.memory import predict
@@ -126,30 +126,6 @@ def test_a_cut_batch_has_the_loss_and_the_gradients_of_the_whole_one(chatter, ti
 
     bent, other = backward(cut, look_ahead)[0], backward(whole, look_ahead)[0]
     assert abs(float(bent - other)) > 1e-4
-
-
-def test_a_run_on_cut_batches_is_that_on_whole_ones_and_sees_fewer_tokens(chatter, tiny_config):
-    def run(task):
-        seen = []
-
-        def loss(model, inputs, targets):
-            seen.append(inputs.shape[1])
-            return cross_entropy(model, inputs, targets)
-
-        net = Llama(tiny_config, seed=3).double()
-        own = dataclasses.replace(task, loss=loss)
-        history = fit(net, own, LoRA(4, 8), steps=6, lr=1e-2, batch_size=4, eval_every=3, eval_examples=3)
-        columns = ("train_loss", "validation_loss", "grad_norm")
-        return [history.curve(name)[1] for name in columns], evaluate(net, own, "test"), seen
-
-    task = from_pairs(chatter, unequal())
-    (curves, test, seen), (expected, other, everything) = run(task), run(uncut(task))
-    for own, numbers in zip(curves, expected, strict=True):
-        assert own == pytest.approx(numbers, rel=1e-10)
-        assert len(set(own)) == len(own)
-    assert test == pytest.approx(other, rel=1e-10)
-    assert all(one <= most for one, most in zip(seen, everything, strict=True))
-    assert sum(seen) < 0.9 * sum(everything)
 
 
 def test_a_limited_task_has_the_same_pairs_and_counted_targets_and_is_as_long_as_these(chatter):

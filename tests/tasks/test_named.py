@@ -281,13 +281,11 @@ def test_a_parquet_file_is_read_too_or_what_it_needs_is_named(chatter, tmp_path,
 
 
 def test_columns_may_decide_groups_and_the_split(chatter):
-    frame = FRAME.assign(
-        writer=[f"w{i // 5}" for i in range(30)], fold=["train"] * 20 + ["validation"] * 5 + ["test"] * 5
-    )
-    task = from_table(chatter, frame, **COLUMNS, group="writer")
+    task = from_table(chatter, FRAME.assign(group=[f"w{i // 5}" for i in range(30)]), **COLUMNS)
     parts = [{pair.group for pair in task.pairs[part]} for part in task.pairs]
     assert sum(map(len, parts)) == len(set().union(*parts)) == 6
-    task = from_table(chatter, frame, **COLUMNS, part="fold")
+    parts = ["train"] * 20 + ["validation"] * 5 + ["test"] * 5
+    task = from_table(chatter, FRAME.assign(part=parts), **COLUMNS)
     assert [len(task.pairs[part]) for part in ("train", "validation", "test")] == [20, 5, 5]
 
 
@@ -384,8 +382,8 @@ REFUSED = [
     (lambda t: from_table(t, FRAME), ValueError, "'prompt'.*prompt="),
     (lambda t: from_table(t, FRAME, prompt=5), ValueError, "column 5.*prompt="),
     (lambda t: from_table(t, FRAME, prompt="text", answer=None), ValueError, "column None.*answer="),
-    (lambda t: from_table(t, FRAME.assign(fold=""), **COLUMNS, part="fold"), ValueError, "on 0 of 30"),
-    (lambda t: from_table(t, FRAME, **COLUMNS, part="x"), ValueError, "30 malformed rows: row 1: part is '0.5'"),
+    (lambda t: from_table(t, FRAME.assign(part=["test"] + 29 * [None]), **COLUMNS), ValueError, "on 1 of 30"),
+    (lambda t: from_table(t, FRAME.assign(part=0.5), **COLUMNS), ValueError, "30 malformed rows: row 1: part is '0.5'"),
 ]
 
 

@@ -145,7 +145,7 @@ def test_training_has_all_words_but_no_combination_or_word_that_is_new(target):
 
 
 def test_no_baseline_gets_a_test_sentence_right(target, chatter):
-    task = sentences(chatter, target, 512)
+    task = sentences(chatter, target)
     references = [pair.answer for pair in task.pairs["test"]]
     sources = [pair.prompt.partition(": ")[2] for pair in task.pairs["test"]]
     looked_up = [kinds(target)[pair.prompt][1].looked_up(target) for pair in task.pairs["test"]]
@@ -160,7 +160,7 @@ def test_no_baseline_gets_a_test_sentence_right(target, chatter):
 
 
 def test_a_task_is_known_by_its_name_and_another_language_is_refused(target, chatter):
-    task = sentences(chatter, target, 512)
+    task = sentences(chatter, target)
     assert TASKS[f"sentences-{target}"].keywords == {"target": target}
     assert (task.name, task.metric, task.licence) == (f"sentences-{target}", "translation", "CC0-1.0")
     with pytest.raises(ValueError, match="target is 'it'"):

@@ -77,8 +77,8 @@ def parameters(config: LlamaConfig) -> int:
 @cache
 def step_flops(name: str, method: Method, tokens: int = 512) -> Mapping[str, int]:
     """FLOPs of a training step by part of a known model: one sequence of so many tokens."""
-    model = build_on_meta(partial(Llama, shapes.config(name)))
-    with torch.device("meta"):  # an adapter's factors too
+    with torch.device("meta"):
+        model = Llama(shapes.config(name))
         method.prepare(model, 0)
     return flops.closed_form(model, tokens, tokens)
 
