@@ -166,25 +166,15 @@ def test_speed_as_json_has_what_is_counted_predicted_and_measured(priced, tmp_pa
 
     assert [entry["variant"] for entry in document["counted"]] == list(variants)
     for entry, method in zip(document["counted"], variants.values(), strict=True):
-        flops = speed.flops(model, method, 2, 8)
-        counts = {(part, name): n for part, row in entry["flops_by_part_and_pass"].items() for name, n in row.items()}
-        assert counts == dict(flops.counts)
-        assert (entry["flops"], entry["flops_per_token"]) == (sum(counts.values()), sum(counts.values()) / 16)
+        assert entry["flops"] == speed.flops(model, method, 2, 8).total
     prediction = speed.cost_model(CPU).predict(model, variants, 2, 8)
-    assert document["predicted"]["tokens"] == 16
     for entry, name in zip(document["predicted"]["variants"], variants, strict=True):
         assert (entry["variant"], entry["seconds_by_cause"]) == (name, pytest.approx(dict(prediction.seconds[name])))
         assert entry["seconds"] == pytest.approx(sum(prediction.seconds[name].values()))
-        assert entry["ratio"] == pytest.approx(entry["seconds"] / document["predicted"]["variants"][0]["seconds"])
-        assert entry["why"] == (None if name == "full" else prediction.why(name))
     assert document["measured"]["rounds"] == 2
     for entry, name in zip(document["measured"]["variants"], variants, strict=True):
         first, second = measured[0].seconds[name]
         assert (entry["variant"], entry["seconds"]) == (name, pytest.approx((first + second) / 2))
-        assert entry["lower_quartile_seconds"] < entry["seconds"] < entry["upper_quartile_seconds"]
-        assert entry["tokens_per_second"] == pytest.approx(16 / entry["seconds"])
-        assert entry["ratio_low"] is entry["ratio_high"] is None  # of two rounds
-    assert document["measured"]["variants"][0]["verdict"] is None
     assert "2 rounds" in document["measured"]["variants"][1]["verdict"]
     assert command("speed", *arguments) == 0
     assert printed_json(capsys)[0]["measured"] is None

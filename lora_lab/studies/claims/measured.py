@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise, product
 from typing import Any
@@ -114,36 +114,42 @@ def memory_and_context(claim: Claim, record: Record) -> Cases:
             yield rises, f"{model}: {', '.join(words for _, words in ratios)}"
 
 
-# Claims on the ratio of two setups' bytes: pairs, column, whether it holds, and on what it may depend.
-_LORA_FA = [(f"LoRA r=8{also}", f"LoRA-FA r=8{also}") for also in ("", ", bf16", ", checkpointing")]
-_STORED = [("LoRA r=8", "full"), ("LoRA r=8, bf16", "full, bf16")]
-_DORA = [("DoRA r=8", "LoRA r=8")]
-_IN_A_STEP, _OF_BOTH = "the tokens in a step and checkpointing", "the precision of base and adapters"
-_PEAK, _SAVED = "measured_bytes", "saved_bytes"  # the second is what autograd has saved after the forward pass
-RATIOS: dict[str, tuple[Any, str, Callable[[float, Claim], bool], str]] = {
-    "memory-a-third": (FULL_AND_LORA, _PEAK, lambda ratio, claim: ratio >= claim.stated, _IN_A_STEP),
-    "frozen-layers-store-nothing": (_STORED, _SAVED, lambda ratio, _: ratio < 0.5, "the model and the precision"),
-    "lora-fa-less-memory": (_LORA_FA, _PEAK, lambda ratio, _: ratio > 1, "the setup"),
-    "lora-fa-saves-up-to-1-4-times": (_LORA_FA, _PEAK, lambda ratio, claim: near(ratio, claim.stated), _OF_BOTH),
-    "dora-costs-little-memory": (_DORA, _PEAK, lambda ratio, _: ratio < 1.1, "the model"),
-}
+@decides("memory-a-third", record="memory", on="the tokens in a step and checkpointing")
+def a_third(claim: Claim, record: Record) -> Cases:
+    """Full fine-tuning's peak in units of LoRA's."""
+    return [(ratio >= claim.stated, words) for ratio, words in _memory_ratios(record, FULL_AND_LORA)]
 
 
-def memory_ratio(claim: Claim, record: Record) -> Result:
-    """Return the verdict on a claim in :data:`RATIOS`, from all cells of the record."""
-    pairs, column, holds, on = RATIOS[claim.id]
-    cases = [(holds(ratio, claim), words) for ratio, words in _memory_ratios(record, pairs, column)]
-    result = decide_cases(cases, on)
-    if claim.id == "lora-fa-less-memory":
-        return replace(result, measured=f"LoRA's peak divided by LoRA-FA's. {result.measured}")
-    models = {model for (model, _, _), setups in _bytes(record).items() if "DoRA r=8" in setups}
-    if pairs is _DORA and len(models) < 2:
-        return Result(deciding.OPEN, f"{result.measured}; fewer than two models have DoRA")
-    return result
+@decides("frozen-layers-store-nothing", record="memory", on="the model and the precision")
+def frozen_layers(claim: Claim, record: Record) -> Cases:
+    """What autograd has saved after LoRA's forward pass, in units of full fine-tuning's."""
+    pairs = [("LoRA r=8", "full"), ("LoRA r=8, bf16", "full, bf16")]
+    return [(ratio < 0.5, words) for ratio, words in _memory_ratios(record, pairs, "saved_bytes")]
 
 
-for _id in RATIOS:
-    decides(_id, record="memory")(memory_ratio)
+LORA_FA = [(f"LoRA r=8{also}", f"LoRA-FA r=8{also}") for also in ("", ", bf16", ", checkpointing")]
+
+
+@decides("lora-fa-less-memory", record="memory")
+def lora_fa(claim: Claim, record: Record) -> Result:
+    """Whether LoRA-FA's peak is the lower one."""
+    result = decide_cases([(ratio > 1, words) for ratio, words in _memory_ratios(record, LORA_FA)], "the setup")
+    return replace(result, measured=f"LoRA's peak divided by LoRA-FA's. {result.measured}")
+
+
+@decides("lora-fa-saves-up-to-1-4-times", record="memory", on="the precision of base and adapters")
+def lora_fa_saves(claim: Claim, record: Record) -> Cases:
+    """LoRA's peak in units of LoRA-FA's."""
+    return [(near(ratio, claim.stated), words) for ratio, words in _memory_ratios(record, LORA_FA)]
+
+
+@decides("dora-costs-little-memory", record="memory")
+def dora(claim: Claim, record: Record) -> Result:
+    """DoRA's peak in units of LoRA's, on two models or more."""
+    ratios = _memory_ratios(record, [("DoRA r=8", "LoRA r=8")])
+    result = decide_cases([(ratio < 1.1, words) for ratio, words in ratios], "the model")
+    models = {model for (model, *_), setups in _bytes(record).items() if "DoRA r=8" in setups}
+    return result if len(models) > 1 else Result(deciding.OPEN, f"{result.measured}; fewer than two models have DoRA")
 
 
 # Time
