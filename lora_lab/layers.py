@@ -126,8 +126,8 @@ class LoRAOutProjection(LoRALinear):
         """Return those of a linear layer."""
         if isinstance(self.dropout, nn.Dropout):
             raise ValueError(
-                f"dropout is {self.dropout.p}, but nn.MultiheadAttention reads the weight of its out_proj and never "
-                "calls it, so nothing would be dropped; use dropout=0 or exclude ['out_proj']."
+                f"dropout is {self.dropout.p}, but nn.MultiheadAttention never calls its out_proj, so nothing would "
+                "be dropped; use dropout=0 or exclude ['out_proj']."
             )
         return super().init_factors(rank, generator)
 
@@ -159,7 +159,8 @@ class QuantizedLayer(nn.Module):
 # Which class adapts which kind of layer
 
 
-_REGISTERED: dict[str, tuple[type[LoRALayer], bool]] = {}  # a class's full name: its adapter, and whether it is linear
+# A class's full name: its adapter, and whether it is linear.
+_REGISTERED: dict[str, tuple[type[LoRALayer], bool]] = {}
 
 
 def register(base_class: type[nn.Module] | str, lora_class: type[LoRALayer], linear: bool = False) -> None:

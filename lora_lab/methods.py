@@ -15,7 +15,8 @@ from torch import nn
 
 from lora_lab.inject import LoRAConfig, check_names, inject, lora_layers, require_no_adapters
 
-MARK = "_lora_lab_method"  # the attribute of a model whose own weights a method trains: that method's name
+# The attribute of a model whose own weights a method trains: that method's name.
+MARK = "_lora_lab_method"
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Method(ABC):
     """Base class of the methods. A subclass has a ``name``, a ``_prepare`` and, as a frozen dataclass, its options."""
 
     name: ClassVar[str]
-    needs_fresh_model: ClassVar[bool] = True  # False for what trains what is already there: AsItIs, ContinueLoRA
+    # False for what trains what is already there: AsItIs, ContinueLoRA.
+    needs_fresh_model: ClassVar[bool] = True
 
     def prepare(self, model: nn.Module, seed: int) -> None:
         """Prepare ``model`` for training, in place.

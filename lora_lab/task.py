@@ -112,7 +112,8 @@ def accepts(model: nn.Module, argument: str) -> bool:
     unwrap = getattr(model, "get_base_model", None)
     inner = uncompiled(model) if unwrap is None else unwrap()
     forward = getattr(inner, "forward", inner)
-    function = getattr(forward, "__func__", None)  # anything else may hold a model, which no cache is to keep
+    # Anything else may hold a model, which no cache is to keep.
+    function = getattr(forward, "__func__", None)
     try:
         return argument in (inspect.signature(forward).parameters if function is None else _parameters(function))
     except ValueError:  # a traced module has no signature
@@ -294,7 +295,7 @@ class Task:
             if largest >= rows:
                 raise ValueError(
                     f"The {part} part of task {self.name!r} has the token {largest}, but the model knows {rows} "
-                    "tokens, so the task was made with another tokenizer; make it with the model's own."
+                    "tokens; make the task with the model's own tokenizer."
                 )
         lengths = self.train.lengths
         longest = self.train.inputs.shape[-1] if lengths is None else int(lengths.max())

@@ -86,7 +86,8 @@ class TrainConfig:
     autocast: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        check_bfloat16(self.autocast, "autocast")  # float16 has a smaller range, and would need its loss scaled
+        # float16 has a smaller range, and would need its loss scaled.
+        check_bfloat16(self.autocast, "autocast")
         check_fields(self)
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup is {self.warmup}, but it must be at most steps, {self.steps}.")
@@ -417,7 +418,8 @@ def evaluate_parts(step: TrainingStep, task: Task, config: TrainConfig, history:
     sizes = config.batch_size, config.eval_examples, config.by_length
     for part in EVALUATED:
         history.add_evaluation(part, mean_loss(step.model, task, part, *sizes, processes=step.processes).item())
-    history.optimizer_bytes = state_bytes(step.optimizer)  # here, since AdamW makes its state in its first step
+    # Here, since AdamW makes its state in its first step.
+    history.optimizer_bytes = state_bytes(step.optimizer)
 
 
 def report(on_row: Callable[[dict[str, Any]], None], history: History, model: nn.Module) -> None:

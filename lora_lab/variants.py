@@ -215,4 +215,5 @@ class LoRAPlus(LoRA):
         ]
 
 
-LORA_METHODS = LoRA.by_name  # imported from here, it has LoRA and all the variants above, which have registered
+# Imported from here, it has LoRA and all the variants above, which have registered.
+LORA_METHODS = LoRA.by_name

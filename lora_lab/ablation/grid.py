@@ -24,7 +24,8 @@ from lora_lab.system.schema import Positive, Seed, Size, as_number, check
 from lora_lab.system.wording import short_repr, shortened
 from lora_lab.train import TrainConfig, check_options
 
-BASE_DTYPE, AUTOCAST = "base_dtype", "autocast"  # entries of a trial's content that are there only if in use
+# Entries of a trial's content that are there only if in use.
+BASE_DTYPE, AUTOCAST = "base_dtype", "autocast"
 _NO_CHANGE = ("accumulate", "gradient_checkpointing", "lean")  # of a result
 _MOST = 1_000_000  # trials of a grid
 _KEY_LENGTH = 16  # hexadecimal digits: among a million trials, two share a key with probability 3e-8
@@ -40,7 +41,8 @@ class _Varied:
 
 
 @dataclass(frozen=True, eq=False)
-class Trial(TrainConfig, _Varied):  # the last base's fields come first: Trial(method, lr, seed, steps=...)
+# The last base's fields come first: Trial(method, lr, seed, steps=...)
+class Trial(TrainConfig, _Varied):
     """One training run as data. Trials are equal if their content is: a list equals a tuple, and 1 equals 1.0.
 
     A config becomes a trial by ``Trial(method, **vars(config))``.
@@ -70,8 +72,8 @@ class Trial(TrainConfig, _Varied):  # the last base's fields come first: Trial(m
         name = getattr(self.method, "name", "")
         if _address(_methods().get(name)) != _address(type(self.method)):
             raise ValueError(
-                f"The class {type(self.method).__name__} has the name {name!r}, which is not its own, so its results "
-                "would be indistinguishable from another method's; give the class a name of its own."
+                f"The class {type(self.method).__name__} has the name {name!r}, which is not its own; give it one, "
+                "or its results look like another method's."
             )
         for name, value in {"warmup": self.warmup_steps, "eval_every": self.evaluation_interval}.items():
             object.__setattr__(self, name, value)

@@ -43,7 +43,8 @@ from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.stats import CONFIDENCE, t_bounds
 from lora_lab.system.schema import NotNegative, Size, check_fields
 
-PAUSED = "paused"  # the outcome of a trial that waits at a rung, and the folder of its checkpoint in the sweep's
+# The outcome of a trial that waits at a rung, and the folder of its checkpoint in the sweep's.
+PAUSED = "paused"
 Curves = Mapping[float, Mapping[int, Mapping[int, float]]]  # rate -> seed -> step -> validation loss
 
 
@@ -125,7 +126,8 @@ class Halving:
         """
         stopped = dict.fromkeys(failed, "another seed failed at this learning rate, so it cannot be chosen")
         left = {lr: by_seed for lr, by_seed in sorted(curves.items()) if lr not in failed}
-        if not left:  # every rate has failed: no choice can be made, so the other seeds go on and show what they can
+        # Every rate has failed: no choice can be made, so the other seeds go on and show what they can.
+        if not left:
             return Decision({}, None)
         for step, earlier in self.rungs_at(trial):
             if len(left) < 2:
@@ -168,7 +170,8 @@ class Halving:
         """Return a seed's difference to the best rate after the last step, by the trend since ``earlier``."""
         log_steps = math.log(last / step) / math.log(step / earlier)
         now = self._loss(curve, step) - self._loss(best, step)
-        if self.best_so_far:  # the best rate may have had its best already, so the curve alone is followed
+        # The best rate may have had its best already, so the curve alone is followed.
+        if self.best_so_far:
             fall = (curve[earlier] - curve[step]) * log_steps
             return min(now, curve[step] - fall - self._loss(best, step))
         return now + (now - (curve[earlier] - best[earlier])) * log_steps

@@ -65,7 +65,8 @@ from lora_lab.train import (
 )
 from lora_lab.variants import RsLoRA
 
-_LOSS_ROWS = 128  # tokens whose logits exist at one moment: 25 MB for SmolLM2, memory that the C library keeps
+# Tokens whose logits exist at one moment: 25 MB for SmolLM2, memory that the C library keeps.
+_LOSS_ROWS = 128
 
 
 class PackingError(ValueError):
@@ -121,7 +122,8 @@ def fit_packed(model: nn.Module, task: Task, trials: Sequence[Trial]) -> list[Pa
             for trial, adapter in zip(trials, adapters, strict=True)
         ]
         model.requires_grad_(False)
-        if config.lean is not None:  # it looks at the adapters, of which those of one trial stand for all
+        # It looks at the adapters, of which those of one trial stand for all.
+        if config.lean is not None:
             for name, layer in adapters[0].items():
                 replace(model, name, layer)
             apply_lean(model, cast(Lean, config.lean))
@@ -403,9 +405,8 @@ def _check_independence(step: PackedStep, task: Task, rows: Tensor) -> None:
             alone &= gradient is not None and not bool(gradient[others].nan_to_num(0.0, 0.0, 0.0).any())
     if not alone:
         raise PackingError(
-            "In this model the trials of a pack would not be independent: it draws at random or changes a buffer in "
-            "training, an adapted layer takes no part in the loss, or numbers of one example reach another, as where "
-            "the first dimension of a tensor is not the batch; run the trials separately, with fit."
+            "In this model the trials of a pack would not be independent: it draws at random, changes a buffer, leaves "
+            "out an adapted layer, or mixes examples; run the trials separately, with fit."
         )
 
 
@@ -534,8 +535,8 @@ class PackedLinear(JointLinear):
             PackingError: always; some modules read the weight of a layer inside them and never call the layer.
         """
         raise PackingError(
-            "The model reads the weight of an adapted layer instead of calling the layer, and the trials of a pack "
-            "have no common weight; run them separately, with fit."
+            "The model reads the weight of an adapted layer, but the trials of a pack have none in common; run them "
+            "separately, with fit."
         )
 
 
@@ -544,8 +545,8 @@ def _multiply(layers: Sequence[PackedLinear], x: Tensor, up: Tensor | None = Non
     trials = len(layers[0].scaling)
     if len(x) % trials:
         raise PackingError(
-            f"A layer was given {len(x)} rows, which are not the examples of {trials} trials, as where the first "
-            "dimension of a tensor is not the batch; run the trials separately, with fit."
+            f"A layer was given {len(x)} rows, not the examples of {trials} trials, as where the first "
+            "dimension is not the batch; run them separately, with fit."
         )
     factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
     return _PackedLinears.apply(x, up, layers, *factors)

@@ -24,7 +24,8 @@ SCHEMA = 1
 LOSSES = ("train_loss", "validation_loss", "off_domain_loss", "gap", "test_loss")
 OUTCOME = ("outcome", "reason", "step", *LOSSES, "seconds", "trainable_parameters")
 STOPPED = "stopped"  # the outcome of a trial that halving has stopped
-OUT_OF_MEMORY = "out of memory"  # begins the reason of a trial that did not fit; all other failed trials diverged
+# Begins the reason of a trial that did not fit; all other failed trials diverged.
+OUT_OF_MEMORY = "out of memory"
 SCORE = "score_"  # how the columns of a judge's scores begin
 PROVENANCE = ("engine", "device", "python", "torch", "lora_lab", "commit", "date")
 
@@ -75,7 +76,8 @@ def load(folder: str | Path):
         raise FileNotFoundError(
             f"{shortened(str(folder))} holds no results (files <key>.json); run ablate with this folder first."
         )
-    frame = table(_read(path) for path in paths)  # one at a time, because their histories may not fit into memory
+    # One at a time, because their histories may not fit into memory.
+    frame = table(_read(path) for path in paths)
     if several := [name for name in ("model", "task") if frame[name].nunique() > 1]:
         counts = " and of ".join(count_noun(frame[name].nunique(), name) for name in several)
         warnings.warn(

@@ -57,7 +57,8 @@ _File = dict[str, Any]  # the content of a trial's file
 _IN_THREADS = "in threads of one process, which share torch's random generators; use processes"
 _BUSY = threading.Lock()  # held while this process runs a trial
 _MOST_PACKED = 32  # larger packs gain little, and a kill loses the whole pack
-_MOST_STEPS = 3000  # of all trials of a pack on the CPU, unless the model is small: an hour or less for SmolLM2-135M
+# Of all trials of a pack on the CPU, unless the model is small: an hour or less for SmolLM2-135M.
+_MOST_STEPS = 3000
 _SMALL = 100_000  # numbers of a model of which the largest pack fits any machine, and takes minutes
 _commit = functools.cache(commit)  # asked once: the code that runs does not change with the folder
 

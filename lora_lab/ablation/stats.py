@@ -204,7 +204,8 @@ def rank_correlations(runs: pandas.DataFrame, target: str, predictors: Sequence[
 
     def correlate(drawn: Iterable[int]) -> np.ndarray:
         ranks = rankdata(np.concatenate([setups[i] for i in drawn]), axis=0)  # ties share their mean
-        with np.errstate(invalid="ignore", divide="ignore"):  # NaN where a column is constant, as it may be by chance
+        # NaN where a column is constant, as it may be by chance.
+        with np.errstate(invalid="ignore", divide="ignore"):
             return np.corrcoef(ranks, rowvar=False)[0, 1:]  # (predictors,)
 
     random = np.random.default_rng(0)

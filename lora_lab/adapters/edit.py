@@ -201,8 +201,8 @@ def strength(model: nn.Module, factor: float) -> Iterator[nn.Module]:
     for name, layer in layers.items():
         if factor != 1 and isinstance(layer, DoRALinear):
             raise ValueError(
-                f"{name!r} has an adapter of type DoRALinear, whose update is not proportional to its scaling, so it "
-                "cannot be multiplied by a factor; use off, or an adapter of plain LoRA."
+                f"{name!r} has an adapter of type DoRALinear, whose update is not proportional to its scaling; "
+                "use off, or an adapter of plain LoRA."
             )
     alphas = {name: layer.alpha for name, layer in layers.items()}
     try:
@@ -289,7 +289,8 @@ def resize(model: nn.Module, rank: int) -> dict[str, float]:
     for name, layer in layers.items():
         if layer.rank > rank:
             A, B, scaling = layer.lora_A, layer.lora_B, layer.scaling
-            exact = product_svd(B.flatten(1), A.flatten(1))  # a small layer's has fewer singular values than A has rows
+            # A small layer's has fewer singular values than A has rows.
+            exact = product_svd(B.flatten(1), A.flatten(1))
             nearest = truncate(exact, min(rank, len(exact.S)))
             new_A, new_B = nearest.A.view(-1, *A.shape[1:]), nearest.B.view(len(B), -1, *B.shape[2:])
             set_factors(layer, {"lora_A": new_A, "lora_B": new_B}, layer.alpha)

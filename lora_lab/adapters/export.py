@@ -40,8 +40,8 @@ def find_base(folder: str | Path) -> str:
     base = read_config(folder).get("base_model_name_or_path") or pretrained.SMOLLM2
     if base != pretrained.SMOLLM2 and not Path(base).exists():
         raise FileNotFoundError(
-            f"{folder} adapts the model {base!r} (base_model_name_or_path in its {CONFIG}), which is neither a folder "
-            "nor a .gguf file here; write its path there, or load both yourself, and pass the model."
+            f"{folder} adapts {base!r} (base_model_name_or_path in its {CONFIG}), which is neither a folder nor a "
+            ".gguf file here; write its path there, or pass a loaded model."
         )
     return base
 
@@ -161,8 +161,8 @@ def _write_adapter(source: nn.Module | str | Path, path: Path, dtype: str) -> No
     for name, layer in lora_layers(model).items():
         if find_variant(name, layer) == "use_dora":
             raise ValueError(
-                f"{name!r} has an adapter of type DoRA, whose update is more than scaling * B A, so llama.cpp cannot "
-                "add it to a base; write the whole model with merged=True."
+                f"{name!r} has an adapter of type DoRA, which llama.cpp cannot add to a base; write the whole model "
+                "with merged=True."
             )
     factors = read(state).factors
     # In float32, as the file holds them. Of several that are equally frequent, the smallest.

@@ -125,8 +125,8 @@ def find_variant(name: str, layer: LoRALayer) -> str:
         if known and all(getattr(type(layer), it) is getattr(known, it) for it in ("forward", "_delta", "scaling")):
             return setting
     raise ValueError(
-        f"{name!r} is a {type(layer).__name__}, for which the format has no name, so it would be loaded as a different "
-        "kind of layer; store adapter_state(model), or register the class for its kind of layer."
+        f"{name!r} is a {type(layer).__name__}, for which the format has no name; store adapter_state(model), or "
+        "register the class for its kind of layer."
     )
 
 
@@ -314,8 +314,8 @@ def _read_tensors(folder: Path) -> dict[str, dict[str, Tensor]]:
     path = folder / WEIGHTS
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} lacks the file {WEIGHTS}; an adapter_model.bin is a pickle, which can run code and is not "
-            "opened here, so where you trust it, load it in peft, and save it again by save_pretrained(folder)."
+            f"{folder} lacks the file {WEIGHTS}; an adapter_model.bin is a pickle, which can run code: if you "
+            "trust it, load it in peft, and save it by save_pretrained(folder)."
         )
     try:
         stored = load_file(path)
@@ -448,8 +448,8 @@ def combine(
         for name, (tensors, _, scaling) in read(adapter).factors.items():
             if tensors.keys() != {*LoRALayer.parts}:
                 raise ValueError(
-                    f"An adapter holds {sorted(tensors)} of {name!r}, so its update is more than scaling * B A and "
-                    "does not add up with others; merge it, extract a plain adapter, and combine that."
+                    f"An adapter holds {sorted(tensors)} of {name!r}, so it does not add up with others; merge it, "
+                    "extract a plain adapter, and combine that."
                 )
             A, B = (
                 tensors[part].to(torch.promote_types(tensors[part].dtype, torch.float32)) for part in LoRALayer.parts

@@ -349,7 +349,8 @@ def _update_of(layer: LoRALayer) -> _Factors | Update:
     if isinstance(layer, DoRALinear):  # the row norms change too, so the update has full rank
         return Update(svd(layer.weight - before), None, before)
     A, B = layer.lora_A, layer.lora_B  # (8, 576), (192, 8)
-    if isinstance(layer, PiSSALinear):  # B A starts as a part of the weight, and the update is B A - B0 A0
+    # B A starts as a part of the weight, and the update is B A - B0 A0.
+    if isinstance(layer, PiSSALinear):
         A, B = layer.plain_factors(A, B, layer.start_A, layer.start_B)  # (16, 576), (192, 16)
     if isinstance(layer, LoRAEmbedding | LoRAConv1D):  # these store their weight as (in, out)
         before = before.T

@@ -219,7 +219,8 @@ class Recording:
         operation = self.operations[index]
         of_phase = [i for i, other in enumerate(self.operations) if other.phase == operation.phase]
         number = f"operation {of_phase.index(index) + 1:,} of {len(of_phase):,}"
-        where = re.sub(r"\.\d+", ".*", operation.module)  # of blocks that are alike only a few may be rehearsed
+        # Of blocks that are alike only a few may be rehearsed.
+        where = re.sub(r"\.\d+", ".*", operation.module)
         return f"{operation.phase}, {number}: {operation.name}{f' in {where}' if where else ''}"
 
 

@@ -28,7 +28,8 @@ from lora_lab.task import logits
 from lora_lab.train import Batch
 
 Factory = Callable[[], nn.Module]
-Source = nn.Module | Factory | str | Path  # a model, what makes one, or a name for models.pretrained.architecture
+# A model, what makes one, or a name for models.pretrained.architecture.
+Source = nn.Module | Factory | str | Path
 _GROUPED_MM = torch.ops.aten._grouped_mm.default
 _MOST_REAL = 2**20  # elements of the largest tensor that a rehearsal computes with real values
 
@@ -150,7 +151,8 @@ def fake_copy(
     if device.type not in ("cpu", "meta"):
         pick_device(device)  # raises if it does not exist
     model = build_on_meta(model)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)  # a model may hold tensors that are no parameters or buffers
+    # A model may hold tensors that are no parameters or buffers.
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def pretend(tensor: Tensor) -> Tensor:
         fake = mode.from_tensor(tensor.detach())

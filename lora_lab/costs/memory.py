@@ -125,7 +125,8 @@ def _dequantise_once(log: StorageLog) -> None:
     """Let the model dequantise slices of matrices in blocks once that differ in their values only."""
 
     def rows_once(layer: BlockWeight, rows: Callable[[int, int], Tensor], start: int, stop: int) -> Tensor:
-        before = start * layer.shape[1] % layer.format.weights  # weights of the first block that lie before the slice
+        # Weights of the first block that lie before the slice.
+        before = start * layer.shape[1] % layer.format.weights
         key = layer.kind, layer.shape, layer.dtype, before, stop - start
         return log.once(key, lambda: rows(start, stop))
 
@@ -211,7 +212,8 @@ class _Meter:
 @contextmanager
 def _cpu_meter(device: torch.device) -> Iterator[_Meter]:
     """On the CPU: the profiler's events, one for each allocation and each release."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise the profiler reports its start and stop on stderr
+    # Otherwise the profiler reports its start and stop on stderr.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     name = "lora_lab: second step"
     meter = _Meter(torch.profiler.record_function(name))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -227,7 +229,8 @@ def _cpu_meter(device: torch.device) -> Iterator[_Meter]:
 @contextmanager
 def _cuda_meter(device: torch.device) -> Iterator[_Meter]:
     """On CUDA: the caching allocator's own high-water mark."""
-    _take_workspaces(device)  # otherwise they would count in the first step of a process, and in no other
+    # Otherwise they would count in the first step of a process, and in no other.
+    _take_workspaces(device)
     before = torch.cuda.memory_allocated(device)
     requested_before = torch.cuda.memory_stats(device).get("requested_bytes.all.current", 0)
 

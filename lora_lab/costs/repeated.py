@@ -32,7 +32,8 @@ _FEWEST = 6  # blocks; below, two rehearsals of a shorter model would save littl
 _LIBRARIES = {"torch", "transformers", "peft", "lora_lab"}  # whose models treat blocks alike that look alike
 _NAME = operator.attrgetter("phase", "name")
 _BYTES = operator.attrgetter("name", "allocated", "released")
-_INDICES = {"layer", "layer_idx", "layer_id", "layer_index"}  # what our Llama and transformers call a block's number
+# What our Llama and transformers call a block's number.
+_INDICES = {"layer", "layer_idx", "layer_id", "layer_index"}
 
 
 def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -119,7 +120,8 @@ def rehearse(
             and from the number of blocks that the first lacks; raises ValueError if they do not determine it.
     """
     if alike:
-        with suppress(ValueError):  # also where the method names blocks one by one, and some of them are left out
+        # Also where the method names blocks one by one, and some of them are left out.
+        with suppress(ValueError):
             shorter = record(_keep_blocks(model, 2))
             for count in (3, 4):  # the first and the last block may differ from those between
                 longer = record(_keep_blocks(model, count))
@@ -161,7 +163,8 @@ def _extend_pass(few: list[RecordedOperation], more: list[RecordedOperation], bl
     """:func:`extend_recording` for one forward pass, one backward pass or one step of the optimiser."""
     length = len(more) - len(few)  # of the stretch that one block adds
     alike = itertools.takewhile(lambda pair: _NAME(pair[0]) == _NAME(pair[1]), zip(few, more, strict=False))
-    latest = sum(1 for _ in alike)  # where the stretch may begin: it can be moved forward by parts of a period
+    # Where the stretch may begin: it can be moved forward by parts of a period.
+    latest = sum(1 for _ in alike)
     for place in range(latest, length - 1, -1):
         before, stretch, after = more[place - length : place], more[place : place + length], more[place + length :]
         if length < 0 or [*map(_NAME, few[place:])] != [*map(_NAME, after)]:

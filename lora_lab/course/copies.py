@@ -46,7 +46,8 @@ RAISE = 'raise NotImplementedError("your code here")'
 class _Manifest(TypedDict):
     solved: bool
     written: dict[str, str]  # the SHA-256 of each file that was written, by its name
-    versions: dict[str, str]  # the SHA-256 of each lesson that was written or offered, with all its links
+    # The SHA-256 of each lesson that was written or offered, with all its links.
+    versions: dict[str, str]
 
 
 def student(notebook: NotebookNode) -> NotebookNode:

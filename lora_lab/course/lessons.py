@@ -303,7 +303,8 @@ def playground(answer: Callable[[str, str], str], menu: Sequence[str], prompt: s
 
 def _display(widget: ipywidgets.Widget, static: dict[str, Any], alt: str) -> None:
     """One output: the widget where there is a kernel and a front end for it, and what stands in for it elsewhere."""
-    bundle = widget._repr_mimebundle_() or {}  # the key of the widget's view, and a text that names its class
+    # The key of the widget's view, and a text that names its class.
+    bundle = widget._repr_mimebundle_() or {}
     metadata = {"image/png": {"alt": alt}} if "image/png" in static else {}
     display({**bundle, **static, "text/plain": alt}, raw=True, metadata=metadata)
 

@@ -139,8 +139,7 @@ class LeanBlock(Block):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             raise RuntimeError(
-                "A lean block computes in the dtypes of its weights, and was called under torch.autocast; "
-                "leave autocast, and use Lean(base_dtype=torch.bfloat16) to multiply in half precision."
+                "A lean block was called under torch.autocast; leave it, and use Lean(base_dtype=torch.bfloat16)."
             )
         if not (self.checkpoint and torch.is_grad_enabled() and cache is None):
             return self._compute(x, cos, sin, mask, cache)  # (4, 128, 576)

@@ -252,7 +252,7 @@ def _check(model: nn.Module, lean: Lean) -> Llama:
     if not isinstance(model, Llama):
         raise ValueError(
             f"The lean step is built for lora_lab's Llama, but the model is a {type(model).__name__}; leave "
-            "lean out (a model of transformers can save memory with gradient_checkpointing=True)."
+            "lean out, or save memory with gradient_checkpointing=True."
         )
     layers = lora_layers(model)
     if not layers:

@@ -418,7 +418,8 @@ def write_file(
         ValueError: the path ends otherwise, the dtype is unknown, or a number is too large for it.
         OSError: the file cannot be written, or the disk is full.
     """
-    import gguf  # here, because the import takes a tenth of a second, and a converted model does not need it
+    # Here, because the import takes a tenth of a second, and a converted model does not need it.
+    import gguf
 
     check_target(path, dtype)
     kinds = {name: gguf.GGMLQuantizationType[_kind(name, value, dtype)] for name, value in tensors.items()}

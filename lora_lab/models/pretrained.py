@@ -55,7 +55,8 @@ _KINDS = "lora_lab.block_kinds"  # in the safetensors header: the kind of each t
 # What save_model writes with a tokenizer.
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 GENERATION = "generation_config.json"  # of transformers
-ADAPTER_CONFIG = "adapter_config.json"  # of peft; where transformers finds it, it puts the adapter on the model
+# Of peft; where transformers finds it, it puts the adapter on the model.
+ADAPTER_CONFIG = "adapter_config.json"
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -103,7 +104,7 @@ def load_pretrained(
     if keep_blocks and not (stored and stored.kinds):
         raise ValueError(
             f"{path} holds no matrix in blocks of {' or '.join(quantize.BYTES_PER_BLOCK)}, so there are none to keep; "
-            "load it without keep_blocks and then call lora_lab.quantize_nf4(model)."
+            "leave out keep_blocks, and call quantize_nf4(model)."
         )
     if stored is None:
         return _load_by_transformers(path, dtype, device)
@@ -285,7 +286,8 @@ def _read_folder(folder: Path, entries: dict[str, Any]) -> StoredModel:
                 kinds = from_json((file.metadata() or {}).get(_KINDS, "{}"))
                 stored.kinds.update(check(kinds, dict[str, str], _KINDS))
                 for name in file.keys():  # noqa: SIM118 - it is not a dict
-                    if not name.endswith("rotary_emb.inv_freq"):  # in old folders, and computed from the config here
+                    # In old folders, and computed from the config here.
+                    if not name.endswith("rotary_emb.inv_freq"):
                         stored.tensors[name] = file.get_tensor(name)
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}); make or copy it anew.") from None
@@ -308,9 +310,8 @@ def _weight_files(folder: Path) -> list[Path]:
             raise ValueError(f"{index} names {name!r:.80}, but weights must be files *.safetensors beside it.")
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder} lacks the file {name}; copy the folder again, or, where it holds other weights that you "
-                "trust, such as *.bin, which can run code, convert them with transformers: "
-                "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)."
+                f"{folder} lacks the file {name}; copy it again, or convert other weights that you trust, such as "
+                "*.bin, by AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)."
             )
     return [folder / name for name in names]
 
@@ -367,7 +368,7 @@ def _check(stored: StoredModel, model: Llama, origin: Path) -> None:
         if found.get(name) != needed.get(name):
             raise ValueError(
                 f"{origin}: the tensor {name:.80} is {found.get(name, 'missing')}, but its config requires "
-                f"{needed.get(name, 'none')}; copy the config and the weights of the same model."
+                f"{needed.get(name, 'none')}; copy both of one model."
             )
 
 

@@ -329,7 +329,8 @@ class BlockWeight(QuantizedLayer):
         """Return the rows of the matrix from ``start`` to before ``stop``: (stop - start, 576)."""
         columns, block = self.shape[1], self.format.weights
         first, last = start * columns // block, math.ceil(stop * columns / block)
-        weights = self._decode(first, last).flatten()  # from the start of a block, which may lie in another row
+        # From the start of a block, which may lie in another row.
+        weights = self._decode(first, last).flatten()
         skipped = start * columns - first * block
         return weights[skipped : skipped + (stop - start) * columns].view(stop - start, columns).to(self.dtype)
 

@@ -187,8 +187,8 @@ def stream(model: nn.Module, ids: Tensor, max_new_tokens: int, stop: int | None,
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", sys.maxsize)
     if ids.ndim != 1 or len(ids) == 0 or not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
         raise ValueError(
-            f"The prompt is {shortened(str(ids.tolist()), 80)}, but it must be a row of at least one token id, each "
-            f"below {vocabulary}; encode at least one word with the model's own tokenizer."
+            f"The prompt is {shortened(str(ids.tolist()), 80)}, but it must be a row of token ids below "
+            f"{vocabulary}; encode at least one word with the model's own tokenizer."
         )
     check_context(model, len(ids), max_new_tokens)
     generator = torch.Generator().manual_seed(sampling.seed)

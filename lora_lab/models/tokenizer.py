@@ -18,7 +18,8 @@ from lora_lab.system.files import atomic_files, read_json, repair, write_json
 from lora_lab.system.schema import Count, check
 from lora_lab.system.wording import shortened
 
-TEMPLATE = "chat_template.jinja"  # of newer folders; it has precedence over the one in tokenizer_config.json
+# Of newer folders; it has precedence over the one in tokenizer_config.json.
+TEMPLATE = "chat_template.jinja"
 # How text is split before byte pairs are merged, by the name in a GGUF file (as llama.cpp defines them).
 _LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -128,8 +129,7 @@ class Tokenizer:
             if (place := text.find(token)) >= 0:
                 raise ValueError(
                     f"{what} holds {token!r}, which the model reads as a special token and not as text: "
-                    f"{_around(text, place)}; remove or rewrite it (a text for next-token prediction may hold it with "
-                    "allow_special=True)."
+                    f"{_around(text, place)}; remove or rewrite it, or allow it in a .txt file (allow_special=True)."
                 )
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -294,8 +294,8 @@ class Tokenizer:
                 if merges and _are_same(Tokenizer.from_gguf(made).backend, self.backend):
                     return made
         raise ValueError(
-            "A GGUF file cannot hold this tokenizer, because another one comes back from it; lora-lab export ADAPTER "
-            "--merged --out FOLDER writes a folder that llama.cpp's convert_hf_to_gguf.py reads."
+            "A GGUF file cannot hold this tokenizer; lora-lab export ADAPTER --merged --out FOLDER writes what "
+            "llama.cpp's convert_hf_to_gguf.py reads."
         )
 
 
@@ -305,8 +305,8 @@ def _whole(text: str, what: str = "The text") -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{what} holds {text[error.start]!r}, which is half a character (a lone surrogate) or a byte that could "
-            f"not be decoded: {_around(text, error.start)}; write the whole character, or remove it."
+            f"{what} holds {text[error.start]!r}, which is half a character or an undecoded byte: "
+            f"{_around(text, error.start)}; write the whole character, or remove it."
         ) from None
     return text
 

@@ -75,7 +75,8 @@ METHODS: dict[str, tuple[Method, float]] = {  # and the middle of the first rate
 }
 # Rates compare by their lowest losses so far, and one is stopped if it is behind by more than seeds differ.
 HALVING = Halving(best_so_far=True, slack=0.01)
-SIZE, SEQ_LEN, WIDEN = 8, 32, 2  # examples a step, tokens an example, and rates that may be added to a grid
+# Examples a step, tokens an example, and rates that may be added to a grid.
+SIZE, SEQ_LEN, WIDEN = 8, 32, 2
 CHOSEN_ON, JUDGED_ON = 64, 256  # validation examples, from the first
 ON_TWO_CORES = ("full", "LoRA r=1", "LoRA r=8")  # a GPU trains all
 EVALUATED = 64  # steps between evaluations, at most; small sets are evaluated after every epoch
@@ -151,7 +152,8 @@ OVERFITTING = record_sweeps("overfitting", plan_overfitting, _STATED)
 
 # Remedies
 
-REHEARSED, JUDGED = slice(16, None), slice(16)  # of the prompts: replies to train on, and to measure forgetting on
+# Of the prompts: replies to train on, and to measure forgetting on.
+REHEARSED, JUDGED = slice(16, None), slice(16)
 # Steps, examples a step and seeds: what two cores can do in an hour and a half, and what a GPU can in less.
 FEW, MORE = (60, 4, range(3)), (300, 8, range(5))
 LENGTH, EXAMPLES = 64, 48  # tokens of an example, and how many validation examples

@@ -176,7 +176,8 @@ Answered = tuple[Row, Predictions]  # columns of a row, and what it is of
 # Task -> the numbers of examples in the prompt to choose from; and how many sets of examples are drawn for each.
 SHOTS = {"sentiment": (8, 16), "translate-fr": (16,), "summarise": (8,)}
 DRAWS = {"sentiment": 3, "translate-fr": 3, "summarise": 2}
-CHOSEN_ON = 16  # validation prompts that choose, where answers are written; all where a label is picked
+# Validation prompts that choose, where answers are written; all where a label is picked.
+CHOSEN_ON = 16
 SHUFFLES = 20  # probes that learn shuffled labels
 
 

@@ -38,8 +38,10 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 Model = nn.Module | Factory  # or what makes it
 Source = tuple[Model, Task | Callable[[], Task]]  # the task or what makes it
-TrialAndRates = tuple[Trial, Sequence[float]]  # how it trains, whatever its seed; and the rates that it tries first
-ON_TEST = {"validation": 128, "test": 140}  # of the 130 and 140 examples of 64 tokens in those parts of "docs"
+# How it trains, whatever its seed; and the rates that it tries first.
+TrialAndRates = tuple[Trial, Sequence[float]]
+# Of the 130 and 140 examples of 64 tokens in those parts of "docs".
+ON_TEST = {"validation": 128, "test": 140}
 _BLOCK_COLUMNS = (
     *("data", "stage", "setup", "method", "rank", "alpha", "lr", "edge", "seed", "steps", "outcome", "reason", "step"),
     *("validation_loss", "test_loss", "score_validation", "score_test", "trainable_parameters", "commit"),

@@ -192,7 +192,8 @@ def process_bytes(factory: Callable[[], Llama], case: Case, device: torch.device
     parts, weights = setup.batches(token_batch(model, case.batch_size, case.seq_len))
     gc.collect()
     _trim_heap()
-    _REFERENCES.write_text("5", encoding="ascii")  # reset the kernel's peak, so that it does not include the cast
+    # Reset the kernel's peak, so that it does not include the cast.
+    _REFERENCES.write_text("5", encoding="ascii")
     for _ in range(2):
         step(parts, weights)
     return peak_bytes(device) - before
@@ -254,7 +255,8 @@ def speed_cases(device: torch.device) -> list[Case]:
     if device.type == "cuda":
         for model in (SMOLLM2, "llama-3.2-1b", "llama-3-8b"):
             setups = list_setups(model, (8, 64), (1,))
-            if model == "llama-3-8b":  # all setups are in memory at once, and AdamW's state for 8B fills a GPU alone
+            # All setups are in memory at once, and AdamW's state for 8B fills a GPU alone.
+            if model == "llama-3-8b":
                 del setups["full"]
             setups = {f"{label}, bf16": replace(setup, dtype=BF16) for label, setup in setups.items()}
             cases += [Case(model, *size, setups, 9) for size in ((1, 128), (4, 512), (8, 1024))]

@@ -379,7 +379,8 @@ TRANSLATION = record_sweeps("translation", plan_translation, after=list_examples
 
 # Quantised
 
-NF4, Q4_1 = "NF4-double", "Q4_1"  # the blocks, of which the first is QLoRA's and the second that of the model's file
+# The blocks, of which the first is QLoRA's and the second that of the model's file.
+NF4, Q4_1 = "NF4-double", "Q4_1"
 METHOD = LoRA(8, 16)
 BASES = {"float32": Lean(), "bfloat16": Lean(torch.bfloat16), "NF4": Lean(), "Q4_1": Lean()}
 BLOCKS_OF = {"float32": None, "NF4": NF4}  # of the bases whose adapters are merged

@@ -105,7 +105,8 @@ def run_in_subprocess(
         MemoryError: the system ended the process, most likely for lack of memory.
         Exception: raised by the function.
     """
-    context = multiprocessing.get_context("spawn")  # a forked process would share memory and torch's threads with this
+    # A forked process would share memory and torch's threads with this.
+    context = multiprocessing.get_context("spawn")
     try:
         with patch.dict(os.environ, environment or {}), ProcessPoolExecutor(1, mp_context=context) as pool:
             return pool.submit(function, *arguments).result()
@@ -132,7 +133,8 @@ def peak_bytes(device: torch.device) -> int:
 
 
 _TOLERATED_CORES = 0.25  # that other processes may use without disturbing a measurement
-_SHORTEST_BLOCK_S = 0.5  # the system counts CPU time in hundredths of a second, too coarse for shorter blocks
+# The system counts CPU time in hundredths of a second, too coarse for shorter blocks.
+_SHORTEST_BLOCK_S = 0.5
 
 
 class BusyCores:

@@ -81,7 +81,7 @@ class Processes:
                 if theirs.get(name) != everyone[0].get(name):
                     raise ValueError(
                         f"The processes of this run differ: {name} is {everyone[0].get(name)!r} in process 0, but "
-                        f"{theirs.get(name)!r} in process {rank}; give all of them the same options, files and folders."
+                        f"{theirs.get(name)!r} in process {rank}; give all the same options and files."
                     )
 
     def seed(self, device: torch.device, seed: int, step: int) -> None:
@@ -170,7 +170,8 @@ def _errors_in_one_sentence() -> Iterator[None]:
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):  # gloo's errors have no class of their own
             raise
-        if signal.getsignal(signal.SIGTERM) is _stop:  # torchrun sends it now, when the last words are being said
+        # Torchrun sends it now, when the last words are being said.
+        if signal.getsignal(signal.SIGTERM) is _stop:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         reason = re.sub(r"^\[[^\]]*\] ", "", str(error)).splitlines()[0].split(". ")[0]
         raise ProcessEndedError(reason) from None

@@ -30,7 +30,8 @@ _CARRIED = (
     *("adapter_config.json", "config.json", "generation_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
 )
-_FILE, _REPLACED = "lora_lab.file.", "lora_lab.replaced."  # their texts in the header; hashes of those before
+# Their texts in the header; hashes of those before.
+_FILE, _REPLACED = "lora_lab.file.", "lora_lab.replaced."
 
 
 def as_path(path: str | Path, name: str) -> Path:

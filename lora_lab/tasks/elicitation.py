@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline
 
 CONTENT_FREE = ("N/A", "[MASK]", "")  # those of Zhao et al. 2021
-PENALTIES = tuple(10.0**power for power in range(-5, 3))  # inverse strengths of a probe's penalty, to choose from
+# Inverse strengths of a probe's penalty, to choose from.
+PENALTIES = tuple(10.0**power for power in range(-5, 3))
 
 
 def few_shot(task: PairTask, k: int, seed: int = 0, *, random_answers: bool = False) -> PairTask:

@@ -34,8 +34,10 @@ PARTS = ("train", "validation", "test")
 Metric = Literal["", "classification", "style", "summary", "translation"]
 Turn = tuple[str, str]  # role and content
 _SAMPLE = "Good day."  # of an assistant
-_MOST_CHARACTERS = 1000  # per token, more than any token has: a text above this limit is too long without tokenising it
-_MOST_CLASSES, _NEARLY_ALL = 20, 0.9  # distinct answers, with more of which they are no labels; a suspicious share
+# Per token, more than any token has: a text above this limit is too long without tokenising it.
+_MOST_CHARACTERS = 1000
+# Distinct answers, with more of which they are no labels; a suspicious share.
+_MOST_CLASSES, _NEARLY_ALL = 20, 0.9
 T = TypeVar("T")
 
 
@@ -284,7 +286,8 @@ def _split(pairs: Sequence[Pair], seed: int) -> dict[str, list[Pair]]:
         )
     tenth, remaining = max(1, len(pairs) // 10), _shuffle(list(groups.values()), seed)
     split: dict[str, list[Pair]] = {part: [] for part in PARTS}
-    for part in ("validation", "test"):  # neither may stay empty: the first group that fits, or else the smallest
+    # Neither may stay empty: the first group that fits, or else the smallest.
+    for part in ("validation", "test"):
         group = next((group for group in remaining if len(group) <= tenth), min(remaining, key=len))
         remaining.remove(group)
         split[part] += group

@@ -42,7 +42,8 @@ LLAMA_2_7B = LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128)
 LLAMA_65B = LlamaConfig(32000, 8192, 22016, 80, 64, 64, 128)
 # GPT-3's parameters: Hu et al. 2021, table 4; its width and layers: Brown et al. 2020, arXiv 2005.14165, table 2.1.
 GPT3_PARAMETERS, GPT3_WIDTH, GPT3_LAYERS = 175_255_800_000, 12288, 96
-GPT3_ADAPTER = 2 * GPT3_LAYERS * 4 * 2 * GPT3_WIDTH  # of rank 4 on its query and value matrices, which are square
+# Of rank 4 on its query and value matrices, which are square.
+GPT3_ADAPTER = 2 * GPT3_LAYERS * 4 * 2 * GPT3_WIDTH
 HALF, FLOAT32 = 2, 4  # bytes of a weight in 16 bits and in 32
 ADAM = 16  # bytes of a trained weight in float32, with its gradient and Adam's two averages
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # with double quantisation: Dettmers et al. 2023, section 3

@@ -139,7 +139,8 @@ def read_claims(path: Path = SHIPPED) -> dict[str, Claim]:
 STANDS, FALLS, DEPENDS, OPEN, UNTESTABLE = "stands", "falls", "depends", "open", "untestable"
 VERDICTS = (STANDS, FALLS, DEPENDS, OPEN, UNTESTABLE)
 ANY_MACHINE = "any"
-IN_OUTPUT = "claims"  # the metadata of a lesson's output in which lora_lab.course.lessons.claims stores what it shows
+# The metadata of a lesson's output in which lora_lab.course.lessons.claims stores what it shows.
+IN_OUTPUT = "claims"
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,8 @@ class Result:
         return f"{self.verdict} on {self.on}" if self.on else self.verdict
 
 
-Answer = tuple[bool | None, str]  # whether a claim holds (None: the measurement cannot tell), and that in words
+# Whether a claim holds (None: the measurement cannot tell), and that in words.
+Answer = tuple[bool | None, str]
 Cases = Iterable[tuple[Any, ...]]  # that of each case, and perhaps its conditions, as for decide_cases
 
 

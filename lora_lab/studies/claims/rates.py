@@ -24,13 +24,15 @@ from lora_lab.studies.claims.measured import MARGIN, MIN_SEEDS
 from lora_lab.studies.records import Record
 
 FULL = "full"
-SAME_SCALING, FIXED_ALPHA = "alpha = 2r", "alpha = 32"  # the rules, as the setups are named: "r=8, alpha = 32"
+# The rules, as the setups are named: "r=8, alpha = 32".
+SAME_SCALING, FIXED_ALPHA = "alpha = 2r", "alpha = 32"
 DATA = {"docs": "SmolLM2-135M", "digits": "not judged, the digits net"}
 FACTOR = 1.5  # margin of a rate or of a ratio of rates
 POWER = 0.25  # margin of a power: nearer to -1/2 than to 0 or -1
 SMOLLM2_WIDTH = 576
 SHORT_RUNS = 100  # steps, below which Schulman et al. state another ratio
-HINTED_RANKS = (1, 4, 16, 64)  # of the record "ablation", whose best rates suggested the root of the rank
+# Of the record "ablation", whose best rates suggested the root of the rank.
+HINTED_RANKS = (1, 4, 16, 64)
 
 
 # Ranks
