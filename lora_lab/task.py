@@ -289,9 +289,11 @@ class Task:
         rows, context = embedding_rows(model), context_length(model)
         if rows is None or self.train.inputs.ndim != 2 or self.train.inputs.is_floating_point():
             return
-        next_tokens = self.unit == "tokens" and not is_encoder_decoder(model)  # the last token is a target only
+        # Where the next token is predicted, the last one of a row is among the targets alone.
+        predicts_next = self.unit == "tokens" and not is_encoder_decoder(model)
         for part, examples in self.parts.items():
-            largest = max(int(ids.max()) for ids in (examples.inputs, examples.targets)[: 1 + next_tokens])
+            ids = [examples.inputs, examples.targets] if predicts_next else [examples.inputs]
+            largest = max(int(tensor.max()) for tensor in ids)
             if largest >= rows:
                 raise ValueError(
                     f"The {part} part of task {self.name!r} has the token {largest}, but the model knows {rows} "
@@ -300,9 +302,11 @@ class Task:
         lengths = self.train.lengths
         longest = self.train.inputs.shape[-1] if lengths is None else int(lengths.max())
         if context is not None and longest > context:
-            limits = f"up to {longest} tokens, but the model is for at most {context} (max_position_embeddings)"
-            advice = "what it does with later tokens is not reliable, so make shorter examples (max_tokens, seq_len)"
-            warnings.warn(f"Training examples of task {self.name!r} have {limits}; {advice}.", stacklevel=3)
+            warnings.warn(
+                f"Training examples of task {self.name!r} have up to {longest} tokens, but the model is for at most "
+                f"{context} (max_position_embeddings); make shorter examples (max_tokens, seq_len).",
+                stacklevel=3,
+            )
 
     def describe(self) -> str:
         """Return a summary in a few lines of text: sizes, shapes, source, fingerprint."""

@@ -132,11 +132,6 @@ def _pair_factors(own: Parameters) -> list[_Adapter]:
     return [_Adapter(*key, **parts) for key, parts in factors.items() if parts.keys() == {"A", "B"}]
 
 
-def _tell(counts: str, advice: str = "") -> Result:
-    """Return a problem, if there is advice, and otherwise that all is well."""
-    return ("problem", f"{counts}; {advice}.") if advice else ("ok", f"{counts}.")
-
-
 def _count(names: list[str], total: int | None = None) -> str:
     """Return how many names there are, of how many, and the first of them: "2 of 9, such as 'first.weight'"."""
     count = str(len(names)) if total is None else f"{len(names)} of {total}"
@@ -161,12 +156,13 @@ def _check_trainable(parameters: Parameters, own: Parameters) -> Result:
         f"parameters: {sum(trainable.values()):,}"
     )
     if own and not inside:
-        return _tell(
-            counts,
-            "call requires_grad_(True) on the adapters' parameters, or load them with is_trainable=True in peft (for "
-            "inference, frozen adapters are fine)",
+        return "problem", (
+            f"{counts}; call requires_grad_(True) on the adapters' parameters, or load them with is_trainable=True in "
+            "peft (for inference, frozen adapters are fine)."
         )
-    return _tell(counts, "" if trainable else "call requires_grad_(True) on the parameters to train")
+    if not trainable:
+        return "problem", f"{counts}; call requires_grad_(True) on the parameters to train."
+    return "ok", f"{counts}."
 
 
 def _check_dtype(parameters: Parameters) -> Result:
@@ -174,10 +170,10 @@ def _check_dtype(parameters: Parameters) -> Result:
     if not dtypes:
         return "not checked", "Nothing is trainable, so there is no dtype to check."
     if half := [name for name, dtype in dtypes.items() if dtype == torch.float16]:
-        return _tell(
-            f"Trainable tensors in float16: {_count(half, len(dtypes))}",
-            "a GradScaler refuses them and small updates are lost to rounding, so store them in float32 "
-            "(parameter.data = parameter.data.float()) and let autocast compute in float16",
+        return "problem", (
+            f"Trainable tensors in float16: {_count(half, len(dtypes))}; a GradScaler refuses them and small updates "
+            "are lost to rounding, so store them in float32 (parameter.data = parameter.data.float()) and let autocast "
+            "compute in float16."
         )
     names = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()})
     return "ok", f"Trainable tensors are stored in {', '.join(names)}."
@@ -194,8 +190,10 @@ def _check_optimizer(parameters: Parameters, own: Parameters, optimizer: torch.o
         f"Adapter tensors that the optimizer lacks: {_count(missing, len(trainable))}; "
         f"tensors that it holds and the model does not: {len(foreign)}"
     )
-    advice = "create the optimizer after inject, load, switch and to(), all of which may replace parameters"
-    return _tell(counts, advice if foreign or missing else "")
+    if foreign or missing:
+        advice = "create the optimizer after inject, load, switch and to(), all of which may replace parameters"
+        return "problem", f"{counts}; {advice}."
+    return "ok", f"{counts}."
 
 
 def _check_update(model: nn.Module, adapters: list[_Adapter], optimizer: torch.optim.Optimizer | None) -> Result:
@@ -210,17 +208,17 @@ def _check_update(model: nn.Module, adapters: list[_Adapter], optimizer: torch.o
             "whether they were trained."
         )
     if not zero:
-        return _tell(count)
+        return "ok", f"{count}."
     layer, reason = next(iter(zero.items()))
     count += f" (in {layer} {reason})"
     if optimizer is not None and not any(state.get("step", 1) > 0 for state in optimizer.state.values() if state):
         return "not checked", (
             f"{count}, as expected before training: the optimizer has not taken a step yet; check again after one."
         )
-    return _tell(
-        f"{count}, so the model computes what its base computes, which is right only before training",
-        "check that gradients reach the adapters (a checkpoint needs use_reentrant=False, or inputs that require "
-        "gradients), or that the names in the loaded file match the model's",
+    return "problem", (
+        f"{count}, so the model computes what its base computes, which is right only before training; check that "
+        "gradients reach the adapters (a checkpoint needs use_reentrant=False, or inputs that require gradients), or "
+        "that the names in the loaded file match the model's."
     )
 
 
@@ -307,9 +305,10 @@ def _check_loading(report: Any) -> Result:
         return "not checked", "Pass load_report= to check that all names matched."
     missing = [key for key in report.missing_keys if not _PARTS.isdisjoint(key.split("."))]
     unexpected = list(report.unexpected_keys)
-    advice = (
-        "the stored names are not this model's, so rename them, or load into the class of model that the adapter was "
-        "trained on"
-    )
     counts = f"Adapter tensors not filled: {_count(missing)}; stored tensors not used: {_count(unexpected)}"
-    return _tell(counts, advice if missing or unexpected else "")
+    if missing or unexpected:
+        return "problem", (
+            f"{counts}; the stored names are not this model's, so rename them, or load into the class of model that "
+            "the adapter was trained on."
+        )
+    return "ok", f"{counts}."

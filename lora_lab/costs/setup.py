@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal, cast
@@ -241,19 +241,26 @@ class StepTracer(TorchDispatchMode):
     def run(self, batches: Sequence[Batch], weights: Sequence[float]) -> None:
         """Take one step and trace it. With several micro-batches, forward and backward alternate."""
         self.phase = "before"
-        step = copy.copy(self.step)
-        step.batch_loss = self._in_phase(step.batch_loss, "forward", "backward")
-        step.backward = self._in_phase(step.backward, self.phase, "clipping")
-        with ExitStack() as stack:
-            stack.callback(vars(step).clear)  # it refers to itself, and would keep the model alive
-            enter_last = self.step.optimizer.register_step_pre_hook(lambda *_: setattr(self, "phase", "optimiser step"))
-            stack.callback(enter_last.remove)
+        with self._follow_phases() as step, ExitStack() as stack:
             stack.callback(register_module_forward_pre_hook(self._enter_module).remove)
             # Called after an error too: checkpointing leaves a block by an exception once it has recomputed enough.
             stack.callback(register_module_forward_hook(self._leave_module, always_call=True).remove)
-            stack.enter_context(self)
+            stack.enter_context(self)  # torch passes every operation to __torch_dispatch__ from here on
             step(batches, weights)
         self.phase = "after"
+
+    @contextmanager
+    def _follow_phases(self) -> Iterator[TrainingStep]:
+        """Yield a copy of the step that sets ``phase`` as it goes through forward, backward, clipping and update."""
+        step = copy.copy(self.step)
+        step.batch_loss = self._in_phase(step.batch_loss, "forward", "backward")
+        step.backward = self._in_phase(step.backward, self.phase, "clipping")
+        update = self.step.optimizer.register_step_pre_hook(lambda *_: setattr(self, "phase", "optimiser step"))
+        try:
+            yield step
+        finally:
+            update.remove()
+            vars(step).clear()  # it refers to itself, and would keep the model alive
 
     def _in_phase(self, function: Callable[..., Any], phase: str, following: str) -> Callable[..., Any]:
         """Return the function between two phases: in the one while it runs, and in the other from then on."""

@@ -107,7 +107,8 @@ def load_pretrained(
             "leave out keep_blocks, and call quantize_nf4(model)."
         )
     if stored is None:
-        return _load_by_transformers(path, dtype, device)
+        tokenizer = Tokenizer.load(path)  # before the weights: it takes no time, and may be what is missing
+        return _load_by_transformers(path, dtype, device), tokenizer
     return _build(stored, path, dtype, device, keep_blocks), stored.tokenizer
 
 
@@ -443,8 +444,8 @@ def _build_by_transformers(config: Any) -> nn.Module:
         return kind(copy.deepcopy(config))
 
 
-def _load_by_transformers(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[Any, Tokenizer]:
-    """Return the model of a folder, in evaluation mode, and its tokenizer.
+def _load_by_transformers(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """Return the model of a folder, in evaluation mode.
 
     Args:
         folder: with config.json and safetensors.
@@ -457,7 +458,6 @@ def _load_by_transformers(folder: Path, dtype: torch.dtype, device: torch.device
         ModuleNotFoundError: transformers is not installed.
     """
     _weight_files(folder)  # transformers would follow an index out of the folder
-    tokenizer = Tokenizer.load(folder)  # before the weights: it takes no time, and may be what is missing
     config = _read_config(folder)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{folder} holds quantised weights; load the original ones, then call quantize_nf4(model).")
@@ -478,7 +478,7 @@ def _load_by_transformers(folder: Path, dtype: torch.dtype, device: torch.device
     if missing := sorted(report["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{folder} lacks the tensor {missing[0]}{more}, so it is incomplete; copy or make it anew.")
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval()
 
 
 # The cache

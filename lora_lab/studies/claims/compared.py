@@ -334,12 +334,12 @@ def select_inner_rates(record: Record) -> tuple[pandas.DataFrame, dict[tuple[int
     return curves, doubts
 
 
-def _count_verdicts(
+def _list_verdicts(
     table: pandas.DataFrame, column: str, doubts: Mapping[tuple[int, str], str]
 ) -> tuple[list[str], str]:
     """Return the verdicts of the pairs that may be judged, or else of all, and where it is less, more or undecided."""
-    words, texts = [], []
-    for size, setup in [pair for pair, doubt in doubts.items() if not doubt] or doubts:
+    judged, words, texts = [pair for pair, doubt in doubts.items() if not doubt], [], []
+    for size, setup in judged or doubts:
         rows = table[(table["n_train"] == size) & (table["setup"] == setup)]
         words += rows["verdict"].tolist()
         parts = [
@@ -369,7 +369,7 @@ def overfits_less(claim: Claim, record: Record) -> Result:
     curves, doubts = select_inner_rates(record)
     rises = overfitting.by_stopping_point(curves)
     rises = rises[(rises["lower"] != 0) | (rises["upper"] != 0)]  # otherwise no loss has risen yet
-    words, text = _count_verdicts(rises, "step", doubts)
+    words, text = _list_verdicts(rises, "step", doubts)
     at_equal_loss, beside = _compare_at_training_losses(curves, doubts)
     text = f"rise of LoRA's validation loss beside full fine-tuning's, if both stop after a step: {text}. {beside}"
     on = "whether steps or training losses are equal"
@@ -391,7 +391,7 @@ def _compare_at_training_losses(
 ) -> tuple[list[str], str]:
     table = overfitting.by_training_loss(curves, [3.0, 2.0, 1.5, 1.0, 0.6])
     table = table.assign(verdict=table["verdict"].where(table["seeds"] >= MIN_SEEDS, OPEN))
-    words, text = _count_verdicts(table, "train_loss", doubts)
+    words, text = _list_verdicts(table, "train_loss", doubts)
     return words, f"LoRA's validation loss beside full fine-tuning's, where both have a training loss in nats: {text}"
 
 
