@@ -104,7 +104,7 @@ def load_pretrained(
     if keep_blocks and not (stored and stored.kinds):
         raise ValueError(
             f"{path} holds no matrix in blocks of {' or '.join(quantize.BYTES_PER_BLOCK)}, so there are none to keep; "
-            "leave out keep_blocks, and call quantize_nf4(model)."
+            "load it without keep_blocks, and call quantize_nf4(model)."
         )
     if stored is None:
         tokenizer = Tokenizer.load(path)  # before the weights: it takes no time, and may be what is missing
