@@ -391,6 +391,11 @@ def test_losses_of_a_fixed_seed_are_those_of_before(name):
     assert all(LOSSES[name] != other for method, other in LOSSES.items() if method != name)
 
 
+def test_another_seed_gives_other_losses():
+    first, second = (losses(net64, pictures(torch.float64), LoRA(rank=2), seed=seed) for seed in (3, 4))
+    assert first != second
+
+
 # Stopped and started again
 
 
@@ -426,6 +431,15 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, name, step):
     assert 0 < len(seen) < 5  # it went on, and did not begin again
     assert without_seconds(found) == without_seconds(expected)
     assert all(map(torch.equal, resumed.state_dict().values(), straight.state_dict().values()))
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_kept(tmp_path):
+    fit(llama(), sentences(), LoRA(rank=2), **RUN, checkpoint_dir=tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for method, changes in ((LoRA(rank=3), {}), (LoRA(rank=2), {"lr": 0.5}), (LoRA(rank=2), {"seed": 9})):
+        with pytest.raises(ValueError, match="checkpoint"):
+            fit(llama(), sentences(), method, **RUN | changes, checkpoint_dir=tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_history_is_saved_and_loaded(tmp_path):
