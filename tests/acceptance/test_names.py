@@ -133,15 +133,6 @@ def test_a_run_is_trained_diagnosed_and_drawn(net):
     assert ll.plots.learning_and_forgetting
 
 
-def test_a_small_sweep_is_a_grid_of_trials():
-    grid = ll.Grid([1, 2], [1e-2], range(2), [ll.LoRA()], steps=3)
-    assert {trial.method.rank for trial in grid} == {1, 2}
-    frame = ll.ablate(lambda: DigitsMLP(width=8), ll.tasks.digits("adapt"), grid, progress=False)
-    assert set(frame["rank"]) == {1, 2}
-    assert frame["test_loss"].notna().any()
-    assert ll.Trial(ll.LoRA(), 1e-2, steps=3).method == ll.LoRA()
-
-
 def test_memory_is_predicted_as_it_is_measured(net):
     batch = torch.randn(8, 64), torch.zeros(8, dtype=torch.long)
     predicted = ll.memory.predict(net, ll.LoRA(rank=2), batch=batch)
@@ -169,26 +160,3 @@ def test_a_llama_is_saved_loaded_quantized_and_asked(stranger, tmp_path):
     ll.quantize_nf4(again)
     assert not torch.equal(again(ids), model(ids))
     assert (again(ids) - model(ids)).norm() < 0.5 * model(ids).norm()
-
-
-def test_the_device_is_chosen_with_a_reason(monkeypatch):
-    device, why = ll.device.pick_device("cpu")
-    assert device == torch.device("cpu")
-    assert why
-    monkeypatch.setenv("LORA_LAB_EFFORT", "full")
-    assert ll.device.effort() == "full"
-
-
-def test_a_wrong_value_is_refused_in_one_sentence(net, stranger):
-    refused = [
-        (lambda: ll.LoRAConfig(rank=0), "rank"),
-        (lambda: ll.inject(net, ll.LoRAConfig(targets=["nowhere"])), "nowhere"),
-        (lambda: ll.load_pretrained("nowhere-at-all"), "nowhere-at-all"),
-        (lambda: ll.load_adapter(net, "nowhere-at-all"), "nowhere-at-all"),
-        (lambda: ll.fit(net, ll.tasks.digits("adapt"), ll.LoRA(), steps=1, lr=float("nan")), "lr"),
-        (lambda: ll.fit(net, ll.tasks.digits("adapt"), ll.LoRA(), steps=1, learning_rate=1), "learning_rate"),
-    ]
-    for call, names in refused:
-        with pytest.raises((ValueError, OSError, TypeError), match=names):
-            call()
-    assert not ll.lora_layers(net)
