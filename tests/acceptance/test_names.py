@@ -105,13 +105,6 @@ def test_adapters_are_switched_off_turned_down_and_resized(net, tmp_path):
     torch.testing.assert_close(net(PIXELS), tuned, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["lighthouse-keeper", "sentiment"])
-def test_two_adapters_are_shipped(name):
-    folder = ll.adapters.shipped(name)
-    assert (folder / "adapter_config.json").is_file()
-    assert (folder / "adapter_model.safetensors").stat().st_size > 1e6
-
-
 def test_rank_and_spectra_know_an_update_from_noise(net):
     matrix = torch.outer(torch.arange(1.0, 6), torch.arange(1.0, 4))
     assert ll.rank.energy_rank(ll.rank.singular_values(matrix), 0.9) == 1

@@ -90,16 +90,6 @@ def test_the_readme_mentions_every_target_and_no_other():
     assert {"demo", "test", "lab"} <= used <= targets
 
 
-@pytest.mark.parametrize("name", [".github/workflows/ci.yml", "Makefile", ".pre-commit-config.yaml"])
-def test_every_file_that_is_named_exists(name):
-    named = re.findall(r"(?<![\w/.-])(?:\.ci|lora_lab|notebooks|tests)/[\w/-]+\.\w+", read(name))
-    if name == "Makefile":
-        (quick,) = re.findall(r"^QUICK := ((?:.*\\\n)*.*)", read(name), flags=re.MULTILINE)
-        named += [f"tests/{each}.py" for each in quick.replace("\\", "").split()]
-    assert named
-    assert [path for path in named if not (ROOT / path).is_file()] == []
-
-
 def test_a_wheel_takes_every_file_of_the_package():
     code = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "lora_lab").rglob("__init__.py")}
     assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == code | {"lora_lab.notebooks", "lora_lab.recorded"}
