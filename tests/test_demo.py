@@ -153,5 +153,7 @@ def test_the_page_escapes_texts_and_says_if_the_base_is_not_back(tmp_path):
     assert "<blockquote>&lt;b&gt;</blockquote>" in text
     assert "a &amp; b" in text
     assert "1.2 MB beside a model of\n538 MB" in text
+    for numbers in ("2,442,240 134,515,008", "9.8 538.1", "1,900 3,701", "1.00 1.25", "256 205", "3.150 3.150"):
+        assert all(f"<td>{number}" in text for number in numbers.split()), numbers
     assert "the answer is\nnot the same as before" in text
     assert "4 steps of 4 x 64 tokens of Python's manual for each method, seed 3" in text
