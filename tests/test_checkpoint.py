@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora_lab import FullFineTuning, LoRA, PartialFineTuning, checkpoint, fit
+from lora_lab.history import DivergedError
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.tasks import Examples, Task
 from tests.helpers import Stopped, run_killed, snapshot
@@ -100,6 +101,18 @@ def assert_same_end(one, other):
 # Stopped by an exception, at every step
 
 
+@pytest.mark.slow
+@ALL
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
+def test_a_run_stopped_within_any_step_ends_bit_identical(tmp_path, kind, step):
+    interrupt(kind, tmp_path, step)
+    calls = []
+    torch.manual_seed(step)  # what happened outside must not matter
+    resumed = run(kind, tmp_path, stopping(calls=calls))
+    assert len(calls) == STEPS - (step - 1) // EVERY * EVERY  # it went on, and did not begin anew
+    assert_same_end(resumed, run(kind))
+
+
 @ALL
 def test_a_run_stopped_again_and_again_ends_bit_identical(tmp_path, kind):
     for step in (3, 3, 1, 4):  # counted from each start
@@ -141,6 +154,18 @@ def test_a_finished_run_returns_at_once_with_the_same_history(tmp_path, kind):
 def test_how_often_checkpoints_are_written_may_change(tmp_path):
     interrupt("lora", tmp_path, 6)
     assert_same_end(run("lora", tmp_path, checkpoint_every=5), run("lora"))
+
+
+def test_a_diverged_run_leaves_the_last_good_checkpoint(tmp_path):
+    interrupt("lora", tmp_path, 4)
+    before = (tmp_path / CHECKPOINT).read_bytes()
+
+    def loss(model, inputs, targets):
+        return model(inputs).sum() * float("nan")
+
+    with pytest.raises(DivergedError, match="at step 3 "):
+        run("lora", tmp_path, loss)
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
 
 
 # Killed

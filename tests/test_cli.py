@@ -1,8 +1,6 @@
 """The command line: what it prints, writes and refuses."""
 
 import dataclasses
-import importlib.metadata
-import importlib.util
 import inspect
 import io
 import json
@@ -19,11 +17,6 @@ import pytest
 import torch
 
 from lora_lab import Llama, LoRAConfig, cli, inject, load_pretrained, save_adapter, save_model
-from lora_lab.ablation.compare import RankResult, RankVerdict
-from lora_lab.costs.flops import Flops
-from lora_lab.costs.memory import report
-from lora_lab.costs.setup import Setup
-from lora_lab.costs.timing import Prediction, Times
 from lora_lab.models import pretrained
 from lora_lab.models.reading import Sampling
 from tests.helpers import ROOT, command, error_line, printed_json, randomise
@@ -238,19 +231,6 @@ def test_doctor_says_in_one_line_which_variable_is_wrong(monkeypatch, capsys, va
         assert value in error_line(capsys)
 
 
-def test_keys_that_json_may_have_are_documented(tiny_config):
-    documented = {name: set(re.findall(r"``(\w+)``", each.__doc__)) for name, each in cli.COMMANDS.items()}
-    for name, keys in (
-        ("memory", report(Llama(tiny_config), "tiny", {"full": Setup()}, 1, 4, "cpu")[0]),
-        ("speed", Flops({("layers", "forward"): 4}, 2, "a model").to_dict()),
-        ("speed", Prediction({"full": {"Python": 1.0}}, {}, 2).to_dict()),
-        ("speed", Times({"full": [1.0, 2.0]}, 2).to_dict()),
-        ("ablate", RankVerdict(1, "enough", "lora", 0.1, (0,), (RankResult(1, "enough"),)).to_dict()),
-    ):
-        nested = [entry for value in keys.values() if isinstance(value, list | tuple) for entry in value]
-        assert {*keys, *(key for entry in nested if isinstance(entry, dict) for key in entry)} <= documented[name]
-
-
 def test_an_error_of_the_system_is_one_line_and_an_interruption_a_status_of_its_own(monkeypatch, capsys):
     for error, status, says in (
         (RuntimeError("no network"), 1, "lora-lab: no network\n"),
@@ -368,11 +348,6 @@ def test_every_command_in_the_readme_and_its_pages_can_be_parsed():
     assert {line[0] for line in commands} == set(cli.COMMANDS)
     for line in commands:
         cli.make_parser(line).parse_args(line)
-
-
-def test_the_command_is_installed():
-    (entry,) = importlib.metadata.entry_points(group="console_scripts", name="lora-lab")
-    assert entry.load() is cli.main
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "passive"), ("active", "active")])

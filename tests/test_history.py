@@ -49,6 +49,14 @@ def test_speeds_are_medians_over_the_steps_without_row_zero():
     assert history.tokens_per_second == 15.0  # of 10/4, 20/1, 30/2
 
 
+def test_a_frame_has_one_row_a_step_and_numbers_in_every_column():
+    frame = handmade([3.0, None, 2.0]).frame()
+    kinds = {name: dtype.kind for name, dtype in frame.dtypes.items()}
+    assert kinds == dict.fromkeys(COLUMNS, "f") | {"step": "i", "tokens": "i"}
+    assert frame["step"].tolist() == [0, 1, 2]
+    assert frame["validation_loss"].notna().tolist() == [True, False, True]
+
+
 def row(step, **changes):
     losses = {"train_loss": 1.0, "validation_loss": None, "off_domain_loss": None}
     return {"step": step, **losses, "lr": 0.1, "grad_norm": 2, "seconds": 0.5, "tokens": 4} | changes

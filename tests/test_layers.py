@@ -41,6 +41,22 @@ def same_gradients(layer, out, expected, A, B, tolerance=1e-12):
 # Conv2d
 
 
+def test_a_convolution_of_two_by_two_equals_what_was_computed_by_hand():
+    base = nn.Conv2d(1, 2, 2)
+    layer = LoRAConv2d(base, rank=1, alpha=3.0)
+    with torch.no_grad():
+        base.weight.copy_(torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]], [[[0.0, 2.0], [0.0, 0.0]]]]))
+        base.bias.copy_(torch.tensor([0.5, -1.0]))
+        layer.lora_A.copy_(torch.tensor([[[[1.0, 2.0], [0.0, -1.0]]]]))
+        layer.lora_B.copy_(torch.tensor([2.0, -1.0]).view(2, 1, 1, 1))
+    x = torch.tensor([[[[1.0, 2.0, 0.0], [3.0, 1.0, 4.0]]]])
+    # Windows (1 2 / 3 1) and (2 0 / 1 4): the base gives 2.5, 6.5 and 3, -1; A gives 4 and -2; scaling is 3.
+    assert base(x).flatten().tolist() == [2.5, 6.5, 3.0, -1.0]
+    assert layer.delta().flatten(1).tolist() == [[6.0, 12.0, 0.0, -6.0], [-3.0, -6.0, 0.0, 3.0]]
+    for adapted in (layer, layer.merged()):
+        assert adapted(x).flatten().tolist() == [26.5, -5.5, -9.0, 5.0]
+
+
 def padded(x, height, width, mode):
     """What padding of a mode of nn.Conv2d means, by torch's function for the mode."""
     if mode == "zeros":
@@ -84,6 +100,19 @@ def test_a_convolution_is_torchs_with_the_merged_weight(options, pads, batched):
 
 
 # Embedding
+
+
+def test_a_row_of_an_embedding_equals_what_was_computed_by_hand():
+    base = nn.Embedding(3, 2)
+    layer = LoRAEmbedding(base, rank=2, alpha=1.0)
+    with torch.no_grad():
+        base.weight.copy_(torch.tensor([[1.0, 2.0], [0.0, -1.0], [4.0, 0.5]]))
+        layer.lora_A.copy_(torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 1.0]]))
+        layer.lora_B.copy_(torch.tensor([[2.0, 1.0], [0.0, -2.0]]))
+    # Token 2: A's column (2, 1), B times it is (5, -2), half of that is (2.5, -1).
+    assert layer.delta().tolist() == [[1.0, 0.0], [1.5, -3.0], [2.5, -1.0]]
+    for adapted in (layer, layer.merged()):
+        assert adapted(torch.tensor([2, 0])).tolist() == [[6.5, -0.5], [2.0, 2.0]]
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4)])

@@ -8,7 +8,7 @@ import torch
 
 mpl.use("Agg")
 
-from lora_lab import LoRA, LoRALinear, demo, plots
+from lora_lab import LoRA, LoRALinear, plots
 from lora_lab.ablation.stats import BestRate
 from lora_lab.costs.bill import MIB, PARTS, Bill, Moment, Part
 from lora_lab.history import COLUMNS, History
@@ -124,7 +124,7 @@ def test_bills_are_stacked_in_mebibytes_in_the_order_of_the_parts_with_the_peak_
     assert ax.get_ylim()[1] > 1.05 * 2112.5  # room for the highest total
 
 
-def test_every_part_of_a_bill_has_a_look_of_its_own_the_same_in_every_figure(tmp_path, monkeypatch):
+def test_every_part_of_a_bill_has_a_look_of_its_own_the_same_in_every_figure():
     ax = plots.bills({"all": Bill(dict.fromkeys(PARTS, MIB), "backward", "predicted", "a")})
     assert legend(ax) == list(reversed(PARTS))
     looks = {c.get_label(): (c[0].get_facecolor(), c[0].get_hatch()) for c in ax.containers}
@@ -138,18 +138,6 @@ def test_every_part_of_a_bill_has_a_look_of_its_own_the_same_in_every_figure(tmp
     ax = plots.memory_of_a_step(Bill(dict.fromkeys(PARTS, MIB), "forward", "predicted", "a", {}, timeline))
     areas = {a.get_label(): (tuple(a.get_facecolor()[0]), a.get_hatch()) for a in ax.collections}
     assert areas == looks
-    figures = []
-    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
-    memory = {part: MIB for part in (Part.FROZEN, Part.GRADIENTS, Part.OPTIMISER)} | {demo.REST: 3 * MIB}
-    results = [
-        demo.Result(label, history([1.0], method), 1.0, 1.0, memory, 1, 1, "")
-        for label, method in (("LoRA r=8", "lora"), ("full", "full"))
-    ]
-    demo.draw(results, tmp_path / "demo.png")
-    left, right = figures[0].axes
-    bars = {c.get_label(): (c[0].get_facecolor(), c[0].get_hatch()) for c in right.containers}
-    assert bars == {part: looks[Part.REST if part == demo.REST else part] for part in memory}
-    assert [line.get_color() for line in left.get_lines()] == [LORA, FULL]
 
 
 def test_a_step_is_drawn_from_its_first_operation_to_its_last_with_phases_and_peak():

@@ -1,5 +1,6 @@
 """fit: against an AdamW written out by hand, and what it promises on seeds, modes, schedules and errors."""
 
+import copy
 import dataclasses
 import math
 import random
@@ -36,9 +37,9 @@ from lora_lab import (
 from lora_lab.history import COLUMNS, DivergedError, History
 from lora_lab.methods import AsItIs
 from lora_lab.models.digits import DigitsMLP
-from lora_lab.tasks import IGNORE, Examples, Task, cross_entropy, digits
+from lora_lab.tasks import IGNORE, Examples, Task, cross_entropy, digits, planted
 from lora_lab.tasks.instruction import Padded
-from lora_lab.train import DataOrder, LengthOrder, TrainConfig, gradient_checkpointing_method
+from lora_lab.train import DataOrder, LengthOrder, TrainConfig, gradient_checkpointing_method, make_step
 from tests.helpers import Stopped, small_task, snapshot
 
 
@@ -82,6 +83,12 @@ def test_a_result_does_not_depend_on_the_global_generators_which_stay_as_they_we
         results.append(losses(run(LoRA(rank=2, dropout=0.3))[1]))
         assert generators() == before
     assert results[0] == results[1]
+
+
+def test_dropout_is_really_drawn():
+    plain, dropped = (losses(run(LoRA(rank=2, dropout=p))[1]) for p in (0.0, 0.5))
+    assert plain[0] == dropped[0]
+    assert plain[2:] != dropped[2:]
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -231,6 +238,58 @@ def test_an_evaluation_by_length_has_the_same_mean_on_fewer_columns(limit):
 # The numbers
 
 
+def adamw_by_hand(model, task, config):
+    """AdamW over the whole training part at once, as Loshchilov and Hutter write it, in plain tensors."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    first, second = ([torch.zeros_like(p) for p in trained] for _ in range(2))
+    for t in range(1, config.steps + 1):
+        if t <= config.warmup:
+            lr = config.lr * t / config.warmup
+        else:
+            done = (t - 1 - config.warmup) / (config.steps - config.warmup)
+            lr = config.lr * (1 if config.schedule == "constant" else (1 + math.cos(math.pi * done)) / 2)
+        loss = task.loss(model, task.train.inputs, task.train.targets)
+        gradients = torch.autograd.grad(loss, trained)
+        norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
+        factor = min(1.0, config.clip / (norm + 1e-6)) if config.clip else 1.0
+        with torch.no_grad():
+            for p, g, m, v in zip(trained, gradients, first, second, strict=True):
+                m.copy_(0.9 * m + 0.1 * factor * g)
+                v.copy_(0.999 * v + 0.001 * (factor * g) ** 2)
+                p -= lr * config.weight_decay * p
+                p -= lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        yield loss.item(), norm, lr
+
+
+@pytest.mark.parametrize(
+    ("method", "schedule", "warmup", "decay", "clip"),
+    [
+        (FullFineTuning(), "cosine", 3, 0.0, 1.0),
+        (FullFineTuning(), "cosine", 3, 0.1, 0.2),
+        (LoRA(rank=2, alpha=6), "cosine", 0, 0.1, 0.05),
+        (LoRA(rank=2, alpha=6), "constant", 4, 0.0, None),
+        (PartialFineTuning(("head",)), "cosine", 10, 0.5, None),
+    ],
+)
+def test_trajectory_equals_adamw_written_by_hand(method, schedule, warmup, decay, clip):
+    config = TrainConfig(
+        steps=10, lr=0.02, batch_size=12, seed=4, schedule=schedule, warmup=warmup, weight_decay=decay, clip=clip
+    )
+    task = small_task(dtype=torch.float64, loss=double_cross_entropy)
+    ours, reference = DigitsMLP(width=16).double(), DigitsMLP(width=16).double()
+    start = copy.deepcopy(ours.state_dict())
+    history = fit(ours, task, method, config)
+    method.prepare(reference, seed=4)
+    expected = list(adamw_by_hand(reference, task, config))
+    found = [(row["train_loss"], row["grad_norm"], row["lr"]) for row in history.rows[1:]]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(ours.state_dict(), reference.state_dict(), rtol=0, atol=1e-12)
+    trained = {name for name, p in ours.named_parameters() if p.requires_grad}
+    assert all((ours.get_parameter(name) - start[name]).abs().max() > 1e-3 for name in trained & start.keys())
+    if clip:
+        assert (max(norm for _, norm, _ in expected) > clip) is (clip < 1)
+
+
 @pytest.mark.parametrize("clip", [1.0, None])
 def test_a_gradient_whose_norm_overflows_stays_finite(clip):
     def large(*batch):
@@ -330,6 +389,15 @@ def test_evaluation_of_a_batch_without_counted_targets_does_not_spoil_the_mean()
         evaluate(model, task, "train", 1, limit=1)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_ignores_dropout_and_keeps_mode_and_gradients(training):
+    model = nn.Sequential(nn.Linear(64, 32), nn.Dropout(0.5), nn.Linear(32, 10)).train(training)
+    results = {evaluate(model, small_task(), "validation") for _ in range(3)}
+    assert len(results) == 1
+    assert model.training is model[1].training is training
+    assert all(p.grad is None for p in model.parameters())
+
+
 # History
 
 
@@ -421,6 +489,15 @@ def test_a_loss_that_is_no_number_stops_the_run_at_its_step(bad_step, value):
     assert len(calls) == bad_step
 
 
+@pytest.mark.parametrize("spoilt", ["model", "task"])
+def test_a_loss_that_is_no_number_before_training_is_not_put_down_to_the_learning_rate(spoilt):
+    model, task = DigitsMLP(width=16), small_task()
+    with torch.no_grad():
+        (model.head.bias if spoilt == "model" else task.validation.inputs)[0] = math.nan
+    with pytest.raises(DivergedError, match=r"nan at step 0 \(before training\), so no learning rate"):
+        run(LoRA(rank=2), model, task)
+
+
 def test_a_run_stores_no_checkpoint_of_weights_that_are_no_numbers(tmp_path):
     def loss(model, inputs, targets):  # finite itself, but its gradient is not
         return F.cross_entropy(model(inputs), targets) + (model.head.bias * 0).sqrt().sum()
@@ -433,7 +510,26 @@ def test_a_run_stores_no_checkpoint_of_weights_that_are_no_numbers(tmp_path):
 # Learning
 
 
+def test_lora_finds_a_planted_update_if_its_rank_is_high_enough():
+    model = DigitsMLP(width=32)
+    task = planted(model, rank=4, noise=0.05)
+    final = {}
+    for rank in (1, 4):
+        student = copy.deepcopy(model)
+        history = fit(student, task, LoRA(rank=rank, alpha=2 * rank), steps=200, lr=0.01, batch_size=32, eval_every=200)
+        final[rank] = history.rows[-1]["validation_loss"]
+        assert final[rank] < history.rows[0]["validation_loss"]
+    assert final[4] < 0.3 * final[1]
+
+
 # The step by itself
+
+
+def test_make_step_hands_rates_and_decay_to_the_optimiser():
+    config = TrainConfig(steps=1, lr=0.5, weight_decay=0.25, clip=None)
+    step = make_step(DigitsMLP(), cross_entropy, LoRAPlus(2, ratio=4.0), config)
+    assert [(group["lr"], group["weight_decay"]) for group in step.optimizer.param_groups] == [(0.5, 0.25), (2.0, 0.25)]
+    assert (step.clip, step.threads, step.loss) == (None, 1, cross_entropy)
 
 
 # Checkpointing
@@ -470,6 +566,19 @@ def test_checkpointing_changes_no_result(tiny_config, method, dtype):
 
 def checkpointing(model):
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def test_a_refused_step_leaves_the_model_as_it_was(tiny_config):
+    config = TrainConfig(lr=1e-3, steps=1, gradient_checkpointing=True)
+    for model, method, says in (
+        (Llama(tiny_config), PartialFineTuning(["nowhere"]), "no module 'nowhere'"),
+        (DigitsMLP(), LoRA(rank=2), "no method gradient_checkpointing_enable"),
+    ):
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=says):
+            make_step(model, cross_entropy, method, config)
+        assert snapshot(model) == before
+        assert not checkpointing(model)
 
 
 @pytest.mark.parametrize("error", [False, True])
@@ -744,7 +853,6 @@ REFUSED = [  # the model, the arguments, the exception, what must be named
     (net, {"checkpoint_dir": "a file"}, OSError, "a file"),
     (net, {"checkpoint_dir": "other"}, ValueError, "other"),
     (net, {"checkpoint_dir": "damaged"}, ValueError, "damaged"),
-    (small_llama, {"gradient_checkpointing": True, "method": PartialFineTuning(["haed"])}, ValueError, "'haed'"),
     (small_llama, {"lean": Lean(), "method": DoRA(2)}, ValueError, "DoRALinear"),
     (small_llama, {"lean": Lean(), "method": FullFineTuning()}, ValueError, "no adapters"),
     (small_llama, {"lean": Lean(threads=2), "method": LoRA(2, dropout=0.1)}, ValueError, "threads is 2"),

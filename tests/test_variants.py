@@ -116,6 +116,22 @@ def test_outputs_and_gradients_equal_those_under_peft(kind, bias):
         assert relative_error(plain(x), out) > 0.02
 
 
+@pytest.mark.parametrize(("rank", "alpha"), [(3, 3.0), (3, 12.0), (7, 1.0)])
+def test_pissa_starts_where_pefts_does_whatever_alpha_is(rank, alpha):
+    ours = net("pissa", rank=rank, alpha=alpha)
+    theirs, parameters = in_peft("pissa", net(), rank, alpha)
+    torch.testing.assert_close(ours(inputs()), theirs(inputs()), rtol=0, atol=1e-5)
+    ours(inputs()).sin().sum().backward()
+    theirs(inputs()).sin().sum().backward()
+    for name, parameter in parameters.items():
+        mine = ours.get_parameter(name)
+        torch.testing.assert_close(mine, parameter, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(mine.grad, parameter.grad, rtol=1e-3, atol=1e-5)
+        assert parameter.abs().max() > 0.05
+    other = net("pissa", rank=rank, alpha=2 * alpha)
+    assert relative_error(other.first.lora_A, ours.first.lora_A) > 0.1
+
+
 # By hand
 
 
@@ -173,6 +189,17 @@ def test_pissa_and_its_gradients_equal_the_papers_equations_written_out(bias, al
 
 
 # The start
+
+
+@ALL
+@BIAS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_new_adapter_computes_bitwise_what_the_pre_trained_net_does(kind, bias, dtype):
+    x, expected = inputs(dtype), net(bias=bias, dtype=dtype)(inputs(dtype))
+    model = net(kind, bias, dtype, dropout=0.5)
+    assert model.training
+    assert torch.equal(model(x), expected)
+    assert not torch.equal(randomise(model)(x), expected)
 
 
 def test_a_row_of_zeros_stays_zero_under_dora_and_gives_no_nan():
@@ -276,6 +303,19 @@ def test_lora_fa_keeps_a_x_and_not_x():
 
 
 # Switching
+
+
+@pytest.mark.parametrize("kind", ["rslora", "dora", "lora-fa", "pissa"])
+def test_a_switched_state_computes_what_the_net_that_it_is_of_did(kind):
+    x, model = inputs(), net(kind)
+    states, outputs = [], []
+    for seed in (1, 2):
+        states.append(adapter_state(randomise(model, seed)))
+        outputs.append(model(x))
+    for state, expected in zip(states, outputs, strict=True):
+        switch(model, state)
+        assert torch.equal(model(x), expected)
+    assert relative_error(*outputs) > 0.1
 
 
 def test_a_state_of_pissa_holds_its_start_so_that_it_means_the_same_update_on_another_base():

@@ -203,12 +203,3 @@ def test_what_is_handed_out_holds_no_solution_and_no_hidden_test(course):
     assert [cell.metadata.nbgrader.points for cell in points] == MOST
     assert all(cell.metadata.nbgrader.locked and not cell.metadata.editable for cell in points)
     assert all(line.startswith("#") for cell in points for line in cell.source.splitlines())
-
-
-def test_nbgraders_validation_says_failed_and_exits_as_if_it_had_not(course):
-    """So docs/teach.md does not use it; if this fails, it may."""
-    sheet = course[0] / "release" / NAME / f"{NAME}.ipynb"
-    line = [sys.executable, "-m", "nbgrader", "validate", str(sheet)]
-    done = subprocess.run(line, cwd=course[0], capture_output=True, text=True, timeout=300)
-    assert "VALIDATION FAILED" in done.stdout.upper()
-    assert done.returncode == 0

@@ -3,7 +3,6 @@
 ``make test`` runs every cell of them.
 """
 
-import json
 import os
 import re
 import subprocess
@@ -12,7 +11,7 @@ import sys
 import nbformat
 import pytest
 
-from lora_lab.course import check, hint, progress
+from lora_lab.course import hint
 from tests.acceptance import ROOT
 
 LESSONS = {
@@ -123,36 +122,3 @@ def test_hints_come_one_at_a_time(capsys, monkeypatch, tmp_path):
     hint("phi")
     assert "That was the last hint." in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("name", "answer", "says"),
-    [
-        ("grdient", lambda delta, z: z, "Did you mean 'gradient'?"),
-        ("gradient", 3, "Pass the function itself"),
-        ("gradient", lambda delta: delta, "must take the arguments (delta, z)"),
-        ("gradient", lambda delta, z: 1 / 0, "Your code stops with ZeroDivisionError"),
-        ("gradient", lambda delta, z: ..., "Not started yet."),
-    ],
-)
-def test_what_is_no_answer_gets_a_sentence(capsys, name, answer, says):
-    assert not check(name, answer)
-    assert says in capsys.readouterr().out
-
-
-def test_an_endless_answer_is_stopped(capsys):
-    def endless(delta, z):
-        while True:
-            pass
-
-    assert not check("gradient", endless)
-    assert "still running after 2 s" in capsys.readouterr().out
-
-
-def test_progress_lists_each_exercise_with_its_lesson(capsys):
-    progress()
-    shown = capsys.readouterr().out
-    stored = json.loads((ROOT / "tests" / "acceptance" / "exercises.json").read_text(encoding="utf-8"))
-    for name, content in stored.items():
-        for exercise in content["exercises"]:
-            assert re.search(rf"^{name} +{exercise} ", shown, re.MULTILINE), exercise

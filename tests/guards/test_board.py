@@ -10,7 +10,7 @@ import pytest
 from lora_lab import records
 from lora_lab.studies.claims.deciding import DECIDERS, Entry, judge, read_claims
 from lora_lab.studies.records import KINDS
-from tests.helpers import PNG, ROOT
+from tests.helpers import COMMIT, PNG, ROOT
 
 sys.path.insert(0, str(ROOT / "docs" / "site"))  # scripts, which are no package
 import board
@@ -89,6 +89,21 @@ def test_machines_stand_side_by_side(source, stored):
         10 * ratios["Intel(R) Xeon(R) Processor, 2 cores"], rel=0.02
     )
     assert {row[1] for row in cells(text, "NVIDIA H100")} == {"GPU"}
+
+
+@pytest.mark.slow
+def test_a_study_appears_as_soon_as_it_has_a_record(source, stored):
+    assert "`lora-lab record targets`, an hour on two cores; 3 claims wait" in stored[0]
+    rows = [
+        {"data": "docs", "stage": "judging", "setup": setup, "lr": 1e-3, "seed": seed, "test_loss": loss + seed / 100}
+        for setup, loss in (("all", 3.0), ("MLP", 3.1))
+        for seed in (2, 3, 4)
+    ]
+    records.write(records.Record("targets", "A CPU", {"cpu": "x"}, COMMIT, "2026-11-27", "x", {}, rows), source)
+    after = page(source)
+    assert cells(after, "[targets](#study-targets)")[0][5:7] == ["A CPU", "2026-11-27"]
+    assert "`lora-lab record targets`, an hour" not in after
+    assert "![A CPU. Test losses, each setup at its rate; means: all on docs 3.030, MLP on docs 3.130]" in after
 
 
 def test_every_study_is_there_and_every_picture_is_a_file_with_a_description(stored):

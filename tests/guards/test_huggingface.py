@@ -31,6 +31,7 @@ from lora_lab.methods import AsItIs
 from lora_lab.task import logits
 from lora_lab.tasks import IGNORE, Examples, Pair, Task, from_pairs, generate, mean_squared_error
 from lora_lab.tasks.generate import answers, log_likelihoods, reply
+from lora_lab.variants import DoRA
 from tests.helpers import enlarge, randomise, randomise_all
 from tests.tiny_models import (
     SHAPE,
@@ -264,7 +265,7 @@ def test_a_compiled_model_is_told_to_build_no_cache_too():
 
 @pytest.mark.slow
 @EVERY
-def test_losses_are_those_of_a_plain_loop_with_pefts_adapter(family, tmp_path):
+def test_losses_are_those_of_a_plain_loop_with_pefts_adapter_which_can_be_read_back(family, tmp_path):
     start = fresh(family.make)
     inject(start, family.method, seed=SEED)
     ll.save_adapter(start, tmp_path / "start")
@@ -278,8 +279,17 @@ def test_losses_are_those_of_a_plain_loop_with_pefts_adapter(family, tmp_path):
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         losses.append(loss.item())
-    assert trained(family)[1] == pytest.approx(losses, abs=1e-5)
+    model, found = trained(family)
+    assert found == pytest.approx(losses, abs=1e-5)
     assert abs(losses[-1] - their_loss(fresh(family.make), train[batch]).item()) > 1e-3
+    theirs.eval().save_pretrained(tmp_path / "theirs")
+    read = fresh(family.make)
+    ll.load_adapter(read, tmp_path / "theirs")
+    torch.testing.assert_close(scores(read, family), scores(theirs, family), rtol=1e-5, atol=1e-5)
+    ll.save_adapter(model, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(fresh(family.make), tmp_path / "ours").eval()
+    torch.testing.assert_close(scores(model, family), scores(again, family), rtol=1e-5, atol=1e-5)
+    assert (scores(model, family) - scores(original(family.make), family)).abs().max() > 0.01
 
 
 @MASKED
@@ -453,6 +463,25 @@ def test_two_ranks_are_packed_and_end_as_fit_does_or_are_refused_with_the_reason
 # What comes of it
 
 
+@EVERY
+@torch.no_grad()
+def test_merged_extracted_and_resized_adapters_are_the_updates_and_their_best_approximations(family):
+    model = trained(family)[0]
+    tuned = copy.deepcopy(model)
+    merge(tuned)
+    torch.testing.assert_close(scores(tuned, family), scores(model, family), rtol=1e-4, atol=1e-5)
+    cut = fresh(family.make)
+    errors = ll.extract(cut, tuned, 4)
+    assert max(errors[name] for name in lora_layers(model)) < 1e-4
+    torch.testing.assert_close(scores(cut, family), scores(model, family), rtol=1e-3, atol=1e-4)
+    small = copy.deepcopy(model)
+    ll.adapters.resize(small, 2)
+    for name, layer in lora_layers(model).items():
+        left, sizes, right = torch.linalg.svd(layer.delta(), full_matrices=False)
+        best = left[:, :2] * sizes[:2] @ right[:2]
+        torch.testing.assert_close(lora_layers(small)[name].delta(), best, rtol=1e-3, atol=1e-5)
+
+
 def test_an_adapter_fits_its_classifier_if_the_model_was_saved_with_its_new_head(tmp_path):
     """The recipe of docs/programs.md."""
     parts = [Examples(counting(16, seed).inputs, torch.arange(16) % 2) for seed in range(4)]
@@ -471,6 +500,16 @@ def test_an_adapter_fits_its_classifier_if_the_model_was_saved_with_its_new_head
     assert evaluate(whole, task) == pytest.approx(evaluate(again, task), rel=1e-5)
 
 
+@pytest.mark.parametrize("make", [llama, qwen3, gemma3])
+@pytest.mark.parametrize("method", [FullFineTuning(), LoRA(rank=4)], ids=["full", "LoRA"])
+def test_a_tied_head_stays_tied_in_bfloat16_too(make, method):
+    model = fresh(make, torch.bfloat16)
+    fit(model, TASK, method, steps=2, lr=LR, batch_size=BATCH)
+    kept = {torch.bfloat16, torch.float32} if method.name == "lora" else {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters()} == kept
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) is (make is not llama)
+
+
 def test_adapters_act_on_the_layers_of_mamba_whose_weight_it_reads_without_calling_them_but_cannot_be_packed():
     model, expected = fresh(mamba).train(), fresh(mamba).train()
     names = inject(model, LoRAConfig(rank=2))
@@ -483,6 +522,17 @@ def test_adapters_act_on_the_layers_of_mamba_whose_weight_it_reads_without_calli
     torch.testing.assert_close(scores(model, family), scores(expected, family), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match=READS):
         ablate(original(mamba), family.task, [Trial(LoRA(2), lr=LR, steps=2)], engine="packed", progress=False)
+
+
+@EXPERTS
+def test_experts_stay_frozen_which_a_warning_says(family):
+    model = fresh(family.make)
+    with pytest.warns(UserWarning, match=r"so they stay frozen: model\.layers\.0\.mlp\.experts\."):
+        run(family, model, steps=2)
+    for name, parameter in model.named_parameters():
+        if "experts" in name:
+            assert not parameter.requires_grad
+            assert torch.equal(parameter, original(family.make).get_parameter(name))
 
 
 # What they answer
@@ -559,6 +609,18 @@ def test_a_class_is_chosen_by_the_log_likelihood_that_transformers_computes(make
 
 
 # Falcon, whose linear layers derive from nn.Linear
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=4), DoRA(rank=4)])
+def test_every_linear_layer_of_falcon_is_adapted_by_every_method_and_keeps_its_class(method):
+    names = [name for name, module in original(falcon).named_modules() if isinstance(module, FalconLinear)]
+    model = fresh(falcon)
+    losses = fit(model, TASK, method, steps=6, lr=LR, batch_size=BATCH).curve("validation_loss")[1]
+    assert losses[-1] < losses[0]
+    assert list(lora_layers(model)) == names
+    assert len(names) == 8
+    merge(model)
+    assert all(type(model.get_submodule(name)) is FalconLinear for name in names)
 
 
 def test_in_bfloat16_a_merged_layer_of_falcon_rounds_as_falcon_does():

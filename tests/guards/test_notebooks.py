@@ -167,15 +167,6 @@ def test_the_readme_and_lesson_00_give_the_minutes_that_the_lesson_states(path):
     assert f"]({path.name}) | {yours} |" in text_of(read(LESSONS[0]))
 
 
-def test_the_lessons_state_at_most_3_minutes_of_computing_each_and_14_together():
-    """``benchmarks/lessons.py`` measures them."""
-    stated = [re.search(r"about ([\d½¾]+) for the machine", text_of(read(path)))[1] for path in LESSONS]
-    fractions = {"½": 0.5, "¾": 0.75}
-    minutes = [int(text.rstrip("½¾") or 0) + fractions.get(text[-1], 0) for text in stated]
-    assert max(minutes) <= 3
-    assert sum(minutes) <= 14
-
-
 @each_lesson
 def test_every_exercise_is_there_and_its_text_says_how_hard_and_how_long_it_is(path):
     cells = read(path).cells

@@ -1,7 +1,6 @@
 """The files around the code say the same as the code: dependencies, versions, targets; and none names a machine."""
 
 import importlib.metadata
-import json
 import re
 import subprocess
 import tomllib
@@ -18,7 +17,6 @@ from tests.helpers import ROOT
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
-WORKFLOW = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
 IN_CONDA = {"torch": "pytorch"}  # what conda-forge calls a package that pip calls otherwise
 
 
@@ -90,37 +88,6 @@ def test_the_readme_mentions_every_target_and_no_other():
     assert set(listed.split(", ")) == targets
     used = set(re.findall(r"(?:^|`)make ([a-z][a-z-]+)", readme + read("CONTRIBUTING.md"), flags=re.MULTILINE))
     assert {"demo", "test", "lab"} <= used <= targets
-
-
-def commands(job):
-    """What the steps of a job of the workflow run, as one text."""
-    return "\n".join(step.get("run", "") for step in WORKFLOW["jobs"][job]["steps"])
-
-
-@pytest.mark.parametrize("name", [".github/workflows/ci.yml", "Makefile", ".pre-commit-config.yaml"])
-def test_every_file_that_is_named_exists(name):
-    named = re.findall(r"(?<![\w/.-])(?:\.ci|lora_lab|notebooks|tests)/[\w/-]+\.\w+", read(name))
-    if name == "Makefile":
-        (quick,) = re.findall(r"^QUICK := ((?:.*\\\n)*.*)", read(name), flags=re.MULTILINE)
-        named += [f"tests/{each}.py" for each in quick.replace("\\", "").split()]
-    assert named
-    assert [path for path in named if not (ROOT / path).is_file()] == []
-
-
-def test_lessons_that_assert_on_measured_times_run_alone():
-    """After the others, so that no other process takes the time that they measure."""
-    (timed,) = re.findall(r"^TIMED := (.+)$", read("Makefile"), flags=re.MULTILINE)
-    asserting = []
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        lines = "".join("".join(cell["source"]) + "\n" for cell in json.loads(read(path))["cells"]).splitlines()
-        if any(re.match(r"\s*assert .*\b(median_s|tokens_per_second|ratio)\(", line) for line in lines):
-            asserting.append(path.relative_to(ROOT).as_posix())
-    assert asserting == timed.split()
-    (parallel,) = re.findall(r"^\t.*pytest .*--ignore=.* notebooks tests", read("Makefile"), flags=re.MULTILINE)
-    assert "$(TIMED:%=--ignore=%)" in parallel
-    for path in asserting:
-        assert f"--ignore={path} notebooks" in commands("lessons")
-        assert re.search(rf"-m pytest -q {path}\b", commands("lessons"))
 
 
 def test_a_wheel_takes_every_file_of_the_package():

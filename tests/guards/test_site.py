@@ -18,7 +18,6 @@ import pytest
 
 from lora_lab.course import copies
 from lora_lab.studies.claims.deciding import read_claims
-from lora_lab.studies.records import KINDS
 from tests import lab
 from tests.helpers import ROOT, solutions, words
 
@@ -165,14 +164,6 @@ def test_formulas_are_drawn_without_a_script(site, pages):
     assert not re.search(r"<script[^>]*(mathjax|katex)", html, re.IGNORECASE)
     text = "".join(pages["notebooks/05_speed.html"].open)
     assert not re.search(r"\\frac|\$[A-Z]", text)
-
-
-def test_the_board_has_every_study_and_tables_that_sort(site, pages):
-    board = pages["records/index.html"]
-    assert {f"study-{name.replace('_', '-')}" for name in KINDS} <= board.anchors
-    assert len(board.pictures) > 9
-    assert (site / "records" / "index.html").read_text(encoding="utf-8").count('class="sortable') == 3
-    assert any(address.partition("?")[0].endswith("_static/sort.js") for address in board.loaded)
 
 
 @pytest.mark.skipif(not (find_spec("playwright") and lab.CHROMIUM), reason="needs playwright and Chromium")

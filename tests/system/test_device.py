@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from lora_lab.system.device import effort, pick_device, run_in_subprocess
-from lora_lab.system.provenance import machine_info
 
 
 @pytest.fixture
@@ -68,16 +67,6 @@ def test_effort_is_quick_without_a_gpu_full_with_one_and_as_the_variable_says(no
     no_wishes.setenv("LORA_LAB_EFFORT", "some")
     with pytest.raises(ValueError, match="LORA_LAB_EFFORT is 'some', but it must be 'quick' or 'full'"):
         effort()
-
-
-def test_facts_name_versions_system_and_device():
-    found = machine_info(torch.device("cpu"))
-    assert found["torch"] == torch.__version__
-    assert found["device"] == "cpu"
-    assert found["python"].startswith("3.")
-    assert f"{torch.get_num_threads()} torch threads" in found["cpu"]
-    assert "gpu" not in found
-    assert all(isinstance(value, str) and value for value in found.values())
 
 
 # Fresh processes
