@@ -696,7 +696,7 @@ TOUCHING = {name: (lambda mix=mix: Net(ByFunction(mix)), FEW.get(name, 4)) for n
     "odd rows": (PositionFirst, 3),
     "reads weights": (lambda: ReadsWeights(nn.Identity()), 4),
 }
-REASONS = {"odd rows": "given 8 rows, which are not the examples of 3 trials", "reads weights": "reads the weight"}
+REASONS = {"odd rows": "given 8 rows, not the examples of 3 trials", "reads weights": "reads the weight"}
 
 
 @pytest.mark.parametrize("case", TOUCHING)

@@ -11,6 +11,8 @@ from tests.acceptance import ROOT
 
 CLAIMS = json.loads(Path(__file__).with_name("claims.json").read_text(encoding="utf-8"))
 RECORDS = sorted(path.stem for path in (ROOT / "records").glob("*.json"))
+KINDS = ["ablation", "downstream", "elicitation", "head_start", "memory", "overfitting", "quality", "rates"]
+KINDS += ["spectra", "speed"]
 PUBLISHED = sorted(path.stem for path in (ROOT / "records" / "published").glob("*.json"))
 
 
@@ -61,6 +63,11 @@ def test_a_record_loads_and_states_where_it_comes_from(records, name):
     assert len(record.frame()) == len(stored["rows"])
     assert (record.device, record.commit, record.date) == (stored["device"], stored["commit"], stored["date"])
     assert record.command.startswith("lora-lab record ")
+
+
+def test_there_is_one_record_of_each_of_these_kinds(records):
+    assert sorted(record.what for record in records.values()) == KINDS
+    assert list(ll.records.load_all("memory")) == ["intel-xeon-processor-2-cores-memory"]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -16,12 +16,23 @@ from tests.acceptance import ROOT
 
 COMMANDS = ["demo", "finetune", "chat", "export", "memory", "speed", "analyze", "ablate", "record"]
 COMMANDS += ["claims", "course", "doctor", "fetch"]
+WITH_JSON = ["memory", "speed", "analyze", "ablate", "finetune", "record", "claims", "doctor"]
 CONFIGS = ROOT / "tests" / "data" / "configs"
 
 
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_has_a_help(main, capsys, name):
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert f"lora-lab {name}" in printed
+    assert ("--json" in printed) is (name in WITH_JSON)
 
 
 def test_the_help_lists_exactly_these_commands(lora_lab):
@@ -33,6 +44,15 @@ def test_the_command_runs_as_a_module_and_says_its_version():
     call = [sys.executable, "-m", "lora_lab", "--version"]
     done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["lora-lab", ll.__version__]
+
+
+def test_what_goes_wrong_is_one_line_and_a_status(main, capsys):
+    assert main(["chat", "a", "--adapter", "nowhere"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("lora-lab: ")
+    assert "nowhere" in printed.err
+    assert printed.err.count("\n") == 1
 
 
 # finetune, generate, chat, export: one adapter's life
@@ -61,10 +81,17 @@ def test_finetune_trains_evaluates_and_saves(lora_lab, stranger, sums, tmp_path,
     assert not torch.equal(after(ids), before(ids))
 
 
-def test_finetune_shows_what_a_model_reads(lora_lab, stranger, sums, tmp_path):
+def test_finetune_shows_what_a_model_reads_and_never_replaces_a_result(main, lora_lab, stranger, sums, tmp_path):
     printed = finetune(lora_lab, stranger, sums, "--preview")
     assert "plus one?" in printed
     assert not (tmp_path / "out").exists()
+    finetune(lora_lab, stranger, sums)
+    before = (tmp_path / "out" / "result.json").read_bytes()
+    options = ["--steps", "1", "--device", "cpu", "--out", "out"]
+    assert main(["finetune", "--task", str(sums), "--model", str(stranger), *options]) == 1
+    assert (tmp_path / "out" / "result.json").read_bytes() == before
+    finetune(lora_lab, stranger, sums, "--overwrite", "--rank", 2)
+    assert (tmp_path / "out" / "result.json").read_bytes() != before
 
 
 def test_plain_chat_writes_what_the_model_writes_with_and_without_the_adapter(lora_lab, stranger, adapter):
@@ -193,6 +220,15 @@ def test_course_and_lessons_write_the_open_and_the_solved_copy(lora_lab, tmp_pat
     opened, solved = (nbformat.read(tmp_path / f / "01_low_rank.ipynb", 4) for f in ("mine", "solved"))
     assert "return (m * n - 1) // (m + n)" in nbformat.writes(solved)
     assert "return (m * n - 1) // (m + n)" not in nbformat.writes(opened)
+
+
+def test_doctor_says_which_device_is_used_and_why(lora_lab):
+    result = json.loads(lora_lab("doctor", "--json"))
+    assert result["lora_lab"] == ll.__version__
+    assert result["device"] == "cpu"
+    assert result["device_reason"]
+    assert result["memory_total_bytes"] > result["memory_available_bytes"] > 0
+    assert "model" in lora_lab("doctor")
 
 
 def test_fetch_finds_the_model_in_the_cache(lora_lab):

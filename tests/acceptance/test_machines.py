@@ -10,6 +10,7 @@ import venv
 
 import joblib
 import pytest
+import torch
 
 import lora_lab as ll
 from lora_lab.models.digits import DigitsMLP
@@ -62,6 +63,22 @@ def test_a_sweep_on_a_dask_cluster_gives_what_one_process_gives():
 
 
 # A GPU
+
+
+def test_make_lab_gpu_runs_every_lesson_at_full_effort_on_cuda():
+    recipe = subprocess.run(["make", "-n", "lab-gpu"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (line,) = [line for line in recipe.splitlines() if "pytest" in line]
+    for text in ("LORA_LAB_DEVICE=cuda", "LORA_LAB_EFFORT=full", "--nbval-lax"):
+        assert text in line
+    assert line.split()[-1] == "notebooks"
+
+
+def test_a_gpu_that_is_asked_for_and_not_there_is_a_sentence(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setenv("LORA_LAB_DEVICE", "cuda")
+    with pytest.raises((ValueError, RuntimeError), match="cuda"):
+        ll.device.pick_device()
 
 
 # No network

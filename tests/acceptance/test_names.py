@@ -32,6 +32,16 @@ def test_the_readme_lists_pages_that_exist_and_each_guide_is_among_them():
         assert f"](docs/{path.name})" in README
 
 
+def test_every_command_of_the_readme_is_a_target_or_a_command(main, capsys):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z-]+)", README)) <= targets
+    main([])
+    listed = capsys.readouterr().out
+    for name in re.findall(r"`lora-lab ([a-z-]+)", README):
+        assert re.search(rf"^ +{name}\b", listed, re.MULTILINE), name
+
+
 def test_the_readmes_code_runs_on_a_small_model(stranger, tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     monkeypatch.chdir(tmp_path)
@@ -105,6 +115,13 @@ def test_adapters_are_switched_off_turned_down_and_resized(net, tmp_path):
     torch.testing.assert_close(net(PIXELS), tuned, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["lighthouse-keeper", "sentiment"])
+def test_two_adapters_are_shipped(name):
+    folder = ll.adapters.shipped(name)
+    assert (folder / "adapter_config.json").is_file()
+    assert (folder / "adapter_model.safetensors").stat().st_size > 1e6
+
+
 def test_rank_and_spectra_know_an_update_from_noise(net):
     matrix = torch.outer(torch.arange(1.0, 6), torch.arange(1.0, 4))
     assert ll.rank.energy_rank(ll.rank.singular_values(matrix), 0.9) == 1
@@ -124,6 +141,15 @@ def test_a_run_is_trained_diagnosed_and_drawn(net):
     assert ll.diagnose(net, base=DigitsMLP(width=16, seed=0)).ok
     assert not ll.diagnose(adapted(DigitsMLP(width=16, seed=1)), base=DigitsMLP(width=16, seed=0)).ok
     assert ll.plots.learning_and_forgetting
+
+
+def test_a_small_sweep_is_a_grid_of_trials():
+    grid = ll.Grid([1, 2], [1e-2], range(2), [ll.LoRA()], steps=3)
+    assert {trial.method.rank for trial in grid} == {1, 2}
+    frame = ll.ablate(lambda: DigitsMLP(width=8), ll.tasks.digits("adapt"), grid, progress=False)
+    assert set(frame["rank"]) == {1, 2}
+    assert frame["test_loss"].notna().any()
+    assert ll.Trial(ll.LoRA(), 1e-2, steps=3).method == ll.LoRA()
 
 
 def test_memory_is_predicted_as_it_is_measured(net):
@@ -153,3 +179,26 @@ def test_a_llama_is_saved_loaded_quantized_and_asked(stranger, tmp_path):
     ll.quantize_nf4(again)
     assert not torch.equal(again(ids), model(ids))
     assert (again(ids) - model(ids)).norm() < 0.5 * model(ids).norm()
+
+
+def test_the_device_is_chosen_with_a_reason(monkeypatch):
+    device, why = ll.device.pick_device("cpu")
+    assert device == torch.device("cpu")
+    assert why
+    monkeypatch.setenv("LORA_LAB_EFFORT", "full")
+    assert ll.device.effort() == "full"
+
+
+def test_a_wrong_value_is_refused_in_one_sentence(net, stranger):
+    refused = [
+        (lambda: ll.LoRAConfig(rank=0), "rank"),
+        (lambda: ll.inject(net, ll.LoRAConfig(targets=["nowhere"])), "nowhere"),
+        (lambda: ll.load_pretrained("nowhere-at-all"), "nowhere-at-all"),
+        (lambda: ll.load_adapter(net, "nowhere-at-all"), "nowhere-at-all"),
+        (lambda: ll.fit(net, ll.tasks.digits("adapt"), ll.LoRA(), steps=1, lr=float("nan")), "lr"),
+        (lambda: ll.fit(net, ll.tasks.digits("adapt"), ll.LoRA(), steps=1, learning_rate=1), "learning_rate"),
+    ]
+    for call, names in refused:
+        with pytest.raises((ValueError, OSError, TypeError), match=names):
+            call()
+    assert not ll.lora_layers(net)
