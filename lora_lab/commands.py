@@ -489,6 +489,7 @@ def record(
     command += f" --models {' '.join(models)}" if models else ""
     commit = system.provenance.commit()  # of the code that runs, even if something is committed meanwhile
     settings = chosen.settings(where)
+    records.new(what, [{"row": "to come"}], settings, command, where, commit)  # validate now, not after hours
     folder = Path(out) if out else records.destination()
     system.files.check_writable(folder)
     rows = []

@@ -109,6 +109,7 @@ def test_a_record_that_cannot_be_written_at_the_end_is_kept_in_another_folder(tm
     out = tmp_path / "records"
 
     def measured(device, models):
+        out.rmdir()
         out.write_text("in the way by now")
         yield {"model": "small", "setup": "full", "measured_bytes": 5}
 
