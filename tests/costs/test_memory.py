@@ -761,8 +761,6 @@ def test_a_model_that_peft_made_ready_has_the_parts_of_ours(ask, tiny_hf):
         assert theirs.saved[part] == ours.saved[part]
     for part in ("frozen weights", "trained weights", "optimiser state"):
         assert theirs.parts[part] - ours.parts[part] == (2 * 4 * 4 if part == "frozen weights" else 0)  # frequencies
-    assert "PeftModel" in theirs.setting
-    assert "as it is" in theirs.setting
 
 
 @pytest.mark.slow
@@ -1253,7 +1251,6 @@ def test_memory_has_a_row_and_a_bill_for_each_way_and_says_what_fits(tmp_path, c
     lines, setups = printed.splitlines(), document.pop("setups")
     sizes = {"batch_size": 2, "seq_len": 16, "budget_bytes": budget}
     assert document == {"model": str(folder), "dtype": "float32", "device": "cpu", **sizes}
-    assert "2 x 16 tokens" in printed
     assert "CUDA" not in printed
     for (label, bill), entry in zip(bills.items(), setups, strict=True):
         fits = bill.peak_bytes <= budget
