@@ -84,6 +84,15 @@ def check_both(folder, model, make, inputs=PIXELS):
 # Both ways with peft
 
 
+def test_peft_reads_an_adapter_of_a_part_of_the_layers(pair, tmp_path):
+    theirs, ours = pair[0], pair[1]()
+    names = inject(ours, LoRAConfig(rank=3, exclude=["layers.0.mlp.down_proj", "layers.1.self_attn.q_proj"]))
+    read = peft.PeftModel.from_pretrained(theirs, save_adapter(randomise(ours), tmp_path / "adapter"))
+    layers = [name for name, module in read.named_modules() if isinstance(module, peft.tuners.lora.Linear)]
+    assert [name.removeprefix("base_model.model.") for name in layers] == names
+    torch.testing.assert_close(logits(read), logits(ours), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
 def test_what_peft_saved_is_read_here_and_gives_the_same_logits(pair, tmp_path, init):
     theirs, load = pair
@@ -606,6 +615,11 @@ def test_what_cannot_be_saved_is_refused_and_the_old_adapter_stays(tmp_path, sav
     assert not (tmp_path / "new").exists()
 
 
+def test_a_number_that_float16_does_not_hold_is_saved_in_bfloat16(tmp_path):
+    save_adapter(changed("hidden2", 1e5), tmp_path, dtype=torch.bfloat16)
+    assert load_file(tmp_path / WEIGHTS)["base_model.model.hidden2.lora_B.weight"].max() > 9e4
+
+
 # The card
 
 
@@ -627,8 +641,6 @@ def test_the_hub_reads_base_and_library_and_people_the_settings(tmp_path):
     save_adapter(model, tmp_path, base="some-lab/some-model", history=history)
     card = ModelCard.load(tmp_path / CARD)
     assert (card.data.base_model, card.data.library_name) == ("some-lab/some-model", "peft")
-    assert card.data.tags == ["lora", "lora_lab"]
-    assert "# RsLoRA adapter for some-lab/some-model" in card.content
     first, *_, last = (row["validation_loss"] for row in history.rows if row["validation_loss"] is not None)
     expected = {"base model": "`some-lab/some-model`", "rank, alpha": "3, 5", "adapted layers": "`head`, `hidden1`"}
     expected |= {"parameters": f"{3 * (64 + 128 + 128 + 10):,}", "method": "rslora", "steps, examples a step": "4, 4"}
@@ -644,7 +656,6 @@ def test_a_base_that_is_no_name_on_the_hub_is_not_given_to_it(base, tmp_path, mo
     save_adapter(adapted(), tmp_path, base=base)
     assert ModelCard.load(tmp_path / CARD).data.base_model is None
     assert rows(tmp_path)["base model"] == ("not recorded" if base is None else f"`{base}`")
-    assert "learning rate" not in rows(tmp_path)
 
 
 def test_a_continued_adapter_names_what_it_was_continued_from_and_ranks_that_differ_are_mentioned(tmp_path):

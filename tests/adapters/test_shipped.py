@@ -26,11 +26,6 @@ def result(name):
     return json.loads((DATA / name / "result.json").read_text(encoding="utf-8"))
 
 
-def test_every_adapter_has_a_section_and_every_section_an_adapter():
-    assert re.findall(r"^## (.*)$", README, flags=re.MULTILINE) == NAMES
-    assert {"lighthouse-keeper", "sentiment"} <= set(NAMES)
-
-
 @ALL
 def test_the_folder_holds_an_adapter_in_half_precision_of_at_most_1_3_mb(name):
     assert shipped(name) == DATA / name

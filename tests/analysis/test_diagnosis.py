@@ -269,6 +269,17 @@ def test_an_optimizer_made_before_the_adapters_does_not_know_them(whose):
 
 
 @WHOSE
+def test_an_optimizer_made_before_the_model_was_moved_holds_other_parameters(whose, monkeypatch):
+    """peft's page on troubleshooting; a move makes new parameters on some devices, and here as torch's setting asks."""
+    model = adapted(whose)
+    before_the_move = adamw(model)
+    monkeypatch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
+    model.double()
+    assert re.search("lacks: 4 of 4, such as .* does not: 4; ", text(diagnose(model, before_the_move), "optimizer"))
+    assert statuses(diagnose(model, adamw(model)))["optimizer"] == "ok"
+
+
+@WHOSE
 def test_an_optimizer_may_hold_frozen_parameters_but_none_of_another_model_and_every_adapters(whose):
     model, other = trained(whose), nn.Linear(2, 2)
     everything = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -82,6 +82,15 @@ def test_two_layers_with_adapters_by_hand():
     }
 
 
+def test_the_digits_net_by_hand():
+    first, second, third = 64 * 16, 16 * 16, 16 * 10
+    assert flops(partial(DigitsMLP, 16), FullFineTuning(), batch=DIGITS).counts == {
+        ("layers", FORWARD): 10 * (first + second + third),
+        ("layers", INPUT): 10 * (second + third),
+        ("layers", WEIGHT): 10 * (first + second + third),
+    }
+
+
 # The tiny Llama: width 32, inner 48, 2 blocks, 4 heads of 8 with 2 for keys and values, 260 tokens.
 M = 2 * (32 * 32 + 16 * 32 + 16 * 32 + 32 * 32 + 3 * 32 * 48)
 E = 260 * 32
@@ -261,6 +270,17 @@ def test_a_product_that_is_summed_into_a_gradient_is_no_weight_gradient():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("method", "weights", "s"), [(FullFineTuning(), 3, 128), (LoRA(8), 2, 2048)])
+def test_smollm2_is_within_one_per_cent_of_the_formula(method, weights, s):
+    M, E, P, T = 106_168_320, 28_311_552, 305_280 * 8, 2 * s * 576 * 30
+    found = flops("smollm2-135m", method, 2, s)
+    expected = 4 * s * (weights * (M + E) + 3 * T + (3 * P if weights == 2 else 0))
+    assert found.total == pytest.approx(expected, rel=0.01)
+    assert sum(on_paper(config("smollm2-135m"), method, s).values()) == expected
+    assert found.part("attention") == 4 * s * 3 * T > {128: 0.03, 2048: 0.3}[s] * found.total
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "options"),
     [
@@ -293,6 +313,12 @@ def test_lora_on_smollm2_has_more_flops_than_full_fine_tuning_above_rank_147():
 
     assert by_hand(30) == 147  # lesson 05 counts all 30 blocks
     assert break_even_rank(partial(Llama, replace(config("smollm2-135m"), num_hidden_layers=3)), 1, 8) == by_hand(3)
+
+
+def test_the_break_even_rank_of_the_tiny_llama_by_hand(tiny_config):
+    # 2 (M + E) - FIRST + 3 T + (3 P - 3 * 32) r <= 3 (M + E) + 3 T
+    assert break_even_rank(partial(Llama, tiny_config), 2, 16) == (M + E + FIRST) // (3 * P - 96) == 9
+    assert break_even_rank(partial(Llama, LlamaConfig(2, 2, 2, 1, 1, 1, 2)), 2, 16) == 0  # adapters above their layers
 
 
 DEEP = LlamaConfig(64, 32, 64, 6, 4, 4, 8)

@@ -12,38 +12,18 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_lab import FullFineTuning, Lean, Llama, LlamaConfig, LoRA, LoRAFA, LoRAPlus, PartialFineTuning, inject
+from lora_lab import FullFineTuning, Lean, Llama, LlamaConfig, LoRA, LoRAPlus, inject
 from lora_lab.costs.fake import fake_copy, token_batch
 from lora_lab.costs.setup import Setup, StepTracer, as_setup, module_kinds, output_width
 from lora_lab.costs.timing import UPDATE, trace_work
 from lora_lab.inject import LoRAConfig
 from lora_lab.lean import FlatAdamW
 from lora_lab.lean.step import apply_lean
-from lora_lab.methods import AsItIs
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.models.quantize import BlockLinear
 from lora_lab.tasks import cross_entropy
 from lora_lab.train import TrainingStep
 from tests import tiny_models
-
-
-def test_a_setup_says_in_a_few_words_how_a_model_is_trained():
-    half = torch.bfloat16
-    described = {
-        "full": Setup(FullFineTuning()),
-        "lora r=4": Setup(LoRA(4)),
-        "lora-fa r=8, q_proj+v_proj": Setup(LoRAFA(8, targets=["q_proj", "v_proj"])),
-        "partial": Setup(PartialFineTuning(["head"])),
-        "as it is": Setup(AsItIs()),
-        "lora r=8, NF4 base, bfloat16, checkpointing": Setup(LoRA(8), half, nf4=True, gradient_checkpointing=True),
-        "full, SGD, 2 micro-batches, no clipping": Setup(optimizer="sgd", accumulate=2, clip=None),
-        "full, AdamW by foreach": Setup(optimizer="adamw-foreach"),
-        "lora r=8, lean": Setup(LoRA(8), lean=Lean()),
-        "full, autocast": Setup(autocast=half),
-        "lora r=8, lean bf16 base, checkpointing": Setup(LoRA(8), lean=Lean(base_dtype=half, checkpoint=True)),
-    }
-    for words, setup in described.items():
-        assert setup.describe() == words
 
 
 def test_keywords_make_a_setup_of_a_method_and_change_one_of_a_setup():

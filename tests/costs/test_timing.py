@@ -203,30 +203,15 @@ SLOWER = [
     "It adds 10.00 ms: adapters 6.00 ms, head 4.00 ms.",
     "So LoRA is slower.",
 ]
-FASTER = [
-    "LoRA takes 0.50 of the time of full: 10,000.00 ms a step, not 20,000.00 ms.",
-    "It saves 10,000.00 ms: weight gradients 10,000.00 ms.",
-    "It adds 0.00 ms.",
-    "So LoRA is faster.",
-]
-ALIKE = ["LoRA takes 1.00 of the time of full: 1.00 ms a step, not 1.00 ms.", "It saves 0.00 ms.", "It adds 0.00 ms."]
 
 
-@pytest.mark.parametrize(
-    ("full", "lora", "lines"),
-    [
-        (
-            {FORWARD: 0.010, WEIGHT: 0.005, speed.UPDATE: 0.002, HEAD: 0.003},
-            {FORWARD: 0.010, ADAPTERS: 0.006, speed.UPDATE: 0.001, HEAD: 0.007},
-            SLOWER,
-        ),
-        ({HEAD: 10.0, WEIGHT: 10.0}, {HEAD: 10.0}, FASTER),
-        ({HEAD: 0.001}, {HEAD: 0.001}, [*ALIKE, "So the two take about as long."]),
-    ],
-    ids=["slower", "faster", "alike"],
-)
-def test_the_reason_has_what_is_saved_and_what_is_added(full, lora, lines):
-    assert Prediction({"full": full, "LoRA": lora}, {}, 32).why("LoRA").splitlines() == lines
+def test_the_reason_has_what_is_saved_and_what_is_added():
+    full = {FORWARD: 0.010, WEIGHT: 0.005, speed.UPDATE: 0.002, HEAD: 0.003}
+    lora = {FORWARD: 0.010, ADAPTERS: 0.006, speed.UPDATE: 0.001, HEAD: 0.007}
+    assert Prediction({"full": full, "LoRA": lora}, {}, 32).why("LoRA").splitlines() == SLOWER
+    faster, alike = (Prediction({"full": full, "LoRA": each}, {}, 32).why("LoRA") for each in ({HEAD: 0.010}, full))
+    assert faster.endswith("So LoRA is faster.")
+    assert alike.endswith("So the two take about as long.")
 
 
 # Costs

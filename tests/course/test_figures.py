@@ -19,8 +19,7 @@ from tests.helpers import LOSSES, PEAKED, STEP, bill, bounds, by_label, legend, 
 
 def test_small_matrices_are_drawn_on_one_scale_with_their_entries():
     figure = figures.numbers({"M": [[3, -1, 0], [2, 6, 1]], "term": np.full((2, 3), -6.0)})
-    first, second = figure.axes
-    assert (first.get_title(), second.get_title()) == ("M", "term")
+    first, _ = figure.axes
     assert {text.get_text(): text.get_position() for text in first.texts}["2"] == (0, 1)  # x is the column
     assert {ax.images[0].get_clim() for ax in figure.axes} == {(-6, 6)}
 
@@ -28,12 +27,10 @@ def test_small_matrices_are_drawn_on_one_scale_with_their_entries():
 def test_shares_by_rank_are_means_in_per_cent_with_a_band_from_min_to_max():
     shares = {"gain": {1: [0.5, 0.7], 8: [0.8, 1.0]}, "random directions": {1: [0.0, 0.1], 8: [0.1, 0.3]}}
     ax = figures.shares_by_rank(shares, "share of the gain (%)")
-    gain, by_chance = ax.get_lines()
+    gain, _ = ax.get_lines()
     assert points(gain) == [pytest.approx((1, 60)), pytest.approx((8, 90))]
-    assert by_chance.get_color() == plots.METHOD_COLOURS["chance"]
     band = ax.collections[0].get_paths()[0].vertices
     assert {tuple(corner) for corner in band.round(6)} == {(1, 50), (1, 70), (8, 80), (8, 100)}
-    assert said(ax.get_xticklabels()) == ["1", "8"]
 
 
 def test_setups_stand_side_by_side_above_and_below_full_fine_tuning():
@@ -45,14 +42,10 @@ def test_setups_stand_side_by_side_above_and_below_full_fine_tuning():
     assert (first[:, 0] < second[:, 0]).all()
     assert first[:, 0] * second[:, 0] == pytest.approx([60**2, 240**2])
     assert [by_label(ax)[level].get_ydata()[0] for level in ("full", "margin")] == [0, 0.01]
-    assert said(ax.get_xticklabels()) == ["60", "240"]
 
 
 def test_the_schematic_states_shapes_scaling_and_the_count():
     ax = figures.schematic(rank=2, alpha=8)
-    texts = "\n".join(said(ax.texts))
-    assert all(part in texts for part in ("2 x 64", "48 x 2", "48 x 64, frozen", "$s$ = 8 / 2 = 4", "2 numbers pass"))
-    assert "A\\,x$: 48 numbers" in texts
     assert ax.get_title() == "LoRA trains 224 parameters beside 3,072 frozen ones (7%)"
     widths = [np.ptp(patch.get_xy()[2:4, 0]) for patch in (figures.schematic(rank).patches[1] for rank in (4, 16))]
     assert widths[1] == pytest.approx(4 * widths[0])  # A is as narrow at its top as the rank says
@@ -60,8 +53,6 @@ def test_the_schematic_states_shapes_scaling_and_the_count():
 
 def test_steps_are_drawn_on_one_scale_each_beside_what_is_around_its_peak():
     figure = figures.memory_of_steps({"large": PEAKED, "small": bill(STEP, frozen=10, mlp=4)})
-    near = "the same, around the peak"
-    assert [ax.get_title() for ax in figure.axes] == ["large", near, "small", near]
     assert {ax.get_ylim() for ax in figure.axes} == {(0, 1.2 * 17)}
     assert "7 of it logits" in said(figure.axes[1].texts)
 
@@ -76,13 +67,9 @@ def test_a_step_beside_its_peak_begins_with_its_forward_pass_and_ends_with_a_nam
 def test_a_block_is_drawn_with_a_bar_for_what_each_method_saves():
     saved = {"norm": ("input + normalised", 10, 5, 0), "add 1": ("", 0, 0, 0), "down": ("input + A x", 20, 0, 2)}
     ax = figures.saved_in_a_block(saved)
-    widths = {c.get_label(): [bar.get_width() for bar in c] for c in ax.containers if c.get_label()[0] != "_"}
-    assert list(widths) == ["both", "full fine-tuning alone", "LoRA alone"]
     bars = [bar.get_width() for container in ax.containers for bar in container]
     assert np.array(bars) * 22 / 6 == pytest.approx([10, 5, 0, 0, 0, 0, 20, 0, 2])
-    texts = said(ax.texts)
-    assert {"norm", "+", "down", "input", "output", "10 + 5   input + normalised", "20 + 2   input + A x"} <= set(texts)
-    assert texts.index("norm") < texts.index("+") < texts.index("down")
+    assert {"10 + 5   input + normalised", "20 + 2   input + A x"} <= set(said(ax.texts))
 
 
 def test_the_passes_of_a_step_are_as_long_as_their_flops_and_what_is_gone_is_an_empty_box():
@@ -98,7 +85,6 @@ def test_the_passes_of_a_step_are_as_long_as_their_flops_and_what_is_gone_is_an_
     assert filled == [True] * 7 + [False]
     texts = [text.get_text().strip() for text in ax.texts]
     assert texts == ["60", "70", "50", "180", "60", "70", "10", "gone: 50", "140 (0.78)"]
-    assert legend(ax) == ["forward", "input gradients", "adapters", "weight gradients"]
 
 
 def test_published_ratios_are_drawn_beside_what_flops_allow():
@@ -106,10 +92,6 @@ def test_published_ratios_are_drawn_beside_what_flops_allow():
     (points,) = [line for line in ax.get_lines() if line.get_marker() == "o"]
     assert list(points.get_xdata()) == [0.5, 1.2]
     assert [line.get_xdata()[0] for line in ax.get_lines() if line is not points] == [2 / 3, 1]
-    places = {text.get_text(): text.get_position()[0] for text in ax.texts}
-    assert places["faster than FLOPs explain"] < 2 / 3 < places["faster, FLOPs may be why"] < 1 < places["slower"]
-    assert legend(ax) == ["0.67, the bound of FLOPs", "equal"]
-    assert {"0.50", "1.20"} <= set(places)
 
 
 def test_each_seed_has_its_best_rank_marked():
@@ -118,7 +100,6 @@ def test_each_seed_has_its_best_rank_marked():
     stars = [(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.get_lines() if line.get_marker() == "*"]
     assert stars == [(4, 2.0), (1, 1.0)]
     assert list(ax.get_lines()[-1].get_ydata()) == [2.0, 2.0]
-    assert sorted(legend(ax)) == ["its best rank", "mean of all seeds", "one seed"]
 
 
 def run(setup, lr, seed, validation, training):
@@ -139,7 +120,6 @@ def test_a_training_curve_is_marked_with_its_lowest_loss_its_rise_and_its_gap():
     lines = by_label(ax)
     assert points(lines["validation loss"]) == [(0, 3.5), (10, 1.5), (20, 1.5), (30, 2.5)]
     assert points(lines["training loss"]) == [(10, 2.0), (20, 1.0), (30, 0.25)]
-    assert lines["validation loss"].get_linestyle() != lines["training loss"].get_linestyle()
     (dot,) = [line for line in ax.get_lines() if len(line.get_xdata()) == 1]
     assert points(dot) == [(10, 1.5)]
     assert {text.get_text() for text in ax.texts} >= {"lowest: 1.50, step 10", "rise 1.00", "gap 2.25"}
@@ -180,8 +160,6 @@ def test_a_headline_follows_the_rates_that_were_picked():
 
 def test_the_lowest_loss_and_the_rise_stand_beside_each_other_by_rate():
     left, right = figures.lowest_and_rise(summarise_trials(TWO_METHODS.assign(off_domain_loss=1.0))).axes
-    assert left.get_xscale() == right.get_xscale() == "log"
-    assert said(left.get_xticklabels()) == ["0.001", "0.01"]
     assert points(by_label(left)["full"]) == [(1e-3, 1.0), (1e-2, 0.5)]
     assert points(by_label(right)["full"]) == [(1e-3, 1.0), (1e-2, 4.0)]
     assert points(by_label(right)["LoRA r=8"]) == [(1e-3, 0.0), (1e-2, 2.5)]
@@ -209,7 +187,6 @@ def test_rises_are_compared_at_each_stopping_point_beside_the_curves():
         "LoRA r=8": [(2.0, -0.5, -0.75, -0.25), (4.0, 0.25, 0.0, 0.5)],
         "LoRA r=1": [pytest.approx((4.12, 1.0, 0.5, 1.5))],
     }
-    assert legend(left) == ["full", "LoRA r=8", "LoRA r=1"]
 
 
 def test_validation_losses_are_compared_at_equal_training_loss_beside_the_curves():
@@ -222,7 +199,6 @@ def test_validation_losses_are_compared_at_equal_training_loss_beside_the_curves
         "LoRA r=8": [(2.0, -0.5, -0.75, -0.25), (1.0, 0.25, 0.0, 0.5)],
         "LoRA r=1": [pytest.approx((1.03, 1.0, 0.5, 1.5))],
     }
-    assert set(said(right.get_xticklabels())) == {"2", "1"}
 
 
 def test_weight_decay_is_shown_in_weights_losses_and_right_answers():
@@ -251,7 +227,6 @@ def test_copies_and_adapters_are_squares_whose_areas_are_to_scale():
     assert (len(full), len(base), len(lora)) == (4, 1, 4)
     assert set(full) == set(base)
     assert lora == pytest.approx([full[0] / 100] * 4)
-    assert ax.get_aspect() == 1
     spans = sorted((patch.get_x(), patch.get_x() + patch.get_width()) for patch in ax.patches)
     assert all(end < start for (_, end), (start, _) in itertools.pairwise(spans))  # no two overlap
     texts = said(ax.texts)
@@ -264,12 +239,9 @@ def test_the_effect_of_adapters_is_written_into_a_map_whose_zero_is_white():
     ax = figures.effect_of_adapters(changes)
     assert said(ax.texts) == ["-2.00", "+0.50", "+0.00", "+1.00", "-0.25", "+0.12"]
     assert [text.get_position() for text in ax.texts[1:4]] == [(1, 0), (2, 0), (0, 1)]
-    assert said(ax.get_xticklabels()) == ["style", "sums", "names"]
-    assert said(ax.get_yticklabels()) == ["keeper", "mood"]
     (image,) = ax.get_images()
     assert image.get_array().tolist() == changes.to_numpy().tolist()
     assert image.get_clim() == (-3.0, 3.0)
-    assert [text.get_color() for text in ax.texts[:2]] == ["white", "black"]
     red, _, blue, _ = image.to_rgba(np.array([-2.0, 0.0, 2.0])).T
     assert red[0] > blue[0]  # orange below zero, purple above
     assert min(red[1], blue[1]) > 0.95
@@ -292,8 +264,6 @@ def test_methods_are_ranked_at_the_common_rate_from_the_worst_below_to_the_best_
     assert widths == sorted(widths, reverse=True)
     assert f"At {rate:g}, {order[-1]} is ahead" in right.get_title()
     assert rate in [line.get_xdata()[0] for line in left.get_lines()]
-    colours = [mpl.colors.to_hex(bar.get_facecolor()) for bar in right.patches]
-    assert colours == [plots.METHOD_COLOURS[method.lower()] for method in order]
 
 
 def test_differences_have_a_row_for_each_method_and_a_mark_for_each_rule():
@@ -301,7 +271,6 @@ def test_differences_have_a_row_for_each_method_and_a_mark_for_each_rule():
     table = pandas.DataFrame(rows, columns=["setup", "rule", "difference", "lower", "upper"])
     ax = figures.differences(table, "difference (%)", margin=2)
     assert said(ax.get_yticklabels()) == ["PiSSA", "DoRA"]
-    assert legend(ax) == ["margin: ±2", "low", "tuned"]
     low, tuned = ax.containers
     assert low.lines[0].get_xdata().tolist() == [-40, -4]
     assert [bar[:, 0].tolist() for bar in low.lines[2][0].get_segments()] == [[-65, -20], [-7, -2]]
@@ -318,7 +287,6 @@ def test_overlaps_are_drawn_against_j_beside_chance():
         assert full.get_ydata().tolist() == pytest.approx(phi[i - 1].tolist())
         assert lora.get_xdata().tolist() == list(range(1, 9))
         assert chance.get_ydata().tolist() == pytest.approx([max(i, j) / 24 for j in range(1, 13)])
-    assert said(figure.legends[0].get_texts()) == ["full", "LoRA r=8", "chance"]
 
 
 def test_intruders_have_a_panel_for_each_layer():
@@ -328,5 +296,3 @@ def test_intruders_have_a_panel_for_each_layer():
     first, second = figure.axes
     assert (first.get_title(), second.get_title()) == ("first", "second")
     assert first.get_lines()[0].get_ydata().tolist() == [0, 4]
-    assert [line.get_color() for line in second.get_lines()] == [plots.METHOD_COLOURS[m] for m in ("full", "chance")]
-    assert [line.get_linestyle() for line in (*first.get_lines(), *second.get_lines())] == ["-", "None", "None"]

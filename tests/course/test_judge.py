@@ -217,6 +217,10 @@ def test_the_smallest_inputs_are_shown(register):
     assert verdict.example == "x           = [1. 1.]\nyour result = 3\nexpected    = 2"
 
 
+def test_what_is_printed_is_shown_once(trial):
+    assert judge(trial, lambda W, x: print(W.shape)).printed == "(2, 3)\n"
+
+
 def test_what_is_printed_while_a_property_fails_is_shown_and_nothing_before(register):
     def answer(fail):
         print(f"fail: {fail}")
@@ -498,10 +502,6 @@ def test_factors(value, expected, ratio):
 
 def test_sizes_and_short_texts():
     assert size({"a": M, "b": [1, (2, 3)]}) == 9
-    assert short_text(1 / 3) == "0.3333"
-    assert short_text(7) == "7"
-    assert short_text(torch.tensor([1 / 3, 2])) == "[0.333 2.   ]"
-    assert short_text(np.zeros((5, 5))) == "an array of shape (5, 5)"
     assert short_text((1, [M[0], "a"], {"b": None})) == "(1, [[0. 1. 2.], 'a'], {'b': None})"
     assert len(short_text("x" * 1000)) < 50
     assert "Hostile" in short_text(Hostile())  # reprlib copes with a repr that raises

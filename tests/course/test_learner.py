@@ -48,9 +48,7 @@ def test_a_stub_is_open_and_not_tried(capsys):
 
 def test_an_unknown_name_is_one_sentence(capsys):
     assert not check("best_rnk", RIGHT)
-    assert capsys.readouterr().out == (
-        "✗ No such exercise. There is no exercise with the name 'best_rnk'. Did you mean 'best_rank'?\n"
-    )
+    assert "Did you mean 'best_rank'?" in capsys.readouterr().out
     for name in ("zzz", 7, None, [1, 2]):
         assert not check(name, RIGHT)
         assert capsys.readouterr().out.endswith("progress() lists all exercises.\n")
@@ -86,6 +84,18 @@ def test_progress_lists_what_is_done_tried_and_open(capsys):
     check("best_rank", WRONG)  # what is done stays done
     capsys.readouterr()
     assert lines(capsys)[1]["best_rank"] == "done"
+
+
+def test_a_learners_copy_remembers(capsys, tmp_path, monkeypatch):
+    (tmp_path / MANIFEST).write_text("{}", encoding="utf-8")
+    check("best_rank", RIGHT)
+    check("terms_for", WRONG)
+    monkeypatch.setattr(learner, "_states", {})  # another kernel
+    check("best_rank", WRONG)
+    check("gradient", EXERCISES["gradient"].solution)
+    capsys.readouterr()
+    states = {"best_rank": "done", "terms_for": "tried", "largest_saving_rank": "open", "gradient": "done"}
+    assert lines(capsys)[1] == states
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"gradient": 3}', '{"gradient": "half"}'])
@@ -133,8 +143,6 @@ def test_boxes_are_html_with_an_icon_and_a_word_beside_the_colour():
     box = Box("Not yet.", "a < b", "x = 1\ny = 2", 'hint("x")', learner.AMBER)
     page = box._repr_html_()
     assert "<b>✗ Not yet.</b> a &lt; b" in page
-    assert "<pre" in page
-    assert learner.AMBER in page
     assert repr(box) == '✗ Not yet. a < b\nx = 1\ny = 2\nhint("x")'
 
 

@@ -25,6 +25,7 @@ from lora_lab.models.llama import Llama, LlamaConfig
 from lora_lab.models.quantize import BlockEmbedding, BlockLinear, quantize_nf4
 from lora_lab.tasks import IGNORE, Examples, Task
 from lora_lab.tasks import cross_entropy as plain_cross_entropy
+from lora_lab.tasks.instruction import Padded
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
 from tests.helpers import randomise, saved_bytes
 
@@ -264,6 +265,13 @@ def test_gradients_by_hand_are_right_and_a_second_derivative_is_refused(function
         once.square().sum().backward()
 
 
+@pytest.mark.parametrize("rows", [1, 50])
+def test_one_adapted_layer_equals_its_own_forward_pass(rows):
+    layer = randomise(ll.LoRALinear(nn.Linear(6, 5, dtype=torch.float64), rank=2, alpha=3))
+    x = torch.randn(rows, 6, dtype=torch.float64)
+    torch.testing.assert_close(linear(layer, x), layer(x), rtol=1e-12, atol=1e-12)
+
+
 def test_without_gradients_the_loss_is_the_same_and_nothing_is_kept():
     model = adapted()
     apply_lean(model, ll.Lean())
@@ -458,6 +466,24 @@ def test_a_base_in_blocks_gives_the_gradients_of_its_dense_twin(in_blocks, lengt
     assert packed
     for name, value in packed.items():
         assert torch.equal(model.get_parameter(name), value)
+
+
+@pytest.mark.slow
+def test_the_real_model_in_its_blocks_gives_the_gradients_of_the_float32_one(smollm2):
+    text = "Low-rank adaptation changes a model by a product of two thin matrices. " * 3
+    ids = torch.tensor([smollm2[1].encode(text)])
+    batch, models = (ids[:, :-1], ids[:, 1:]), (ll.load_pretrained(keep_blocks=True, device="cpu")[0], smollm2[0])
+    blocks, dense = models[0], copy.deepcopy(models[1])
+    for model in (blocks, dense):
+        ll.inject(model, ll.LoRAConfig(rank=8))
+        randomise(model, size=0.05)
+    apply_lean(blocks, ll.Lean(checkpoint=True))
+    losses = cross_entropy(blocks, *batch), plain_cross_entropy(dense, *batch)
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    ours, theirs = (torch.cat([g.flatten() for g in gradients(model).values()]) for model in (blocks, dense))
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-4
 
 
 def test_a_run_on_blocks_counts_the_weights_they_stand_for():
@@ -704,6 +730,20 @@ def test_fit_learns_the_same_with_a_lean_step(lean, options):
     assert ll.evaluate(model, toy_task()) == pytest.approx(history.curve("validation_loss")[1][-1], rel=1e-4)
 
 
+def test_batches_by_length_learn_the_same_with_a_lean_step():
+    task = toy_task()
+    for row, targets in enumerate(task.train.targets):
+        targets[1 + row % 12 :] = IGNORE
+    task = dataclasses.replace(task, train=Padded(task.train.inputs, task.train.targets))
+    plain, leaner, at_random = (
+        ll.fit(Llama(SHAPE), task, ll.LoRA(rank=4), **SHORT | {"batches": "by_length"} | extra)
+        for extra in ({}, {"lean": ll.Lean(threads=2)}, {"batches": "random"})
+    )
+    for column in ("train_loss", "validation_loss", "tokens"):
+        assert leaner.curve(column)[1] == pytest.approx(plain.curve(column)[1], rel=1e-3)
+    assert plain.curve("tokens")[1] != at_random.curve("tokens")[1]
+
+
 def test_a_loss_of_the_tasks_own_is_left_to_it():
     called = []
 
@@ -793,6 +833,15 @@ def test_lean_blocks_take_new_options_and_may_have_hooks():
     assert model.model.layers[0].mlp.up_proj.base.weight.dtype == torch.bfloat16
     cross_entropy(model, *text()).backward()
     assert len(seen) == 1
+
+
+def test_a_lean_model_is_trained_again_once_it_is_merged():
+    model, _ = train(ll.Lean())
+    ll.merge(model)
+    plain, lean = (
+        ll.fit(copy.deepcopy(model), toy_task(), ll.LoRA(rank=4), lean=lean, **SHORT) for lean in (None, ll.Lean())
+    )
+    assert lean.curve("train_loss")[1] == pytest.approx(plain.curve("train_loss")[1], rel=1e-3)
 
 
 def test_a_call_that_the_lean_step_refused_can_be_corrected():
