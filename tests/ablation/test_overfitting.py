@@ -596,6 +596,7 @@ def test_each_size_is_treated_as_if_it_were_alone_and_setups_keep_their_places(c
     many = [trained_to(name, s, [3.0, 2.5 - s, 3.5], [2.0, 0.5], lr=1e-2) for name in ("full", "b") for s in (0, 1)]
     few, many = together(*few), together(*many)
     found = call(together(many.assign(n_train=64), few.assign(n_train=16)))
+    assert found.setup.drop_duplicates().tolist() in (["full", "b", "a"], ["b", "a"])
     for size, alone in ((16, few), (64, many)):
         own = found[found.n_train == size].drop(columns="n_train").reset_index(drop=True)
         pandas.testing.assert_frame_equal(own, call(alone), check_like=True)

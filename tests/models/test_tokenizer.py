@@ -10,7 +10,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from lora_lab.models.tokenizer import PRE_TOKENIZERS, Tokenizer
@@ -371,6 +371,16 @@ def test_llama3_takes_a_word_that_is_a_token_whole_whatever_its_merges_say():
     # So llama.cpp does for this pre-tokeniser only, and Hugging Face by "ignore_merges".
     assert pieces(Tokenizer.from_gguf(header(pre="llama-bpe")), "that") == ["that"]
     assert pieces(Tokenizer.from_gguf(header(pre="gpt-2")), "that") == ["th", "a", "t"]
+
+
+def test_llama3_texts_are_cut_by_the_published_rule():
+    words = (  # as published with Llama 3
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    by_hand = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words), "isolated"), PRE_TOKENIZERS["llama-bpe"][1]])
+    for text in (*hard_texts(), "a\rb. WE'REx"):
+        assert PRE_TOKENIZERS["llama-bpe"].pre_tokenize_str(text) == by_hand.pre_tokenize_str(text)
 
 
 @pytest.mark.parametrize("text", ["plain words", "naïve café, 東京 and 🙂!", "ends in half a letter: é"])

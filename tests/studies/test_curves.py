@@ -149,6 +149,8 @@ def test_two_seeds_choose_each_setups_rate_for_each_size_and_schedule_and_others
         edges = {min(choosing["lr"]): "smallest", max(choosing["lr"]): "largest"}
         assert set(rows["edge"]) == {edges.get(lowest(frame, size, setup), "")}
         assert set(rows["schedule"]) == {"cosine" if setup.endswith(", cosine") else "constant"}
+    stopped = frame[frame["outcome"] == "stopped"]  # far behind
+    assert 0 < len(stopped) == (stopped["step"] < stopped["steps"]).sum()
     assert set(frame["commit"]) == {COMMIT}
     assert frame.loc[frame["stage"] == "choosing", "off_domain_loss"].isna().all()
     assert frame.loc[frame["stage"] == "judging", "off_domain_loss"].notna().all()
@@ -205,20 +207,6 @@ def test_of_a_record_that_is_overfitted_nothing_is_run_again(overfitted, tmp_pat
     next((tmp_path / "trials").glob("*.json")).unlink()
     with pytest.raises(AssertionError, match="a trial is run again"):
         list(curves.OVERFITTING.rows(CPU, tmp_path / "trials"))
-
-
-def test_settings_that_no_record_can_hold_are_refused_before_anything_is_run(monkeypatch, capsys):
-    begun = []
-
-    def rows(device):
-        begun.append(device)
-        yield {"setup": "full"}
-
-    made = dataclasses.replace(curves.OVERFITTING, rows=rows, settings=lambda device: {"sizes": (4, 8)})
-    monkeypatch.setattr(curves, "OVERFITTING", made)
-    assert cli.main(["record", "overfitting", "--device", "cpu", "--out", "refused"]) == 1
-    assert ".sizes" in capsys.readouterr().err
-    assert begun == []
 
 
 # Remedies
@@ -376,6 +364,25 @@ def few(device):
         dataclasses.replace(digits, setups=of_digits, **seeds),
         dataclasses.replace(docs, setups=of_docs, **of_eight, **seeds),
     ]
+
+
+def test_rates_are_chosen_by_the_loss_after_the_last_step_which_may_be_above_that_before_training(monkeypatch):
+    after = {1e-3: (2.4, 2.4), 3e-3: (2.1, 2.1), 9e-3: (1.5, 8.0)}  # by seed; 2.0 before training
+
+    def train(case, device, folder, seeds, lrs):
+        common = {"setup": FROM_SCRATCH, "outcome": "done", "seed": seeds[0], "off_domain_loss": 1.0, "gap": 0.0}
+        return pandas.DataFrame(
+            common | {"lr": lr, "step": step, "validation_loss": loss}
+            for lr in lrs[FROM_SCRATCH]
+            for step, loss in ((0, 2.0), (150, after[lr][seeds[0] % 2]))
+        )
+
+    monkeypatch.setattr(recorder.CurveSweep, "_train", train)
+    case = next(iter(REAL_PLAN(CPU)))
+    few = {"setups": {FROM_SCRATCH: (case.setups[FROM_SCRATCH][0], (*after,))}, "choosing": (0, 1), "judging": (2, 3)}
+    rows = pandas.concat(dataclasses.replace(case, widen=0, **few).frames(CPU, Path("unused")))
+    assert set(rows[rows["stage"] == "judging"]["lr"]) == {3e-3}
+    assert set(rows["edge"]) == {""}
 
 
 @pytest.fixture(scope="module")

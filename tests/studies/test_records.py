@@ -262,6 +262,3 @@ def test_published_numbers_have_a_source_a_version_a_day_and_a_licence():
     rows = {row["experiment"]: row for row in records.published("peft-metamathqa").rows}
     assert round(rows["lora/llama-3.2-3B-rank32"]["tokens_per_second"]) == 7194
     assert round(rows["full-finetuning/llama-3.2-3B-lr_0.00001"]["mean_allocated_bytes"] / 1e9, 2) == 26.06
-
-
-# The records of this repository

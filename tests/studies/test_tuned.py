@@ -21,7 +21,6 @@ from tests.helpers import command
 from tests.studies.conftest import sentences as random_ids
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-TAUGHT = tuned.TAUGHT  # a fixture puts another in its place
 
 
 def sweeps(plan, device=CPU):

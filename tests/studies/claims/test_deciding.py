@@ -314,6 +314,13 @@ def test_the_shipped_claims_are_many_of_every_kind_and_each_is_decided_in_one_wa
         assert (name in DECIDERS) != bool(claim.lesson or claim.open or claim.untestable), name
 
 
+def test_each_record_is_read_once(monkeypatch):
+    read, plain = [], records.load
+    monkeypatch.setattr(records, "load", lambda path: read.append(path) or plain(path))
+    claims.load()
+    assert len(read) == len(set(read)) == len(records.load_all())
+
+
 def test_no_claim_waits_for_a_record_that_is_there():
     """When a record arrives, what waited for it needs a function."""
     waiting = {claim.record for claim in read_claims().values() if claim.record}
