@@ -403,6 +403,9 @@ def test_a_mode_that_is_changed_while_adapters_are_off_holds_for_them_too(traini
     with off(model):
         model.train(training)
     assert {module.training for module in model.modules()} == {training}
+    with off(model):
+        model.head.train(not training)
+    assert [layer.dropout.training for layer in lora_layers(model).values()] == [training, training, not training]
 
 
 # strength

@@ -451,8 +451,9 @@ def test_no_folder_that_is_read_is_written_to(base, adapter, tmp_path):
     before = {path: path.read_bytes() for place in (folder, tmp_path / "base") for path in place.iterdir()}
     other = save_adapter(model, tmp_path / "other")
     (other / CONFIG).unlink()  # as if its save had been interrupted
+    read = folder, tmp_path / "base", tmp_path / "adapter" / ".." / "base"
     for call, says in (
-        *((partial(save_merged, folder, each), "holds what is read") for each in (folder, tmp_path / "base")),
+        *((partial(save_merged, folder, each), "holds what is read") for each in read),
         (partial(save_merged, folder, other), "other holds an adapter"),
         (partial(save_adapter, model, tmp_path / "base"), "base holds a model"),
         (partial(save_model, base(), folder), "adapter holds an adapter"),

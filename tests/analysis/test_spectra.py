@@ -125,6 +125,7 @@ def test_two_models_are_compared_matrix_by_matrix():
     for name in frame.index:
         W = base.get_submodule(name).weight
         assert_row(frame.loc[name], model.get_submodule(name).weight - W, W)
+    assert spectra.report(base.state_dict(), model.state_dict()).norm.tolist() == pytest.approx(frame.norm.tolist())
 
 
 def test_a_change_without_signal_lies_within_its_band_and_one_with_signal_does_not():
