@@ -38,7 +38,6 @@ from lora_lab.models.shapes import config
 from lora_lab.studies import curves, recorder
 from lora_lab.studies.claims.compared import DOCS, FINE_TUNED, FROM_SCRATCH, LONGER
 from lora_lab.studies.curves import DistanceFromBase, make_task, update_norm
-from lora_lab.tasks.arrays import CHANGES
 from tests.helpers import COMMIT
 from tests.studies.conftest import counting_on
 
@@ -172,17 +171,6 @@ def test_a_row_is_what_fit_gives_for_its_setup_rate_and_seed(make, overfitted):
             assert own[name].tolist() == pytest.approx(table[name].tolist(), rel=tolerance, nan_ok=True)
         assert own["test_loss"].iloc[-1] == pytest.approx(evaluate(model, task, "test", 4, 8), rel=tolerance)
         assert len(set(own["validation_loss"])) == len(own) > 2
-
-
-def test_a_record_says_how_its_rows_were_made(overfitted):
-    own = overfitted[0].settings
-    first, last = own["cases"]
-    assert first["lrs"]["full"] == [2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2]
-    assert first["setups"]["LoRA r=8"]["method"]["rank"] == 8
-    assert (first["about"], last["about"]) == ({"n_train": 4}, {"n_train": 8})
-    assert (first["choosing"], first["judging"], first["judged"]) == ([0, 1], [2, 3, 4], {"eval_examples": 8})
-    assert (last["setups"]["full"]["steps"], last["setups"]["full, cosine"]["steps"]) == (10, 8)
-    assert "On two cores this takes six hours." in overfitted[1]
 
 
 @pytest.mark.parametrize("hot", [["full"], [*METHODS]])
@@ -395,7 +383,9 @@ def head_start(make, small_world, tiny_config):
     record, printed = record_of("head_start")
     assert re.search(r"inverted +MLP +from scratch, longer +judging .*n_train 40 +lr 0.00", printed)
     assert [case["about"]["data"] for case in record.settings["cases"]] == ["inverted", DOCS]
-    assert record.settings["cases"][0]["setups"][LONGER]["steps"] == 550
+    first = record.settings["cases"][0]
+    assert (first["setups"][LONGER]["steps"], first["lrs"][LONGER]) == (550, [1e-3, 3e-3, 9e-3])
+    assert (first["choosing"], first["judging"]) == ([0, 1], [2, 3, 4])
     return record
 
 
@@ -448,12 +438,8 @@ def test_seeds_draw_the_pictures_the_pretraining_and_the_random_weights():
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA])
-def test_the_plan_compares_equal_steps_on_three_changes_two_nets_and_the_language_model(device):
+def test_the_plan_compares_equal_steps_on_other_seeds_than_those_that_choose(device):
     cases = list(REAL_PLAN(device))
-    table = pandas.DataFrame([case.about for case in cases])
-    digits = {(data, net): [10, 40, 160, 500] for data in CHANGES for net in ("transformer", "MLP")}
-    docs = {(DOCS, "smollm2-135m"): [240 if device == CPU else 2400]}
-    assert table.groupby(["data", "model"])["n_train"].apply(list).to_dict() == digits | docs
     for case in cases:
         trials = {setup: case.trial(setup, 1e-3, 0) for setup in case.setups}
         assert trials[FINE_TUNED] == trials[FROM_SCRATCH]

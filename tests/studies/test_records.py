@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from datetime import UTC, datetime
 
@@ -262,3 +263,12 @@ def test_published_numbers_have_a_source_a_version_a_day_and_a_licence():
     rows = {row["experiment"]: row for row in records.published("peft-metamathqa").rows}
     assert round(rows["lora/llama-3.2-3B-rank32"]["tokens_per_second"]) == 7194
     assert round(rows["full-finetuning/llama-3.2-3B-lr_0.00001"]["mean_allocated_bytes"] / 1e9, 2) == 26.06
+
+
+@pytest.mark.parametrize("changes", [{"commit": 1}, {"date": "2026"}, {"rows": [{"a": math.inf}]}, {"note": "by hand"}])
+def test_published_numbers_that_do_not_conform_are_refused(tmp_path, changes):
+    whole = json.loads((ROOT / "records" / "published" / "torchtune.json").read_text(encoding="utf-8"))
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published" / "theirs.json").write_text(json.dumps(whole | changes), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"theirs\.json is not a file of .*{next(iter(changes))}.*; restore it\.$"):
+        records.published("theirs", tmp_path)

@@ -112,7 +112,7 @@ def test_intruders_are_counted_in_every_block_and_noise_beside_the_middle_one():
 # Ablation
 
 
-def test_an_ablations_record_can_be_judged_as_the_table_itself(small_study, tmp_path, capsys):
+def test_an_ablations_record_can_be_judged_as_the_table_itself(small_study, tmp_path):
     assert command("record", "ablation", "--device", "cpu", "--out", tmp_path / "records") == 0
     (record,) = records.load_all("ablation", tmp_path / "records").values()
     frame = record.frame()
@@ -121,10 +121,7 @@ def test_an_ablations_record_can_be_judged_as_the_table_itself(small_study, tmp_
     assert [one.rank for one in verdict.ranks] == [1, 4]
     assert len(verdict.seeds) == 2
     assert frame.test_loss.notna().sum() == 8
-    printed = capsys.readouterr().out
-    assert printed.count("test_loss ") == 8
     row = frame[(frame.step == 4) & (frame["rank"] == 4) & (frame.lr == 1e-2) & (frame.seed == 1)].iloc[0]
-    assert f"  validation_loss {row.validation_loss:.4g}  off_domain_loss {row.off_domain_loss:.4g}  " in printed
     make, task = small_study
     history = fit(make(), task(), LoRA(4, 8), lr=1e-2, seed=1, steps=4, batch_size=4, eval_every=4, eval_examples=5)
     assert row.validation_loss == pytest.approx(history.rows[-1]["validation_loss"], rel=1e-4)
