@@ -197,6 +197,20 @@ def test_of_a_record_that_is_overfitted_nothing_is_run_again(overfitted, tmp_pat
         list(curves.OVERFITTING.rows(CPU, tmp_path / "trials"))
 
 
+def test_settings_that_no_record_can_hold_are_refused_before_anything_is_run(monkeypatch, capsys):
+    begun = []
+
+    def rows(device):
+        begun.append(device)
+        yield {"setup": "full"}
+
+    made = dataclasses.replace(curves.OVERFITTING, rows=rows, settings=lambda device: {"sizes": (4, 8)})
+    monkeypatch.setattr(curves, "OVERFITTING", made)
+    assert cli.main(["record", "overfitting", "--device", "cpu", "--out", "refused"]) == 1
+    assert ".sizes" in capsys.readouterr().err
+    assert begun == []
+
+
 # Remedies
 
 PLAIN = {
