@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from lora_lab.course.exercise import Exercise
+from lora_lab.course.exercise import TRIALS, Exercise
 
 Value = TypeVar("Value")
 SECONDS = 2.0  # for one check
@@ -234,12 +234,11 @@ def _by_inputs(exercise: Exercise, answer: Callable[..., Any], rng: np.random.Ge
 def _by_properties(exercise: Exercise, answer: Any, rng: np.random.Generator) -> Verdict:
     """Judge an answer by the first property that it lacks; they are what a graded sheet asks for, too."""
     _warm_up(exercise)
-    trials = 1 if exercise.inputs else exercise.draws
     printed = io.StringIO()
 
     def first_failure() -> Verdict:
         for each in exercise.properties:
-            for _ in range(trials):
+            for _ in range(TRIALS):
                 printed.seek(0)
                 printed.truncate()
                 try:

@@ -31,7 +31,7 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from lora_lab.course.copies import BEGIN, CONFIG, END, RAISE, STUB, choose_lessons
-from lora_lab.course.exercise import EXERCISES, REFLECTIONS, Answer, Reflection, answers, close
+from lora_lab.course.exercise import EXERCISES, REFLECTIONS, TRIALS, Answer, Reflection, answers, close
 from lora_lab.course.learner import MANIFEST
 from lora_lab.system.files import atomic_file, atomic_folder
 
@@ -195,7 +195,8 @@ def points(answer, properties, seed):
                 warnings.simplefilter("ignore")
                 with torch.random.fork_rng(devices=[]):
                     torch.default_generator.manual_seed(seed + number)
-                    holds = bool(holds_for(answer, np.random.default_rng([seed, number])))  # numpy has its own True
+                    rng = np.random.default_rng([seed, number])
+                    holds = all(holds_for(answer, rng) for _ in range(TRIALS))
         except (Exception, SystemExit):
             holds = False
         count += holds
