@@ -53,19 +53,14 @@ def student(notebook: NotebookNode) -> NotebookNode:
 
     Outputs go, all of them: a prediction is none if its answer is already on the page. So does metadata
     that the learner does not need, such as the state of sliders.
-
-    Raises:
-        ValueError: markers do not come in pairs or stand outside code.
     """
     result = copy.deepcopy(notebook)
     _reduce(result.metadata, NOTEBOOK_METADATA)
-    for number, cell in enumerate(result.cells, start=1):
+    for cell in result.cells:
         _reduce(cell.metadata, CELL_METADATA)
         if cell.cell_type == "code":
             cell.source = SOLUTION.sub(_stub, f"{cell.source}\n").removesuffix("\n")
             cell.outputs, cell.execution_count = [], None
-        if BEGIN in cell.source or END in cell.source:
-            raise ValueError(f"Cell {number} has {BEGIN!r} or {END!r} without the other or outside code; mend it.")
     return result
 
 
@@ -112,8 +107,8 @@ def copy_lessons(folder: str | Path, solved: bool = False, only: Sequence[str] =
         What was done, in lines to print.
 
     Raises:
-        ValueError: the folder is a course to grade, or has the other version, solved or not; a lesson is unknown; a
-            lesson's markers are wrong; or the manifest is damaged.
+        ValueError: the folder is a course to grade, or has the other version, solved or not; a lesson is unknown; or
+            the manifest is damaged.
         OSError: the folder cannot be written to.
     """
     folder = as_path(folder, "folder")

@@ -13,7 +13,6 @@ import functools
 import inspect
 import io
 import linecache
-import random
 import reprlib
 import signal
 import threading
@@ -129,19 +128,17 @@ def limited(function: Callable[[], Value]) -> Value:
 
 @contextlib.contextmanager
 def untouched() -> Iterator[None]:
-    """Restore at the end of the block the state of the global random generators and whether gradients are recorded.
+    """Restore the state of torch's random generator, and whether gradients are recorded, at the end of the block.
 
-    Warnings are not shown inside it.
+    Warnings are not shown inside it. Numpy and Python draw from generators of their own in all lessons.
     """
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002  # it is the global one
-    try:
-        with warnings.catch_warnings(), np.errstate(all="ignore"), torch.set_grad_enabled(torch.is_grad_enabled()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.set_grad_enabled(torch.is_grad_enabled()),
+        warnings.catch_warnings(action="ignore"),
+        np.errstate(all="ignore"),
+    ):
+        yield
 
 
 def file_of(answer: Any) -> str | None:
@@ -175,7 +172,7 @@ class Verdict:
 def judge(exercise: Exercise, answer: Any) -> Verdict:
     """Judge an answer on fresh inputs.
 
-    Global random states are as before, arguments are copied for each call, and what the answer prints is not shown.
+    Torch's random state is as before, arguments are copied for each call, and what the answer prints is not shown.
     After :data:`SECONDS` an answer that still runs is stopped, as far as :func:`limited` can.
 
     Raises:
@@ -228,7 +225,7 @@ def _by_inputs(exercise: Exercise, answer: Callable[..., Any], rng: np.random.Ge
     sentence = sentence or _named_difference(answer, pairs, changed)
     if sentence is None:
         sentence = _numbers_differ(pairs, len(wrong))
-        smallest = min(wrong, key=lambda number: size(cases[number]))
+        smallest = min(wrong, key=lambda number: len(repr(cases[number])))
         example = _example(names, cases[smallest], *pairs[smallest])
     return Verdict(False, sentence, example, outcomes[0].printed)
 
@@ -258,9 +255,7 @@ def _warm_up(exercise: Exercise) -> None:
 
 def _agrees(outcome: Called, reference: Called) -> bool:
     """Return whether a call returned or raised what another did."""
-    if outcome.error is not None or reference.error is not None:
-        return type(outcome.error) is type(reference.error) and str(outcome.error) == str(reference.error)
-    return same(outcome.value, reference.value)
+    return repr(outcome.error) == repr(reference.error) and same(outcome.value, reference.value)
 
 
 Pairs = Sequence[tuple[Called, Called]]  # what the answer did, and what the solution did
@@ -320,7 +315,7 @@ def _example(names: Sequence[str], case: Sequence[Any], outcome: Called, right: 
     width = max(map(len, labels))
     indent = "\n" + " " * (width + 3)
     rows = zip(labels, [*case, *results], strict=True)
-    return "\n".join(f"{label:<{width}} = {short_text(value)}".replace("\n", indent) for label, value in rows)
+    return "\n".join(f"{label:<{width}} = {SHORT.repr(value)}".replace("\n", indent) for label, value in rows)
 
 
 # Values
@@ -330,7 +325,7 @@ def as_array(value: Any) -> np.ndarray | None:
     """Return a number, array or tensor as an array; None for everything else."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
-        array = value.float().numpy() if value.dtype in (torch.bfloat16, torch.float16) else value.numpy()
+        array = value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
     elif isinstance(value, np.ndarray | np.generic | bool | int | float | complex):
         array = np.asarray(value)
     else:
@@ -344,8 +339,9 @@ def same(value: Any, expected: Any, rtol: float = TOLERANCE) -> bool:
     if array is not None and reference is not None:
         if array.shape != reference.shape or array.dtype.kind not in _MATCHING_KINDS[reference.dtype.kind]:
             return False
-        if (array == reference).all() or reference.dtype.kind in "biu":
-            return bool((array == reference).all())
+        equal = bool((array == reference).all())
+        if equal or reference.dtype.kind in "biu":
+            return equal
         scale = np.max(np.abs(reference), initial=1e-6, where=np.isfinite(reference))
         return np.allclose(array, reference, rtol=0.0, atol=rtol * scale, equal_nan=True)
     if isinstance(expected, Mapping):
@@ -368,18 +364,18 @@ def difference(value: Any, expected: Any, subject: str = "The result") -> str | 
     array, reference = as_array(value), as_array(expected)
     if array is not None and reference is not None:
         return _difference_of_arrays(array, reference, subject)
-    kinds = next((each for each in (list | tuple, Mapping) if isinstance(expected, each)), type(expected))
-    if reference is not None or not isinstance(value, kinds):
-        return f"{subject} is {_type_of(value)}, but it should be {_type_of(expected)}."
-    parts: list[tuple[Any, Any, str]] = []
-    if isinstance(expected, Mapping):
+    if isinstance(expected, Mapping) and isinstance(value, Mapping):
         if value.keys() != expected.keys():
             return f"{subject} has the keys {reprlib.repr([*value])}, but it should have {[*expected]}."
         parts = [(value[key], expected[key], f"The entry {key!r}") for key in expected]
-    elif isinstance(expected, list | tuple):
+    elif isinstance(expected, list | tuple) and isinstance(value, list | tuple):
         if len(value) != len(expected):
             return f"{subject} has {len(value)} items, but it should have {len(expected)}."
         parts = [(value[i], expected[i], f"Item {i} of the result") for i in range(len(expected))]
+    elif reference is not None or type(value) is not type(expected):
+        return f"{subject} is {_type_of(value)}, but it should be {_type_of(expected)}."
+    else:
+        return None
     return next(filter(None, (difference(*part) for part in parts)), None)
 
 
@@ -412,30 +408,22 @@ def factor(value: Any, expected: Any) -> float:
     return ratio if abs(ratio - 1) > 1e-4 and abs(ratio) > 1e-9 and same(array, ratio * reference) else np.nan
 
 
-def size(value: Any) -> int:
-    """Return how many numbers or other single items a value holds."""
-    array = as_array(value)
-    if array is not None:
-        return array.size
-    items = value.values() if isinstance(value, Mapping) else value
-    return sum(map(size, items)) if isinstance(value, Mapping | list | tuple | set) else 1
+class _Short(reprlib.Repr):
+    """Values as short texts, with rounded numbers; large arrays by their shape."""
 
-
-def short_text(value: Any) -> str:
-    """Return a value as a short text with rounded numbers; large arrays by their shape."""
-    array = as_array(value)
-    if array is not None and array.size > SHOWN:
-        return f"an array of shape {array.shape}"
-    if array is not None and array.ndim:
-        return np.array2string(array, precision=3, suppress_small=True, max_line_width=80)
-    if array is not None:
+    def repr1(self, x: Any, level: int) -> str:
+        array = as_array(x)
+        if array is None:
+            return super().repr1(x, level)
+        if array.size > SHOWN:
+            return f"an array of shape {array.shape}"
+        if array.ndim:
+            return np.array2string(array, precision=3, suppress_small=True, max_line_width=80)
         return f"{array.item():.4g}" if array.dtype.kind == "f" else str(array.item())
-    if isinstance(value, list | tuple) and len(value) <= SHOWN:
-        inner = ", ".join(map(short_text, value))
-        return f"[{inner}]" if isinstance(value, list) else f"({inner})"
-    if isinstance(value, Mapping) and len(value) <= SHOWN:
-        return "{" + ", ".join(f"{key!r}: {short_text(entry)}" for key, entry in value.items()) + "}"
-    return reprlib.repr(value)
+
+
+SHORT = _Short()
+SHORT.maxdict = SHORT.maxlist = SHORT.maxtuple = SHOWN
 
 
 def _type_of(value: Any) -> str:

@@ -110,11 +110,11 @@ def hint(name: str) -> None:
     if exercise is None:
         return
     shown, count = _hints_shown.get(name, 0), len(exercise.hints)
-    if shown == count:
+    if shown < count:
+        _hints_shown[name] = shown + 1
+        display(Box(f"Hint {shown + 1} of {count}.", exercise.hints[shown]))
+    else:
         display(Box("That was the last hint.", exercise.hints[-1]))
-        return
-    _hints_shown[name] = shown + 1
-    display(Box(f"Hint {shown + 1} of {count}.", exercise.hints[shown]))
 
 
 def progress(lesson: str = "") -> None:

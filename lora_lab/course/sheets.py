@@ -106,12 +106,9 @@ def sheet(lesson: NotebookNode, name: str, seed: int) -> NotebookNode:
 
 def _imports(cells: Sequence[NotebookNode]) -> str:
     """The imports at the top level of code, in order."""
-    lines: dict[str, None] = {}
-    for cell in cells:
-        if cell.cell_type == "code":
-            imports = [node for node in ast.parse(cell.source).body if isinstance(node, ast.Import | ast.ImportFrom)]
-            lines |= dict.fromkeys(map(ast.unparse, imports))
-    return "\n".join(lines)
+    nodes = [node for cell in cells if cell.cell_type == "code" for node in ast.parse(cell.source).body]
+    imports = [ast.unparse(node) for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    return "\n".join(dict.fromkeys(imports))
 
 
 def _section(cells: Sequence[NotebookNode]) -> str:
@@ -155,18 +152,19 @@ def _reflection(reflection: Reflection) -> list[NotebookNode]:
     """A locked question with its rubric, and the cell for the answer, which a person grades."""
     rubric = "\n".join(f"- {sentence}" for sentence in reflection.rubric)
     question = f"### Reflection\n\n{reflection.question}\n\nA person reads this. A point each:\n\n{rubric}"
-    points = len(reflection.rubric)
     answer = f"{BEGIN}\n{reflection.expected}\n{END}"
+    graded = _nbgrader("reflection", solution=True, points=len(reflection.rubric))
     return [
         new_markdown_cell(question, id="question", metadata=_nbgrader("question", locked=True)),
-        new_markdown_cell(answer, id="reflection", metadata=_nbgrader("reflection", solution=True, points=points)),
+        new_markdown_cell(answer, id="reflection", metadata=graded),
     ]
 
 
 def _nbgrader(name: str, *, solution: bool = False, locked: bool = False, points: int | None = None) -> dict:
     """The metadata of a cell, as nbgrader reads it."""
     entries = {"schema_version": 3, "grade_id": name, "solution": solution, "locked": locked, "task": False}
-    return {"nbgrader": entries | {"grade": points is not None} | ({} if points is None else {"points": points})}
+    grade = {"grade": False} if points is None else {"grade": True, "points": points}
+    return {"nbgrader": entries | grade}
 
 
 def points(answer: Any, properties: Sequence[Callable[..., Any]], seed: int) -> int:
