@@ -29,7 +29,7 @@ import ast
 import json
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, NamedTuple, TypeVar
@@ -41,6 +41,8 @@ from lora_lab.system.provenance import shipped_folder
 
 Edit = str | tuple[str, ...]
 TIME = re.compile(r"\*\*(?:Core|Deeper|Project)\*\*, about (\d+) minutes\.")  # stands in the text of each exercise
+# A cell with a solution: its code, and the name of the exercise and of the function that its last line checks.
+SOLVED_CELL = re.compile(r'(.*### BEGIN SOLUTION.*)^check\("(\w+)", (\w+)\)$', re.DOTALL | re.MULTILINE)
 Holds = TypeVar("Holds", bound=Callable[..., Any])
 TRIALS = 12  # of a property, each with inputs of its own, so it states one case
 EXERCISES: dict[str, Exercise] = {}  # by name, in the order of the lessons
@@ -73,42 +75,19 @@ def works(function, *errors):
         return False
 
 
-class Answer(NamedTuple):
-    """A cell in which a learner solves an exercise: its number from 0, the exercise's name, and what is checked."""
-
-    cell: int
-    exercise: str
-    function: str
-
-
-def answers(cells: Sequence[Mapping[str, Any]]) -> Iterator[Answer]:
-    """The cells of a lesson that hold a solution, which end in ``check(name, function)``.
-
-    Raises:
-        ValueError: such a cell ends in something else.
-    """
-    for number, cell in enumerate(cells):
-        source = "".join(cell["source"])
-        if cell["cell_type"] != "code" or "### BEGIN SOLUTION" not in source:
-            continue
-        match ast.parse(source).body[-1]:
-            case ast.Expr(ast.Call(ast.Name("check"), [ast.Constant(str(name)), ast.Name(function)])):
-                yield Answer(number, name, function)
-            case _:
-                raise ValueError(f"Cell {number + 1} has a solution: let its last line be check(name, function).")
-
-
 class Stated(NamedTuple):
     """What its lesson says of an exercise.
 
     Attributes:
         lesson: its file name without suffix, such as "03_lora_from_scratch".
+        cell: the number of the cell with the solution, from 0.
         function: the name of the function or class that is checked.
         source: the solution, without comments.
         minutes: a guess of the time that a learner needs.
     """
 
     lesson: str
+    cell: int
     function: str
     source: str
     minutes: int
@@ -120,10 +99,11 @@ def _stated() -> dict[str, Stated]:
     exercises = {}
     for path in shipped_folder("notebooks").glob("[0-9]*.ipynb"):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        for each in answers(cells):
-            source = ast.unparse(ast.Module(ast.parse("".join(cells[each.cell]["source"])).body[:-1], []))
-            text = "".join("".join(cell["source"]) for cell in cells[: each.cell] if cell["cell_type"] == "markdown")
-            exercises[each.exercise] = Stated(path.stem, each.function, source, int(TIME.findall(text)[-1]))
+        for number, cell in enumerate(cells):
+            for code, name, function in SOLVED_CELL.findall("".join(cell["source"])):
+                text = "".join("".join(each["source"]) for each in cells[:number] if each["cell_type"] == "markdown")
+                source, minutes = ast.unparse(ast.parse(code)), int(TIME.findall(text)[-1])
+                exercises[name] = Stated(path.stem, number, function, source, minutes)
     return exercises
 
 
