@@ -57,8 +57,9 @@ def test_the_solution_passes_and_has_all_points(exercise):
 
 @each_mistake
 def test_a_mistake_is_refused_with_its_sentence(exercise, answer, sentence):
-    verdict = judge(exercise, answer)
-    assert (verdict.passed, verdict.text) == (False, sentence)
+    for _ in range(1 if exercise.inputs else 4):  # what inputs leave to chance is computed below
+        verdict = judge(exercise, answer)
+        assert (verdict.passed, verdict.text) == (False, sentence)
 
 
 @pytest.mark.slow

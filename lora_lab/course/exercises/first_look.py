@@ -68,7 +68,7 @@ def goes_through_A_and_then_B(one_line, rng):
 def follows_the_dial(one_line, rng):
     """It is B A x times s, for positive and for negative s."""
     W, A, B, x, s = layer_and_dial(rng)
-    return all(close(one_line(W, A, B, x, dial) - W @ x, dial * (B @ A @ x)) for dial in (s, -s))
+    return all(close(one_line(W, A, B, x, dial) - W @ x, dial * (B @ A @ x)) for dial in (s, -2 * s))
 
 
 Reflection(

@@ -288,11 +288,11 @@ layer = Exercise(
 )
 
 
-def made(answer, rng, dropout=0.0, bias=True, moved=True, generator=None):
+def made(answer, rng, dropout=0.0, bias=True, moved=True):
     """A layer, a copy of its base, an input (6, 7), the update B A, not scaled, and what the layer shall compute."""
     base = nn.Linear(IN, OUT, bias=bias)
     x, untouched = normal(rng, 6, IN), copy.deepcopy(base)
-    layer = answer(base, RANK, ALPHA, dropout, generator)
+    layer = answer(base, RANK, ALPHA, dropout)
     shapes = (RANK, IN), (OUT, RANK)
     A, B = (next((p for p in layer.parameters() if p.shape == shape), torch.empty(0)) for shape in shapes)
     update = expected = None
@@ -406,7 +406,12 @@ def has_a_random_A(MyLoRALinear, rng):
 )
 def follows_the_generator(MyLoRALinear, rng):
     """The generator alone decides A."""
-    return decides(lambda generator: made(MyLoRALinear, rng, moved=False, generator=generator).A, rng)
+
+    def draw_A(generator):
+        layer = MyLoRALinear(nn.Linear(IN, OUT), RANK, ALPHA, 0.0, generator)
+        return next(p for p in layer.parameters() if p.shape == (RANK, IN))
+
+    return decides(draw_A, rng)
 
 
 @layer.must(

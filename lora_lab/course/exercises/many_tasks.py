@@ -89,10 +89,12 @@ def parts_no_siblings(split, rng):
 )
 def has_each_row_once(split, rng):
     """Each row is in exactly one of three parts, no group is in two, and no part is empty, also with four groups."""
-    count = int(rng.choice([3, 4, 25]))
-    groups, parts, once = cut(split, rng, count)
-    names = [{groups[row] for row in part} for part in parts]
-    return once and len(parts) == 3 and all(parts) and sum(map(len, names)) == count
+    for count in (3, 4, 25):
+        groups, parts, once = cut(split, rng, count)
+        names = [{groups[row] for row in part} for part in parts]
+        if not (once and len(parts) == 3 and all(parts) and sum(map(len, names)) == count):
+            return False
+    return True
 
 
 @split.must(
@@ -218,18 +220,22 @@ switch_adapter = Exercise(
 
 
 def switched(switch_adapter, rng):
-    """A layer with an adapter of rank 2 and alpha 5, before and after a switch to one of rank 3, which is third."""
+    """A layer before and after a switch from rank 2 and alpha 5 to rank 3; the new A, B and alpha, and their copies.
+
+    The copies were made before the switch.
+    """
     layer = LoRALinear(nn.Linear(6, 5), 2, 5.0)
     layer.lora_B.data.copy_(normal(rng, 5, 2))
     before = copy.deepcopy(layer)
     new = normal(rng, 3, 6), normal(rng, 5, 3), float(rng.choice([7.0, 8.0, 11.0]))
+    stored = copy.deepcopy(new)
     switch_adapter(layer, *new)
-    return before, layer, new
+    return before, layer, new, stored
 
 
 def switched_back(switch_adapter, rng):
     """Such a layer, and what is left of it after a switch there and back."""
-    before, layer, _ = switched(switch_adapter, rng)
+    before, layer, *_ = switched(switch_adapter, rng)
     switch_adapter(layer, before.lora_A.detach().clone(), before.lora_B.detach().clone(), 5.0)
     return before, layer
 
@@ -249,7 +255,7 @@ def switches_there_and_back(switch_adapter, rng):
     """After a switch there and back the base is the same bit for bit, and in between the layer was another."""
     before, layer = switched_back(switch_adapter, rng)
     pairs = zip(layer.base.parameters(), before.base.parameters(), strict=True)
-    old, new, _ = switched(switch_adapter, rng)
+    old, new, *_ = switched(switch_adapter, rng)
     x = normal(rng, 4, 6)
     return all(torch.equal(*pair) for pair in pairs) and not close(new(x), old(x))
 
@@ -261,7 +267,7 @@ def switches_there_and_back(switch_adapter, rng):
     ("A.clone()", "(A + layer.lora_A.mean(0)) / 2", "B.clone()", "(B + layer.lora_B.mean(1)[:, None]) / 2"),
 )
 def replaces_the_factors(switch_adapter, rng):
-    _, layer, (A, B, _) = switched(switch_adapter, rng)
+    _, layer, (A, B, _), _ = switched(switch_adapter, rng)
     return torch.equal(layer.lora_A, A) and torch.equal(layer.lora_B, B)
 
 
@@ -276,7 +282,7 @@ def replaces_alpha(switch_adapter, rng):
 )
 def computes_with_the_new_one(switch_adapter, rng):
     """The layer computes its base plus the new adapter, of another rank and another alpha."""
-    _, layer, (A, B, alpha) = switched(switch_adapter, rng)
+    _, layer, (A, B, alpha), _ = switched(switch_adapter, rng)
     x = normal(rng, 4, 6)
     return close(layer(x), layer.base(x) + alpha / 3 * x @ A.T @ B.T)
 
@@ -287,7 +293,7 @@ def computes_with_the_new_one(switch_adapter, rng):
     (SET_ALPHA, f"{SET_ALPHA}\n    layer.requires_grad_(False)"),
 )
 def makes_parameters(switch_adapter, rng):
-    _, layer, _ = switched(switch_adapter, rng)
+    _, layer, *_ = switched(switch_adapter, rng)
     return all(isinstance(part, nn.Parameter) and part.requires_grad for part in (layer.lora_A, layer.lora_B))
 
 
@@ -297,12 +303,11 @@ def makes_parameters(switch_adapter, rng):
 )
 def can_be_trained_afterwards(switch_adapter, rng):
     """The new factors are parameters that are trained, and training them does not change what was passed."""
-    _, layer, (A, B, _) = switched(switch_adapter, rng)
-    stored = A.clone(), B.clone()
+    _, layer, new, stored = switched(switch_adapter, rng)
     for factor in (layer.lora_A, layer.lora_B):
         factor.data.add_(1)  # as a training step would
-    kept = layer.lora_A.shape == A.shape and torch.equal(A, stored[0]) and torch.equal(B, stored[1])
-    return kept and makes_parameters(switch_adapter, rng)
+    kept = torch.equal(new[0], stored[0]) and torch.equal(new[1], stored[1])
+    return layer.lora_A.shape == new[0].shape and kept and makes_parameters(switch_adapter, rng)
 
 
 # Beat the score

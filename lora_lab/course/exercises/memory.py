@@ -239,8 +239,9 @@ longest = Exercise(
 @longest.must()
 def fits_and_one_more_does_not(longest, rng):
     """So many tokens fit into the budget, and one more does not."""
-    room, per_token = int(rng.integers(2**30, 2**34)), int(rng.integers(999, 10**7))
-    count = longest(24, 24 * 2**30 - room, per_token)
+    budget, per_token = rng.integers([4, 999], [25, 10**7]).tolist()
+    room = int(rng.integers(2**30, budget * 2**30))
+    count = longest(budget, budget * 2**30 - room, per_token)
     return count == int(count) and count * per_token <= room < (count + 1) * per_token
 
 

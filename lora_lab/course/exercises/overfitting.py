@@ -9,8 +9,8 @@ from lora_lab.course.exercise import Exercise, Reflection, close
 
 def training_run(rng):
     """Steps, training losses and validation losses, in no order."""
-    count = int(rng.integers(8, 13))
-    steps = int(rng.choice([5, 10, 20])) * np.arange(1, count + 1)
+    first, count = rng.integers([1, 8], [4, 13]).tolist()
+    steps = int(rng.choice([5, 10, 20])) * np.arange(first, first + count)
     return steps, rng.uniform(0, 1, count), rng.uniform(1, 2, count)
 
 

@@ -159,7 +159,13 @@ class Device:
         return self._now
 
     def launch(self, step: str) -> None:
-        """Hand a step to the device, and return before it is done."""
+        """Hand a step to the device, and return before it is done.
+
+        Raises:
+            ValueError: there is no such step.
+        """
+        if step not in self.seconds:
+            raise ValueError(f"There is no step {step!r}; this device runs {' and '.join(map(repr, self.seconds))}.")
         duration = self.seconds[step] * (1 + self.drift * len(self.launched)) * self.rng.normal(1, 0.001)
         if len(self.launched) % 12 == self._interrupted:
             duration *= self.interruption

@@ -72,10 +72,11 @@ def is_that_of_a_table(upper_bound, rng):
 def ranks_and_bounds(rng):
     """rank -> (mean, upper bound) of its loss above the largest rank's, ranks in any order; and the margin.
 
-    Some bounds are exactly the margin, and some ranks are better than the largest by more than the margin.
+    Some bounds are exactly the margin, and some ranks are better than the largest by more than the margin. In three of
+    ten cases none is enough.
     """
     ranks, margin = rng.permutation([1, 2, 4, 8, 16]).tolist(), float(rng.choice([0.01, 0.02, 0.05]))
-    uppers = margin * rng.choice([-1.2, 0.4, 0.8, 1, 1.3], 5, p=[0.12, 0.06, 0.07, 0.35, 0.4])
+    uppers = margin * rng.choice([1, 1.3] if rng.random() < 0.3 else [-1.2, 0.5, 0.8, 1, 1.3], 5)
     means = uppers - margin * rng.uniform(0.2, 0.6, 5)
     return dict(zip(ranks, zip(means.tolist(), uppers.tolist(), strict=True), strict=True)), margin
 
@@ -191,7 +192,7 @@ seeds_needed = Exercise(
 @seeds_needed.must()
 def so_many_and_no_fewer(seeds_needed, rng):
     """With so many seeds the sum of both quantiles times sd / sqrt(n) is below the margin; with one less it is not."""
-    ratio = float(rng.choice([0.4, 1.0, 2.2, 9.5]))
+    ratio = float(rng.choice([0.4, 0.6, 1.0, 1.5, 2.2, 3.1, 9.5]))
     n = seeds_needed(0.02 * ratio, 0.02)
     sums = [(stats.t.ppf(0.95, k - 1) + stats.t.ppf(0.8, k - 1)) * ratio / math.sqrt(k) for k in (n, n - 1)]
     return sums[0] < 1 <= sums[1]
