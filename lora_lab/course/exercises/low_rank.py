@@ -103,7 +103,7 @@ terms_for = Exercise(
 @terms_for.must()
 def reaches_the_share(terms_for, rng):
     """The result is a whole number of terms which hold at least the share, and one term less holds less."""
-    S, share = np.sort(rng.uniform(0.1, 1, 14))[::-1] ** 2, rng.uniform(0.5, 0.99)
+    S, share = np.sort(rng.uniform(0.1, 1, 14))[::-1] ** 2, rng.choice([0.5, 0.8, 0.9, 0.95, 0.99])
     k = terms_for(S.copy(), share)
     less, more = (np.sum(S[:terms] ** 2) / np.sum(S**2) for terms in (k - 1, k))
     return k == int(k) and less < share <= more
