@@ -15,6 +15,7 @@ import io
 import linecache
 import reprlib
 import signal
+import sys
 import threading
 import traceback
 import warnings
@@ -128,11 +129,13 @@ def limited(function: Callable[[], Value]) -> Value:
 
 @contextlib.contextmanager
 def untouched() -> Iterator[None]:
-    """Restore the state of torch's random generator, and whether gradients are recorded, at the end of the block.
+    """Restore stdout, stderr, torch's random state and whether gradients are recorded at the end of the block.
 
     Warnings are not shown inside it. Numpy and Python draw from generators of their own in all lessons.
     """
     with (
+        contextlib.redirect_stdout(sys.stdout),  # :func:`watch` replaces both, and may end before it puts them back,
+        contextlib.redirect_stderr(sys.stderr),  # because the alarm may ring at any time
         torch.random.fork_rng(devices=[]),
         torch.set_grad_enabled(torch.is_grad_enabled()),
         warnings.catch_warnings(action="ignore"),

@@ -353,16 +353,22 @@ def test_in_another_thread_there_is_no_limit():
     assert results == [7]
 
 
-def test_torchs_random_state_and_gradients_stay_as_they_were(trial):
+def test_output_torchs_random_state_and_gradients_stay_as_they_were(trial):
     def disturb():
         torch.manual_seed(1)
         torch.set_grad_enabled(False)
+        sys.stdout = sys.stderr = None  # as they are left if the alarm rings while they are put back
 
-    before = torch.get_rng_state().tolist()
+    def state():
+        return torch.get_rng_state().tolist(), torch.is_grad_enabled(), sys.stdout, sys.stderr
+
+    before = state()
     for answer in (lambda W, x: disturb() or W @ x, lambda W, x: disturb() or 1 / 0):
         judge(trial, answer)
-        assert torch.get_rng_state().tolist() == before
-        assert torch.is_grad_enabled()
+        assert state() == before
+    with module.untouched():
+        disturb()
+    assert state() == before
 
 
 def test_the_file_of_functions_classes_and_other_callables():
