@@ -116,7 +116,10 @@ def copy_lessons(folder: str | Path, solved: bool = False, only: Sequence[str] =
         raise ValueError(f"{folder} is a course to grade (it holds {CONFIG}); name another folder for the lessons.")
     manifest, before = folder / MANIFEST, _Manifest(solved=solved, written={}, versions={})
     if manifest.is_file():
-        before = check(read_json(manifest), _Manifest, str(manifest))
+        try:
+            before = check(read_json(manifest), _Manifest, str(manifest))
+        except ValueError as error:
+            raise ValueError(f"{error} Delete it; lessons that you changed stay.") from None
     if before["solved"] != solved:
         which = "without" if solved else "with"
         raise ValueError(f"{folder} has the lessons {which} solutions; name another folder.")
