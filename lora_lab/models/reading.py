@@ -113,8 +113,8 @@ class Sampling:
     """How the next token is chosen from its logits.
 
     Args:
-        temperature: 0 always takes the most probable token (greedy); from 0.000001 on tokens are sampled from
-            softmax(logits / temperature).
+        temperature: tokens are sampled from softmax(logits / temperature); 0, and what is below a millionth, always
+            takes the most probable token (greedy).
         seed: of the samples.
         repetition_penalty: divides the positive logits of the tokens that the text holds already, prompt included, and
             multiplies their negative ones (Keskar et al. 2019, "CTRL", arXiv 1909.05858, section 4.1): above 1 the
@@ -130,10 +130,6 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if 0 < self.temperature < _LOWEST_TEMPERATURE:
-            raise ValueError(
-                f"temperature is {self.temperature}, but it must be 0, or at least {_LOWEST_TEMPERATURE:f}."
-            )
 
     def choose(self, logits: Tensor, text: Tensor, generator: torch.Generator) -> Tensor:
         """Return the next token, a scalar.
@@ -147,7 +143,7 @@ class Sampling:
             repeated, penalty = logits[text], float(self.repetition_penalty)  # (length,)
             lower, higher = repeated * penalty, repeated / penalty  # (length,) each
             logits[text] = torch.where(repeated < 0, lower, higher)  # (length,)
-        if self.temperature == 0:
+        if self.temperature < _LOWEST_TEMPERATURE:
             return logits.argmax()  # ()
         probabilities = torch.softmax(logits.float().cpu() / float(self.temperature), dim=-1)  # (49152,)
         return torch.multinomial(probabilities, 1, generator=generator)[0]  # ()

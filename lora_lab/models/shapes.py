@@ -55,7 +55,7 @@ def config(name: str) -> LlamaConfig:
         ValueError: the table has no such model.
     """
     if name not in TABLE:
-        raise ValueError(f"No shape is known by the name {name!r}; use one of: {', '.join(TABLE)}.")
+        raise ValueError(f"There is no model {name!r}; use a folder with a config.json, or one of: {', '.join(TABLE)}.")
     return TABLE[name]
 
 

@@ -113,22 +113,21 @@ class Tokenizer:
         """
         return self.backend.encode(_whole(text), add_special_tokens=add_special_tokens).ids
 
-    def check_text(self, text: str, what: str = "A text", allow_special: bool = False) -> None:
+    def check_text(self, text: str, allow_special: bool = False) -> None:
         """Check that a user's text contains no control tokens and no invalid characters.
 
         Args:
-            what: the text is, for the message.
             allow_special: whether it may hold what stands for a special token.
 
         Raises:
             ValueError: it holds half a character, or one of the :attr:`control_tokens`, which would end a turn or begin
                 another one in the middle of the text.
         """
-        _whole(text, what)
+        _whole(text, "A text")
         for token in [] if allow_special else self.control_tokens:
             if (place := text.find(token)) >= 0:
                 raise ValueError(
-                    f"{what} holds {token!r}, which the model reads as a special token and not as text: "
+                    f"A text holds {token!r}, which the model reads as a special token and not as text: "
                     f"{_around(text, place)}; remove or rewrite it, or allow it in a .txt file (allow_special=True)."
                 )
 

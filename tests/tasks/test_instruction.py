@@ -337,15 +337,6 @@ def test_the_preview_counts_the_special_tokens_in_the_texts(chatter):
     assert "special tokens" not in from_pairs(chatter, pairs).preview()
 
 
-def test_a_text_far_too_long_is_refused_without_its_tokens(chatter, monkeypatch):
-    tokenised = []
-    monkeypatch.setattr(Tokenizer, "encode", lambda self, text, *_: tokenised.append(len(text)) or [0] * len(text))
-    with pytest.raises(ValueError, match="has more than 512 tokens"):
-        from_pairs(chatter, [Pair("x" * 600_000, "a"), *sums()])
-    assert max(tokenised, default=0) < 1000
-    assert from_pairs(chatter, [Pair("x" * 600_000, "a"), *sums()], skip_long=True).left_out == 1
-
-
 # Conversations
 
 LONGER = (
