@@ -161,8 +161,6 @@ def _tensors(reader: _HeaderFile, number: int, alignment: Any) -> dict[str, Stor
     places: dict[str, tuple[GGMLQuantizationType, tuple[int, ...], int]] = {}
     for _ in range(number):
         name, dimensions = reader.text(), reader.count(4)
-        if name in places:
-            raise ValueError(f"it has two tensors {name!r:.80}")
         if not 1 <= dimensions <= _MOST_DIMENSIONS:
             raise ValueError(f"its tensor {name!r:.80} has {dimensions} dimensions")
         shape = tuple(reader.count() for _ in range(dimensions))[::-1]  # (rows, columns)

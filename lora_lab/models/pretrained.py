@@ -158,7 +158,7 @@ def architecture(source: str | Path) -> Callable[[], nn.Module]:
     entries = read_entries(path)
     if find_misfit(entries) is None:
         return partial(Llama, config_from_hf(entries, path))
-    return partial(_build_by_transformers, _read_config(path))
+    return partial(_build_by_transformers, *_read_config(path))
 
 
 def save_model(
@@ -380,14 +380,14 @@ def _put_blocks(model: Llama, name: str, packed: nn.Parameter, kind: str, dtype:
 # read but safetensors.
 
 
-def _read_config(path: Path) -> Any:
-    """Return the config of transformers in a folder's config.json, or in a JSON file of another name.
+def _read_config(path: Path) -> tuple[Any, Any]:
+    """Return the config of transformers in a folder's config.json, or in a JSON file of another name, and its class.
 
     Args:
         path: of which :func:`lora_lab.models.shapes.read_entries` has limited the sizes.
 
     Raises:
-        ValueError: transformers does not know the architecture, or cannot read the file.
+        ValueError: transformers cannot read the file, or has no model with a head among the config's architectures.
         ModuleNotFoundError: transformers is not installed.
     """
     try:
@@ -395,7 +395,17 @@ def _read_config(path: Path) -> Any:
     except ModuleNotFoundError:
         raise ModuleNotFoundError("This model needs transformers; run pip install 'lora-lab[hf]'.") from None
     with _explain_failure(f"transformers {transformers.__version__} cannot read {path}"):
-        return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    bare = transformers.MODEL_MAPPING.get(type(config), None)
+    for name in config.architectures or ():
+        kind = getattr(transformers, name, None)
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and kind is not bare:
+            return config, kind
+    named = shortened(str(config.architectures), 80)
+    raise ValueError(
+        f"The config's architectures are {named}, but transformers {transformers.__version__} has no model with a head "
+        "of such a name; name one, such as BertForMaskedLM."
+    )
 
 
 @contextmanager
@@ -407,29 +417,8 @@ def _explain_failure(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {shortened(str(error)) or type(error).__name__}") from None
 
 
-def _model_class(config: Any) -> Any:
-    """Return the first model with a head among a config's architectures.
-
-    Raises:
-        ValueError: transformers has none of them.
-    """
-    import transformers
-
-    bare = transformers.MODEL_MAPPING.get(type(config), None)
-    for name in config.architectures or ():
-        kind = getattr(transformers, name, None)
-        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and kind is not bare:
-            return kind
-    named = shortened(str(config.architectures), 80)
-    raise ValueError(
-        f"The config's architectures are {named}, but transformers {transformers.__version__} has no model with a head "
-        "of such a name; name one, such as BertForMaskedLM."
-    )
-
-
-def _build_by_transformers(config: Any) -> nn.Module:
+def _build_by_transformers(config: Any, kind: Any) -> nn.Module:
     """Return a model with random weights, or without any on torch's meta device; the config is not changed."""
-    kind = _model_class(config)
     with _explain_failure(f"transformers cannot build a {kind.__name__} of this config"):
         return kind(copy.deepcopy(config))
 
@@ -448,14 +437,13 @@ def _load_by_transformers(folder: Path, dtype: torch.dtype, device: torch.device
         ModuleNotFoundError: transformers is not installed.
     """
     _weight_files(folder)  # transformers would follow an index out of the folder
-    config = _read_config(folder)
+    config, kind = _read_config(folder)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{folder} holds quantised weights; load the original ones, then call quantize_nf4(model).")
     if (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(
             f"{folder} holds an adapter beside the model, which transformers would put on it; move it elsewhere."
         )
-    kind = _model_class(config)
     with _explain_failure(f"{folder} cannot be loaded by transformers"):
         model, report = kind.from_pretrained(
             folder,

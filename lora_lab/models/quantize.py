@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -410,8 +409,8 @@ def quantize_nf4(model: nn.Module, double: bool = True, exclude: Sequence[str] =
         The names of the layers now in NF4.
 
     Raises:
-        ValueError: the model has adapters, there is no such layer, a name in ``exclude`` matches nothing, or a weight
-            belongs to two modules. The model is then left as it was.
+        ValueError: the model has adapters, there is no such layer, or a name in ``exclude`` matches nothing. The model
+            is then left as it was.
     """
     exclude = check_names("exclude", exclude)
     require_no_adapters(model)
@@ -427,12 +426,6 @@ def quantize_nf4(model: nn.Module, double: bool = True, exclude: Sequence[str] =
         raise ValueError(
             f"{type(model).__name__} has no nn.Linear to quantise but its head and what is left out: {list(exclude)}."
         )
-    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    for name, layer in layers.items():
-        if owners[id(layer.weight)] > 1:
-            raise ValueError(
-                f"The weight of {name!r} is shared with another module, which would keep it dense; exclude {[name]}."
-            )
     kind = "NF4-double" if double else "NF4"
     for name, layer in layers.items():
         packed, steps = nf4(layer.weight, double)

@@ -77,12 +77,6 @@ class Tokenizer:
         self.pad_id = self.eos_id if self.pad_id is None else self.pad_id
 
     @property
-    def special_tokens(self) -> list[str]:
-        """The special tokens, as they are written in a text."""
-        added = self.backend.get_added_tokens_decoder()
-        return [added[i].content for i in sorted(added) if added[i].special]
-
-    @property
     def control_tokens(self) -> list[str]:
         """The tokens that structure a conversation.
 

@@ -28,7 +28,7 @@ from lora_lab.system.schema import check
 from lora_lab.system.wording import count_noun, short_repr, shortened
 from lora_lab.task import Task
 from lora_lab.tasks.datasets import LANGUAGES, sentiment, style, summarise, translate, tweets
-from lora_lab.tasks.instruction import PARTS, Pair, PairTask, Turn, count_special, from_pairs
+from lora_lab.tasks.instruction import PARTS, Pair, PairTask, Turn, from_pairs
 from lora_lab.tasks.python_docs import docs, off_domain_texts, windows
 from lora_lab.tasks.sentences import PROMPTS, sentences
 
@@ -201,7 +201,7 @@ def from_text(tokenizer: Tokenizer, path: str | Path, *, seq_len: int = 128, all
         path: of the file.
         seq_len: tokens per example.
         allow_special: whether the text may contain the special tokens that structure conversations or end a text, such
-            as ``<|im_end|>``. They are then encoded as these tokens, and ``about`` states how often each occurs.
+            as ``<|im_end|>``. They are then encoded as these tokens.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -321,8 +321,6 @@ def _task_of_texts(
                 f"{counted}, too few for a {part} part of {seq_len} tokens an example; give more or longer ones, or a "
                 "smaller seq_len."
             )
-    if found := count_special(tokenizer, texts):
-        about += f", with the special tokens {found}"
     about += "; off-domain: scikit-learn's descriptions of data sets"
     return Task(name, **parts, off_domain=windows(tokenizer, off_domain_texts(), seq_len), unit="tokens", about=about)
 

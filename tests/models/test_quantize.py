@@ -523,19 +523,15 @@ def test_a_parent_that_reads_the_weight_itself_finds_it():
 class Twins(nn.Module):
     """Two layers with one weight, and one without a partner."""
 
-    def __init__(self, whole=False):
+    def __init__(self):
         super().__init__()
         self.one, self.two, self.three = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
-        if whole:
-            self.two = self.one
         self.two.weight = self.one.weight
 
 
 @pytest.mark.parametrize(
     ("make", "options", "named"),
     [
-        (Twins, {}, "'one'"),
-        (lambda: Twins(whole=True), {}, "'one'"),
         (lambda: DigitsMLP(width=16), {"exclude": ["hidden1", "hidden2", "head"]}, "DigitsMLP .*'head'"),
         (lambda: DigitsMLP(width=16), {"exclude": "head"}, "'head'"),
         (lambda: DigitsMLP(width=16), {"exclude": ["head", "heat"]}, "'heat'"),
