@@ -462,7 +462,5 @@ def _kind(name: str, value: Tensor, dtype: str) -> str:
     if dtype == "q8_0" and value.shape[-1] % BLOCK:
         dtype = "f16"
     if (largest := float(value.detach().abs().max())) > _LARGEST[dtype]:
-        raise ValueError(
-            f"{name} holds a number of magnitude {largest:g}, too large for {dtype.upper()}; choose dtype='f32'."
-        )
+        raise ValueError(f"{name} holds {largest:g}, too large for {dtype.upper()}; choose dtype='f32'.")
     return dtype.upper()

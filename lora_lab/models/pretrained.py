@@ -102,10 +102,7 @@ def load_pretrained(
             print(f"{path}: {which}.", file=sys.stderr)
         stored = None if reason else _read_folder(path, entries)
     if keep_blocks and not (stored and stored.kinds):
-        raise ValueError(
-            f"{path} holds no matrix in blocks of {' or '.join(quantize.BYTES_PER_BLOCK)}, so there are none to keep; "
-            "load it without keep_blocks, and call quantize_nf4(model)."
-        )
+        raise ValueError(f"{path} holds no blocks to keep; load it without keep_blocks, and call quantize_nf4(model).")
     if stored is None:
         tokenizer = Tokenizer.load(path)  # before the weights: it takes no time, and may be what is missing
         return _load_by_transformers(path, dtype, device), tokenizer
@@ -134,7 +131,7 @@ def _find_source(source: str | Path) -> Path:
     path = files.as_path(source, "source")
     if not path.exists():
         raise FileNotFoundError(
-            f"There is no model {str(source)!r}; use {SMOLLM2!r}, the path of a .gguf file, or a Hugging Face folder."
+            f"There is no model {str(source)!r}; use {SMOLLM2!r}, a .gguf file, or a model's folder."
         )
     return path
 
@@ -191,9 +188,7 @@ def save_model(
         OSError: the path cannot be written to, or the disk is full.
     """
     if lora_layers(model):
-        raise ValueError(
-            "The model has adapters; merge(model) first, or save the adapters alone with save_adapter(model, folder)."
-        )
+        raise ValueError("The model has adapters; merge(model) first, or save_adapter(model, folder) alone.")
     path = files.as_path(path, "path")
     if format == "gguf":
         if tokenizer is None:
@@ -229,10 +224,7 @@ def check_separate(folder: Path, new: Literal["model", "adapter"]) -> None:
         weights = (*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin"))
         held = "a model" if weights and (folder / "config.json").is_file() else None
     if held is not None:
-        raise ValueError(
-            f"{folder} holds {held}, and transformers loads a model with the adapter that is in its folder; name "
-            f"another folder for the {new}."
-        )
+        raise ValueError(f"{folder} holds {held}; transformers would load both, so name another folder for the {new}.")
 
 
 def _save_folder(model: nn.Module, folder: Path, tokenizer: Tokenizer | None) -> None:
@@ -441,9 +433,7 @@ def _load_by_transformers(folder: Path, dtype: torch.dtype, device: torch.device
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{folder} holds quantised weights; load the original ones, then call quantize_nf4(model).")
     if (folder / ADAPTER_CONFIG).is_file():
-        raise ValueError(
-            f"{folder} holds an adapter beside the model, which transformers would put on it; move it elsewhere."
-        )
+        raise ValueError(f"{folder} holds an adapter, which transformers would put on the model; move it elsewhere.")
     with _explain_failure(f"{folder} cannot be loaded by transformers"):
         model, report = kind.from_pretrained(
             folder,

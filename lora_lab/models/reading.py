@@ -101,10 +101,7 @@ def reader_of(model: nn.Module, mask: Tensor | None = None) -> Reader:
     """
     can_generate = getattr(model, "can_generate", None)
     if can_generate is None or not can_generate() or is_encoder_decoder(model):
-        raise ValueError(
-            f"Only a causal language model can continue a text, but the model is a {type(model).__name__}; use a "
-            "lora_lab.Llama or one of transformers."
-        )
+        raise ValueError(f"Only a causal language model can continue a text, and a {type(model).__name__} is none.")
     return Reader(model, mask)
 
 

@@ -266,7 +266,7 @@ class Tokenizer:
         vocabulary = self.backend.get_vocab()
         if (largest := max(vocabulary.values(), default=0)) >= vocab_size:
             raise ValueError(
-                f"The tokenizer has token {largest}, but the model {vocab_size} tokens; pass the model's own."
+                f"The tokenizer has token {largest}, but the model has {vocab_size}; pass the model's own."
             )
         if self.eos_id is None:
             raise ValueError("No token ends a text, and llama.cpp would take another one for it; set tokenizer.eos_id.")

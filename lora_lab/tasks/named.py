@@ -317,10 +317,7 @@ def _task_of_texts(
     parts = {part: windows(tokenizer, own, seq_len) for part, own in split.items()}
     for part, examples in parts.items():
         if len(examples) == 0:
-            raise ValueError(
-                f"{counted}, too few for a {part} part of {seq_len} tokens an example; give more or longer ones, or a "
-                "smaller seq_len."
-            )
+            raise ValueError(f"{counted}, too few for a {part} part of {seq_len} tokens each; lower seq_len.")
     about += "; off-domain: scikit-learn's descriptions of data sets"
     return Task(name, **parts, off_domain=windows(tokenizer, off_domain_texts(), seq_len), unit="tokens", about=about)
 
