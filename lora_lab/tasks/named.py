@@ -27,7 +27,7 @@ from lora_lab.system.files import check_file
 from lora_lab.system.schema import check
 from lora_lab.system.wording import count_noun, short_repr, shortened
 from lora_lab.task import Task
-from lora_lab.tasks.datasets import LANGUAGES, sentiment, style, summarise, translate, tweets
+from lora_lab.tasks.datasets import LANGUAGES, sentiment, style, summarise, translate
 from lora_lab.tasks.instruction import PARTS, Pair, PairTask, Turn, from_pairs
 from lora_lab.tasks.python_docs import docs, off_domain_texts, windows
 from lora_lab.tasks.sentences import PROMPTS, sentences
@@ -330,7 +330,6 @@ TASKS: dict[str, Callable[[Tokenizer], Task]] = {
     **{f"translate-{code}": partial(translate, language=code) for code in LANGUAGES},
     **{f"sentences-{target}": partial(sentences, target=target) for target in PROMPTS},
     "sentiment": sentiment,
-    "tweets": tweets,
     "style": style,
     "style-plain": partial(style, variant="plain"),
 }
