@@ -406,10 +406,10 @@ class LlamaReader(Reader):
             other.cache.layers[layer] = turned, value.expand(len(mask), -1, -1, -1)
         return other
 
-    def _logits(self, ids: Tensor, last: bool) -> Tensor:
+    def read(self, ids: Tensor, each: bool = False) -> Tensor:
         self._extend(ids)
         hidden = self.model.model(ids, self.mask, self.cache)  # (16, new, 576)
-        return self.model.lm_head(hidden[:, -1:] if last else hidden)  # (16, 1 or new, 49152)
+        return self.model.lm_head(hidden if each else hidden[:, -1:])  # (16, 1 or new, 49152)
 
 
 reader_of.register(Llama, LlamaReader)
