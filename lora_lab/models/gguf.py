@@ -161,6 +161,8 @@ def _tensors(reader: _HeaderFile, number: int, alignment: Any) -> dict[str, Stor
     places: dict[str, tuple[GGMLQuantizationType, tuple[int, ...], int]] = {}
     for _ in range(number):
         name, dimensions = reader.text(), reader.count(4)
+        if name in places:
+            raise ValueError(f"it has two tensors {name!r:.80}")
         if not 1 <= dimensions <= _MOST_DIMENSIONS:
             raise ValueError(f"its tensor {name!r:.80} has {dimensions} dimensions")
         shape = tuple(reader.count() for _ in range(dimensions))[::-1]  # (rows, columns)
@@ -462,5 +464,5 @@ def _kind(name: str, value: Tensor, dtype: str) -> str:
     if dtype == "q8_0" and value.shape[-1] % BLOCK:
         dtype = "f16"
     if (largest := float(value.detach().abs().max())) > _LARGEST[dtype]:
-        raise ValueError(f"{name} holds {largest:g}, too large for {dtype.upper()}; choose dtype='f32'.")
+        raise ValueError(f"{name} holds a magnitude of {largest:g}, too large for {dtype.upper()}; choose dtype='f32'.")
     return dtype.upper()

@@ -336,11 +336,16 @@ def _build(stored: StoredModel, origin: Path, dtype: torch.dtype, device: torch.
 
 
 def _check(stored: StoredModel, model: Llama, origin: Path) -> None:
-    """Check that the stored tensors are those of the model, by name and shape.
+    """Check that the stored tensors are those of the model, by name and shape, and that it knows the first tokens.
 
     Raises:
-        ValueError: they are not.
+        ValueError: they are not, or the tokenizer puts tokens around every text that the model does not know.
     """
+    largest = max(stored.tokenizer.encode("", add_special_tokens=True), default=0)
+    if largest >= stored.config.vocab_size:
+        raise ValueError(
+            f"{origin}: the tokenizer adds token {largest} to every text, but the model has {stored.config.vocab_size}."
+        )
     needed = {name: _describe(value) for name, value in model.state_dict().items()}
     if stored.config.tie_word_embeddings:
         del needed[_HEAD]
@@ -472,6 +477,8 @@ def _smollm2_folder() -> Path:
     """
     cache, folder = cache_folder(), cache_folder() / _CACHE_ENTRY
     if folder.is_dir():
+        if lacking := [name for name in FILES if not (folder / name).is_file()]:
+            raise FileNotFoundError(f"{folder} lacks the file {lacking[0]}; delete the folder, and it is made anew.")
         return folder
     try:
         files.check_writable(cache)

@@ -155,8 +155,10 @@ def from_arrays(X: Any, y: Any, *, kind: str = "auto", seed: int = 0) -> Task:
         import pandas
 
         if values.ndim != 1 or pandas.isna(_array(y, object)).any():  # as a text in ``values``, NaN is not missing
-            raise ValueError(f"y has shape {values.shape}, but classes must be (n,), and none of them missing.")
+            raise ValueError(f"y has shape {values.shape}, but must be of shape (n,), without missing classes.")
         classes, numbers = np.unique(values, return_inverse=True)
+        if len(classes) < 2:
+            raise ValueError(f"y has only the class {classes.tolist()[0]!r}, but two or more are needed.")
         loss, targets = cross_entropy, torch.from_numpy(numbers)  # (n,)
         counts = targets.bincount()  # (classes,)
         about += f", {len(classes)} classes"

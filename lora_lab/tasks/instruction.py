@@ -33,6 +33,8 @@ PARTS = ("train", "validation", "test")
 Metric = Literal["", "classification", "style", "summary", "translation"]
 Turn = tuple[str, str]  # role and content
 _SAMPLE = "Good day."  # of an assistant
+# Per token, more than any token has: a text above this limit is too long without tokenising it.
+_MOST_CHARACTERS = 1000
 # Distinct answers, with more of which they are no labels; a suspicious share.
 _MOST_CLASSES, _NEARLY_ALL = 20, 0.9
 T = TypeVar("T")
@@ -375,10 +377,12 @@ def _encode_part(
     for pair in pairs:
         if not pair.prompt.strip() or not pair.answer.strip():
             raise ValueError(f"{pair!r:.120} has an empty text; give both prompt and answer.")
-        ids, targets = encode(tokenizer, pair)
-        if len(ids) < max_tokens:
-            short.append((pair, torch.tensor(ids), torch.tensor(targets)))
-        elif not skip_long:
+        if len(pair.context) + len(pair.answer) <= max_tokens * _MOST_CHARACTERS:
+            ids, targets = encode(tokenizer, pair)
+            if len(ids) < max_tokens:
+                short.append((pair, torch.tensor(ids), torch.tensor(targets)))
+                continue
+        if not skip_long:
             what = f"The pair with the prompt {pair.prompt[:60]!r}"
             raise ValueError(f"{what} has more than {max_tokens} tokens; shorten it, or raise max_tokens.")
     if not short:

@@ -151,3 +151,9 @@ def test_a_cache_that_is_a_file_or_cannot_be_made_is_named_with_the_remedy(tmp_p
     monkeypatch.setenv("LORA_LAB_CACHE", str(tmp_path / "file" / below))
     with pytest.raises(OSError, match=r"file.* cannot be written to .*; name another folder.*LORA_LAB_CACHE names it"):
         load_pretrained()
+
+
+def test_an_entry_of_the_cache_that_lacks_a_file_is_told_with_the_remedy(empty_cache):
+    (empty_cache / fetch._CACHE_ENTRY).mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"lacks the file config\.json; delete the folder, and it is made anew"):
+        load_pretrained(device="cpu")

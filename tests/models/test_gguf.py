@@ -558,7 +558,8 @@ HOSTILE = {
     "an offset beyond the end": (content(tensors=[tensor(offset=2**50)]), "is at 1,125,899,906,842,624"),
     "an offset between": (content(tensors=[tensor(offset=1)], size=100), "is at 1, but"),
     "overlap": (content(tensors=[tensor("a"), tensor("b")], size=100), "'b' is at 0, but the one before .* 32"),
-    "two tensors of a name": (content(tensors=[tensor(), tensor(offset=32)], size=64), "'a' is at 32"),
+    "two tensors of a name": (content(tensors=[tensor(), tensor(offset=32)], size=64), "two tensors 'a'"),
+    "two tensors at a place": (content(tensors=[tensor(), tensor()], size=32), "two tensors 'a'"),
     "one byte short": (content(tensors=[tensor()], size=31), "ends after .* within its tensor 'a'"),
 }
 

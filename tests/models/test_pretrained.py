@@ -503,6 +503,15 @@ def test_l11_numbers_that_are_infinite_in_half_precision_alone_are_refused_there
         load_pretrained(path.parent, torch.float16, device="cpu")
 
 
+def test_a_tokenizer_that_adds_tokens_which_the_model_does_not_have_is_refused(tiny_hf, hf_folder):
+    folder = hf_folder(tiny_hf())
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    content["post_processor"] = {"type": "BertProcessing", "sep": ["</s>", 260], "cls": ["<s>", 258]}
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"the tokenizer adds token 260 to every text, but the model has 260"):
+        load_pretrained(folder)
+
+
 def test_tensors_that_older_folders_repeat_are_passed_over(tiny_hf, hf_folder):
     theirs = tiny_hf()
     path = hf_folder(theirs) / "model.safetensors"

@@ -523,15 +523,19 @@ def test_a_parent_that_reads_the_weight_itself_finds_it():
 class Twins(nn.Module):
     """Two layers with one weight, and one without a partner."""
 
-    def __init__(self):
+    def __init__(self, whole=False):
         super().__init__()
         self.one, self.two, self.three = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+        if whole:
+            self.two = self.one
         self.two.weight = self.one.weight
 
 
 @pytest.mark.parametrize(
     ("make", "options", "named"),
     [
+        (Twins, {}, "'one'"),
+        (lambda: Twins(whole=True), {}, "'one'"),
         (lambda: DigitsMLP(width=16), {"exclude": ["hidden1", "hidden2", "head"]}, "DigitsMLP .*'head'"),
         (lambda: DigitsMLP(width=16), {"exclude": "head"}, "'head'"),
         (lambda: DigitsMLP(width=16), {"exclude": ["head", "heat"]}, "'heat'"),
@@ -907,6 +911,24 @@ def test_a_quantised_layer_without_an_adapter_is_checked_too():
     head = model.head  # neither adapted nor quantised
     ll.merge(model, into="full-precision", base=DigitsMLP(width=16, seed=1))
     assert model.head is head
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (2, 3, 64)])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("at_once", [2**20, 640])  # the whole matrix, or slices of 10 rows
+def test_rows_without_gradients_are_multiplied_by_the_kernel_as_in_training(shape, biased, at_once, monkeypatch):
+    monkeypatch.setattr(quantize, "_AT_ONCE", at_once)
+    calls, product = [], quantize._q4_1_product
+    monkeypatch.setattr(quantize, "_q4_1_product", lambda *arguments: calls.append(1) or product(*arguments))
+    dense = nn.Linear(64, 48, bias=biased)
+    layer = BlockLinear(FORMATS["Q4_1"].encode(dense.weight)[0], "Q4_1", (48, 64), dense.bias)
+    x = normal(*shape)
+    trained = layer(x.requires_grad_())
+    assert calls == []
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), trained, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(layer.double()(x.double()), trained.double(), rtol=1e-5, atol=1e-5)
+    assert len(calls) == (1 if at_once == 2**20 else 5)
 
 
 @pytest.mark.parametrize(("start", "width"), [(0, 64), (1, 64), (4, 64), (0, 60)])  # in the last, blocks end in a row

@@ -259,6 +259,7 @@ REFUSED = [  # what is asked for, and what must be named
     (lambda: from_arrays(X, 5), "y has"),
     (lambda: from_arrays(np.ones(20), np.arange(20)), "X has shape .20,"),
     (lambda: from_arrays(X * NAN, np.arange(20)), "X must"),
+    (lambda: from_arrays(X, np.zeros(20)), "class 0.0"),
     (lambda: from_arrays(X, np.zeros((20, 2))), r"y has shape \(20, 2\)"),
     (lambda: from_arrays(X, np.full(20, np.inf), kind="regression"), "y must"),
     (lambda: from_arrays(X, np.array(["a", "b"] * 10), kind="regression"), "y must"),

@@ -326,6 +326,14 @@ def test_a_reply_stops_at_the_end_of_a_turn(reasoner, tiny_config):
     assert reply(model, reasoner, "a", max_new_tokens=12) == reasoner.decode(expected).strip()
 
 
+def test_a_text_far_too_long_is_refused_without_its_tokens(chatter, monkeypatch):
+    tokenised = []
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text, *_: tokenised.append(len(text)) or [0] * len(text))
+    with pytest.raises(ValueError, match="has more than 512 tokens"):
+        from_pairs(chatter, [Pair("x" * 600_000, "a"), *sums()])
+    assert max(tokenised, default=0) < 1000
+
+
 # Conversations
 
 LONGER = (
