@@ -99,7 +99,8 @@ def _q8_0(block: Tensor) -> Tensor:
 def _encode_by_gguf(weight: Tensor, kind: str) -> tuple[Tensor, None]:
     import gguf  # here, because it takes a tenth of a second
 
-    row = _split(weight, BLOCK).view(1, -1).cpu().numpy()  # (1, 884736); one row, because gguf is slow with many
+    # In one row, because gguf is slow with many.
+    row = _split(weight, BLOCK).view(1, -1).cpu().numpy()  # (1, 884736)
     blocks = gguf.quants.quantize(row, gguf.GGMLQuantizationType[kind])  # (1, 552960) bytes
     return torch.from_numpy(blocks).to(weight.device).view(-1, BYTES_PER_BLOCK[kind]), None  # (27648, 20)
 
