@@ -68,8 +68,8 @@ def finetune(
         lora-lab finetune --task docs --checkpoint-every 50 --out runs/docs   # goes on if it was stopped
 
     Args:
-        task: docs, sentences-fr, sentences-en, sentiment, style, style-plain, summarise, translate-fr (-de, -es),
-            tweets (an unknown name lists all); or a .jsonl, .csv, .tsv, .parquet (with pyarrow) or .txt file
+        task: docs, sentences-fr, sentences-en, sentiment, style, style-plain, summarise, translate-fr, -de or -es
+            (an unknown name lists all); or a .jsonl, .csv, .tsv, .parquet (with pyarrow) or .txt file
         model: a model's folder or .gguf file
         method: full, lora, or a variant of LoRA (an unknown name lists all)
         rank: rank of the adapters

@@ -348,7 +348,7 @@ def plan_translation(device: torch.device) -> Iterator[BlockSweep]:
 
 
 def list_examples(device: torch.device) -> Iterator[Row]:
-    """Yield a row for each example of the test parts, in its order: its kind, and what it needs of French grammar.
+    """Yield a row for each example of the test parts, in its order, with its kind.
 
     The kind is :data:`BY_A_BASELINE` if the source as it is or in lower case, the dictionary of
     :func:`lora_lab.tasks.metrics.trivial` or, for names, the rules of lesson 09 get it right. Other names are
@@ -361,10 +361,9 @@ def list_examples(device: torch.device) -> Iterator[Row]:
         for i, (pair, looked_up) in enumerate(zip(task.pairs["test"], trivial(task), strict=True)):
             source = pair.prompt.partition(": ")[2]
             guess = guess_french(source) if data == NAMES else source
-            kind, sentence = by_prompt.get(pair.prompt, (BY_NONE, None))
-            kind = BY_A_BASELINE if pair.answer in {source, source.lower(), looked_up, guess} else kind
+            by_rule = pair.answer in {source, source.lower(), looked_up, guess}
+            kind = BY_A_BASELINE if by_rule else by_prompt.get(pair.prompt, BY_NONE)
             row = {"data": data, "stage": "example", "position": i, "kind": kind}
-            row["features"] = ", ".join(sentence.features()) if sentence else ""
             yield row | {"prompt": pair.prompt, "reference": pair.answer}
 
 

@@ -225,7 +225,7 @@ def test_what_training_would_write_is_cloned_and_the_rest_stays_shared():
 REFUSED = [
     (lambda: token_batch(DigitsMLP(), 0, 5), ValueError, "batch_size is 0"),
     (lambda: token_batch(DigitsMLP(), 3, None), ValueError, "seq_len is None"),
-    (lambda: build_model("a name", CPU), FileNotFoundError, "There is no model 'a name'"),
+    (lambda: build_model("a name", CPU), ValueError, "There is no model 'a name'"),
     (lambda: device_of(nn.Identity()), ValueError, "Identity has no parameters"),
 ]
 

@@ -354,7 +354,7 @@ REFUSED = [
     (lambda: flops(TINY, LoRA(4), 2, 16, lean=Lean(threads=2)), ValueError, "lean.threads is 2"),
     (lambda: flops(TINY, LoRA(4), 2), ValueError, "seq_len is None"),
     (lambda: flops(TINY, LoRA(4), 0, 16), ValueError, "batch_size is 0"),
-    (lambda: flops("smollm2", LoRA(4), 2, 16), FileNotFoundError, "There is no model 'smollm2'"),
+    (lambda: flops("smollm2", LoRA(4), 2, 16), ValueError, "There is no model 'smollm2'"),
     (lambda: last_blocks(TINY(), 3), ValueError, "count is 3"),
     (lambda: last_blocks(DigitsMLP(), 1), ValueError, "count is 1"),
 ]

@@ -156,7 +156,7 @@ SPOILT = [  # what is done to a folder, and what must be named
     ),
     (lambda folder: changed(folder, intermediate_size=25), "cannot be loaded by transformers: "),
     (lambda folder: (folder / "model.safetensors").write_bytes(b"no"), "cannot be loaded"),
-    (lambda folder: (folder / "adapter_config.json").write_text("{}"), "holds an adapter beside the model"),
+    (lambda folder: (folder / "adapter_config.json").write_text("{}"), "holds an adapter"),
     (lambda folder: changed(folder, quantization_config={"quant_method": "fp8"}), "quantised weights.*quantize_nf4"),
 ]
 

@@ -264,7 +264,7 @@ def test_each_judged_trial_has_an_answer_for_each_example_of_the_record(translat
 
 
 @pytest.mark.slow
-def test_examples_are_marked_by_what_no_baseline_gets_right_by_what_training_shows_and_by_their_grammar(translated):
+def test_examples_are_marked_by_what_no_baseline_gets_right_and_by_what_training_shows(translated):
     frame = translated.frame()
     names = frame[(frame["stage"] == "example") & (frame["data"] == tuned.NAMES)]
     by_none = names["reference"].str.endswith("é")
@@ -273,5 +273,3 @@ def test_examples_are_marked_by_what_no_baseline_gets_right_by_what_training_sho
     table = right_by_kind(translated, "sentences-fr", "LoRA r=8")
     assert {row["kind"]: row["examples"] for row in table} == {COMBINATION: 100, WORD: 60}
     assert all(row["share"] == 0 for row in table)  # of an untrained model
-    features = frame.query("data == 'sentences-fr' and stage == 'example'")["features"]
-    assert {"feminine", "plural", "adjective after the noun", "elision"} <= set(", ".join(features).split(", "))
