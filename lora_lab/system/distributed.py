@@ -7,7 +7,6 @@ an all-reduce adds them to those of the others, so that all take the same step.
 from __future__ import annotations
 
 import os
-import re
 import signal
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,13 +26,11 @@ class ProcessEndedError(RuntimeError):
     """Another process of a run has ended, or the system ends them all.
 
     Args:
-        reason: what was noticed.
         advice: how to go on.
     """
 
-    def __init__(self, reason: str, advice: str = "start the same command again") -> None:
-        super().__init__(f"Another process of this run ended, or the system ends them all ({reason}); {advice}.")
-        self.reason = reason
+    def __init__(self, advice: str = "start the same command again") -> None:
+        super().__init__(f"Another process of this run ended, or the system ends them all; {advice}.")
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,7 @@ def process_group() -> Iterator[None]:
     The error of the process that fails first is raised there; in all others the block ends with SystemExit.
 
     Raises:
-        ValueError: this machine has fewer GPUs than processes.
+        RuntimeError: this machine has fewer GPUs than processes.
         ProcessEndedError: SIGTERM has come, which torchrun sends when another process has ended.
         KeyboardInterrupt: at the first Ctrl-C, which both the terminal and torchrun pass on.
     """
@@ -119,7 +116,8 @@ def process_group() -> Iterator[None]:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     try:
-        _take_gpu()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
         with _silent() if dist.get_rank() else nullcontext():
             yield
@@ -138,23 +136,11 @@ def _is_first_error(store: Any) -> bool:
         return True
 
 
-def _take_gpu() -> None:
-    """Make one GPU of this machine the default of this process."""
-    gpus, local_rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
-    if 0 < gpus <= local_rank:
-        raise ValueError(
-            f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes on this machine, which has {gpus} GPUs; use "
-            f"--nproc-per-node {gpus}, or set CUDA_VISIBLE_DEVICES to nothing for CPUs."
-        )
-    if gpus:
-        torch.cuda.set_device(local_rank)
-
-
 def _stop(number: int, _: Any) -> None:
     """End the run at a signal, and ignore it, and the SIGTERM that follows, while the last words are said."""
     signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt if number == signal.SIGINT else ProcessEndedError("SIGTERM")
+    raise KeyboardInterrupt if number == signal.SIGINT else ProcessEndedError
 
 
 @contextmanager
@@ -173,5 +159,4 @@ def _errors_in_one_sentence() -> Iterator[None]:
         # Torchrun sends it now, when the last words are being said.
         if signal.getsignal(signal.SIGTERM) is _stop:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        reason = re.sub(r"^\[[^\]]*\] ", "", str(error)).splitlines()[0].split(". ")[0]
-        raise ProcessEndedError(reason) from None
+        raise ProcessEndedError from error
