@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lora_lab.adapters.edit import check_plain
 from lora_lab.adapters.peft_format import CONFIG, find_variant, load_adapter, read, read_adapter, read_config
 from lora_lab.inject import adapter_state, lora_layers, merge
 from lora_lab.lora import LoRALayer
@@ -24,6 +25,7 @@ from lora_lab.models import pretrained
 from lora_lab.models.gguf import check_target, gguf_name, layout_of, reorder_for_gguf, write_file
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system.files import as_path, atomic_file, repair
+from lora_lab.system.schema import check_finite
 
 # Of the folder that is written, and of torch.
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -32,18 +34,8 @@ SENTENCEPIECE = "tokenizer.model"
 
 
 def find_base(folder: str | Path) -> str:
-    """Return the model that an adapter's config names: SmolLM2-135M-Instruct if it names none.
-
-    Raises:
-        FileNotFoundError: the folder is not there, or its base is neither a folder nor a .gguf file here.
-    """
-    base = read_config(folder).get("base_model_name_or_path") or pretrained.SMOLLM2
-    if base != pretrained.SMOLLM2 and not Path(base).exists():
-        raise FileNotFoundError(
-            f"{folder} adapts {base!r} (base_model_name_or_path in its {CONFIG}), which is neither a folder nor a "
-            ".gguf file here; write its path there, or pass a loaded model."
-        )
-    return base
+    """Return the model that an adapter's config names: SmolLM2-135M-Instruct if it names none."""
+    return read_config(folder).get("base_model_name_or_path") or pretrained.SMOLLM2
 
 
 def load_merged(source: str | Path) -> tuple[nn.Module, Tokenizer]:
@@ -95,9 +87,7 @@ def save_merged(source: str | Path, folder: str | Path, dtype: str = "f32") -> P
         raise ValueError(f"{folder} holds what is read, which would be lost; choose another folder for the model.")
     model, tokenizer = load_merged(source)
     model.to(DTYPES[dtype])
-    for name, tensor in model.state_dict().items():
-        if not bool(tensor.isfinite().all()):
-            raise ValueError(f"{name} holds a number that {dtype} does not; choose dtype='f32' or 'bf16'.")
+    check_finite(model.state_dict().items(), f"In {dtype}")
     pretrained.save_model(model, folder, tokenizer)
     if (base / SENTENCEPIECE).is_file():
         with atomic_file(folder / SENTENCEPIECE) as temporary:
@@ -159,12 +149,9 @@ def _write_adapter(source: nn.Module | str | Path, path: Path, dtype: str) -> No
         layout = layout_of(model)
         load_adapter(model, state)  # which raises if a name or a shape is not the base's
     for name, layer in lora_layers(model).items():
-        if find_variant(name, layer) == "use_dora":
-            raise ValueError(
-                f"{name!r} has an adapter of type DoRA, which llama.cpp cannot add to a base; write the whole model "
-                "with merged=True."
-            )
+        find_variant(name, layer)  # which refuses a layer that computes something else from A and B
     factors = read(state).factors
+    check_plain(factors)
     # In float32, as the file holds them. Of several that are equally frequent, the smallest.
     alphas = {name: float(torch.tensor(each.alpha, dtype=torch.float32)) for name, each in factors.items()}
     ((alpha, _),) = Counter(sorted(alphas.values())).most_common(1)
