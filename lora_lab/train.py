@@ -424,7 +424,7 @@ def evaluate_parts(step: TrainingStep, task: Task, config: TrainConfig, history:
 
 def report(on_row: Callable[[dict[str, Any]], None], history: History, model: nn.Module) -> None:
     """Pass on a copy of the newest row; a logger that samples from the model does not change the run."""
-    with restore_modes(model), own_randomness(next(model.parameters()).device, 0):
+    with restore_modes(model), own_randomness(next(model.parameters()).device, history.rows[-1]["step"]):
         on_row(dict(history.rows[-1]))
 
 

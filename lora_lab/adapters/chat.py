@@ -284,15 +284,17 @@ class Chat:
             self._thread.start()
 
     def _read_field(self) -> None:
-        if text := self.field.value.strip():
-            self.field.value = ""
-            name, strength = self.adapter.value, self.strength.value
-            label = BASE if name is None else name if strength == 1 else f"{name} × {strength:g}"  # noqa: RUF001 - a sign of multiplication
-            self.conversation.name, self.conversation.strength = name, strength
-            self._show_message("you", _USER)(text)
-            self._show_answer(text, self._show_message(label))
-        self._thread = None
-        self._enable()
+        try:
+            if text := self.field.value.strip():
+                self.field.value = ""
+                name, strength = self.adapter.value, self.strength.value
+                label = BASE if name is None else name if strength == 1 else f"{name} × {strength:g}"  # noqa: RUF001 - a sign of multiplication
+                self.conversation.name, self.conversation.strength = name, strength
+                self._show_message("you", _USER)(text)
+                self._show_answer(text, self._show_message(label))
+        finally:
+            self._thread = None
+            self._enable()
 
     def _show_answer(self, text: str, show: Callable[..., None]) -> None:
         """Show the answer in parts, and at its end, or where it ended, why."""

@@ -25,7 +25,6 @@ from lora_lab.models import pretrained
 from lora_lab.models.gguf import check_target, gguf_name, layout_of, reorder_for_gguf, write_file
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system.files import as_path, atomic_file, repair
-from lora_lab.system.schema import check_finite
 
 # Of the folder that is written, and of torch.
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -34,8 +33,18 @@ SENTENCEPIECE = "tokenizer.model"
 
 
 def find_base(folder: str | Path) -> str:
-    """Return the model that an adapter's config names: SmolLM2-135M-Instruct if it names none."""
-    return read_config(folder).get("base_model_name_or_path") or pretrained.SMOLLM2
+    """Return the model that an adapter's config names: SmolLM2-135M-Instruct if it names none.
+
+    Raises:
+        FileNotFoundError: the folder is not there, or its base is neither a folder nor a .gguf file here.
+    """
+    base = read_config(folder).get("base_model_name_or_path") or pretrained.SMOLLM2
+    if base != pretrained.SMOLLM2 and not Path(base).exists():
+        raise FileNotFoundError(
+            f"{folder} adapts {base!r} (base_model_name_or_path in its {CONFIG}), which is neither a folder nor a "
+            ".gguf file here; write its path there, or pass a loaded model."
+        )
+    return base
 
 
 def load_merged(source: str | Path) -> tuple[nn.Module, Tokenizer]:
@@ -87,7 +96,9 @@ def save_merged(source: str | Path, folder: str | Path, dtype: str = "f32") -> P
         raise ValueError(f"{folder} holds what is read, which would be lost; choose another folder for the model.")
     model, tokenizer = load_merged(source)
     model.to(DTYPES[dtype])
-    check_finite(model.state_dict().items(), f"In {dtype}")
+    for name, tensor in model.state_dict().items():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} holds a number that {dtype} does not; choose dtype='f32' or 'bf16'.")
     pretrained.save_model(model, folder, tokenizer)
     if (base / SENTENCEPIECE).is_file():
         with atomic_file(folder / SENTENCEPIECE) as temporary:

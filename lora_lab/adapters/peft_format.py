@@ -478,10 +478,11 @@ def make_card(config: Mapping[str, Any], history: History | None = None) -> str:
     """
     base = config["base_model_name_or_path"]
     on_hub = base and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) and not Path(base).exists()  # which takes names alone
-    names = "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules"
-    rows = {name: config[name] for name in names}
+    rows = dict(config)
     if history is not None:
-        rows |= {"task": history.task["name"], "method": history.method["name"], **history.settings}
+        task, method = history.task, history.method
+        rows |= {"task": task["name"], "fingerprint": task["fingerprint"], "method": method["name"], **history.settings}
+        rows |= {"trainable_parameters": history.trainable_parameters, "continued from": method.get("start", "the base")}
         for column in ("validation_loss", "off_domain_loss"):
             if losses := history.curve(column)[1]:
                 rows[f"{column}, before and after"] = f"{losses[0]:.3f}, {losses[-1]:.3f}"

@@ -106,7 +106,7 @@ def process_group() -> Iterator[None]:
     The error of the process that fails first is raised there; in all others the block ends with SystemExit.
 
     Raises:
-        RuntimeError: this machine has fewer GPUs than processes.
+        ValueError: this machine has fewer GPUs than processes.
         ProcessEndedError: SIGTERM has come, which torchrun sends when another process has ended.
         KeyboardInterrupt: at the first Ctrl-C, which both the terminal and torchrun pass on.
     """
@@ -116,8 +116,7 @@ def process_group() -> Iterator[None]:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     try:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        _take_gpu()
         dist.init_process_group()
         with _silent() if dist.get_rank() else nullcontext():
             yield
@@ -134,6 +133,18 @@ def _is_first_error(store: Any) -> bool:
         return store.add(f"errors after {os.environ['TORCHELASTIC_RESTART_COUNT']} restarts", 1) == 1
     except RuntimeError:  # the store has ended with its process, so that nobody knows
         return True
+
+
+def _take_gpu() -> None:
+    """Make one GPU of this machine the default of this process."""
+    gpus, local_rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+    if 0 < gpus <= local_rank:
+        raise ValueError(
+            f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes on this machine, which has {gpus} GPUs; use "
+            f"--nproc-per-node {gpus}, or set CUDA_VISIBLE_DEVICES to nothing for CPUs."
+        )
+    if gpus:
+        torch.cuda.set_device(local_rank)
 
 
 def _stop(number: int, _: Any) -> None:

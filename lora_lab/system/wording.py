@@ -39,7 +39,5 @@ def progress_bar(total: int, label: str, progress: bool | None, unit: str = "ste
 
     if progress is None and os.environ.get("LORA_LAB_PROGRESS") == "0":
         progress = False
-    hidden = (
-        None if progress is None else not progress
-    )  # None lets tqdm find out whether somebody looks
+    hidden = None if progress is None else not progress  # None lets tqdm find out whether somebody looks
     return tqdm(total=total, initial=done, desc=label, unit=unit, disable=hidden, leave=False)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_lab import (
+    ContinueLoRA,
     LoRA,
     LoRAConfig,
     LoRALinear,
@@ -660,6 +661,15 @@ def test_a_base_that_is_no_name_on_the_hub_is_not_given_to_it(base, tmp_path, mo
     save_adapter(adapted(), tmp_path, base=base)
     assert ModelCard.load(tmp_path / CARD).data.base_model is None
     assert rows(tmp_path)["base_model_name_or_path"] == str(base)
+
+
+def test_a_continued_adapter_names_what_it_was_continued_from_and_ranks_that_differ(tmp_path):
+    load_adapter(model := DigitsMLP(), adapter_state(trained(LoRA(2))[0]))
+    history = fit(model, small_task(), ContinueLoRA(), **OPTIONS)
+    model.head.alpha *= 2
+    save_adapter(model, tmp_path, history=history)
+    assert rows(tmp_path)["continued from"] == history.method["start"]
+    assert "^head" in rows(tmp_path)["alpha_pattern"]
 
 
 def test_the_lab_renews_its_own_card_and_leaves_yours(tmp_path):

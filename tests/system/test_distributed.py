@@ -405,14 +405,15 @@ def test_other_commands_are_not_for_torchrun(monkeypatch, capsys):
     assert "torchrun is for lora-lab finetune" in error_line(capsys)
 
 
-def test_each_process_gets_the_gpu_of_its_rank_on_the_machine(monkeypatch):
+def test_more_processes_than_gpus_are_refused_and_each_process_gets_one(monkeypatch):
     taken = []
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr("torch.distributed.rendezvous.rendezvous", lambda _: iter([(None, 0, 1)]))
-    for name, result in (("init_process_group", None), ("get_rank", 0), ("destroy_process_group", None)):
-        monkeypatch.setattr(dist, name, lambda result=result: result)
-    with distributed.process_group():
-        assert taken == [1]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    for gpus, local_rank in ((0, 0), (0, 5), (2, 0), (2, 1)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        distributed._take_gpu()
+    assert taken == [0, 1]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="torchrun started 3 processes on this machine, which has 2 GPUs; use --nproc"):
+        distributed._take_gpu()
