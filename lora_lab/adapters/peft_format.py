@@ -481,8 +481,9 @@ def make_card(config: Mapping[str, Any], history: History | None = None) -> str:
     rows = dict(config)
     if history is not None:
         task, method = history.task, history.method
-        rows |= {"task": task["name"], "fingerprint": task["fingerprint"], "method": method["name"], **history.settings}
-        rows |= {"trainable_parameters": history.trainable_parameters, "continued from": method.get("start", "the base")}
+        rows |= {"task": task["name"], "fingerprint": task["fingerprint"], "method": method["name"]}
+        rows |= {"continued from": method.get("start", "the base"), **history.settings}
+        rows["trainable_parameters"] = history.trainable_parameters
         for column in ("validation_loss", "off_domain_loss"):
             if losses := history.curve(column)[1]:
                 rows[f"{column}, before and after"] = f"{losses[0]:.3f}, {losses[-1]:.3f}"
