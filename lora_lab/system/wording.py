@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import reprlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def progress_bar(total: int, label: str, progress: bool | None, unit: str = "ste
     """
     from tqdm.auto import tqdm
 
-    if progress is None and os.environ.get("LORA_LAB_PROGRESS") == "0":
+    if progress is None and (sys.stderr is None or os.environ.get("LORA_LAB_PROGRESS") == "0"):
         progress = False
     hidden = None if progress is None else not progress  # None lets tqdm find out whether somebody looks
     return tqdm(total=total, initial=done, desc=label, unit=unit, disable=hidden, leave=False)
