@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import UnionType
@@ -117,7 +118,7 @@ def set_factors(layer: LoRALayer, factors: Factors) -> None:
             new = value.to(current.device, current.dtype, copy=True, memory_format=torch.contiguous_format)
             setattr(layer, part, nn.Parameter(new, requires_grad=current.requires_grad))
     layer.alpha = factors.alpha
-    if layer.scaling != factors.scaling:
+    if not math.isclose(layer.scaling, factors.scaling):  # alpha / rank * rank may differ from alpha by rounding
         layer.alpha *= factors.scaling / layer.scaling
 
 
