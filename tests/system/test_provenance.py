@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -44,15 +45,10 @@ def git(folder, *arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
 
-@pytest.fixture
-def commit(monkeypatch):
-    """Returns the commit of a package whose checkout is this folder."""
-
-    def commit(folder):
-        monkeypatch.setattr(provenance, "checkout", lambda: folder)
+def commit(folder):
+    """Return the commit of a package whose checkout is this folder."""
+    with patch.object(provenance, "checkout", lambda: folder):
         return provenance.commit()
-
-    return commit
 
 
 @pytest.fixture
@@ -68,7 +64,7 @@ def checkout(tmp_path):
     return folder
 
 
-def test_a_clean_checkout_gives_its_commit_and_a_changed_one_says_so(checkout, commit):
+def test_a_clean_checkout_gives_its_commit_and_a_changed_one_says_so(checkout):
     first = commit(checkout)
     assert first == git(checkout, "rev-parse", "HEAD")
     assert re.fullmatch("[0-9a-f]{40}", first)
@@ -86,7 +82,7 @@ def test_a_clean_checkout_gives_its_commit_and_a_changed_one_says_so(checkout, c
     assert commit(checkout) == git(checkout, "rev-parse", "HEAD") != first
 
 
-def test_where_there_is_no_commit_none_is_named(checkout, commit, tmp_path, monkeypatch):
+def test_where_there_is_no_commit_none_is_named(checkout, tmp_path, monkeypatch):
     assert commit(tmp_path) == "unknown"
     assert commit(tmp_path / "none") == "unknown"
     (checkout / "venv" / "site-packages").mkdir(parents=True)
