@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lora_lab.adapters.edit import check_plain
 from lora_lab.adapters.peft_format import CONFIG, find_variant, load_adapter, read, read_adapter, read_config
 from lora_lab.inject import adapter_state, lora_layers, merge
 from lora_lab.lora import LoRALayer
@@ -159,12 +160,9 @@ def _write_adapter(source: nn.Module | str | Path, path: Path, dtype: str) -> No
         architecture, config = layout_of(model)
         load_adapter(model, state)  # which raises if a name or a shape is not the base's
     for name, layer in lora_layers(model).items():
-        if find_variant(name, layer) == "use_dora":
-            raise ValueError(
-                f"{name!r} has an adapter of type DoRA, which llama.cpp cannot add to a base; write the whole model "
-                "with merged=True."
-            )
+        find_variant(name, layer)  # which refuses a layer that computes something else from A and B
     factors = read(state).factors
+    check_plain(factors)
     # In float32, as the file holds them. Of several that are equally frequent, the smallest.
     alphas = {name: float(torch.tensor(each.alpha, dtype=torch.float32)) for name, each in factors.items()}
     ((alpha, _),) = Counter(sorted(alphas.values())).most_common(1)

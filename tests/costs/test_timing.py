@@ -388,15 +388,17 @@ def test_two_threads_have_a_part_of_the_batch_each(tiny_config):
 
 
 @pytest.mark.parametrize(
-    ("all_before", "all_after", "this_after", "seconds", "cores"),
+    ("used", "this", "seconds", "cores"),
     [
-        (10.0, 16.0, 7.0, 2.0, 1.5),
-        (10.0, 10.02, 4.0, 0.004, 0.0),  # the system counts in hundredths of a second, too coarse for a moment
+        ([100.0, 100.0, 75.0, 25.0], 150.0, 2.0, 1.5),  # percent of each core, and of one core
+        ([50.0, 50.0], 100.5, 2.0, 0.0),  # rounding may leave less than nothing
+        ([100.0, 100.0], 0.0, 0.004, 0.0),  # the system counts in hundredths of a second, too coarse for a moment
     ],
 )
-def test_busy_cores_are_those_that_others_use(monkeypatch, all_before, all_after, this_after, seconds, cores):
-    spent, now = iter([(all_before, 4.0), (all_after, this_after)]), iter([0.0, seconds])
-    monkeypatch.setattr(device, "_cpu_seconds", lambda: next(spent))
+def test_busy_cores_are_those_that_others_use(monkeypatch, used, this, seconds, cores):
+    used, this, now = iter([[7.0], used]), iter([0.0, this]), iter([0.0, seconds])
+    monkeypatch.setattr(device.psutil, "cpu_percent", lambda percpu: next(used))
+    monkeypatch.setattr(device.psutil.Process, "cpu_percent", lambda _: next(this))
     monkeypatch.setattr(device.time, "perf_counter", lambda: next(now))
     with BusyCores(3) as others:
         pass
