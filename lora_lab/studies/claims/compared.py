@@ -118,7 +118,8 @@ def gaps(record: Record) -> dict[tuple[int, int], Gap]:
     Raises:
         ValueError: a case has fewer than three seeds with a result for both methods.
     """
-    judged, every = select(record, stage="judging", outcome="done").sort_values("seed"), {}
+    judged = select(record, stage="judging", outcome="done").sort_values("seed")
+    every = {}
     for (rank, steps), lora in judged.groupby(["rank", "steps"]):  # full fine-tuning has no rank
         full = judged[judged["setup"] == f"full, {steps:g} steps"]
         if lora["seed"].tolist() != full["seed"].tolist() or len(lora) < MIN_SEEDS:
@@ -136,7 +137,7 @@ def _block_losses(rows: pandas.DataFrame, part: str) -> np.ndarray:
 
 @decides("lora-equals-full-fine-tuning", "low-ranks-run-out-of-capacity", record="quality")
 def as_good_as_full(claim: Claim, record: Record) -> Result:
-    """Each rank after each number of steps, where "as good" allows for the margin; or whether that turns with steps."""
+    """Each rank after each number of steps, where "as good" allows for the margin; or whether more steps turn that."""
     every, cases = gaps(record), []
     for (rank, steps), gap in every.items():
         words = "{:+.3f} ({:+.3f} to {:+.3f}; validation {:+.3f})"
@@ -159,7 +160,8 @@ def _find_turns(cases: Cases) -> Cases:
     for _, of_rank in groupby(cases, lambda case: case[2]):
         answers, texts, *_ = zip(*of_rank, strict=True)
         turns = {*combinations(answers, 2)}  # (early, late)
-        yield False if (False, True) in turns else True if (True, False) in turns else None, ", ".join(texts)
+        turned = False if (False, True) in turns else True if (True, False) in turns else None
+        yield turned, ", ".join(texts)
 
 
 # Fine-tuning beside training from scratch
