@@ -45,6 +45,8 @@ def rank_is_enough(claim: Claim, record: Record, *wider: Record) -> Answer:
     verdict = smallest_sufficient_rank(record.frame(), MARGIN)
     results = {each.rank: each for each in verdict.ranks}
     largest = max(results)
+    if rank not in results or rank == largest:
+        return None, f"the record does not compare rank {rank} with a larger one"
     result, seeds = results[rank], len(verdict.seeds)
     if result.difference is None or result.lower is None or result.upper is None:
         return None, f"rank {rank} is not judged: {result.note}"
@@ -64,6 +66,8 @@ def rank_is_enough(claim: Claim, record: Record, *wider: Record) -> Answer:
 def _is_best_inside(wider: Record, record: Record, rank: int, rate: float | None) -> bool:
     """Return whether a record "rates" of the same training runs shows a rate as the best inside a wider grid."""
     study, setup = wider.settings["docs"], f"r={rank}, alpha = 2r"
+    if setup not in study["setups"]:
+        return False
     options = study | study["setups"][setup]
     if any(options[name] != record.settings[name] for name in ("seq_len", "steps", "batch_size")):
         return False
