@@ -312,7 +312,9 @@ def beats_asking(record: Record, *asked: Record) -> Cases:
     floors = [row["accuracy"] for row in _results(record, "sentiment", "zero-shot", "trivial")]
     floor = max([*floors, *map(_best_asking, asked)])
     for setup in ("full", "LoRA r=8"):
-        answer, words = _accuracy_above(record, _results(record, "sentiment", setup), floor)
+        if not (rows := _results(record, "sentiment", setup)):
+            raise KeyError(setup)
+        answer, words = _accuracy_above(record, rows, floor)
         yield answer, f"{setup} {words}"
 
 
