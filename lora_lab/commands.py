@@ -528,7 +528,7 @@ def claims(id: str | None = None, /, records: str | None = None, lessons: str | 
         print(claims.table(entries, max(WIDTH, shutil.get_terminal_size((WIDTH, 0)).columns)))
         return [entry.to_dict() for entry in entries.values()]
     entry = claims.verdict(id, records, lessons)
-    print(f"{entry.explained()}\n\n{entry.how_to_run()}")
+    print(f"{entry.explained()}\n\n{entry.again}")
     return [entry.to_dict()]
 
 
