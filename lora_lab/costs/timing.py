@@ -144,8 +144,9 @@ class Times:
         import pandas
 
         found = self.to_dict()
-        table = pandas.DataFrame(found["variants"]).set_index("variant").drop(columns=["ratio_low", "ratio_high"])
-        formats = {"tokens_per_second": "{:,.0f}".format, "verdict": lambda verdict: verdict or ""}
+        table = pandas.DataFrame(found["variants"]).set_index("variant").fillna("")
+        table = table.drop(columns=["ratio_low", "ratio_high"])
+        formats = {"tokens_per_second": "{:,.0f}".format}
         numbers = table.to_string(float_format="{:.4g}".format, formatters=formats)
         title = f"{self.setting}: a step, measured in {count_noun(found['rounds'], 'round')}"
         return "\n".join([title, numbers, self.disturbance]).rstrip()
