@@ -842,7 +842,7 @@ REFUSED = [  # the model, the arguments, the exception, what must be named
     (net, {"method": PiSSA(12)}, ValueError, "rank is 12"),
     (net, {"method": PartialFineTuning(["haed"])}, ValueError, "'haed'"),
     (net, {"method": PartialFineTuning([])}, ValueError, "modules"),
-    (net, {"method": ContinueLoRA()}, ValueError, "trains adapters only"),
+    (net, {"method": ContinueLoRA()}, ValueError, "no adapters"),
     (lambda: net().requires_grad_(False), {"method": AsItIs()}, ValueError, "'as it is'"),
     (prepared(LoRA(2)), {}, ValueError, "already has adapters"),
     (prepared(FullFineTuning()), {}, ValueError, "prepared for 'full'"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lora_lab.costs.bill import GIB
 from lora_lab.costs.flops import GIGA
 from lora_lab.costs.timing import CostModel, OperatorCall, Prediction, Roofline
 
@@ -27,6 +28,7 @@ class Card:
         half_flops: FLOPs a second of matrix multiplications in bfloat16, accumulated in float32.
         float32_flops: the same in float32, without TF32, as torch computes them by default.
         bytes_per_second: the memory's bandwidth.
+        memory_bytes: the most that its memory may hold: a GB of the datasheet counts as 2**30 bytes.
         source: the document with these numbers, and its year.
         note: what else there is to know, with the card as the subject.
     """
@@ -35,35 +37,38 @@ class Card:
     half_flops: float
     float32_flops: float
     bytes_per_second: float
+    memory_bytes: int
     source: str
     note: str = ""
 
 
-def _card(name: str, half: float, float32: float, bandwidth: int, source: str, note: str = "") -> Card:
-    """Return a card from the units of datasheets: TFLOP/s and GB/s."""
-    return Card(name, half * TERA, float32 * TERA, bandwidth * GIGA, source, note)
+def _card(name: str, half: float, float32: float, bandwidth: int, memory: int, source: str, note: str = "") -> Card:
+    """Return a card from the units of datasheets: TFLOP/s, GB/s and GB."""
+    return Card(name, half * TERA, float32 * TERA, bandwidth * GIGA, memory * GIB, source, note)
 
 
 _NO_BF16 = "has no bfloat16, so its rate is that of float16"
 _NOT_A10G = "is another card than the A10G of AWS; at 150 W its clock may fall"
 CARDS: dict[str, Card] = {
-    "v100": _card("NVIDIA V100 SXM2", 125, 15.7, 900, "NVIDIA V100 datasheet, 2020", _NO_BF16),
-    "t4": _card("NVIDIA T4", 65, 8.1, 320, "NVIDIA T4 datasheet, 2019", f"{_NO_BF16}; at 70 W its clock may fall"),
+    "v100": _card("NVIDIA V100 SXM2", 125, 15.7, 900, 32, "NVIDIA V100 datasheet, 2020", _NO_BF16),
+    "t4": _card("NVIDIA T4", 65, 8.1, 320, 16, "NVIDIA T4 datasheet, 2019", f"{_NO_BF16}; at 70 W its clock may fall"),
     "rtx-3090": _card(
-        "NVIDIA GeForce RTX 3090", 71, 35.6, 936, "NVIDIA Ampere GA102 architecture whitepaper, V2.0, 2021"
+        "NVIDIA GeForce RTX 3090", 71, 35.6, 936, 24, "NVIDIA Ampere GA102 architecture whitepaper, V2.0, 2021"
     ),
-    "rtx-a6000": _card("NVIDIA RTX A6000", 154.8, 38.7, 768, "NVIDIA Ampere GA102 architecture whitepaper, V2.0, 2021"),
+    "rtx-a6000": _card(
+        "NVIDIA RTX A6000", 154.8, 38.7, 768, 48, "NVIDIA Ampere GA102 architecture whitepaper, V2.0, 2021"
+    ),
     "rtx-4090": _card(
-        "NVIDIA GeForce RTX 4090", 165.2, 82.6, 1008, "NVIDIA Ada GPU architecture whitepaper, V2.01, 2023"
+        "NVIDIA GeForce RTX 4090", 165.2, 82.6, 1008, 24, "NVIDIA Ada GPU architecture whitepaper, V2.01, 2023"
     ),
-    "a10": _card("NVIDIA A10", 125, 31.2, 600, "NVIDIA A10 datasheet, 2021", _NOT_A10G),
-    "l4": _card("NVIDIA L4", 121, 30.3, 300, "NVIDIA L4 datasheet, 2023", "has 72 W, so its clock may fall"),
-    "l40s": _card("NVIDIA L40S", 362.05, 91.6, 864, "NVIDIA L40S datasheet, 2023"),
-    "a100-40gb": _card("NVIDIA A100 SXM 40GB", 312, 19.5, 1555, "NVIDIA A100 datasheet, 2021"),
-    "a100-80gb": _card("NVIDIA A100 SXM 80GB", 312, 19.5, 2039, "NVIDIA A100 datasheet, 2021"),
-    "h100-pcie": _card("NVIDIA H100 PCIe", 756, 51, 2000, "NVIDIA H100 datasheet, 2023"),
-    "h100-sxm": _card("NVIDIA H100 SXM", 989, 67, 3350, "NVIDIA H100 datasheet, 2023"),
-    "h200": _card("NVIDIA H200 SXM", 989, 67, 4800, "NVIDIA H200 datasheet, 2023"),
+    "a10": _card("NVIDIA A10", 125, 31.2, 600, 24, "NVIDIA A10 datasheet, 2021", _NOT_A10G),
+    "l4": _card("NVIDIA L4", 121, 30.3, 300, 24, "NVIDIA L4 datasheet, 2023", "has 72 W, so its clock may fall"),
+    "l40s": _card("NVIDIA L40S", 362.05, 91.6, 864, 48, "NVIDIA L40S datasheet, 2023"),
+    "a100-40gb": _card("NVIDIA A100 SXM 40GB", 312, 19.5, 1555, 40, "NVIDIA A100 datasheet, 2021"),
+    "a100-80gb": _card("NVIDIA A100 SXM 80GB", 312, 19.5, 2039, 80, "NVIDIA A100 datasheet, 2021"),
+    "h100-pcie": _card("NVIDIA H100 PCIe", 756, 51, 2000, 80, "NVIDIA H100 datasheet, 2023"),
+    "h100-sxm": _card("NVIDIA H100 SXM", 989, 67, 3350, 80, "NVIDIA H100 datasheet, 2023"),
+    "h200": _card("NVIDIA H200 SXM", 989, 67, 4800, 141, "NVIDIA H200 datasheet, 2023"),
 }
 
 
@@ -121,6 +126,12 @@ class CardCosts(CostModel):
             doubts.append(
                 f"Launches alone make up {', '.join(many)} of the predicted time, and each may take longer than is "
                 "assumed: the real time may be several times the predicted one, and the ratio may differ, too."
+            )
+        sizes = {name: work.static_bytes for name, work in prediction.works.items()}
+        if large := [f"{size / GIB:,.1f} GiB ({name})" for name, size in sizes.items() if size > card.memory_bytes]:
+            doubts.append(
+                f"Weights, gradients and optimiser state alone need {', '.join(large)}, more than the "
+                f"{card.memory_bytes / GIB:.0f} GiB of the card, so the step does not fit."
             )
         if card.note:
             doubts.append(f"The {card.name} {card.note}.")

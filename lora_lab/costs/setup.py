@@ -161,7 +161,6 @@ class Part(StrEnum):
 
 # By a word in the name of a module's class or of the attribute that holds it, in our Llama and in transformers' models.
 _KIND_BY_WORD = {
-    "norm": Part.SAVED_NORMS,  # first, because of post_attention_layernorm
     **dict.fromkeys(("attention", "attn"), Part.SAVED_ATTENTION),
     **dict.fromkeys(("mlp", "ffn", "feed_forward", "feedforward", "densereludense"), Part.SAVED_MLP),
 }
@@ -181,6 +180,8 @@ def module_kinds(model: nn.Module) -> dict[int, Part]:
 
 
 def _kind_of(module: nn.Module, attribute: str) -> Part | None:
+    if hasattr(module, "eps") or hasattr(module, "variance_epsilon"):  # torch's norms and ours; transformers' norms
+        return Part.SAVED_NORMS
     names = f"{type(module).__name__} {attribute}".lower()
     return next((kind for word, kind in _KIND_BY_WORD.items() if word in names), None)
 

@@ -42,7 +42,7 @@ from lora_lab.models.llama import Llama, LlamaConfig
 from lora_lab.system.device import BusyCores, own_randomness, pick_device
 from lora_lab.system.schema import Size, check
 from lora_lab.system.wording import count_noun, progress_bar
-from lora_lab.train import Batch, TrainingStep
+from lora_lab.train import Batch, TrainingStep, state_bytes
 
 _TIMING_S = 0.05  # the shortest timing of steps
 _SAMPLE_S = 1e-3  # the same of a single operation
@@ -141,15 +141,17 @@ class Times:
         return {**facts, "variants": variants, "disturbance": self.disturbance or None}
 
     def __str__(self) -> str:
-        import pandas
-
-        found = self.to_dict()
-        table = pandas.DataFrame(found["variants"]).set_index("variant").fillna("")
-        table = table.drop(columns=["ratio_low", "ratio_high"])
-        formats = {"tokens_per_second": "{:,.0f}".format}
-        numbers = table.to_string(float_format="{:.4g}".format, formatters=formats)
-        title = f"{self.setting}: a step, measured in {count_noun(found['rounds'], 'round')}"
-        return "\n".join([title, numbers, self.disturbance]).rstrip()
+        width = max(len(name) for name in self.seconds) + 2
+        rounds = len(next(iter(self.seconds.values())))
+        title = f"{self.setting}: ms a step, median [quartiles] of {count_noun(rounds, 'round')}"
+        lines = [title, f"  {'':<{width}}{'ms':>11}{'':>24}{'tokens/s':>11}{'ratio':>8}"]
+        for index, name in enumerate(self.seconds):
+            low, high = self.quartiles_s(name)
+            spread = f"[{low * 1e3:,.2f}-{high * 1e3:,.2f}]"
+            numbers = f"{self.median_s(name) * 1e3:>11,.2f} {spread:<23}{self.tokens_per_second(name):>11,.0f}"
+            verdict = f"  {self.verdict(name)}" if index else ""
+            lines.append(f"  {name:<{width}}{numbers}{self.ratio(name):>8.3f}{verdict}")
+        return "\n".join([*lines, f"  {self.disturbance}"] if self.disturbance else lines)
 
 
 def step_time(
@@ -252,7 +254,7 @@ class _Run:
 
 
 def stopwatch(function: Callable[[], Any], device: torch.device) -> Timer:
-    """Return a timer of calls, whose clock waits for a GPU to finish its work before it is read."""
+    """Return a timer of calls, whose clock waits for a GPU to finish its work; Python's garbage waits meanwhile."""
 
     def read() -> float:
         if device.type == "cuda":
@@ -377,9 +379,11 @@ class StepWork:
 
     Args:
         calls: cause -> operation -> how often it is called. Views are not among them: they move no bytes.
+        static_bytes: the size of weights, gradients and optimiser state.
     """
 
     calls: Mapping[str, Mapping[OperatorCall, int]]
+    static_bytes: int = 0
 
     def launches(self) -> int:
         """Return the number of operations that are launched one by one: all but those on lists of tensors."""
@@ -541,7 +545,9 @@ def trace_work(setup: Setup, step: TrainingStep, batch: Batch) -> StepWork:
     """Return what the second step of a fake model does on a batch."""
     trace = StepTrace(step)
     trace.run_second(*setup.batches(batch))
-    return StepWork(trace.calls)
+    trained = [parameter for parameter in step.model.parameters() if parameter.requires_grad]
+    tensors = [*step.model.parameters(), *step.model.buffers(), *trained]  # a gradient is as large as its parameter
+    return StepWork(trace.calls, sum(tensor.nbytes for tensor in tensors) + state_bytes(step.optimizer))
 
 
 # Costs

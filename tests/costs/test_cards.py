@@ -39,6 +39,7 @@ def test_every_card_has_its_numbers_in_single_units():
     for card in CARDS.values():
         assert 1.5 < card.half_flops / card.float32_flops < 20
         assert 3e11 <= card.bytes_per_second <= 5e12
+        assert 16 * 2**30 <= card.memory_bytes <= 141 * 2**30
 
 
 def test_an_unknown_card_is_refused_with_the_names_of_the_others():
@@ -82,7 +83,7 @@ def test_a_prediction_says_that_it_was_not_measured_and_what_is_doubtful(tiny_co
 
 def doubts(found):
     """Which doubts a prediction has, in a word each."""
-    words = {"Launches alone": "launches", "The NVIDIA": "card", "The shares": "fit"}
+    words = {"Launches alone": "launches", "Weights, gradients": "memory", "The NVIDIA": "card", "The shares": "fit"}
     return [word for doubt in found.doubts for start, word in words.items() if doubt.startswith(start)]
 
 
@@ -98,6 +99,23 @@ def test_many_launches_are_doubted():
         found = cost_model("a100-40gb").predict(model, {"LoRA": method}, 1, 128, dtype=BF16)
         assert doubts(found) == ["launches", "fit"]
         assert re.match(rf"Launches alone make up {share} % \(LoRA\) of the predicted time, and each", found.doubts[0])
+
+
+@pytest.mark.slow
+def test_a_step_that_the_card_has_no_memory_for_is_doubted():
+    wide = partial(Llama, LlamaConfig(32768, 8192, 65536, 4, 64, 8, 128))  # eight billion parameters in few blocks
+    attention, mlp, ends = 2 * (64 + 8) * 128 * 8192, 3 * 8192 * 65536, 2 * 32768 * 8192
+    parameters = ends + 4 * (attention + mlp) + (2 * 4 + 1) * 8192
+    methods = {"full": FullFineTuning(), "LoRA": LoRA(8)}
+    found = cost_model("l40s").predict(wide, methods, 4, 512, dtype=BF16)
+    assert doubts(found) == ["memory", "fit"]
+    size = 8 * parameters / 2**30  # weight, gradient and two averages of two bytes, for each parameter
+    assert found.doubts[0] == (
+        f"Weights, gradients and optimiser state alone need {size:.1f} GiB (full), more than the 48 GiB of the card, "
+        "so the step does not fit."
+    )
+    large = cost_model("a100-80gb").predict(wide, {"full": FullFineTuning()}, 4, 512, dtype=BF16)
+    assert doubts(large) == ["fit"]
 
 
 @pytest.mark.slow

@@ -2,12 +2,14 @@
 
 import gc
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lora_lab.lean import blocks
 from lora_lab.lean.blocks import recompute
 from tests.helpers import run_python
 
@@ -57,6 +59,13 @@ def test_gradients_are_those_of_torchs_checkpoint_and_of_none(dropout, mask):
     for run in (by_torch, lambda block, x, mask: block(x, mask)):
         for ours, other in zip(gradients(by_us, block, x, mask), gradients(run, block, x, mask), strict=True):
             torch.testing.assert_close(ours, other, rtol=0, atol=0)
+
+
+def test_random_numbers_that_are_not_restored_give_other_gradients(monkeypatch):
+    block, x = Block(dropout=0.5), draw(4, 6)
+    ours = gradients(by_us, block, x, None)
+    monkeypatch.setattr(blocks, "_remember_randomness", lambda device: nullcontext)
+    assert not torch.allclose(gradients(by_us, block, x, None)[1], ours[1])
 
 
 def test_an_error_of_the_function_is_raised_and_a_pass_without_gradients_is_computed_once():
