@@ -180,7 +180,8 @@ def module_kinds(model: nn.Module) -> dict[int, Part]:
 
 
 def _kind_of(module: nn.Module, attribute: str) -> Part | None:
-    if hasattr(module, "eps") or hasattr(module, "variance_epsilon"):  # torch's norms and ours; transformers' norms
+    # torch's norms and ours, those of transformers, and others by their names
+    if hasattr(module, "eps") or hasattr(module, "variance_epsilon") or attribute in ("norm", "layer_norm"):
         return Part.SAVED_NORMS
     names = f"{type(module).__name__} {attribute}".lower()
     return next((kind for word, kind in _KIND_BY_WORD.items() if word in names), None)
