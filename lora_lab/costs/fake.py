@@ -60,13 +60,13 @@ def batch_for(
         inputs, targets = (torch.zeros(each.shape, dtype=each.dtype, device=device) for each in batch)
         return inputs, targets
     reads, classes = getattr(model, "main_input_name", "input_ids"), output_width(model) or 1
-    batch_size = check(batch_size, Size, "batch_size")
+    rows: int = check(batch_size, Size, "batch_size")
     if reads == "pixel_values":
         if seq_len is not None:
             raise ValueError(f"seq_len is {seq_len}, but a {type(model).__name__} reads images; leave seq_len out.")
-        inputs = _pictures(model, batch_size)
+        inputs = _pictures(model, rows)
     elif reads == "input_ids":
-        shape, tokens = (batch_size, check(seq_len, Size, "seq_len")), getattr(config, "vocab_size", classes)
+        shape, tokens = (rows, check(seq_len, Size, "seq_len")), getattr(config, "vocab_size", classes)
         inputs = torch.randint(tokens, shape, device=device)
         if not hasattr(model, "can_generate") or model.can_generate():  # pyright: ignore[reportCallIssue]
             return inputs, torch.randint(classes, shape, device=device)
@@ -77,7 +77,7 @@ def batch_for(
         )
     with torch.no_grad():
         shape = logits(model, inputs[:1]).shape[1:-1]  # one class for a row, or for each of its tokens
-    return inputs, torch.randint(classes, (batch_size, *shape), device=device)
+    return inputs, torch.randint(classes, (rows, *shape), device=device)
 
 
 def _pictures(model: nn.Module, count: int) -> Tensor:

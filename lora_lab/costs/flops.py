@@ -159,7 +159,8 @@ class FlopCounter(StepTracer):
         weights = [sources for sources in factors if _DATA not in sources]
         part, pass_ = _part(weights) if weights else ATTENTION, self._pass(INPUT)
         if pass_ == FORWARD:
-            self._parts[torch.autograd._get_sequence_nr() - 1].add(part)  # of the node that autograd has just made
+            node = torch.autograd._get_sequence_nr() - 1  # pyright: ignore[reportPrivateImportUsage] - the one just made
+            self._parts[node].add(part)
         elif pass_ == INPUT and not weights:
             parts = self._parts[torch._C._current_autograd_node()._sequence_nr()] - {ATTENTION}
             if parts:  # a lean layer's node has products with frozen weights and with adapters
