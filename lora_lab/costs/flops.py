@@ -164,7 +164,7 @@ class FlopCounter(StepTracer):
         elif pass_ == INPUT and not weights:
             parts = self._parts[torch._C._current_autograd_node()._sequence_nr()] - {ATTENTION}
             if parts:  # a lean layer's node has products with frozen weights and with adapters
-                part, pass_ = ADAPTERS if ADAPTERS in parts else parts.pop(), WEIGHT
+                part, pass_ = min(parts, key=(ADAPTERS, HEAD, LAYERS, OTHER).index), WEIGHT
         self.products.append((part, pass_, count))
 
     def _count_convolution(self, args: tuple, out: Any) -> None:
