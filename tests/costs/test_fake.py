@@ -7,14 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from lora_lab import Llama, quantize_nf4
-from lora_lab.costs.fake import (
-    batch_for,
-    build_model,
-    copy_sharing_weights,
-    device_of,
-    fake_copy,
-    unshare_trainable,
-)
+from lora_lab.costs.fake import batch_for, build_model, copy_sharing_weights, device_of, fake_copy, unshare_trainable
 from lora_lab.lean.step import copy_to_meta
 from lora_lab.models.digits import DigitsMLP
 

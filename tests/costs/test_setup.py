@@ -212,9 +212,8 @@ class Notes(StepTracer):
 
     def on_operation(self, function, args, kwargs, out):
         if function.namespace != "prim":
-            self.rows.append(
-                (self.phase, self.kind.removeprefix("saved: "), self.module, self.recomputing, function._opname)
-            )
+            kind = self.kind.removeprefix("saved: ")
+            self.rows.append((self.phase, kind, self.module, self.recomputing, function._opname))
 
 
 def watch(model, method=None, batch=DIGITS, **options):
