@@ -300,7 +300,7 @@ def test_flops_from_two_and_three_blocks_are_those_of_all(tiny_config, method, o
         COUNTING, "FlopCounter", lambda step: depths.append(len(step.model.model.layers)) or plain(step)
     )
     few = flops(deep, method, 2, 8, **options)
-    monkeypatch.setattr(COUNTING, "blocks_are_alike", lambda model: False)
+    monkeypatch.setattr("lora_lab.costs.setup.blocks_are_alike", lambda model: False)
     assert few == flops(deep, method, 2, 8, **options)  # the counts and the setting
     assert depths == [2, 3, 7]
 
