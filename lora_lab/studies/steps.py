@@ -21,10 +21,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from lora_lab.costs.fake import token_batch
+from lora_lab.costs.fake import batch_for, last_blocks
 from lora_lab.costs.flops import flops
 from lora_lab.costs.memory import MIB, Part, measure, predict
-from lora_lab.costs.repeated import last_blocks
 from lora_lab.costs.setup import Setup
 from lora_lab.costs.timing import CostModel, cost_model, step_time
 from lora_lab.lean.step import Lean
@@ -160,7 +159,7 @@ def measure_case(case: Case, device: str) -> Row:
     gc.collect()
     process = process_bytes(factory, case, target) if target.type == "cpu" else None
     gc.collect()
-    batch = token_batch(nn.Linear(1, 1, device=target), case.batch_size, case.seq_len)
+    batch = batch_for(nn.Linear(1, 1, device=target), case.batch_size, case.seq_len)
     measured = measure(factory, setup, batch, device=target)
     return {
         **case.key,
@@ -189,7 +188,7 @@ def process_bytes(factory: Callable[[], Llama], case: Case, device: torch.device
     before = int(status.partition("VmRSS:")[2].split()[0]) * 1024
     model, (setup,) = factory(), case.setups.values()
     step = setup.step(model if setup.dtype is None else model.to(setup.dtype))
-    parts, weights = setup.batches(token_batch(model, case.batch_size, case.seq_len))
+    parts, weights = setup.batches(batch_for(model, case.batch_size, case.seq_len))
     gc.collect()
     _trim_heap()
     # Reset the kernel's peak, so that it does not include the cast.

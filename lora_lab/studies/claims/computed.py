@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from lora_lab.costs import flops
 from lora_lab.costs.bill import GIB
-from lora_lab.costs.repeated import last_blocks
+from lora_lab.costs.fake import last_blocks
 from lora_lab.inject import LoRAConfig, inject, lora_layers, merge
 from lora_lab.lora import LoRALinear
 from lora_lab.methods import FullFineTuning, LoRA, Method
