@@ -16,6 +16,7 @@ from typing import Any
 import common
 
 from lora_lab.studies import steps
+from lora_lab.studies.recorder import tell_row
 from lora_lab.system.device import pick_device
 
 GOAL = {"cpu": 0.03, "cuda": 0.05}
@@ -37,7 +38,7 @@ def main() -> None:
     rows = []
     for row in steps.record_memory(device, options.models):
         rows.append(row)
-        print(steps.tell_memory(row), flush=True)
+        print(tell_row(row), flush=True)
     off = {describe(row): row["predicted_bytes"] / row["measured_bytes"] - 1 for row in rows}
     worst = max(off, key=lambda name: abs(off[name]))
     within = sum(abs(value) <= GOAL[device.type] for value in off.values())

@@ -34,14 +34,22 @@ def test_a_record_can_hold_the_settings_of_every_study(name, device):  # or hour
     ("changes", "told"),
     [
         ({}, "docs  r=1  lr 0.001  seed 2  step 8  steps 8  validation_loss 3.123"),
+        (
+            {"lr": None, "measured_bytes": 2**30},
+            "docs  r=1  seed 2  step 8  steps 8  validation_loss 3.123  measured_bytes 1.074e+09",
+        ),
         ({"outcome": "failed", "reason": "It diverged."}, "r=1, lr 0.001, seed 2: It diverged."),
         ({"step": 7}, None),
-        ({"validation_loss": None, "lr": None}, None),
+        ({"layer": "model.layers.0.mlp.up_proj"}, None),
     ],
 )
 def test_a_trials_last_row_is_told_in_a_line(changes, told):
     row = {"data": "docs", "setup": "r=1", "lr": 1e-3, "seed": 2, "step": 8, "steps": 8, "validation_loss": 3.1234}
     assert tell_row(row | {"edge": "", "test_loss": None, "score_test": str([3.0] * 9)} | changes) == told
+
+
+def test_what_is_of_no_setup_is_not_told():
+    assert tell_row({"about": "task", "task": "style", "test": 4}) is None
 
 
 # A sweep by blocks
