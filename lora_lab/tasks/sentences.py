@@ -124,19 +124,6 @@ class Sentence(NamedTuple):
         subject, thing = (_english(phrase, french_order=True) for phrase in (self.subject, self.object))
         return _write_sentence([*subject, *_english_verb(self), *thing])
 
-    def features(self) -> tuple[str, ...]:
-        """Return what of French grammar it needs, in words."""
-        phrases = (self.subject, self.object)
-        needs = {
-            "feminine": any(each.noun.feminine and (each.adjective or not each.plural) for each in phrases),
-            "plural": any(each.plural for each in phrases),
-            "adjective after the noun": any(each.adjective and not each.adjective.before for each in phrases),
-            "elision": "'" in self.french(),
-            "negation": self.negative,
-            "future": self.future,
-        }
-        return tuple(name for name, needed in needs.items() if needed)
-
 
 def sentences(tokenizer: Tokenizer, target: str = "fr") -> PairTask:
     """Return a task of sentences to translate from English into French, or from French into English.
