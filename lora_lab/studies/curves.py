@@ -294,7 +294,7 @@ def plan_head_start(device: torch.device) -> Iterator[CurveSweep]:
     steps, size = plan_size(device)
     methods: Methods = {FINE_TUNED: (FullFineTuning(), 1.25e-4), FROM_SCRATCH: (FullFineTuning(), 1e-3)}
     yield CurveSweep(
-        plan_setups(methods, steps, size, 3, autocast=torch.bfloat16, eval_examples=128),
+        plan_setups(methods, steps, size, count=3, autocast=torch.bfloat16, eval_examples=128),
         *(range(2), plan_seeds(device, 2)),
         about={"data": DOCS, "model": SMOLLM2, "n_train": steps * size},
         task=partial(studies.docs_task, TEXT_LENGTH, steps * size),

@@ -58,7 +58,6 @@ _OF_CURVES = (
     *_COLUMNS,
     *("schedule", "weight_decay", "train_loss", "off_domain_loss", "gap", "score_divergence", "score_size"),
 )
-_LONGEST = 40  # characters of a text that is told
 
 
 def tell_row(row: Row) -> str | None:
@@ -68,7 +67,7 @@ def tell_row(row: Row) -> str | None:
     if not {"setup", "run"} & row.keys() or "layer" in row or row.get("step") != row.get("steps"):
         return None
     texts = [each if isinstance(each, str) else f"{name} {each:.4g}" for name, each in row.items() if each is not None]
-    return "  ".join(text for text in texts if 0 < len(text) <= _LONGEST)
+    return "  ".join(text for text in texts if 0 < len(text) <= 40)  # no answers, and no losses by block
 
 
 @dataclass(frozen=True)

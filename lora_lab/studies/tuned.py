@@ -271,18 +271,18 @@ LORA = {
     "sentiment": (LoRA(4, 1, targets=ATTENTION), 2e-5, 8e-3),
     "docs": (LoRA(4, 8, dropout=0.3, targets=("q_proj", "k_proj", "v_proj")), 1e-4, 4e-3),
 }
-# The sources' training: constant rates without warm-up, and no clipping.
-AS_TAUGHT: dict[str, Any] = {"schedule": "constant", "warmup": 0, "clip": None, **BFLOAT16}
+# The sources' training: constant rates without warm-up, and no clipping; three rates are tried first.
+AS_TAUGHT: dict[str, Any] = {"count": 3, "schedule": "constant", "warmup": 0, "clip": None, **BFLOAT16}
 
 
 def plan_taught(device: torch.device) -> Iterator[BlockSweep]:
     """Yield what two cores can do in an evening, or a GPU at the sources' own numbers of steps."""
     choosing, size = (3, (276, 10)) if device.type == "cuda" else (2, (100, 4))
     seeds = range(choosing), plan_seeds(device, choosing)
-    sentiment = plan_setups(_list_taught("sentiment"), *size, 3, **AS_TAUGHT)
+    sentiment = plan_setups(_list_taught("sentiment"), *size, **AS_TAUGHT)
     on: dict[str, Any] = {"judged_on": {"validation": 69, "test": 69}, "answered": True, "seq_len": 76}
     yield BlockSweep(sentiment, *seeds, data="sentiment", chosen_on=69, **on)
-    docs = plan_setups(_list_taught("docs"), *plan_size(device), 3, weight_decay=0.01, **AS_TAUGHT)
+    docs = plan_setups(_list_taught("docs"), *plan_size(device), weight_decay=0.01, **AS_TAUGHT)
     yield BlockSweep(docs, *seeds, data="docs")
 
 
@@ -319,7 +319,7 @@ def plan_translation(device: torch.device) -> Iterator[BlockSweep]:
     gpu = device.type == "cuda"
     methods: Methods = {"LoRA r=8": (LoRA(8, 16), 4e-3)}
     methods |= {"full": (FullFineTuning(), 2e-4)} if gpu else {}
-    setups = plan_setups(methods, 600 if gpu else 150, 8, 3, lean=BF16_BASE)
+    setups = plan_setups(methods, 600 if gpu else 150, 8, count=3, lean=BF16_BASE)
     for data, (seq_len, size) in SIZES.items():
         # The score "accuracy" of a trial is 1 or 0 for each example.
         on: dict[str, Any] = {"judged_on": {"test": size}, "block": 1, "answered": True, "seq_len": seq_len}
