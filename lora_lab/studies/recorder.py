@@ -61,10 +61,10 @@ _OF_CURVES = (
 
 
 def tell_row(row: Row) -> str | None:
-    """Return a row as a line for people; None if it is not of a setup or run, of one layer, or not its trial's last."""
+    """Return a row as a line for people; None if it is of no training, of one layer, or not the last of its trial."""
     if row.get("outcome") == "failed":
         return f"{row['setup']}, lr {row['lr']:g}, seed {row['seed']}: {row['reason']}"
-    if not {"setup", "run"} & row.keys() or "layer" in row or row.get("step") != row.get("steps"):
+    if not {"setup", "run", "rank"} & row.keys() or "layer" in row or row.get("step") != row.get("steps"):
         return None
     texts = [each if isinstance(each, str) else f"{name} {each:.4g}" for name, each in row.items() if each is not None]
     return "  ".join(text for text in texts if 0 < len(text) <= 40)  # no answers, and no losses by block

@@ -66,12 +66,12 @@ def plan_ablation(planned: Row, lean: Lean | None) -> CurveSweep:
         *((), range(planned["seeds"])),
         task=partial(studies.docs_task, planned["seq_len"]),
         shared=True,
-        show=lambda frame: frame,
+        show=lambda frame: frame.drop(columns="setup"),  # the rank tells it
     )
 
 
 _SWEEP = record_sweeps("ablation", lambda device: [plan_ablation(plan(device), Lean())])
-ABLATION = replace(_SWEEP, settings=lambda device: plan(device) | _SWEEP.settings(device))
+ABLATION = replace(_SWEEP, settings=plan)
 
 
 # Spectra

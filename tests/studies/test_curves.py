@@ -401,7 +401,7 @@ def head_start(make, small_world, tiny_config):
     made = recorder.record_sweeps("head_start", few)
     small_world.setattr(curves, "HEAD_START", made)
     record, printed = record_of("head_start")
-    assert re.search(r"inverted +MLP +from scratch, longer +judging .*n_train 40 +lr 0.00", printed)
+    assert re.search(r"inverted +MLP +n_train 40 +judging +from scratch, longer .*lr 0.00", printed)
     assert [case["about"]["data"] for case in record.settings["cases"]] == ["inverted", DOCS]
     first = record.settings["cases"][0]
     assert (first["setups"][LONGER]["steps"], first["lrs"][LONGER]) == (550, [1e-3, 3e-3, 9e-3])
