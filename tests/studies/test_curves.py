@@ -338,13 +338,8 @@ def test_a_record_can_be_compared_at_equal_learning_and_asked_what_predicts_forg
 
 
 def test_a_failed_trial_has_no_strengths(tiny, monkeypatch, tmp_path):
-    few = {
-        "PLAIN": {"LoRA r=8": (LoRA(8, 16), (1e30,))},
-        "DECAYS": {},
-        "CHANGED": {},
-        "plan_seeds": lambda device: (0,),
-    }
-    for name, value in few.items():
+    few = {"PLAIN": {"LoRA r=8": (LoRA(8, 16), (1e30,))}, "DECAYS": {}, "CHANGED": {}}
+    for name, value in (few | {"plan_seeds": lambda device: (0,)}).items():
         monkeypatch.setattr(curves, name, value)
     monkeypatch.chdir(tmp_path)
     (row,) = curves.REMEDIES.rows(CPU)

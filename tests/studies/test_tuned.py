@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -111,12 +112,10 @@ def plan_few_ranks(device):
     """Ranks 1 and 64 for a moment, on one planted task and on few pictures of digits."""
     setups = plan_setups({f"r={rank}": (LoRA(rank, 2 * rank), (1e-2, 2e-2)) for rank in (1, 64)}, 6, 16)
     on = {"chosen_on": 40, "judged_on": {"validation": 40, "test": 60}, "widen": 1, "seq_len": None}
-    sources = {"planted 2": lambda device: tuned.imitate(2, device)}
-    sources["digits 100"] = lambda device: tuned.read_moved_digits(100, device)
+    rerun = UpdateRanks(tuned.RANKS, 40), tuned.advise
+    sources = {"planted 2": partial(tuned.imitate, 2), "digits 100": partial(tuned.read_moved_digits, 100)}
     for data, source in sources.items():
-        yield BlockSweep(
-            setups, [0], [1, 2], data=data, source=source, rerun=(UpdateRanks(tuned.RANKS, 40), tuned.advise), **on
-        )
+        yield BlockSweep(setups, [0], [1, 2], data=data, source=source, rerun=rerun, **on)
 
 
 @pytest.fixture(scope="module")
