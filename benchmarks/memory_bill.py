@@ -16,7 +16,6 @@ from typing import Any
 import common
 
 from lora_lab.studies import steps
-from lora_lab.studies.recorder import tell_row
 from lora_lab.system.device import pick_device
 
 GOAL = {"cpu": 0.03, "cuda": 0.05}
@@ -38,7 +37,9 @@ def main() -> None:
     rows = []
     for row in steps.record_memory(device, options.models):
         rows.append(row)
-        print(tell_row(row), flush=True)
+        predicted, measured = row["predicted_bytes"] / 2**20, row["measured_bytes"] / 2**20
+        error = predicted / measured - 1
+        print(f"{describe(row)}: predicted {predicted:,.1f}, measured {measured:,.1f} MiB ({error:+.2%})", flush=True)
     off = {describe(row): row["predicted_bytes"] / row["measured_bytes"] - 1 for row in rows}
     worst = max(off, key=lambda name: abs(off[name]))
     within = sum(abs(value) <= GOAL[device.type] for value in off.values())

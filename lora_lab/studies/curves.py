@@ -139,7 +139,7 @@ def hide_few_replies(frame: pandas.DataFrame) -> pandas.DataFrame:
     return frame.assign(off_domain_loss=frame["off_domain_loss"].where(frame["stage"] == "judging"))
 
 
-_STATED = {"batch_size": SIZE, "seq_len": SEQ_LEN, "halving": HALVING}
+_STATED = {"study": "docs", "batch_size": SIZE, "seq_len": SEQ_LEN, "halving": HALVING}
 OVERFITTING = record_sweeps("overfitting", plan_overfitting, _STATED)
 
 
@@ -250,7 +250,7 @@ def add_strengths(frame: pandas.DataFrame) -> pandas.DataFrame:
     return pandas.concat(frames, ignore_index=True)
 
 
-REMEDIES = record_sweeps("remedies", plan_remedies, {"seq_len": LENGTH, "strengths": STRENGTHS})
+REMEDIES = record_sweeps("remedies", plan_remedies, {"study": "docs", "seq_len": LENGTH, "strengths": STRENGTHS})
 
 
 # Head start

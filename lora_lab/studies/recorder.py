@@ -63,11 +63,19 @@ _OF_CURVES = (
 def tell_row(row: Row) -> str | None:
     """Return a row as a line for people; None if it is of no training, of one layer, or not the last of its trial."""
     if row.get("outcome") == "failed":
-        return f"{row['setup']}, lr {row['lr']:g}, seed {row['seed']}: {row['reason']}"
-    if not {"setup", "run", "rank"} & row.keys() or "layer" in row or row.get("step") != row.get("steps"):
+        setup = row.get("setup") or f"r={row['rank']:g}"
+        return f"{setup}, lr {row['lr']:g}, seed {row['seed']}: {row['reason']}"
+    of_training, of_a_part = {"setup", "run", "rank"} & row.keys(), {"layer", "prediction"} & row.keys()
+    if not of_training or of_a_part or row.get("step") != row.get("steps"):
         return None
-    texts = [each if isinstance(each, str) else f"{name} {each:.4g}" for name, each in row.items() if each is not None]
-    return "  ".join(text for text in texts if 0 < len(text) <= 40)  # no answers, and no losses by block
+    texts = [value if isinstance(value, str) else _tell_number(name, value) for name, value in row.items()]
+    return "  ".join(text for text in texts if 0 < len(text) < 40)  # neither commits nor losses by block
+
+
+def _tell_number(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.4g}"
 
 
 @dataclass(frozen=True)

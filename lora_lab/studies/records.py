@@ -172,7 +172,7 @@ def load(path: str | Path) -> Record:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged or of another schema, or has missing or unknown entries.
     """
-    return _read(path, Record)
+    return _read(path, Record, "a record")
 
 
 def load_all(what: str | None = None, folder: str | Path | None = None) -> dict[str, Record]:
@@ -202,10 +202,10 @@ def published(name: str, folder: str | Path | None = None) -> Published:
         ValueError: it is damaged or has missing or unknown entries.
     """
     path = (shipped() if folder is None else Path(folder)) / "published" / f"{name}.json"
-    return _read(path, Published)
+    return _read(path, Published, "a file of published numbers")
 
 
-def _read(path: str | Path, kind: Any) -> Any:
+def _read(path: str | Path, kind: Any, words: str) -> Any:
     stored = read_json(path)
     try:
         return kind(**stored)
@@ -214,7 +214,7 @@ def _read(path: str | Path, kind: Any) -> Any:
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     except TypeError:
         reason = f"it holds a {type(stored).__name__}, not an object"
-    raise ValueError(f"{path} is no {kind.__name__} of this version of lora_lab ({reason}); make or copy it anew.")
+    raise ValueError(f"{path} is not {words} of this version of lora_lab ({reason}); measure or copy it anew.")
 
 
 def _packaged() -> Path:

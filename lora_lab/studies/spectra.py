@@ -54,7 +54,8 @@ def plan(device: torch.device) -> dict[str, Any]:
     if gpu:
         lrs = {str(rank): [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3] for rank in (1, 2, 4, 8, 16, 32, 64, 128)}
     planned = {"lrs": lrs, "seeds": len(plan_seeds(device)), "steps": steps, "batch_size": batch_size}
-    return planned | {"seq_len": 128 if gpu else 64, "eval_examples": 256 if gpu else 64}
+    planned |= {"seq_len": 128 if gpu else 64, "eval_examples": 256 if gpu else 64}
+    return planned | {"study": "docs", "alpha": "twice the rank"}
 
 
 def plan_ablation(planned: Row, lean: Lean | None) -> CurveSweep:

@@ -215,7 +215,8 @@ def record_memory(device: torch.device, models: Sequence[str] | None = None) -> 
     yield from measure_cases(memory_cases(device), models, lambda case: [apart(case, str(device))])
 
 
-MEMORY = Recorder(lambda device: {"environment": HEAP}, record_memory)
+_ADAM = "AdamW, fused, gradients clipped to norm 1"
+MEMORY = Recorder(lambda device: {"environment": HEAP, "optimizer": _ADAM, "weights": "random"}, record_memory)
 
 
 # Speed
@@ -280,6 +281,6 @@ def record_speed(device: torch.device, models: Sequence[str] | None = None) -> I
 
 
 SPEED = Recorder(
-    lambda device: {"environment": {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "")}},
+    lambda device: {"environment": {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "")}, "weights": "random"},
     record_speed,
 )

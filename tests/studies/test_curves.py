@@ -393,8 +393,7 @@ def head_start(make, small_world, tiny_config):
     """One run of the command, in which the real model is a tiny one and its text counts on."""
     small_world.setattr(studies, "random_init", lambda device=None, seed=0: Llama(tiny_config, seed=100 + seed))
     small_world.setattr(curves, "TEXT_LENGTH", 9)
-    made = recorder.record_sweeps("head_start", few)
-    small_world.setattr(curves, "HEAD_START", made)
+    small_world.setattr(curves, "HEAD_START", recorder.record_sweeps("head_start", few))
     record, printed = record_of("head_start")
     assert re.search(r"inverted +MLP +n_train 40 +judging +from scratch, longer .*lr 0.00", printed)
     assert [case["about"]["data"] for case in record.settings["cases"]] == ["inverted", DOCS]

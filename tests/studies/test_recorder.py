@@ -34,15 +34,18 @@ def test_a_record_can_hold_the_settings_of_every_study(name, device):  # or hour
     ("changes", "told"),
     [
         ({}, "docs  r=1  lr 0.001  seed 2  step 8  steps 8  validation_loss 3.123"),
-        ({"lr": None, "validation_loss": 2**30}, "docs  r=1  seed 2  step 8  steps 8  validation_loss 1.074e+09"),
+        ({"lr": None, "validation_loss": 2**20}, "docs  r=1  seed 2  step 8  steps 8  validation_loss 1,048,576"),
         ({"outcome": "failed", "reason": "It diverged."}, "r=1, lr 0.001, seed 2: It diverged."),
+        ({"outcome": "failed", "reason": "So.", "setup": None, "rank": 8}, "r=8, lr 0.001, seed 2: So."),
         ({"step": 7}, None),
         ({"layer": "model.layers.0.mlp.up_proj"}, None),
+        ({"prediction": "positive"}, None),
     ],
 )
 def test_a_trials_last_row_is_told_in_a_line(changes, told):
     row = {"data": "docs", "setup": "r=1", "lr": 1e-3, "seed": 2, "step": 8, "steps": 8, "validation_loss": 3.1234}
-    assert tell_row(row | {"edge": "", "test_loss": None, "score_test": str([3.0] * 9)} | changes) == told
+    row |= {"edge": "", "test_loss": None, "score_test": str([3.0] * 9), "commit": COMMIT}
+    assert tell_row(row | changes) == told
 
 
 def test_what_is_of_no_setup_is_not_told():

@@ -270,5 +270,5 @@ def test_published_numbers_that_do_not_conform_are_refused(tmp_path, changes):
     whole = json.loads((ROOT / "records" / "published" / "torchtune.json").read_text(encoding="utf-8"))
     (tmp_path / "published").mkdir()
     (tmp_path / "published" / "theirs.json").write_text(json.dumps(whole | changes), encoding="utf-8")
-    with pytest.raises(ValueError, match=rf"theirs\.json is no Published .*{next(iter(changes))}.* anew\.$"):
+    with pytest.raises(ValueError, match=rf"theirs\.json is not a file of published .*{next(iter(changes))}.* anew\.$"):
         records.published("theirs", tmp_path)

@@ -71,7 +71,7 @@ def test_a_record_is_written_with_its_command_and_can_be_read(small_is_tiny, tmp
     assert [row["setup"] for row in record.rows] == ["full", "LoRA r=8"]
     assert record.command.startswith("lora-lab record memory --device cpu --models small")
     assert record.settings["environment"] == steps.HEAP
-    assert f"  measured_bytes {record.rows[0]['measured_bytes']:.4g}" in printed
+    assert f"  measured_bytes {record.rows[0]['measured_bytes']:,}" in printed
     assert record.rows[0]["measured_bytes"] > record.rows[1]["measured_bytes"]
 
 
@@ -112,8 +112,7 @@ def test_a_record_that_cannot_be_written_at_the_end_is_kept_in_another_folder(tm
         out.write_text("in the way by now")
         yield {"model": "small", "setup": "full", "measured_bytes": 5}
 
-    recorder = replace(steps.MEMORY, rows=measured)
-    monkeypatch.setattr(steps, "MEMORY", recorder)
+    monkeypatch.setattr(steps, "MEMORY", replace(steps.MEMORY, rows=measured))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert command("record", "memory", "--device", "cpu", "--out", out) == 1
     (spare,) = tmp_path.glob("lora_lab-*")
