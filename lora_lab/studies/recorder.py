@@ -294,7 +294,7 @@ def plan_setups(methods: Methods, steps: int, batch_size: int, count: int = 5, *
     for setup, (method, rates) in methods.items():
         has_lean = isinstance(method, LoRA) and not isinstance(method, PiSSA | DoRA)
         step: dict[str, Any] = options | {"autocast" if has_lean else "lean": None}
-        lrs = rates_around(rates, count=count) if isinstance(rates, float) else rates
+        lrs = rates if isinstance(rates, Sequence) else rates_around(rates, count=count)
         setups[setup] = Trial(method, lrs[0], steps=steps, batch_size=batch_size, **step), lrs
     return setups
 
