@@ -465,7 +465,7 @@ def record(
         ``settings``, ``rows``, ``schema``.
     """
     from lora_lab.studies import records
-    from lora_lab.studies.recorder import find_recorder
+    from lora_lab.studies.recorder import find_recorder, tell_row
 
     if check:
         from lora_lab.studies.claims.deciding import check_record
@@ -493,7 +493,7 @@ def record(
     rows = []
     for row in chosen.rows(where, list(models) or None) if what in records.OF_MODELS else chosen.rows(where):
         rows.append(row)
-        if text := chosen.line(row):
+        if text := tell_row(row):
             print(text, flush=True)
     made = records.new(what, rows, settings, command, where, commit)
     path = system.files.save_or_rescue(lambda path: records.write(made, path), folder)
