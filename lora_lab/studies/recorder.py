@@ -207,7 +207,7 @@ class CurveSweep(Sweep):
         about: columns of all rows.
         task: (seed) -> what is learned; of ``shared`` seeds without an argument.
         starts: (seed) -> the model with which a setup begins; the language model, where it is not named.
-        by: the loss that chooses, as for :func:`lora_lab.ablation.compare.tune_by_seed`.
+        best: which loss chooses, as for :func:`lora_lab.ablation.compare.choose_rates`.
         judged: options of the trials that are judged, where they differ.
         options: more for :func:`lora_lab.ablation.ablate`.
         columns: of the rows.
@@ -218,7 +218,7 @@ class CurveSweep(Sweep):
     about: Mapping[str, Any] = field(default_factory=dict)
     task: Callable[..., Task]
     starts: Mapping[str, Callable[[int], Model]] = field(default_factory=dict)
-    by: str = "last_loss"
+    best: bool = False
     judged: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     columns: Sequence[str] = ()
@@ -247,7 +247,7 @@ class CurveSweep(Sweep):
         train, choices = partial(self._train, device, folder), {}
         if self.judging:
             choosing, choices = tune_by_seed(
-                lambda seed, lrs: train([seed], lrs), self.lrs, self.choosing, self.widen, self.by
+                lambda seed, lrs: train([seed], lrs), self.lrs, self.choosing, self.widen, self.best
             )
         else:
             choosing = (train(seeds, self.lrs) for seeds in self._together(self.choosing))

@@ -88,7 +88,7 @@ def bound_together(values: np.ndarray, cases: int) -> tuple[float, float]:
     if values.ndim == 2:
         return outer_bounds(values, confidence)
     _, lower, upper = t_bounds(values.tolist(), confidence)
-    return cast(tuple[float, float], (lower, upper))  # never of a single seed
+    return lower, upper
 
 
 def _bound_all(every: Mapping[Any, Gap]) -> dict[Any, Gap]:
@@ -480,8 +480,8 @@ def overshoots(claim: Claim, record: Record) -> Cases:
         answers, texts = [], []
         for strength in sorted(step for step in set(of_rate["step"].tolist()) if 0 < step < AS_TRAINED):
             bounds = [t_bounds((of_part[strength] - of_part[AS_TRAINED]).tolist()) for of_part in losses]
-            better = all(upper is not None and upper < 0 for *_, upper in bounds)
-            worse = any(lower is not None and lower > 0 for _, lower, _ in bounds)
+            better = all(upper < 0 for *_, upper in bounds)
+            worse = any(lower > 0 for _, lower, _ in bounds)
             answers.append(True if better else False if worse else None)
             texts.append(f"{strength:.0f} % " + " and ".join(f"{mean:+.3f}" for mean, *_ in bounds))
         some = True if True in answers else None if None in answers else False
