@@ -40,7 +40,7 @@ from lora_lab.ablation import packed
 from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.halving import PAUSED, Halving, next_round
 from lora_lab.ablation.packed import adapted_layers, common_settings, lora_of, refusal
-from lora_lab.ablation.results import OUT_OF_MEMORY, SCHEMA, STOPPED, Scores, read_results, table
+from lora_lab.ablation.results import OUT_OF_MEMORY, STOPPED, Scores, read_results, table
 from lora_lab.costs.fake import Factory, copy_sharing_weights, fake_copy
 from lora_lab.costs.memory import Part, predict
 from lora_lab.history import DivergedError, History
@@ -111,7 +111,7 @@ def ablate(
     model, data = make(), _task(task)
     data.check_model(model)
     identity = {"task": data.fingerprint, "model": fingerprint(model)}
-    requested = dict.fromkeys(trial.bound(**identity) for trial in trials)
+    requested = dict.fromkeys(replace(trial, **identity) for trial in trials)
     stored = read_results(folder, requested, judge is not None)
     results = {key: result for key, result in stored.items() if result["outcome"] != STOPPED}
     missing = [trial for trial in requested if trial.key not in results]
@@ -383,7 +383,6 @@ def _file(trial: Trial, model: nn.Module, outcome: str, history: History | None 
     device = next(model.parameters()).device
     here = {"device": device_name(device), "lora_lab": version(), "commit": _commit(), "engine": "not begun"}
     return {
-        "schema": SCHEMA,
         "key": trial.key,
         "trial": trial.to_dict(),
         "outcome": outcome,
