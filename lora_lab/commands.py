@@ -55,7 +55,6 @@ def finetune(
     seed: int = 0,
     allow_special: bool = False,
     eval_examples: int = 64,
-    half: bool = False,
     checkpoint_every: int | None = None,
     preview: bool = False,
     out: str = "runs/finetune",
@@ -82,7 +81,6 @@ def finetune(
         seed: seed of adapters and data order
         allow_special: accept special tokens in a .txt file or in JSON Lines texts, and encode them as special tokens
         eval_examples: examples of each part to evaluate on
-        half: save the adapter in half precision, in half the bytes
         checkpoint_every: save a checkpoint every so many steps; if stopped, the same command resumes from it
         preview: show what the model would read and learn, and stop
         out: folder for the results
@@ -104,7 +102,7 @@ def finetune(
             print(data.preview(3))
         return None
     options: dict[str, Any] = {"steps": steps, "batch_size": batch, "seed": seed, "eval_examples": eval_examples}
-    options |= {"lr": lr, "batches": "by_length" if by_length else "random", "half": half, "overwrite": overwrite}
+    options |= {"lr": lr, "batches": "by_length" if by_length else "random", "overwrite": overwrite}
     options |= {"model": model, "device": device, "allow_special": allow_special, "checkpoint_every": checkpoint_every}
     return {"folder": out, **finetune.run(task, chosen, out, **options)}
 

@@ -68,7 +68,6 @@ def run(
     lr: float | None = None,
     model: str = SMOLLM2,
     device: str | None = None,
-    half: bool = False,
     checkpoint_every: int | None = None,
     allow_special: bool = False,
     overwrite: bool = False,
@@ -85,7 +84,6 @@ def run(
         out: a folder without a model, an adapter or results of an earlier run.
         lr: peak learning rate; defaults to 1e-4 for full fine-tuning and 1e-3 otherwise.
         model, device: as for :func:`lora_lab.load_pretrained`.
-        half: save the adapter in float16, which halves the file; what is scored after training is the rounded adapter.
         checkpoint_every: steps between checkpoints in ``out``/checkpoint, from which the same call goes on if it was
             stopped; the last one is removed when the results are saved. None for no checkpoints.
         overwrite: replace what an earlier run has saved in ``out``. A checkpoint is continued all the same.
@@ -98,27 +96,25 @@ def run(
         KeyboardInterrupt: at Ctrl-C; during the training its message says how the run can go on.
         OSError: ``out`` cannot be written to, which is checked before the model is loaded.
     """
-    if half and not saves_adapter(method.name):
-        raise ValueError(f"{method.name!r} saves a whole model, but half precision is for adapters; leave --half out.")
     check_name(task)
     lr = lr if lr is not None else 1e-4 if isinstance(method, FullFineTuning) else 1e-3
     seldom: dict[str, Any] = {"eval_every": max(1, steps // 4), "eval_examples": 64}  # each is as slow as several steps
     config = TrainConfig(steps=steps, lr=lr, **(seldom | training))
     every, out = check(checkpoint_every, Size | None, "checkpoint_every"), files.as_path(out, "out")
-    dtype, checkpoints = torch.float16 if half else None, out / CHECKPOINTS if every else None
+    checkpoints = out / CHECKPOINTS if every else None
     with _hold(out, model, method, overwrite):
         chosen, why = pick_device(device)
         net, tokenizer = load_pretrained(model, device=chosen)
         data = task_of(task, tokenizer, allow_special)
         print(_describe_start(why, data))
         checkpoint.check_belongs(checkpoints, new_history(data, method, config, net), net)  # before the evaluations
-        history, losses = _train(net, data, method, config, checkpoints, every, dtype)
+        history, losses = _train(net, data, method, config, checkpoints, every)
         about = {"name": data.name, "fingerprint": data.fingerprint, "about": data.about}
         result = {"task": about, "method": history.method, "settings": history.settings}
         result |= {"machine": machine_info(chosen)} | losses
         print(f"\n{make_table(result)}")
         if current_processes().rank == 0:
-            saved = net, tokenizer, history, name_base(model), dtype, result
+            saved = net, tokenizer, history, name_base(model), result
             files.save_or_rescue(lambda folder: save_run(folder, *saved), out)
             checkpoint.remove(checkpoints)
     print(f"\nSaved in {out}")
@@ -131,7 +127,6 @@ def save_run(
     tokenizer: Tokenizer,
     history: History,
     base: str = SMOLLM2,
-    dtype: torch.dtype | None = None,
     result: dict[str, Any] | None = None,
 ) -> None:
     """Save the adapter, or the whole model, with the history of its training and a result.json, in one transaction.
@@ -140,12 +135,11 @@ def save_run(
         folder: where to; what an earlier run saved there is replaced. A card that somebody else wrote stays.
         net, tokenizer, history: what was trained, and how.
         base: what an adapter's config says of its base.
-        dtype: of an adapter's tensors; None keeps theirs.
         result: the content of result.json.
     """
     with files.atomic_files(folder) as temporary:
         if lora_layers(net):
-            save_adapter(net, temporary, base=base, dtype=dtype, history=history)
+            save_adapter(net, temporary, base=base, history=history)
             if not is_free(folder):
                 (temporary / CARD).unlink()
         else:
@@ -176,15 +170,9 @@ def _hold(out: Path, model: str, method: Method, overwrite: bool) -> Iterator[No
 
 
 def _train(
-    net: nn.Module,
-    data: Task,
-    method: Method,
-    config: TrainConfig,
-    checkpoints: Path | None,
-    every: int | None,
-    dtype: torch.dtype | None,
+    net: nn.Module, data: Task, method: Method, config: TrainConfig, checkpoints: Path | None, every: int | None
 ) -> tuple[History, dict[str, Any]]:
-    """Train the model, in place, and round its adapters to ``dtype``: the history, and evaluations before and after."""
+    """Train the model, in place, and return the history, and evaluations before and after."""
     limit = config.eval_examples
     result = {"before": _evaluate(net, data, limit)}
     print(f"{method}: {config.steps} steps of {config.batch_size} examples at learning rate {config.lr:g}")
@@ -192,8 +180,6 @@ def _train(
         print(f"Going on from step {before.rows[-1]['step']}, with the checkpoint in {checkpoints}")
     with checkpoint.advise(checkpoints):
         history = fit(net, data, method, config, checkpoint_dir=checkpoints, checkpoint_every=every)
-        if dtype is not None:
-            _round_adapters(net, dtype)
         result["after"] = _evaluate(net, data, limit)
     if isinstance(data, PairTask) and data.metric in METRICS:
         result["trivial"] = score(data, trivial(data)[:limit])
@@ -207,15 +193,6 @@ def _describe_start(why: str, data: Task) -> str:
         text += f"{processes} processes, {count_noun(torch.get_num_threads(), 'thread')} each\n"
     text += f"\n{data.describe()}\n"
     return f"{text}\n{data.preview(1)}\n" if isinstance(data, PairTask) else text
-
-
-@torch.no_grad()
-def _round_adapters(net: nn.Module, dtype: torch.dtype) -> None:
-    """Round the adapters' tensors to ``dtype``, in place; they keep their own."""
-    for layer in lora_layers(net).values():
-        for part in layer.parts:
-            tensor = getattr(layer, part)
-            tensor.copy_(tensor.to(dtype))
 
 
 def name_base(model: str) -> str:

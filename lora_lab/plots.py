@@ -29,7 +29,6 @@ from lora_lab.rank import energy_rank
 from lora_lab.system.files import atomic_file
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
     from pandas import DataFrame, Series
 
     from lora_lab.ablation.compare import RankVerdict
@@ -191,7 +190,7 @@ def log_axis(ax: Axes, ticks: Sequence[float], xlabel: str, form: str = ",", bas
     ax.minorticks_off()
 
 
-def _draw_seeds(ax: Axes, place: int, values: Series, style: Mapping[str, Any], upright: bool) -> None:
+def draw_seeds(ax: Axes, place: int, values: Series, style: Mapping[str, Any], upright: bool) -> None:
     """Draw a hollow mark for each seed and a bar at their mean, at a place on the other axis."""
     x, y, draw_bar, reach = [place] * len(values), values, ax.hlines, 0.3
     if not upright:
@@ -798,75 +797,13 @@ def scores(table: DataFrame, baselines: Mapping[str, float], axes_labels: Mappin
         rows = table[table.task == task]
         setups = list(rows.setup.unique())
         for i, setup in enumerate(setups):
-            _draw_seeds(ax, i, rows.score[rows.setup == setup], styles[setup], upright=True)
+            draw_seeds(ax, i, rows.score[rows.setup == setup], styles[setup], upright=True)
         ax.axhline(baselines[task], color="#000000", linestyle=":", linewidth=1.2)
         ax.set_xticks(range(len(setups)), setups, rotation=60)
         top = 1.12 * max(baselines[task], rows.score.max())
         ax.set(ylabel=axes_labels[task], xlim=(-0.6, len(setups) - 0.4), ylim=(-0.03 * top, top))  # 0 shows its mark
     above: Any = {"xytext": (0, 3), "textcoords": "offset points", "fontsize": "small"}
     figure.axes[0].annotate("best baseline", (-0.55, next(iter(baselines.values()))), **above)
-    return figure
-
-
-def pareto_front(points: Mapping[str, Sequence[float]]) -> list[str]:
-    """Return the labels that no other beats: none is as low in every quantity and lower in one (the Pareto front).
-
-    Args:
-        points: label -> quantities, of which lower is better.
-    """
-    values = np.array(list(points.values()), dtype=float)  # (labels, quantities)
-    beaten = [((values <= own).all(1) & (values < own).any(1)).any() for own in values]
-    return [label for label, worse in zip(points, beaten, strict=True) if not worse]
-
-
-def trade_off(points: Mapping[str, ArrayLike], xlabel: str, ylabel: str) -> Axes:
-    """Two quantities of each setup, of which lower is better: a filled mark at the mean, a small one for each seed.
-
-    A grey line joins the means that no other beats in both quantities.
-
-    Args:
-        points: setup -> (seeds, 2), the quantities on the two axes.
-        xlabel, ylabel: the quantities, with their units.
-    """
-    ax = plt.subplots(figsize=(5, 3.8))[1]
-    seeds = {label: np.asarray(values, dtype=float) for label, values in points.items()}
-    means = {label: values.mean(axis=0).tolist() for label, values in seeds.items()}
-    front = sorted(means[label] for label in pareto_front(means))
-    ax.plot(*zip(*front, strict=True), color="#999999", linewidth=1.2, drawstyle="steps-post", zorder=1)
-    for label, style in line_styles(list(points)).items():
-        mark = {**style, "linestyle": "none"}
-        ax.plot(*seeds[label].T, **mark, markersize=4, fillstyle="none")
-        ax.plot(*means[label], **mark, markersize=9, label=label)
-    ax.margins(0.12)
-    ax.locator_params(nbins=5)
-    ax.set(xlabel=xlabel, ylabel=ylabel)
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize="small", columnspacing=1, handletextpad=0.2)
-    return ax
-
-
-def by_setup(table: DataFrame, xlabel: str) -> Figure:
-    """A number of each setup, a panel below another for each kind of data: a mark for each seed, a bar at their mean.
-
-    Args:
-        table: a row for each seed, with the columns ``data``, ``setup``, of which what is before a comma is the method,
-            and ``value``.
-        xlabel: the number, with its unit.
-    """
-    kinds = list(table["data"].unique())
-    counts = [table[table["data"] == kind]["setup"].nunique() for kind in kinds]
-    size = {"figsize": (6.4, 0.35 * sum(counts) + 0.9 * len(kinds)), "squeeze": False}
-    figure, axes = plt.subplots(len(kinds), 1, height_ratios=counts, **size)
-    for ax, kind in zip(axes[:, 0], kinds, strict=True):
-        rows = table[table["data"] == kind]
-        setups = list(rows["setup"].unique())
-        methods = [setup.partition(",")[0] for setup in setups]
-        styles = line_styles(methods)
-        for i, (setup, method) in enumerate(zip(setups, methods, strict=True)):
-            _draw_seeds(ax, i, rows["value"][rows["setup"] == setup], styles[method], upright=False)
-        ax.set_yticks(range(len(setups)), setups)
-        ax.set(ylim=(len(setups) - 0.5, -0.5), title=kind)
-        ax.grid(axis="y", visible=False)
-    axes[-1, 0].set_xlabel(xlabel)
     return figure
 
 

@@ -84,23 +84,6 @@ def test_it_teaches_a_file_keeps_adapter_history_and_result_and_prints_the_resul
     assert losses["test_loss"] != pytest.approx(result["before"]["test_loss"], rel=1e-3)
 
 
-def test_a_half_precision_adapter_is_half_as_large_and_scored_as_it_is_stored(tiny, tmp_path, tiny_config):
-    results = {}
-    for name, options in {"whole": [], "half": ["--half"]}.items():
-        assert finetune_sums("--rank", 4, "--steps", 5, "--lr", 3e-2, *options, out=name) == 0
-        results[name] = read(tmp_path / name / "result.json")["after"]["test_loss"]
-    sizes = [(tmp_path / name / "adapter_model.safetensors").stat().st_size for name in ("whole", "half")]
-    assert sizes[1] < 0.7 * sizes[0]  # the header with the names stays
-    model = Llama(tiny_config, seed=3)
-    load_adapter(model, tmp_path / "half")
-    assert finetune._evaluate(model, task_of("sums.jsonl", tiny), 64)["test_loss"] == results["half"]
-    assert results["half"] == pytest.approx(results["whole"], rel=1e-2)
-    assert results["half"] != results["whole"]
-
-
-# Stopped, and gone on
-
-
 @pytest.mark.parametrize("out", ["kept", None])
 def test_a_stopped_run_goes_on_from_its_checkpoint_which_is_removed_at_the_end(
     tiny, tmp_path, stop, monkeypatch, capsys, out
@@ -252,8 +235,6 @@ def test_what_was_trained_is_saved_although_its_last_checkpoint_was_not(tiny, tm
 def test_a_method_that_trains_a_part_of_the_model_saves_the_whole(tiny, tmp_path, capsys):
     part = PartialFineTuning(["lm_head", "model.embed_tokens"])
     options = {"steps": 1, "eval_examples": 2, "overwrite": True}
-    with pytest.raises(ValueError, match=r"'partial' saves a whole model, .* leave --half out"):
-        finetune.run("sums.jsonl", part, "kept", half=True, **options)
     for _ in range(2):
         finetune.run("sums.jsonl", part, "kept", **options)
         assert names(tmp_path / "kept") == sorted([*MODEL, "history.json", "result.json"])
@@ -313,7 +294,6 @@ def test_a_text_is_a_task_too(tiny, tmp_path):
         (["--task", "missing.jsonl"], "There is no file missing.jsonl"),
         (["--task", "bad.jsonl"], "bad.jsonl has 1 malformed line: line 1: not JSON"),
         (["--task", "sums.jsonl", "--device", "tpu"], "tpu"),
-        (["--task", "sums.jsonl", "--method", "full", "--half"], "half precision is for adapters; leave --half out"),
         (["--task", "text.txt", "--by-length"], "all examples of task 'text' have the same length"),
     ],
 )

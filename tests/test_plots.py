@@ -10,7 +10,7 @@ mpl.use("Agg")
 
 from lora_lab import LoRA, LoRALinear, plots
 from lora_lab.ablation.stats import BestRate
-from lora_lab.costs.bill import MIB, PARTS, Bill, Moment, Part
+from lora_lab.costs.bill import MIB, PARTS, Bill, Moment
 from lora_lab.history import COLUMNS, History
 from lora_lab.methods import Method
 from tests.helpers import LOSSES, PEAKED, PNG, STEP, bill, bounds, by_label, legend, points, said, sweep
@@ -119,9 +119,6 @@ def test_bills_are_stacked_in_mebibytes_in_the_order_of_the_parts_with_the_peak_
         "saved: MLP": [(512.0, 64.0), (2048.0, 64.5)],
         "saved: norms": [(576.0, 16.0), (2112.5, 0.0)],
     }
-    texts = [(text.get_text(), text.get_position()) for text in ax.texts]
-    assert texts == [("592", (0, 592.0)), ("2,112", (1, 2112.5))]
-    assert ax.get_ylim()[1] > 1.05 * 2112.5  # room for the highest total
 
 
 def test_every_part_of_a_bill_has_a_look_of_its_own_the_same_in_every_figure():
@@ -132,8 +129,6 @@ def test_every_part_of_a_bill_has_a_look_of_its_own_the_same_in_every_figure():
     saved = [part for part in PARTS if part.startswith("saved: ")]
     assert len({looks[part][0] for part in saved}) == 1  # one colour, five hatches
     assert len({looks[part][1] for part in saved}) == len(saved)
-    assert len({colour for part, (colour, _) in looks.items() if part not in saved}) == len(PARTS) - len(saved)
-    assert [part for part, (_, hatch) in looks.items() if not hatch] == [Part.FROZEN]
     timeline = [Moment("forward", dict.fromkeys(PARTS, MIB), operation) for operation in range(2)]
     ax = plots.memory_of_a_step(Bill(dict.fromkeys(PARTS, MIB), "forward", "predicted", "a", {}, timeline))
     areas = {a.get_label(): (tuple(a.get_facecolor()[0]), a.get_hatch()) for a in ax.collections}
@@ -157,10 +152,6 @@ def test_a_step_is_drawn_from_its_first_operation_to_its_last_with_phases_and_pe
     (mark,) = [line for line in ax.get_lines() if line.get_marker() == "v"]
     assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([60.0], [17.0])
     assert said(ax.texts) == ["peak 17", "before", "forward", "backward", "optimiser step"]
-    assert [text.get_position()[0] for text in ax.texts[1:]] == pytest.approx([0.6, 20.6, 60.6, 100.6])
-    borders = [line.get_xdata()[0] for line in ax.get_lines() if line.get_linestyle() == ":"]
-    assert borders == [20.0, 60.0, 100.0]
-    assert ax.get_ylim() == pytest.approx((0, 1.25 * 17))  # room for the names of the phases
 
 
 def test_around_the_peak_each_operation_is_drawn():
@@ -186,8 +177,6 @@ def test_what_a_step_skips_is_drawn_to_the_left_and_what_it_adds_to_the_right():
     widths = {c.get_label(): [bar.get_width() for bar in c] for c in ax.containers}
     assert widths == {"skipped": [-250, 0], "added": [0, 125]}
     assert [text.get_text().strip() for text in ax.texts] == ["-250", "+125"]
-    ax = plots.changes({"a": -0.0025, "b": 0.0001234})
-    assert [text.get_text().strip() for text in ax.texts] == ["-2.5", "+0.123"]  # digits as the largest one bears them
 
 
 def test_ratios_have_intervals_lines_to_compare_with_and_markers_alone_beside_a_curve():
@@ -196,9 +185,6 @@ def test_ratios_have_intervals_lines_to_compare_with_and_markers_alone_beside_a_
     assert said(ax.get_xticklabels()) == ["32", "128"]
     assert bounds(ax.containers[0]) == [(32, 0.5, 0.4, 0.7), (128, 0.8, 0.8, 0.8)]
     assert ax.containers[0][0].get_linestyle() == "-"
-    ax = plots.ratios({"by hand": {n: 1 / n for n in range(1, 20)}, "measured": {4: 0.3}}, "ratio")
-    assert ax.get_lines()[0].get_marker() == "None"
-    assert ax.containers[0][0].get_linestyle() == "None"
 
 
 # Layers of two shapes: noise has a stable rank of about 100 in one and of about 10 in the other.
@@ -223,10 +209,6 @@ def test_a_statistic_over_depth_is_divided_by_the_null_of_its_own_layer():
     (band,) = ax.patches
     assert (band.get_y(), band.get_y() + band.get_height()) == pytest.approx((0.9, 1.1))  # of the widest, v_proj's
     assert "noise" in ax.get_ylabel()
-    plain = plots.by_depth(REPORT.drop(columns=["stable_rank_low", "stable_rank_high"]))
-    assert not plain.patches
-    assert plain.get_lines()[0].get_ydata().tolist() == [50.0, 51.0, 52.0]
-    assert plain.get_ylabel() == "stable rank of the update"
 
 
 def test_medians_over_depth_have_a_band_from_the_least_layer_of_a_block_to_the_most():
@@ -288,9 +270,6 @@ def test_a_path_leads_from_the_start_to_the_hollow_end_past_a_filled_mark_where_
     # The filled mark is the mean of the trials at their own best steps, which is no point of the path.
     assert drawn[:4] == [[(0, 5.0)], [(0.0, 5.0), (0.5, 3.0), (1.0, 2.0), (2.5, 1.5)], [(1.5, 1.0)], [(2.5, 1.5)]]
     assert drawn[4:] == [[(0, 5.0)], [(0.0, 5.0), (2.0, 2.0), (4.0, 2.0), (7.0, 4.0)], [(2.5, 1.5)], [(7.0, 4.0)]]
-    assert [line.get_fillstyle() for line in lines] == ["full", "full", "full", "none"] * 2
-    looks = [(line.get_marker(), line.get_color()) for line in lines]
-    assert looks[2] == looks[3] != looks[6] == looks[7]
 
 
 def test_paths_of_each_size_have_a_panel_and_one_legend():
@@ -362,12 +341,6 @@ def test_pictures_share_a_scale_and_stand_in_rows():
     drawn = [ax for ax in figure.axes if ax.images]
     assert [ax.get_title() for ax in drawn] == list(images)
     assert [ax.images[0].get_array().mean() for ax in drawn] == [10, 20, 30, 40]
-    assert {ax.images[0].get_clim() for ax in drawn} == {(0, 255)}
-    assert {ax.images[0].get_cmap().name for ax in drawn} == {"gray"}
-    assert [ax.get_subplotspec().rowspan.start for ax in drawn] == [0, 0, 0, 1]
-    assert [ax.axison for ax in figure.axes] == [True] * 4 + [False] * 2
-    on_paper = plots.pictures(images, columns=2, limits=(0, 1), ink=True)
-    assert {(ax.images[0].get_cmap().name, ax.images[0].get_clim()) for ax in on_paper.axes} == {("gray_r", (0, 1))}
 
 
 def test_energy_is_marked_where_it_reaches_the_share():
@@ -387,13 +360,10 @@ def test_scores_have_a_mark_for_each_seed_their_mean_and_the_best_baseline():
     figure = plots.scores(table, {"names": 41.0, "style": 0.75}, {"names": "chrF (0 to 100)", "style": "share"})
     left, right = figure.axes
     assert [ax.get_title() for ax in (left, right)] == ["names", "style"]
-    assert [ax.get_ylabel() for ax in (left, right)] == ["chrF (0 to 100)", "share"]
     assert [list(line.get_ydata()) for line in right.get_lines()] == [[0.0], [0.5, 1.0], [0.75, 0.75]]
     assert [line.get_ydata()[0] for line in left.get_lines()] == [40.0, 30.0, 41.0]
     means = [bar.get_segments()[0][0][1] for bar in left.collections]
     assert means == [40.0, 33.0]
-    assert left.get_lines()[1].get_color() == right.get_lines()[1].get_color() == FULL
-    assert right.get_ylim()[0] < 0 < 1 < right.get_ylim()[1]
 
 
 def best(vertex, lower=None, upper=None, edge=""):
@@ -413,37 +383,6 @@ def test_best_rates_have_bars_arrows_where_the_grid_ends_and_are_hollow_at_an_ed
     assert ("v", pytest.approx(2e-3 / 1.6)) in ends  # none
     hollow = [line for line in ax.get_lines() if line.get_markerfacecolor() == "white"]
     assert [line.get_ydata()[0] for line in hollow] == [1e-3]
-
-
-def test_what_no_other_beats_is_the_pareto_front():
-    points = {"a": (1, 5), "b": (2, 2), "c": (3, 3), "d": (5, 1), "twin of b": (2, 2), "e": (5, 2)}
-    assert plots.pareto_front(points) == ["a", "b", "d", "twin of b"]
-    assert plots.pareto_front({"a": (1, 2, 3), "b": (1, 2, 4), "c": (2, 1, 9)}) == ["a", "c"]
-
-
-def test_a_trade_off_has_a_mark_for_each_seed_the_means_and_a_line_through_the_front():
-    runs = {"full": [(4.0, 1.0), (6.0, 3.0)], "LoRA r=8": [(1.0, 4.0), (1.0, 2.0)], "head": [(7.0, 7.0)]}
-    ax = plots.trade_off(runs, "memory (MiB)", "loss (nats)")
-    front, *marks = ax.get_lines()
-    assert points(front) == [(1.0, 3.0), (5.0, 2.0)]  # without the head
-    seeds, means = marks[::2], marks[1::2]
-    assert [len(line.get_xdata()) for line in seeds] == [2, 2, 1]
-    assert [points(line) for line in means] == [[(5, 2)], [(1, 3)], [(7, 7)]]
-    assert means[0].get_color() == FULL
-    assert (ax.get_xlabel(), ax.get_ylabel(), legend(ax)) == ("memory (MiB)", "loss (nats)", [*runs])
-
-
-def test_losses_by_setup_have_a_panel_for_each_kind_of_data():
-    rows = [("docs", "full, 60 steps", 3.0), ("docs", "full, 60 steps", 4.0)]
-    rows += [("docs", "LoRA r=8", 3.25), ("digits", "full", 0.5)]
-    figure = plots.by_setup(pandas.DataFrame(rows, columns=["data", "setup", "value"]), "test loss (nats)")
-    docs, digits = figure.axes
-    assert [ax.get_title() for ax in (docs, digits)] == ["docs", "digits"]
-    assert said(docs.get_yticklabels()) == ["full, 60 steps", "LoRA r=8"]
-    assert [list(line.get_xdata()) for line in docs.get_lines()] == [[3.0, 4.0], [3.25]]
-    assert [bar.get_segments()[0][0][0] for bar in docs.collections] == [3.5, 3.25]
-    assert docs.get_lines()[0].get_color() == digits.get_lines()[0].get_color() == FULL
-    assert docs.get_ylim()[0] > docs.get_ylim()[1]  # the first setup on top
 
 
 ON_AXES = {

@@ -245,7 +245,7 @@ def pareto(trials: pandas.DataFrame) -> list[pictures.Picture]:
     for x, y in PAIRS:
         points = pictures.by_seed(trials, x, y)
         if len(points) > 1:
-            figure = plots.trade_off(points, QUANTITIES[x], QUANTITIES[y]).figure
+            figure = pictures.trade_off(points, QUANTITIES[x], QUANTITIES[y]).figure
             drawn.append((figure, f"{capitalised(QUANTITIES[x])} and {QUANTITIES[y]}. {pictures.in_both(points)}"))
     return drawn
 

@@ -1,6 +1,6 @@
 """What the board draws of each kind of record, each picture with a description for those who cannot see it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas
@@ -34,6 +34,68 @@ def below(ax: Axes, title: str) -> Figure:
     ax.set_title(title)
     ax.figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small")
     return ax.figure
+
+
+def pareto_front(points: Mapping[str, Sequence[float]]) -> list[str]:
+    """Return the labels that no other beats: none is as low in every quantity and lower in one (the Pareto front).
+
+    Args:
+        points: label -> quantities, of which lower is better.
+    """
+    values = np.array(list(points.values()), dtype=float)  # (labels, quantities)
+    beaten = [((values <= own).all(1) & (values < own).any(1)).any() for own in values]
+    return [label for label, worse in zip(points, beaten, strict=True) if not worse]
+
+
+def trade_off(points: Mapping[str, np.ndarray], xlabel: str, ylabel: str) -> Axes:
+    """Two quantities of each setup, of which lower is better: a filled mark at the mean, a small one for each seed.
+
+    A grey line joins the means that no other beats in both quantities.
+
+    Args:
+        points: setup -> (seeds, 2), the quantities on the two axes.
+        xlabel, ylabel: the quantities, with their units.
+    """
+    ax = plots.plt.subplots(figsize=(5, 3.8))[1]
+    seeds = {label: np.asarray(values, dtype=float) for label, values in points.items()}
+    means = {label: values.mean(axis=0).tolist() for label, values in seeds.items()}
+    front = sorted(means[label] for label in pareto_front(means))
+    ax.plot(*zip(*front, strict=True), color="#999999", linewidth=1.2, drawstyle="steps-post", zorder=1)
+    for label, style in plots.line_styles(list(points)).items():
+        mark = {**style, "linestyle": "none"}
+        ax.plot(*seeds[label].T, **mark, markersize=4, fillstyle="none")
+        ax.plot(*means[label], **mark, markersize=9, label=label)
+    ax.margins(0.12)
+    ax.locator_params(nbins=5)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize="small", columnspacing=1, handletextpad=0.2)
+    return ax
+
+
+def by_setup(table: pandas.DataFrame, xlabel: str) -> Figure:
+    """A number of each setup, a panel below another for each kind of data: a mark for each seed, a bar at their mean.
+
+    Args:
+        table: a row for each seed, with the columns ``data``, ``setup``, of which what is before a comma is the method,
+            and ``value``.
+        xlabel: the number, with its unit.
+    """
+    kinds = list(table["data"].unique())
+    counts = [table[table["data"] == kind]["setup"].nunique() for kind in kinds]
+    size = {"figsize": (6.4, 0.35 * sum(counts) + 0.9 * len(kinds)), "squeeze": False}
+    figure, axes = plots.plt.subplots(len(kinds), 1, height_ratios=counts, **size)
+    for ax, kind in zip(axes[:, 0], kinds, strict=True):
+        rows = table[table["data"] == kind]
+        setups = list(rows["setup"].unique())
+        methods = [setup.partition(",")[0] for setup in setups]
+        styles = plots.line_styles(methods)
+        for i, (setup, method) in enumerate(zip(setups, methods, strict=True)):
+            plots.draw_seeds(ax, i, rows["value"][rows["setup"] == setup], styles[method], upright=False)
+        ax.set_yticks(range(len(setups)), setups)
+        ax.set(ylim=(len(setups) - 0.5, -0.5), title=kind)
+        ax.grid(axis="y", visible=False)
+    axes[-1, 0].set_xlabel(xlabel)
+    return figure
 
 
 # All machines in one picture
@@ -127,7 +189,7 @@ def remedies(record: Record) -> Picture:
     frame = record.frame()
     trials = overfitting.summarise_trials(frame[~frame["setup"].str.endswith("scaled")])
     points = by_seed(trials, "forgotten_at_last", "last_loss")
-    ax = plots.trade_off(points, f"rise of the off-domain loss ({NATS})", f"validation loss ({NATS})")
+    ax = trade_off(points, f"rise of the off-domain loss ({NATS})", f"validation loss ({NATS})")
     return below(ax, ""), f"Forgetting and learning after the last step. {in_both(points)}"
 
 
@@ -152,7 +214,7 @@ def losses(record: Record) -> Picture:
     rows = record.frame().query("stage == 'judging'").dropna(subset="test_loss")
     means = rows.groupby(["data", "setup"], sort=False)["test_loss"].mean()
     words = ", ".join(f"{setup} on {data} {mean:.3f}" for (data, setup), mean in means.items())
-    figure = plots.by_setup(rows.rename(columns={"test_loss": "value"}), "test loss")
+    figure = by_setup(rows.rename(columns={"test_loss": "value"}), "test loss")
     return figure, f"Test losses, each setup at its rate; means: {words}"
 
 
@@ -165,7 +227,7 @@ def by_seed(trials: pandas.DataFrame, *columns: str) -> dict[str, np.ndarray]:
 def in_both(points: Mapping[str, np.ndarray]) -> str:
     means = {setup: values.mean(axis=0).tolist() for setup, values in points.items()}
     each = ", ".join(f"{setup} {x:,.4g} and {y:,.4g}" for setup, (x, y) in means.items())
-    return f"Means: {each}. No other is lower in both than {', '.join(plots.pareto_front(means))}"
+    return f"Means: {each}. No other is lower in both than {', '.join(pareto_front(means))}"
 
 
 OF_ALL = {"memory": memory, "speed": speed}

@@ -5,12 +5,15 @@ import re
 import shutil
 import sys
 
+import numpy as np
+import pandas
 import pytest
 
 from lora_lab import records
+from lora_lab.plots import METHOD_COLOURS
 from lora_lab.studies.claims.deciding import DECIDERS, Entry, judge, read_claims
 from lora_lab.studies.records import KINDS
-from tests.helpers import COMMIT, PNG, ROOT
+from tests.helpers import COMMIT, PNG, ROOT, legend, points, said
 
 sys.path.insert(0, str(ROOT / "docs" / "site"))  # scripts, which are no package
 import board
@@ -134,3 +137,34 @@ def test_numbers_of_the_trade_off_are_those_of_the_records(stored):
     assert float(rows["LoRA r=8"][3]) == pytest.approx(seconds, rel=0.01)
     assert all(value for setup in ("full", "LoRA r=1", "LoRA r=8") for value in rows[setup])
     assert "Not in any record" not in text
+
+
+def test_what_no_other_beats_is_the_pareto_front():
+    points = {"a": (1, 5), "b": (2, 2), "c": (3, 3), "d": (5, 1), "twin of b": (2, 2), "e": (5, 2)}
+    assert pictures.pareto_front(points) == ["a", "b", "d", "twin of b"]
+    assert pictures.pareto_front({"a": (1, 2, 3), "b": (1, 2, 4), "c": (2, 1, 9)}) == ["a", "c"]
+
+
+def test_a_trade_off_has_a_mark_for_each_seed_the_means_and_a_line_through_the_front():
+    runs = {"full": [(4, 1), (6, 3)], "LoRA r=8": [(1, 4), (1, 2)], "head": [(7, 7)]}
+    ax = pictures.trade_off({setup: np.array(values) for setup, values in runs.items()}, "memory (MiB)", "loss (nats)")
+    front, *marks = ax.get_lines()
+    assert points(front) == [(1.0, 3.0), (5.0, 2.0)]  # without the head
+    seeds, means = marks[::2], marks[1::2]
+    assert [len(line.get_xdata()) for line in seeds] == [2, 2, 1]
+    assert [points(line) for line in means] == [[(5, 2)], [(1, 3)], [(7, 7)]]
+    assert means[0].get_color() == METHOD_COLOURS["full"]
+    assert (ax.get_xlabel(), ax.get_ylabel(), legend(ax)) == ("memory (MiB)", "loss (nats)", [*runs])
+
+
+def test_losses_by_setup_have_a_panel_for_each_kind_of_data():
+    rows = [("docs", "full, 60 steps", 3.0), ("docs", "full, 60 steps", 4.0)]
+    rows += [("docs", "LoRA r=8", 3.25), ("digits", "full", 0.5)]
+    figure = pictures.by_setup(pandas.DataFrame(rows, columns=["data", "setup", "value"]), "test loss (nats)")
+    docs, digits = figure.axes
+    assert [ax.get_title() for ax in (docs, digits)] == ["docs", "digits"]
+    assert said(docs.get_yticklabels()) == ["full, 60 steps", "LoRA r=8"]
+    assert [list(line.get_xdata()) for line in docs.get_lines()] == [[3.0, 4.0], [3.25]]
+    assert [bar.get_segments()[0][0][0] for bar in docs.collections] == [3.5, 3.25]
+    assert docs.get_lines()[0].get_color() == digits.get_lines()[0].get_color() == METHOD_COLOURS["full"]
+    assert docs.get_ylim()[0] > docs.get_ylim()[1]  # the first setup on top

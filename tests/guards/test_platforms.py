@@ -54,7 +54,7 @@ def ascii_alone(tmp_path):
     """An environment whose encoding has no letters but ASCII's, and whose home cannot be written to."""
     (tmp_path / "file").write_text("no folder")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHON", "XDG_"))}
-    changes = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    changes = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii:surrogateescape", "PYTHONPATH": str(ROOT)}
     return kept | changes | {"HOME": str(tmp_path / "file" / "home"), "LORA_LAB_CACHE": "", "OMP_NUM_THREADS": "1"}
 
 
