@@ -26,6 +26,7 @@ from lora_lab.methods import FullFineTuning
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
 from lora_lab.models.pretrained import SMOLLM2, load_pretrained, load_tokenizer
+from lora_lab.system.files import check_file
 from lora_lab.task import Task
 from lora_lab.tasks.named import READERS, TASKS
 from lora_lab.train import fit
@@ -61,7 +62,8 @@ def study(
         model: the language model, as for :func:`lora_lab.load_pretrained`.
 
     Raises:
-        ValueError: another name, or a model for a study of small nets.
+        ValueError: another name, seq_len is below 2, or a model for a study of small nets.
+        FileNotFoundError: there is no such file.
     """
     if name in ("planted", "digits"):
         if model != SMOLLM2:
@@ -73,6 +75,10 @@ def study(
     if name not in known and Path(name).suffix not in READERS:
         names = f"{', '.join(known)}, and files that end in {', '.join(READERS)}"
         raise ValueError(f"There is no study {name!r}; there are {names}.")
+    if name not in known:
+        check_file(name, "your examples")
+    if seq_len < 2:
+        raise ValueError(f"seq_len is {seq_len}, but an example needs at least 2 tokens.")
     task = partial(docs_task, seq_len, model=model) if name == "docs" else partial(_named_task, name, model)
     return partial(language_model, device, model), task
 
