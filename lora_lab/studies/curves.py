@@ -107,7 +107,7 @@ def plan_overfitting(device: torch.device) -> Iterator[CurveSweep]:
             *(_set_up(size, device), range(2), judging),
             about={"n_train": size},
             task=partial(draw_examples, size, judging),
-            by="best_loss",
+            best=True,
             widen=WIDEN,
             judged={"eval_examples": JUDGED_ON},
             options={"halving": HALVING},

@@ -200,7 +200,7 @@ class CurveSweep(Sweep):
         about: columns of all rows.
         task: (seed) -> what is learned; of ``shared`` seeds without an argument.
         starts: (seed) -> the model with which a setup begins; the language model, where it is not named.
-        by: the loss that chooses, as for :func:`lora_lab.ablation.compare.tune_by_seed`.
+        best: which loss chooses, as for :func:`lora_lab.ablation.compare.choose_rates`.
         judged: options of the trials that are judged, where they differ.
         options: more for :func:`lora_lab.ablation.ablate`.
         show: makes the rows from the table of one seed (:meth:`frames`).
@@ -210,7 +210,7 @@ class CurveSweep(Sweep):
     about: Mapping[str, Any] = field(default_factory=dict)
     task: Callable[..., Task]
     starts: Mapping[str, Callable[[int], Model]] = field(default_factory=dict)
-    by: str = "last_loss"
+    best: bool = False
     judged: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     show: Callable[[pandas.DataFrame], pandas.DataFrame] = last_rows
@@ -238,7 +238,7 @@ class CurveSweep(Sweep):
         train, choosing, choices, lrs = partial(self._train, device, folder), [], {}, self.lrs
         if self.choosing:
             choosing, choices = tune_by_seed(
-                lambda seed, lrs: train([seed], lrs), self.lrs, self.choosing, self.widen, self.by
+                lambda seed, lrs: train([seed], lrs), self.lrs, self.choosing, self.widen, self.best
             )
             lrs = {setup: [cast(float, choice.lr)] for setup, choice in choices.items()}
         seeds = [self.judging] if self.shared else [[seed] for seed in self.judging]

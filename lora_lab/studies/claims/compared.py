@@ -94,7 +94,7 @@ def bound_together(values: np.ndarray, cases: int) -> tuple[float, float]:
     if values.ndim == 2:
         return outer_bounds(values, confidence)
     _, lower, upper = t_bounds(values.tolist(), confidence)
-    return cast(tuple[float, float], (lower, upper))  # never of a single seed
+    return lower, upper
 
 
 def _bound_all(every: Mapping[Any, Gap]) -> dict[Any, Gap]:

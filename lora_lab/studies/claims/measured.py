@@ -293,7 +293,7 @@ def _accuracy_above(record: Record, rows: Sequence[dict[str, Any]], reference: f
     """
     mean, lower, _ = t_bounds([row["accuracy"] - reference for row in rows])
     words = f"{100 * mean:+.0f} points, {len(rows)} seeds"
-    if lower is None or len(rows) < MIN_SEEDS:
+    if len(rows) < MIN_SEEDS:
         return None, words
     (texts,) = (row["test"] for row in record.rows if row.get("about") == "task" and row["task"] == "sentiment")
     accuracy = mean + reference
@@ -407,9 +407,9 @@ def far_better(record: Record) -> Cases:
 def spectrum_predicts_rank(record: Record) -> Answer:
     """The error of a rule that was chosen on planted ranks, on other tasks, beside that of a constant."""
     advice = rank_advice.assess(record.rows)
-    text = f"{advice.rule}, chosen on planted ranks; in doublings: " + ", ".join(
-        f"{row['task']} {row['error']:+.1f} (always {rank_advice.GUESS}: {row['constant_error']:+.1f})"
-        for row in advice.judged.to_dict("records")
+    text = f"{advice.factor:.3g} times {advice.statistic}, chosen on planted ranks; in doublings: " + ", ".join(
+        f"{task} {row['error']:+.1f} (always {rank_advice.GUESS}: {row['constant_error']:+.1f})"
+        for task, row in advice.errors.iterrows()
     )
     text += f"; not decided by the sweep: {', '.join(advice.undecided)}" if advice.undecided else ""
     return advice.works, text
