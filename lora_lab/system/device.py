@@ -67,9 +67,16 @@ def effort() -> str:
 
 
 @contextmanager
+def restore_randomness(device: torch.device) -> Iterator[None]:
+    """Give torch's global generators, those of the CPU and of a CUDA device, their states back after a block."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+@contextmanager
 def own_randomness(device: torch.device, seed: int) -> Iterator[None]:
     """Seed torch's global generators, which dropout uses, for a block, and restore their states at its end."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with restore_randomness(device):
         seed_generators(device, seed)
         yield
 
