@@ -81,7 +81,7 @@ def digits(rounds: int, steps: int) -> None:
 def list_trials(planned: dict, lean: ll.Lean | None) -> list[Trial]:
     """The trials of a study of ranks by that step."""
     sweep = recorded.plan_ablation(planned, lean)
-    return [sweep.trial(setup, lr, seed) for setup, lrs in sweep.lrs.items() for lr in lrs for seed in sweep.choosing]
+    return [sweep.trial(setup, lr, seed) for setup, lrs in sweep.lrs.items() for lr in lrs for seed in sweep.judging]
 
 
 def study(rounds: int) -> None:

@@ -40,8 +40,7 @@ from lora_lab.costs.fake import copy_sharing_weights
 from lora_lab.history import DivergedError, History, count_parameters
 from lora_lab.inject import adapter_state, match_layers, replace, require_no_adapters
 from lora_lab.lean import Lean, apply_lean
-from lora_lab.lean.blocks import LeanBlockHead, LeanHead
-from lora_lab.lean.linear import JointLinear, call_in_weight_dtype, cast_addmm_, cast_matmul
+from lora_lab.lean.blocks import JointLinear, LeanBlockHead, LeanHead, call_in_weight_dtype, cast_addmm_, cast_matmul
 from lora_lab.lean.loss import token_losses
 from lora_lab.lora import LoRALinear
 from lora_lab.methods import LoRA, require_unmarked

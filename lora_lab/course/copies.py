@@ -14,10 +14,8 @@ Without such lines the solution becomes ``raise NotImplementedError("your code h
 from __future__ import annotations
 
 import copy
-import filecmp
 import hashlib
 import itertools
-import os
 import re
 import shutil
 from collections.abc import Collection, Sequence
@@ -55,19 +53,14 @@ def student(notebook: NotebookNode) -> NotebookNode:
 
     Outputs go, all of them: a prediction is none if its answer is already on the page. So does metadata
     that the learner does not need, such as the state of sliders.
-
-    Raises:
-        ValueError: markers do not come in pairs or stand outside code.
     """
     result = copy.deepcopy(notebook)
     _reduce(result.metadata, NOTEBOOK_METADATA)
-    for number, cell in enumerate(result.cells, start=1):
+    for cell in result.cells:
         _reduce(cell.metadata, CELL_METADATA)
         if cell.cell_type == "code":
             cell.source = SOLUTION.sub(_stub, f"{cell.source}\n").removesuffix("\n")
             cell.outputs, cell.execution_count = [], None
-        if BEGIN in cell.source or END in cell.source:
-            raise ValueError(f"Cell {number} has {BEGIN!r} or {END!r} without the other or outside code; mend it.")
     return result
 
 
@@ -114,20 +107,22 @@ def copy_lessons(folder: str | Path, solved: bool = False, only: Sequence[str] =
         What was done, in lines to print.
 
     Raises:
-        ValueError: the folder is a file or a course to grade, or has the other version, solved or not; a lesson is
-            unknown; a lesson's markers are wrong; or the manifest is damaged.
+        ValueError: the folder is a course to grade, or has the other version, solved or not; a lesson is unknown; or
+            the manifest is damaged.
         OSError: the folder cannot be written to.
     """
     folder = as_path(folder, "folder")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; name a folder for the lessons.")
     if (folder / CONFIG).exists():
         raise ValueError(f"{folder} is a course to grade (it holds {CONFIG}); name another folder for the lessons.")
-    new = _Manifest(solved=solved, written={}, versions={})
-    before = _manifest(folder / MANIFEST) if (folder / MANIFEST).is_file() else new
+    manifest, before = folder / MANIFEST, _Manifest(solved=solved, written={}, versions={})
+    if manifest.is_file():
+        try:
+            before = check(read_json(manifest), _Manifest, str(manifest))
+        except ValueError as error:
+            raise ValueError(f"{error} Delete it; lessons that you changed stay.") from None
     if before["solved"] != solved:
-        there, here = ("without", "with") if solved else ("with", "without")
-        raise ValueError(f"{folder} has the lessons {there} solutions; name another folder for those {here} solutions.")
+        which = "without" if solved else "with"
+        raise ValueError(f"{folder} has the lessons {which} solutions; name another folder.")
     hashes, versions = before["written"], before["versions"]
     done: list[str] = []
     lessons = choose_lessons(only)
@@ -164,18 +159,13 @@ def check_files(paths: Sequence[str | Path]) -> None:
 
     Raises:
         FileNotFoundError: one of them does not exist.
-        ValueError: a folder has a link that does not lead to a file in that folder.
+        ValueError: a folder holds a link, which could hand out something that nobody chose.
     """
     for path in map(Path, paths):
         if not path.exists():
             raise FileNotFoundError(f"There is no {path} to add; give the paths of files or folders.")
-        root = os.path.realpath(path)
-        for link in filter(Path.is_symlink, path.rglob("*")):
-            if not link.is_file() or not Path(os.path.realpath(link)).is_relative_to(root):
-                raise ValueError(
-                    f"{link} is a link that leads to no file in {path}, so it could hand out something else of yours; "
-                    "put a copy in its place, or delete it."
-                )
+        if links := [*filter(Path.is_symlink, path.rglob("*"))]:
+            raise ValueError(f"{links[0]} is a link; put a copy of what you hand out in its place, or delete it.")
 
 
 def add_files(folder: str | Path, paths: Sequence[str | Path]) -> list[str]:
@@ -193,8 +183,7 @@ def add_files(folder: str | Path, paths: Sequence[str | Path]) -> list[str]:
     for path in map(Path, paths):
         target = Path(folder) / path.resolve().name
         if target.exists():
-            if not _is_same(path, target):
-                done.append(f"Kept, though yours is different now; delete it there to copy yours: {target.name}")
+            done.append(f"Already there, so left as it is: {target.name}")
             continue
         if path.is_dir():
             with atomic_folder(target) as temporary:
@@ -206,29 +195,8 @@ def add_files(folder: str | Path, paths: Sequence[str | Path]) -> list[str]:
     return done
 
 
-def _is_same(one: Path, other: Path) -> bool:
-    """Whether two files, or two folders with all that is in them, have the same content."""
-    if one.is_file() and other.is_file():
-        return filecmp.cmp(one, other, shallow=False)
-    names, others = ({path.relative_to(each) for path in each.rglob("*") if path.is_file()} for each in (one, other))
-    return one.is_dir() == other.is_dir() and names == others and all(_is_same(one / n, other / n) for n in names)
-
-
-def _manifest(path: Path) -> _Manifest:
-    try:
-        stored = read_json(path)
-        check(stored, _Manifest)
-    except ValueError as error:
-        reason = str(error).removesuffix(".")
-        raise ValueError(f"{path} is damaged ({reason}); delete it, and lessons that you changed stay.") from None
-    return stored
-
-
 def _student_bytes(lesson: Path) -> bytes:
-    try:
-        notebook = student(nbformat.read(lesson, as_version=4))
-    except ValueError as error:
-        raise ValueError(f"{lesson.name}: {error}") from None
+    notebook = student(nbformat.read(lesson, as_version=4))
     return (nbformat.writes(notebook).rstrip("\n") + "\n").encode()
 
 

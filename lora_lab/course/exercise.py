@@ -14,12 +14,13 @@ The solution stands in its lesson, between ``### BEGIN SOLUTION`` and ``### END 
     @exercise.must()
     def adds_up(gradient, rng):
         \"\"\"The gradient from all tokens is the sum of those from each part of them.\"\"\"
-        delta, z = rng.normal(size=(6, 3)), rng.normal(size=(6, 5))
+        delta, z = errors_and_inputs(rng)
         return close(gradient(delta, z), gradient(delta[:2], z[:2]) + gradient(delta[2:], z[2:]))
 
 With inputs, an answer must agree with the solution on all of them. Where there are many right answers (classes,
-scripts, random starts) there are none. Then the properties decide, in their order. In a graded sheet each property with
-a docstring is a hidden test and a point; so an answer that passes a check has all points.
+scripts, random starts) there are none. Then the properties decide, in their order. A property states one case, and must
+hold in several trials. In a graded sheet each property with a docstring is a hidden test and a point; so an answer that
+passes a check has all points.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import ast
 import json
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, NamedTuple, TypeVar
@@ -40,7 +41,10 @@ from lora_lab.system.provenance import shipped_folder
 
 Edit = str | tuple[str, ...]
 TIME = re.compile(r"\*\*(?:Core|Deeper|Project)\*\*, about (\d+) minutes\.")  # stands in the text of each exercise
+# A cell with a solution: its code, and the name of the exercise and of the function that its last line checks.
+SOLVED_CELL = re.compile(r'(.*### BEGIN SOLUTION.*)^check\("(\w+)", (\w+)\)$', re.DOTALL | re.MULTILINE)
 Holds = TypeVar("Holds", bound=Callable[..., Any])
+TRIALS = 12  # of a property, each with inputs of its own, so it states one case
 EXERCISES: dict[str, Exercise] = {}  # by name, in the order of the lessons
 REFLECTIONS: dict[str, Reflection] = {}  # by the lesson's name
 
@@ -58,29 +62,17 @@ def close(value, expected):
     return bool((abs(one - other) <= 1e-4 * abs(other).max(initial=1e-6)).all())
 
 
-class Answer(NamedTuple):
-    """A cell in which a learner solves an exercise: its number from 0, the exercise's name, and what is checked."""
-
-    cell: int
-    exercise: str
-    function: str
+def are(result, count, kind):
+    """Whether a result is a tuple or list of so many objects of a kind."""
+    return isinstance(result, tuple | list) and len(result) == count and all(isinstance(one, kind) for one in result)
 
 
-def answers(cells: Sequence[Mapping[str, Any]]) -> Iterator[Answer]:
-    """The cells of a lesson that hold a solution, which end in ``check(name, function)``.
-
-    Raises:
-        ValueError: such a cell ends in something else.
-    """
-    for number, cell in enumerate(cells):
-        source = "".join(cell["source"])
-        if cell["cell_type"] != "code" or "### BEGIN SOLUTION" not in source:
-            continue
-        match ast.parse(source).body[-1]:
-            case ast.Expr(ast.Call(ast.Name("check"), [ast.Constant(str(name)), ast.Name(function)])):
-                yield Answer(number, name, function)
-            case _:
-                raise ValueError(f"Cell {number + 1} has a solution: let its last line be check(name, function).")
+def works(function, *errors):
+    """Whether a call raises none of these errors, and returns something true."""
+    try:
+        return bool(function())
+    except errors:
+        return False
 
 
 class Stated(NamedTuple):
@@ -88,12 +80,14 @@ class Stated(NamedTuple):
 
     Attributes:
         lesson: its file name without suffix, such as "03_lora_from_scratch".
+        cell: the number of the cell with the solution, from 0.
         function: the name of the function or class that is checked.
         source: the solution, without comments.
         minutes: a guess of the time that a learner needs.
     """
 
     lesson: str
+    cell: int
     function: str
     source: str
     minutes: int
@@ -105,10 +99,11 @@ def _stated() -> dict[str, Stated]:
     exercises = {}
     for path in shipped_folder("notebooks").glob("[0-9]*.ipynb"):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        for each in answers(cells):
-            source = ast.unparse(ast.Module(ast.parse("".join(cells[each.cell]["source"])).body[:-1], []))
-            text = "".join("".join(cell["source"]) for cell in cells[: each.cell] if cell["cell_type"] == "markdown")
-            exercises[each.exercise] = Stated(path.stem, each.function, source, int(TIME.findall(text)[-1]))
+        for number, cell in enumerate(cells):
+            for code, name, function in SOLVED_CELL.findall("".join(cell["source"])):
+                text = "".join("".join(each["source"]) for each in cells[:number] if each["cell_type"] == "markdown")
+                source, minutes = ast.unparse(ast.parse(code)), int(TIME.findall(text)[-1])
+                exercises[name] = Stated(path.stem, number, function, source, minutes)
     return exercises
 
 
@@ -140,7 +135,7 @@ class Exercise:
             square or symmetric, so that mistakes do not coincide. None: the properties decide.
         wrong: sentence -> an edit, as in :meth:`answer`, or a list of edits. An answer that agrees with one on all
             inputs gets the sentence, which says what broke, and the likely mistake, in at most 160 characters.
-        draws: number of fresh inputs for one check; without inputs, of trials of each property.
+        draws: number of fresh inputs for one check.
         uses: names of exercises whose solutions this one calls.
     """
 
@@ -149,7 +144,7 @@ class Exercise:
     praise: str
     inputs: Callable[[np.random.Generator], tuple[Any, ...]] | None = None
     wrong: Mapping[str, Edit | list[Edit]] = field(default_factory=dict)
-    draws: int = 6
+    draws: int = 64
     uses: Sequence[str] = ()
     properties: list[Property] = field(default_factory=list)
 

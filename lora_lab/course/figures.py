@@ -5,7 +5,7 @@ What can be drawn of a model, a table or a record of one's own is in ``lora_lab.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Patch, Polygon, Rectangle
 
 from lora_lab.ablation.overfitting import training_losses
@@ -36,7 +37,7 @@ from lora_lab.plots import (
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
 
 
 # Lesson 01, low rank
@@ -52,14 +53,19 @@ def numbers(matrices: Mapping[str, Any]) -> Figure:
     limit = max(np.abs(array).max() for array in arrays.values())
     figure, axes = panels(list(arrays), 2.3 * len(arrays), 2.9)
     for ax, array in zip(axes.values(), arrays.values(), strict=True):
-        ax.imshow(array, cmap="PuOr", vmin=-limit, vmax=limit)  # orange is negative
-        for (i, j), entry in np.ndenumerate(array):
-            ink = "#ffffff" if abs(entry) > 0.7 * limit else "#000000"
-            ax.text(j, i, f"{entry:.0f}", ha="center", va="center", color=ink)
+        _draw_entries(ax, array, ".0f", limit, 0.7 * limit)
         ax.set(xticks=range(array.shape[1]), yticks=range(array.shape[0]), xlabel="column")
-        ax.grid(visible=False)
     figure.axes[0].set_ylabel("row")
     return figure
+
+
+def _draw_entries(ax: Axes, array: np.ndarray, form: str, limit: float, dark: float, **look: Any) -> AxesImage:
+    """Draw a matrix in colours from -limit (orange) to limit, with its entries; those above ``dark`` are white."""
+    for (row, column), entry in np.ndenumerate(array):
+        ink = "#ffffff" if abs(entry) > dark else "#000000"
+        ax.text(column, row, f"{entry:{form}}", ha="center", va="center", color=ink)
+    ax.grid(visible=False)
+    return ax.imshow(array, cmap="PuOr", vmin=-limit, vmax=limit, **look)
 
 
 def shares_by_rank(shares: Mapping[str, Mapping[int, Sequence[float]]], ylabel: str) -> Axes:
@@ -72,7 +78,7 @@ def shares_by_rank(shares: Mapping[str, Mapping[int, Sequence[float]]], ylabel: 
     ax = plt.subplots(figsize=(9, 4))[1]
     styles = line_styles(list(shares))
     for label, by_rank in shares.items():
-        draws = 100 * np.array([list(values) for values in by_rank.values()])  # (ranks, draws)
+        draws = 100 * np.array(list(by_rank.values()))  # (ranks, draws)
         ax.fill_between(list(by_rank), draws.min(1), draws.max(1), color=styles[label]["color"], alpha=0.25)
         ax.plot(list(by_rank), draws.mean(1), label=label, **styles[label])
     rank_axis(ax, sorted({rank for by_rank in shares.values() for rank in by_rank}))
@@ -92,10 +98,8 @@ def schematic(rank: int = 4, alpha: float = 8) -> Axes:
         rank: r, at most 48.
         alpha: the update is scaled by alpha / rank.
     """
-    out_features, in_features = 48, 64
     ax = plt.subplots(figsize=(6.4, 4.2))[1]
-    unit = 3.0 / max(in_features, out_features)
-    wide, tall, narrow = unit * in_features, unit * out_features, max(unit * rank, 0.06)
+    wide, tall, narrow = 3.0, 2.25, max(3 / 64 * rank, 0.06)  # for 64 and 48 features, and the rank
     frozen, trained = "#d9d9d9", METHOD_COLOURS["lora"]
 
     def box(x: float, y: float, bottom: float, top: float, height: float, colour: str) -> None:
@@ -111,24 +115,24 @@ def schematic(rank: int = 4, alpha: float = 8) -> Axes:
     left, right, low, high = -2.2, 2.2, -1.0, 1.0
     box(left, 0, (wide + tall) / 2, (wide + tall) / 2, 3, frozen)
     label(left, 0.25, "$W_0$", "center")
-    label(left, -0.3, f"{out_features} x {in_features}, frozen", "center")
+    label(left, -0.3, "48 x 64, frozen", "center")
     box(right, low, wide, narrow, 1, trained)
     box(right, high, narrow, tall, 1, trained)
     for y, name in ((low, "$A$"), (high, "$B$")):
         ink = "#ffffff" if narrow > 0.3 else "#000000"
         ax.text(right, y, name, ha="center", va="center", fontsize=14, color=ink)
-    label(right + wide / 2 + 0.15, low, f"{rank} x {in_features}, trained\nstarts random")
-    label(right + wide / 2 + 0.15, high, f"{out_features} x {rank}, trained\nstarts at zero")
+    label(right + wide / 2 + 0.15, low, f"{rank} x 64, trained\nstarts random")
+    label(right + wide / 2 + 0.15, high, f"48 x {rank}, trained\nstarts at zero")
     label(right + narrow / 2 + 0.2, 0, f"{rank} number{'s' * (rank > 1)} pass{'es' * (rank == 1)}")
     arrow((right, low + 0.5), (right, high - 0.5))
-    label(0, -2.75, f"$x$: {in_features} numbers", "center")
+    label(0, -2.75, "$x$: 64 numbers", "center")
     for x, bottom, top in ((left, -1.5, 1.5), (right, low - 0.5, high + 0.5)):
         arrow((0, -2.5), (x, bottom))
         arrow((x, top), (0.05 * x, 2.2))
     label(1.55, 2.1, rf"$s$ = {alpha:g} / {rank} = {alpha / rank:.3g}", colour=trained)
     label(0, 2.17, "+", "center")
-    label(0, 2.6, rf"$h = W_0\,x + s\,B A\,x$: {out_features} numbers", "center")
-    count, whole = rank * (in_features + out_features), in_features * out_features
+    label(0, 2.6, r"$h = W_0\,x + s\,B A\,x$: 48 numbers", "center")
+    count, whole = rank * (64 + 48), 64 * 48
     ax.set_title(f"LoRA trains {count:,} parameters beside {whole:,} frozen ones ({count / whole:.0%})")
     ax.set(xlim=(-4.1, 6.3), ylim=(-3.1, 3.0), aspect="equal")
     ax.axis("off")
@@ -335,12 +339,12 @@ def training_curve(rows: DataFrame) -> Axes:
     """
     ax = plt.subplots()[1]
     mean = rows.assign(training=rows.validation_loss - rows.gap).groupby("step")[["training", "validation_loss"]].mean()
-    (colour,) = (style["color"] for style in line_styles([str(rows.setup.iloc[0])]).values())
+    setup = rows.setup.iloc[0]
+    colour = line_styles([setup])[setup]["color"]
     validation, training = mean.validation_loss, mean.training.dropna()
     ax.plot(validation, color=colour, label="validation loss")
     ax.plot(training, color=colour, linestyle=":", label="training loss")
-    lowest, last = validation.min(), float(validation.index[-1])
-    stop = float(validation.index.to_numpy()[int(validation.to_numpy().argmin())])
+    lowest, stop, last = validation.min(), validation.idxmin(), validation.index[-1]
     ax.plot(stop, lowest, "o", color=colour)
     note: Any = {"textcoords": "offset points", "va": "center", "fontsize": "small"}
     ax.annotate(f"lowest: {lowest:.2f}, step {stop:.0f}", (stop, lowest), (8, -12), **note)
@@ -367,7 +371,7 @@ def rigged(frame: DataFrame, rates: Mapping[str, float]) -> Axes:
         rates: two setups -> learning rate; the headline is about the second one.
     """
     ax = plt.subplots()[1]
-    styles, rises = line_styles([str(setup) for setup in frame.setup.unique()]), []
+    styles, rises = line_styles(list(frame.setup.unique())), []
     for setup, rate in rates.items():
         rows = frame[(frame.setup == setup) & (frame.lr == rate)]
         mean = rows.groupby("step").validation_loss.mean()
@@ -376,8 +380,7 @@ def rigged(frame: DataFrame, rates: Mapping[str, float]) -> Axes:
         label = f"{setup}, rate {rate:g}: lowest {ends['min'].mean():.2f}, rise {rises[-1]:.2f}"
         ax.plot(mean, label=label, markevery=[int(mean.argmin())], **styles[setup])
     reference, setup = rates
-    more = "MORE" if rises[1] > rises[0] else "LESS" if rises[1] < rises[0] else "AS MUCH"
-    ax.set_title(f'"{setup} overfits {more}{" as" if more == "AS MUCH" else " than"} {reference}!"')
+    ax.set_title(f'"{setup} overfits {"MORE" if rises[1] > rises[0] else "LESS"} than {reference}!"')
     ax.set(xlabel="training step", ylabel="validation loss (nats, mean of seeds)", yscale="log", ylim=(0.4, 8))
     ax.set_yticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
     ax.minorticks_off()
@@ -394,7 +397,7 @@ def lowest_and_rise(trials: DataFrame) -> Figure:
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
     means = trials.groupby(["setup", "lr"], sort=False)[["best_loss", "overfit"]].mean()
-    styles = line_styles([str(setup) for setup in trials.setup.unique()])
+    styles = line_styles(list(trials.setup.unique()))
     for setup, style in styles.items():
         left.plot(means.best_loss[setup].sort_index(), label=setup, **style)
         right.plot(means.overfit[setup].sort_index(), label=setup, **style)
@@ -422,14 +425,11 @@ def stopping_points(frame: DataFrame, compared: DataFrame, per_epoch: float, uni
         unit: of the loss.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
-    styles = line_styles([str(setup) for setup in frame.setup.unique()])
+    styles = line_styles(list(frame.setup.unique()))
     for setup, rows in frame.groupby("setup", sort=False):
         mean = rows.groupby("step").validation_loss.mean()
         left.plot(mean.index / per_epoch, mean, label=setup, **styles[str(setup)])
-    for i, (setup, rows) in enumerate(compared.groupby("setup", sort=False)):
-        places = rows.step / per_epoch + 0.12 * i  # so that bounds do not hide each other
-        draw_spread(right, places, rows.difference, rows.lower, rows.upper, label=setup, **styles[str(setup)])
-    right.axhline(0, color="#000000", linewidth=0.8)
+    _draw_differences(right, compared, styles, lambda rows, i: rows.step / per_epoch + 0.12 * i)
     left.set(xlabel="epoch", ylabel=f"validation loss ({unit})")
     right.set(xlabel="if training had stopped after epoch", ylabel=f"rise minus full's ({unit})")
     for ax in (left, right):
@@ -448,15 +448,12 @@ def equal_training_loss(frame: DataFrame, compared: DataFrame, unit: str) -> Fig
     import pandas
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
-    styles = line_styles([str(setup) for setup in frame.setup.unique()])
+    styles = line_styles(list(frame.setup.unique()))
     for setup, rows in frame.sort_values("step").groupby("setup", sort=False):
         trials = [trial.assign(training=training_losses(trial)) for _, trial in rows.groupby(["lr", "seed"])]
         mean = pandas.concat(trials).groupby("step")[["training", "validation_loss"]].mean().dropna()
         left.plot(mean.training, mean.validation_loss, label=setup, **styles[str(setup)])
-    for i, (setup, rows) in enumerate(compared.groupby("setup", sort=False)):
-        places = rows.train_loss * 1.03**i  # so that bounds do not hide each other
-        draw_spread(right, places, rows.difference, rows.lower, rows.upper, label=setup, **styles[str(setup)])
-    right.axhline(0, color="#000000", linewidth=0.8)
+    _draw_differences(right, compared, styles, lambda rows, i: rows.train_loss * 1.03**i)
     log_axis(right, compared.train_loss.unique().tolist(), "", "g", base=10)
     for ax in (left, right):
         ax.invert_xaxis()  # training goes from left to right
@@ -465,6 +462,15 @@ def equal_training_loss(frame: DataFrame, compared: DataFrame, unit: str) -> Fig
     left.set_ylabel(f"validation loss ({unit})")
     right.set_ylabel(f"LoRA's loss minus full's ({unit})")
     return figure
+
+
+def _draw_differences(
+    ax: Axes, compared: DataFrame, styles: Mapping[str, Any], place: Callable[[DataFrame, int], Series]
+) -> None:
+    """Draw how each setup differs from another, with bounds; ``place`` moves them aside, so that none hides others."""
+    for i, (setup, rows) in enumerate(compared.groupby("setup", sort=False)):
+        draw_spread(ax, place(rows, i), rows.difference, rows.lower, rows.upper, label=setup, **styles[str(setup)])
+    ax.axhline(0, color="#000000", linewidth=0.8)
 
 
 # Lesson 08, forgetting
@@ -486,7 +492,7 @@ def weight_decay(means: DataFrame) -> Figure:
         "share of right answers": {"old_right": "old task, at the end"},
     }
     decays = sorted(means.decay.unique())
-    styles = line_styles([str(setup) for setup in means.setup.unique()])
+    styles = line_styles(list(means.setup.unique()))
     for ax, (ylabel, columns) in zip(axes, drawn.items(), strict=True):
         for line, (column, what) in zip(LINES, columns.items(), strict=False):
             for setup, rows in means.groupby("setup", sort=False):
@@ -542,15 +548,10 @@ def effect_of_adapters(changes: DataFrame) -> Axes:
             for each task. From 3 on, colours are the darkest.
     """
     ax = plt.subplots(figsize=(7.2, 1.6 + 0.6 * len(changes)))[1]
-    numbers = changes.to_numpy()
-    picture = ax.imshow(numbers, cmap="PuOr", vmin=-3, vmax=3, aspect="auto")
-    for (row, column), number in np.ndenumerate(numbers):
-        ink = "white" if abs(number) > 1.8 else "black"
-        ax.text(column, row, f"{number:+.2f}", color=ink, ha="center", va="center")
+    picture = _draw_entries(ax, changes.to_numpy(), "+.2f", 3, 1.8, aspect="auto")
     ax.set_xticks(range(len(changes.columns)), changes.columns)
     ax.set_yticks(range(len(changes)), changes.index)
     ax.set(xlabel="test loss of the task", ylabel="adapter")
-    ax.grid(visible=False)
     ax.figure.colorbar(picture, ax=ax, extend="both", label="change in loss\n(nats per token)")
     return ax
 
@@ -564,8 +565,8 @@ def at_common_rate(frame: DataFrame, rate: float, xlabel: str) -> Figure:
     Args:
         frame: as for :func:`lora_lab.plots.loss_by_rate`, of several methods at one rank; ``method`` holds the
             names to show.
-        rate: at which the methods are ranked, by their mean loss over the seeds. Those without a run at it are named
-            below, without a bar.
+        rate: at which the methods are ranked, by their mean loss over the seeds, and LoRA has runs. Those without a
+            run at it are named below, without a bar.
         xlabel: whose learning rate that is.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), width_ratios=[3, 2])
@@ -578,19 +579,16 @@ def at_common_rate(frame: DataFrame, rate: float, xlabel: str) -> Figure:
     left.minorticks_off()
     left.set(xlabel=xlabel, title="Each method at every rate")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=frame.method.nunique())
+    methods = list(frame.method.unique())
     losses = frame[(frame.step == frame.steps) & (frame.lr == rate)].groupby("method").validation_loss.mean()
-    losses = losses.sort_values(ascending=False)
-    absent = [method for method in frame.method.unique() if method not in losses]
-    for position in range(len(absent)):
-        right.text(0, position, " no run at this rate", va="center")
-    styles = line_styles(list(frame.method.unique()))
-    colours, positions = [styles[str(method)]["color"] for method in losses.index], range(len(absent), len(styles))
-    right.barh(positions, losses, color=colours, height=0.6)
-    right.set_yticks(range(len(styles)), [*absent, *losses.index])
-    right.set_ylim(-0.55, len(styles) - 0.45)
-    for position, (method, loss) in zip(positions, losses.items(), strict=True):
-        difference = f" ({loss / losses['LoRA'] - 1:+.0%})" if "LoRA" in losses and method != "LoRA" else ""
-        right.text(loss, position, f" {loss:.2f}{difference}", va="center")
+    losses = losses.reindex(methods).sort_values(ascending=False, na_position="first")
+    styles = line_styles(methods)
+    right.barh(losses.index, losses, color=[styles[method]["color"] for method in losses.index], height=0.6)
+    right.set_ylim(-0.55, len(methods) - 0.45)
+    for position, (method, loss) in enumerate(losses.items()):
+        difference = "" if method == "LoRA" else f" ({loss / losses['LoRA'] - 1:+.0%})"
+        text = " no run at this rate" if np.isnan(loss) else f" {loss:.2f}{difference}"
+        right.text(np.nan_to_num(loss), position, text, va="center")
     right.set(xlim=(0, 1.5 * losses.max()), xlabel="validation loss (mean over seeds)")
     right.set_title(f"At {rate:g}, {losses.index[-1]} is ahead\n(in brackets: difference from LoRA)")
     right.grid(axis="y", visible=False)
@@ -611,7 +609,7 @@ def differences(table: DataFrame, xlabel: str, margin: float | None = None) -> A
     if margin is not None:
         ax.axvspan(-margin, margin, color="#bbbbbb", alpha=0.5, linewidth=0, label=f"margin: ±{margin:g}")
     ax.axvline(0, color="#000000", linewidth=1)
-    shades = np.linspace(0.65, 0, len(rules)) if len(rules) > 1 else [0.0]
+    shades = np.linspace(0, 0.65, len(rules))[::-1]
     for i, rule in enumerate(rules):
         rows = table[table.rule == rule]
         position = [setups.index(setup) + 0.22 * (i - (len(rules) - 1) / 2) for setup in rows.setup]

@@ -13,22 +13,22 @@ import functools
 import inspect
 import io
 import linecache
-import random
 import reprlib
 import signal
+import sys
 import threading
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from lora_lab.course.exercise import Exercise
+from lora_lab.course.exercise import TRIALS, Exercise
+from lora_lab.system.wording import shortened
 
 Value = TypeVar("Value")
 SECONDS = 2.0  # for one check
@@ -39,8 +39,6 @@ TOLERANCE = 1e-4  # of floats, as in grading
 SHOWN = 12  # arrays with more entries are described by their shape
 _MATCHING_KINDS = {"b": "b", "i": "iu", "u": "iu", "f": "iuf", "c": "iufc"}  # kinds of numpy's dtypes
 _KIND_NAMES = {"b": "True or False", "i": "whole numbers", "u": "whole numbers", "f": "floats", "c": "complex numbers"}
-_TYPE_NAMES = {"str": "a string", "NoneType": "None", "type": "a class"}
-_TYPE_NAMES |= {name: f"a {name}" for name in ("list", "tuple", "dict", "set")}
 
 
 # A call
@@ -57,14 +55,14 @@ class Called:
     Attributes:
         value: what it returned; None after an error.
         error: what it raised, if anything.
-        changed: names of the arguments that it changed in place.
         printed: what it printed.
+        changed: names of the arguments that it changed in place.
     """
 
     value: Any
     error: BaseException | None
-    changed: frozenset[str]
     printed: str
+    changed: frozenset[str] = frozenset()
 
 
 def call(function: Callable[..., Any], arguments: Sequence[Any], names: Sequence[str]) -> Called:
@@ -72,31 +70,37 @@ def call(function: Callable[..., Any], arguments: Sequence[Any], names: Sequence
 
     Args:
         names: of the arguments.
-
-    Raises:
-        TimeUp, KeyboardInterrupt: nothing else is raised, SystemExit included.
     """
     copies = copy.deepcopy(tuple(arguments))
+    called = watch(lambda: function(*copies))
+    before_and_after = zip(names, arguments, copies, strict=True)
+    return replace(called, changed=frozenset(name for name, *pair in before_and_after if _differs(*pair)))
+
+
+def watch(function: Callable[[], Any]) -> Called:
+    """Call a function and capture its output; an error is a value, SystemExit too.
+
+    Raises:
+        TimeUp, KeyboardInterrupt: nothing else is raised.
+    """
     value, error, printed = None, None, io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
-            value = function(*copies)
+            value = function()
     except (TimeUp, KeyboardInterrupt):
         raise
     except BaseException as raised:
         error = raised
-    before_and_after = zip(names, arguments, copies, strict=True)
-    changed = frozenset(name for name, before, after in before_and_after if _differs(after, before))
-    return Called(value, error, changed, printed.getvalue())
+    return Called(value, error, printed.getvalue())
 
 
-def _differs(after: Any, before: Any) -> bool:
+def _differs(before: Any, after: Any) -> bool:
     """Whether an argument was changed; False for objects that do not even equal a copy of themselves."""
     return not same(after, before, 0.0) and same(copy.deepcopy(before), before, 0.0)
 
 
-def limited(function: Callable[[], Value], seconds: float) -> Value:
-    """Return ``function()``, or raise :class:`TimeUp` if it takes longer.
+def limited(function: Callable[[], Value]) -> Value:
+    """Return ``function()``, or raise :class:`TimeUp` if it takes longer than :data:`SECONDS`.
 
     The limit holds for Python code in the main thread on systems with SIGALRM, such as Linux and macOS; elsewhere there
     is none. A single long call of a compiled library, such as a large matrix multiplication, is interrupted at its end,
@@ -104,8 +108,6 @@ def limited(function: Callable[[], Value], seconds: float) -> Value:
     """
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         return function()
-    if seconds <= 0:
-        raise TimeUp
 
     def run() -> Value:
         return function()
@@ -116,33 +118,30 @@ def limited(function: Callable[[], Value], seconds: float) -> Value:
                 raise TimeUp
             frame = frame.f_back
 
-    started = time.monotonic()
     previous = signal.signal(signal.SIGALRM, ring)
-    delay, interval = signal.setitimer(signal.ITIMER_REAL, seconds, REPEAT)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS, REPEAT)
     try:
         return run()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL if previous is None else previous)
-        if delay:
-            signal.setitimer(signal.ITIMER_REAL, max(delay - (time.monotonic() - started), 1e-6), interval)
+        signal.signal(signal.SIGALRM, previous)
 
 
 @contextlib.contextmanager
 def untouched() -> Iterator[None]:
-    """Restore at the end of the block the state of the global random generators and whether gradients are recorded.
+    """Restore stdout, stderr, torch's random state and whether gradients are recorded at the end of the block.
 
-    Warnings are not shown inside it.
+    Warnings are not shown inside it. Numpy and Python draw from generators of their own in all lessons.
     """
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002  # it is the global one
-    try:
-        with warnings.catch_warnings(), np.errstate(all="ignore"), torch.set_grad_enabled(torch.is_grad_enabled()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
+    with (
+        contextlib.redirect_stdout(sys.stdout),  # :func:`watch` replaces both, and may end before it puts them back,
+        contextlib.redirect_stderr(sys.stderr),  # because the alarm may ring at any time
+        torch.random.fork_rng(devices=[]),
+        torch.set_grad_enabled(torch.is_grad_enabled()),
+        warnings.catch_warnings(action="ignore"),
+        np.errstate(all="ignore"),
+    ):
+        yield
 
 
 def file_of(answer: Any) -> str | None:
@@ -176,7 +175,7 @@ class Verdict:
 def judge(exercise: Exercise, answer: Any) -> Verdict:
     """Judge an answer on fresh inputs.
 
-    Global random states are as before, arguments are copied for each call, and what the answer prints is not shown.
+    Torch's random state is as before, arguments are copied for each call, and what the answer prints is not shown.
     After :data:`SECONDS` an answer that still runs is stopped, as far as :func:`limited` can.
 
     Raises:
@@ -189,8 +188,10 @@ def judge(exercise: Exercise, answer: Any) -> Verdict:
     rng = np.random.default_rng()  # no seed, so that no answer can be memorised
     try:
         with untouched():
-            wrong = _by_inputs(exercise, answer, rng) if exercise.inputs else None
-            return wrong or _by_properties(exercise, answer, rng)
+            if exercise.inputs and (wrong := _by_inputs(exercise, answer, rng)):
+                return wrong
+            _warm_up(exercise)
+            return limited(lambda: _by_properties(exercise, answer, rng))
     except TimeUp:
         return Verdict(False, f"Your {kind} was still running after {SECONDS:g} s. Is there a loop that never ends?")
 
@@ -198,13 +199,14 @@ def judge(exercise: Exercise, answer: Any) -> Verdict:
 def _by_inputs(exercise: Exercise, answer: Callable[..., Any], rng: np.random.Generator) -> Verdict | None:
     """Compare an answer with the solution on fresh inputs, and return what is wrong, if anything."""
     assert exercise.inputs is not None
-    deadline = time.monotonic() + SECONDS
     names = list(inspect.signature(exercise.solution).parameters)
-    if not _takes(answer, len(names)):
+    try:
+        inspect.signature(answer).bind(*names)
+    except (TypeError, ValueError):  # of other arguments, or written in C
         return Verdict(False, f"{exercise.solution.__name__} must take the arguments ({', '.join(names)}).")
     cases = [exercise.inputs(rng) for _ in range(exercise.draws)]
     expected = [call(exercise.solution, case, names) for case in cases]
-    outcomes = limited(lambda: [call(answer, case, names) for case in cases], SECONDS)
+    outcomes = limited(lambda: [call(answer, case, names) for case in cases])
     if any(each.value is ... or _is_stub(each.error, answer) for each in outcomes):
         return Verdict(None, NOT_STARTED)
     pairs = list(zip(outcomes, expected, strict=True))
@@ -221,41 +223,29 @@ def _by_inputs(exercise: Exercise, answer: Callable[..., Any], rng: np.random.Ge
         return None
 
     sentence, example = None, ""
-    with contextlib.suppress(TimeUp):  # a slow mistake does not prolong the check
-        sentence = limited(known_mistake, deadline - time.monotonic())
+    with contextlib.suppress(TimeUp):  # slow mistakes do not prolong the check
+        sentence = limited(known_mistake)
     sentence = sentence or _named_difference(answer, pairs, changed)
     if sentence is None:
         sentence = _numbers_differ(pairs, len(wrong))
-        smallest = min(wrong, key=lambda number: size(cases[number]))
+        smallest = min(wrong, key=lambda number: len(repr(cases[number])))
         example = _example(names, cases[smallest], *pairs[smallest])
     return Verdict(False, sentence, example, outcomes[0].printed)
 
 
 def _by_properties(exercise: Exercise, answer: Any, rng: np.random.Generator) -> Verdict:
     """Judge an answer by the first property that it lacks; they are what a graded sheet asks for, too."""
-    _warm_up(exercise)
-    trials = 1 if exercise.inputs else exercise.draws
-    printed = io.StringIO()
-
-    def first_failure() -> Verdict:
-        for each in exercise.properties:
-            for _ in range(trials):
-                printed.seek(0)
-                printed.truncate()
-                try:
-                    if not each.holds(answer, rng):
-                        sentence = each.sentence or f"On other inputs this is not true: {each.holds.__doc__}"
-                        return Verdict(False, sentence, printed=printed.getvalue())
-                except (TimeUp, KeyboardInterrupt):
-                    raise
-                except BaseException as error:
-                    if _is_stub(error, answer):
-                        return Verdict(None, NOT_STARTED)
-                    return Verdict(False, _about_error(error, answer), printed=printed.getvalue())
-        return Verdict(True, exercise.praise)
-
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
-        return limited(first_failure, SECONDS)
+    for each in exercise.properties:
+        for _ in range(TRIALS):
+            outcome = watch(lambda holds=each.holds: bool(holds(answer, rng)))
+            if _is_stub(outcome.error, answer):
+                return Verdict(None, NOT_STARTED)
+            if outcome.error is not None:
+                return Verdict(False, _about_error(outcome.error, answer), printed=outcome.printed)
+            if not outcome.value:
+                sentence = each.sentence or f"On other inputs this is not true: {each.holds.__doc__}"
+                return Verdict(False, sentence, printed=outcome.printed)
+    return Verdict(True, exercise.praise)
 
 
 @functools.cache
@@ -267,9 +257,7 @@ def _warm_up(exercise: Exercise) -> None:
 
 def _agrees(outcome: Called, reference: Called) -> bool:
     """Return whether a call returned or raised what another did."""
-    if outcome.error is not None or reference.error is not None:
-        return type(outcome.error) is type(reference.error) and str(outcome.error) == str(reference.error)
-    return same(outcome.value, reference.value)
+    return repr(outcome.error) == repr(reference.error) and same(outcome.value, reference.value)
 
 
 Pairs = Sequence[tuple[Called, Called]]  # what the answer did, and what the solution did
@@ -277,10 +265,9 @@ Pairs = Sequence[tuple[Called, Called]]  # what the answer did, and what the sol
 
 def _named_difference(answer: Callable[..., Any], pairs: Pairs, changed: Sequence[str]) -> str | None:
     """Return an error, a difference of type or shape, NaN, or a changed argument; None if only numbers differ."""
-    for outcome, _ in pairs:
+    for outcome, right in pairs:
         if outcome.error is not None:
             return _about_error(outcome.error, answer)
-    for outcome, right in pairs:
         if sentence := difference(outcome.value, right.value):
             return sentence
     if changed:
@@ -291,15 +278,11 @@ def _named_difference(answer: Callable[..., Any], pairs: Pairs, changed: Sequenc
 def _numbers_differ(pairs: Pairs, wrong: int) -> str:
     """Return how results differ whose types and shapes are right, on so many of the inputs."""
     factors = [factor(outcome.value, right.value) for outcome, right in pairs]
-    constants = [number for number in factors if number is not None]
-    if len(constants) < len(factors):
-        share = "all" if wrong == len(pairs) else f"{wrong} of {len(pairs)}"
-        return f"The result differs from the expected one on {share} inputs."
-    low, high = min(constants), max(constants)
-    if np.allclose(constants, -1, rtol=1e-3):
-        return "The result has the wrong sign on all inputs."
-    if np.allclose(constants, low, rtol=1e-3):
-        return f"The result is {constants[0]:.3g} times what it should be, on all inputs. A factor is wrong."
+    low, high = min(factors), max(factors)
+    if np.isnan(factors).any():
+        return f"The result differs from the expected one on {wrong} of {len(pairs)} inputs."
+    if np.allclose(factors, low, rtol=1e-3):
+        return f"The result is {low:.3g} times what it should be, on all inputs. A factor is wrong."
     return f"The result is wrong by a factor that depends on the inputs: it lies between {low:.3g} and {high:.3g}."
 
 
@@ -310,9 +293,7 @@ def _about_error(error: BaseException, answer: Any) -> str:
     if lines and lines[-1] is not None:
         text = linecache.getline(str(file), lines[-1]).strip()
         where = f" in line {lines[-1]}" + (f" ({text})" if text else "")
-    message = " ".join(str(error).split())
-    if len(message) > 300:
-        message = message[:300] + " ..."
+    message = shortened(str(error))
     return f"Your code stops with {type(error).__name__}{where}" + (f": {message}" if message else ".")
 
 
@@ -323,17 +304,6 @@ def _is_stub(error: BaseException | None, answer: Any) -> bool:
     if not isinstance(error, NotImplementedError):
         return False
     return file_of(answer) in (None, traceback.extract_tb(error.__traceback__)[-1].filename)
-
-
-def _takes(answer: Callable[..., Any], count: int) -> bool:
-    """Return whether a function can be called with so many positional arguments."""
-    try:
-        inspect.signature(answer).bind(*range(count))
-    except ValueError:  # some functions of C do not tell
-        return True
-    except TypeError:
-        return False
-    return True
 
 
 def _example(names: Sequence[str], case: Sequence[Any], outcome: Called, right: Called) -> str:
@@ -347,7 +317,7 @@ def _example(names: Sequence[str], case: Sequence[Any], outcome: Called, right: 
     width = max(map(len, labels))
     indent = "\n" + " " * (width + 3)
     rows = zip(labels, [*case, *results], strict=True)
-    return "\n".join(f"{label:<{width}} = {short_text(value)}".replace("\n", indent) for label, value in rows)
+    return "\n".join(f"{label:<{width}} = {SHORT.repr(value)}".replace("\n", indent) for label, value in rows)
 
 
 # Values
@@ -357,7 +327,7 @@ def as_array(value: Any) -> np.ndarray | None:
     """Return a number, array or tensor as an array; None for everything else."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
-        array = value.float().numpy() if value.dtype in (torch.bfloat16, torch.float16) else value.numpy()
+        array = value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
     elif isinstance(value, np.ndarray | np.generic | bool | int | float | complex):
         array = np.asarray(value)
     else:
@@ -367,27 +337,21 @@ def as_array(value: Any) -> np.ndarray | None:
 
 def same(value: Any, expected: Any, rtol: float = TOLERANCE) -> bool:
     """Return whether a value equals another; floats up to a tolerance, relative to the largest that is expected."""
-    try:
-        return _same(value, expected, rtol)
-    except Exception:  # the comparison of objects that a learner made
-        return False
-
-
-def _same(value: Any, expected: Any, rtol: float) -> bool:
     array, reference = as_array(value), as_array(expected)
     if array is not None and reference is not None:
         if array.shape != reference.shape or array.dtype.kind not in _MATCHING_KINDS[reference.dtype.kind]:
             return False
-        if (array == reference).all() or reference.dtype.kind in "biu":
-            return bool((array == reference).all())
+        equal = bool((array == reference).all())
+        if equal or reference.dtype.kind in "biu":
+            return equal
         scale = np.max(np.abs(reference), initial=1e-6, where=np.isfinite(reference))
         return np.allclose(array, reference, rtol=0.0, atol=rtol * scale, equal_nan=True)
     if isinstance(expected, Mapping):
         keys = isinstance(value, Mapping) and value.keys() == expected.keys()
-        return keys and all(_same(value[key], expected[key], rtol) for key in expected)
+        return keys and all(same(value[key], expected[key], rtol) for key in expected)
     if isinstance(expected, list | tuple):
         length = isinstance(value, list | tuple) and len(value) == len(expected)
-        return length and all(_same(*pair, rtol) for pair in zip(value, expected, strict=True))
+        return length and all(same(*pair, rtol) for pair in zip(value, expected, strict=True))
     return type(value) is type(expected) and bool(value == expected)
 
 
@@ -402,20 +366,18 @@ def difference(value: Any, expected: Any, subject: str = "The result") -> str | 
     array, reference = as_array(value), as_array(expected)
     if array is not None and reference is not None:
         return _difference_of_arrays(array, reference, subject)
-    kinds = next((each for each in (list | tuple, Mapping) if isinstance(expected, each)), type(expected))
-    if reference is not None or not isinstance(value, kinds):
-        return f"{subject} is {_type_of(value)}, but it should be {_type_of(expected)}."
-    parts: list[tuple[Any, Any, str]] = []
-    if isinstance(expected, Mapping):
-        if missing := [key for key in expected if key not in value]:
-            return f"{subject} lacks the key {missing[0]!r}."
-        if extra := [key for key in value if key not in expected]:
-            return f"{subject} has the key {reprlib.repr(extra[0])}, which should not be there."
+    if isinstance(expected, Mapping) and isinstance(value, Mapping):
+        if value.keys() != expected.keys():
+            return f"{subject} has the keys {reprlib.repr([*value])}, but it should have {[*expected]}."
         parts = [(value[key], expected[key], f"The entry {key!r}") for key in expected]
-    elif isinstance(expected, list | tuple):
+    elif isinstance(expected, list | tuple) and isinstance(value, list | tuple):
         if len(value) != len(expected):
             return f"{subject} has {len(value)} items, but it should have {len(expected)}."
         parts = [(value[i], expected[i], f"Item {i} of the result") for i in range(len(expected))]
+    elif reference is not None or type(value) is not type(expected):
+        return f"{subject} is {_type_of(value)}, but it should be {_type_of(expected)}."
+    else:
+        return None
     return next(filter(None, (difference(*part) for part in parts)), None)
 
 
@@ -435,52 +397,39 @@ def _difference_of_arrays(array: np.ndarray, reference: np.ndarray, subject: str
     return None
 
 
-def factor(value: Any, expected: Any) -> float | None:
-    """Return the number c, not 1, for which a value is c times another, up to rounding; None if there is none."""
+def factor(value: Any, expected: Any) -> float:
+    """Return the number c, not 1, for which a value is c times another, up to rounding; NaN if there is none."""
     array, reference = as_array(value), as_array(expected)
-    if array is None or reference is None or array.shape != reference.shape:
-        return None
-    if "b" in (array.dtype.kind, reference.dtype.kind):
-        return None
+    if array is None or reference is None:
+        return np.nan
     array, reference = array.astype(float), reference.astype(float)
     square = float(np.vdot(reference, reference))
     if square == 0.0 or not np.isfinite(array).all():
-        return None
+        return np.nan
     ratio = float(np.vdot(reference, array)) / square
-    return ratio if abs(ratio - 1) > 1e-4 and abs(ratio) > 1e-9 and same(array, ratio * reference) else None
+    return ratio if abs(ratio - 1) > 1e-4 and abs(ratio) > 1e-9 and same(array, ratio * reference) else np.nan
 
 
-def size(value: Any) -> int:
-    """Return how many numbers or other single items a value holds."""
-    array = as_array(value)
-    if array is not None:
-        return array.size
-    items = value.values() if isinstance(value, Mapping) else value
-    return sum(map(size, items)) if isinstance(value, Mapping | list | tuple | set) else 1
+class _Short(reprlib.Repr):
+    """Values as short texts, with rounded numbers; large arrays by their shape."""
 
-
-def short_text(value: Any) -> str:
-    """Return a value as a short text with rounded numbers; large arrays by their shape."""
-    array = as_array(value)
-    if array is not None and array.size > SHOWN:
-        return f"an array of shape {array.shape}"
-    if array is not None and array.ndim:
-        return np.array2string(array, precision=3, suppress_small=True, max_line_width=80)
-    if array is not None:
+    def repr1(self, x: Any, level: int) -> str:
+        array = as_array(x)
+        if array is None:
+            return super().repr1(x, level)
+        if array.size > SHOWN:
+            return f"an array of shape {array.shape}"
+        if array.ndim:
+            return np.array2string(array, precision=3, suppress_small=True, max_line_width=80)
         return f"{array.item():.4g}" if array.dtype.kind == "f" else str(array.item())
-    if isinstance(value, list | tuple) and len(value) <= SHOWN:
-        inner = ", ".join(map(short_text, value))
-        return f"[{inner}]" if isinstance(value, list) else f"({inner})"
-    if isinstance(value, Mapping) and len(value) <= SHOWN:
-        return "{" + ", ".join(f"{key!r}: {short_text(entry)}" for key, entry in value.items()) + "}"
-    return reprlib.repr(value)
+
+
+SHORT = _Short()
+SHORT.maxdict = SHORT.maxlist = SHORT.maxtuple = SHOWN
 
 
 def _type_of(value: Any) -> str:
     array = as_array(value)
     if array is None:
-        name = type(value).__name__
-        return _TYPE_NAMES.get(name, f"of type {name}")
-    if array.ndim:
-        return f"an array of shape {array.shape}"
-    return {"b": "True or False", "i": "a whole number", "u": "a whole number"}.get(array.dtype.kind, "a number")
+        return "None" if value is None else f"of type {type(value).__name__}"
+    return f"an array of shape {array.shape}" if array.ndim else "a number"

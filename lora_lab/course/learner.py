@@ -23,7 +23,7 @@ from lora_lab.system.files import read_json, write_json
 
 MANIFEST = ".lora_lab_course.json"  # a folder with this file is a learner's copy of the lessons
 PROGRESS = "progress.json"
-LINES, LINE = 10, 100  # of what an answer printed: as many lines are shown, of as many characters
+PRINTED = 1000  # of what an answer printed, so many characters are shown
 GREEN, AMBER, GREY = "#009e73", "#e69f00", "#999999"
 State = Literal["done", "tried"]
 _ICONS = {GREEN: "✓", AMBER: "✗", GREY: "○"}
@@ -96,10 +96,9 @@ def check(name: str, answer: Any) -> Passed:
         display(Box("Open.", verdict.text, footer=_about_hints(exercise)))
     else:
         _states.setdefault(name, "tried")
-        printed = verdict.printed.strip().splitlines()
-        shown = [line[:LINE] for line in printed[:LINES]] + ["..."] * (len(printed) > LINES)
-        said = "\n".join(["It printed:", *shown]) if printed else ""
-        example = "\n\n".join(filter(None, [verdict.example, said]))
+        example = verdict.example
+        if printed := verdict.printed.strip():
+            example = f"{example}\n\nIt printed:\n{printed[:PRINTED]}".lstrip()
         footer = " ".join(filter(None, [_about_hints(exercise), _remember()]))
         display(Box("Not yet.", verdict.text, example, footer, AMBER))
     return Passed(bool(verdict.passed))
@@ -111,11 +110,11 @@ def hint(name: str) -> None:
     if exercise is None:
         return
     shown, count = _hints_shown.get(name, 0), len(exercise.hints)
-    if shown == count:
+    if shown < count:
+        _hints_shown[name] = shown + 1
+        display(Box(f"Hint {shown + 1} of {count}.", exercise.hints[shown]))
+    else:
         display(Box("That was the last hint.", exercise.hints[-1]))
-        return
-    _hints_shown[name] = shown + 1
-    display(Box(f"Hint {shown + 1} of {count}.", exercise.hints[shown]))
 
 
 def progress(lesson: str = "") -> None:
@@ -124,9 +123,7 @@ def progress(lesson: str = "") -> None:
     Args:
         lesson: the beginning of a lesson's name, such as "03"; all lessons by default.
     """
-    states, warning = _recall()
-    if warning:
-        display(Box("Damaged.", warning, colour=AMBER))
+    states = _recall()
     chosen = [each for each in EXERCISES.values() if each.stated.lesson.startswith(lesson)]
     rows = [("lesson", "exercise", "state", "minutes")]
     for each in chosen:
@@ -140,14 +137,13 @@ def progress(lesson: str = "") -> None:
     display(Box(title, rest, table, colour=GREY if minutes else GREEN))
 
 
-def _look_up(name: Any) -> Exercise | None:
-    """The exercise of that name; if there is none, that is displayed."""
-    if isinstance(name, str) and name in EXERCISES:
-        return EXERCISES[name]
-    close = difflib.get_close_matches(str(name), EXERCISES, 1)
-    advice = f"Did you mean {close[0]!r}?" if close else "progress() lists all exercises."
-    display(Box("No such exercise.", f"There is no exercise with the name {name!r}. {advice}", colour=AMBER))
-    return None
+def _look_up(name: str) -> Exercise | None:
+    """Return the exercise of that name; if there is none, say so."""
+    if name not in EXERCISES:
+        close = difflib.get_close_matches(str(name), EXERCISES, 1)
+        advice = f"Did you mean {close[0]!r}?" if close else "progress() lists all exercises."
+        display(Box("No such exercise.", f"There is no exercise with the name {name!r}. {advice}", colour=AMBER))
+    return EXERCISES.get(name)
 
 
 def _about_hints(exercise: Exercise) -> str:
@@ -158,45 +154,30 @@ def _about_hints(exercise: Exercise) -> str:
     return f'hint("{exercise.name}") gives {which}.'
 
 
-def _recall() -> tuple[dict[str, str], str]:
-    """What became of each exercise that was checked, in this kernel or before.
+def _recall() -> dict[str, str]:
+    """Return what became of each exercise that was checked, in this kernel or before.
 
-    The second value is empty, or a sentence that says that ``progress.json`` was damaged and has been moved aside.
+    A ``progress.json`` that is damaged is moved aside, and a box says so.
     """
     stored: dict[str, str] = {}
-    warning = ""
-    if Path(MANIFEST).is_file():
+    if Path(MANIFEST).is_file() and Path(PROGRESS).is_file():
         try:
             stored = schema.check(read_json(PROGRESS), dict[str, State])
-        except FileNotFoundError:
-            pass  # there is none yet
-        except (OSError, ValueError):
-            warning = _move_aside()
+        except ValueError:
+            aside = f"progress-damaged-{time.time_ns()}.json"
+            Path(PROGRESS).replace(aside)
+            text = f"{PROGRESS} was damaged and is now {aside}; a new one starts, so check again what you had done."
+            display(Box("Damaged.", text, colour=AMBER))
     done = {name: state for name, state in stored.items() if state == "done"}
-    return stored | _states | done, warning  # what is done stays done
-
-
-def _move_aside() -> str:
-    """Move ``progress.json``, which is damaged, to a name that no file has; a sentence that says so."""
-    aside = f"progress-damaged-{time.time_ns()}.json"
-    try:
-        Path(PROGRESS).replace(aside)
-    except OSError as error:
-        return f"{PROGRESS} is damaged and could not be moved aside ({error.strerror}); delete it, or move it yourself."
-    return (
-        f"{PROGRESS} was damaged and is now {aside}; a new one starts, so check the exercises that you had done again."
-    )
+    return stored | _states | done  # what is done stays done
 
 
 def _remember() -> str:
-    """Save which exercises are done and tried, in a learner's folder; a sentence if that fails or one was damaged."""
+    """Save which exercises are done and tried, in a learner's folder; return a sentence if that fails."""
     if not Path(MANIFEST).is_file():
         return ""
-    states, warning = _recall()
-    if warning and Path(PROGRESS).exists():  # it could not be moved aside, and is not overwritten
-        return warning
     try:
-        write_json(PROGRESS, states)
+        write_json(PROGRESS, _recall())
     except OSError as error:
         return f"{PROGRESS} could not be written ({error.strerror}), so this is remembered until the kernel stops."
-    return warning
+    return ""

@@ -68,26 +68,23 @@ def table(
     frame = rows if isinstance(rows, pandas.DataFrame) else pandas.DataFrame(list(rows))
     if any(frame.index.names):
         frame = frame.reset_index()
-    columns = {}
+    texts, sides = {}, []
     for name, column in frame.items():
         whole = pandas.api.types.is_integer_dtype(column)
         numeric = pandas.api.types.is_numeric_dtype(column) and not pandas.api.types.is_bool_dtype(column)
         form = (formats or {}).get(str(name), "{:,}" if whole else "{:.3g}" if numeric else "{}")
-        texts = ["" if pandas.isna(value) else form.format(value) for value in column]
-        columns[str(name)] = texts, "right" if numeric else "left"
+        texts[str(name)] = ["" if pandas.isna(value) else form.format(value) for value in column]
+        sides.append("right" if numeric else "left")
 
-    def row(cells: Iterable[str], tag: str) -> str:
-        sides = [side for _, side in columns.values()]
-        inner = (
-            f'<{tag} style="text-align: {side}">{html.escape(cell)}</{tag}>'
-            for cell, side in zip(cells, sides, strict=True)
-        )
+    def row(tag: str, cells: Iterable[str]) -> str:
+        styled = zip(sides, cells, strict=True)
+        inner = (f'<{tag} style="text-align: {side}">{html.escape(cell)}</{tag}>' for side, cell in styled)
         return f"<tr>{''.join(inner)}</tr>"
 
-    body = "".join(row(cells, "td") for cells in zip(*(texts for texts, _ in columns.values()), strict=True))
+    body = "".join(row("td", cells) for cells in zip(*texts.values(), strict=True))
     heading = f"<p><b>{html.escape(caption)}</b></p>" if caption else ""
-    page = f"{heading}<table><thead>{row(columns, 'th')}</thead><tbody>{body}</tbody></table>"
-    plain = pandas.DataFrame({name: texts for name, (texts, _) in columns.items()}).to_string(index=False)
+    page = f"{heading}<table><thead>{row('th', texts)}</thead><tbody>{body}</tbody></table>"
+    plain = pandas.DataFrame(texts).to_string(index=False)
     bundle = {"text/html": page, "text/plain": f"{caption}\n{plain}" if caption else plain}
     display(bundle, raw=True, metadata=metadata)
 
@@ -129,7 +126,7 @@ def claims(*outcomes: Outcome) -> None:
             "run all cells above anew, or correct the verdict."
         )
         results[outcome.claim] = {"verdict": result.verdict, "measured": result.measured, "on": result.on}
-        ledger = "this lesson decides" if entry.claim.lesson else f"{entry.result} ({entry.where()})"
+        ledger = "this lesson decides" if entry.claim.lesson else f"{entry.result} ({entry.where})"
         claim = f"{entry.claim.sentence} [{entry.claim.cited}]"
         rows.append({"claim": claim, "this lesson": str(result), "ledger": ledger, "evidence": outcome.evidence})
     today, machine = datetime.now(UTC).date().isoformat(), device_name(pick_device()[0])
@@ -192,21 +189,13 @@ def predict(question: str, *options: str) -> Prediction:
     import ipywidgets
 
     prediction = Prediction(question=question, options=options)
-    buttons = [ipywidgets.Button(description=option, layout={"width": "auto"}) for option in options]
-
-    def clicked(button: ipywidgets.Button) -> None:
-        prediction.choose(button.description)
-        for one in buttons:
-            one.button_style = "info" if one is button else ""
-            one.icon = "check" if one is button else ""
-
-    for button in buttons:
-        button.on_click(clicked)
+    buttons = ipywidgets.ToggleButtons(options=options, value=None, style={"button_width": "auto"})
+    buttons.observe(lambda change: prediction.choose(change.new), names="value")
     asked = f"<b>Predict.</b> {html.escape(question)}"
-    rows = ipywidgets.HBox(buttons, layout={"flex_flow": "row wrap"})
     listed = " &nbsp;○ ".join(html.escape(option) for option in options)
     page = _box(f"{asked}<br>○ {listed}", OPEN)
-    _display(ipywidgets.VBox([ipywidgets.HTML(asked), rows]), {"text/html": page}, f"{question} {' / '.join(options)}")
+    plain = f"{question} {' / '.join(options)}"
+    _display(ipywidgets.VBox([ipywidgets.HTML(asked), buttons]), {"text/html": page}, plain)
     return prediction
 
 
@@ -215,10 +204,11 @@ def explore(
 ) -> Shown:
     """Show what ``draw`` returns, with a control for each of its arguments.
 
-    A page without a kernel shows all texts of a single control; for figures or several controls it shows the start.
+    A page without a kernel shows the figure at the start, or all texts.
 
     Args:
-        draw: takes a value of each control by name, and returns a figure or a text. Drawn once for each setting.
+        draw: takes a value of each control by name, and returns a figure; with a single control it may return a text.
+            Drawn once for each setting.
         alt: what the picture shows at the start, as in :func:`show`.
         start: control -> value at the start, which a page without a kernel shows; the first value by default.
         controls: name -> its values. Numbers become a slider, anything else becomes buttons; an underscore in a name
@@ -234,33 +224,28 @@ def explore(
     @cache
     def frame(*setting: Any) -> bytes | str:
         drawn = draw(**dict(zip(controls, setting, strict=True)))
-        return drawn if isinstance(drawn, str) else _png(drawn)
+        return _story(drawn) if isinstance(drawn, str) else _png(drawn)
 
     widgets: dict[str, Any] = {}
     for name, choices in controls.items():
-        numbers = all(isinstance(choice, int | float) and not isinstance(choice, bool) for choice in choices)
-        kind = ipywidgets.SelectionSlider if numbers else ipywidgets.ToggleButtons
-        options = [(f"{choice:,}" if numbers else _words(choice), choice) for choice in choices]
+        kind = ipywidgets.ToggleButtons if isinstance(choices[0], str | bool) else ipywidgets.SelectionSlider
+        options = [(_words(choice), choice) for choice in choices]
         label = {"description": name.replace("_", " "), "style": {"description_width": "initial"}}
         widgets[name] = kind(options=options, value=values[name], **label)
     first = frame(*values.values())
-    view = ipywidgets.HTML(_story(first)) if isinstance(first, str) else ipywidgets.Image(value=first, format="png")
-    if not isinstance(first, str):
-        view.layout.max_width = "100%"
-        view.layout.object_fit = "contain"
+    if isinstance(first, str):
+        ((name, choices),) = controls.items()
+        stories = [f"<b>{name} {_words(choice)}</b>{frame(choice)}" for choice in choices]
+        view, static = ipywidgets.HTML(first), {"text/html": "".join(stories)}
+    else:
+        layout = {"max_width": "100%", "object_fit": "contain"}
+        view, static = ipywidgets.Image(value=first, format="png", layout=layout), {"image/png": first}
 
     def moved(_: Any) -> None:
-        drawn = frame(*(widget.value for widget in widgets.values()))
-        view.value = _story(drawn) if isinstance(drawn, str) else drawn
+        view.value = frame(*(widget.value for widget in widgets.values()))
 
     for widget in widgets.values():
         widget.observe(moved, names="value")
-    if isinstance(first, bytes):
-        static: dict[str, Any] = {"image/png": first}
-    else:
-        shown = next(iter(controls.values())) if len(controls) == 1 else []
-        stories = (f"<b>{next(iter(controls))} {_words(choice)}</b>{_story(str(frame(choice)))}" for choice in shown)
-        static = {"text/html": "".join(stories) or _story(first)}
     _display(ipywidgets.VBox([*widgets.values(), view]), static, alt)
     return Shown(controls=widgets, view=view)
 
@@ -327,4 +312,6 @@ def _story(text: str) -> str:
 
 
 def _words(choice: Any) -> str:
-    return ("no", "yes")[choice] if isinstance(choice, bool) else str(choice)
+    if isinstance(choice, bool):
+        return "yes" if choice else "no"
+    return choice if isinstance(choice, str) else f"{choice:,}"

@@ -4,23 +4,16 @@ A sheet has the lesson's imports, the text of each exercise with its answer, a l
 and a reflection at the end. So running and grading a sheet takes seconds, and needs neither a model nor the rest of the
 lesson. Learners keep the lesson open while they work on its sheet: each exercise names the section that explains it.
 
-Hidden tests are the properties of an exercise, a point each. The source of a property goes into a cell of the sheet
-with that of the helpers that it calls, and runs there without lora_lab; so these have no annotations. An answer that
-computes nothing has none of the properties.
+Hidden tests are the properties of an exercise, a point each: the ones that ``check`` tries. Hidden is the seed of their
+inputs. An answer that computes nothing has none of the properties.
 """
 
 from __future__ import annotations
 
 import ast
-import contextlib
-import dis
-import inspect
-import io
 import re
 import secrets
-import types
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +24,8 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from lora_lab.course.copies import BEGIN, CONFIG, END, RAISE, STUB, choose_lessons
-from lora_lab.course.exercise import EXERCISES, REFLECTIONS, Answer, Reflection, answers, close
+from lora_lab.course.exercise import EXERCISES, REFLECTIONS, TRIALS, Exercise, Reflection
+from lora_lab.course.judge import untouched, watch
 from lora_lab.course.learner import MANIFEST
 from lora_lab.system.files import atomic_file, atomic_folder
 
@@ -95,40 +89,36 @@ def sheet(lesson: NotebookNode, name: str, seed: int) -> NotebookNode:
         name: the file name of the lesson without suffix.
         seed: of the hidden tests' inputs.
     """
-    solved = list(answers(lesson.cells))
+    exercises = [each for each in EXERCISES.values() if each.stated.lesson == name]
+    exercises.sort(key=lambda each: each.stated.cell)
     title = lesson.cells[0].source.splitlines()[0].removeprefix("# ")
     cells = [
         new_markdown_cell(INTRODUCTION.format(title=title, lesson=name), id="introduction"),
-        new_code_cell(_imports(lesson, solved[-1].cell), id="imports"),
+        new_code_cell(_imports(lesson.cells[: exercises[-1].stated.cell]), id="imports"),
     ]
-    for position, each in enumerate(solved):
-        first = solved[position - 1].cell + 1 if position else 0
-        origin = f"From {_section(lesson.cells[: each.cell])} of the lesson {name}."
-        cells += _exercise_text(lesson.cells[first : each.cell], each.exercise, origin)
-        cells += _graded(lesson.cells[each.cell].source, each, seed)
+    for each in exercises:
+        before = lesson.cells[: each.stated.cell]
+        cells += _exercise_text(before, each.name, f'From the section "{_section(before)}" of the lesson {name}.')
+        cells += _graded(lesson.cells[each.stated.cell].source, each, seed)
     cells += _reflection(REFLECTIONS[name])
     return new_notebook(cells=cells, metadata={"kernelspec": dict(lesson.metadata.kernelspec)})
 
 
-def _imports(lesson: NotebookNode, end: int) -> str:
-    """The imports at the top level of the code before a cell, in order."""
-    lines: dict[str, None] = {}
-    for cell in lesson.cells[:end]:
-        if cell.cell_type == "code":
-            imports = [node for node in ast.parse(cell.source).body if isinstance(node, ast.Import | ast.ImportFrom)]
-            lines |= dict.fromkeys(map(ast.unparse, imports))
-    return "\n".join(lines)
+def _imports(cells: Sequence[NotebookNode]) -> str:
+    """The imports at the top level of code, in order."""
+    nodes = [node for cell in cells if cell.cell_type == "code" for node in ast.parse(cell.source).body]
+    imports = [ast.unparse(node) for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    return "\n".join(dict.fromkeys(imports))
 
 
 def _section(cells: Sequence[NotebookNode]) -> str:
-    """The section that the last of these cells belongs to, in words."""
+    """The heading of the section that the last of these cells belongs to."""
     text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    headings = re.findall(r"^##+ (?!Exercise)(.+)$", text, flags=re.MULTILINE)
-    return f'the section "{headings[-1]}"' if headings else "the beginning"
+    return re.findall(r"^##+ (?!Exercise)(.+)$", text, flags=re.MULTILINE)[-1]
 
 
 def _exercise_text(cells: Sequence[NotebookNode], exercise: str, origin: str) -> Iterator[NotebookNode]:
-    """From the heading of an exercise on: the text, with its origin, and code that only defines functions."""
+    """From the last heading of an exercise on: the text, with its origin, and code that only defines functions."""
     starts = [number for number, cell in enumerate(cells) if f"\n{HEADING}" in f"\n{cell.source}"]
     for number, cell in enumerate(cells[starts[-1] :]):
         source = cell.source if number else cell.source[f"\n{cell.source}".rindex(f"\n{HEADING}") :]
@@ -143,134 +133,81 @@ def _exercise_text(cells: Sequence[NotebookNode], exercise: str, origin: str) ->
             yield new_code_cell(source, id=f"{exercise}-code-{number}")
 
 
-def _graded(source: str, answer: Answer, seed: int) -> list[NotebookNode]:
-    """A cell with an answer, and the locked cell that grades it."""
+def _graded(source: str, exercise: Exercise, seed: int) -> list[NotebookNode]:
+    """A cell with an answer, and the locked cell that grades it: the value of its last line is the points."""
+    name, function = exercise.name, exercise.stated.function
     code = "\n".join(line for line in source.splitlines() if not line.strip().startswith(STUB.strip()))
-    cell = new_code_cell(code, id=answer.exercise, metadata=_nbgrader(answer.exercise, solution=True))
-    invariants = EXERCISES[answer.exercise].points
-    sentences = [f"# {number}. {each.__doc__}" for number, each in enumerate(invariants, start=1)]
-    tests = ["### BEGIN HIDDEN TESTS", hidden_cell(answer.exercise, seed), "### END HIDDEN TESTS"]
-    heading = f"# {answer.function}: when you hand it in, a point for each of these that is true."
-    name = f"{answer.exercise}-points"
-    locked = _nbgrader(name, points=len(invariants), locked=True)
-    return [cell, new_code_cell("\n".join([heading, *sentences, *tests]), id=name, metadata=locked)]
+    answer = new_code_cell(code, id=name, metadata=_nbgrader(name, solution=True))
+    lines = [f"# {function}: when you hand it in, a point for each of these that is true."]
+    lines += [f"# {number}. {each.__doc__}" for number, each in enumerate(exercise.points, start=1)]
+    lines += ["### BEGIN HIDDEN TESTS", "from lora_lab.course.sheets import EXERCISES, points"]
+    # A mistake in an answer that this one calls costs nothing here.
+    lines += [f"{EXERCISES[each].stated.function} = EXERCISES[{each!r}].solution" for each in exercise.uses]
+    lines += [f"points({function}, EXERCISES[{name!r}].points, {seed})", "### END HIDDEN TESTS"]
+    locked = _nbgrader(f"{name}-points", points=len(exercise.points), locked=True)
+    return [answer, new_code_cell("\n".join(lines), id=f"{name}-points", metadata=locked)]
 
 
 def _reflection(reflection: Reflection) -> list[NotebookNode]:
     """A locked question with its rubric, and the cell for the answer, which a person grades."""
     rubric = "\n".join(f"- {sentence}" for sentence in reflection.rubric)
     question = f"### Reflection\n\n{reflection.question}\n\nA person reads this. A point each:\n\n{rubric}"
-    points = len(reflection.rubric)
     answer = f"{BEGIN}\n{reflection.expected}\n{END}"
+    graded = _nbgrader("reflection", solution=True, points=len(reflection.rubric))
     return [
         new_markdown_cell(question, id="question", metadata=_nbgrader("question", locked=True)),
-        new_markdown_cell(answer, id="reflection", metadata=_nbgrader("reflection", solution=True, points=points)),
+        new_markdown_cell(answer, id="reflection", metadata=graded),
     ]
 
 
 def _nbgrader(name: str, *, solution: bool = False, locked: bool = False, points: int | None = None) -> dict:
     """The metadata of a cell, as nbgrader reads it."""
     entries = {"schema_version": 3, "grade_id": name, "solution": solution, "locked": locked, "task": False}
-    return {"nbgrader": entries | {"grade": points is not None} | ({} if points is None else {"points": points})}
+    grade = {"grade": False} if points is None else {"grade": True, "points": points}
+    return {"nbgrader": entries | grade}
 
 
-# Hidden tests
+def points(answer: Any, properties: Sequence[Callable[..., Any]], seed: int) -> int:
+    """Return how many of the properties hold for an answer; which of them is printed.
 
-# Learners may have given a name such as sum to something else.
-PREAMBLE = """from builtins import *
-import contextlib, copy, io, math, warnings
-import numpy as np
-import torch
-from torch import nn
-from torch.nn import functional as F"""
-
-
-def points(answer, properties, seed):
-    """Return how many of the properties hold for an answer; which of them is printed."""
-    count = 0
-    for number, holds_for in enumerate(properties):
-        quiet = io.StringIO()  # nbgrader takes anything on stderr for a failure
-        try:
-            with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                with torch.random.fork_rng(devices=[]):
-                    torch.default_generator.manual_seed(seed + number)
-                    holds = bool(holds_for(answer, np.random.default_rng([seed, number])))  # numpy has its own True
-        except (Exception, SystemExit):
-            holds = False
-        count += holds
-        print("holds:        " if holds else "does not hold:", holds_for.__doc__)
-    return count
-
-
-def hidden_cell(exercise: str, seed: int) -> str:
-    """Return the code that grades an answer; its last line is the number of points, which nbgrader reads.
+    Nothing else is printed, because nbgrader takes anything on stderr for a failure.
 
     Args:
-        exercise: its name.
         seed: of the inputs.
     """
-    each = EXERCISES[exercise]
-    texts: dict[str, str] = {}
-    for function in [close, *each.points, points]:
-        _collect(function.__name__, function, texts)
-    given = [EXERCISES[name].stated.source for name in each.uses]  # a mistake in these costs nothing here
-    names = ", ".join(test.__name__ for test in each.points)
-    parts = [PREAMBLE, *given, *texts.values(), f"points({each.stated.function}, [{names}], {seed})"]
-    return "\n\n\n".join(parts)
-
-
-def _collect(name: str, value: Any, texts: dict[str, str]) -> None:
-    """Add to some texts, by name, the source of a function of the course and of what it uses; imports of the rest."""
-    if name in texts:
-        return
-    value = inspect.unwrap(value)  # a cache is not needed there
-    if isinstance(value, types.ModuleType):
-        texts[name] = f"import {value.__name__} as {name}"
-    elif isinstance(value, types.FunctionType) and value.__module__.startswith("lora_lab.course"):
-        source = inspect.getsource(value)
-        texts[name] = source[source.index("def ") :].rstrip()  # without its decorator
-        for used in _globals(value.__code__):
-            if used in value.__globals__:
-                _collect(used, value.__globals__[used], texts)
-    elif callable(value):
-        texts[name] = f"from {value.__module__} import {value.__name__} as {name}"
-    else:
-        texts[name] = f"{name} = {value!r}"
-
-
-def _globals(code: types.CodeType) -> Iterator[str]:
-    """The names that code looks up outside itself, also in what is defined in it."""
-    yield from (each.argval for each in dis.get_instructions(code) if each.opname == "LOAD_GLOBAL")
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _globals(constant)
+    count = 0
+    for number, holds_for in enumerate(properties):
+        with untouched():
+            torch.default_generator.manual_seed(seed + number)
+            rng = np.random.default_rng([seed, number])
+            holds = watch(lambda test=holds_for, rng=rng: all(test(answer, rng) for _ in range(TRIALS))).value
+        count += bool(holds)
+        print("holds:        " if holds else "does not hold:", holds_for.__doc__)
+    return count
 
 
 # The course
 
 
-def write_course(folder: str | Path, only: Sequence[str] = (), seed: int | None = None) -> list[str]:
+def write_course(folder: str | Path, only: Sequence[str] = ()) -> list[str]:
     """Write a course of nbgrader: a sheet for each lesson, in ``source/``, and the settings.
 
-    What is there already stays as it is.
+    What is there already stays as it is. The seed of a sheet's hidden tests is drawn.
 
     Args:
         folder: is made if it does not exist.
         only: beginnings of lessons' names, such as "03"; all by default.
-        seed: of the hidden tests' inputs; drawn for each sheet by default, so that it stands in this course alone.
 
     Returns:
         What was done, in lines to print.
 
     Raises:
-        ValueError: the folder is a file or has the lessons; or a lesson that was asked for is unknown.
+        ValueError: the folder has the lessons, or a lesson that was asked for is unknown.
         OSError: the folder cannot be written to.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or (folder / MANIFEST).exists()):
-        raise ValueError(f"{folder} is a file or holds the lessons; name another folder for the course to grade.")
-    new: dict[Path, NotebookNode] = {}
+    if (folder / MANIFEST).exists():
+        raise ValueError(f"{folder} holds the lessons; name another folder for the course to grade.")
     done = []
     for path in choose_lessons(only):
         target = folder / "source" / path.stem
@@ -278,11 +215,9 @@ def write_course(folder: str | Path, only: Sequence[str] = (), seed: int | None 
             done.append(f"Already there, so left as it is: {path.stem}")
             continue
         lesson = nbformat.read(path, as_version=4)
-        new[target] = sheet(lesson, path.stem, secrets.randbelow(2**31) if seed is None else seed)
-        done.append(f"Written: {target / path.name}")
-    for target, notebook in new.items():
         with atomic_folder(target) as temporary:
-            nbformat.write(notebook, temporary / f"{target.name}.ipynb")
+            nbformat.write(sheet(lesson, path.stem, secrets.randbelow(2**31)), temporary / path.name)
+        done.append(f"Written: {target / path.name}")
     if not (folder / CONFIG).exists():
         with atomic_file(folder / CONFIG) as temporary:
             temporary.write_text(SETTINGS, encoding="utf-8")

@@ -345,7 +345,7 @@ REFUSED_FILES = [
     (lambda path: path.write_text(path.read_text()[:200]), "is not JSON"),
     (lambda path: path.write_bytes(b"\xff\x00"), "is not JSON"),
     (lambda path: path.write_text("[" * 100_000), "is not JSON"),
-    (lambda path: path.write_text("[]"), "must be an object"),
+    (lambda path: path.write_text("[]"), "must be a valid dictionary"),
     (lambda path: shutil.copy(path, path.with_stem(f"{path.stem} copy")), "do not belong together"),
     (with_content(lambda it: it["trial"].update(seed=7)), "do not belong together"),
     (with_content(lambda it: it["trial"]["method"].update(name="x")), "do not belong together"),

@@ -148,9 +148,6 @@ def test_a_headline_follows_the_rates_that_were_picked():
         (1e-2, 1e-2): '"LoRA r=8 overfits LESS than full!"',
         (1e-3, 1e-2): '"LoRA r=8 overfits MORE than full!"',
     }
-    even = TWO_METHODS.assign(validation_loss=[*TWO_METHODS.validation_loss[:-3], 3.0, 1.0, 5.0])
-    alike = figures.rigged(even, {"full": 1e-2, "LoRA r=1": 1e-2})
-    assert alike.get_title() == '"LoRA r=1 overfits AS MUCH as full!"'
 
 
 def test_the_lowest_loss_and_the_rise_stand_beside_each_other_by_rate():
@@ -244,7 +241,7 @@ def test_methods_are_ranked_at_the_common_rate_from_the_worst_below_to_the_best_
     left, right = figure.axes
     assert said(right.get_yticklabels()) == [*absent, *order]
     assert said(right.texts) == texts
-    widths = [bar.get_width() for bar in right.patches]
+    widths = [bar.get_width() for bar in right.patches[len(absent) :]]
     assert widths == sorted(widths, reverse=True)
     assert f"At {rate:g}, {order[-1]} is ahead" in right.get_title()
     assert rate in [line.get_xdata()[0] for line in left.get_lines()]

@@ -1,7 +1,6 @@
 """What is found about an answer, in the order in which it is looked for; and a learner's code leaves no trace."""
 
 import contextlib
-import random
 import re
 import signal
 import sys
@@ -14,7 +13,7 @@ import torch
 
 from lora_lab.course import judge as module
 from lora_lab.course.exercise import EXERCISES, Exercise
-from lora_lab.course.judge import TimeUp, call, difference, factor, file_of, judge, limited, same, short_text, size
+from lora_lab.course.judge import SHORT, TimeUp, call, difference, factor, file_of, judge, limited, same
 
 needs_alarm = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no SIGALRM on this system")
 
@@ -26,7 +25,7 @@ def register():
 
     def add(solution, name="trial", mistakes=(), properties=(), **options):
         names.append(name)
-        texts = {"hints": ["One.", "Two."], "praise": "It matters."}
+        texts = {"hints": ["One.", "Two."], "praise": "It matters.", "draws": 6}
         exercise = Exercise(name, **(texts | options))
         exercise.solution, exercise.mistakes = solution, list(mistakes)
         for holds, sentence in properties:
@@ -95,8 +94,8 @@ def raising(W, x):
     [
         (lambda W, x: None, "The result is None. Is the return missing?"),
         (lambda W, x: 3 * W @ x, "The result is 3 times what it should be, on all inputs. A factor is wrong."),
-        (lambda W, x: W @ -x, "The result has the wrong sign on all inputs."),
-        (lambda W, x: W @ x + 1, "The result differs from the expected one on all inputs."),
+        (lambda W, x: W @ -x, "The result is -1 times what it should be, on all inputs. A factor is wrong."),
+        (lambda W, x: W @ x + 1, "The result differs from the expected one on 6 of 6 inputs."),
         (lambda W: W, "product must take the arguments (W, x)."),
         (3, 'Pass the function itself, without calling it: check("trial", product).'),
         (np.ndarray, 'Pass the function itself, without calling it: check("trial", product).'),
@@ -179,7 +178,7 @@ class TestTimeLimit:
 
         trial = register(product, inputs=weight_and_input, mistakes=[(slow, "It sleeps.")])
         started = time.monotonic()
-        assert judge(trial, lambda W, x: -W @ x).text == "The result has the wrong sign on all inputs."
+        assert judge(trial, lambda W, x: -W @ x).text.startswith("The result is -1 times what it should be")
         assert time.monotonic() - started < 30
 
     def test_an_endless_property_is_stopped(self, register):
@@ -319,61 +318,57 @@ def stubborn():
 
 @needs_alarm
 @pytest.mark.parametrize("function", [endless, stubborn, lambda: time.sleep(60)])
-def test_what_does_not_end_is_stopped(function):
+def test_what_does_not_end_is_stopped(function, monkeypatch):
+    monkeypatch.setattr(module, "SECONDS", 0.05)
     started = time.monotonic()
     with pytest.raises(TimeUp):
-        limited(lambda: call(function, (), []), 0.05)
+        limited(lambda: call(function, (), []))
     assert time.monotonic() - started < 30  # and not at all
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-    with pytest.raises(TimeUp):
-        limited(lambda: 1, 0)  # no time is left
 
 
 @needs_alarm
-def test_the_handler_and_the_timer_of_others_come_back():
+def test_the_handler_of_others_comes_back(monkeypatch):
     rings = []
     before = signal.signal(signal.SIGALRM, lambda *_: rings.append(1))
+    monkeypatch.setattr(module, "SECONDS", 0.05)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 100, 50)
-        assert limited(lambda: 7, 1) == 7
+        assert limited(lambda: 7) == 7
         with pytest.raises(TimeUp):
-            limited(endless, 0.05)
+            limited(endless)
         with pytest.raises(ZeroDivisionError):
-            limited(lambda: 1 / 0, 1)
-        delay, interval = signal.setitimer(signal.ITIMER_REAL, 0)
-        assert 50 < delay < 100
-        assert interval == 50
+            limited(lambda: 1 / 0)
         assert rings == []
         signal.raise_signal(signal.SIGALRM)
         assert rings == [1]
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
 
 def test_in_another_thread_there_is_no_limit():
     results = []
-    thread = threading.Thread(target=lambda: results.append(limited(lambda: 7, 0.0)))
+    thread = threading.Thread(target=lambda: results.append(limited(lambda: 7)))
     thread.start()
     thread.join()
     assert results == [7]
 
 
-def test_random_states_and_gradients_stay_as_they_were(trial):
+def test_output_torchs_random_state_and_gradients_stay_as_they_were(trial):
     def disturb():
-        random.seed(1)
-        np.random.seed(1)  # noqa: NPY002
         torch.manual_seed(1)
         torch.set_grad_enabled(False)
+        sys.stdout = sys.stderr = None  # as they are left if the alarm rings while they are put back
 
-    def states():
-        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+    def state():
+        return torch.get_rng_state().tolist(), torch.is_grad_enabled(), sys.stdout, sys.stderr
 
-    before = states()
+    before = state()
     for answer in (lambda W, x: disturb() or W @ x, lambda W, x: disturb() or 1 / 0):
         judge(trial, answer)
-        assert states() == before
-        assert torch.is_grad_enabled()
+        assert state() == before
+    with module.untouched():
+        disturb()
+    assert state() == before
 
 
 def test_the_file_of_functions_classes_and_other_callables():
@@ -392,18 +387,6 @@ def test_the_file_of_functions_classes_and_other_callables():
 
 
 M = np.arange(6.0).reshape(2, 3)
-
-
-class Hostile:
-    """Whatever is asked of it raises."""
-
-    def __eq__(self, other):
-        raise RuntimeError
-
-    __hash__ = None
-
-    def __repr__(self):
-        raise RuntimeError
 
 
 EQUAL = [
@@ -431,7 +414,6 @@ UNEQUAL = [
     ((1, 2), (2, 1)),
     ({1}, {1, 2}),
     ({"a": 1}, {"a": 2}),
-    (Hostile(), Hostile()),
     (np.array([None]), 1.0),
 ]
 
@@ -450,8 +432,8 @@ def test_unequal_values(value, expected):
 @pytest.mark.parametrize(
     ("value", "expected", "sentence"),
     [
-        ("x", M, "The result is a string, but it should be an array of shape (2, 3)."),
-        ([[1, 2], [3]], M, "The result is a list, but it should be an array of shape (2, 3)."),
+        ("x", M, "The result is of type str, but it should be an array of shape (2, 3)."),
+        ([[1, 2], [3]], M, "The result is of type list, but it should be an array of shape (2, 3)."),
         (M.T, M, "The result is transposed: its shape is (3, 2), but it should be (2, 3)."),
         (M[0], M, "The result has the shape (3,), but it should have (2, 3)."),
         (M, 1.0, "The result is an array of shape (2, 3), but it should be a number."),
@@ -460,15 +442,14 @@ def test_unequal_values(value, expected):
         (M > 1, M, "The result consists of True or False, but floats are expected."),
         (M / np.array([1, 1, np.nan]), M, "The result holds NaN."),
         (np.inf, 1.0, "The result holds infinity."),
-        (3, "x", "The result is a whole number, but it should be a string."),
-        (3, (1, 2), "The result is a whole number, but it should be a tuple."),
+        (3, "x", "The result is a number, but it should be of type str."),
+        (3, (1, 2), "The result is a number, but it should be of type tuple."),
         ((1, 2), (1, 2, 3), "The result has 2 items, but it should have 3."),
         ((1, M.T), (1, M), "Item 1 of the result is transposed: its shape is (3, 2), but it should be (2, 3)."),
-        ({"a": 1}, {"a": 1, "b": 2}, "The result lacks the key 'b'."),
-        ({"a": 1, "b": 2}, {"a": 1}, "The result has the key 'b', which should not be there."),
+        ({"a": 1, "b": 2}, {"a": 1}, "The result has the keys ['a', 'b'], but it should have ['a']."),
         ({"a": None}, {"a": 1}, "The entry 'a' is None. Is the return missing?"),
-        (1, {"a": 1}, "The result is a whole number, but it should be a dict."),
-        (1, {1, 2}, "The result is a whole number, but it should be a set."),
+        (1, {"a": 1}, "The result is a number, but it should be of type dict."),
+        (1, {1, 2}, "The result is a number, but it should be of type set."),
         (M + 1, M, None),
         (4, 3, None),
         ("x", "y", None),
@@ -493,15 +474,13 @@ def test_the_most_telling_difference(value, expected, sentence):
         (M.T, M, None),
         ("x", M, None),
         (np.nan * M, M, None),
-        (True, 2, None),
+        (10**12, 10**11, 10),
     ],
 )
 def test_factors(value, expected, ratio):
-    assert factor(value, expected) == (None if ratio is None else pytest.approx(ratio))
+    assert factor(value, expected) == pytest.approx(np.nan if ratio is None else ratio, nan_ok=True)
 
 
-def test_sizes_and_short_texts():
-    assert size({"a": M, "b": [1, (2, 3)]}) == 9
-    assert short_text((1, [M[0], "a"], {"b": None})) == "(1, [[0. 1. 2.], 'a'], {'b': None})"
-    assert len(short_text("x" * 1000)) < 50
-    assert "Hostile" in short_text(Hostile())  # reprlib copes with a repr that raises
+def test_short_texts():
+    assert SHORT.repr((1, [M[0], "a"], {"b": None})) == "(1, [[0. 1. 2.], 'a'], {'b': None})"
+    assert len(SHORT.repr("x" * 1000)) < 50

@@ -49,7 +49,7 @@ def test_a_stub_is_open_and_not_tried(capsys):
 def test_an_unknown_name_is_one_sentence(capsys):
     assert not check("best_rnk", RIGHT)
     assert "Did you mean 'best_rank'?" in capsys.readouterr().out
-    for name in ("zzz", 7, None, [1, 2]):
+    for name in ("zzz", 7, None, RIGHT):
         assert not check(name, RIGHT)
         assert capsys.readouterr().out.endswith("progress() lists all exercises.\n")
     hint("best_rnk")
@@ -58,12 +58,11 @@ def test_an_unknown_name_is_one_sentence(capsys):
 
 def test_what_was_printed_is_shown_with_a_wrong_answer(capsys):
     def answer(M, r):
-        for number in range(11):
-            print(number)
+        print(2000 * "1")
         return M + 1
 
     check("best_rank", answer)
-    assert "It printed:\n0\n1\n2\n3\n4\n5\n6\n7\n8\n9\n..." in capsys.readouterr().out
+    assert f"It printed:\n{1000 * '1'}\nhint" in capsys.readouterr().out
 
 
 def lines(capsys, lesson="01"):
@@ -116,19 +115,6 @@ def test_a_damaged_file_is_moved_aside_and_that_is_said_once(damage, first, caps
         aside = list(tmp_path.glob("progress-damaged-*.json"))
         assert [path.read_text(encoding="utf-8") for path in aside] == number * [damage]
         assert any(path.name in said[0] for path in aside)
-
-
-def test_a_damaged_file_that_cannot_be_moved_is_named(capsys, tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    (tmp_path / MANIFEST).write_text("{}", encoding="utf-8")
-    (tmp_path / PROGRESS).write_text("{", encoding="utf-8")
-    monkeypatch.setattr("pathlib.Path.replace", full)
-    for call in (lambda: progress("01"), lambda: check("best_rank", RIGHT)):
-        call()
-        assert "progress.json is damaged and could not be moved aside (No space left on dev" in capsys.readouterr().out
-    assert (tmp_path / PROGRESS).read_text(encoding="utf-8") == "{"
 
 
 def test_a_folder_that_cannot_be_written_to_is_one_sentence(capsys, tmp_path):
