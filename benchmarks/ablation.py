@@ -81,7 +81,7 @@ def digits(rounds: int, steps: int) -> None:
 def list_trials(planned: dict, lean: ll.Lean | None) -> list[Trial]:
     """The trials of a study of ranks by that step."""
     sweep = recorded.plan_ablation(planned, lean)
-    return [sweep.trial(setup, lr, seed) for setup, lrs in sweep.lrs.items() for lr in lrs for seed in sweep.choosing]
+    return [sweep.trial(setup, lr, seed) for setup, lrs in sweep.lrs.items() for lr in lrs for seed in sweep.judging]
 
 
 def study(rounds: int) -> None:
@@ -109,8 +109,7 @@ def verdicts(folder: str = "runs/ablation-bf16") -> None:
     jobs = studies.processes(device)
     trials = list_trials(planned, ll.Lean(torch.bfloat16))
     print(f"\nverdicts: {len(trials)} trials over a base in bfloat16 (about half an hour on two cores)", flush=True)
-    # Small packs, of which less is lost when they are stopped.
-    over_bf16 = ablate(model, task, trials, folder, n_jobs=jobs, budget_bytes=1_500_000_000)
+    over_bf16 = ablate(model, task, trials, folder, n_jobs=jobs)
     shipped = next(record for record in records.load_all("ablation").values() if record.facts["device"] == "cpu")
     for margin in MARGINS:
         for base, frame in (("float32", shipped.frame()), ("bfloat16", over_bf16)):

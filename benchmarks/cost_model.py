@@ -76,7 +76,7 @@ def top(name: str, blocks: int) -> list[str]:
     """The linear layers of the last blocks."""
     import torch
 
-    from lora_lab.costs.repeated import last_blocks
+    from lora_lab.costs.fake import last_blocks
 
     with torch.device("meta"):
         return last_blocks(factory(name)(), blocks)
@@ -206,12 +206,12 @@ def torch_count(make: Callable, method) -> int:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from lora_lab.costs.fake import fake_copy, token_batch
+    from lora_lab.costs.fake import batch_for, fake_copy
     from lora_lab.costs.setup import Setup
 
     setup = Setup(method)
     with fake_copy(make) as twin, sdpa_kernel(SDPBackend.MATH):
-        parts, weights = setup.batches(token_batch(twin, 1, 128))
+        parts, weights = setup.batches(batch_for(twin, 1, 128))
         step = setup.step(twin)
         with FlopCounterMode(display=False) as counter:
             step(parts, weights)
@@ -242,7 +242,7 @@ def make_depth(name: str) -> int:
     """How many blocks a model has."""
     import torch
 
-    from lora_lab.costs.repeated import transformer_blocks
+    from lora_lab.costs.fake import transformer_blocks
 
     with torch.device("meta"):
         return len(transformer_blocks(factory(name)()))

@@ -166,7 +166,7 @@ def clones(folder: Path, count: int, steps: int) -> float:
     model, task = DigitsMLP(width=32), ll.tasks.digits().limited(200)
     (first,) = Grid([4], [1e-2], [0], steps=steps, batch_size=32)
     ablate(model, task, [first], folder, progress=False)
-    first = first.bound(task.fingerprint, fingerprint(model))
+    first = replace(first, task=task.fingerprint, model=fingerprint(model))
     result = json.loads((folder / f"{first.key}.json").read_text(encoding="utf-8"))
     for seed in range(1, count):
         trial = replace(first, seed=seed)

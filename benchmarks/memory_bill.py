@@ -37,7 +37,9 @@ def main() -> None:
     rows = []
     for row in steps.record_memory(device, options.models):
         rows.append(row)
-        print(steps.tell_memory(row), flush=True)
+        predicted, measured = row["predicted_bytes"] / 2**20, row["measured_bytes"] / 2**20
+        error = predicted / measured - 1
+        print(f"{describe(row)}: predicted {predicted:,.1f}, measured {measured:,.1f} MiB ({error:+.2%})", flush=True)
     off = {describe(row): row["predicted_bytes"] / row["measured_bytes"] - 1 for row in rows}
     worst = max(off, key=lambda name: abs(off[name]))
     within = sum(abs(value) <= GOAL[device.type] for value in off.values())

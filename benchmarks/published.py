@@ -101,22 +101,19 @@ def peft_setup() -> Setup:
     return Setup(AsItIs(), optimizer="adamw-foreach", loss=HeldOutput())
 
 
-def fit(works: Sequence[StepWork], seconds: Sequence[float], card: str) -> speed.cards.Efficiency:
-    """The two shares with which two steps take as long as measured; the launch stays as it is."""
-
-    def efficiency(shares: Sequence[float]) -> speed.cards.Efficiency:
-        return speed.cards.Efficiency(*map(float, shares), speed.cards.EFFICIENCY.launch_s)
+def fit(works: Sequence[StepWork], seconds: Sequence[float], card: str) -> list[float]:
+    """The two shares, of matrix products and of the bandwidth, with which two steps take as long as measured."""
 
     def errors(shares: Sequence[float]) -> list[float]:
-        predicted = [step_seconds(work, card, efficiency(shares)) for work in works]
+        predicted = [step_seconds(work, card, *shares) for work in works]
         return [one / other - 1 for one, other in zip(predicted, seconds, strict=True)]
 
-    return efficiency(scipy.optimize.root(errors, [0.5, 0.5]).x)
+    return scipy.optimize.root(errors, [0.5, 0.5]).x.tolist()
 
 
-def step_seconds(work: StepWork, card: str, efficiency: speed.cards.Efficiency = speed.cards.EFFICIENCY) -> float:
+def step_seconds(work: StepWork, card: str, *shares: float) -> float:
     """The predicted time of a step."""
-    return sum(work.seconds(speed.cards.roofline(speed.cards.card(card), efficiency)).values())
+    return sum(work.seconds(speed.cards.roofline(speed.cards.card(card), *shares)).values())
 
 
 def after_step_bytes(model: Callable[[], nn.Module], setup: Setup) -> int:
@@ -155,12 +152,12 @@ def peft_table(methods: Sequence[str], with_memory: bool) -> None:
 
     fitted = fit([works[name] for name in FITTED], [measured[name] for name in FITTED], "l40s")
     print(f"\n{table.what}: {table.source}, {table.date}, {table.licence}")
-    print(f"Fitted to two rows: {fitted.matmul:.3f} of the rate of matrix multiplications, {fitted.memory:.3f} of the")
-    print(f"bandwidth; lora_lab states {speed.cards.EFFICIENCY}")
+    print(f"Fitted to two rows: {fitted[0]:.3f} of the rate of matrix multiplications, {fitted[1]:.3f} of the")
+    print(f"bandwidth; lora_lab states {speed.cards.MATMUL_SHARE} and {speed.cards.MEMORY_SHARE}")
     print(f"{'':52}{'measured':>10}{'predicted':>10}{'':>9}{'ratio to full':>16}{'after a step, GB':>21}")
     full = measured[FITTED[0]]
     for name in sorted(works, key=measured.__getitem__):
-        seconds = step_seconds(works[name], "l40s", fitted)
+        seconds = step_seconds(works[name], "l40s", *fitted)
         line = (
             f"{name + (' (fitted)' if name in FITTED else ''):52}{measured[name] * 1e3:7.1f} ms{seconds * 1e3:7.1f} ms"
         )
@@ -173,7 +170,7 @@ def peft_table(methods: Sequence[str], with_memory: bool) -> None:
         print(f"{name:52}{measured[name] * 1e3:7.1f} ms   not rehearsed: {reason}")
 
     own = [name for name in works if name not in FITTED]
-    errors = {name: step_seconds(works[name], "l40s", fitted) / measured[name] - 1 for name in own}
+    errors = {name: step_seconds(works[name], "l40s", *fitted) / measured[name] - 1 for name in own}
     report("step times", errors, TIME_AIM)
     null = {name: measured[FITTED[1]] / measured[name] - 1 for name in own}
     report(f"without a model, all as long as {FITTED[1]}", null, TIME_AIM)

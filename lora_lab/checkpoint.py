@@ -159,7 +159,7 @@ def advise(folder: Folder) -> Iterator[None]:
             step = history.rows[-1]["step"]
             advice = f"the checkpoint in {folder} is whole, at step {step}: start the same command again to go on"
         if isinstance(error, ProcessEndedError):
-            raise ProcessEndedError(error.reason, advice) from None
+            raise ProcessEndedError(advice) from None
         raise KeyboardInterrupt(advice) from None
 
 

@@ -68,8 +68,8 @@ def finetune(
         lora-lab finetune --task docs --checkpoint-every 50 --out runs/docs   # goes on if it was stopped
 
     Args:
-        task: docs, sentences-fr, sentences-en, sentiment, style, style-plain, summarise, translate-fr (-de, -es),
-            tweets (an unknown name lists all); or a .jsonl, .csv, .tsv, .parquet (with pyarrow) or .txt file
+        task: docs, sentences-fr, sentences-en, sentiment, style, style-plain, summarise, translate-fr, -de or -es
+            (an unknown name lists all); or a .jsonl, .csv, .tsv, .parquet (with pyarrow) or .txt file
         model: a model's folder or .gguf file
         method: full, lora, or a variant of LoRA (an unknown name lists all)
         rank: rank of the adapters
@@ -465,7 +465,7 @@ def record(
         ``settings``, ``rows``, ``schema``.
     """
     from lora_lab.studies import records
-    from lora_lab.studies.recorder import find_recorder
+    from lora_lab.studies.recorder import find_recorder, tell_row
 
     if check:
         from lora_lab.studies.claims.deciding import check_record
@@ -493,7 +493,7 @@ def record(
     rows = []
     for row in chosen.rows(where, list(models) or None) if what in records.OF_MODELS else chosen.rows(where):
         rows.append(row)
-        if text := chosen.line(row):
+        if text := tell_row(row):
             print(text, flush=True)
     made = records.new(what, rows, settings, command, where, commit)
     path = system.files.save_or_rescue(lambda path: records.write(made, path), folder)
@@ -528,7 +528,7 @@ def claims(id: str | None = None, /, records: str | None = None, lessons: str | 
         print(claims.table(entries, max(WIDTH, shutil.get_terminal_size((WIDTH, 0)).columns)))
         return [entry.to_dict() for entry in entries.values()]
     entry = claims.verdict(id, records, lessons)
-    print(f"{entry.explained()}\n\n{entry.how_to_run()}")
+    print(f"{entry.explained()}\n\n{entry.again}")
     return [entry.to_dict()]
 
 

@@ -298,7 +298,7 @@ def match_layers(
         names = [name for name in classes if any(name_matches(name, target) for target in targets)]
     if not names:
         raise ValueError(f"targets={targets} and exclude={exclude} leave nothing of a {type(model).__name__} to adapt.")
-    _check_own_weights(model, modules, names)
+    check_own_weights(model, {name: modules[name] for name in names})
     return {name: classes[name] for name in names}
 
 
@@ -335,13 +335,14 @@ def _check_target(
         )
 
 
-def _check_own_weights(model: nn.Module, modules: dict[str, nn.Module], names: list[str]) -> None:
+def check_own_weights(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    """Raise ValueError if a weight of one of the layers belongs to another module too."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     owners = Counter(id(tensor) for _, tensor in tensors)
-    for name in names:
-        held = [*modules[name].parameters(recurse=False), *modules[name].buffers(recurse=False)]
+    for name, layer in layers.items():
+        held = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
         if any(owners[id(tensor)] > 1 for tensor in held):
-            raise ValueError(f"The weight of {name!r} is shared with another module; leave it out of targets.")
+            raise ValueError(f"The weight of {name!r} is shared with another module; leave it out, or exclude it.")
 
 
 def _warn_of_unadapted_weights(modules: dict[str, nn.Module]) -> None:

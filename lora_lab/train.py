@@ -25,7 +25,7 @@ from lora_lab import checkpoint
 from lora_lab.history import History
 from lora_lab.inject import adapter_state, lora_layers
 from lora_lab.methods import ContinueLoRA, Method
-from lora_lab.system.device import own_randomness, restore_randomness
+from lora_lab.system.device import own_randomness
 from lora_lab.system.distributed import ALONE, Processes, current_processes
 from lora_lab.system.files import check_writable
 from lora_lab.system.schema import Count, NotNegative, Positive, Seed, Size, check, check_bfloat16, check_fields
@@ -424,7 +424,7 @@ def evaluate_parts(step: TrainingStep, task: Task, config: TrainConfig, history:
 
 def report(on_row: Callable[[dict[str, Any]], None], history: History, model: nn.Module) -> None:
     """Pass on a copy of the newest row; a logger that samples from the model does not change the run."""
-    with restore_modes(model), restore_randomness(next(model.parameters()).device):
+    with restore_modes(model), own_randomness(next(model.parameters()).device, history.rows[-1]["step"]):
         on_row(dict(history.rows[-1]))
 
 

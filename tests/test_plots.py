@@ -367,7 +367,7 @@ def test_scores_have_a_mark_for_each_seed_their_mean_and_the_best_baseline():
 
 
 def best(vertex, lower=None, upper=None, edge=""):
-    return BestRate(vertex or 1e-3, 2.0, vertex, lower, upper, edge, 3, 8)
+    return BestRate(vertex or 1e-3, vertex, lower, upper, edge, 3, 8)
 
 
 def test_best_rates_have_bars_arrows_where_the_grid_ends_and_are_hollow_at_an_edge():

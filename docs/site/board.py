@@ -56,7 +56,7 @@ class Board:
 
     def waiting(self, kind: str) -> list[str]:
         """The ids of the claims that wait for a record."""
-        return [key for key, entry in self.entries.items() if entry.where() == f"waits: {kind}"]
+        return [key for key, entry in self.entries.items() if entry.where == f"waits: {kind}"]
 
     def verdicts(self, record: Record) -> dict[str, Result]:
         """id -> what this record alone shows of the claim."""

@@ -71,15 +71,13 @@ Grids = Mapping[str, Sequence[float]]  # setup -> its rates
 # Verdicts
 
 
-def judge(lower: float | None, upper: float | None, margin: float = 0.0) -> Literal["lower", "higher", "equal", "open"]:
+def judge(lower: float, upper: float, margin: float = 0.0) -> Literal["lower", "higher", "equal", "open"]:
     """Return the verdict on a difference, of losses or of times, from its bounds.
 
     Args:
-        lower, upper: of the difference; None or NaN where too few seeds give none.
+        lower, upper: of the difference; NaN, where too few seeds give none, leaves it open.
         margin: the difference that does not matter.
     """
-    if lower is None or upper is None or math.isnan(lower) or math.isnan(upper):
-        return "open"
     if upper < -margin:
         return "lower"
     if lower > margin:
@@ -91,16 +89,7 @@ def judge(lower: float | None, upper: float | None, margin: float = 0.0) -> Lite
 
 
 def rates_around(centre: float, factor: float = 2.0, count: int = 5) -> tuple[float, ...]:
-    """Return an ascending grid of rates, each ``factor`` times the one before, with ``centre`` in the middle.
-
-    Raises:
-        ValueError: the centre is not positive, the factor not above 1, or the count below 1.
-    """
-    if not (centre > 0 and factor > 1 and count >= 1):
-        raise ValueError(
-            f"centre is {centre!r}, factor {factor!r} and count {count!r}, but they must be a positive rate, a number "
-            "above 1 and at least 1."
-        )
+    """Return an ascending grid of rates, each ``factor`` times the one before, with ``centre`` in the middle."""
     return tuple(_round_rate(centre * factor ** (i - count // 2)) for i in range(count))
 
 
@@ -126,18 +115,15 @@ class Choice:
     diverged: float | None = None
 
 
-def _losses_of_trials(frame: pandas.DataFrame, by: str) -> pandas.DataFrame:
+def _losses_of_trials(frame: pandas.DataFrame, best: bool) -> pandas.DataFrame:
     """Return one row for each trial, with the ``loss`` that counts (:func:`choose_rates`); NaN if there is none."""
-    if by == "judged":
+    if not best:
         rows = last_rows(frame)
         losses = [fmean(block_losses_of(row, "validation")) for row in rows.to_dict("records")]
         return rows.assign(loss=np.where((rows["outcome"] == "done") & rows["test_loss"].notna(), losses, math.nan))
-    frame, trial = frame.reset_index(drop=True), trial_columns(frame)
-    curves = frame.sort_values("step", kind="stable").groupby(trial)["validation_loss"]
-    losses = curves.transform("min") if by == "best_loss" else curves.transform("last")
-    return frame.assign(loss=losses.where(frame["outcome"] == "done"), reason=frame.get("reason", "")).drop_duplicates(
-        trial
-    )
+    trial = trial_columns(frame)
+    losses = frame.groupby(trial)["validation_loss"].transform("min").where(frame["outcome"] == "done")
+    return frame.assign(loss=losses, reason=frame.get("reason", "")).drop_duplicates(trial)
 
 
 def trial_columns(frame: pandas.DataFrame) -> list[str]:
@@ -202,7 +188,7 @@ def best_rates(frame: pandas.DataFrame, slack: float = 0.0) -> pandas.DataFrame:
     """
     import pandas
 
-    found = _choose_each(frame, "best_loss", slack=check(slack, NotNegative, "slack"))
+    found = _choose_each(frame, True, slack=check(slack, NotNegative, "slack"))
     rows = [
         {**setup, "lr": one.lr, "edge": one.edge} for setup, choices in found for one in choices if one.lr is not None
     ]
@@ -212,11 +198,11 @@ def best_rates(frame: pandas.DataFrame, slack: float = 0.0) -> pandas.DataFrame:
 
 
 def _choose_each(
-    frame: pandas.DataFrame, by: str, seeds: Sequence[int] | None = None, slack: float = 0.0
+    frame: pandas.DataFrame, best: bool, seeds: Sequence[int] | None = None, slack: float = 0.0
 ) -> Iterator[tuple[dict[str, Any], list[Choice]]]:
     """Yield each setup (at each size), and its choices by the seeds, or by those that its rates share."""
     names = [name for name in trial_columns(frame) if name not in ("lr", "seed")]
-    for values, of_setup in _losses_of_trials(frame, by).groupby(names, sort=False):
+    for values, of_setup in _losses_of_trials(frame, best).groupby(names, sort=False):
         counted = seeds
         if counted is None:
             stopped = of_setup.loc[of_setup["outcome"] == STOPPED, "lr"]
@@ -228,16 +214,18 @@ def _choose_each(
         yield dict(zip(names, values, strict=True)), _choose(of_setup, counted, slack)
 
 
-def choose_rates(frame: pandas.DataFrame, by: str = "judged", seeds: Sequence[int] | None = None) -> dict[Any, Choice]:
+def choose_rates(
+    frame: pandas.DataFrame, seeds: Sequence[int] | None = None, *, best: bool = False
+) -> dict[Any, Choice]:
     """Return the choice of each setup.
 
     Args:
         frame: trials of one task, with a column ``setup``.
-        by: the loss that counts: "best_loss", the lowest validation loss, for training that is stopped early;
-            "last_loss"; or "judged", that after the last step, by :class:`BlockLosses` where such a judge was.
         seeds: which a rate needs to count; None means those that the rates of its setup share.
+        best: the lowest validation loss of a trial counts, for training that is stopped early; not that after the last
+            step (by :class:`BlockLosses`, where such a judge was).
     """
-    return {setup["setup"]: choices[0] for setup, choices in _choose_each(frame, by, seeds)}
+    return {setup["setup"]: choices[0] for setup, choices in _choose_each(frame, best, seeds)}
 
 
 # Grids that are widened until the best rate is inside
@@ -302,7 +290,7 @@ def tune(
     Args:
         model_factory, task, folder, **options: as for :func:`lora_lab.ablation.ablate`.
         setups: how each trains; its own rate and seed do not count. Setups may be equal: they share their trials.
-        lrs: the rates to begin with, at least two for each setup. A grid goes on by the ratio at its edge.
+        lrs: the rates to begin with. A grid goes on by the ratio at its edge; one of a single rate does not.
         seeds: train at each rate.
         widen: how many rates may be added to a grid.
         beyond: how many rates shall lie on either side of the best. With one the best is inside; with two the interval
@@ -313,12 +301,8 @@ def tune(
         The table of ablate with a column ``setup``, in the order of ``setups``.
 
     Raises:
-        ValueError: a setup has fewer than two rates; or as ablate.
+        ValueError: as ablate.
     """
-    if short := [setup for setup in setups if len(set(lrs[setup])) < 2]:
-        raise ValueError(
-            f"The setup {short[0]!r} has the rates {[*lrs[short[0]]]}, but needs at least two to begin with."
-        )
 
     def run(grids: Grids) -> tuple[pandas.DataFrame, dict[str, Choice]]:
         trials = {
@@ -326,7 +310,7 @@ def tune(
             for setup, template in setups.items()
         }
         frame = ablate_setups(model_factory, task, trials, place, **options)
-        return frame, choose_rates(frame, "judged", seeds)
+        return frame, choose_rates(frame, seeds)
 
     with nullcontext(folder) if folder is not None else TemporaryDirectory() as place:
         return _widen(run, {setup: lrs[setup] for setup in setups}, widen, beyond)[0]
@@ -347,7 +331,7 @@ def ablate_setups(
 
     table = ablate(model_factory, task, [*chain(*trials.values())], folder, **options)
     identity = {"task": table["task"].iloc[0], "model": table["model"].iloc[0]}
-    keys = {setup: [trial.bound(**identity).key for trial in of_setup] for setup, of_setup in trials.items()}
+    keys = {setup: [replace(trial, **identity).key for trial in of_setup] for setup, of_setup in trials.items()}
     parts = [table[table["key"].isin(of_setup)].assign(setup=setup) for setup, of_setup in keys.items()]
     return pandas.concat(parts, ignore_index=True)
 
@@ -357,7 +341,7 @@ def tune_by_seed(
     lrs: Grids,
     seeds: Sequence[int],
     widen: int,
-    by: str,
+    best: bool,
 ) -> tuple[list[pandas.DataFrame], dict[str, Choice]]:
     """Choose each setup's learning rate on seeds that have a task, or a model, of their own.
 
@@ -369,7 +353,7 @@ def tune_by_seed(
         lrs: the rates that each setup tries first.
         seeds: choose.
         widen: how many rates may be added to a grid.
-        by: as for :func:`choose_rates`.
+        best: as for :func:`choose_rates`.
 
     Returns:
         The frames of the seeds, and the choice of each setup of which a trial ended well.
@@ -383,7 +367,7 @@ def tune_by_seed(
             rows = frames[-1][frames[-1]["outcome"] == STOPPED]
             stopped = set(zip(rows["setup"], rows["lr"], strict=True))
             left = {setup: [lr for lr in rates if (setup, lr) not in stopped] for setup, rates in left.items()}
-        return frames, choose_rates(pandas.concat(frames, ignore_index=True), by)
+        return frames, choose_rates(pandas.concat(frames, ignore_index=True), best=best)
 
     frames, choices = _widen(run_seeds, lrs, widen)
     return frames, {setup: choice for setup, choice in choices.items() if choice.lr is not None}
@@ -472,10 +456,8 @@ def compare_tuned(
         ("smallest" or "largest" where the chosen rate is that of all tried, else "").
 
     Raises:
-        ValueError: a setup has no rates or a rate no setup, or a seed both chooses and judges.
+        ValueError: a seed both chooses and judges.
     """
-    if unequal := setups.keys() ^ lrs.keys():
-        raise ValueError(f"setups and lrs must name the same, but {sorted(unequal)} are only in one of them.")
     if both := sorted(set(choosing) & set(judging)):
         raise ValueError(f"The seeds {both} both choose and judge; judge with others.")
     chosen = {setup: Choice(rates[0], None) for setup, rates in lrs.items()}
@@ -483,7 +465,7 @@ def compare_tuned(
         place = Path(folder) / f"choosing-{chosen_on}-{block}"
         grids = {"widen": widen, "beyond": beyond, "judge": BlockLosses({"validation": chosen_on}, block)}
         tuned = tune(model_factory, task, tunable, lrs, choosing, place, **grids, **options)
-        chosen |= choose_rates(tuned, "judged", choosing)
+        chosen |= choose_rates(tuned, choosing)
         yield tuned.assign(stage="choosing", edge=[chosen[setup].edge for setup in tuned["setup"]])
     trials = {
         setup: [replace(template, lr=chosen[setup].lr, seed=seed) for seed in judging]
@@ -541,7 +523,7 @@ def compare_losses(
             row |= {"loss": losses[setup].mean(), "difference": paired.mean(), "lower": lower, "upper": upper}
             why = "edge" if first["edge"][setup] or first["edge"][reference] else ""
             why = "reference" if setup == reference else why
-        verdict = "open" if why else judge(row.get("lower"), row.get("upper"), margin)
+        verdict = "open" if why else judge(row["lower"], row["upper"], margin)
         table.append(row | {"verdict": verdict, "why": why})
     return pandas.DataFrame(table)[["setup", "lr", "loss", "difference", "lower", "upper", "seeds", "verdict", "why"]]
 
@@ -560,7 +542,7 @@ def compare_by_seed(best: pandas.DataFrame, column: str, reference: str = "full"
         ``lower`` and ``upper``; these three are NaN for the reference, and bounds need two seeds.
 
     Raises:
-        ValueError: the reference is not there.
+        ValueError: the reference is not there, or a setup has several rows of a seed, as with several rates.
     """
     import pandas
 
@@ -568,14 +550,17 @@ def compare_by_seed(best: pandas.DataFrame, column: str, reference: str = "full"
         raise ValueError(f"There is no method {reference!r} to compare with; there are {sorted(set(best['setup']))}.")
     rows = []
     for size, of_size in each_size(best):
+        if (twice := of_size.duplicated(["setup", "seed"])).any():
+            setup = of_size.loc[twice, "setup"].iloc[0]
+            raise ValueError(f"The setup {setup!r} has several rows of one seed; select those of one learning rate.")
         table = of_size.pivot(index="seed", columns="setup", values=column)
         for setup in of_size["setup"].unique():
             values = table[setup].dropna()
-            row = {"mean": values.mean(), "least": values.min(), "most": values.max(), "seeds": len(values)}
+            row = size | {"setup": setup, "mean": values.mean(), "least": values.min(), "most": values.max()}
             paired = (table[setup] - table[reference]).dropna().tolist() if reference in table else []
             bounds = t_bounds(paired) if paired and setup != reference else [math.nan] * 3
-            row |= dict(zip(("difference", "lower", "upper"), bounds, strict=True))
-            rows.append({**size, "setup": setup, **row})
+            row["seeds"], row["difference"], row["lower"], row["upper"] = len(values), *bounds
+            rows.append(row)
     return pandas.DataFrame(rows)
 
 
@@ -688,7 +673,7 @@ def smallest_sufficient_rank(frame: pandas.DataFrame, margin: float = 0.01) -> R
         raise ValueError(f"The frame has the ranks {trials['rank'].unique()}, but it takes two to compare them.")
     _check_comparable(trials)
     seeds = tuple(sorted(int(seed) for seed in trials["seed"].unique()))
-    choices = choose_rates(trials.assign(setup=trials["rank"].astype(int)).sort_values("rank"), "judged", seeds)
+    choices = choose_rates(trials.assign(setup=trials["rank"].astype(int)).sort_values("rank"), seeds)
     of_rate = trials.sort_values("seed").groupby(["rank", "lr"])["test_loss"]
     losses = {rank: of_rate.get_group((rank, one.lr)).to_numpy() for rank, one in choices.items() if one.lr is not None}
     ranks = tuple(_judge_rank(rank, choice, losses, max(choices), margin) for rank, choice in choices.items())
@@ -696,8 +681,8 @@ def smallest_sufficient_rank(frame: pandas.DataFrame, margin: float = 0.01) -> R
     notes = [f"rank {each}: {choice.note}." for each, choice in choices.items() if choice.note and choice.lr]
     if better := [str(one.rank) for one in ranks if one.upper is not None and one.upper < -margin]:
         notes.append(
-            f"rank {', '.join(better)}: better than the largest by more than the margin, so the largest was most "
-            "likely trained badly and is not a fair reference; try more learning rates."
+            f"rank {', '.join(better)}: better than the largest by more than the margin, which is then not a fair "
+            "reference; try more learning rates."
         )
     for edge, name in {"smallest": "smallest", "largest": "largest", "only": "only one"}.items():
         if at := [str(each) for each, choice in choices.items() if choice.edge == edge]:
@@ -714,15 +699,11 @@ def _check_comparable(rows: pandas.DataFrame) -> None:
     for name, alike in settings:
         if len(values := alike[name].drop_duplicates().tolist()) > 1:
             raise ValueError(
-                f"The frame mixes {name} {values[0]!r} and {values[1]!r}, which cannot be compared; select one with "
-                f"frame[frame[{name!r}] == ...]."
+                f"The frame mixes {name} {values[0]!r} and {values[1]!r}, which cannot be compared; select one of them."
             )
     if (repeated := rows.duplicated(["rank", "lr", "seed"])).any():
-        first = rows[repeated].iloc[0]
-        raise ValueError(
-            f"The frame holds rank {first['rank']:g}, lr {first['lr']:g}, seed {first['seed']:g} twice; "
-            "drop_duplicates removes repeated rows."
-        )
+        first = rows.loc[repeated, ["rank", "lr", "seed"]].iloc[0].to_dict()
+        raise ValueError(f"The frame holds {first} twice; drop_duplicates removes repeated rows.")
 
 
 def _judge_rank(rank: int, choice: Choice, losses: Mapping[int, np.ndarray], largest: int, margin: float) -> RankResult:
@@ -735,7 +716,7 @@ def _judge_rank(rank: int, choice: Choice, losses: Mapping[int, np.ndarray], lar
     if largest not in losses:
         return RankResult(rank, "not judged", **known, note="the largest rank has no result to compare it with")
     known["difference"], lower, upper = t_bounds((losses[rank] - losses[largest]).tolist())
-    if lower is None or upper is None:
+    if math.isnan(lower):
         return RankResult(rank, "open", **known, note="one seed has no spread to judge by")
     verdict = judge(max(lower, -margin), upper, margin)  # by how much the rank is better does not matter
     return RankResult(rank, _STATUS[verdict], **known, lower=lower, upper=upper)
@@ -755,11 +736,6 @@ def _answer(ranks: Sequence[RankResult], seeds: int, margin: float) -> tuple[int
         names = ", ".join(map(str, unsettled))
         return None, f"more seeds needed: no smaller rank is shown to be enough, and rank {names} may be."
     if enough is None:
-        return largest.rank, (
-            f"every smaller rank loses more than {margin:g} against it; a larger one may be better still."
-        )
-    below = ", ".join(str(rank) for rank in unsettled if rank < enough)
-    still = f"; rank {below} is not settled by these seeds" if below else ""
-    return enough, (
-        f"with {CONFIDENCE:.0%} confidence its loss is less than {margin:g} above that of rank {largest.rank}{still}."
-    )
+        return largest.rank, f"every smaller rank loses more than {margin:g}; a larger one may be better still."
+    sure = f"with {CONFIDENCE:.0%} confidence its loss is less than {margin:g} above that of rank {largest.rank}."
+    return enough, sure

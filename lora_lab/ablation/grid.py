@@ -10,25 +10,28 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from lora_lab.lean.step import Lean
 from lora_lab.methods import LoRA, Method
-from lora_lab.system.schema import Positive, Seed, Size, as_number, check
-from lora_lab.system.wording import short_repr, shortened
-from lora_lab.train import TrainConfig, check_options
+from lora_lab.system.schema import Positive, Seed, as_number
+from lora_lab.train import TrainConfig
 
 # Entries of a trial's content that are there only if in use.
 BASE_DTYPE, AUTOCAST = "base_dtype", "autocast"
 _NO_CHANGE = ("accumulate", "gradient_checkpointing", "lean")  # of a result
-_MOST = 1_000_000  # trials of a grid
-_KEY_LENGTH = 16  # hexadecimal digits: among a million trials, two share a key with probability 3e-8
+
+
+def hash_content(content: Mapping[str, Any]) -> str:
+    """Return a trial's key: 16 hexadecimal digits of the SHA-256 of its content as canonical JSON.
+
+    Among a million trials, two share a key with probability 3e-8.
+    """
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Trial(TrainConfig, _Varied):
             draws in micro-batches, so two trials that differ in them are equal; all but the lean step's ``base_dtype``,
             which rounds the frozen weights and is part of the content.
         task: the task's fingerprint, and
-        model: the model's, filled in when the trial joins a sweep (see :meth:`bound`).
+        model: the model's, filled in when the trial joins a sweep.
 
     Raises:
         ValueError: the method has no name of its own, or a number is out of range.
@@ -69,41 +72,24 @@ class Trial(TrainConfig, _Varied):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        name = getattr(self.method, "name", "")
-        if _address(_methods().get(name)) != _address(type(self.method)):
+        if "name" not in vars(type(self.method)):
             raise ValueError(
-                f"The class {type(self.method).__name__} has the name {name!r}, which is not its own; give it one, "
-                "or its results look like another method's."
+                f"The class {type(self.method).__name__} has no name of its own; give it one, or its results look like "
+                "another method's."
             )
         for name, value in {"warmup": self.warmup_steps, "eval_every": self.evaluation_interval}.items():
             object.__setattr__(self, name, value)
 
     @cached_property
     def key(self) -> str:
-        """The trial's identity: 16 hexadecimal digits of the SHA-256 of its content as canonical JSON."""
-        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return hashlib.sha256(canonical.encode()).hexdigest()[:_KEY_LENGTH]
+        """The trial's identity (:func:`hash_content`)."""
+        return hash_content(self.to_dict())
 
     def __eq__(self, other: object) -> bool:
         return self.key == other.key if isinstance(other, Trial) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(self.key)
-
-    def bound(self, task: str, model: str) -> Trial:
-        """Return the same trial on the task and the model of these fingerprints.
-
-        Raises:
-            ValueError: it is bound to others already.
-        """
-        for name, fingerprint in {"task": task, "model": model}.items():
-            bound_to = getattr(self, name)
-            if bound_to not in (None, fingerprint):
-                raise ValueError(
-                    f"Trial {self.key} belongs to the {name} {bound_to}, but this sweep's is {fingerprint}; make it "
-                    f"anew with {name}=None, or sweep with that {name}."
-                )
-        return replace(self, task=task, model=model)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content in values of JSON, each in one form only."""
@@ -112,28 +98,6 @@ class Trial(TrainConfig, _Varied):
         if isinstance(self.lean, Lean) and self.lean.base_dtype is not None:
             content[BASE_DTYPE] = str(self.lean.base_dtype)
         return {name: _plain(value) for name, value in content.items()}
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Trial:
-        """Return the trial of which :meth:`to_dict` gave the content.
-
-        Raises:
-            ValueError: an entry is missing or unknown, or the method is not known here.
-        """
-        try:
-            settings = {**content["method"]}
-            name, methods = settings.pop("name"), _methods()
-            if name not in methods:
-                raise ValueError(f"The method {name!r} is not known here; import the module that defines it first.")
-            options = {**content, "method": methods[name](**settings)}
-            if BASE_DTYPE in options:
-                options["lean"] = Lean(_dtype(options.pop(BASE_DTYPE)))
-            if AUTOCAST in options:
-                options[AUTOCAST] = _dtype(options[AUTOCAST])
-            return cls(**options)
-        except (KeyError, TypeError, AttributeError, OverflowError) as error:
-            reason = shortened(str(error))
-            raise ValueError(f"This is not a trial's content ({reason}): {short_repr(content)}.") from None
 
 
 class Grid(list[Trial]):
@@ -166,18 +130,11 @@ class Grid(list[Trial]):
         alpha_per_rank: float | None = None,
         **options: Any,
     ) -> None:
-        check_options(
-            "Grid", options, [each.name for each in fields(Trial) if each.name not in ("method", "lr", "seed")]
-        )
-        alpha_per_rank = check(alpha_per_rank, Positive | None, "alpha_per_rank")
         if alpha is not None and alpha_per_rank is not None:
             raise ValueError(f"alpha is {alpha} and alpha_per_rank {alpha_per_rank}; give one of them, or neither.")
         for name, values in {"ranks": ranks, "lrs": lrs, "seeds": seeds, "methods": methods}.items():
             if len(values) == 0 and (name != "ranks" or any(isinstance(method, LoRA) for method in methods)):
                 raise ValueError(f"{name} is empty, so there is nothing to try; give at least one value.")
-        if (count := math.prod(map(len, (ranks, lrs, seeds, methods)))) > _MOST:
-            raise ValueError(f"These are {count} trials, but a grid has at most {_MOST}; try fewer values.")
-        sizes = [check(rank, Size, "rank") for rank in ranks]
 
         def at_rank(template: Method, rank: int) -> Method:
             if not isinstance(template, LoRA):
@@ -185,33 +142,11 @@ class Grid(list[Trial]):
             fixed = template.alpha if alpha is None else alpha
             return replace(template, rank=rank, alpha=fixed if alpha_per_rank is None else alpha_per_rank * rank)
 
-        tried = [at_rank(each, rank) for each in methods for rank in (sizes if isinstance(each, LoRA) else [0])]
+        tried = [at_rank(each, rank) for each in methods for rank in (ranks if isinstance(each, LoRA) else [0])]
         super().__init__(dict.fromkeys(Trial(*each, **options) for each in itertools.product(tried, lrs, seeds)))
 
     def __repr__(self) -> str:
         return f"Grid of {len(self)} trials"
-
-
-def _dtype(name: str) -> torch.dtype:
-    """Return the dtype of which ``str`` gave the name."""
-    dtype = getattr(torch, str(name).removeprefix("torch."), None)
-    if str(dtype) != name or not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name!r} is no dtype's name, such as 'torch.bfloat16'.")
-    return dtype
-
-
-def _methods() -> dict[str, type[Method]]:
-    """Return the classes of methods by name, users' own included; where two share a name, the later one counts."""
-
-    def family(parent: type[Method]) -> list[type[Method]]:
-        return [parent, *itertools.chain.from_iterable(map(family, parent.__subclasses__()))]
-
-    return {each.name: each for each in family(Method) if "name" in vars(each)}
-
-
-def _address(method: type[Method] | None) -> tuple[str, str] | None:
-    """Return where a class is defined: running a notebook's cell again makes a new class with the same address."""
-    return method and (method.__module__, method.__qualname__)
 
 
 def _plain(value: Any) -> Any:

@@ -35,29 +35,16 @@ import math
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, NamedTuple
-
-from pydantic import Field
+from typing import Any
 
 from lora_lab.ablation.grid import Trial
-from lora_lab.ablation.stats import CONFIDENCE, t_bounds
-from lora_lab.system.schema import NotNegative, Size, check_fields
+from lora_lab.ablation.stats import t_bounds
+from lora_lab.system.schema import NotNegative, Share, check_fields
 
 # The outcome of a trial that waits at a rung, and the folder of its checkpoint in the sweep's.
 PAUSED = "paused"
+_KEPT = 0.25  # the share of the rates left that always goes on from a rung, the best ones; at least one
 Curves = Mapping[float, Mapping[int, Mapping[int, float]]]  # rate -> seed -> step -> validation loss
-
-
-class Decision(NamedTuple):
-    """Which rates of a group are stopped, as far as it has trained.
-
-    Args:
-        stopped: rate -> the reason, in words.
-        until: the step to which the other rates must train before the next decision; None is to the end.
-    """
-
-    stopped: dict[float, str]
-    until: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,29 +54,21 @@ class Halving:
     Args:
         rungs: where rates are compared, as shares of a trial's steps; each is at the first evaluation from there on. A
             rung needs an earlier evaluation too, between the end of the warm-up and half its step.
-        keep: the share of the rates left that always goes on from a rung, the best ones; at least one.
         slack: a rate is never stopped for a difference up to this, in the task's unit of loss.
-        choose: how many of a group's seeds choose the rate, the lowest ones; default: all. The others train only at
-            the rates that are left after the last rung. One seed is cheap, but shows no noise, so that near ties are
-            decided by chance: give a ``slack`` then, such as the margin of the verdict.
         best_so_far: compare the lowest validation losses so far, where training is to be stopped early at its best
             step (:mod:`lora_lab.ablation.overfitting`), and not those at the rung.
 
     Raises:
-        ValueError: a number is out of range, or there is no rung.
+        ValueError: a number is out of range.
     """
 
-    rungs: Sequence[float] = (0.2, 0.4, 0.6, 0.8)
-    keep: Annotated[float, Field(ge=0, le=1)] = 0.25
+    rungs: Sequence[Share] = (0.2, 0.4, 0.6, 0.8)
     slack: NotNegative = 0.0
-    choose: Size | None = None
     best_so_far: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rungs", tuple(self.rungs))
+        object.__setattr__(self, "rungs", tuple(sorted(self.rungs)))
         check_fields(self)
-        if not self.rungs or not all(0 < rung < 1 for rung in self.rungs) or sorted(self.rungs) != [*self.rungs]:
-            raise ValueError(f"rungs is {self.rungs!r}, but it must be shares of the steps between 0 and 1, ascending.")
 
     def check(self, trials: Iterable[Trial]) -> None:
         """Raise ValueError if the rates of some group are not evaluated at any rung."""
@@ -100,10 +79,6 @@ class Halving:
                     "there is no rung at which learning rates can be compared; use a smaller eval_every, a shorter "
                     "warm-up, more steps or no halving."
                 )
-
-    def choosing(self, seeds: Iterable[int]) -> list[int]:
-        """Return those of a group's seeds that choose the rate, ascending."""
-        return sorted(set(seeds))[: self.choose]
 
     def rungs_at(self, trial: Trial) -> list[tuple[int, int]]:
         """Return the steps of a trial's rungs, each with the evaluation from which the trend is followed."""
@@ -116,27 +91,33 @@ class Halving:
                 rungs[step] = earlier[-1]
         return list(rungs.items())
 
-    def decide(self, curves: Curves, trial: Trial, failed: Collection[float] = ()) -> Decision:
+    def decide(
+        self, curves: Curves, trial: Trial, failed: Collection[float] = ()
+    ) -> tuple[dict[float, str], int | None]:
         """Decide which rates are stopped: the same answer for the same curves, however far they go beyond the rungs.
 
         Args:
-            curves: of the seeds that choose, as far as they are known.
+            curves: as far as they are known.
             trial: any of the group, which differ in learning rate and seed alone.
             failed: rates with a seed that failed.
+
+        Returns:
+            The rates that are stopped, each with the reason; and the step to which the others must train before the
+            next decision, None to the end.
         """
         stopped = dict.fromkeys(failed, "another seed failed at this learning rate, so it cannot be chosen")
         left = {lr: by_seed for lr, by_seed in sorted(curves.items()) if lr not in failed}
         # Every rate has failed: no choice can be made, so the other seeds go on and show what they can.
         if not left:
-            return Decision({}, None)
+            return {}, None
         for step, earlier in self.rungs_at(trial):
             if len(left) < 2:
                 break
             if any(step not in curve for by_seed in left.values() for curve in by_seed.values()):
-                return Decision(stopped, step)
+                return stopped, step
             stopped |= self._rule_out(left, step, earlier, trial)
             left = {lr: by_seed for lr, by_seed in left.items() if lr not in stopped}
-        return Decision(stopped, None)
+        return stopped, None
 
     def _rule_out(self, curves: Curves, step: int, earlier: int, trial: Trial) -> dict[float, str]:
         """Return the rates to stop at a rung, with the reasons."""
@@ -146,18 +127,18 @@ class Halving:
         means = {lr: statistics.fmean(self._loss(of[seed], step) for seed in seeds) for lr, of in curves.items()}
         best, *others = sorted(means, key=lambda lr: (means[lr], lr))
         stopped = {}
-        for lr in others[max(1, math.ceil(self.keep * len(means))) - 1 :]:
+        for lr in others[math.ceil(_KEPT * len(means)) - 1 :]:
             if trial.schedule != "constant" and lr > best:
                 continue
             pairs = [(curves[lr][seed], curves[best][seed]) for seed in seeds]
             mean, lower, _ = t_bounds([self._loss(curve, step) - self._loss(of_best, step) for curve, of_best in pairs])
             at_end = statistics.fmean(self._extrapolate(*pair, step, earlier, trial.steps) for pair in pairs)
-            if min(mean if lower is None else lower, at_end) <= self.slack:
+            if min(mean if math.isnan(lower) else lower, at_end) <= self.slack:
                 continue
-            sure = "" if lower is None else f", at least {lower:.2g} with {CONFIDENCE:.0%} confidence"
-            reason = f"validation loss {means[lr]:.4g} after {step} of {trial.steps} steps, {mean:.2g} above learning "
-            reason += f"rate {best:g}{sure}, and by the trend {at_end:.2g} after the last step; "
-            stopped[lr] = f"{reason}seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+            stopped[lr] = (
+                f"validation loss {means[lr]:.4g} after {step} of {trial.steps} steps, {mean:.2g} above learning rate "
+                f"{best:g}, and by the trend {at_end:.2g} after the last step"
+            )
         return stopped
 
     def _loss(self, curve: Mapping[int, float], step: int) -> float:
@@ -194,14 +175,11 @@ def next_round(
     due: dict[int | None, list[Trial]] = {}
     stopped = {}
     for group in _groups(trials):
-        choosing = halving.choosing(trial.seed for trial in group)
         curves: dict[float, dict[int, dict[int, float]]] = {}
         for trial in group:
-            if trial.seed in choosing:
-                history = results.get(trial.key, {}).get("history") or {"rows": []}
-                losses = {row["step"]: row["validation_loss"] for row in history["rows"]}
-                known = {step: loss for step, loss in losses.items() if loss is not None}
-                curves.setdefault(trial.lr, {})[trial.seed] = known
+            history = results.get(trial.key, {}).get("history") or {"rows": []}
+            evaluated = [row for row in history["rows"] if row["validation_loss"] is not None]
+            curves.setdefault(trial.lr, {})[trial.seed] = {row["step"]: row["validation_loss"] for row in evaluated}
         outcomes = {trial: results.get(trial.key, {}).get("outcome") for trial in group}
         failed = {trial.lr for trial in group if outcomes[trial] == "failed"}
         ruled_out, until = halving.decide(curves, group[0], failed)
@@ -210,7 +188,7 @@ def next_round(
                 continue
             if trial.lr in ruled_out:
                 stopped[trial] = ruled_out[trial.lr]
-            elif until is None or (trial.seed in choosing and until not in curves[trial.lr][trial.seed]):
+            elif until is None or until not in curves[trial.lr][trial.seed]:
                 due.setdefault(until, []).append(trial)
     return due, stopped
 

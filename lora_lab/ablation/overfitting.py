@@ -29,6 +29,7 @@ import numpy as np
 
 from lora_lab.ablation.compare import compare_by_seed, each_size, judge, trial_columns
 from lora_lab.ablation.results import SCORE
+from lora_lab.system.schema import Share, check
 
 if TYPE_CHECKING:
     import pandas
@@ -97,8 +98,7 @@ def at_equal_learning(frame: pandas.DataFrame, best: pandas.DataFrame, share: fl
     """
     import pandas
 
-    if not 0 < share <= 1:
-        raise ValueError(f"share is {share}, but it must be above 0 and at most 1.")
+    check(share, Share, "share")
     by, rows = trial_columns(frame), []
     common = [name for name in by if name not in ("setup", "lr")]  # what the methods that are compared share
     chosen = frame.merge(best[by].drop_duplicates())  # the other trials' curves are not needed
@@ -194,7 +194,7 @@ def by_stopping_point(frame: pandas.DataFrame, column: str = "overfit", referenc
     parts = []
     for _, of_size in each_size(frame):
         for step in sorted(of_size["step"].dropna().unique())[2:]:
-            stopped = _require_one_rate(summarise_trials(of_size[of_size["step"] <= step]))
+            stopped = summarise_trials(of_size[of_size["step"] <= step])
             parts.append(compare_by_seed(stopped, column, reference).assign(step=step))
     return _add_verdicts(parts, reference)
 
@@ -271,27 +271,16 @@ def by_training_loss(frame: pandas.DataFrame, losses: Sequence[float], reference
     parts = [
         compare_by_seed(of_loss, "validation_loss", reference).assign(train_loss=loss, place=place)
         for place in _PLACES
-        for loss, of_loss in _require_one_rate(at_training_loss(frame, losses, place)).groupby("train_loss", sort=False)
+        for loss, of_loss in at_training_loss(frame, losses, place).groupby("train_loss", sort=False)
         if reference in set(of_loss["setup"])
     ]
-    table = pandas.concat(parts, ignore_index=True).dropna(subset="lower") if parts else pandas.DataFrame()
-    if table.empty:
+    if not parts:
         return _add_verdicts([], reference)
+    table = pandas.concat(parts, ignore_index=True).dropna(subset="lower")
     case = table.groupby([name for name in ("n_train", "setup", "train_loss") if name in table])
     bounds = {"lower": case["lower"].transform("min"), "upper": case["upper"].transform("max")}
     judged = (table["place"] == 0.5) & (case["place"].transform("count") == len(_PLACES))
     return _add_verdicts([table.assign(**bounds)[judged].drop(columns="place")], reference)
-
-
-def _require_one_rate(rows: pandas.DataFrame) -> pandas.DataFrame:
-    """Return the rows, after a check that each setup has one rate."""
-    for _, of_setup in rows.groupby([name for name in ("n_train", "setup") if name in rows]):
-        if len(rates := sorted(of_setup["lr"].unique())) > 1:
-            raise ValueError(
-                f"The setup {of_setup['setup'].iloc[0]!r} has the rates {', '.join(map('{:g}'.format, rates))}, "
-                "but must have one; select the rows of one rate."
-            )
-    return rows
 
 
 def _add_verdicts(parts: Sequence[pandas.DataFrame], reference: str) -> pandas.DataFrame:

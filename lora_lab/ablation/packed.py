@@ -40,27 +40,26 @@ from lora_lab.costs.fake import copy_sharing_weights
 from lora_lab.history import DivergedError, History, count_parameters
 from lora_lab.inject import adapter_state, match_layers, replace, require_no_adapters
 from lora_lab.lean import Lean, apply_lean
-from lora_lab.lean.blocks import LeanBlockHead, LeanHead
-from lora_lab.lean.linear import JointLinear, call_in_weight_dtype, cast_addmm_, cast_matmul
+from lora_lab.lean.blocks import JointLinear, LeanBlockHead, LeanHead, call_in_weight_dtype, cast_addmm_, cast_matmul
 from lora_lab.lean.loss import token_losses
 from lora_lab.lora import LoRALinear
-from lora_lab.methods import LoRA, Method, require_unmarked
+from lora_lab.methods import LoRA, require_unmarked
 from lora_lab.models.llama import Llama
 from lora_lab.models.quantize import BlockLinear
 from lora_lab.system.device import own_randomness
 from lora_lab.system.provenance import describe_value
+from lora_lab.system.schema import Size, check
 from lora_lab.task import IGNORE, Examples, Loss, Task, cross_entropy, logits, mean_squared_error
 from lora_lab.train import (
     EVALUATED,
-    Batch,
     DataOrder,
-    TrainingStep,
     check_run,
     data_order,
     gradient_checkpointing_method,
     make_adamw,
     mean_loss,
     new_history,
+    set_training_mode,
     to_device,
 )
 from lora_lab.variants import RsLoRA
@@ -78,8 +77,7 @@ class PackedResult:
     """What became of one trial: what ``fit`` would have returned or raised.
 
     Args:
-        history: as ``fit`` returns it, except that ``seconds`` is the trial's share of the pack's step (a K-th of it),
-            and that the settings hold K as ``packed``.
+        history: as ``fit`` returns it, except that ``seconds`` is the trial's share of the pack's step, a K-th of it.
         error: why the trial diverged, where its history ends; or None.
         adapter: the trained adapter, as :func:`lora_lab.adapter_state` gives it; empty if the trial diverged.
     """
@@ -99,8 +97,8 @@ def fit_packed(model: nn.Module, task: Task, trials: Sequence[Trial]) -> list[Pa
     Args:
         model: on the device where it is to be used. Its activations are K times as large as those of one trial.
         task: data and loss.
-        trials: with LoRA or RsLoRA without dropout. They may differ in rank, alpha, learning rate and seed. Of a lean
-            step ``threads`` and ``loss_rows``, which change no result, are left out.
+        trials: with LoRA or RsLoRA without dropout, each batch in one piece. They may differ in rank, alpha, learning
+            rate and seed. Of a lean step ``threads`` and ``loss_rows``, which change no result, are left out.
 
     Raises:
         PackingError: a ValueError; the sentence of :func:`refusal`, or the model mixes the examples of trials.
@@ -117,10 +115,8 @@ def fit_packed(model: nn.Module, task: Task, trials: Sequence[Trial]) -> list[Pa
         gradient_checkpointing_method(model)()
     with own_randomness(next(model.parameters()).device, 0):
         adapters = [_new_adapter(model, trial) for trial in trials]
-        results = [
-            PackedResult(_new_history(model, task, trial, adapter, len(trials)))
-            for trial, adapter in zip(trials, adapters, strict=True)
-        ]
+        pairs = zip(trials, adapters, strict=True)
+        results = [PackedResult(_new_history(model, task, *pair)) for pair in pairs]
         model.requires_grad_(False)
         # It looks at the adapters, of which those of one trial stand for all.
         if config.lean is not None:
@@ -128,7 +124,7 @@ def fit_packed(model: nn.Module, task: Task, trials: Sequence[Trial]) -> list[Pa
                 replace(model, name, layer)
             apply_lean(model, cast(Lean, config.lean))
         step = PackedStep(model, task.loss, adapters, trials)
-        model.train()
+        set_training_mode(model)
         if config.lean is None:  # the blocks of the lean step do not mix trials
             first = torch.stack([order.rows(0, config.batch_size) for order in orders])  # (20, 32)
             _check_independence(step, task, first)
@@ -149,35 +145,24 @@ def _train(
     """Train all trials to the end, or until the last of them has diverged."""
     config, count = trials[0], len(trials)
     judged = dataclasses.replace(task, loss=step.loss_on_same_batch)
+    sizes = config.batch_size, config.eval_examples, config.by_length
     columns = {"seconds": [0.0] * count, "tokens": [0] * count}  # of the models before training
     for number in range(config.steps + 1):
         if number > 0:
             columns = _take_step(step, task, orders, trials, number)
-        losses = _evaluate(step.model, judged, config) if config.evaluates(number) else {}
+        parts = EVALUATED if config.evaluates(number) else ()
+        losses = {part: mean_loss(step.model, judged, part, *sizes).tolist() for part in parts}
         for k, result in enumerate(results):
-            if result.error is None:
-                result.error = _add_row(result.history, k, number, columns, losses)
-                if result.error is not None:
-                    step.end(k)
+            if result.error is not None:
+                continue
+            try:
+                result.history.add(number, **{name: of_trials[k] for name, of_trials in columns.items()})
+                for part, of_trials in losses.items():
+                    result.history.add_evaluation(part, of_trials[k])
+            except DivergedError as error:  # its rows go on, and no other trial sees them
+                result.error = error.with_traceback(None)  # which would keep the whole pack in memory
         if all(result.error for result in results):
             break
-
-
-def _add_row(
-    history: History,
-    k: int,
-    number: int,
-    columns: Mapping[str, Sequence[float]],
-    losses: Mapping[str, Sequence[float]],
-) -> DivergedError | None:
-    """Add a row to the history of trial k, and return the error if it has diverged."""
-    try:
-        history.add(number, **{name: of_trials[k] for name, of_trials in columns.items()})
-        for part, of_trials in losses.items():
-            history.add_evaluation(part, of_trials[k])
-    except DivergedError as error:
-        return error.with_traceback(None)  # which would keep the whole pack in memory
-    return None
 
 
 def _take_step(
@@ -185,39 +170,18 @@ def _take_step(
 ) -> dict[str, list[float]]:
     """Take the step of that number with all trials, and return the columns of its row, a value for each trial."""
     started, config = time.perf_counter(), trials[0]
-    parts, weights, sizes = join_batches(task, orders, number, config)
+    position = (number - 1) * config.batch_size
+    rows = torch.stack([order.rows(position, config.batch_size) for order in orders])  # (20, 32)
+    batch = task.train[rows.flatten()]  # 640 rows
+    counts = batch.target_counts.view(len(rows), -1).sum(1)  # (20,)
     factor = config.rate_factor(number)
     for group in step.optimizer.param_groups:
         group["lr"] = group["peak"] * factor
-    losses, norms = step([to_device(part, step.model) for part in parts], weights)  # (20,), (20,)
+    losses, norms = step(*to_device(batch, step.model))  # (20,), (20,)
     columns = {"train_loss": losses.tolist(), "grad_norm": norms.tolist()}  # waits for the device
-    columns |= {"lr": [trial.lr * factor for trial in trials], "tokens": sizes}
+    columns["tokens"] = counts.tolist() if task.unit == "tokens" else [config.batch_size] * len(rows)
+    columns["lr"] = [trial.lr * factor for trial in trials]
     return columns | {"seconds": [(time.perf_counter() - started) / len(trials)] * len(trials)}
-
-
-def _evaluate(model: nn.Module, task: Task, config: Trial) -> dict[str, list[float]]:
-    """Return the losses of each trial by part."""
-    sizes = config.batch_size, config.eval_examples, config.by_length
-    return {part: mean_loss(model, task, part, *sizes).tolist() for part in EVALUATED}
-
-
-def join_batches(
-    task: Task, orders: Sequence[DataOrder], step: int, config: Trial
-) -> tuple[list[Examples], list[Tensor], list[int]]:
-    """Return the micro-batches of a step, as :func:`lora_lab.train.micro_batches`, each with those of all trials.
-
-    Returns:
-        The micro-batches; each one's share of every trial's targets that count, (trials,); and the size of each trial's
-        batch, as in ``task.size``.
-    """
-    position = (step - 1) * config.batch_size
-    rows = torch.stack([order.rows(position, config.batch_size) for order in orders])  # (20, 32)
-    columns = rows.split(math.ceil(config.batch_size / config.accumulate), dim=1)
-    parts = [task.train[part.flatten()] for part in columns]  # 640 rows
-    counts = [part.target_counts.view(len(rows), -1).sum(1).double() for part in parts]  # (20,)
-    total = torch.stack(counts).sum(0)  # (20,)
-    sizes = total.long().tolist() if task.unit == "tokens" else [config.batch_size] * len(rows)
-    return parts, [count / total for count in counts], sizes
 
 
 def lora_of(trial: Trial) -> LoRA:
@@ -238,17 +202,16 @@ def _factors(adapter: Mapping[str, LoRALinear]) -> list[Tensor]:
     return [factor for layer in adapter.values() for factor in (layer.lora_A, layer.lora_B)]
 
 
-def _new_history(model: nn.Module, task: Task, trial: Trial, adapter: Mapping[str, LoRALinear], trials: int) -> History:
+def _new_history(model: nn.Module, task: Task, trial: Trial, adapter: Mapping[str, LoRALinear]) -> History:
     """Return the history of a trial, with the sizes that it would have alone."""
     history, factors = new_history(task, trial.method, trial, model), _factors(adapter)
-    history.settings["packed"] = trials
     history.trainable_parameters = sum(factor.numel() for factor in factors)
     history.total_parameters = count_parameters(model) + history.trainable_parameters
     history.optimizer_bytes = sum(2 * factor.nbytes + 4 for factor in factors)  # two moments, and a count of steps
     return history
 
 
-class PackedStep(TrainingStep):
+class PackedStep:
     """A training step of all trials at once, with a loss and a norm for each.
 
     The adapters of all trials are the rows of one tensor, ``values`` (K, N), and the factors of the layers are views of
@@ -268,7 +231,8 @@ class PackedStep(TrainingStep):
         config, layers, rank = trials[0], adapters[0], max(lora_of(trial).rank for trial in trials)
         sides = [(layer.base.in_features, layer.base.out_features) for layer in layers.values()]
         self.shapes = [shape for inputs, outputs in sides for shape in ((rank, inputs), (outputs, rank))]
-        self.adapters, self.trials, self.trial_losses = adapters, len(adapters), TRIAL_LOSSES[loss]
+        self.model, self.adapters, self.trials = model, adapters, len(adapters)
+        self.trial_losses, self.clip = TRIAL_LOSSES[loss], config.clip
         size = sum(map(math.prod, self.shapes))  # N
         self.values = _factors(layers)[0].new_zeros(self.trials, size)  # (20, N)
         self.gradient = torch.zeros_like(self.values)  # (20, N)
@@ -281,49 +245,33 @@ class PackedStep(TrainingStep):
             packed = PackedLinear(cast(nn.Linear, layer.base), A, B, scaling)
             replace(model, name, packed)
             self.factors += [packed.lora_A, packed.lora_B]
-        self.blocks: list[tuple[range, nn.Parameter]] = []
-        groups = []
-        for lr, same in itertools.groupby(range(self.trials), lambda k: trials[k].lr):
-            first, *others = same
-            rows = range(first, first + 1 + len(others))
-            parameter = nn.Parameter(self.values[rows.start : rows.stop])  # (20, N)
-            parameter.grad = self.gradient[rows.start : rows.stop]  # (20, N)
-            self.blocks.append((rows, parameter))
+        runs = [(lr, len([*same])) for lr, same in itertools.groupby(trial.lr for trial in trials)]
+        sizes, groups = [size for _, size in runs], []
+        for (lr, _), values, gradient in zip(runs, self.values.split(sizes), self.gradient.split(sizes), strict=True):
+            parameter = nn.Parameter(values)  # (4, N)
+            parameter.grad = gradient  # (4, N)
             groups.append({"params": [parameter], "lr": lr, "peak": lr, "weight_decay": config.weight_decay})
-        super().__init__(model, loss, make_adamw(groups), config.clip)
+        self.optimizer = make_adamw(groups)
 
-    def __call__(self, batches: Sequence[Batch], weights: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Take one step of every trial: forward, backward, clip, update.
 
         Args:
-            batches: micro-batches, each of which holds those of all trials in their order.
-            weights: of the micro-batches, each one's share of each trial's batch: (trials,) each.
+            inputs, targets: the batches of all trials, in their order.
 
         Returns:
             The losses, and the norms of the gradients before clipping: (trials,) each.
         """
-        losses = torch.stack(self.backward(batches, weights)).sum(0)  # (20,)
+        losses = self.batch_loss(inputs, targets)  # (20,)
+        # Trials are independent, so the gradients of all losses are those of their sum.
+        gradients = torch.autograd.grad(losses.sum(), self.factors)
+        torch.cat([gradient.flatten(1) for gradient in gradients], dim=1, out=self.gradient)  # (20, N)
         norms = torch.linalg.vector_norm(self.gradient, dim=1)  # (20,)
         if self.clip is not None:
             # As torch.nn.utils.clip_grad_norm_, for each trial.
             self.gradient.mul_((self.clip / (norms + 1e-6)).clamp(max=1.0)[:, None])  # (20, N)
         self.optimizer.step()
-        return losses, norms
-
-    def backward(self, batches: Sequence[Batch], weights: Sequence[Any]) -> list[Tensor]:
-        """Write the gradients of the weighted losses into ``gradient``, and return these losses: (trials,) each."""
-        losses = []
-        for number, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
-            loss = self.batch_loss(*batch)  # (20,)
-            shares = weight.to(loss)  # (20,)
-            # Trials are independent, so the gradients of all losses are those of their sum.
-            parts = [part.flatten(1) for part in torch.autograd.grad(loss, self.factors, shares)]
-            if number == 0:
-                torch.cat(parts, dim=1, out=self.gradient)  # (20, N)
-            else:
-                self.gradient.add_(torch.cat(parts, dim=1))  # (20, N)
-            losses.append(loss.detach() * shares)  # (20,)
-        return losses
+        return losses.detach(), norms
 
     def batch_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return each trial's mean loss on its own rows: (trials,)."""
@@ -350,18 +298,6 @@ class PackedStep(TrainingStep):
         for name, layer in self.adapters[k].items():
             replace(self.model, name, layer)
         return adapter_state(self.model)
-
-    @torch.no_grad()
-    def end(self, k: int) -> None:
-        """End trial k: its place computes the base model from now on, with updates of zero.
-
-        Without the place the joined batch would be smaller, and the base's product may round the other trials' rows
-        differently (with three trials of the digits transformer it does).
-        """
-        rows, parameter = next(block for block in self.blocks if k in block[0])
-        for tensor in (parameter, *self.optimizer.state[parameter].values()):
-            if tensor.ndim:  # not the count of steps
-                tensor[k - rows.start] = 0.0  # (N,)
 
 
 def _check_independence(step: PackedStep, task: Task, rows: Tensor) -> None:
@@ -406,25 +342,20 @@ def _check_independence(step: PackedStep, task: Task, rows: Tensor) -> None:
     if not alone:
         raise PackingError(
             "In this model the trials of a pack would not be independent: it draws at random, changes a buffer, leaves "
-            "out an adapted layer, or mixes examples; run the trials separately, with fit."
+            "out an adapted layer, or mixes examples; use fit."
         )
 
 
 def _check_pack(model: nn.Module, task: Task, trials: Sequence[Trial]) -> None:
     """Raise ValueError if trials cannot be a pack."""
-    if not trials:
-        raise ValueError(
-            "trials is empty, but a pack needs at least one, such as Trial(LoRA(rank=8), 1e-3, steps=100)."
-        )
+    check(len(trials), Size, "The number of trials")
     first = trials[0]
     check_run(model, task, first.method, first)
-    for trial in trials:
-        if common_settings(trial) != common_settings(first):
-            raise PackingError(
-                f"The trials of a pack may differ in rank, alpha, learning rate and seed alone, and {trial} differs "
-                f"from {first} in more; put them into different packs."
-            )
-    if reason := refusal(model, task, first.method, first.autocast):
+    require_unmarked(model)
+    require_no_adapters(model)
+    if any(common_settings(trial) != common_settings(first) for trial in trials):
+        raise PackingError("The trials of a pack may differ in rank, alpha, learning rate and seed alone.")
+    if reason := refusal(model, task, first):
         raise PackingError(reason)
 
 
@@ -436,40 +367,33 @@ def common_settings(trial: Trial) -> tuple[Any, ...]:
     return same, trial.accumulate, trial.gradient_checkpointing, trial.lean
 
 
-def refusal(model: nn.Module, task: Task, method: Method, autocast: torch.dtype | None = None) -> str | None:
-    """Return why a run cannot be packed, in a sentence, or None if it can.
+def refusal(model: nn.Module, task: Task, trial: Trial) -> str | None:
+    """Return why a trial cannot be packed, in a sentence, or None if it can.
 
     It looks at modules and settings only; :func:`fit_packed` also tries the model, before it trains.
+
+    Raises:
+        ValueError: the method finds no layer to adapt.
     """
+    method = trial.method
     if type(method) is not LoRA and type(method) is not RsLoRA:  # the two differ in scaling alone
-        name = getattr(method, "name", method)
-        return f"Method {name!r} cannot be packed, only LoRA and RsLoRA can; use fit."
-    if autocast is not None:
+        return f"Method {method.name!r} cannot be packed, only LoRA and RsLoRA can; use fit."
+    if trial.autocast is not None:
         return "A pack multiplies in the dtypes of its weights, without autocast; use fit, or Lean(torch.bfloat16)."
+    if trial.accumulate > 1:
+        return f"accumulate is {trial.accumulate}, but a pack takes each batch in one piece; use fit."
     if method.dropout > 0:
         return f"The method's dropout is {method.dropout:g}, but trials in one pass must not draw at random; use fit."
     if not any(task.loss is loss for loss in TRIAL_LOSSES):  # a loss need not be hashable
-        return (
-            f"The loss {describe_value(task.loss)!r} cannot be computed for each trial of a pack; use fit, or "
-            f"{' or '.join(loss.__name__ for loss in TRIAL_LOSSES)} of lora_lab.tasks."
-        )
-    try:
-        require_unmarked(model)
-        require_no_adapters(model)
-        layers = adapted_layers(model, method)
-    except ValueError as error:  # fit would say the same
-        return str(error)
-    dtypes = set()
-    for name, layer in layers.items():
+        return f"The loss {describe_value(task.loss)!r} cannot be computed for each trial of a pack; use fit."
+    for name, layer in adapted_layers(model, method).items():
         if type(layer) not in (nn.Linear, BlockLinear):
             return f"Layer {name!r} is a {type(layer).__name__}, but only adapters of nn.Linear can be packed; use fit."
-        dtypes.add(layer.dtype if isinstance(layer, BlockLinear) else layer.weight.dtype)
-    if len({torch.promote_types(dtype, torch.float32) for dtype in dtypes}) > 1:
-        named = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        return f"The layers to adapt are in {named}, but a pack needs adapters of one dtype; use fit."
     for name, module in model.named_modules():
-        if reason := _mixing(module):
-            return f"Module {name!r} ({type(module).__name__}) {reason}; use fit."
+        # torch's dropout keeps its probability as p, and other layers under a name with "drop" in it.
+        drops = [value for key, value in vars(module).items() if key == "p" or "drop" in key]
+        if any(isinstance(value, float) and value > 0 for value in drops):
+            return f"Module {name!r} has dropout, but trials in one pass must not draw at random; use fit."
     return None
 
 
@@ -477,21 +401,6 @@ def adapted_layers(model: nn.Module, method: LoRA) -> dict[str, nn.Linear | Bloc
     """Return the layers that a method adapts, by name."""
     names = match_layers(model, method.targets, method.exclude)
     return {name: cast(nn.Linear | BlockLinear, model.get_submodule(name)) for name in names}
-
-
-def _mixing(module: nn.Module) -> str | None:
-    """Return why a module would mix the trials of a pack, or None."""
-    batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-    if batch_norm or getattr(module, "track_running_stats", False):
-        return "keeps statistics of the batch in training, which the trials of a pack would share"
-    # torch's own dropout keeps its probability as p; attention and recurrent layers, here and in other libraries,
-    # keep it under a name with "drop" in it.
-    own = ["p"] if isinstance(module, nn.modules.dropout._DropoutNd) else []
-    for name in [*own, *(name for name in vars(module) if "drop" in name)]:
-        value = getattr(module, name)
-        if isinstance(value, float) and value > 0:
-            return f"has dropout {value:g}, but trials in one pass must not draw at random"
-    return None
 
 
 # A layer, and the losses of each trial
@@ -519,13 +428,17 @@ class PackedLinear(JointLinear):
     def forward(self, x: Tensor) -> Tensor:
         return self.project([self], x)[0]  # (640, 64) -> (640, 128)
 
-    def project(self, layers: Sequence[PackedLinear], x: Tensor) -> Sequence[Tensor]:
-        """Return the outputs of several packed layers of one input."""
-        return _multiply(layers, x)  # (640, 64) -> a tuple of (640, 128)
-
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
         """Return the output for ``silu(gate) * up``, which is not saved: the backward pass computes it again."""
-        return _multiply([self], gate, up)[0]  # 2 x (8, 64, 1536) -> (8, 64, 576)
+        return self.project([self], gate, up)[0]  # 2 x (8, 64, 1536) -> (8, 64, 576)
+
+    def project(self, layers: Sequence[PackedLinear], x: Tensor, up: Tensor | None = None) -> Sequence[Tensor]:
+        """Return the outputs of several packed layers of one input: x, or silu(x) * up."""
+        trials = len(self.scaling)
+        if len(x) % trials:
+            raise PackingError(f"A layer was given {len(x)} rows, not the examples of {trials} trials; use fit.")
+        factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
+        return _PackedLinears.apply(x, up, layers, *factors)  # (640, 64) -> a tuple of (640, 128)
 
     @property
     def weight(self) -> Tensor:
@@ -534,100 +447,70 @@ class PackedLinear(JointLinear):
         Raises:
             PackingError: always; some modules read the weight of a layer inside them and never call the layer.
         """
-        raise PackingError(
-            "The model reads the weight of an adapted layer, but the trials of a pack have none in common; run them "
-            "separately, with fit."
-        )
+        raise PackingError("The model reads the weight of an adapted layer, but a pack has many; use fit.")
 
 
-def _multiply(layers: Sequence[PackedLinear], x: Tensor, up: Tensor | None = None) -> Sequence[Tensor]:
-    """Return the outputs of packed layers of one input: x, or silu(x) * up."""
-    trials = len(layers[0].scaling)
-    if len(x) % trials:
-        raise PackingError(
-            f"A layer was given {len(x)} rows, not the examples of {trials} trials, as where the first "
-            "dimension is not the batch; run them separately, with fit."
-        )
-    factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
-    return _PackedLinears.apply(x, up, layers, *factors)
-
-
-def _forward(
-    x: Tensor, layers: Sequence[PackedLinear], factors: Sequence[Tensor]
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Return W0 x_k + scaling_k * B_k A_k x_k of each layer, x trial by trial, and scaling_k * A_k x_k of all."""
-    As, Bs = factors[::2], factors[1::2]
-    per_trial = x.reshape(len(As[0]), -1, x.shape[-1]).to(As[0].dtype)  # (20, 32, 64): rows come trial by trial
-    narrow = torch.bmm(_join(As), per_trial.mT)  # (20, 16, 64) @ (20, 64, 32) -> (20, 16, 32)
-    outputs = []
-    for layer, part, B in zip(layers, narrow.split([A.shape[1] for A in As], 1), Bs, strict=True):
-        part.mul_(layer.scaling)  # (20, 16, 32)
-        y = call_in_weight_dtype(layer.base, x).contiguous()  # (640, 64) -> (640, 128), one product for all trials
-        _add_product(y.view(*per_trial.shape[:2], -1), part.mT, B.mT)  # (20, 32, 128)
-        outputs.append(y)
-    return outputs, per_trial, narrow
-
-
-def _backward(
-    gs: Sequence[Tensor],
-    x: Tensor,
-    narrow: Tensor,
-    layers: Sequence[PackedLinear],
-    factors: Sequence[Tensor],
-    needs_dx: bool,
-) -> tuple[Tensor | None, list[Tensor]]:
-    """Return the gradients of the input, or None, and of A and B of each layer in turn.
-
-    Autograd would give the same. By hand the narrow products have their short side first, which takes half the time,
-    and updates are added in place.
-    """
-    As, Bs, ranks = factors[::2], factors[1::2], [A.shape[1] for A in factors[::2]]
-    per_trial = [g.reshape(*x.shape[:2], -1).to(As[0].dtype) for g in gs]  # (640, 128) -> (20, 32, 128)
-    narrowed = _join(
-        [
-            torch.bmm(B.mT, g.mT).mul_(layer.scaling)  # (20, 16, 128) @ (20, 128, 32) -> (20, 16, 32)
-            for B, g, layer in zip(Bs, per_trial, layers, strict=True)
-        ]
-    )
-    dBs = [
-        torch.bmm(part, g).mT  # (20, 16, 32) @ (20, 32, 128) -> (20, 128, 16)
-        for part, g in zip(narrow.split(ranks, 1), per_trial, strict=True)
-    ]
-    dAs = torch.bmm(narrowed, x).split(ranks, 1)  # (20, 16, 32) @ (20, 32, 64) -> (20, 16, 64)
-    dx = None
-    if needs_dx:
-        for g, layer in zip(gs, layers, strict=True):  # (640, 128) @ (128, 64) -> (640, 64), one product again
-            flat, weight = g.reshape(-1, g.shape[-1]), layer.base.weight
-            dx = cast_matmul(flat, weight) if dx is None else cast_addmm_(dx, flat, weight)  # (640, 64)
-        _add_product(cast(Tensor, dx).view(x.shape), narrowed.mT, _join(As))  # (20, 32, 64)
-    return dx, [gradient for pair in zip(dAs, dBs, strict=True) for gradient in pair]
+def _split_trials(rows: Tensor, factor: Tensor) -> Tensor:
+    """Return rows, which come trial by trial, as (trials, rows of a trial, width), in the dtype of the adapters."""
+    return rows.reshape(len(factor), -1, rows.shape[-1]).to(factor.dtype)
 
 
 class _PackedLinears(torch.autograd.Function):
-    """Several packed layers of one x, or of silu(x) * up, of which only x and up are saved; backward by hand."""
+    """Several packed layers of one x, or of silu(x) * up, of which only x and up are saved.
+
+    Autograd would give the same gradients. By hand the narrow products have their short side first, which takes half
+    the time, and updates are added in place.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, up: Tensor | None, layers: Sequence[PackedLinear], *factors: Tensor):
-        outputs, per_trial, narrow = _forward(x if up is None else F.silu(x).mul_(up), layers, factors)
-        ctx.save_for_backward(per_trial if up is None else x, up, narrow, *factors)
-        ctx.layers, ctx.shape = layers, x.shape
+        As, Bs = factors[::2], factors[1::2]
+        inputs = x if up is None else F.silu(x).mul_(up)  # (640, 64)
+        per_trial = _split_trials(inputs, As[0])  # (20, 32, 64)
+        narrow = torch.bmm(_join(As), per_trial.mT)  # (20, 16, 64) @ (20, 64, 32) -> (20, 16, 32)
+        outputs = []
+        for layer, part, B in zip(layers, narrow.split([A.shape[1] for A in As], 1), Bs, strict=True):
+            part.mul_(layer.scaling)  # (20, 16, 32)
+            # W0 x_k, one product for all trials
+            y = call_in_weight_dtype(layer.base, inputs).contiguous()  # (640, 64) -> (640, 128)
+            _add_product(y.view(*per_trial.shape[:2], -1), part.mT, B.mT)  # (20, 32, 128)
+            outputs.append(y)
+        ctx.save_for_backward(x, up, narrow, *factors)
+        ctx.layers = layers
         return tuple(outputs)  # (640, 128) each
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gs: Tensor):
         x, up, narrow, *factors = ctx.saved_tensors
-        if up is None:
-            dx, gradients = _backward(gs, x, narrow, ctx.layers, factors, ctx.needs_input_grad[0])
-            return None if dx is None else dx.view(ctx.shape), None, None, *gradients
-        activated = F.silu(x)  # (8, 64, 1536)
-        gated = (activated * up).view(len(narrow), -1, x.shape[-1])  # (8, 64, 1536), trial by trial
-        dx, gradients = _backward(gs, gated, narrow, ctx.layers, factors, any(ctx.needs_input_grad[:2]))
-        if dx is None:
+        As, Bs, ranks = factors[::2], factors[1::2], [A.shape[1] for A in factors[::2]]
+        activated = x if up is None else F.silu(x)  # (640, 64)
+        inputs = _split_trials(x if up is None else activated * up, As[0])  # (20, 32, 64)
+        per_trial = [_split_trials(g, As[0]) for g in gs]  # (640, 128) -> (20, 32, 128)
+        narrowed = _join(
+            [
+                torch.bmm(B.mT, g.mT).mul_(layer.scaling)  # (20, 16, 128) @ (20, 128, 32) -> (20, 16, 32)
+                for B, g, layer in zip(Bs, per_trial, ctx.layers, strict=True)
+            ]
+        )
+        dBs = [
+            torch.bmm(part, g).mT  # (20, 16, 32) @ (20, 32, 128) -> (20, 128, 16)
+            for part, g in zip(narrow.split(ranks, 1), per_trial, strict=True)
+        ]
+        dAs = torch.bmm(narrowed, inputs).split(ranks, 1)  # (20, 16, 32) @ (20, 32, 64) -> (20, 16, 64)
+        gradients = [gradient for pair in zip(dAs, dBs, strict=True) for gradient in pair]
+        if not any(ctx.needs_input_grad[:2]):
             return None, None, None, *gradients
-        dx = dx.view(ctx.shape)  # (8, 64, 1536)
-        d_up = activated.mul_(dx)  # (8, 64, 1536)
-        return torch.ops.aten.silu_backward(dx.mul_(up), x), d_up, None, *gradients  # (8, 64, 1536)
+        dx = None
+        for g, layer in zip(gs, ctx.layers, strict=True):  # (640, 128) @ (128, 64) -> (640, 64), one product again
+            flat, weight = g.reshape(-1, g.shape[-1]), layer.base.weight
+            dx = cast_matmul(flat, weight) if dx is None else cast_addmm_(dx, flat, weight)  # (640, 64)
+        dx = cast(Tensor, dx).view(x.shape)
+        _add_product(dx.view(inputs.shape), narrowed.mT, _join(As))  # (20, 32, 64)
+        if up is None:
+            return dx, None, None, *gradients
+        d_up = activated.mul_(dx)  # (640, 64)
+        return torch.ops.aten.silu_backward(dx.mul_(up), x), d_up, None, *gradients  # (640, 64)
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:

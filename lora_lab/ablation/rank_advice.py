@@ -2,7 +2,7 @@ r"""Which rank is enough, from one run at a high rank? Rules that predict it, an
 
     scores = UpdateRanks(RANKS, examples=64)(model, task)    # of a model with adapters of rank 64, after training
     advice = assess(rows)                                    # of the record "rank_advice"
-    print(advice.rule, advice.table, advice.works)
+    print(advice.statistic, advice.factor, advice.errors, advice.works)
 
 A rule multiplies one statistic of the run by a factor, and takes the nearest power of two. The statistics are medians
 over the layers of what :mod:`lora_lab.rank` says of each update's singular values; and the "truncation rank": the
@@ -18,13 +18,13 @@ it shows to be enough. Errors are in doublings outside that range: log2(predicte
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import nn
 
 from lora_lab.ablation.compare import compare_losses
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 
 SPECTRAL = {f"energy_rank_{share}": partial(energy_rank, share=share / 100) for share in (50, 80, 90, 95, 99)}
 SPECTRAL |= {"effective_rank": effective_rank, "stable_rank": stable_rank}
-TRUNCATION, CONSTANT = "truncation_rank", "constant"
+TRUNCATION = "truncation_rank"
 GUESS = 8  # the constant to beat
-_TRUNCATED = "truncated"
+_TRUNCATED, _BATCH = "truncated", 4
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,10 @@ class UpdateRanks:
     Args:
         ranks: to cut to.
         examples: of the validation part, how many, from its first.
-        batch_size: how many are evaluated together.
     """
 
     ranks: Sequence[int]
     examples: int
-    batch_size: int = 4
 
     def __call__(self, model: nn.Module, task: Task) -> dict[str, float | str]:
         spectra = [update.svd.S for update in updates(None, model, progress=False).values()]
@@ -70,7 +68,7 @@ class UpdateRanks:
         losses = {}
         for rank in sorted(self.ranks, reverse=True):
             resize(model, rank)
-            losses[rank] = round(evaluate(model, task, "validation", self.batch_size, self.examples), 6)
+            losses[rank] = round(evaluate(model, task, "validation", _BATCH, self.examples), 6)
         return scores | {_TRUNCATED: json.dumps(losses)}
 
 
@@ -112,73 +110,50 @@ def ranks_left(frame: pandas.DataFrame, margin: float) -> tuple[int, int] | None
     return int(ranks[ranks > too_small].min()), int(enough)
 
 
-@dataclass(frozen=True)
-class Rule:
-    """The rank that is enough, predicted as the power of two nearest to a multiple of one statistic.
+# Runs are a table with a row for each run at a high rank: ``task``, ``rank`` (of the run), ``low`` and ``high``
+# (:func:`ranks_left`), and a column for each statistic in :data:`SPECTRAL`, and for :data:`TRUNCATION`.
 
-    Runs are a table with a row for each run at a high rank: ``task``, ``rank`` (of the run), ``low`` and ``high``
-    (:func:`ranks_left`), and a column for each statistic in :data:`SPECTRAL`, :data:`TRUNCATION` and :data:`CONSTANT`.
+
+def choose_rule(runs: pandas.DataFrame) -> tuple[str, float]:
+    """Return the statistic, and its factor, whose mean absolute error on these runs is the smallest.
+
+    A statistic's factor is the median of (enough rank / statistic), taken over the tasks on a logarithmic scale, so
+    that each task counts once. The enough rank is the smallest rank that the sweep shows to be enough.
+    """
+    doublings = np.log2(runs[[*SPECTRAL, TRUNCATION]].rdiv(runs["high"], axis=0))  # (runs, statistics)
+    of_tasks = doublings.groupby(runs["task"]).mean()  # (tasks, statistics)
+    middle = of_tasks.median()  # (statistics,)
+    statistic = str((of_tasks - middle).abs().mean().idxmin())
+    return statistic, float(2 ** middle[statistic])
+
+
+def predict_ranks(runs: pandas.DataFrame, statistic: str, factor: float) -> pandas.Series:
+    """Return the power of two nearest to the factor times the statistic of each run, at most the run's rank."""
+    doublings = np.log2(factor * runs[statistic]).round()
+    return 2.0 ** doublings.clip(lower=0, upper=np.log2(runs["rank"]).round())
+
+
+def measure_errors(runs: pandas.DataFrame, predicted: pandas.Series) -> pandas.Series:
+    """Return task -> mean over its runs of log2(predicted / nearest of the ranks left), in doublings."""
+    nearest = predicted.clip(lower=runs["low"], upper=runs["high"])
+    return np.log2(predicted / nearest).groupby(runs["task"], sort=False).mean()
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A rule that was chosen on the planted tasks, and how far it is from the sweeps on the others.
+
+    Args:
+        statistic, factor: the rule.
+        errors: task -> ``error`` (in doublings, the mean over its runs) and ``constant_error`` (of always
+            :data:`GUESS`), of the tasks that a sweep decides and that took no part in the choice.
+        undecided: the tasks on which the largest rank has no result inside its grid of rates, which do not count.
     """
 
     statistic: str
     factor: float
-
-    def predict(self, runs: pandas.DataFrame) -> pandas.Series:
-        """Return each run's prediction, at most its rank."""
-        doublings = (self.factor * runs[self.statistic]).map(math.log2).round()
-        return 2.0 ** doublings.clip(lower=0, upper=runs["rank"].map(math.log2).round())
-
-    def errors(self, runs: pandas.DataFrame) -> pandas.Series:
-        """Return task -> mean over its runs of log2(predicted / nearest of the ranks left), in doublings."""
-        predicted = self.predict(runs)
-        doublings = (predicted / predicted.clip(lower=runs["low"], upper=runs["high"])).map(math.log2)
-        return doublings.groupby(runs["task"], sort=False).mean()
-
-    def __str__(self) -> str:
-        return f"{self.factor:.3g} times {self.statistic}"
-
-
-def choose_rule(runs: pandas.DataFrame) -> Rule:
-    """Return the rule, of all statistics but the constant, whose mean absolute error on these runs is the smallest."""
-    errors = {}
-    for statistic in (*SPECTRAL, TRUNCATION):
-        rule, error = _fit_rule(statistic, runs)
-        errors[rule] = error
-    return min(errors, key=errors.__getitem__)
-
-
-def _fit_rule(statistic: str, runs: pandas.DataFrame) -> tuple[Rule, float]:
-    """Return the rule of a statistic, and its mean absolute error in doublings of the rank.
-
-    Its factor is the median of (enough rank / statistic), taken over the tasks on a logarithmic scale, so that each
-    task counts once. The enough rank is the smallest rank that the sweep shows to be enough.
-    """
-    doublings = (runs["high"] / runs[statistic]).map(math.log2)  # (runs,)
-    of_tasks = doublings.groupby(runs["task"]).mean()  # (tasks,)
-    middle = of_tasks.median()
-    return Rule(statistic, 2**middle), (of_tasks - middle).abs().mean()
-
-
-@dataclass(frozen=True)
-class Assessment:
-    """A rule that was chosen on the planted tasks, and how far it is from the sweeps on the others.
-
-    Args:
-        rule: that was chosen.
-        table: a row for each task that a sweep decides: ``task``, ``planted`` (True if it took part in the choice),
-            ``low`` and ``high`` (:func:`ranks_left`), ``predicted`` (of each run), ``error`` (in doublings, the mean
-            over the runs) and ``constant_error`` (of always :data:`GUESS`).
-        undecided: the tasks on which the largest rank has no result inside its grid of rates, which do not count.
-    """
-
-    rule: Rule
-    table: pandas.DataFrame
+    errors: pandas.DataFrame
     undecided: tuple[str, ...]
-
-    @property
-    def judged(self) -> pandas.DataFrame:
-        """The rows of the tasks that took no part in the choice."""
-        return self.table[~self.table["planted"]]
 
     @property
     def works(self) -> bool | None:
@@ -186,13 +161,13 @@ class Assessment:
 
         None with fewer than three judged tasks, or if these do not distinguish it from the constant.
         """
-        errors, constant = self.judged["error"].abs(), self.judged["constant_error"].abs()
+        errors, constant = self.errors["error"].abs(), self.errors["constant_error"].abs()
         if len(errors) < 3 or (errors.max() <= 1 and errors.mean() == constant.mean()):
             return None
         return bool(errors.max() <= 1 and errors.mean() < constant.mean())
 
 
-def assess(rows: Iterable[Mapping[str, Any]]) -> Assessment:
+def assess(rows: Iterable[Mapping[str, Any]]) -> Advice:
     """Choose a rule on the planted tasks, and judge it on the others.
 
     Args:
@@ -213,15 +188,14 @@ def assess(rows: Iterable[Mapping[str, Any]]) -> Assessment:
             continue
         for row in of_task[at_high_rank & (of_task["outcome"] == "done")].to_dict("records"):
             losses = {int(rank): loss for rank, loss in json.loads(row[SCORE + _TRUNCATED]).items()}
-            values = {name: row[SCORE + name] for name in SPECTRAL}
-            values |= {TRUNCATION: truncation_rank(losses, margin), CONSTANT: 1.0}
+            values = {name: row[SCORE + name] for name in SPECTRAL} | {TRUNCATION: truncation_rank(losses, margin)}
             found.append({"task": str(task), "rank": row["rank"], "low": left[0], "high": left[1], **values})
-    runs = pandas.DataFrame(found, columns=["task", "rank", "low", "high", *SPECTRAL, TRUNCATION, CONSTANT])
+    runs = pandas.DataFrame(found, columns=["task", "rank", "low", "high", *SPECTRAL, TRUNCATION])
     planted = runs["task"].str.startswith("planted")
     if not planted.any():
         raise ValueError("The sweeps decide no planted task, so no rule can be chosen; run more seeds of those.")
-    rule = choose_rule(runs[planted])
-    tasks = runs.assign(predicted=rule.predict(runs), planted=planted).groupby("task", sort=False)
-    table = tasks[["planted", "low", "high"]].first().assign(predicted=tasks["predicted"].agg(list))
-    table = table.assign(error=rule.errors(runs), constant_error=Rule(CONSTANT, GUESS).errors(runs))
-    return Assessment(rule, table.reset_index(), tuple(undecided))
+    rule, judged = choose_rule(runs[planted]), runs[~planted]
+    constant = pandas.Series(GUESS, judged.index)
+    errors = {"error": predict_ranks(judged, *rule), "constant_error": constant}
+    table = pandas.DataFrame({name: measure_errors(judged, predicted) for name, predicted in errors.items()})
+    return Advice(*rule, table, tuple(undecided))

@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from typing_extensions import TypedDict
 
-from lora_lab.ablation.grid import AUTOCAST, BASE_DTYPE, Trial
+from lora_lab.ablation.grid import AUTOCAST, BASE_DTYPE, Trial, hash_content
 from lora_lab.history import History
 from lora_lab.system.files import as_path, read_json
 from lora_lab.system.schema import Number, check
-from lora_lab.system.wording import count_noun, shortened
+from lora_lab.system.wording import shortened
 from lora_lab.train import TrainConfig
 
 if TYPE_CHECKING:
     import pandas
 
-SCHEMA = 1
 # Columns of the table: losses, how a trial went, and where it ran; all others describe the trial.
 LOSSES = ("train_loss", "validation_loss", "off_domain_loss", "gap", "test_loss")
 OUTCOME = ("outcome", "reason", "step", *LOSSES, "seconds", "trainable_parameters")
@@ -35,12 +34,10 @@ _HOLDS = {
     STOPPED: ({"reason"}, {"history"}),
     "failed": ({"reason"}, set()),
 }
-_Provenance = TypedDict("_Provenance", dict.fromkeys(PROVENANCE, str), total=False)  # pyright: ignore
 Scores = dict[str, bool | int | float | str | None]
 
 
 class _File(TypedDict):
-    schema: Literal[1]
     key: str
     trial: dict[str, Any]
     outcome: Literal["done", "failed", "stopped"]
@@ -48,7 +45,7 @@ class _File(TypedDict):
     history: dict[str, Any] | None
     test_loss: Number | None
     scores: Scores | None
-    provenance: _Provenance
+    provenance: dict[str, str]
 
 
 def load(folder: str | Path):
@@ -56,15 +53,14 @@ def load(folder: str | Path):
 
     Returns:
         A pandas DataFrame with one row for each trial and evaluation step, sorted by method, rank, learning rate,
-        seed and step. Columns: ``key``; ``method``, ``rank``, ``alpha`` and the method's other settings; the trial's
-        options; ``outcome`` ("done", "failed" or "stopped") and, if not done or not judged, the ``reason``; ``step``;
-        ``train_loss``, ``validation_loss``, ``off_domain_loss`` and ``gap`` (see
+        seed and step. Columns: ``key``; ``method``, ``rank``, ``alpha``; the method's other settings and the trial's
+        options, by name; ``outcome`` ("done", "failed" or "stopped") and, if not done or not judged, the ``reason``;
+        ``step``; ``train_loss``, ``validation_loss``, ``off_domain_loss`` and ``gap`` (see
         :meth:`lora_lab.history.History.curve`) at that step, and after the last one ``test_loss`` and the judge's
         scores; ``seconds``, the time of training up to that step; ``trainable_parameters``; and where and when it
         ran (``engine``, ``device``, versions, ``commit``, ``date``). A failed trial has one row, without step and
         losses. One that halving has stopped has the rows up to there, or such a row if it was not begun; it has no
-        test loss. ``model`` and ``task`` are hashes of the weights and of the data; a warning
-        names those that differ.
+        test loss. ``model`` and ``task`` are hashes of the weights and of the data; a warning names those that differ.
 
     Raises:
         FileNotFoundError: there is no such folder, or it holds no result.
@@ -78,12 +74,10 @@ def load(folder: str | Path):
         )
     # One at a time, because their histories may not fit into memory.
     frame = table(_read(path) for path in paths)
-    if several := [name for name in ("model", "task") if frame[name].nunique() > 1]:
-        counts = " and of ".join(count_noun(frame[name].nunique(), name) for name in several)
-        warnings.warn(
-            f"{folder} holds results of {counts}; compare only rows with equal values in {' and in '.join(several)}.",
-            stacklevel=2,
-        )
+    for name in ("model", "task"):
+        if (count := frame[name].nunique()) > 1:
+            says = f"{folder} holds results of {count} {name}s; compare only rows with equal values in {name}."
+            warnings.warn(says, stacklevel=2)
     return frame
 
 
@@ -104,14 +98,13 @@ def _read(path: Path) -> dict[str, Any]:
     """Read one result.
 
     Raises:
-        ValueError: the file is damaged, of another schema, or not the result of the trial that it is named after.
+        ValueError: the file is damaged, or not the result of the trial that it is named after.
     """
     try:
         result = check(read_json(path), _File)
-        trial = Trial.from_dict(result["trial"])
-        if not path.stem == result["key"] == trial.key:
-            raise ValueError(f"it holds trial {trial.key}, which is not what its name and key say")
-        _check(result, trial)
+        if not path.stem == result["key"] == hash_content(result["trial"]):
+            raise ValueError("its name, its key and its trial do not belong together")
+        _check(result)
     except (ValueError, RecursionError) as error:  # RecursionError for deeply nested settings
         reason = shortened(str(error)).removesuffix(".")
         raise ValueError(
@@ -120,7 +113,7 @@ def _read(path: Path) -> dict[str, Any]:
     return result
 
 
-def _check(result: dict[str, Any], trial: Trial) -> None:
+def _check(result: dict[str, Any]) -> None:
     """Raise ValueError if the entries of a result do not go together."""
     outcome = result["outcome"]
     must, may = _HOLDS[outcome]
@@ -129,9 +122,9 @@ def _check(result: dict[str, Any], trial: Trial) -> None:
         raise ValueError(f"outcome is {outcome!r}, with {sorted(must)}, but this one has {sorted(held)}")
     if result["history"] is None:
         return
-    rows, whole = History.from_dict(result["history"]).rows, trial.steps + 1
-    if not (0 < len(rows) < whole if outcome == STOPPED else len(rows) == whole):
-        raise ValueError(f"the history has {len(rows)} rows, but {trial.steps} steps make {whole}")
+    rows, steps = History.from_dict(result["history"]).rows, result["trial"]["steps"]
+    if not (0 < len(rows) <= steps if outcome == STOPPED else len(rows) == steps + 1):
+        raise ValueError(f"the history has {len(rows)} rows, but {steps} steps make {steps + 1}")
     if outcome != STOPPED and rows[-1]["validation_loss"] is None:
         raise ValueError("the last row of the history has no validation_loss")
 
@@ -141,10 +134,10 @@ def table(results: Iterable[dict[str, Any]]):
     import pandas
 
     rows = [row for result in results for row in _rows(result)]
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = {name for row in rows for name in row}
     scores = sorted(name for name in names if name.startswith(SCORE))
     first, last = ["key", "method", "rank", "alpha"], [*OUTCOME, *scores, *PROVENANCE]
-    between = [name for name in names if name not in (*first, *last)]
+    between = sorted(names - {*first, *last})  # a file's entries are in this order, too
     frame = pandas.DataFrame(rows, columns=[*first, *between, *last])
     numbers = ("rank", "alpha", "lr", "weight_decay", "clip", "eval_examples", *OUTCOME[2:])
     # A trial has these only if they are not the default.
@@ -156,12 +149,10 @@ def table(results: Iterable[dict[str, Any]]):
 
 
 def _rows(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    trial = Trial.from_dict(result["trial"]).to_dict()  # in one order, whatever the file's
-    method = dict(trial.pop("method"))
-    method["method"] = method.pop("name")
-    texts = {name: ", ".join(value) for name, value in method.items() if isinstance(value, list)}
+    trial = dict(result["trial"])
+    method = {k: ", ".join(v) if isinstance(v, list) else v for k, v in trial.pop("method").items()}
     provenance = {name: result["provenance"].get(name) for name in PROVENANCE}
-    fixed = {"key": result["key"], **method, **texts, **trial, **provenance}
+    fixed = {"key": result["key"], "method": method.pop("name"), **method, **trial, **provenance}
     fixed |= {"outcome": result["outcome"], "reason": result["reason"] or ""}
     if result["history"] is None:
         yield fixed

@@ -40,7 +40,7 @@ from lora_lab.ablation import packed
 from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.halving import PAUSED, Halving, next_round
 from lora_lab.ablation.packed import adapted_layers, common_settings, lora_of, refusal
-from lora_lab.ablation.results import OUT_OF_MEMORY, SCHEMA, STOPPED, Scores, read_results, table
+from lora_lab.ablation.results import OUT_OF_MEMORY, STOPPED, Scores, read_results, table
 from lora_lab.costs.fake import Factory, copy_sharing_weights, fake_copy
 from lora_lab.costs.memory import Part, predict
 from lora_lab.history import DivergedError, History
@@ -71,7 +71,6 @@ def ablate(
     *,
     n_jobs: int | None = None,
     engine: str = "auto",
-    budget_bytes: int | None = None,
     judge: Judge | None = None,
     progress: bool | None = None,
     timeout_s: float = 24 * 3600,
@@ -90,8 +89,8 @@ def ablate(
         folder: where results are kept, one file a trial; None keeps none, and an interrupt then loses all.
         n_jobs: number of processes, each with one torch thread; None means this process alone, or what the caller's
             ``joblib.parallel_config`` says.
-        engine: "separate" runs each by :func:`lora_lab.fit`, "packed" many in one pass, "auto" packs what can be.
-        budget_bytes: memory for one pack; default half of what is free on this machine, shared among the workers.
+        engine: "separate" runs each by :func:`lora_lab.fit`, "packed" many in one pass, "auto" packs what can be. Packs
+            may take half of the memory that is free.
         judge: called with each trained model and the task. The numbers and texts by name that it returns are in the
             table as ``score_<name>``. Stored trials without scores are run anew. Give another judge another folder.
         progress: show a bar; default only where a person is looking.
@@ -111,7 +110,7 @@ def ablate(
     model, data = make(), _task(task)
     data.check_model(model)
     identity = {"task": data.fingerprint, "model": fingerprint(model)}
-    requested = dict.fromkeys(trial.bound(**identity) for trial in trials)
+    requested = dict.fromkeys(replace(trial, **identity) for trial in trials)
     stored = read_results(folder, requested, judge is not None)
     results = {key: result for key, result in stored.items() if result["outcome"] != STOPPED}
     missing = [trial for trial in requested if trial.key not in results]
@@ -120,7 +119,7 @@ def ablate(
     workers = _count_workers(n_jobs) if missing else 1
 
     def run(model: nn.Module, trials: Sequence[Trial], *pause: Any) -> Generator[_File]:
-        planned = plan(model, data, trials, engine, budget_bytes, workers) if trials else []
+        planned = plan(model, data, trials, engine, workers)
         jobs = [_Job(make, task, part, together, engine, _here(), judge, *pause) for part, together in planned]
         return _run_jobs(jobs, n_jobs, timeout_s if workers > 1 else None)
 
@@ -140,8 +139,8 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, module in model.named_modules():
         # Numbers such as a dropout's p; the mode is left out, because fit sets it.
-        numbers = {key: value for key, value in vars(module).items() if isinstance(value, int | float)}
-        numbers = sorted((key, value) for key, value in numbers.items() if key != "training" and key[0] != "_")
+        public = {key: value for key, value in vars(module).items() if key != "training" and key[0] != "_"}
+        numbers = sorted(entry for entry in public.items() if isinstance(entry[1], int | float))
         digest.update(f"{name} {type(module).__name__} {numbers}".encode())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}".encode())
@@ -186,7 +185,7 @@ def _run_in_rounds(
 
 
 def plan(
-    model: nn.Module, task: Task, trials: Sequence[Trial], engine: str, budget_bytes: int | None, workers: int
+    model: nn.Module, task: Task, trials: Sequence[Trial], engine: str, workers: int
 ) -> list[tuple[list[Trial], bool]]:
     """Return the trials in jobs, and whether each job is a pack.
 
@@ -204,9 +203,9 @@ def plan(
         groups.setdefault(common_settings(trial), []).append(trial)
     jobs = []
     for group in groups.values():
-        reason = refusal(model, task, group[0].method, group[0].autocast)
+        reason = refusal(model, task, group[0])
         if reason is None:
-            most = min(_fitting(model, task, group, budget_bytes, workers), _MOST_PACKED)
+            most = min(_count_fitting(model, task, group, workers), _MOST_PACKED)
             packs = share_work(model, group, max(min(workers, len(group)), math.ceil(len(group) / most)), most)
             jobs += [(pack, engine == "packed" or len(pack) > 1) for pack in packs]
         elif engine == "packed":
@@ -254,18 +253,17 @@ def share_work(model: nn.Module, trials: Sequence[Trial], count: int, most: int)
     return [trials[low:high] for low, high in itertools.pairwise([*cuts, len(trials)])]
 
 
-def _fitting(model: nn.Module, task: Task, trials: Sequence[Trial], budget_bytes: int | None, workers: int) -> int:
-    """Return how many trials fit into the budget; the frozen weights count once, all else for each trial.
+def _count_fitting(model: nn.Module, task: Task, trials: Sequence[Trial], workers: int) -> int:
+    """Return how many trials fit into half of the free memory, shared among the workers.
 
-    On the CPU they also fit into an hour or so, which is what an interrupted pack loses.
+    The frozen weights count once, all else for each trial. On the CPU the trials also fit into an hour or so, which is
+    what an interrupted pack loses.
     """
-    small = sum(parameter.numel() for parameter in model.parameters()) <= _SMALL
-    if small and budget_bytes is None:
+    if sum(parameter.numel() for parameter in model.parameters()) <= _SMALL:
         return _MOST_PACKED
     device = next(model.parameters()).device
-    if budget_bytes is None:
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-        budget_bytes = int(free) // 2 // workers
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    budget = int(free) // 2 // workers
     widest = max(trials, key=lambda trial: lora_of(trial).rank)
     rows = torch.arange(widest.batch_size) % len(task.train)  # (batch,)
     lean = cast(Lean | None, widest.lean)
@@ -275,13 +273,12 @@ def _fitting(model: nn.Module, task: Task, trials: Sequence[Trial], budget_bytes
         batch=(task.train.inputs[rows], task.train.targets[rows]),  # padded in full: no batch is longer
         loss=task.loss,
         clip=widest.clip,
-        accumulate=widest.accumulate,
         gradient_checkpointing=widest.gradient_checkpointing,
         lean=None if lean is None else replace(lean, threads=1),  # as a pack computes
     )
     shared = bill.parts.get(Part.FROZEN, 0)
-    most = (budget_bytes - shared) // (bill.peak_bytes - shared)
-    return max(1, most if small or device.type != "cpu" else min(most, _MOST_STEPS // widest.steps))
+    most = (budget - shared) // (bill.peak_bytes - shared)
+    return max(1, most if device.type != "cpu" else min(most, _MOST_STEPS // widest.steps))
 
 
 # Where trials run
@@ -301,7 +298,7 @@ def _run_jobs(jobs: Sequence[_Job], n_jobs: int | None, timeout_s: float | None)
             raise
         what = f"No trial ended for {timeout_s:g} s, so a worker may hang; look at the workers, or give more timeout_s"
         if isinstance(error, BrokenProcessPool):
-            what = "The system ended a worker, most likely for lack of memory; use fewer n_jobs or less budget_bytes"
+            what = "The system ended a worker, most likely for lack of memory; use fewer n_jobs"
         raise RuntimeError(f"{what}. What has ended is kept: start the sweep again to go on.") from error
 
 
@@ -383,12 +380,11 @@ def _file(trial: Trial, model: nn.Module, outcome: str, history: History | None 
     device = next(model.parameters()).device
     here = {"device": device_name(device), "lora_lab": version(), "commit": _commit(), "engine": "not begun"}
     return {
-        "schema": SCHEMA,
         "key": trial.key,
         "trial": trial.to_dict(),
         "outcome": outcome,
         "reason": None,
-        "history": None if history is None else dict(vars(history)),
+        "history": history and dict(vars(history)),
         "test_loss": None,
         "scores": None,
         "provenance": machine_info(device) | here | {"date": datetime.now(UTC).isoformat(timespec="seconds")},

@@ -68,14 +68,13 @@ class BlockLosses:
             for part, limit in self.examples.items()
         }
         if self.answered:
-            scores["accuracy"] = self._accuracies(model, cast(PairTask, task))
+            limit = self.examples.get("test")
+            pairs = cast(PairTask, task).pairs["test"][:limit]
+            predictions = answers(model, cast(PairTask, task), limit=limit)
+            right = [a == pair.answer for a, pair in zip(predictions, pairs, strict=True)]
+            blocks = [right[start : start + self.block] for start in range(0, len(right), self.block)]
+            scores["accuracy"] = [*map(statistics.fmean, blocks)]
         return {name: json.dumps([round(each, _DIGITS) for each in by_block]) for name, by_block in scores.items()}
-
-    def _accuracies(self, model: nn.Module, task: PairTask) -> list[float]:
-        limit = self.examples.get("test")
-        predictions = answers(model, task, limit=limit)
-        right = [a == pair.answer for a, pair in zip(predictions, task.pairs["test"][:limit], strict=True)]
-        return [statistics.fmean(right[start : start + self.block]) for start in range(0, len(right), self.block)]
 
 
 def losses_by_seed(rows: pandas.DataFrame, by: str, part: str) -> dict[Any, np.ndarray]:
@@ -109,8 +108,8 @@ def block_losses_of(row: Mapping[Any, Any], part: str) -> list[float]:
     return json.loads(text) if isinstance(text, str) else [float(row[f"{part}_loss"])]
 
 
-def t_bounds(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float | None, float | None]:
-    """Return the mean of the values, and its one-sided bounds by Student's t; None for a single value.
+def t_bounds(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:
+    """Return the mean of the values, and its one-sided bounds by Student's t; NaN for a single value.
 
     Args:
         values: such as a difference for each seed.
@@ -120,7 +119,7 @@ def t_bounds(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[f
 
     mean = statistics.fmean(values)
     if len(values) < 2:
-        return mean, None, None
+        return mean, math.nan, math.nan
     distance = float(t.ppf(confidence, len(values) - 1) * sem(values))
     return mean, mean - distance, mean + distance
 
@@ -136,10 +135,8 @@ def outer_bounds(values: np.ndarray, confidence: float = CONFIDENCE) -> tuple[fl
         confidence: of each bound, as for :func:`t_bounds`.
     """
     _, lower, upper = t_bounds(values.mean(axis=1).tolist(), confidence)
-    if lower is None or upper is None:
-        return math.nan, math.nan
     low, high = np.quantile(resampled_means(values), [1 - confidence, confidence], method="nearest")
-    return min(float(low), lower), max(float(high), upper)
+    return float(np.minimum(low, lower)), float(np.maximum(high, upper))  # which pass NaN on
 
 
 def resampled_means(values: np.ndarray) -> np.ndarray:
@@ -168,8 +165,12 @@ def resampled_means(values: np.ndarray) -> np.ndarray:
 
 
 def interval(samples: np.ndarray) -> tuple[float, float]:
-    """Return the two-sided 95 % interval of a bootstrap's samples; its ends are samples, which may be infinite."""
-    lower, upper = np.quantile(samples, [_TAIL, 1 - _TAIL], method="nearest")
+    """Return the two-sided 95 % interval of a bootstrap's samples; its ends are samples, which may be infinite.
+
+    Those unknown (NaN) count as the lowest and as the highest.
+    """
+    lower = np.quantile(np.where(np.isnan(samples), -math.inf, samples), _TAIL, method="nearest")
+    upper = np.quantile(np.where(np.isnan(samples), math.inf, samples), 1 - _TAIL, method="nearest")
     return float(lower), float(upper)
 
 
@@ -187,9 +188,10 @@ def rank_correlations(runs: pandas.DataFrame, target: str, predictors: Sequence[
     Returns:
         Columns ``predictor``, ``correlation``, ``lower`` and ``upper``; and ``difference_lower`` and
         ``difference_upper``: by how much the first predictor's correlation is further from zero, in the same resamples.
+        All are NaN for a column that is constant.
 
     Raises:
-        ValueError: there are fewer than four setups, or a column is constant.
+        ValueError: there are fewer than four setups.
     """
     import pandas
     from scipy.stats import rankdata
@@ -199,8 +201,6 @@ def rank_correlations(runs: pandas.DataFrame, target: str, predictors: Sequence[
     setups = [of_setup[columns].to_numpy(float) for _, of_setup in runs.groupby(["setup", "lr"], dropna=False)]
     if (count := len(setups)) < 4:
         raise ValueError(f"There are runs of {count} setups, but a correlation over setups needs at least four.")
-    if constant := [name for name in columns if runs[name].nunique() == 1]:
-        raise ValueError(f"{constant[0]!r} is the same in all runs, so it correlates with nothing; leave it out.")
 
     def correlate(drawn: Iterable[int]) -> np.ndarray:
         ranks = rankdata(np.concatenate([setups[i] for i in drawn]), axis=0)  # ties share their mean
@@ -244,7 +244,6 @@ class BestRate:
 
     Args:
         tried: the rate of the lowest mean loss among those tried.
-        loss: that mean, in the task's unit.
         vertex: of the parabola; None if ``tried`` is at an edge.
         lower, upper: the two-sided 95 % interval of the vertex; None where it reaches beyond the rates tried, and if
             there is only one loss a rate, so that there is no interval.
@@ -253,7 +252,6 @@ class BestRate:
     """
 
     tried: float
-    loss: float
     vertex: float | None
     lower: float | None
     upper: float | None
@@ -286,7 +284,6 @@ def best_rate(losses: Mapping[float, np.ndarray]) -> BestRate:
     lower, upper = (bound if 0 < bound < math.inf and values[0].size > 1 else None for bound in bounds)
     return BestRate(
         tried=float(rates[lowest]),
-        loss=float(means[lowest]),
         vertex=float(np.exp(log_vertex)) if math.isfinite(log_vertex) else None,
         lower=lower,
         upper=upper,
@@ -337,7 +334,7 @@ def powers(samples: Mapping[tuple[float, ...], np.ndarray]) -> list[tuple[float,
         with np.errstate(invalid="ignore"):  # beyond two grids in opposite directions: unknown
             power = np.where(weights[:, None] == 0, 0, weights[:, None] * vertices).sum(axis=0)
         middle = float(np.median(np.nan_to_num(power, nan=math.inf, posinf=math.inf, neginf=-math.inf)))
-        fitted.append((middle if math.isfinite(middle) else math.nan, *_bounds(power)))
+        fitted.append((middle if math.isfinite(middle) else math.nan, *interval(power)))
     return fitted
 
 
@@ -348,15 +345,8 @@ def ratio_interval(above: np.ndarray, below: np.ndarray) -> tuple[float, float]:
         above, below: what :func:`sample_vertices` returned for the two, with equal samples.
     """
     with np.errstate(invalid="ignore"):  # beyond both grids: nothing is known of the ratio
-        lower, upper = _bounds(above - below)
+        lower, upper = interval(above - below)
     return math.exp(lower), math.exp(upper)
-
-
-def _bounds(samples: np.ndarray) -> tuple[float, float]:
-    """Return the interval of samples; those unknown (NaN) count as the lowest and as the highest."""
-    lower, _ = interval(np.nan_to_num(samples, nan=-math.inf, posinf=math.inf, neginf=-math.inf))
-    _, upper = interval(np.nan_to_num(samples, nan=math.inf, posinf=math.inf, neginf=-math.inf))
-    return lower, upper
 
 
 def _stack(losses: Mapping[float, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

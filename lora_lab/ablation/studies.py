@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,8 +26,9 @@ from lora_lab.methods import FullFineTuning
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
 from lora_lab.models.pretrained import SMOLLM2, load_pretrained, load_tokenizer
+from lora_lab.system.files import check_file
 from lora_lab.task import Task
-from lora_lab.tasks.named import READERS, TASKS, check_name
+from lora_lab.tasks.named import READERS, TASKS
 from lora_lab.train import fit
 from lora_lab.variants import LORA_METHODS
 
@@ -61,6 +63,7 @@ def study(
 
     Raises:
         ValueError: another name, seq_len is below 2, or a model for a study of small nets.
+        FileNotFoundError: there is no such file.
     """
     if name in ("planted", "digits"):
         if model != SMOLLM2:
@@ -68,23 +71,16 @@ def study(
         if name == "digits":
             return pretrained_digits(), tasks.digits()
         return DigitsMLP(dtype=torch.float64), tasks.planted(DigitsMLP(dtype=torch.float64))
-    check_study(name)
+    known = dict.fromkeys([*DEFAULTS, *TASKS])
+    if name not in known and Path(name).suffix not in READERS:
+        names = f"{', '.join(known)}, and files that end in {', '.join(READERS)}"
+        raise ValueError(f"There is no study {name!r}; there are {names}.")
+    if name not in known:
+        check_file(name, "your examples")
     if seq_len < 2:
         raise ValueError(f"seq_len is {seq_len}, but an example needs at least 2 tokens.")
     task = partial(docs_task, seq_len, model=model) if name == "docs" else partial(_named_task, name, model)
     return partial(language_model, device, model), task
-
-
-def check_study(name: str) -> None:
-    """Raise ValueError if :func:`study` has no study of that name."""
-    if name not in DEFAULTS:
-        try:
-            check_name(name)
-        except ValueError:
-            raise ValueError(
-                f"There is no study {name!r}; there are {', '.join([*DEFAULTS, *(set(TASKS) - set(DEFAULTS))])}, and "
-                f"files that end in {', '.join(READERS)}."
-            ) from None
 
 
 def defaults_of(name: str) -> Defaults:
@@ -103,9 +99,8 @@ def grid(
         ranks, lrs, seeds, **options: as for :class:`lora_lab.ablation.grid.Grid`.
 
     Raises:
-        ValueError: the study or the method is unknown, or as for Grid.
+        ValueError: the method is unknown, or as for Grid.
     """
-    check_study(name)
     if method not in LORA_METHODS:
         raise ValueError(f"There is no method {method!r} with ranks; there are {', '.join(LORA_METHODS)}.")
     defaults = defaults_of(name)

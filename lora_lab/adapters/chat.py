@@ -171,7 +171,7 @@ def obey(conversation: Conversation, line: str) -> str:
 # In a notebook
 
 BASE = "(base model)"
-_TEXT_FOLLOWS_IN = 0.3  # seconds from the message of Enter to that of the text; they are sent together
+_TEXT_FOLLOWS_IN = 0.3  # seconds from the message of Enter to that of the text, if it is new; they are sent together
 # Of the edges of messages: JupyterLab's colours, which follow its theme, and others for front ends without them.
 _USER, _MODEL, _ERROR = "var(--jp-border-color1, #999999)", "var(--jp-success-color1, #009e73)", "#d55e00"
 _MESSAGE = (
@@ -238,8 +238,8 @@ class Chat:
         self.adapter = ipywidgets.Dropdown(options=options, description="adapter", **look)
         self.strength = ipywidgets.FloatSlider(1.0, min=0.0, max=2.0, step=0.05, description="strength", **look)
         self.new = ipywidgets.Button(description="New conversation", layout={"width": "auto"})
-        # At each key a browser sends the text so far, but keeps some back while others are under way, and a message of
-        # Enter would overtake them. So the text is sent as a whole: right after Enter, or when the field is left.
+        # At each key a browser would send the text so far, but keep some back while others are under way, and a message
+        # of Enter would overtake them. So the text is sent as a whole: right after Enter, or when the field is left.
         self.field = ipywidgets.Text(placeholder="Write a message; Enter sends it", continuous_update=False, **look)
         self.send = ipywidgets.Button(description="Send", button_style="info", layout={"width": "6em"})
         self.stop = ipywidgets.Button(description="Stop", disabled=True, layout={"width": "6em"})
@@ -248,12 +248,10 @@ class Chat:
         window = ipywidgets.Box([self.messages], layout=_WINDOW)
         bottom = ipywidgets.HBox([self.field, self.send, self.stop], layout=_WRAPPED)
         self.panel = ipywidgets.VBox([top, window, bottom], layout={"width": "46em", "max_width": "100%"})
-        self._stopped, self._lock = threading.Event(), threading.Lock()
+        self._stopped = threading.Event()
         self._thread: threading.Thread | None = None  # in which an answer is made
-        self._entered: threading.Timer | None = None
         self.adapter.observe(lambda _: self._enable(), names="value")
-        self.field.on_msg(self._enter)
-        self.field.observe(lambda _: self._entered and self._submit(), names="value")
+        self.field.on_msg(lambda _, content, __: content.get("event") == "submit" and self._submit(_TEXT_FOLLOWS_IN))
         self.send.on_click(lambda _: self._submit())
         self.stop.on_click(lambda _: self._stopped.set())
         self.new.on_click(lambda _: self._begin())
@@ -266,42 +264,39 @@ class Chat:
 
     def wait(self) -> None:
         """Return when the answer that is being made, if any, has ended."""
-        if (timer := self._entered) is not None:
-            timer.join()
         if (thread := self._thread) is not None:
             thread.join()
 
     def _ipython_display_(self) -> None:
         """Show nothing: :func:`chat` has shown it already."""
 
-    def _enter(self, _: Any, content: dict[str, Any], __: Any) -> None:
-        """Enter was pressed: the text follows at once if it has changed, and does not if the kernel has it already."""
-        if content.get("event") == "submit":
-            self._entered = threading.Timer(_TEXT_FOLLOWS_IN, self._submit)
-            self._entered.daemon = True
-            self._entered.start()
+    def _submit(self, seconds: float = 0.0) -> None:
+        """Answer what is in the field, in a thread, so that a click on Stop is noticed meanwhile.
 
-    def _submit(self) -> None:
-        """Answer what is in the field, in a thread, so that a click on Stop is noticed meanwhile."""
-        with self._lock:
-            if self._entered is not None:
-                self._entered.cancel()
-                self._entered = None
-            text = self.field.value.strip()
-            if self.busy or not text:
-                return
-            self.field.value = ""
+        Args:
+            seconds: until the text is in the field.
+        """
+        if not self.busy:
             self._stopped.clear()
-            name, strength = self.adapter.value, self.strength.value
-            label = BASE if name is None else name if strength == 1 else f"{name} × {strength:g}"  # noqa: RUF001 - a sign of multiplication
-            self.conversation.name, self.conversation.strength = name, strength
-            self._show_message("you", _USER)(text)
-            show = self._show_message(label)
-            self._thread = threading.Thread(target=self._answer, args=(text, show), daemon=True)
+            self._thread = threading.Timer(seconds, self._read_field)
+            self._thread.daemon = True
             self._enable()
             self._thread.start()
 
-    def _answer(self, text: str, show: Callable[..., None]) -> None:
+    def _read_field(self) -> None:
+        try:
+            if text := self.field.value.strip():
+                self.field.value = ""
+                name, strength = self.adapter.value, self.strength.value
+                label = BASE if name is None else name if strength == 1 else f"{name} × {strength:g}"  # noqa: RUF001 - a sign of multiplication
+                self.conversation.name, self.conversation.strength = name, strength
+                self._show_message("you", _USER)(text)
+                self._show_answer(text, self._show_message(label))
+        finally:
+            self._thread = None
+            self._enable()
+
+    def _show_answer(self, text: str, show: Callable[..., None]) -> None:
         """Show the answer in parts, and at its end, or where it ended, why."""
         show("")
         answer = ""
@@ -320,9 +315,6 @@ class Chat:
             show(f"{answer}\n{kind}{error}".strip(), _ERROR)
             if not answer and not self.field.value:
                 self.field.value = text  # to be corrected
-        finally:
-            self._thread = None
-            self._enable()
 
     def _begin(self) -> None:
         """Begin a new conversation."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import UnionType
 from typing import Any, NamedTuple
 
 import torch
@@ -74,6 +76,16 @@ def check_factors(name: str, tensors: Mapping[str, Tensor], rank: int, source: s
     check_finite(((f"{name}.{part}", tensor) for part, tensor in tensors.items()), source)
 
 
+def check_plain(factors: Mapping[str, Factors]) -> None:
+    """Raise ValueError for an adapter of DoRA, or another kind whose update is more than scaling * B A."""
+    for name, each in factors.items():
+        if each.tensors.keys() != {*LoRALayer.parts}:
+            raise ValueError(
+                f"The adapter of {name!r} is of DoRA, or another kind whose update is more than scaling * B A; merge "
+                "it, and extract a plain adapter, or save the whole model."
+            )
+
+
 def check_fit(name: str, layer: LoRALayer, tensors: Mapping[str, Tensor], source: str) -> None:
     """Raise ValueError if the tensors are not, by names and shapes, an adapter of this layer, of whatever rank."""
     if tensors.keys() != set(layer.parts):
@@ -93,16 +105,21 @@ def check_fit(name: str, layer: LoRALayer, tensors: Mapping[str, Tensor], source
 
 
 @torch.no_grad()
-def set_factors(layer: LoRALayer, tensors: Mapping[str, Tensor], alpha: float) -> None:
-    """Replace a layer's factors, which may be of another rank, and its alpha, in place."""
-    for part, value in tensors.items():
+def set_factors(layer: LoRALayer, factors: Factors) -> None:
+    """Replace a layer's factors, which may be of another rank, and its alpha, in place.
+
+    Where this kind of layer derives another scaling from the same alpha, alpha is set so that the scaling is theirs.
+    """
+    for part, value in factors.tensors.items():
         current = getattr(layer, part)
         if current.shape == value.shape:
             current.copy_(value)
         else:
             new = value.to(current.device, current.dtype, copy=True, memory_format=torch.contiguous_format)
             setattr(layer, part, nn.Parameter(new, requires_grad=current.requires_grad))
-    layer.alpha = alpha
+    layer.alpha = factors.alpha
+    if not math.isclose(layer.scaling, factors.scaling):  # alpha / rank * rank may differ from alpha by rounding
+        layer.alpha *= factors.scaling / layer.scaling
 
 
 def put_on(
@@ -118,7 +135,7 @@ def put_on(
         base = model.get_submodule(name)
         adapted: Any = lora_class(base, layer)
         adapted = adapted(base, 1, 1.0, dropout, torch.Generator())
-        set_factors(adapted, each.tensors, each.alpha)
+        set_factors(adapted, each)
         replace(model, name, adapted.train(base.training))
 
 
@@ -129,8 +146,7 @@ def switch(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Put another adapter, as :func:`lora_lab.adapter_state` returned it, into the model's adapted layers.
 
     A, B and scaling become the state's; the base does not change. The rank may differ: the parameters are then new
-    ones, which an existing optimizer does not hold. If the model's layers derive a different scaling from the same
-    alpha (rsLoRA does), alpha is set so that the scaling is the state's.
+    ones, which an existing optimizer does not hold.
 
     Raises:
         ValueError: the model has no adapters; the state belongs to other layers or has other shapes (for PiSSA also
@@ -144,14 +160,7 @@ def switch(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     for name, layer in layers.items():
         check_fit(name, layer, factors[name].tensors, "The state")
     for name, layer in layers.items():
-        set_factors(layer, factors[name].tensors, factors[name].alpha)
-        _set_scaling(layer, factors[name].scaling)
-
-
-def _set_scaling(layer: LoRALayer, scaling: float) -> None:
-    """Change a layer's alpha so that its scaling is this one."""
-    if layer.scaling != scaling:
-        layer.alpha *= scaling / layer.scaling
+        set_factors(layer, factors[name])
 
 
 def take_off(model: nn.Module) -> None:
@@ -170,9 +179,7 @@ def off(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         ValueError: the model has no adapters, or they are already off.
     """
-    layers = lora_layers(model)
-    if not layers:
-        raise ValueError("The model has no adapters to turn off; call inject first, and do not nest off within off.")
+    layers = lora_layers(model, required=True)
     try:
         take_off(model)
         yield model
@@ -198,12 +205,8 @@ def strength(model: nn.Module, factor: float) -> Iterator[nn.Module]:
     """
     factor = check(factor, Number, "factor")
     layers = lora_layers(model, required=True)
-    for name, layer in layers.items():
-        if factor != 1 and isinstance(layer, DoRALinear):
-            raise ValueError(
-                f"{name!r} has an adapter of type DoRALinear, whose update is not proportional to its scaling; "
-                "use off, or an adapter of plain LoRA."
-            )
+    if factor != 1:
+        _refuse(layers, DoRALinear, "whose update is not proportional to its scaling; use off, or plain LoRA.")
     alphas = {name: layer.alpha for name, layer in layers.items()}
     try:
         for layer in layers.values():
@@ -212,6 +215,13 @@ def strength(model: nn.Module, factor: float) -> Iterator[nn.Module]:
     finally:
         for name, layer in layers.items():
             layer.alpha = alphas[name]
+
+
+def _refuse(layers: Mapping[str, LoRALayer], kinds: type | UnionType, why: str) -> None:
+    """Raise ValueError if one of the layers is of these kinds."""
+    for name, layer in layers.items():
+        if isinstance(layer, kinds):
+            raise ValueError(f"{name!r} has an adapter of type {type(layer).__name__}, {why}")
 
 
 @torch.no_grad()
@@ -244,10 +254,7 @@ def extract(base: nn.Module, tuned: nn.Module | dict[str, Tensor], rank: int) ->
         before: Any = base.get_submodule(name).weight  # (48, 64)
         after = tuned.get(f"{name}.weight")
         if after is None or after.shape != before.shape:
-            problem = "missing" if after is None else f"of shape {tuple(after.shape)}"
-            raise ValueError(
-                f"{name}.weight is {problem} in the tuned model, but must be {tuple(before.shape)}; is it of this base?"
-            )
+            raise ValueError(f"The tuned model has no {name}.weight of {tuple(before.shape)}; is it of this base?")
         exact = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
         difference = after.to(before.device, exact) - before.to(exact)  # (48, 64)
         check_finite([(f"{name}.weight", difference)], "The change")
@@ -279,21 +286,16 @@ def resize(model: nn.Module, rank: int) -> dict[str, float]:
     rank = check(rank, Size, "rank")
     layers = lora_layers(model, required=True)
     check_finite(adapter_state(model).items())
-    for name, layer in layers.items():
-        if isinstance(layer, PiSSALinear | DoRALinear):
-            raise ValueError(
-                f"{name!r} has an adapter of type {type(layer).__name__}, whose update is more than scaling * B A; "
-                "merge it, and extract(base, merged, rank)."
-            )
+    why = "whose update is more than scaling * B A; merge it, and extract(base, merged, rank)."
+    _refuse(layers, PiSSALinear | DoRALinear, why)
     errors = dict.fromkeys(layers, 0.0)
     for name, layer in layers.items():
         if layer.rank > rank:
-            A, B, scaling = layer.lora_A, layer.lora_B, layer.scaling
+            A, B = layer.lora_A, layer.lora_B
             # A small layer's has fewer singular values than A has rows.
             exact = product_svd(B.flatten(1), A.flatten(1))
             nearest = truncate(exact, min(rank, len(exact.S)))
             new_A, new_B = nearest.A.view(-1, *A.shape[1:]), nearest.B.view(len(B), -1, *B.shape[2:])
-            set_factors(layer, {"lora_A": new_A, "lora_B": new_B}, layer.alpha)
-            _set_scaling(layer, scaling)
+            set_factors(layer, Factors({"lora_A": new_A, "lora_B": new_B}, layer.alpha, layer.scaling))
             errors[name] = float(nearest.error)
     return errors

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lora_lab.adapters.edit import check_plain
 from lora_lab.adapters.peft_format import CONFIG, find_variant, load_adapter, read, read_adapter, read_config
 from lora_lab.inject import adapter_state, lora_layers, merge
 from lora_lab.lora import LoRALayer
@@ -153,18 +154,15 @@ def save_gguf(
 
 def _write_adapter(source: nn.Module | str | Path, path: Path, dtype: str) -> None:
     if isinstance(source, nn.Module):
-        model, layout, state = source, layout_of(source), adapter_state(source)
+        model, (architecture, config), state = source, layout_of(source), adapter_state(source)
     else:
         model, state = _load_base_without_weights(source), read_adapter(source)
-        layout = layout_of(model)
+        architecture, config = layout_of(model)
         load_adapter(model, state)  # which raises if a name or a shape is not the base's
     for name, layer in lora_layers(model).items():
-        if find_variant(name, layer) == "use_dora":
-            raise ValueError(
-                f"{name!r} has an adapter of type DoRA, which llama.cpp cannot add to a base; write the whole model "
-                "with merged=True."
-            )
+        find_variant(name, layer)  # which refuses a layer that computes something else from A and B
     factors = read(state).factors
+    check_plain(factors)
     # In float32, as the file holds them. Of several that are equally frequent, the smallest.
     alphas = {name: float(torch.tensor(each.alpha, dtype=torch.float32)) for name, each in factors.items()}
     ((alpha, _),) = Counter(sorted(alphas.values())).most_common(1)
@@ -176,9 +174,9 @@ def _write_adapter(source: nn.Module | str | Path, path: Path, dtype: str) -> No
         if name == "token_embd.weight":
             A = A.T  # (4, 1000) -> (1000, 4), because llama.cpp looks up a row for each token
         tensors[f"{name}.lora_a"] = A  # (4, 64)
-        tensors[f"{name}.lora_b"] = reorder_for_gguf(name, B, layout)  # (48, 4)
+        tensors[f"{name}.lora_b"] = reorder_for_gguf(name, B, architecture, config)  # (48, 4)
     header = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": alpha}
-    write_file(path, layout.architecture, header, tensors, dtype)
+    write_file(path, architecture, header, tensors, dtype)
 
 
 def _load_base_without_weights(folder: str | Path) -> nn.Module:

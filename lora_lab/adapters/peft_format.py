@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from lora_lab.adapters.edit import Factors, check_factors, check_fit, join_state, put_on, split_state
+from lora_lab.adapters.edit import Factors, check_factors, check_fit, check_plain, join_state, put_on, split_state
 from lora_lab.history import History
 from lora_lab.inject import adapter_state, lora_layers, match_layers, name_matches, require_no_adapters, uncompiled
 from lora_lab.layers import LoRAConv1D, LoRAEmbedding, lora_class
@@ -109,8 +109,7 @@ def save_adapter(
     with atomic_files(folder) as temporary:
         write_json(temporary / CONFIG, config)
         if is_free(folder):
-            text = make_card(config, sum(tensor.numel() for tensor in tensors.values()), history)
-            (temporary / CARD).write_text(text, encoding="utf-8", errors="backslashreplace")
+            (temporary / CARD).write_text(make_card(config, history), encoding="utf-8", errors="backslashreplace")
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
     return folder
 
@@ -154,12 +153,9 @@ def _make_config(
     return {
         **config,
         "base_model_name_or_path": base,
-        "bias": "none",
         "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for layer in lora_layers(model).values()),
         "inference_mode": True,
-        "init_lora_weights": True,
         "lora_dropout": dropout,
-        "modules_to_save": None,
         "peft_type": "LORA",
         "target_modules": _shortest_targets(model, list(factors)),
         "task_type": "CAUSAL_LM" if hasattr(model, "generate") and not is_encoder_decoder else None,
@@ -269,8 +265,7 @@ def read_adapter(folder: str | Path) -> dict[str, Tensor]:
         FileNotFoundError: a file of the folder is missing.
         ValueError: a file is damaged or from another save, or the adapter uses a setting that is not supported here.
     """
-    factors = read(folder).factors
-    return join_state({name: factors[name] for name in sorted(factors, key=_natural_key)})
+    return join_state(read(folder).factors)
 
 
 def read(source: str | Path | Mapping[str, Tensor]) -> Adapter:
@@ -300,7 +295,8 @@ def read(source: str | Path | Mapping[str, Tensor]) -> Adapter:
     tables = {name: parts.pop(_BASE) for name, parts in layers.items() if _BASE in parts}
     ranks, alphas = (find_values(config, setting, layers, str(folder)) for setting in _PATTERNS)
     factors = {}
-    for name, parts in layers.items():
+    for name in sorted(layers, key=_natural_key):
+        parts = layers[name]
         if not parts.keys() >= {*LoRALayer.parts}:
             raise ValueError(f"{folder} holds {sorted(parts)} of {name!r}, but A and B are needed; save it again.")
         check_factors(name, parts, ranks[name], str(folder))
@@ -402,13 +398,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         )
     repair(folder)
     config = check(read_json(folder / CONFIG), _Settings, str(folder / CONFIG))
-    both = all(config.get(name) for name in _VARIANTS)
     for name, value in config.items():
-        harmless = name in _HARMLESS or value in _HARMLESS_VALUES.get(name, ())
-        if value and (not harmless or (both and name in _VARIANTS)):
+        if value and not (name in _HARMLESS or value in _HARMLESS_VALUES.get(name, ())):
             raise ValueError(
                 f"{folder} sets {shortened(name)} to {short_repr(value)}, which changes the result and is not "
-                f"supported here{' with the other variant' * both}; merge it in peft, and load the merged model."
+                "supported here; merge it in peft, and load the merged model."
             )
     return config
 
@@ -445,12 +439,9 @@ def combine(
         raise ValueError(f"There are {len(adapters)} adapters and {len(weights)} weights; give each adapter one.")
     layers: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for weight, adapter in zip(weights, adapters, strict=True):
-        for name, (tensors, _, scaling) in read(adapter).factors.items():
-            if tensors.keys() != {*LoRALayer.parts}:
-                raise ValueError(
-                    f"An adapter holds {sorted(tensors)} of {name!r}, so it does not add up with others; merge it, "
-                    "extract a plain adapter, and combine that."
-                )
+        factors = read(adapter).factors
+        check_plain(factors)
+        for name, (tensors, _, scaling) in factors.items():
             A, B = (
                 tensors[part].to(torch.promote_types(tensors[part].dtype, torch.float32)) for part in LoRALayer.parts
             )
@@ -478,29 +469,25 @@ def is_free(folder: str | Path) -> bool:
     return not path.exists() or (path.is_file() and _MARK in path.read_text(encoding="utf-8", errors="replace"))
 
 
-def make_card(config: Mapping[str, Any], parameters: int, history: History | None = None) -> str:
+def make_card(config: Mapping[str, Any], history: History | None = None) -> str:
     """Return the card's text.
 
     Args:
         config: the adapter's settings, with PEFT's names.
-        parameters: the number of values in the adapter.
         history: of the training run; None leaves out how it was trained.
     """
-    base, targets = config["base_model_name_or_path"], config["target_modules"]
-    kind = next((kind.__name__ for kind in LORA_METHODS.values() if config.get(str(kind.peft))), "LoRA")
+    base = config["base_model_name_or_path"]
     on_hub = base and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) and not Path(base).exists()  # which takes names alone
-    exceptions = " (exceptions in adapter_config.json)" if config["rank_pattern"] or config["alpha_pattern"] else ""
-    rows = {
-        "base model": f"`{base}`" if base else "not recorded",
-        "method": kind,
-        "rank, alpha": f"{config['r']}, {config['lora_alpha']:g}{exceptions}",
-        "dropout": f"{config['lora_dropout']:g}",
-        "adapted layers": f"{len(targets)} layers" if len(targets) > 12 else ", ".join(f"`{name}`" for name in targets),
-        "parameters": f"{parameters:,}",
-        **({} if history is None else _describe(history)),  # which has the run's own name of the method
-    }
-    table = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
-    title = f" for {base}" if base else ""
+    rows = dict(config)
+    if history is not None:
+        task, method = history.task, history.method
+        rows |= {"task": task["name"], "fingerprint": task["fingerprint"], "method": method["name"]}
+        rows |= {"continued from": method.get("start", "the base"), **history.settings}
+        rows["trainable_parameters"] = history.trainable_parameters
+        for column in ("validation_loss", "off_domain_loss"):
+            if losses := history.curve(column)[1]:
+                rows[f"{column}, before and after"] = f"{losses[0]:.3f}, {losses[-1]:.3f}"
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     front = f"base_model: {base}\n" if on_hub else ""
     return f"""---
 {front}library_name: peft
@@ -510,7 +497,7 @@ tags:
 ---
 {_MARK}
 
-# {kind} adapter{title}
+# LoRA adapter
 
 | | |
 |---|---|
@@ -523,25 +510,6 @@ The folder is in PEFT's format. With lora_lab: `lora_lab.load_adapter(model, fol
 
 Saved with lora_lab {version()}, torch {torch.__version__}, Python {platform.python_version()}.
 """
-
-
-def _describe(history: History) -> dict[str, str]:
-    """Return what a run trained on and how, and its losses before and after, as rows of a table."""
-    settings, rows, method = history.settings, history.rows, history.method
-    result = {
-        "task": f"{history.task['name']} (fingerprint `{history.task['fingerprint'][:12]}`)",
-        "method": method["name"],
-        "steps, examples a step": f"{len(rows) - 1:,}, {settings['batch_size']}",
-        "learning rate": f"{settings['lr']:g}, {settings['schedule']}",
-        "seed": str(settings["seed"]),
-    }
-    if "start" in method:
-        result["continued from"] = f"an adapter with the hash `{method['start'][:12]}`"
-    for part, label in (("validation", "validation loss"), ("off_domain", "off-domain loss")):
-        losses = [row[f"{part}_loss"] for row in rows if row[f"{part}_loss"] is not None]
-        if losses:
-            result[f"{label}, before and after"] = f"{losses[0]:.3f}, {losses[-1]:.3f}"
-    return result
 
 
 # Adapters that are installed with lora_lab

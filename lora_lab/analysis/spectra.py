@@ -32,7 +32,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from lora_lab.adapters.peft_format import read, read_adapter
+from lora_lab.adapters.edit import check_plain
+from lora_lab.adapters.peft_format import read
 from lora_lab.inject import lora_layers
 from lora_lab.layers import LoRAConv1D, LoRAEmbedding
 from lora_lab.lora import LoRALayer
@@ -259,13 +260,7 @@ def count_intruders(update: Update, with_noise: bool = True) -> dict[str, float]
 
 
 def group(frame: DataFrame, by: str = "kind") -> DataFrame:
-    """Return medians of a report over the layers of each ``kind`` or ``depth``, and how many layers those are.
-
-    Raises:
-        ValueError: ``by`` is another column.
-    """
-    if by not in ("kind", "depth"):
-        raise ValueError(f"by is {by!r}, but layers are grouped by 'kind' or by 'depth'.")
+    """Return medians of a report over the layers of each ``kind`` or ``depth``, and how many layers those are."""
     groups = frame.groupby(by, sort=by == "depth", dropna=False)
     # A median depth says nothing, nor does a median shape over the layers of one block.
     meaningless = ["depth"] if by == "kind" else ["depth", "out", "in"]
@@ -275,11 +270,7 @@ def group(frame: DataFrame, by: str = "kind") -> DataFrame:
 
 
 def table(frame: DataFrame, by: str = "kind") -> str:
-    """Return the medians of :func:`group` as text, each statistic with its band for noise in brackets.
-
-    Raises:
-        ValueError: as for :func:`group`.
-    """
+    """Return the medians of :func:`group` as text, each statistic with its band for noise in brackets."""
     import pandas
 
     medians = group(frame, by)
@@ -332,15 +323,13 @@ def _read_adapter(source: Weights | str | Path) -> dict[str, _Factors | Update]:
     """Return the update of each adapted layer, as factors if it has low rank; empty if the source has no adapters."""
     if isinstance(source, nn.Module):
         return {name: _update_of(layer) for name, layer in lora_layers(source).items()}
-    state = read_adapter(source) if isinstance(source, str | Path) else source
-    if not any(name.endswith(".lora_A") for name in state):
+    if isinstance(source, Mapping) and not any(name.endswith(".lora_A") for name in source):
         return {}
-    adapter = read(state)
-    if adapter.config["use_dora"]:
-        raise ValueError("The adapter is DoRA's, whose update depends on the base; pass the model that it is on.")
+    factors = read(source).factors
+    check_plain(factors)
     return {
         name: _Factors(each.tensors["lora_B"].flatten(1), each.tensors["lora_A"].flatten(1), each.scaling)
-        for name, each in adapter.factors.items()
+        for name, each in factors.items()
     }
 
 
@@ -372,8 +361,7 @@ def _decompose(adapter: Mapping[str, _Factors | Update], weights: Mapping[str, T
         for index, (name, factors) in enumerate(stack.items()):
             before = weights.get(name, factors.before)
             result[name] = Update(SVD(U[index], S[index], Vh[index]), factors.A.shape[0], before)
-    order = [name for name in weights if name in result]
-    return {name: result[name] for name in [*order, *(name for name in adapter if name not in order)]}
+    return {name: result[name] for name in [*weights, *adapter] if name in result}
 
 
 # The control: a training with nothing to learn

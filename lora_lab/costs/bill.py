@@ -5,13 +5,15 @@ A :class:`StorageLog` follows a step: which storages each of its operations allo
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 import re
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,37 +22,16 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
-from lora_lab.costs.fake import storage_of
-from lora_lab.costs.setup import Kind, StepTracer, output_width
+from lora_lab.costs.fake import output_width, storage_of
+from lora_lab.costs.setup import Part, StepTracer
 from lora_lab.inject import output_head
 from lora_lab.train import Batch, TrainingStep
 
 MIB, GIB = 2**20, 2**30
 _POINTS = 400  # of a timeline
 _NEAR_PEAK = 25  # operations before and after the peak that a timeline holds in full
-
-
-class Part(StrEnum):
-    """A part of a bill, in the order in which bills list them."""
-
-    FROZEN = "frozen weights"
-    TRAINED = "trained weights"
-    GRADIENTS = "gradients"
-    HEAD_GRADIENT = "gradient of the head"  # until it is added to the embedding's, if both are one weight
-    OPTIMISER = "optimiser state"
-    SAVED_ATTENTION = "saved: attention"
-    SAVED_MLP = "saved: MLP"
-    SAVED_NORMS = "saved: norms"
-    SAVED_ADAPTERS = "saved: adapters"
-    SAVED_OTHER = "saved: other layers"
-    LOGITS = "logits and loss"
-    RECOMPUTED = "recomputed activations"
-    TEMPORARIES = "temporaries"
-    WORKSPACE = "cuBLAS workspace"
-    ENDS = "unused ends of blocks"
-    REST = "the rest, unexplained"
-
-    __repr__ = str.__repr__  # a bill's parts print as a dictionary of plain strings
+_NAME = operator.attrgetter("phase", "name")
+_BYTES = operator.attrgetter("name", "allocated", "released")
 
 
 PARTS = tuple(Part)
@@ -247,17 +228,17 @@ class _Life:
     known: Part | None
     unsaved: Part
     died: float = math.inf
-    savers: set[Kind] = field(default_factory=set)
+    savers: set[Part] = field(default_factory=set)
 
     @property
     def part(self) -> Part:
         """The part of the bill that it belongs to, as far as is known by the end of the step."""
         if self.known is not None:
             return self.known
-        if Kind.LOGITS in self.savers:
+        if Part.LOGITS in self.savers:
             return Part.LOGITS
         if self.savers:
-            return Part(f"saved: {min(self.savers - {Kind.ADAPTERS}, default=Kind.ADAPTERS)}")
+            return min(self.savers - {Part.SAVED_ADAPTERS}, default=Part.SAVED_ADAPTERS)
         return self.unsaved
 
 
@@ -354,11 +335,11 @@ class StorageLog(StepTracer):
 
     def _where(self) -> str:
         """Return the module that is running, or that the loss is computed; nothing is known in the backward pass."""
-        return (self.module or self.kind) if self.phase == "forward" or self.recomputing else ""
+        return (self.module or self.kind.removeprefix("saved: ")) if self.phase == "forward" or self.recomputing else ""
 
     def _unsaved(self) -> Part:
         """Return the part to which a storage belongs that nobody saves."""
-        return Part.LOGITS if self.kind == Kind.LOGITS and self.phase == "forward" else Part.TEMPORARIES
+        return Part.LOGITS if self.kind == Part.LOGITS and self.phase == "forward" else Part.TEMPORARIES
 
     def _name(self) -> None:
         """Record which storages are weights, gradients and optimiser state by now."""
@@ -428,3 +409,63 @@ def _node() -> int | None:
 
 def _storages(lives: Iterable[_Life]) -> list[Storage]:
     return sorted((life.part, life.size) for life in lives)
+
+
+# Of a stack of identical blocks, from the recordings of a few
+
+
+def extend_recording(shorter: Recording, longer: Recording, blocks: int) -> Recording:
+    """Return the recording of a model with ``blocks`` more blocks than in ``shorter``; ``longer`` has one more.
+
+    One more block adds a stretch of operations to each forward and each backward pass, further entries to what is
+    allocated at once for all weights, and nothing else. That stretch must be, byte for byte, the one before it.
+
+    Raises:
+        ValueError: the two differ in more than a regular block.
+    """
+    few, more = (
+        [list(same) for _, same in itertools.groupby(recording.operations, key=operator.attrgetter("phase"))]
+        for recording in (shorter, longer)
+    )
+    passes = [_extend_pass(*both, blocks) for both in zip(few, more, strict=True)]
+    saved = _extrapolate(shorter.saved, longer.saved, blocks)
+    return Recording(longer.setting, list(itertools.chain(*passes)), saved)
+
+
+def _extend_pass(few: list[RecordedOperation], more: list[RecordedOperation], blocks: int) -> list[RecordedOperation]:
+    """:func:`extend_recording` for one forward pass, one backward pass or one step of the optimiser."""
+    length = len(more) - len(few)  # of the stretch that one block adds
+    alike = itertools.takewhile(lambda pair: _NAME(pair[0]) == _NAME(pair[1]), zip(few, more, strict=False))
+    # Where the stretch may begin: it can be moved forward by parts of a period.
+    latest = sum(1 for _ in alike)
+    for place in range(latest, length - 1, -1):
+        before, stretch, after = more[place - length : place], more[place : place + length], more[place + length :]
+        if length < 0 or [*map(_NAME, few[place:])] != [*map(_NAME, after)]:
+            break
+        if [*map(_BYTES, before)] == [*map(_BYTES, stretch)]:
+            with suppress(ValueError):
+                shared = [_interpolate(*pair, blocks) for pair in zip(few, [*more[:place], *after], strict=True)]
+                return [*shared[:place], *(blocks * stretch), *shared[place:]]
+    raise ValueError("No block is like the one before.")
+
+
+def _interpolate(few: RecordedOperation, more: RecordedOperation, blocks: int) -> RecordedOperation:
+    """Return an operation that both have: its sizes change by the same amount with each block."""
+    allocated = _extrapolate(few.allocated, more.allocated, blocks)
+    return more._replace(allocated=allocated, released=_extrapolate(few.released, more.released, blocks))
+
+
+def _extrapolate(few: Sequence[Storage], more: Sequence[Storage], blocks: int) -> Sequence[Storage]:
+    """Return storages that grow in size, or in number, by the same amount with each block."""
+    if few == more:  # nearly always
+        return few
+    fewer, further = Counter(few), Counter(more)
+    storages = list((fewer & further).elements())
+    changed = [sorted(rest.elements(), reverse=True) for rest in (fewer - further, further - fewer)]
+    for part in Part:
+        old_sizes, new_sizes = ([size for of_part, size in rest if of_part == part] for rest in changed)
+        for size, larger in itertools.zip_longest(old_sizes, new_sizes):
+            if larger is None or (size or 0) > larger:
+                raise ValueError("A storage becomes smaller.")
+            storages += blocks * [(part, larger)] if size is None else [(part, size + blocks * (larger - size))]
+    return storages

@@ -3,7 +3,7 @@
     cost_model("l40s").predict("llama-3.2-3b", {"full": ..., "LoRA": ...}, 4, 210, dtype=torch.bfloat16)
 
 An operation takes the longest of three times: its FLOPs at the card's rate, its bytes at the card's bandwidth, and one
-launch. No program reaches the rates of a datasheet, so each counts by the share in :data:`EFFICIENCY`. Operations run
+launch. No program reaches the rates of a datasheet, so each counts by a share. Operations run
 one after another, and not compiled. Predictions were compared with measurements of others on L40S and A100 only.
 """
 
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lora_lab.costs.bill import GIB
 from lora_lab.costs.flops import GIGA
-from lora_lab.costs.memory import GIB
 from lora_lab.costs.timing import CostModel, OperatorCall, Prediction, Roofline
 
 NOT_MEASURED = "from the datasheet, not measured"
@@ -72,26 +72,13 @@ CARDS: dict[str, Card] = {
 }
 
 
-@dataclass(frozen=True)
-class Efficiency:
-    """How much of a datasheet's rates a step reaches.
-
-    Args:
-        matmul: the share of the rate of matrix multiplications.
-        memory: the share of the bandwidth.
-        launch_s: the shortest time of an operation, in seconds; those on lists of tensors share their launches.
-    """
-
-    matmul: float
-    memory: float
-    launch_s: float
-
-
-# The shares follow from two rows of PEFT's benchmark on an L40S, full fine-tuning and LoRA r=32, in
-# benchmarks/published.py, which predicts all other rows. The launch is assumed: those rows hardly depend on it.
-EFFICIENCY = Efficiency(matmul=0.69, memory=0.77, launch_s=5e-6)
+# The shares of a datasheet's rates that a step reaches follow from two rows of PEFT's benchmark on an L40S, full
+# fine-tuning and LoRA r=32, in benchmarks/published.py, which predicts all other rows. The time of a launch
+# is assumed: those rows hardly depend on it.
+MATMUL_SHARE, MEMORY_SHARE = 0.69, 0.77
+LAUNCH_S = 5e-6
 _BASIS = (
-    f"The shares of the datasheet's rates are fitted to two steps on an L40S, and {EFFICIENCY.launch_s * 1e6:.0f} us "
+    f"The shares of the datasheet's rates are fitted to two steps on an L40S, and {LAUNCH_S * 1e6:.0f} us "
     "for a launch are assumed. Predictions were compared with measurements of others on L40S and A100 only, with an "
     "aim of 25 %: see docs/costs.md."
 )
@@ -111,15 +98,17 @@ def card(name: str) -> Card:
     return CARDS[name.lower()]
 
 
-def roofline(chosen: Card, efficiency: Efficiency = EFFICIENCY) -> Roofline:
-    """Return the seconds of operations on a card."""
+def roofline(
+    chosen: Card, matmul: float = MATMUL_SHARE, memory: float = MEMORY_SHARE, launch_s: float = LAUNCH_S
+) -> Roofline:
+    """Return the seconds of operations on a card that reaches these shares of its rates."""
 
     def rate(operation: OperatorCall) -> float:
         # The first operand decides: attention in half precision keeps its row sums in float32.
         half = operation.dtype.itemsize <= 2
-        return (chosen.half_flops if half else chosen.float32_flops) * efficiency.matmul
+        return (chosen.half_flops if half else chosen.float32_flops) * matmul
 
-    return Roofline(rate, chosen.bytes_per_second * efficiency.memory, efficiency.launch_s, overlaps=True)
+    return Roofline(rate, chosen.bytes_per_second * memory, launch_s, overlaps=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +120,7 @@ class CardCosts(CostModel):
     def _doubts(self, prediction: Prediction, disturbed: str) -> list[str]:
         card, doubts = self.card, []
         shares = {
-            name: work.launches() * EFFICIENCY.launch_s / prediction.total_s(name)
-            for name, work in prediction.works.items()
+            name: work.launches() * LAUNCH_S / prediction.total_s(name) for name, work in prediction.works.items()
         }
         if many := [f"{share * 100:.0f} % ({name})" for name, share in shares.items() if share > _MANY_LAUNCHES]:
             doubts.append(
@@ -159,12 +147,12 @@ def cost_model(name: str) -> CardCosts:
     Raises:
         ValueError: as for :func:`card`.
     """
-    chosen, share = card(name), EFFICIENCY
+    chosen = card(name)
     rates = {
-        "matrix multiplications in bfloat16": f"{chosen.half_flops / TERA:,.1f} TFLOP/s x {share.matmul:.2f}",
-        "matrix multiplications in float32": f"{chosen.float32_flops / TERA:,.1f} TFLOP/s x {share.matmul:.2f}",
-        "memory": f"{chosen.bytes_per_second / GIGA:,.0f} GB/s x {share.memory:.2f}",
-        "shortest operation": f"{share.launch_s * 1e6:.1f} us",
+        "matrix multiplications in bfloat16": f"{chosen.half_flops / TERA:,.1f} TFLOP/s x {MATMUL_SHARE:.2f}",
+        "matrix multiplications in float32": f"{chosen.float32_flops / TERA:,.1f} TFLOP/s x {MATMUL_SHARE:.2f}",
+        "memory": f"{chosen.bytes_per_second / GIGA:,.0f} GB/s x {MEMORY_SHARE:.2f}",
+        "shortest operation": f"{LAUNCH_S * 1e6:.1f} us",
         "source": chosen.source,
     }
     return CardCosts(roofline(chosen), rates=rates, where=f"{chosen.name}, {NOT_MEASURED}", card=chosen)

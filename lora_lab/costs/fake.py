@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,8 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lora_lab.inject import match_layers, output_head
+from lora_lab.lean.step import copy_with
 from lora_lab.models.pretrained import architecture
 from lora_lab.models.quantize import BlockWeight
 from lora_lab.system.device import pick_device
@@ -31,45 +32,44 @@ Factory = Callable[[], nn.Module]
 # A model, what makes one, or a name for models.pretrained.architecture.
 Source = nn.Module | Factory | str | Path
 _GROUPED_MM = torch.ops.aten._grouped_mm.default
+_FEWEST = 6  # blocks; below, two rehearsals of a shorter model would save little
+_LIBRARIES = {"torch", "transformers", "peft", "lora_lab"}  # whose models treat blocks alike that look alike
+# What our Llama and transformers call a block's number.
+_INDICES = {"layer", "layer_idx", "layer_id", "layer_index"}
 _MOST_REAL = 2**20  # elements of the largest tensor that a rehearsal computes with real values
 
 
 # Batches
 
 
-def token_batch(model: nn.Module, batch_size: int | None, seq_len: int | None) -> Batch:
-    """Return inputs and targets (batch_size, seq_len) of token ids, all 0, on the model's device.
-
-    Raises:
-        ValueError: a size is missing or below 1.
-    """
-    sizes = [check(batch_size, Size, "batch_size"), check(seq_len, Size, "seq_len")]
-    inputs = torch.zeros(sizes, dtype=torch.long, device=device_of(model))
-    return inputs, torch.zeros_like(inputs)
-
-
-def batch_for(model: nn.Module, batch_size: int | None, seq_len: int | None, batch: Batch | None) -> Batch:
-    """Return zeros of the batch's shapes and dtypes, on the model's device; without a batch, what the model reads.
+def batch_for(
+    model: nn.Module, batch_size: int | None = None, seq_len: int | None = None, batch: Batch | None = None
+) -> Batch:
+    """Return a batch on the model's device: zeros like a given one, or else random numbers that the model can read.
 
     Most models read token ids and have a target for each. A model of transformers may also read pictures, of the size
-    in its config, and have one class for each row. Inside :func:`fake_copy` they are fake tensors.
+    in its config, and have one class for each row. Inside :func:`fake_copy` they are fake tensors. Tokens are random
+    because the gradient of an embedding would be summed in a single row if all were equal.
 
     Raises:
-        ValueError: as for :func:`token_batch`, the model reads images and ``seq_len`` is given, or it reads something
-            else.
+        ValueError: a size is missing or below 1, the model reads images and ``seq_len`` is given, or it reads
+            something else.
     """
+    device, config = device_of(model), getattr(model, "config", None)
     if batch is not None:
-        inputs, targets = (torch.zeros(each.shape, dtype=each.dtype, device=device_of(model)) for each in batch)
+        inputs, targets = (torch.zeros(each.shape, dtype=each.dtype, device=device) for each in batch)
         return inputs, targets
-    reads = getattr(model, "main_input_name", "input_ids")
+    reads, classes = getattr(model, "main_input_name", "input_ids"), output_width(model) or 1
+    rows: int = check(batch_size, Size, "batch_size")
     if reads == "pixel_values":
         if seq_len is not None:
             raise ValueError(f"seq_len is {seq_len}, but a {type(model).__name__} reads images; leave seq_len out.")
-        inputs = _pictures(model, check(batch_size, Size, "batch_size"))
+        inputs = _pictures(model, rows)
     elif reads == "input_ids":
-        inputs, targets = token_batch(model, batch_size, seq_len)
+        shape, tokens = (rows, check(seq_len, Size, "seq_len")), getattr(config, "vocab_size", classes)
+        inputs = torch.randint(tokens, shape, device=device)
         if not hasattr(model, "can_generate") or model.can_generate():  # pyright: ignore[reportCallIssue]
-            return inputs, targets
+            return inputs, torch.randint(classes, shape, device=device)
     else:
         raise ValueError(
             f"A {type(model).__name__} reads {reads}, whose shape does not follow from a batch size; pass inputs and "
@@ -77,22 +77,30 @@ def batch_for(model: nn.Module, batch_size: int | None, seq_len: int | None, bat
         )
     with torch.no_grad():
         shape = logits(model, inputs[:1]).shape[1:-1]  # one class for a row, or for each of its tokens
-    return inputs, torch.zeros(len(inputs), *shape, dtype=torch.long, device=inputs.device)
+    return inputs, torch.randint(classes, (rows, *shape), device=device)
 
 
 def _pictures(model: nn.Module, count: int) -> Tensor:
-    """Return black pictures of the size in the model's config: (count, channels, height, width)."""
+    """Return random pictures of the size in the model's config: (count, channels, height, width)."""
     config: Any = model.config
     size = config.image_size
     height, width = (size, size) if isinstance(size, int) else size
     parameter = next(model.parameters())
     shape = count, getattr(config, "num_channels", 3), height, width
-    return torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
+    return torch.rand(shape, dtype=parameter.dtype, device=parameter.device)
 
 
 def shape_of(batch: Batch) -> str:
     """Return the inputs' shape as text, such as "4 x 128"."""
     return " x ".join(str(size) for size in batch[0].shape)
+
+
+def output_width(model: nn.Module) -> int | None:
+    """Return the number of classes or tokens that the output head scores; None if the model does not name its head."""
+    head = output_head(model)
+    if head is None:
+        return None
+    return getattr(head, "out_features", None) or len(cast("Tensor", head.weight))
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -162,7 +170,7 @@ def fake_copy(
         with mode:
             return torch.empty_strided(fake.size(), fake.stride(), dtype=cast_to, device=device)
 
-    twin = _copy_with(model, pretend)
+    twin = copy_with(model, pretend)
     for module in twin.modules():
         if dtype is not None and isinstance(module, BlockWeight):
             module.dtype = dtype  # as module.to(dtype) would set it
@@ -209,23 +217,7 @@ def copy_sharing_weights(model: nn.Module, left_out: Iterable[nn.Module] = ()) -
     Args:
         left_out: modules that the copy has an empty module in place of.
     """
-    return _copy_with(model, Tensor.detach, left_out)
-
-
-def meta_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Return a copy on the meta device, where tensors have shapes only; ``dtype`` as in :func:`fake_copy`."""
-    twin = _copy_with(model, lambda tensor: tensor.detach().to("meta"))
-    return twin if dtype is None else twin.to(dtype)
-
-
-def _copy_with(model: nn.Module, change: Callable[[Tensor], Tensor], left_out: Iterable[nn.Module] = ()) -> nn.Module:
-    """Return a copy of a model with other parameters and buffers: what ``change`` makes of each."""
-    copies: dict[int, Any] = {id(module): nn.Module() for module in left_out}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        changed = change(tensor)
-        trains = tensor.requires_grad
-        copies[id(tensor)] = nn.Parameter(changed, trains) if isinstance(tensor, nn.Parameter) else changed
-    return copy.deepcopy(model, copies)
+    return copy_with(model, Tensor.detach, left_out)
 
 
 def build_model(model: Source, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
@@ -260,10 +252,79 @@ def unshare_trainable(twin: nn.Module, model: nn.Module) -> None:
         model: what it is a copy of.
     """
     shared = {storage_of(tensor) for tensor in [*model.parameters(), *model.buffers()]}
-    for parameter in twin.parameters():
-        if parameter.requires_grad and storage_of(parameter) in shared:
-            parameter.data = parameter.data.clone()
-    for module in twin.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.clone()
+    for tensor in [*(each for each in twin.parameters() if each.requires_grad), *twin.buffers()]:
+        if storage_of(tensor) in shared:
+            tensor.data = tensor.data.clone()
+
+
+# Models of many identical blocks, and the same with a few
+
+
+def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Return a model's stack of blocks by name, lowest first: the entries of its longest ``nn.ModuleList``."""
+    lists = [(len(module), name) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    longest = max(lists, key=lambda pair: pair[0], default=(0, ""))[1]
+    return {name: m for name, m in model.named_modules() if longest and name.rpartition(".")[0] == longest}
+
+
+def last_blocks(model: nn.Module, count: int) -> list[str]:
+    """Return the linear layers of the last ``count`` blocks, as ``targets``: no gradient is computed below them.
+
+    Raises:
+        ValueError: the model has fewer blocks, or none.
+    """
+    names = list(transformer_blocks(model))
+    if not 1 <= count <= len(names):
+        raise ValueError(f"count is {count}, but {type(model).__name__} is a stack of {len(names)} blocks.")
+    prefixes = tuple(f"{name}." for name in names[len(names) - count :])
+    return [layer for layer in match_layers(model, "all-linear", ()) if layer.startswith(prefixes)]
+
+
+def blocks_are_alike(model: nn.Module) -> bool:
+    """Return whether the blocks of a model's stack look alike, and are so many that a few of them save time.
+
+    Blocks look alike if their modules have the same classes, the same settings (numbers, texts and truth values), and
+    parameters and buffers of the same shapes, dtypes and need of a gradient. That decides only for models whose code is
+    known: all modules must come from torch, transformers, peft or this package, and a list in the model's config with
+    an entry for each block must have the same entry throughout.
+
+    Args:
+        model: ready to train.
+    """
+    blocks = transformer_blocks(model)
+    if len(blocks) < _FEWEST or len(set(map(_look, blocks.values()))) > 1:
+        return False
+    if any(type(module).__module__.partition(".")[0] not in _LIBRARIES for module in model.modules()):
+        return False
+    config: Any = getattr(model, "config", None)
+    for part in (config, getattr(config, "text_config", None)):
+        for value in vars(part).values() if hasattr(part, "__dict__") else ():
+            of_blocks = isinstance(value, list | tuple) and len(value) == len(blocks)
+            if of_blocks and any(entry != value[0] for entry in value):
+                return False
+    return not any(part.isdigit() for part in next(iter(blocks)).split(".")[:-1])  # parts of one block, such as experts
+
+
+def _look(block: nn.Module) -> Hashable:
+    """Return all of a block that may decide which operations it takes."""
+    modules = []
+    for name, module in block.named_modules():
+        settings = [
+            (key, len(value) if isinstance(value, dict) else value)  # hooks are held in dictionaries
+            for key, value in vars(module).items()
+            if isinstance(value, bool | int | float | str | torch.dtype | dict | None) and key not in _INDICES
+        ]
+        tensors = [
+            (key, tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad)
+            for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        ]
+        modules.append((name, type(module), tuple(settings), tuple(tensors)))
+    return tuple(modules)
+
+
+def keep_blocks(model: nn.Module, count: int) -> nn.Module:
+    """Return a copy of a model that shares its weights, with only the first ``count`` blocks."""
+    blocks = transformer_blocks(model)
+    short = copy_sharing_weights(model, list(blocks.values())[count:])
+    del cast(nn.ModuleList, short.get_submodule(next(iter(blocks)).rpartition(".")[0]))[count:]
+    return short

@@ -9,9 +9,9 @@ another question (``lora_lab.costs.speed``).
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,14 +20,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from lora_lab.costs.fake import Source, batch_for, build_on_meta, fake_copy, storage_of
-from lora_lab.costs.repeated import blocks_are_alike, extend_counts, prepare_shapes, rehearse
-from lora_lab.costs.setup import Setup, StepTracer, adapter_modules, as_setup, setting_of
-from lora_lab.inject import output_head
+from lora_lab.costs.fake import Source, build_on_meta, storage_of
+from lora_lab.costs.setup import Part, Rehearsal, Setup, StepTracer, as_setup, module_kinds, prepare_shapes, setting_of
 from lora_lab.lora import LoRALayer
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.models.llama import Llama
-from lora_lab.system.device import own_randomness
+from lora_lab.system.schema import Size, check
 from lora_lab.train import Batch, TrainingStep
 
 LAYERS, HEAD, ATTENTION, ADAPTERS, OTHER = "layers", "head", "attention", "adapters", "other"
@@ -36,6 +34,8 @@ FORWARD, INPUT, WEIGHT, AGAIN = "forward", "input gradients", "weight gradients"
 PASSES = (FORWARD, INPUT, WEIGHT, AGAIN)
 GIGA = 10**9
 _ATEN = torch.ops.aten
+_DATA = "data"  # what is computed from the batch
+_NOTHING: frozenset[str] = frozenset()
 _SUMS = (_ATEN.addmm, _ATEN.addmm_, _ATEN.baddbmm, _ATEN.baddbmm_)
 
 
@@ -108,22 +108,13 @@ class Flops:
         return f"{self.setting}, GFLOP:\n{numbers}\n{each}"
 
 
-@dataclass(frozen=True)
-class _Origin:
-    """What a tensor was computed from: parts of the model, the batch, and products whose terms are still separate."""
-
-    weights: frozenset[str] = frozenset()
-    data: bool = False
-    products: frozenset[int] = frozenset()
-
-
 class FlopCounter(StepTracer):
     """Counts the products (matrix multiplications and convolutions) of a step, and assigns each to a part and a pass.
 
     It tracks through all operations what every tensor was computed from. A product with a factor computed from weights
     alone (a weight, one dequantised from 4 bits, W + s B A) belongs to their layer. A product of two factors computed
-    from data belongs to attention, but in the backward pass it is a weight gradient if a parameter's ``grad`` is
-    computed from it.
+    from data belongs to attention; in the backward pass it is a weight gradient, unless the product whose gradients the
+    running node of autograd's graph computes is attention's.
     """
 
     def __init__(self, step: TrainingStep) -> None:
@@ -133,15 +124,11 @@ class FlopCounter(StepTracer):
     def run(self, batches: Sequence[Batch], weights: Sequence[float]) -> None:
         """Take one step and count it; the counts of an earlier step are dropped."""
         self.products: list[tuple[str, str, int]] = []  # part, pass, FLOPs
-        self._of_data: set[int] = set()  # the products of data with data in the backward pass
+        self._parts: defaultdict[int, set[str]] = defaultdict(set)  # of the products of a node, by its number
         tensors = [*self.step.model.parameters(), *self.step.model.buffers()]
-        self._origins = {storage_of(tensor): _Origin(frozenset({self._owners[id(tensor)]})) for tensor in tensors}
-        self._origins |= {storage_of(tensor): _Origin(data=True) for batch in batches for tensor in batch}
+        self._sources = {storage_of(tensor): frozenset({self._owners[id(tensor)]}) for tensor in tensors}
+        self._sources |= {storage_of(tensor): frozenset({_DATA}) for batch in batches for tensor in batch}
         super().run(batches, weights)
-        for parameter in self.step.model.parameters():
-            if parameter.grad is not None and parameter.ndim > 1:
-                for index in self._origins[storage_of(parameter.grad)].products & self._of_data:
-                    self.products[index] = (self._owners[id(parameter)], WEIGHT, self.products[index][2])
 
     def counts(self) -> Counter[tuple[str, str]]:
         """Return FLOPs by part and pass."""
@@ -153,32 +140,36 @@ class FlopCounter(StepTracer):
     def on_operation(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         """Count the operation if it is a product, and record what its results are computed from."""
         if function.namespace != "aten" or self.phase not in ("forward", "backward"):
-            return  # there are no products elsewhere, and the gradients' origins must stay
+            return  # there are no products elsewhere
         packet = getattr(function, "_overloadpacket", None)
-        product = None
         if packet is _ATEN.convolution_backward:
             self._count_convolution(args, out)
         elif packet in _FORMULAS:
-            product = self._count(packet, args, _FORMULAS[packet](*args, **kwargs, out_val=out))
+            self._count(packet, args, _FORMULAS[packet](*args, **kwargs, out_val=out))
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        sources = _NOTHING.union(*map(self._sources_of, inputs))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self._origins[storage_of(tensor)] = self._combine(inputs, tensor, product)
+                self._sources[storage_of(tensor)] = sources
 
-    def _count(self, packet: Any, args: tuple, count: int) -> int:
-        """Add a product, and return its index."""
+    def _count(self, packet: Any, args: tuple, count: int) -> None:
+        """Add a product of two factors."""
         start = 1 if packet in _SUMS else 0  # the first argument is what the product is added to
-        origins = [self._origin(tensor) for tensor in args[start : start + 2]]
-        of_weights = [origin for origin in origins if not origin.data]
-        part = _part(of_weights) if of_weights else ATTENTION
-        self.products.append((part, self._pass(INPUT), count))
-        if part == ATTENTION and self._pass(INPUT) == INPUT:
-            self._of_data.add(len(self.products) - 1)
-        return len(self.products) - 1
+        factors = [self._sources_of(tensor) for tensor in args[start : start + 2]]
+        weights = [sources for sources in factors if _DATA not in sources]
+        part, pass_ = _part(weights) if weights else ATTENTION, self._pass(INPUT)
+        if pass_ == FORWARD:
+            node = torch.autograd._get_sequence_nr() - 1  # pyright: ignore[reportPrivateImportUsage] - the one just made
+            self._parts[node].add(part)
+        elif pass_ == INPUT and not weights:
+            parts = self._parts[torch._C._current_autograd_node()._sequence_nr()] - {ATTENTION}
+            if parts:  # a lean layer's node has products with frozen weights and with adapters
+                part, pass_ = min(parts, key=(ADAPTERS, HEAD, LAYERS, OTHER).index), WEIGHT
+        self.products.append((part, pass_, count))
 
     def _count_convolution(self, args: tuple, out: Any) -> None:
         """One operation with two products: the gradients of the input and of the weight."""
-        part = _part([self._origin(args[2])])
+        part = _part([self._sources_of(args[2])])
         for index, name in ((0, INPUT), (1, WEIGHT)):
             mask = [i == index and needed for i, needed in enumerate(args[10])]
             count = flop_registry[_ATEN.convolution_backward](*args[:10], mask, out_val=out)
@@ -187,27 +178,14 @@ class FlopCounter(StepTracer):
     def _pass(self, backward: str) -> str:
         return FORWARD if self.phase == "forward" else AGAIN if self.recomputing else backward
 
-    def _origin(self, tensor: Tensor) -> _Origin:
-        return self._origins.get(storage_of(tensor), _Origin())
-
-    def _combine(self, inputs: Sequence[Tensor], out: Tensor, product: int | None) -> _Origin:
-        origins = [self._origin(tensor) for tensor in inputs]
-        if product is not None:
-            products = {product}
-        else:  # a reduction sums over the terms of the products that its inputs came from
-            products = {
-                index
-                for tensor, origin in zip(inputs, origins, strict=True)
-                if out.numel() >= tensor.numel() or storage_of(out) == storage_of(tensor)
-                for index in origin.products
-            }
-        weights = {part for origin in origins for part in origin.weights}
-        return _Origin(frozenset(weights), any(origin.data for origin in origins), frozenset(products))
+    def _sources_of(self, tensor: Tensor) -> frozenset[str]:
+        """Return what a tensor was computed from: parts of the model, and the batch."""
+        return self._sources.get(storage_of(tensor), _NOTHING)
 
 
-def _part(origins: Iterable[_Origin]) -> str:
+def _part(factors: Iterable[frozenset[str]]) -> str:
     """Return the part that a product belongs to; to the adapters only if no other weights are in it."""
-    weights = {part for origin in origins for part in origin.weights}
+    weights = _NOTHING.union(*factors)
     return next((part for part in (HEAD, LAYERS, ADAPTERS) if part in weights), OTHER)
 
 
@@ -216,13 +194,11 @@ def weight_owners(model: nn.Module) -> dict[int, str]:
 
     A weight that the output layer shares with the embedding belongs to the head.
     """
-    owners = {id(tensor): LAYERS for tensor in [*model.parameters(), *model.buffers()]}
-    head = output_head(model)
-    if head is not None:
-        owners |= {id(tensor): HEAD for tensor in [*head.parameters(), *head.buffers()]}
-    for module in adapter_modules(model):
-        factors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        owners |= {id(tensor): ADAPTERS for tensor in factors}
+    kinds, owners = module_kinds(model), dict[int, str]()
+    for module in model.modules():
+        owner = {Part.LOGITS: HEAD, Part.SAVED_ADAPTERS: ADAPTERS}.get(kinds[id(module)], LAYERS)
+        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            owners[id(tensor)] = owner if owner != LAYERS else owners.get(id(tensor), LAYERS)
     return owners
 
 
@@ -293,20 +269,44 @@ def flops(
         ValueError: the batch is not described, a value is out of range, the model cannot be made ready, or ``lean``
             has several threads.
     """
-    setup, cpu = as_setup(method, options), torch.device("cpu")
-    counted_batch: list[Batch] = []
+    setup = as_setup(method, options)
 
-    def count(model: nn.Module) -> Counter[tuple[str, str]]:
-        with fake_copy(model, cpu, setup.dtype) as twin, own_randomness(cpu, 0), sdpa_kernel(SDPBackend.MATH):
-            counted_batch[:] = [batch_for(twin, batch_size, seq_len, batch)]
-            counter = FlopCounter(setup.step(twin))
-            counter.run(*setup.batches(*counted_batch))
-            return counter.counts()
+    def count(step: TrainingStep, fake_batch: Batch) -> Flops:
+        counter = FlopCounter(step)
+        with sdpa_kernel(SDPBackend.MATH):
+            counter.run(*setup.batches(fake_batch))
+        return Flops(counter.counts(), size_of(fake_batch), setting_of(setup, step.model, fake_batch))
 
-    model = build_on_meta(model)
-    prepared = prepare_shapes(model, setup)
-    counts = rehearse(model, blocks_are_alike(prepared), count, extend_counts)
-    return Flops(counts, size_of(*counted_batch), setting_of(setup, prepared, *counted_batch))
+    rehearsal = Rehearsal(model, setup, torch.device("cpu"))
+    return rehearsal.follow(count, _extend, batch_size, seq_len, batch)
+
+
+def _extend(shorter: Flops, longer: Flops, blocks: int) -> Flops:
+    """Return the FLOPs of a model with ``blocks`` more blocks than in ``shorter``; ``longer`` has one more."""
+    few, more = Counter(shorter.counts), Counter(longer.counts)
+    return replace(longer, counts={key: few[key] + blocks * (more[key] - few[key]) for key in few | more})
+
+
+def communication(model: Source, method: Method | Setup, processes: int = 2, **options: Any) -> float:
+    """Return the bytes that each process of a data-parallel run sends in a step of ``fit``; nothing is allocated.
+
+    It sends, and receives, 2 (n - 1) / n of what is summed over n processes, without headers: the gradients of all
+    trained parameters, the loss, and for each parameter whether it has a gradient. That is the least, and a ring
+    reaches it (Patarasu and Yuan 2009, Bandwidth optimal all-reduce algorithms for clusters of workstations,
+    section 3): each process passes on 1/n of the data n - 1 times to be added, and n - 1 times to be copied.
+
+    Args:
+        model, method, **options: as for :func:`flops`.
+        processes: how many train together.
+
+    Raises:
+        ValueError: ``processes`` is below 1, an option is out of range, or the model cannot be made ready.
+    """
+    check(processes, Size, "processes")
+    setup = as_setup(method, options)
+    trained = [each for each in prepare_shapes(build_on_meta(model), setup).parameters() if each.requires_grad]
+    reduced = sum(parameter.nbytes for parameter in trained) + torch.float64.itemsize * (1 + len(trained))
+    return 2 * (processes - 1) / processes * reduced
 
 
 def break_even_rank(model: Source, batch_size: int, seq_len: int) -> int:

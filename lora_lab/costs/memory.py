@@ -23,31 +23,21 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lora_lab.costs.bill import GIB, MIB, Bill, Part, Recording, StorageLog
-from lora_lab.costs.fake import (
-    Source,
-    batch_for,
-    build_model,
-    build_on_meta,
-    device_of,
-    device_to_run,
-    fake_copy,
-    storage_of,
-    unshare_trainable,
-)
-from lora_lab.costs.repeated import blocks_are_alike, extend_recording, prepare_shapes, rehearse
-from lora_lab.costs.setup import Setup, as_setup, setting_of
+from lora_lab.costs.bill import GIB, MIB, Bill, Part, Recording, StorageLog, extend_recording
+from lora_lab.costs.fake import Source, build_model, device_of, device_to_run, storage_of, unshare_trainable
+from lora_lab.costs.setup import Rehearsal, Setup, as_setup, setting_of
 from lora_lab.lean.step import Lean
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.models.quantize import BlockWeight
 from lora_lab.system.device import own_randomness, pick_device
 from lora_lab.system.schema import NotNegative, check
-from lora_lab.train import Batch
+from lora_lab.train import Batch, TrainingStep
 
 _LARGEST_SIZE = 2**20  # the largest batch or context that is considered
 _BLOCK = 512  # bytes: CUDA's allocator returns multiples of this
@@ -87,34 +77,28 @@ def predict(
         ValueError: the batch is not described, a value is out of range, the model cannot be made ready, or ``lean``
             has several threads.
     """
-    return _Rehearsal(model, as_setup(method, options), device).bill(batch_size, seq_len, batch)
+    return _Bills(model, as_setup(method, options), device).predict(batch_size, seq_len, batch)
 
 
-class _Rehearsal:
-    """Training steps of one model and setup on fake tensors, with batches of any size.
-
-    Args: as for :func:`predict`.
-    """
+class _Bills:
+    """Bills of one model and setup, for batches of any size. Args: as for :func:`predict`."""
 
     def __init__(self, model: Source, setup: Setup, device: torch.device | str | None) -> None:
         self.device, self.estimated = _device_to_predict(model, device)
-        self.model, self.setup = build_on_meta(model), setup
-        self.alike = blocks_are_alike(prepare_shapes(self.model, setup))
+        self.rehearsal = Rehearsal(model, setup, self.device)
 
-    def bill(self, batch_size: int | None, seq_len: int | None, batch: Batch | None = None) -> Bill:
-        """Return the bill of a step on such a batch, as from :func:`predict`."""
+    def predict(self, batch_size: int | None, seq_len: int | None, batch: Batch | None = None) -> Bill:
+        """Return the bill of a step on such a batch."""
+        setup = self.rehearsal.setup
 
-        def record(model: nn.Module) -> Recording:
-            with fake_copy(model, self.device, self.setup.dtype) as twin, own_randomness(torch.device("cpu"), 0):
-                step = self.setup.step(twin)
-                fake_batch = batch_for(twin, batch_size, seq_len, batch)
-                log = StorageLog(step)
-                _dequantise_once(log)
-                with _allocate_as_cuda() if self.estimated else nullcontext():
-                    log.run_second(*self.setup.batches(fake_batch))
-                return log.recording(setting_of(self.setup, step.model, fake_batch))
+        def record(step: TrainingStep, fake_batch: Batch) -> Recording:
+            log = StorageLog(step)
+            _dequantise_once(log)
+            with _allocate_as_cuda() if self.estimated else nullcontext():
+                log.run_second(*setup.batches(fake_batch))
+            return log.recording(setting_of(setup, step.model, fake_batch))
 
-        recording = rehearse(self.model, self.alike, record, extend_recording)
+        recording = self.rehearsal.follow(record, extend_recording, batch_size, seq_len, batch)
         if not self.estimated and self.device.type != "cuda":
             return recording.bill("predicted")
         bill = recording.bill("estimated for CUDA, not measured" if self.estimated else "predicted", _BLOCK)
@@ -281,10 +265,10 @@ def largest(
     if (batch_size is None) == (seq_len is None):
         raise ValueError(f"batch_size is {batch_size} and seq_len {seq_len}; pass exactly one: the other is searched.")
     budget_bytes = check(budget_bytes, NotNegative, "budget_bytes")
-    rehearsal = _Rehearsal(model, as_setup(method, options), device)
+    bills = _Bills(model, as_setup(method, options), device)
 
     def bill_of(size: int) -> Bill:
-        return rehearsal.bill(size if batch_size is None else batch_size, size if seq_len is None else seq_len)
+        return bills.predict(size if batch_size is None else batch_size, size if seq_len is None else seq_len)
 
     low, low_bill, high = 1, bill_of(1), _LARGEST_SIZE + 1  # low fits, high does not
     if low_bill.peak_bytes > budget_bytes:
@@ -313,8 +297,7 @@ def _allocate_as_cuda() -> Iterator[None]:
     norms, but not with a weight of another dtype than the input's. A torch function mode would not see blocks that are
     recomputed in the backward pass.
     """
-    functional = nn.functional
-    plain_attention, plain_norm = functional.scaled_dot_product_attention, functional.rms_norm
+    plain_attention, plain_norm = nn.functional.scaled_dot_product_attention, nn.functional.rms_norm
 
     def attention(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         shared = query.dtype == torch.float32 and query.shape[-3] != key.shape[-3]
@@ -326,11 +309,8 @@ def _allocate_as_cuda() -> Iterator[None]:
             return plain_norm(input, normalized_shape, weight, eps)
         return _FusedNorm.apply(input, weight, len(normalized_shape))
 
-    functional.scaled_dot_product_attention, functional.rms_norm = attention, norm
-    try:
+    with patch.multiple(nn.functional, scaled_dot_product_attention=attention, rms_norm=norm):
         yield
-    finally:
-        functional.scaled_dot_product_attention, functional.rms_norm = plain_attention, plain_norm
 
 
 class _FusedNorm(torch.autograd.Function):
@@ -457,8 +437,7 @@ def parse_bytes(text: str) -> int:
     Raises:
         ValueError: the text is not a positive number with such a unit.
     """
-    units = {"KIB": 2**10, "MIB": MIB, "GIB": GIB, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]i?B)\s*", text, flags=re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT])(i?)B\s*", text, flags=re.IGNORECASE)
     if not match or float(match[1]) == 0:
         raise ValueError(f"{text!r} is no size; write a number with its unit, such as 24GiB or 80GB.")
-    return int(float(match[1]) * units[match[2].upper()])
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2].upper())))

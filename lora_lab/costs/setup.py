@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_lab.costs.fake import shape_of
+from lora_lab.costs.fake import (
+    Source,
+    batch_for,
+    blocks_are_alike,
+    build_on_meta,
+    fake_copy,
+    keep_blocks,
+    shape_of,
+    transformer_blocks,
+)
 from lora_lab.inject import lora_layers, output_head
-from lora_lab.lean.step import Lean, LeanStep
+from lora_lab.lean.step import Lean, LeanStep, copy_to_meta
 from lora_lab.methods import FullFineTuning, Method
-from lora_lab.models.digits import DigitsMLP
-from lora_lab.models.llama import MLP, Attention
 from lora_lab.models.quantize import quantize_nf4
+from lora_lab.system.device import own_randomness
 from lora_lab.system.schema import Size, check_fields
+from lora_lab.system.wording import short_repr
 from lora_lab.task import Loss, cross_entropy
 from lora_lab.train import Batch, TrainConfig, TrainingStep, make_step, set_training_mode
+
+Recorded = TypeVar("Recorded")  # what is recorded of a step, or counted
 
 
 @dataclass(frozen=True)
@@ -103,23 +114,13 @@ class Setup:
         return parts, [len(inputs) / size for inputs, _ in parts]
 
     def describe(self) -> str:
-        """Return a short description, such as "lora r=8, bfloat16, checkpointing"."""
-        settings, lean = self.method.settings(), self.lean
-        names = settings.get("targets", "all-linear")
-        words = {
-            self.method.name + (f" r={settings['rank']}" if "rank" in settings else ""): True,
-            "+".join(names) if len(names) <= 4 else f"{len(names)} targets": names != "all-linear",
-            "NF4 base": self.nf4,
-            "SGD": self.optimizer == "sgd",
-            "AdamW by foreach": self.optimizer == "adamw-foreach",
-            str(self.dtype).removeprefix("torch."): self.dtype is not None,
-            "lean bf16 base" if lean and lean.base_dtype else "lean": lean is not None,
-            "autocast": self.autocast is not None,
-            "checkpointing": self.gradient_checkpointing or (lean is not None and lean.checkpoint),
-            f"{self.accumulate} micro-batches": self.accumulate > 1,
-            "no clipping": self.clip is None,
-        }
-        return ", ".join(word for word, said in words.items() if said)
+        """Return the method and the options that are not as usual, such as "lora, rank=8, nf4=True"."""
+        method = self.method.settings()
+        chosen = {name: method[name] for name in ("rank", "targets") if method.get(name, "all-linear") != "all-linear"}
+        for option in fields(self):
+            if option.name not in ("method", "loss") and getattr(self, option.name) != option.default:
+                chosen[option.name] = getattr(self, option.name)
+        return ", ".join([self.method.name, *(f"{name}={short_repr(value)}" for name, value in chosen.items())])
 
 
 def as_setup(method: Method | Setup, options: dict[str, Any]) -> Setup:
@@ -128,54 +129,62 @@ def as_setup(method: Method | Setup, options: dict[str, Any]) -> Setup:
 
 
 def setting_of(setup: Setup, model: nn.Module, batch: Batch) -> str:
-    """Return the model's class, the setup and the batch as text, such as "Llama, lora r=8, batch 4 x 128"."""
+    """Return the model's class, the setup and the batch as text, such as "Llama, lora, rank=8, batch 4 x 128"."""
     return f"{type(model).__name__}, {setup.describe()}, batch {shape_of(batch)}"
 
 
 # Modules
 
 
-class Kind(StrEnum):
-    """What a module belongs to."""
+class Part(StrEnum):
+    """A part of a memory bill, in the order in which bills list them. A module is of the kind that it saves."""
 
-    ATTENTION = "attention"
-    MLP = "MLP"
-    NORMS = "norms"
-    ADAPTERS = "adapters"
-    LOGITS = "logits and loss"  # the output head, and what is computed outside all modules
-    OTHER = "other layers"
+    FROZEN = "frozen weights"
+    TRAINED = "trained weights"
+    GRADIENTS = "gradients"
+    HEAD_GRADIENT = "gradient of the head"  # until it is added to the embedding's, if both are one weight
+    OPTIMISER = "optimiser state"
+    SAVED_ATTENTION = "saved: attention"
+    SAVED_MLP = "saved: MLP"
+    SAVED_NORMS = "saved: norms"
+    SAVED_ADAPTERS = "saved: adapters"
+    SAVED_OTHER = "saved: other layers"
+    LOGITS = "logits and loss"
+    RECOMPUTED = "recomputed activations"
+    TEMPORARIES = "temporaries"
+    WORKSPACE = "cuBLAS workspace"
+    ENDS = "unused ends of blocks"
+    REST = "the rest, unexplained"
+
+    __repr__ = str.__repr__  # a bill's parts print as a dictionary of plain strings
 
 
-# By the name of the attribute that holds a module, as in our Llama and in the models of transformers.
-_KIND_BY_ATTRIBUTE = {
-    **dict.fromkeys(("attn", "attention", "self_attn", "self_attention", "SelfAttention"), Kind.ATTENTION),
-    **dict.fromkeys(("encoder_attn", "crossattention", "EncDecAttention"), Kind.ATTENTION),
-    **dict.fromkeys(("mlp", "ffn", "feed_forward", "DenseReluDense"), Kind.MLP),
-    **dict.fromkeys(("norm", "layer_norm"), Kind.NORMS),
+# By a word in the name of a module's class or of the attribute that holds it, in our Llama and in transformers' models.
+_KIND_BY_WORD = {
+    **dict.fromkeys(("attention", "attn"), Part.SAVED_ATTENTION),
+    **dict.fromkeys(("mlp", "ffn", "feed_forward", "feedforward", "densereludense"), Part.SAVED_MLP),
 }
 
 
-def module_kinds(model: nn.Module) -> dict[int, Kind]:
+def module_kinds(model: nn.Module) -> dict[int, Part]:
     """id of each module -> its kind. A module of no kind of its own has that of the module around it."""
     head, adapters = output_head(model), adapter_modules(model)
-    own: dict[str, Kind] = {}  # of each module's name, whether it is an adapter or not
-    kinds: dict[int, Kind] = {}
+    own: dict[str, Part] = {}  # of each module's name, whether it is an adapter or not
+    kinds: dict[int, Part] = {}
     for name, module in model.named_modules(remove_duplicate=False):  # a module comes before those inside it
         around, _, attribute = name.rpartition(".")
-        known = Kind.LOGITS if module is head else _kind_of(module, attribute)
-        own[name] = known or own.get(around, Kind.OTHER)
-        kinds[id(module)] = Kind.ADAPTERS if module in adapters else own[name]
+        known = Part.LOGITS if module is head else _kind_of(module, attribute)
+        own[name] = known or own.get(around, Part.SAVED_OTHER)
+        kinds[id(module)] = Part.SAVED_ADAPTERS if module in adapters else own[name]
     return kinds
 
 
-def _kind_of(module: nn.Module, name: str) -> Kind | None:
-    if hasattr(module, "eps") or hasattr(module, "variance_epsilon"):  # torch's norms and ours; transformers' norms
-        return Kind.NORMS
-    if isinstance(module, Attention | nn.MultiheadAttention):
-        return Kind.ATTENTION
-    if isinstance(module, MLP | DigitsMLP):
-        return Kind.MLP
-    return _KIND_BY_ATTRIBUTE.get(name)
+def _kind_of(module: nn.Module, attribute: str) -> Part | None:
+    # torch's norms and ours, those of transformers, and others by their names
+    if hasattr(module, "eps") or hasattr(module, "variance_epsilon") or attribute in ("norm", "layer_norm"):
+        return Part.SAVED_NORMS
+    names = f"{type(module).__name__} {attribute}".lower()
+    return next((kind for word, kind in _KIND_BY_WORD.items() if word in names), None)
 
 
 def adapter_modules(model: nn.Module) -> set[nn.Module]:
@@ -186,14 +195,6 @@ def adapter_modules(model: nn.Module) -> set[nn.Module]:
             parts = [child for name, child in layer.named_children() if name != "base_layer"]
             modules.update(module for part in parts for module in part.modules())
     return modules
-
-
-def output_width(model: nn.Module) -> int | None:
-    """Return the number of classes or tokens that the output head scores; None if the model does not name its head."""
-    head = output_head(model)
-    if head is None:
-        return None
-    return getattr(head, "out_features", None) or len(cast("Tensor", head.weight))
 
 
 # Steps
@@ -222,11 +223,11 @@ class StepTracer(TorchDispatchMode):
         """Called after each operation with torch's operator, its arguments and its result."""
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> Part:
         """The kind of the innermost module that is running; outside all modules, the forward pass computes the loss."""
         if self._stack:
-            return self._kinds.get(self._stack[-1], Kind.OTHER)
-        return Kind.LOGITS if self.phase == "forward" else Kind.OTHER
+            return self._kinds.get(self._stack[-1], Part.SAVED_OTHER)
+        return Part.LOGITS if self.phase == "forward" else Part.SAVED_OTHER
 
     @property
     def module(self) -> str:
@@ -299,3 +300,71 @@ class StepTracer(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         self.on_operation(func, args, kwargs or {}, out)
         return out
+
+
+# Rehearsals
+
+
+@contextmanager
+def rehearse_step(
+    model: Source, setup: Setup, device: torch.device, batch_size: int | None, seq_len: int | None, batch: Batch | None
+) -> Iterator[tuple[TrainingStep, Batch]]:
+    """A step on fake tensors that is ready to be taken, and its batch; what is computed in the block is fake too."""
+    with fake_copy(model, device, setup.dtype) as twin, own_randomness(torch.device("cpu"), 0):
+        step = setup.step(twin)
+        yield step, batch_for(twin, batch_size, seq_len, batch)
+
+
+def prepare_shapes(model: nn.Module, setup: Setup) -> nn.Module:
+    """Return a copy of a model, ready to train, on the meta device: a tenth of the time that fake tensors take."""
+    twin = copy_to_meta(model)
+    with torch.device("meta"), own_randomness(torch.device("cpu"), 0):
+        return setup.step(twin if setup.dtype is None else twin.to(setup.dtype)).model
+
+
+class Rehearsal:
+    """Steps of a model and a setup on fake tensors, with batches of any size. Of identical blocks a few are rehearsed.
+
+    A Llama of 80 equal blocks takes 80 times the same operations, and a rehearsal spends nearly all its time on them.
+    What is recorded of the same model with two and with three blocks shows what one more block adds.
+
+    Args:
+        model, setup: as for :func:`lora_lab.memory.predict`.
+        device: that the fake tensors report.
+    """
+
+    def __init__(self, model: Source, setup: Setup, device: torch.device) -> None:
+        self.model, self.setup, self.device = build_on_meta(model), setup, device
+        self.alike = blocks_are_alike(prepare_shapes(self.model, setup))
+
+    def follow(
+        self,
+        record: Callable[[TrainingStep, Batch], Recorded],
+        extend: Callable[[Recorded, Recorded, int], Recorded],
+        batch_size: int | None,
+        seq_len: int | None,
+        batch: Batch | None,
+    ) -> Recorded:
+        """Return what is recorded of a step of the whole model; if possible, from those with two to four blocks.
+
+        Args:
+            record: takes a step on a batch, and returns what it has recorded.
+            extend: makes the record of a longer model from those of two shorter ones, of which the second has a block
+                more, and from the number of blocks that the first lacks; raises ValueError if they do not determine it.
+            batch_size, seq_len, batch: as for :func:`lora_lab.memory.predict`.
+        """
+
+        def rehearse(model: nn.Module) -> Recorded:
+            with rehearse_step(model, self.setup, self.device, batch_size, seq_len, batch) as (step, fake_batch):
+                return record(step, fake_batch)
+
+        if self.alike:
+            # Also where the method names blocks one by one, and some of them are left out.
+            with suppress(ValueError):
+                shorter = rehearse(keep_blocks(self.model, 2))
+                for count in (3, 4):  # the first and the last block may differ from those between
+                    longer = rehearse(keep_blocks(self.model, count))
+                    with suppress(ValueError):
+                        return extend(shorter, longer, len(transformer_blocks(self.model)) - count + 1)
+                    shorter = longer
+        return rehearse(self.model)

@@ -24,7 +24,8 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
+from timeit import Timer
 from typing import Any
 
 import numpy as np
@@ -33,25 +34,15 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
-from lora_lab.costs.fake import (
-    Source,
-    batch_for,
-    build_model,
-    device_to_run,
-    fake_copy,
-    shape_of,
-    storage_of,
-    unshare_trainable,
-)
+from lora_lab.costs.fake import Source, batch_for, build_model, device_to_run, shape_of, storage_of, unshare_trainable
 from lora_lab.costs.flops import ADAPTERS, AGAIN, ATTENTION, FORWARD, GIGA, HEAD, INPUT, WEIGHT, FlopCounter, size_of
-from lora_lab.costs.setup import Setup, as_setup, output_width
+from lora_lab.costs.setup import Setup, as_setup, rehearse_step
 from lora_lab.methods import LoRA, Method
 from lora_lab.models.llama import Llama, LlamaConfig
 from lora_lab.system.device import BusyCores, own_randomness, pick_device
 from lora_lab.system.schema import Size, check
 from lora_lab.system.wording import count_noun, progress_bar
-from lora_lab.task import padding_id
-from lora_lab.train import Batch, state_bytes
+from lora_lab.train import Batch, TrainingStep, state_bytes
 
 _TIMING_S = 0.05  # the shortest timing of steps
 _SAMPLE_S = 1e-3  # the same of a single operation
@@ -61,6 +52,7 @@ CAUSES = (FORWARD, INPUT, WEIGHT, AGAIN, HEAD, ATTENTION, ADAPTERS, MEMORY, UPDA
 _ALIKE = 0.03  # times that differ by less count as equal
 _LOOKUPS = ("embedding", "nll_loss_forward")  # they read as many numbers of a table as they return
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+_SIDE = {"cpu": 1024}  # of the square product that is timed
 _WEIGHTS = 2**24  # updated to measure the bandwidth: far more than a cache holds
 Factor = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -208,7 +200,7 @@ def step_time(
     with own_randomness(device, 0), BusyCores(thread_count(device)) as busy:
         runs = {name: _Run(models[name], as_setup(method, options), device) for name, method in variants.items()}
         twin = next(iter(runs.values())).step.model
-        batch = _random_batch(twin, batch_size, seq_len) if batch is None else batch
+        batch = batch_for(twin, batch_size, seq_len) if batch is None else batch
         batch = batch[0].to(device), batch[1].to(device)
         names, seconds = list(runs), {name: [] for name in runs}
         with progress_bar(len(names) * (rounds + 1), "timing", progress) as bar:
@@ -258,44 +250,26 @@ class _Run:
 
     def seconds(self) -> float:
         """Return the mean over ``count`` steps."""
-        return mean_seconds(lambda: self.step(self.parts, self.weights), self.count, self.device)
+        return stopwatch(lambda: self.step(self.parts, self.weights), self.device).timeit(self.count) / self.count
 
 
-def mean_seconds(function: Callable[[], Any], count: int, device: torch.device) -> float:
-    """Return the mean of ``count`` calls; the clock waits for the device before it starts and before it stops."""
-    synchronize(device)
-    started = time.perf_counter()
-    for _ in range(count):
-        function()
-    synchronize(device)
-    return (time.perf_counter() - started) / count
+def stopwatch(function: Callable[[], Any], device: torch.device) -> Timer:
+    """Return a timer of calls, whose clock waits for a GPU to finish its work; Python's garbage waits meanwhile."""
+
+    def read() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return Timer(function, timer=read)
 
 
 def median_seconds(function: Callable[[], Any], device: torch.device) -> float:
     """Return the median of five samples of a call; a quick call is repeated until a sample lasts a millisecond."""
     function()  # allocates memory and loads code
-    count = math.ceil(_SAMPLE_S / max(mean_seconds(function, 1, device), 1e-6))
-    return statistics.median(mean_seconds(function, count, device) for _ in range(5))
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _random_batch(model: nn.Module, batch_size: int | None, seq_len: int | None) -> Batch:
-    """Return random numbers: if all tokens were equal, the embedding's gradient would be summed in a single row."""
-    generator, classes = torch.Generator().manual_seed(0), output_width(model) or 1
-    inputs, targets = batch_for(model, batch_size, seq_len, None)
-    if inputs.is_floating_point():
-        inputs = torch.rand(inputs.shape, generator=generator).to(inputs.dtype)
-    else:
-        tokens = getattr(getattr(model, "config", None), "vocab_size", classes)
-        inputs = torch.randint(tokens, inputs.shape, generator=generator)
-        if (pad := padding_id(model)) is not None:  # a row of padding alone would have no loss
-            inputs = inputs.where(inputs != pad, pad + 1)
-    return inputs, torch.randint(classes, targets.shape, generator=generator)
+    timer = stopwatch(function, device)
+    count = math.ceil(_SAMPLE_S / max(timer.timeit(1), 1e-6))
+    return statistics.median(timer.repeat(5, count)) / count
 
 
 # The operations of a step
@@ -374,39 +348,29 @@ def _attention_flops(name: str, args: tuple) -> int:
 
 
 class StepTrace(FlopCounter):
-    """Lists the operations of a step and their causes."""
+    """Counts the operations of a step by their causes."""
 
     def run(self, batches: Sequence[Batch], weights: Sequence[float]) -> None:
-        """Take one step and list it; the list of an earlier step is dropped."""
-        self._entries: list[tuple[str, int | None, OperatorCall]] = []
+        """Take one step and count its operations; those of an earlier step are dropped."""
+        self.calls: defaultdict[str, Counter[OperatorCall]] = defaultdict(Counter)
         super().run(batches, weights)
 
     def on_operation(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
-        """Add the operation to the list."""
+        """Count the operation under its cause."""
         before = len(self.products)
         super().on_operation(function, args, kwargs, out)
-        flops = sum(count for _, _, count in self.products[before:])
+        products = self.products[before:]
+        flops = sum(count for _, _, count in products)
         if function.namespace == "aten" and (call := describe_call(function, args, kwargs, out, flops)):
-            self._entries.append((self.phase, before if flops else None, call))
+            self.calls[self._cause(call.name, products)][call] += 1
 
-    def work(self) -> StepWork:
-        """Return the operations of the last step."""
-        calls: defaultdict[str, Counter[OperatorCall]] = defaultdict(Counter)
-        for phase, product, call in self._entries:
-            calls[self._cause(phase, product, call.name)][call] += 1
-        model = self.step.model
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        tensors = [*model.parameters(), *model.buffers(), *trained]  # a gradient is as large as its parameter
-        static_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        return StepWork(dict(calls), static_bytes + state_bytes(self.step.optimizer))
-
-    def _cause(self, phase: str, product: int | None, name: str) -> str:
-        if product is not None:
-            part, pass_, _ = self.products[product]
+    def _cause(self, name: str, products: Sequence[tuple[str, str, int]]) -> str:
+        if products:
+            part, pass_, _ = products[0]
             return part if part in (ATTENTION, ADAPTERS) or (part == HEAD and pass_ != WEIGHT) else pass_
         if "attention" in name:
             return ATTENTION
-        return MEMORY if phase in ("forward", "backward") else UPDATE
+        return MEMORY if self.phase in ("forward", "backward") else UPDATE
 
 
 @dataclass(frozen=True)
@@ -560,11 +524,10 @@ class CostModel:
         tokens, setting = 0, ""
         for name, method in variants.items():
             setup = as_setup(method, options)
-            with fake_copy(model, self.device, setup.dtype) as twin, own_randomness(self.device, 0):
-                fake_batch = batch_for(twin, batch_size, seq_len, batch)
-                works[name] = trace_work(setup, twin, fake_batch)
+            with rehearse_step(model, setup, self.device, batch_size, seq_len, batch) as (step, fake_batch):
+                works[name] = trace_work(setup, step, fake_batch)
                 tokens = size_of(fake_batch)
-                setting = f"{type(twin).__name__}, batch {shape_of(fake_batch)}, {self.where}"
+                setting = f"{type(step.model).__name__}, batch {shape_of(fake_batch)}, {self.where}"
         with BusyCores(thread_count(self.device)) as busy:
             seconds = {name: work.seconds(self.seconds) for name, work in works.items()}
         prediction = Prediction(seconds, works, tokens, setting)
@@ -578,11 +541,13 @@ class CostModel:
         return "\n".join([f"Costs on {self.where}", *(f"  {name:<44}{value}" for name, value in self.rates.items())])
 
 
-def trace_work(setup: Setup, model: nn.Module, batch: Batch) -> StepWork:
+def trace_work(setup: Setup, step: TrainingStep, batch: Batch) -> StepWork:
     """Return what the second step of a fake model does on a batch."""
-    trace = StepTrace(setup.step(model))
+    trace = StepTrace(step)
     trace.run_second(*setup.batches(batch))
-    return trace.work()
+    trained = [parameter for parameter in step.model.parameters() if parameter.requires_grad]
+    tensors = [*step.model.parameters(), *step.model.buffers(), *trained]  # a gradient is as large as its parameter
+    return StepWork(trace.calls, sum(tensor.nbytes for tensor in tensors) + state_bytes(step.optimizer))
 
 
 # Costs
@@ -612,35 +577,26 @@ class Roofline:
         return max(computing, moving, calling) if self.overlaps else computing + moving + calling
 
 
-class ProductRates:
-    """FLOPs a second of matrix products on a device; each shape is timed once.
+def product_rates(device: torch.device) -> Callable[[OperatorCall], float]:
+    """Return a function from an operation to the FLOPs a second of its matrix products on a device.
 
-    Large products count at the rate of a square one, and so do convolutions and attention.
+    Each shape is timed once. Large products count at the rate of a square one, and so do convolutions and attention.
     """
+    side = _SIDE.get(device.type, 8192)
+    square = ((side, side), (side, 1)), ((side, side), (side, 1))
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._known: dict[tuple[torch.dtype, tuple[Factor, ...]], float] = {}
-        self._side = 1024 if device.type == "cpu" else 8192  # of the square
+    @cache
+    def measure(dtype: torch.dtype, factors: tuple[Factor, ...]) -> float:
+        left, right = (_ones(*factor, dtype, device) for factor in factors)
+        with torch.no_grad():
+            seconds = median_seconds(lambda: torch.matmul(left, right), device)
+        return 2 * left.numel() * right.shape[-1] / seconds
 
-    def __call__(self, operation: OperatorCall) -> float:
-        """Return the rate of an operation's products."""
-        small = operation.factors and operation.flops <= 2 * self._side**3
-        return self._rate(operation.dtype, operation.factors) if small else self.of_square(operation.dtype)
+    def rate(operation: OperatorCall) -> float:
+        small = operation.factors and operation.flops <= 2 * side**3
+        return measure(operation.dtype, operation.factors if small else square)
 
-    def of_square(self, dtype: torch.dtype) -> float:
-        """Return the rate of a large square product."""
-        square = (self._side, self._side), (self._side, 1)
-        return self._rate(dtype, (square, square))
-
-    def _rate(self, dtype: torch.dtype, factors: tuple[Factor, ...]) -> float:
-        if (dtype, factors) not in self._known:
-            left, right = (_ones(*factor, dtype, self.device) for factor in factors)
-            flops = 2 * left.numel() * right.shape[-1]
-            with torch.no_grad():
-                seconds = median_seconds(lambda: torch.matmul(left, right), self.device)
-            self._known[dtype, factors] = flops / seconds
-        return self._known[dtype, factors]
+    return rate
 
 
 def _ones(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -660,11 +616,11 @@ def cost_model(device: torch.device | str | None = None) -> CostModel:
         device: where steps are to run; default the best one.
     """
     device = pick_device(device)[0]
-    rates, bandwidth = ProductRates(device), _measure_bandwidth(device)
+    rates, bandwidth = product_rates(device), _measure_bandwidth(device)
     work = Roofline(rates, bandwidth, call_s=0.0, overlaps=device.type == "cuda")
     seconds = replace(work, call_s=_measure_call(work, device))
     shown = {
-        "large matrix products, float32": f"{rates.of_square(torch.float32) / GIGA:,.0f} GFLOP/s",
+        "large matrix products, float32": f"{rates(OperatorCall('mm', 0)) / GIGA:,.0f} GFLOP/s",
         "memory": f"{bandwidth / GIGA:,.1f} GB/s",
         "a call": f"{seconds.call_s * 1e6:,.1f} us",
     }
@@ -681,11 +637,11 @@ def _measure_bandwidth(device: torch.device) -> float:
 def _measure_call(work: Roofline, device: torch.device) -> float:
     """Return the seconds of a call: what a small step of LoRA takes beyond the work that its calls do not hide."""
     setup, factory = Setup(LoRA(rank=8)), partial(Llama, LlamaConfig(4096, 512, 1536, 2, 8, 2, 64))
-    with fake_copy(factory, device) as twin:
-        traced = trace_work(setup, twin, batch_for(twin, 1, 32, None))
+    with rehearse_step(factory, setup, device, 1, 32, None) as (step, fake_batch):
+        traced = trace_work(setup, step, fake_batch)
     with own_randomness(device, 0):
         model = build_model(factory, device)
-        step, batch = setup.step(model), batch_for(model, 1, 32, None)
+        step, batch = setup.step(model), batch_for(model, 1, 32)
         taken = median_seconds(lambda: step([batch], [1.0]), device)
     working = 0.0 if work.overlaps else sum(traced.seconds(work).values())
     return max(0.0, taken - working) / traced.launches()

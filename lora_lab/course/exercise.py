@@ -14,12 +14,13 @@ The solution stands in its lesson, between ``### BEGIN SOLUTION`` and ``### END 
     @exercise.must()
     def adds_up(gradient, rng):
         \"\"\"The gradient from all tokens is the sum of those from each part of them.\"\"\"
-        delta, z = rng.normal(size=(6, 3)), rng.normal(size=(6, 5))
+        delta, z = errors_and_inputs(rng)
         return close(gradient(delta, z), gradient(delta[:2], z[:2]) + gradient(delta[2:], z[2:]))
 
 With inputs, an answer must agree with the solution on all of them. Where there are many right answers (classes,
-scripts, random starts) there are none. Then the properties decide, in their order. In a graded sheet each property with
-a docstring is a hidden test and a point; so an answer that passes a check has all points.
+scripts, random starts) there are none. Then the properties decide, in their order. A property states one case, and must
+hold in several trials. In a graded sheet each property with a docstring is a hidden test and a point; so an answer that
+passes a check has all points.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ TIME = re.compile(r"\*\*(?:Core|Deeper|Project)\*\*, about (\d+) minutes\.")  # 
 # A cell with a solution: its code, and the name of the exercise and of the function that its last line checks.
 SOLVED_CELL = re.compile(r'(.*### BEGIN SOLUTION.*)^check\("(\w+)", (\w+)\)$', re.DOTALL | re.MULTILINE)
 Holds = TypeVar("Holds", bound=Callable[..., Any])
+TRIALS = 12  # of a property, each with inputs of its own, so it states one case
 EXERCISES: dict[str, Exercise] = {}  # by name, in the order of the lessons
 REFLECTIONS: dict[str, Reflection] = {}  # by the lesson's name
 
@@ -58,6 +60,19 @@ def close(value, expected):
     if one.shape != other.shape or one.dtype.kind not in "iuf":
         return False
     return bool((abs(one - other) <= 1e-4 * abs(other).max(initial=1e-6)).all())
+
+
+def are(result, count, kind):
+    """Whether a result is a tuple or list of so many objects of a kind."""
+    return isinstance(result, tuple | list) and len(result) == count and all(isinstance(one, kind) for one in result)
+
+
+def works(function, *errors):
+    """Whether a call raises none of these errors, and returns something true."""
+    try:
+        return bool(function())
+    except errors:
+        return False
 
 
 class Stated(NamedTuple):
@@ -120,7 +135,7 @@ class Exercise:
             square or symmetric, so that mistakes do not coincide. None: the properties decide.
         wrong: sentence -> an edit, as in :meth:`answer`, or a list of edits. An answer that agrees with one on all
             inputs gets the sentence, which says what broke, and the likely mistake, in at most 160 characters.
-        draws: number of fresh inputs for one check; without inputs, of trials of each property.
+        draws: number of fresh inputs for one check.
         uses: names of exercises whose solutions this one calls.
     """
 
@@ -129,7 +144,7 @@ class Exercise:
     praise: str
     inputs: Callable[[np.random.Generator], tuple[Any, ...]] | None = None
     wrong: Mapping[str, Edit | list[Edit]] = field(default_factory=dict)
-    draws: int = 6
+    draws: int = 64
     uses: Sequence[str] = ()
     properties: list[Property] = field(default_factory=list)
 

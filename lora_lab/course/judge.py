@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from lora_lab.course.exercise import Exercise
+from lora_lab.course.exercise import TRIALS, Exercise
 from lora_lab.system.wording import shortened
 
 Value = TypeVar("Value")
@@ -235,9 +235,8 @@ def _by_inputs(exercise: Exercise, answer: Callable[..., Any], rng: np.random.Ge
 
 def _by_properties(exercise: Exercise, answer: Any, rng: np.random.Generator) -> Verdict:
     """Judge an answer by the first property that it lacks; they are what a graded sheet asks for, too."""
-    trials = 1 if exercise.inputs else exercise.draws
     for each in exercise.properties:
-        for _ in range(trials):
+        for _ in range(TRIALS):
             outcome = watch(lambda holds=each.holds: bool(holds(answer, rng)))
             if _is_stub(outcome.error, answer):
                 return Verdict(None, NOT_STARTED)

@@ -126,7 +126,7 @@ def claims(*outcomes: Outcome) -> None:
             "run all cells above anew, or correct the verdict."
         )
         results[outcome.claim] = {"verdict": result.verdict, "measured": result.measured, "on": result.on}
-        ledger = "this lesson decides" if entry.claim.lesson else f"{entry.result} ({entry.where()})"
+        ledger = "this lesson decides" if entry.claim.lesson else f"{entry.result} ({entry.where})"
         claim = f"{entry.claim.sentence} [{entry.claim.cited}]"
         rows.append({"claim": claim, "this lesson": str(result), "ledger": ledger, "evidence": outcome.evidence})
     today, machine = datetime.now(UTC).date().isoformat(), device_name(pick_device()[0])

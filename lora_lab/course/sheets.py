@@ -24,7 +24,7 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from lora_lab.course.copies import BEGIN, CONFIG, END, RAISE, STUB, choose_lessons
-from lora_lab.course.exercise import EXERCISES, REFLECTIONS, Exercise, Reflection
+from lora_lab.course.exercise import EXERCISES, REFLECTIONS, TRIALS, Exercise, Reflection
 from lora_lab.course.judge import untouched, watch
 from lora_lab.course.learner import MANIFEST
 from lora_lab.system.files import atomic_file, atomic_folder
@@ -180,7 +180,7 @@ def points(answer: Any, properties: Sequence[Callable[..., Any]], seed: int) -> 
         with untouched():
             torch.default_generator.manual_seed(seed + number)
             rng = np.random.default_rng([seed, number])
-            holds = watch(lambda test=holds_for, rng=rng: bool(test(answer, rng))).value
+            holds = watch(lambda test=holds_for, rng=rng: all(test(answer, rng) for _ in range(TRIALS))).value
         count += bool(holds)
         print("holds:        " if holds else "does not hold:", holds_for.__doc__)
     return count

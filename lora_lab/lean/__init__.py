@@ -19,8 +19,8 @@ Adapters, norms, an adapted head and all sums stay in float32. Over a base in 4-
 
 In reading order:
 
-    linear     LoRA's matrix multiplications, with a hand-written backward pass
-    blocks     norm, rotation, attention and SwiGLU that save fewer activations; checkpointing
+    blocks     LoRA's matrix multiplications with a hand-written backward pass; norm, rotation, attention and SwiGLU
+               that save fewer activations; checkpointing
     loss       cross-entropy without whole logits
     step       gives a Llama lean blocks, and makes the step that trains it: flat AdamW, parallel threads
 

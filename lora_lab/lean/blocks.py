@@ -1,4 +1,5 @@
-"""Norm, rotation, attention and SwiGLU that save fewer activations for the backward pass, and checkpointing.
+"""Blocks that save fewer activations for the backward pass: LoRA's matrix multiplications, norm, rotation, attention,
+SwiGLU; and checkpointing.
 
 Reference for checkpointing: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
 """
@@ -8,10 +9,10 @@ Reference for checkpointing: Chen et al. 2016, "Training Deep Nets with Sublinea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from itertools import count
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,223 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from lora_lab.lean.linear import gated_linear, linear, project
+from lora_lab.lora import LoRALayer, LoRALinear
 from lora_lab.models.llama import MLP, Attention, Block, KeyValueCache, RMSNorm, attend, split_heads
 from lora_lab.models.quantize import BlockLinear
+from lora_lab.system.device import restore_randomness
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype, or float32 if that is more precise."""
     return torch.promote_types(dtype, torch.float32)
+
+
+# LoRA's matrix multiplications for several layers of one input, with a hand-written backward pass
+
+
+class JointLinear(nn.Module):
+    """A linear layer that defines how several layers of its class multiply one input, such as the layers of a pack."""
+
+    def project(self, layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
+        """As the function :func:`project`, of layers of this class."""
+        raise NotImplementedError
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """As :func:`gated_linear`."""
+        raise NotImplementedError
+
+
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """``layer(x)`` for a linear layer with or without an adapter, in ``x``'s dtype whatever that of its weight."""
+    return project([layer], x)[0]  # (4, 128, 1536)
+
+
+def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """Return the outputs of several linear layers of one input, which is saved and rounded once for all of them."""
+    fused = [layer for layer in layers if _is_fusible(layer)]
+    outputs: dict[nn.Module, Tensor] = {}
+    if joint := [layer for layer in layers if isinstance(layer, JointLinear)]:
+        outputs |= zip(joint, joint[0].project(joint, x), strict=True)
+    if fused:
+        outputs |= zip(fused, _fuse(fused, x), strict=True)
+    return [outputs[layer] if layer in outputs else _unfused(layer, x) for layer in layers]  # 3 x (4, 128, 1536)
+
+
+def gated_linear(layer: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+    """``layer(silu(gate) * up)``, whose input the backward pass recomputes, so that it is not saved."""
+    if isinstance(layer, JointLinear):
+        return layer.gated(gate, up)  # (4, 128, 576)
+    if not _is_fusible(layer):
+        return linear(layer, F.silu(gate) * up)  # (4, 128, 576)
+    return _fuse([layer], gate, up)[0]  # (4, 128, 576)
+
+
+def _fuse(layers: Sequence[LoRALinear], x: Tensor, up: Tensor | None = None) -> Sequence[Tensor]:
+    factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
+    return _LoRALinears.apply(x, up, layers, *factors)  # 3 x (4, 128, 1536)
+
+
+def is_plain_lora(layer: nn.Module) -> TypeGuard[LoRALinear]:
+    """Return whether a layer is an adapted one whose forward pass is that of plain LoRA."""
+    return type(layer).forward is LoRALinear.forward
+
+
+def _is_fusible(layer: nn.Module) -> TypeGuard[LoRALinear]:
+    """Return whether the hand-written gradients are right for a layer: plain LoRA, no dropout, over a frozen base."""
+    if not is_plain_lora(layer) or (layer.training and isinstance(layer.dropout, nn.Dropout)):
+        return False
+    return not is_trained(layer.base)
+
+
+def is_trained(layer: nn.Module) -> bool:
+    """Return whether a parameter of the layer itself requires a gradient."""
+    # Called some hundred times per step, and parameters() takes twice the time.
+    return any(parameter is not None and parameter.requires_grad for parameter in layer._parameters.values())
+
+
+def _unfused(layer: nn.Module, x: Tensor) -> Tensor:
+    if not is_plain_lora(layer):
+        return call_in_weight_dtype(layer, x)  # (4, 128, 1536)
+    narrow = F.linear(layer.dropout(x), layer.lora_A)  # (4, 128, 8); only the adapter's input is dropped out
+    return call_in_weight_dtype(layer.base, x) + F.linear(narrow, layer.lora_B) * layer.scaling  # (4, 128, 1536)
+
+
+def call_in_weight_dtype(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x), computed in the dtype of the layer's weight and returned in x's."""
+    base = cast(nn.Linear | BlockLinear, layer.base if isinstance(layer, LoRALayer) else layer)
+    dtype = base.dtype if isinstance(base, BlockLinear) else base.weight.dtype
+    if isinstance(layer, nn.Linear) and dtype != x.dtype:
+        y = F.linear(x.to(dtype), layer.weight).to(x.dtype)  # (4, 128, 1536)
+        return y if layer.bias is None else y + layer.bias  # (4, 128, 1536); the bias may be in float32
+    return layer(x.to(dtype)).to(x.dtype)  # (4, 128, 1536)
+
+
+def _fuse_is_cheaper(rows: int, width: int, weight: Tensor) -> bool:
+    """Return whether to multiply ``rows`` vectors of ``width`` by W + s B A, rather than by W and by B A separately.
+
+    B A x and B^T g are needed for the gradients in any case. The choice is between one more pass over the weight,
+    to form the sum, and one over the result, to add to it. Measured on a CPU they break even near
+    rows = 2 width. A weight in half precision is never summed, because the sum would round the update away.
+    """
+    return rows > 2 * width and weight.dtype in (torch.float32, torch.float64)
+
+
+def cast_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight, computed in the weight's dtype and returned in x's."""
+    if weight.dtype == x.dtype:
+        return x @ weight
+    return (x.to(weight.dtype) @ weight).to(x.dtype)
+
+
+def cast_addmm_(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Add x @ weight, computed in the weight's dtype, to ``total`` in place."""
+    return total.addmm_(x, weight) if weight.dtype == x.dtype else total.add_(x.to(weight.dtype) @ weight)
+
+
+def _forward(x: Tensor, layers: Sequence[LoRALinear]) -> tuple[list[Tensor], Tensor]:
+    """Return outputs (rows, out) of adapted layers, and A x of all of them: (8 for each layer, rows)."""
+    narrow = _stack([layer.lora_A for layer in layers]) @ x.T  # (24, 576) @ (576, 512) -> (24, 512)
+    outputs, rounded = [], x
+    for layer, Ax in zip(layers, narrow.split(_ranks(layers)), strict=True):
+        weight, B, scaling = layer.base.weight, layer.lora_B, layer.scaling  # (1536, 576), (1536, 8)
+        if _fuse_is_cheaper(len(x), x.shape[1], weight):
+            y = x @ torch.addmm(weight, B, layer.lora_A, alpha=scaling).T  # (512, 1536)
+        else:
+            if rounded.dtype != weight.dtype:
+                rounded = x.to(weight.dtype)  # (512, 576), once for all layers
+            y = (rounded @ weight.T).to(x.dtype).addmm_(Ax.T, B.T, alpha=scaling)  # (512, 1536)
+        outputs.append(y if layer.bias is None else y.add_(layer.bias))  # (512, 1536)
+    return outputs, narrow
+
+
+def _backward(
+    gs: Sequence[Tensor], x: Tensor | None, narrow: Tensor, layers: Sequence[LoRALinear], needs_dx: bool
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Return the gradient of the input, (rows, in) or None, and the gradients of A and B of each layer in turn.
+
+    Args:
+        gs: gradients of the outputs, (rows, out) each.
+        x: the input, or None if no A is trained.
+        narrow: A x of all layers.
+        needs_dx: whether to compute the gradient of the input.
+    """
+    ranks = _ranks(layers)
+    # With the short side first, these matrix multiplications take half the time.
+    narrow_gs = [
+        (layer.lora_B.T @ g.T).mul_(layer.scaling)  # (8, 1536) @ (1536, 512) -> (8, 512)
+        for layer, g in zip(layers, gs, strict=True)
+    ]
+    dBs = [
+        (Ax @ g).mul_(layer.scaling).T if layer.lora_B.requires_grad else None  # (8, 512) @ (512, 1536) -> (1536, 8)
+        for layer, Ax, g in zip(layers, narrow.split(ranks), gs, strict=True)
+    ]
+    dx = _input_gradient(gs, narrow_gs, layers) if needs_dx else None  # (512, 576)
+    dAs = [None] * len(layers)
+    if x is not None:
+        dAs = (_stack(narrow_gs) @ x).split(ranks)  # (24, 512) @ (512, 576) -> 3 x (8, 576)
+    return dx, [gradient for pair in zip(dAs, dBs, strict=True) for gradient in pair]
+
+
+def _input_gradient(gs: Sequence[Tensor], narrow_gs: Sequence[Tensor], layers: Sequence[LoRALinear]) -> Tensor | None:
+    """Return the sum of (W + s B A)^T g over the layers: (rows, in)."""
+    dx, separate = None, []
+    for g, narrow_g, layer in zip(gs, narrow_gs, layers, strict=True):
+        weight = layer.base.weight  # (1536, 576)
+        if _fuse_is_cheaper(len(g), weight.shape[0], weight):
+            weight = torch.addmm(weight, layer.lora_B, layer.lora_A, alpha=layer.scaling)  # (1536, 576)
+        else:
+            separate.append((narrow_g, layer.lora_A))
+        dx = cast_matmul(g, weight) if dx is None else cast_addmm_(dx, g, weight)  # (512, 576)
+    if dx is not None and separate:
+        narrow_gs, As = zip(*separate, strict=True)
+        dx.addmm_(_stack(narrow_gs).T, _stack(As))  # (512, 24) @ (24, 576)
+    return dx
+
+
+def _ranks(layers: Sequence[LoRALinear]) -> list[int]:
+    return [layer.rank for layer in layers]
+
+
+def _stack(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+class _LoRALinears(torch.autograd.Function):
+    """h = W x + s B A x for several layers of one x, or of x = silu(gate) * up; saves A x of each layer beside them.
+
+    Of silu(gate) * up only gate and up are saved, from which the backward pass computes it again.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, up: Tensor | None, layers: Sequence[LoRALinear], *factors: Tensor):
+        inputs = x if up is None else F.silu(x).mul_(up)  # (4, 128, 1536)
+        rows = inputs.reshape(-1, x.shape[-1])  # (4, 128, 576) -> (512, 576)
+        outputs, narrow = _forward(rows, layers)
+        a_is_trained = any(ctx.needs_input_grad[3::2])
+        ctx.save_for_backward(x if up is not None else rows if a_is_trained else None, up, narrow)
+        ctx.layers, ctx.shape, ctx.a_is_trained = layers, x.shape, a_is_trained
+        return tuple(y.view(*x.shape[:-1], -1) for y in outputs)  # 3 x (4, 128, 1536)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gs: Tensor):
+        x, up, narrow = ctx.saved_tensors
+        flat_gs = [g.reshape(-1, g.shape[-1]) for g in gs]  # 3 x (512, 1536)
+        if up is None:
+            dx, factor_gradients = _backward(flat_gs, x, narrow, ctx.layers, ctx.needs_input_grad[0])
+            return None if dx is None else dx.view(ctx.shape), None, None, *factor_gradients
+        activated = F.silu(x)  # (4, 128, 1536)
+        rows = (activated * up).view(-1, x.shape[-1]) if ctx.a_is_trained else None  # (512, 1536)
+        dx, factor_gradients = _backward(flat_gs, rows, narrow, ctx.layers, any(ctx.needs_input_grad[:2]))
+        if dx is None:
+            return None, None, None, *factor_gradients
+        dx = dx.view(ctx.shape)  # (4, 128, 1536)
+        d_up = activated.mul_(dx)  # (4, 128, 1536)
+        d_gate = torch.ops.aten.silu_backward(dx.mul_(up), x)  # (4, 128, 1536)
+        return d_gate, d_up, None, *factor_gradients
+
+
+# Norm and rotation
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -76,26 +286,25 @@ def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # torch.utils.checkpoint does, which loads torch's compiler at its first call (60 MB, and a second).
 
 
-def recompute(function: Callable[..., Tensor], *arguments: Tensor | None, random: bool) -> Tensor:
-    """``function(*arguments)``, of which only the arguments are saved, and the parameters that it reads.
+def recompute(function: Callable[..., Tensor], x: Tensor, *arguments: Tensor | None) -> Tensor:
+    """``function(x, *arguments)``, of which only the arguments are saved, and the parameters that it reads.
 
     Args:
-        function: of tensors; it computes the same at every call.
-        *arguments: its tensors, or None.
-        random: whether it draws from torch's random generators; the second time it draws the same.
+        function: of tensors; it computes the same at every call that finds torch's random generators in one state.
+        x, *arguments: its tensors, or None.
     """
-    redraw = _remember_random_states(arguments) if random else nullcontext
+    draw_again = _remember_randomness(x.device)
     numbers = count()  # instead of the tensors that the first forward pass saves
     again: dict[int, Tensor] = {}  # by these numbers, what the second forward pass saves
 
     def compute_again(number: int) -> Tensor:
         if not again:
-            with redraw():
-                again.update(enumerate(_saved_tensors(function, arguments)))
+            with draw_again():
+                again.update(enumerate(_saved_tensors(function, (x, *arguments))))
         return again.pop(number)
 
     with saved_tensors_hooks(lambda _: next(numbers), compute_again):
-        return function(*arguments)
+        return function(x, *arguments)
 
 
 def _saved_tensors(function: Callable[..., Tensor], arguments: tuple[Tensor | None, ...]) -> list[Tensor]:
@@ -112,20 +321,19 @@ def _saved_tensors(function: Callable[..., Tensor], arguments: tuple[Tensor | No
     return saved
 
 
-def _remember_random_states(arguments: tuple[Tensor | None, ...]) -> Callable[[], AbstractContextManager[None]]:
-    """Return a context in which torch's generators, on the arguments' devices too, draw what they will draw now."""
-    devices = {argument.device for argument in arguments if argument is not None and argument.device.type == "cuda"}
-    cpu, cuda = torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in devices}
+def _remember_randomness(device: torch.device) -> Callable[[], AbstractContextManager[None]]:
+    """Return a context in which torch's generators draw what they will draw now."""
+    state, of_device = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     @contextmanager
-    def redraw() -> Iterator[None]:
-        with torch.random.fork_rng(devices=list(cuda)):
-            torch.set_rng_state(cpu)
-            for device, state in cuda.items():
-                torch.cuda.set_rng_state(state, device)
+    def draw_again() -> Iterator[None]:
+        with restore_randomness(device):
+            torch.set_rng_state(state)
+            if of_device is not None:
+                torch.cuda.set_rng_state(of_device, device)
             yield
 
-    return redraw
+    return draw_again
 
 
 # The blocks
@@ -143,8 +351,7 @@ class LeanBlock(Block):
             )
         if not (self.checkpoint and torch.is_grad_enabled() and cache is None):
             return self._compute(x, cos, sin, mask, cache)  # (4, 128, 576)
-        has_dropout = any(isinstance(module, nn.Dropout) for module in self.modules())
-        return recompute(self._compute, x, cos, sin, mask, None, random=has_dropout)  # (4, 128, 576)
+        return recompute(self._compute, x, cos, sin, mask, None)  # (4, 128, 576)
 
     def _compute(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
         x = x + self.self_attn(_norm(self.input_layernorm, x), cos, sin, mask, cache)  # (4, 128, 576)

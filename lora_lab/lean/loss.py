@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lora_lab.lean.linear import cast_addmm_, cast_matmul, is_trained, linear
+from lora_lab.lean.blocks import cast_addmm_, cast_matmul, is_trained, linear
 from lora_lab.lora import LoRALayer
 from lora_lab.models.llama import Llama
 from lora_lab.models.quantize import BlockLinear

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,8 +17,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.adamw import adamw
 
 from lora_lab.inject import lora_layers
-from lora_lab.lean.blocks import LeanBlock, LeanBlockHead, LeanEmbedding, LeanHead, at_least_float32, make_lean
-from lora_lab.lean.linear import is_plain_lora
+from lora_lab.lean.blocks import (
+    LeanBlock,
+    LeanBlockHead,
+    LeanEmbedding,
+    LeanHead,
+    at_least_float32,
+    is_plain_lora,
+    make_lean,
+)
 from lora_lab.lean.loss import cross_entropy
 from lora_lab.lora import LoRALayer
 from lora_lab.methods import Method
@@ -71,7 +78,7 @@ class Lean:
             ValueError: as for :func:`apply_lean`, or as for the method.
         """
         if _has_values(model):  # a refusal leaves it as it was
-            rehearsal = _copy_without_values(model)
+            rehearsal = copy_to_meta(model)
             method.prepare(rehearsal, config.seed)
             _check(rehearsal, self)
         method.prepare(model, config.seed)
@@ -212,7 +219,7 @@ def apply_lean(model: nn.Module, lean: Lean) -> None:
     Under ``torch.autocast`` a block raises RuntimeError.
 
     Raises:
-        ValueError: the model is not a Llama of ours, has no adapters or adapters of a variant with another forward
+        ValueError: the model is not a Llama of ours, has adapters of a variant with another forward
             pass (DoRA, PiSSA), trains more than adapters, or has hooks; or ``threads`` is above 1 with dropout. The
             model is then left as it was.
     """
@@ -240,11 +247,18 @@ def _has_values(model: nn.Module) -> bool:
     return not (parameter.is_meta or isinstance(parameter, FakeTensor))
 
 
-def _copy_without_values(model: nn.Module) -> nn.Module:
+def copy_to_meta(model: nn.Module) -> nn.Module:
     """Return a copy of a model whose tensors have shapes but no values, so that it takes no memory."""
-    copies: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
-    for parameter in model.parameters():
-        copies[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+    return copy_with(model, lambda tensor: tensor.detach().to("meta"))
+
+
+def copy_with(model: nn.Module, change: Callable[[Tensor], Tensor], left_out: Iterable[nn.Module] = ()) -> nn.Module:
+    """Return a copy of a model with other parameters and buffers: what ``change`` makes of each."""
+    copies: dict[int, Any] = {id(module): nn.Module() for module in left_out}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        changed = change(tensor)
+        trains = tensor.requires_grad
+        copies[id(tensor)] = nn.Parameter(changed, trains) if isinstance(tensor, nn.Parameter) else changed
     return copy.deepcopy(model, copies)
 
 
@@ -255,15 +269,13 @@ def _check(model: nn.Module, lean: Lean) -> Llama:
             "lean out, or save memory with gradient_checkpointing=True."
         )
     layers = lora_layers(model)
-    if not layers:
-        raise ValueError("The lean step trains adapters, but the model has no adapters; use a LoRA method.")
     for name, layer in layers.items():
         if not is_plain_lora(layer):
             raise ValueError(f"{name!r} is a {type(layer).__name__}, whose forward pass has no lean form.")
     in_adapted_layers = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in in_adapted_layers:
-            raise ValueError(f"{name!r} is trained, but the lean step is for a frozen base; freeze it.")
+            raise ValueError(f"{name!r} is trained, but the lean step trains adapters only; use a LoRA method.")
     for name, module in model.named_modules():
         hooks = (getattr(module, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre"))
         if any(hooks) and not isinstance(module, LeanBlock):

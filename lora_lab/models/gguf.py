@@ -24,7 +24,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,16 +90,9 @@ _REMEDY = "lora-lab export ADAPTER --merged --out FOLDER writes a folder that co
 # The header
 
 
-class StoredTensor(NamedTuple):
-    """A tensor in a file.
-
-    Args:
-        kind: how its numbers are stored, such as "Q4_1".
-        data: its bytes, which are read when they are used: (rows, bytes of a row), or (bytes,).
-    """
-
-    kind: str
-    data: np.ndarray
+# How a tensor's numbers are stored, such as "Q4_1", and its bytes, which are read when they are used: (rows, bytes of a
+# row), or (bytes,).
+StoredTensor = tuple[str, np.ndarray]
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
@@ -188,7 +181,7 @@ def _tensors(reader: _HeaderFile, number: int, alignment: Any) -> dict[str, Stor
         if first + offset + length > len(reader.content):
             raise ValueError(f"it ends after {len(reader.content):,} bytes, within its tensor {name!r:.80}")
         data = np.frombuffer(reader.content, np.uint8, length, first + offset).reshape(in_bytes)
-        tensors[name] = StoredTensor(kind.name, data)
+        tensors[name] = kind.name, data
         expected = _pad_up(offset + length, alignment)
     return tensors
 
@@ -223,6 +216,11 @@ def _rotary_heads(name: str, config: LlamaConfig) -> int | None:
     if ".attn_q." in name:
         return config.num_attention_heads
     return config.num_key_value_heads if ".attn_k." in name else None
+
+
+def _swap_order(rows: Tensor, heads: int, first: int, second: int) -> Tensor:
+    """Return the rows of each head, which are numbered (first, second), in the order (second, first)."""
+    return rows.reshape(heads, first, second, -1).transpose(1, 2).reshape(rows.shape)  # (576, columns)
 
 
 def _rope_factors(config: LlamaConfig) -> Tensor:
@@ -267,34 +265,33 @@ def read_gguf(path: Path) -> StoredModel:
     tokenizer, config = Tokenizer.from_gguf(fields), _config(fields, stored, path)
     tensors: dict[str, Tensor] = {}
     kinds: dict[str, str] = {}
-    for name, tensor in stored.items():
+    for name, (kind, data) in stored.items():
         if name == _ROPE_FACTORS:
             continue
         new_name = _rename(name, _TO_HF)
-        if tensor.kind in BYTES_PER_BLOCK and tensor.data.ndim == 2:
-            value = torch.from_numpy(tensor.data.copy())  # (rows, bytes), uint8
-            kinds[new_name] = tensor.kind
+        if kind in BYTES_PER_BLOCK and data.ndim == 2:
+            value = torch.from_numpy(data.copy())  # (rows, bytes), uint8
+            kinds[new_name] = kind
         else:
-            value = _dense(name, tensor)  # (rows, columns), or (n,)
+            value = _dense(name, kind, data)  # (rows, columns), or (n,)
         heads = _rotary_heads(name, config)
         if heads and len(value) == heads * config.head_dim:  # another shape is refused when the model is built
             # From llama.cpp's order (adjacent pairs) to Hugging Face's (two halves).
-            by_pair = value.reshape(heads, config.head_dim // 2, 2, -1)  # (9, 32, 2, columns)
-            value = by_pair.transpose(1, 2).reshape(value.shape)  # (576, columns)
+            value = _swap_order(value, heads, config.head_dim // 2, 2)  # (576, columns)
         tensors[new_name] = value.contiguous()
     return StoredModel(config, tensors, kinds, tokenizer)
 
 
-def _dense(name: str, tensor: StoredTensor) -> Tensor:
+def _dense(name: str, kind: str, data: np.ndarray) -> Tensor:
     """Return a tensor dequantised to float32."""
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize
 
     try:
-        dense = dequantize(tensor.data, GGMLQuantizationType[tensor.kind])
+        dense = dequantize(data, GGMLQuantizationType[kind])
     except NotImplementedError:
         raise ValueError(
-            f"The gguf library cannot dequantise {name} of kind {tensor.kind}; use a file of another, such as Q8_0."
+            f"The gguf library cannot dequantise {name} of kind {kind}; use a file of another, such as Q8_0."
         ) from None
     return torch.from_numpy(dense.astype("float32", copy=True))
 
@@ -319,7 +316,7 @@ def _config(fields: dict[str, Any], stored: dict[str, StoredTensor], path: Path)
     if _ROPE_FACTORS not in stored:
         return config
     # GGUF stores Llama 3's scaling of positions as one divisor per frequency. Its models differ in the factor alone.
-    factors = _dense(_ROPE_FACTORS, stored[_ROPE_FACTORS])  # (head_dim / 2,)
+    factors = _dense(_ROPE_FACTORS, *stored[_ROPE_FACTORS])  # (head_dim / 2,)
     scaled = replace(config, rope_scaling=RopeScaling(float(factors.max()), 1.0, 4.0, 8192))
     expected = _rope_factors(scaled)  # (head_dim / 2,)
     if factors.shape != expected.shape or not torch.allclose(factors, expected, rtol=1e-4):
@@ -332,27 +329,20 @@ def _config(fields: dict[str, Any], stored: dict[str, StoredTensor], path: Path)
 # Writing
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What llama.cpp calls a model's architecture, and the sizes by which it reads the tensors."""
-
-    architecture: str
-    config: LlamaConfig
-
-
-def layout_of(model: nn.Module) -> Layout:
-    """Return the layout of a model in a GGUF file; the model may be on torch's meta device.
+def layout_of(model: nn.Module) -> tuple[str, LlamaConfig]:
+    """Return what llama.cpp calls a model's architecture, and the sizes by which it reads the tensors.
 
     llama.cpp has no sliding-window attention in these architectures, so a model that uses it is limited to its window.
 
     Args:
-        model: a :class:`lora_lab.Llama`, or of transformers: Llama, Mistral, Qwen2 or Qwen3.
+        model: a :class:`lora_lab.Llama`, or of transformers: Llama, Mistral, Qwen2 or Qwen3; perhaps on torch's meta
+            device.
 
     Raises:
         ValueError: it is another model, or has a setting that llama.cpp's architecture does not have.
     """
     if isinstance(model, Llama):
-        return Layout("llama", model.config)
+        return "llama", model.config
     kind = type(model).__name__
     if kind not in _ARCHITECTURES:
         raise ValueError(
@@ -371,21 +361,22 @@ def layout_of(model: nn.Module) -> Layout:
     config = config_from_hf(entries, kind)
     if window := entries.get("sliding_window"):
         config = replace(config, max_position_embeddings=min(window, config.max_position_embeddings))
-    return Layout(architecture, config)
+    return architecture, config
 
 
-def write_gguf(path: Path, layout: Layout, tensors: Mapping[str, Tensor], tokenizer: Tokenizer, dtype: str) -> None:
+def write_gguf(path: Path, model: nn.Module, tensors: Mapping[str, Tensor], tokenizer: Tokenizer, dtype: str) -> None:
     """Write a whole model, which llama.cpp, Ollama and :func:`read_gguf` read.
 
     Args:
+        model: as for :func:`layout_of`.
         tensors: by Hugging Face's names, without a tied head.
         dtype: as in :func:`write_file`.
 
     Raises:
-        ValueError: the tokenizer does what a GGUF file cannot hold, or as for :func:`write_file`.
+        ValueError: as for :func:`layout_of`, :meth:`Tokenizer.to_gguf` and :func:`write_file`.
         OSError: the file cannot be written, or the disk is full.
     """
-    config = layout.config
+    architecture, config = layout_of(model)
     entries: dict[str, Any] = {name: getattr(config, ours) for name, ours in _SIZES.items()} | {
         "vocab_size": config.vocab_size,
         "attention.value_length": config.head_dim,
@@ -393,13 +384,13 @@ def write_gguf(path: Path, layout: Layout, tensors: Mapping[str, Tensor], tokeni
         "rope.dimension_count": config.head_dim,
         "rope.freq_base": float(config.rope_theta),
     }
-    header = {"general.type": "model"} | {f"{layout.architecture}.{name}": value for name, value in entries.items()}
+    header = {"general.type": "model"} | {f"{architecture}.{name}": value for name, value in entries.items()}
     stored: dict[str, Tensor] = {}
     if config.rope_scaling is not None:
         stored[_ROPE_FACTORS] = _rope_factors(config)  # (head_dim / 2,)
     for name, value in tensors.items():
-        stored[gguf_name(name)] = reorder_for_gguf(gguf_name(name), value, layout)  # (576, columns), or (n,)
-    write_file(path, layout.architecture, header | tokenizer.to_gguf(config.vocab_size), stored, dtype)
+        stored[gguf_name(name)] = reorder_for_gguf(gguf_name(name), value, architecture, config)  # (576, columns)
+    write_file(path, architecture, header | tokenizer.to_gguf(config.vocab_size), stored, dtype)
 
 
 def write_file(
@@ -447,27 +438,23 @@ def write_file(
 
 
 def check_target(path: Path, dtype: str) -> None:
-    """Raise ValueError or IsADirectoryError if no GGUF file can be written there, or in this dtype."""
+    """Raise ValueError if the name is not one of a GGUF file, or none is written in this dtype."""
     if path.suffix != ".gguf":
         raise ValueError(f"The path is {str(path)!r}, but the name of a GGUF file must end in .gguf.")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder, but a file is to be written there; choose another name.")
     if dtype not in _LARGEST:
         raise ValueError(f"dtype is {dtype!r}, but a GGUF file is written in one of {', '.join(_LARGEST)}.")
 
 
-def reorder_for_gguf(name: str, rows: Tensor, layout: Layout) -> Tensor:
+def reorder_for_gguf(name: str, rows: Tensor, architecture: str, config: LlamaConfig) -> Tensor:
     """Return the rows of a Llama's queries and keys, in two halves in Hugging Face, in llama.cpp's adjacent pairs.
 
     Args:
         name: in GGUF. The rows of all other tensors, and of other architectures, stay as they are.
         rows: a weight (heads * head_dim, columns), a bias (heads * head_dim,), or the B of an adapter.
+        architecture, config: as from :func:`layout_of`.
     """
-    heads = _rotary_heads(name, layout.config)
-    if heads is None or layout.architecture != "llama":
-        return rows  # (576, columns)
-    by_half = rows.reshape(heads, 2, rows.shape[0] // heads // 2, -1)  # (9, 2, 32, columns)
-    return by_half.transpose(1, 2).reshape(rows.shape)  # (576, columns)
+    heads = _rotary_heads(name, config) if architecture == "llama" else None
+    return _swap_order(rows, heads, 2, config.head_dim // 2) if heads else rows  # (576, columns)
 
 
 def _kind(name: str, value: Tensor, dtype: str) -> str:
@@ -477,7 +464,5 @@ def _kind(name: str, value: Tensor, dtype: str) -> str:
     if dtype == "q8_0" and value.shape[-1] % BLOCK:
         dtype = "f16"
     if (largest := float(value.detach().abs().max())) > _LARGEST[dtype]:
-        raise ValueError(
-            f"{name} holds a number of magnitude {largest:g}, too large for {dtype.upper()}; choose dtype='f32'."
-        )
+        raise ValueError(f"{name} holds a magnitude of {largest:g}, too large for {dtype.upper()}; choose dtype='f32'.")
     return dtype.upper()

@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -332,23 +332,14 @@ class Llama(nn.Module):
                 normal = torch.randn(parameter.shape, generator=generator, device="cpu")  # equal on all devices
                 parameter.copy_(normal * 0.02)
 
-    def generate(
-        self,
-        ids: Tensor,
-        max_new_tokens: int,
-        stop: int | None = None,
-        *,
-        temperature: float = 0.0,
-        seed: int = 0,
-        repetition_penalty: float = 1.0,
-    ) -> Tensor:
+    def generate(self, ids: Tensor, max_new_tokens: int, stop: int | None = None, **sampling: Any) -> Tensor:
         """Continue one prompt, and return the new tokens only; ``lora_lab.models.reading.stream`` does so one by one.
 
         Args:
             ids: the prompt, (length,), at least one token.
             max_new_tokens: maximum number of new tokens.
             stop: a token that ends the text (it is not returned).
-            temperature, seed, repetition_penalty: as for :class:`lora_lab.models.reading.Sampling`.
+            **sampling: temperature, seed and repetition_penalty, as for :class:`lora_lab.models.reading.Sampling`.
 
         Returns:
             Token ids (new,), new <= max_new_tokens.
@@ -358,7 +349,7 @@ class Llama(nn.Module):
                 and ``max_new_tokens`` together exceed ``max_position_embeddings``; or the temperature or the penalty is
                 out of range.
         """
-        tokens = stream(self, ids, max_new_tokens, stop, Sampling(temperature, seed, repetition_penalty))
+        tokens = stream(self, ids, max_new_tokens, stop, Sampling(**sampling))
         return torch.tensor(list(tokens), dtype=torch.long)  # (new,)
 
 
@@ -415,10 +406,10 @@ class LlamaReader(Reader):
             other.cache.layers[layer] = turned, value.expand(len(mask), -1, -1, -1)
         return other
 
-    def _logits(self, ids: Tensor, last: bool) -> Tensor:
+    def read(self, ids: Tensor, each: bool = False) -> Tensor:
         self._extend(ids)
         hidden = self.model.model(ids, self.mask, self.cache)  # (16, new, 576)
-        return self.model.lm_head(hidden[:, -1:] if last else hidden)  # (16, 1 or new, 49152)
+        return self.model.lm_head(hidden if each else hidden[:, -1:])  # (16, 1 or new, 49152)
 
 
 reader_of.register(Llama, LlamaReader)

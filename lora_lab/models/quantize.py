@@ -8,7 +8,7 @@ A matrix is split into blocks of neighbouring weights, each with a scale:
     NF4-double   33 bytes for 64: scale s in 8 bits, 64 codes c of 4 bits                  w = s LEVELS[c]    4.127
 
 The bits per weight of NF4-double include what its scales are quantised with: see :func:`nf4`. The first two formats are
-llama.cpp's; the tests compare them bit for bit with the ``gguf`` library. All four can be written too: see ``FORMATS``.
+llama.cpp's. They are decoded here, and encoded by the ``gguf`` library.
 
 LoRA over such a base is QLoRA: the weights stay in blocks, and each matrix multiplication dequantises its own, in the
 forward pass and again in the backward pass. No dense weight is saved.
@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -37,7 +36,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from lora_lab.inject import check_names, find_excluded, output_head, replace, require_no_adapters
+from lora_lab.inject import check_names, check_own_weights, find_excluded, output_head, replace, require_no_adapters
 from lora_lab.layers import QuantizedLayer, register
 from lora_lab.lora import LoRALinear
 
@@ -63,14 +62,12 @@ class BlockFormat:
             them (None if scales are not quantised).
         scale_bytes: bytes at the start of a block that hold its scale (and minimum); the codes follow.
         weights: in a block.
-        bits: of a code.
     """
 
     decode: Callable[..., Tensor]
     encode: Callable[[Tensor], tuple[Tensor, Tensor | None]]
     scale_bytes: int
     weights: int
-    bits: int
 
 
 def _q4_1(block: Tensor) -> Tensor:
@@ -99,37 +96,19 @@ def _q8_0(block: Tensor) -> Tensor:
     return block[:, 2:].view(torch.int8).float().mul_(_float16(block[:, 0:2]))  # (27648, 34) -> (27648, 32)
 
 
-def _to_q4_1(weight: Tensor) -> tuple[Tensor, None]:
-    weights = _split(weight, BLOCK)  # (27648, 32)
-    minimum, maximum = weights.amin(dim=1, keepdim=True), weights.amax(dim=1, keepdim=True)  # (27648, 1)
-    scale = (maximum - minimum) / 15  # (27648, 1)
-    codes = ((weights - minimum) * _inverse(scale) + 0.5).clamp(0, 15).byte()  # (27648, 32)
-    low, high = codes.chunk(2, dim=1)  # (27648, 16)
-    return torch.cat((_half_bytes(scale), _half_bytes(minimum), low | high << 4), dim=1), None  # (27648, 20)
+def _encode_by_gguf(weight: Tensor, kind: str) -> tuple[Tensor, None]:
+    import gguf  # here, because it takes a tenth of a second
 
-
-def _to_q8_0(weight: Tensor) -> tuple[Tensor, None]:
-    weights = _split(weight, BLOCK)  # (27648, 32)
-    scale = weights.abs().amax(dim=1, keepdim=True) / 127  # (27648, 1)
-    scaled = weights * _inverse(scale)  # (27648, 32)
-    whole = scaled.abs().floor()  # (27648, 32)
-    nearest = whole + (2 * (scaled.abs() - whole)).floor()  # (27648, 32); halves away from zero, as llama.cpp does
-    codes = nearest.copysign(scaled).to(torch.int8)  # (27648, 32)
-    return torch.cat((_half_bytes(scale), codes.view(torch.uint8)), dim=1), None  # (27648, 34)
+    # In one row, because gguf is slow with many.
+    row = _split(weight, BLOCK).view(1, -1).cpu().numpy()  # (1, 884736)
+    blocks = gguf.quants.quantize(row, gguf.GGMLQuantizationType[kind])  # (1, 552960) bytes
+    return torch.from_numpy(blocks).to(weight.device).view(-1, BYTES_PER_BLOCK[kind]), None  # (27648, 20)
 
 
 def _split(weight: Tensor, block: int) -> Tensor:
     """Return the weights in float32, a block in each row; the last one is padded with zeros."""
     weights = weight.detach().float().flatten()  # (884736,)
     return F.pad(weights, (0, -len(weights) % block)).view(-1, block)  # (27648, 32)
-
-
-def _inverse(scale: Tensor) -> Tensor:
-    return torch.where(scale == 0, 0, 1 / scale)  # (27648, 1)
-
-
-def _half_bytes(scale: Tensor) -> Tensor:
-    return scale.half().view(torch.uint8)  # (27648, 1) -> (27648, 2) bytes
 
 
 def _float16(pair: Tensor) -> Tensor:
@@ -232,12 +211,12 @@ def _not_zero(scale: Tensor) -> Tensor:
 
 
 FORMATS = {
-    "Q4_1": BlockFormat(_q4_1, _to_q4_1, scale_bytes=4, weights=BLOCK, bits=4),
-    "Q8_0": BlockFormat(_q8_0, _to_q8_0, scale_bytes=2, weights=BLOCK, bits=8),
-    "NF4": BlockFormat(_nf4, partial(nf4, double=False), scale_bytes=4, weights=_NF4_BLOCK, bits=4),
-    "NF4-double": BlockFormat(_nf4_double, nf4, scale_bytes=1, weights=_NF4_BLOCK, bits=4),
+    "Q4_1": BlockFormat(_q4_1, partial(_encode_by_gguf, kind="Q4_1"), scale_bytes=4, weights=BLOCK),
+    "Q8_0": BlockFormat(_q8_0, partial(_encode_by_gguf, kind="Q8_0"), scale_bytes=2, weights=BLOCK),
+    "NF4": BlockFormat(_nf4, partial(nf4, double=False), scale_bytes=4, weights=_NF4_BLOCK),
+    "NF4-double": BlockFormat(_nf4_double, nf4, scale_bytes=1, weights=_NF4_BLOCK),
 }
-BYTES_PER_BLOCK = {kind: FORMATS[kind].scale_bytes + BLOCK * FORMATS[kind].bits // 8 for kind in ("Q4_1", "Q8_0")}
+BYTES_PER_BLOCK = {"Q4_1": 20, "Q8_0": 34}
 
 
 def dequantize(blocks: Tensor, kind: str) -> Tensor:
@@ -246,22 +225,9 @@ def dequantize(blocks: Tensor, kind: str) -> Tensor:
     Args:
         blocks: uint8, (rows, columns / 32 * bytes per block).
         kind: "Q4_1" or "Q8_0".
-
-    Raises:
-        ValueError: another kind, or rows that are not a whole number of blocks.
     """
-    shape = shape_of(blocks, kind)
-    return FORMATS[kind].decode(blocks.reshape(-1, BYTES_PER_BLOCK[kind])).view(shape)  # (27648, 20) -> (1536, 576)
-
-
-def shape_of(blocks: Tensor, kind: str) -> tuple[int, int]:
-    """Return (rows, columns) of the matrix that :func:`dequantize` returns; raise the same errors."""
-    rows, row_bytes = blocks.shape
-    if row_bytes % BYTES_PER_BLOCK.get(kind, row_bytes + 1):
-        raise ValueError(
-            f"Rows of {row_bytes} bytes are not blocks of {kind!r:.80}, or not of {BYTES_PER_BLOCK} bytes."
-        )
-    return rows, row_bytes // BYTES_PER_BLOCK[kind] * BLOCK
+    rows, columns = len(blocks), blocks.shape[1] // BYTES_PER_BLOCK[kind] * BLOCK
+    return FORMATS[kind].decode(blocks.reshape(-1, BYTES_PER_BLOCK[kind])).view(rows, columns)  # (1536, 576)
 
 
 def round_matrix(weight: Tensor, kind: str) -> Tensor:
@@ -385,12 +351,12 @@ class BlockLinear(BlockWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         # To generate a token is to multiply one row, in which dequantising takes nearly all the time.
-        plain = x.dtype == self.dtype == torch.float32 and _is_real_on_cpu(x) and not torch.is_grad_enabled()
-        if plain and self.kind == "Q4_1" and self.in_features % BLOCK == 0:
+        plain = type(x) is Tensor and x.is_cpu and x.dtype == self.dtype == torch.float32
+        if plain and not torch.is_grad_enabled() and self.kind == "Q4_1" and self.in_features % BLOCK == 0:
             each = self.in_features // BLOCK  # blocks in a row of the matrix
             outputs = [_q4_1_product(x, self.packed[start * each : stop * each]) for start, stop in self.slices()]
-            joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)  # (1, 576) -> (1, 1536)
-            return joined if self.bias is None else joined.add_(self.bias)
+            joined = torch.cat(outputs, dim=-1)  # (1, 1536)
+            return joined if self.bias is None else joined + self.bias
         return _BlockMatmul.apply(x, self)  # (512, 576) -> (512, 1536)
 
     def slices(self) -> list[tuple[int, int]]:
@@ -443,10 +409,6 @@ class BlockEmbedding(BlockWeight):
         return rows.view(*ids.shape, self.shape[1])  # (4, 128, 576)
 
 
-def _is_real_on_cpu(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
-
-
 def _freeze(tensor: Tensor) -> nn.Parameter:
     parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, False)
     parameter.requires_grad_(False)
@@ -487,12 +449,7 @@ def quantize_nf4(model: nn.Module, double: bool = True, exclude: Sequence[str] =
         raise ValueError(
             f"{type(model).__name__} has no nn.Linear to quantise but its head and what is left out: {list(exclude)}."
         )
-    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    for name, layer in layers.items():
-        if owners[id(layer.weight)] > 1:
-            raise ValueError(
-                f"The weight of {name!r} is shared with another module, which would keep it dense; exclude {[name]}."
-            )
+    check_own_weights(model, layers)
     kind = "NF4-double" if double else "NF4"
     for name, layer in layers.items():
         packed, steps = nf4(layer.weight, double)

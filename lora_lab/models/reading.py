@@ -1,7 +1,7 @@
 """What a causal language model has read, and what follows, token after token: our Llama, and those of transformers.
 
     reader = reader_of(model)
-    logits = reader.read(ids)          # of the token that follows the prompt, (batch, vocabulary)
+    logits = reader.read(ids)          # of the token that follows the prompt, (batch, 1, vocabulary)
     logits = reader.read(token)        # and of the one after that
 
 :func:`stream` makes text of it, token by token; ``lora_lab.tasks.generate`` answers many prompts at once.
@@ -47,27 +47,12 @@ class Reader:
         self.model, self.mask = model, mask
         self.length = 0  # tokens read so far, padding included
 
-    def read(self, ids: Tensor) -> Tensor:
-        """Read (batch, new) tokens that continue the texts; return the logits of what follows: (batch, vocabulary)."""
-        return self._logits(ids, last=True)[:, -1]  # (16, vocabulary)
+    def read(self, ids: Tensor, each: bool = False) -> Tensor:
+        """Read (batch, new) tokens that continue the texts; return the logits of what follows.
 
-    def read_each(self, ids: Tensor) -> Tensor:
-        """Read as :meth:`read`; return the logits of what follows each of the tokens: (batch, new, vocabulary)."""
-        return self._logits(ids, last=False)  # (16, new, vocabulary)
-
-    def branch(self) -> Reader:
-        """Return another reader of the same texts. What it reads from now on, this one has not read."""
-        other = copy.copy(self)
-        other.cache = copy.deepcopy(self.cache)  # which is extended in place
-        return other
-
-    def _extend(self, ids: Tensor) -> None:
-        self.length += ids.shape[1]
-        if self.mask is not None:
-            self.mask = F.pad(self.mask, (0, self.length - self.mask.shape[1]), value=1)  # (16, length)
-
-    def _logits(self, ids: Tensor, last: bool) -> Tensor:
-        """Return the logits after each of the new tokens, or after the last one alone."""
+        Args:
+            each: after each of the tokens, (batch, new, vocabulary); else after the last, (batch, 1, vocabulary).
+        """
         self._extend(ids)
         new = ids.shape[1]
         # transformers has renamed the argument, and the field of the outputs.
@@ -81,12 +66,23 @@ class Reader:
             if accepts(self.model, "position_ids"):  # the first real token of each text is at position 0
                 positions = (self.mask.cumsum(1) - 1).clamp(min=0)  # (16, length)
                 arguments["position_ids"] = positions[:, -ids.shape[1] :]  # (16, new)
-        if last and accepts(self.model, "logits_to_keep"):
+        if not each and accepts(self.model, "logits_to_keep"):
             arguments["logits_to_keep"] = 1
         outputs = self.model(ids, **arguments)
         if name is not None:
             self.cache = getattr(outputs, name)
-        return outputs.logits[:, -new:]  # (16, 1 or new, vocabulary)
+        return outputs.logits[:, -new if each else -1 :]  # (16, 1 or new, vocabulary)
+
+    def branch(self) -> Reader:
+        """Return another reader of the same texts. What it reads from now on, this one has not read."""
+        other = copy.copy(self)
+        other.cache = copy.deepcopy(self.cache)  # which is extended in place
+        return other
+
+    def _extend(self, ids: Tensor) -> None:
+        self.length += ids.shape[1]
+        if self.mask is not None:
+            self.mask = F.pad(self.mask, (0, self.length - self.mask.shape[1]), value=1)  # (16, length)
 
 
 @singledispatch
@@ -101,10 +97,7 @@ def reader_of(model: nn.Module, mask: Tensor | None = None) -> Reader:
     """
     can_generate = getattr(model, "can_generate", None)
     if can_generate is None or not can_generate() or is_encoder_decoder(model):
-        raise ValueError(
-            f"Only a causal language model can continue a text, but the model is a {type(model).__name__}; use a "
-            "lora_lab.Llama or one of transformers."
-        )
+        raise ValueError(f"Only a causal language model can continue a text, and a {type(model).__name__} is none.")
     return Reader(model, mask)
 
 
@@ -113,8 +106,8 @@ class Sampling:
     """How the next token is chosen from its logits.
 
     Args:
-        temperature: 0 always takes the most probable token (greedy); from 0.000001 on tokens are sampled from
-            softmax(logits / temperature).
+        temperature: tokens are sampled from softmax(logits / temperature); 0, and what is below a millionth, always
+            takes the most probable token (greedy).
         seed: of the samples.
         repetition_penalty: divides the positive logits of the tokens that the text holds already, prompt included, and
             multiplies their negative ones (Keskar et al. 2019, "CTRL", arXiv 1909.05858, section 4.1): above 1 the
@@ -130,10 +123,6 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if 0 < self.temperature < _LOWEST_TEMPERATURE:
-            raise ValueError(
-                f"temperature is {self.temperature}, but it must be 0, or at least {_LOWEST_TEMPERATURE:f}."
-            )
 
     def choose(self, logits: Tensor, text: Tensor, generator: torch.Generator) -> Tensor:
         """Return the next token, a scalar.
@@ -147,7 +136,7 @@ class Sampling:
             repeated, penalty = logits[text], float(self.repetition_penalty)  # (length,)
             lower, higher = repeated * penalty, repeated / penalty  # (length,) each
             logits[text] = torch.where(repeated < 0, lower, higher)  # (length,)
-        if self.temperature == 0:
+        if self.temperature < _LOWEST_TEMPERATURE:
             return logits.argmax()  # ()
         probabilities = torch.softmax(logits.float().cpu() / float(self.temperature), dim=-1)  # (49152,)
         return torch.multinomial(probabilities, 1, generator=generator)[0]  # ()
@@ -196,7 +185,7 @@ def stream(model: nn.Module, ids: Tensor, max_new_tokens: int, stop: int | None,
     with restore_modes(model):
         model.eval()
         for _ in range(max_new_tokens):
-            token = sampling.choose(reader.read(new)[0], text, generator)  # ()
+            token = sampling.choose(reader.read(new)[0, 0], text, generator)  # ()
             if int(token) == stop:
                 break
             yield int(token)

@@ -55,7 +55,7 @@ def config(name: str) -> LlamaConfig:
         ValueError: the table has no such model.
     """
     if name not in TABLE:
-        raise ValueError(f"No shape is known by the name {name!r}; use one of: {', '.join(TABLE)}.")
+        raise ValueError(f"There is no model {name!r}; use a folder with a config.json, or one of: {', '.join(TABLE)}.")
     return TABLE[name]
 
 
@@ -78,9 +78,7 @@ def read_entries(path: Path) -> dict[str, Any]:
         repair(path)
         path = path / "config.json"
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path.parent} lacks the file {path.name}, so it is no model's folder; name one, or a .gguf file."
-        )
+        raise FileNotFoundError(f"{path.parent} lacks the file {path.name}; name a model's folder, or a .gguf file.")
     entries = check(read_json(path), _Entries, str(path))
     parts = [entries]
     while parts:  # those of parts such as "text_config" too

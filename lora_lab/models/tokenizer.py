@@ -77,12 +77,6 @@ class Tokenizer:
         self.pad_id = self.eos_id if self.pad_id is None else self.pad_id
 
     @property
-    def special_tokens(self) -> list[str]:
-        """The special tokens, as they are written in a text."""
-        added = self.backend.get_added_tokens_decoder()
-        return [added[i].content for i in sorted(added) if added[i].special]
-
-    @property
     def control_tokens(self) -> list[str]:
         """The tokens that structure a conversation.
 
@@ -113,22 +107,21 @@ class Tokenizer:
         """
         return self.backend.encode(_whole(text), add_special_tokens=add_special_tokens).ids
 
-    def check_text(self, text: str, what: str = "A text", allow_special: bool = False) -> None:
+    def check_text(self, text: str, allow_special: bool = False) -> None:
         """Check that a user's text contains no control tokens and no invalid characters.
 
         Args:
-            what: the text is, for the message.
             allow_special: whether it may hold what stands for a special token.
 
         Raises:
             ValueError: it holds half a character, or one of the :attr:`control_tokens`, which would end a turn or begin
                 another one in the middle of the text.
         """
-        _whole(text, what)
+        _whole(text, "A text")
         for token in [] if allow_special else self.control_tokens:
             if (place := text.find(token)) >= 0:
                 raise ValueError(
-                    f"{what} holds {token!r}, which the model reads as a special token and not as text: "
+                    f"A text holds {token!r}, which the model reads as a special token and not as text: "
                     f"{_around(text, place)}; remove or rewrite it, or allow it in a .txt file (allow_special=True)."
                 )
 
@@ -273,7 +266,7 @@ class Tokenizer:
         vocabulary = self.backend.get_vocab()
         if (largest := max(vocabulary.values(), default=0)) >= vocab_size:
             raise ValueError(
-                f"The tokenizer has token {largest}, but the model {vocab_size} tokens; pass the model's own."
+                f"The tokenizer has token {largest}, but the model has {vocab_size}; pass the model's own."
             )
         if self.eos_id is None:
             raise ValueError("No token ends a text, and llama.cpp would take another one for it; set tokenizer.eos_id.")

@@ -32,9 +32,8 @@ head_start   Is fine-tuning better than training from scratch, and what does tha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,18 +42,26 @@ from torch import nn
 from lora_lab import tasks
 from lora_lab.ablation import studies
 from lora_lab.ablation.compare import rates_around
-from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.halving import Halving
 from lora_lab.ablation.results import SCORE
 from lora_lab.adapters.edit import strength
 from lora_lab.analysis.divergence import NearBase, base_replies, mean_divergence, on_base_text, with_replay
 from lora_lab.inject import lora_layers
-from lora_lab.lean import Lean
-from lora_lab.methods import FullFineTuning, LoRA, Method, PartialFineTuning
+from lora_lab.methods import FullFineTuning, LoRA, PartialFineTuning
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.models.pretrained import SMOLLM2
 from lora_lab.studies.claims.compared import DOCS, FINE_TUNED, FROM_SCRATCH, LONGER, SIZES
-from lora_lab.studies.recorder import CurveSweep, TrialAndRates, plan_judges, plan_size, record_sweeps
+from lora_lab.studies.recorder import (
+    BF16_BASE,
+    BFLOAT16,
+    CurveSweep,
+    Methods,
+    Setups,
+    plan_seeds,
+    plan_setups,
+    plan_size,
+    record_sweeps,
+)
 from lora_lab.task import Task
 from lora_lab.tasks.arrays import CHANGES
 from lora_lab.train import evaluate, fit
@@ -66,7 +73,7 @@ if TYPE_CHECKING:
 
 COSINE = ", cosine"  # the end of a setup's name; without it the rate is constant
 LAST_BLOCKS = [f"model.layers.{i}" for i in range(26, 30)]
-METHODS: dict[str, tuple[Method, float]] = {  # and the middle of the first rates
+METHODS: Methods = {  # and the middle of the first rates
     "full": (FullFineTuning(), 1.25e-4),
     "LoRA r=1": (LoRA(1, 2), 2e-3),
     "LoRA r=8": (LoRA(8, 16), 1e-3),
@@ -80,10 +87,6 @@ SIZE, SEQ_LEN, WIDEN = 8, 32, 2
 CHOSEN_ON, JUDGED_ON = 64, 256  # validation examples, from the first
 ON_TWO_CORES = ("full", "LoRA r=1", "LoRA r=8")  # a GPU trains all
 EVALUATED = 64  # steps between evaluations, at most; small sets are evaluated after every epoch
-OVERFITTING_COLUMNS = (
-    *("n_train", "setup", "schedule", "stage", "edge", "lr", "seed", "steps", "outcome", "reason", "step"),
-    *("train_loss", "validation_loss", "off_domain_loss", "gap", "test_loss", "trainable_parameters", "commit"),
-)
 
 
 def epochs(device: torch.device) -> tuple[dict[int, int], dict[int, int]]:
@@ -98,39 +101,30 @@ def epochs(device: torch.device) -> tuple[dict[int, int], dict[int, int]]:
 
 def plan_overfitting(device: torch.device) -> Iterator[CurveSweep]:
     """Yield a sweep for each size of the training set."""
-    judging = plan_judges(device)
+    judging = plan_seeds(device, 2)
     for size in epochs(device)[0]:
         yield CurveSweep(
             *(_set_up(size, device), range(2), judging),
             about={"n_train": size},
             task=partial(draw_examples, size, judging),
-            by="best_loss",
+            best=True,
             widen=WIDEN,
             judged={"eval_examples": JUDGED_ON},
             options={"halving": HALVING},
-            columns=OVERFITTING_COLUMNS,
             show=hide_few_replies,
         )
 
 
-def _set_up(size: int, device: torch.device) -> dict[str, TrialAndRates]:
+def _set_up(size: int, device: torch.device) -> Setups:
     """Return all methods at a constant rate, warmed up for as many steps whatever the size, and under a cosine."""
     setups, epoch = {}, size // SIZE
-    for schedule, of_size in zip(("constant", "cosine"), epochs(device), strict=True):
-        for name, (method, lr) in METHODS.items():
-            if size in of_size and (device.type == "cuda" or name in ON_TWO_CORES):
-                trial = Trial(
-                    method,
-                    lr,
-                    steps=epoch * of_size[size],
-                    batch_size=SIZE,
-                    schedule=schedule,
-                    warmup=None if schedule == "cosine" else min(8, epoch),
-                    eval_every=min(epoch, EVALUATED),
-                    eval_examples=CHOSEN_ON,
-                    lean=Lean(torch.bfloat16) if isinstance(method, LoRA) else None,
-                )
-                setups[name + COSINE * (schedule == "cosine")] = trial, rates_around(lr)
+    options: dict[str, Any] = {"eval_every": min(epoch, EVALUATED), "eval_examples": CHOSEN_ON}
+    schedules = {"": {"schedule": "constant", "warmup": min(8, epoch)}, COSINE: {"schedule": "cosine"}}
+    for (end, schedule), of_size in zip(schedules.items(), epochs(device), strict=True):
+        if size in of_size:
+            methods = {name + end: METHODS[name] for name in (METHODS if device.type == "cuda" else ON_TWO_CORES)}
+            steps = epoch * of_size[size]
+            setups |= plan_setups(methods, steps, SIZE, lean=BF16_BASE, **options, **schedule)
     return setups
 
 
@@ -145,8 +139,7 @@ def hide_few_replies(frame: pandas.DataFrame) -> pandas.DataFrame:
     return frame.assign(off_domain_loss=frame["off_domain_loss"].where(frame["stage"] == "judging"))
 
 
-_HALVING = asdict(HALVING) | {"rungs": list(HALVING.rungs)}
-_STATED = {"study": "docs", "batch_size": SIZE, "seq_len": SEQ_LEN, "halving": _HALVING}
+_STATED = {"study": "docs", "batch_size": SIZE, "seq_len": SEQ_LEN, "halving": HALVING}
 OVERFITTING = record_sweeps("overfitting", plan_overfitting, _STATED)
 
 
@@ -154,74 +147,45 @@ OVERFITTING = record_sweeps("overfitting", plan_overfitting, _STATED)
 
 # Of the prompts: replies to train on, and to measure forgetting on.
 REHEARSED, JUDGED = slice(16, None), slice(16)
-# Steps, examples a step and seeds: what two cores can do in an hour and a half, and what a GPU can in less.
-FEW, MORE = (60, 4, range(3)), (300, 8, range(5))
 LENGTH, EXAMPLES = 64, 48  # tokens of an example, and how many validation examples
 FULL_RANK = 576  # the least side of the widest matrices
 STRENGTHS = (0.25, 0.5, 0.75, 1.2)
 R8 = LoRA(8, 16)
-PLAIN: dict[str, tuple[Method, Sequence[float], float]] = {  # rates, of which none is chosen; and weight decay
-    "LoRA r=8": (R8, (1e-3, 2e-3, 4e-3), 0.0),
-    "LoRA r=1": (LoRA(1, 2), (4e-3,), 0.0),
-    "LoRA r=64": (LoRA(64, 128), (1e-3,), 0.0),
-    "full": (FullFineTuning(), (6e-5, 1.2e-4), 0.0),
-    "LoRA r=32, PEFT's rate": (LoRA(32, 64), (1e-4,), 0.0),
-    "full, PEFT's rate": (FullFineTuning(), (1e-5,), 0.0),
-    "weight decay 3": (R8, (2e-3,), 3.0),
-    "weight decay 10": (R8, (2e-3,), 10.0),
+RATE = 2e-3  # of a remedy
+PLAIN: Methods = {  # rates, of which none is chosen
+    "LoRA r=8": (R8, (1e-3, 2e-3, 4e-3)),
+    "LoRA r=1": (LoRA(1, 2), (4e-3,)),
+    "LoRA r=64": (LoRA(64, 128), (1e-3,)),
+    "full": (FullFineTuning(), (6e-5, 1.2e-4)),
+    "LoRA r=32, PEFT's rate": (LoRA(32, 64), (1e-4,)),
+    "full, PEFT's rate": (FullFineTuning(), (1e-5,)),
 }
-
-
-def add_own_replies(share: float, task: Task) -> Task:
-    """Return the task with replies of the base among its training examples."""
-    return with_replay(task, base_replies(prompts=REHEARSED), share)
-
-
-def add_other_text(share: float, task: Task) -> Task:
-    """Return the same with as much prose that the base did not write, the control of :func:`add_own_replies`."""
-    return with_replay(task, task.off_domain[: len(base_replies(prompts=REHEARSED))], share)
-
-
-def stay_near_base(weight: float, task: Task) -> Task:
-    """Return the task with a penalty on the divergence from the base."""
-    return replace(task, loss=NearBase(weight))
-
-
-CHANGED = {  # of the task, for LoRA of rank 8
-    "own replies, a quarter": partial(add_own_replies, 0.25),
-    "own replies, half": partial(add_own_replies, 0.5),
-    "other text, a quarter": partial(add_other_text, 0.25),
-    "KL penalty 0.3": partial(stay_near_base, 0.3),
-    "KL penalty 1": partial(stay_near_base, 1.0),
+DECAYS = {"weight decay 3": 3.0, "weight decay 10": 10.0}
+# Of the task, for LoRA of rank 8. Other text is as much prose that the base did not write, the control of its replies.
+CHANGED: dict[str, Callable[[Task], Task]] = {
+    "own replies, a quarter": lambda task: with_replay(task, base_replies(prompts=REHEARSED), 0.25),
+    "own replies, half": lambda task: with_replay(task, base_replies(prompts=REHEARSED), 0.5),
+    "other text, a quarter": lambda task: with_replay(
+        task, task.off_domain[: len(base_replies(prompts=REHEARSED))], 0.25
+    ),
+    "KL penalty 0.3": lambda task: replace(task, loss=NearBase(0.3)),
+    "KL penalty 1": lambda task: replace(task, loss=NearBase(1.0)),
 }
-RATE = 2e-3  # of the last
-REMEDIES_COLUMNS = (
-    *("setup", "method", "rank", "alpha", "lr", "weight_decay", "seed", "steps", "outcome", "reason", "step"),
-    *("train_loss", "validation_loss", "off_domain_loss", "gap", "test_loss"),
-    *("score_divergence", "score_size", "trainable_parameters", "commit"),
-)
 
 
 def plan_remedies(device: torch.device) -> Iterator[CurveSweep]:
-    """Yield a sweep of the task as it is, and one for each change; each trial has seven evaluations."""
-    steps, batch_size, seeds = MORE if device.type == "cuda" else FEW
-    options: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "schedule": "constant"}
-    options |= {"eval_every": max(1, steps // 6), "eval_examples": EXAMPLES}
-    for change in (None, *CHANGED):
-        setups = {}
-        for name, (method, lrs, decay) in (PLAIN if change is None else {change: (R8, (RATE,), 0.0)}).items():
-            lora = isinstance(method, LoRA)
-            step: dict[str, Any] = {"lean": Lean(torch.bfloat16)} if lora else {"autocast": torch.bfloat16}
-            setups[name] = Trial(method, lrs[0], weight_decay=decay, **options, **step), lrs
-        strengths = STRENGTHS if change is None else ()
-        yield CurveSweep(
-            *(setups, seeds),
-            task=partial(make_task, change),
-            shared=True,
-            options={"judge": DistanceFromBase(EXAMPLES, strengths)},
-            columns=REMEDIES_COLUMNS,
-            show=add_strengths,
-        )
+    """Yield what two cores can do in an hour and a half: a sweep of the task as it is, and one for each change."""
+    seeds, (steps, batch_size) = plan_seeds(device), plan_size(device)
+    constant: dict[str, Any] = {"schedule": "constant", "eval_every": max(1, steps // 6), "eval_examples": EXAMPLES}
+    plan = partial(plan_setups, steps=steps, batch_size=batch_size, **constant, **BFLOAT16)
+    as_it_is = plan(PLAIN)
+    for name, decay in DECAYS.items():
+        as_it_is |= plan({name: (R8, (RATE,))}, weight_decay=decay)
+    changed = {change: plan({change: (R8, (RATE,))}) for change in CHANGED}
+    for change, setups in {None: as_it_is, **changed}.items():
+        options = {"judge": DistanceFromBase(EXAMPLES, () if change else STRENGTHS)}
+        task = partial(make_task, change)
+        yield CurveSweep(setups, (), seeds, task=task, shared=True, options=options, show=add_strengths)
 
 
 def make_task(change: str | None) -> Task:
@@ -273,23 +237,20 @@ def add_strengths(frame: pandas.DataFrame) -> pandas.DataFrame:
     import pandas
 
     frame = frame.assign(rank=frame["rank"].fillna(FULL_RANK))
-    if f"{SCORE}validation_{STRENGTHS[0]:g}" not in frame:
-        return frame
-    frames, parts = [frame], ("validation", "off_domain")
-    same = [name for name in REMEDIES_COLUMNS if not name.startswith(SCORE) and not name.endswith(("loss", "gap"))]
+    parts, frames = ("validation", "off_domain"), [frame]
     adapters = frame[(frame["setup"] == "LoRA r=8") & (frame["outcome"] == "done")]
     for _, curve in adapters.groupby("key", sort=False):
         first, last = curve.iloc[[0, -1]].to_dict("records")
-        losses = {f"{part}_loss": {0: first[f"{part}_loss"], 100: last[f"{part}_loss"]} for part in parts}
-        for factor, part in product(STRENGTHS, parts):
-            losses[f"{part}_loss"][round(100 * factor)] = last[f"{SCORE}{part}_{factor:g}"]
-        scaled = pandas.DataFrame(losses).sort_index().rename_axis("strength").reset_index()
-        fixed = {name: last[name] for name in same} | {"setup": "LoRA r=8, scaled", "step": scaled.pop("strength")}
-        frames.append(scaled.assign(**fixed))
+        losses = {0: first, 100: last}
+        for factor in STRENGTHS:
+            losses[round(100 * factor)] = {f"{part}_loss": last[f"{SCORE}{part}_{factor:g}"] for part in parts}
+        scaled = pandas.DataFrame.from_dict(losses, "index")[[f"{part}_loss" for part in parts]].sort_index()
+        same = {name: last[name] for name in last if not name.startswith(SCORE) and not name.endswith(("loss", "gap"))}
+        frames.append(scaled.assign(**same | {"setup": "LoRA r=8, scaled", "step": scaled.index}))
     return pandas.concat(frames, ignore_index=True)
 
 
-REMEDIES = record_sweeps("remedies", plan_remedies, {"study": "docs", "seq_len": LENGTH, "strengths": [*STRENGTHS]})
+REMEDIES = record_sweeps("remedies", plan_remedies, {"study": "docs", "seq_len": LENGTH, "strengths": STRENGTHS})
 
 
 # Head start
@@ -299,17 +260,6 @@ BATCH = 32  # pictures a step
 PRETRAINING: dict[str, Any] = {"steps": 400, "lr": 3e-3, "batch_size": BATCH}
 TRAINING = 150  # steps on changed digits
 TEXT_LENGTH = 64  # tokens an example of the language model
-OFF_DOMAIN = 4  # examples: what is forgotten is not asked here
-HEAD_START_COLUMNS = (
-    *("data", "model", "n_train", "setup", "stage", "lr", "edge", "seed", "steps", "outcome", "reason", "step"),
-    *("validation_loss", "test_loss", "score_accuracy", "commit"),
-)
-
-
-def draw_text(n_train: int, seed: int) -> Task:
-    """Return Python's manual, of which the seed draws so many examples."""
-    task = studies.docs_task(TEXT_LENGTH, n_train, seed)
-    return replace(task, off_domain=task.off_domain[:OFF_DOMAIN])
 
 
 def draw_pictures(change: str, n_train: int, seed: int) -> Task:
@@ -339,38 +289,31 @@ def accuracy(model: nn.Module, task: Task) -> dict[str, float]:
 
 
 def plan_head_start(device: torch.device) -> Iterator[CurveSweep]:
-    """Yield what two cores can do in an hour."""
+    """Yield what two cores can do in an hour; trials are evaluated before the first step and after the last."""
     yield from (_sweep_digits(data, net, size) for data in CHANGES for net in NETS for size in SIZES)
     steps, size = plan_size(device)
-    options: dict[str, Any] = {"eval_examples": 128, "autocast": torch.bfloat16}
-    tuned, scratch = (_plan_setup(rates_around(lr, count=3), steps, size, **options) for lr in (1.25e-4, 1e-3))
+    methods: Methods = {FINE_TUNED: (FullFineTuning(), 1.25e-4), FROM_SCRATCH: (FullFineTuning(), 1e-3)}
     yield CurveSweep(
-        {FINE_TUNED: tuned, FROM_SCRATCH: scratch},
-        *(range(2), plan_judges(device)),
+        plan_setups(methods, steps, size, count=3, autocast=torch.bfloat16, eval_examples=128),
+        *(range(2), plan_seeds(device, 2)),
         about={"data": DOCS, "model": SMOLLM2, "n_train": steps * size},
-        task=partial(draw_text, steps * size),
+        task=partial(studies.docs_task, TEXT_LENGTH, steps * size),
         starts={FROM_SCRATCH: lambda seed: partial(studies.random_init, device, seed)},
-        columns=HEAD_START_COLUMNS,
     )
 
 
 def _sweep_digits(data: str, net: str, size: int) -> CurveSweep:
-    random, rates = partial(make_net, net), rates_around(3e-3, factor=3)
-    short, long = (_plan_setup(rates, steps, min(BATCH, size)) for steps in (TRAINING, PRETRAINING["steps"] + TRAINING))
+    random, full = partial(make_net, net), (FullFineTuning(), rates_around(3e-3, factor=3))
+    plan = partial(plan_setups, batch_size=min(BATCH, size), eval_examples=None)
+    longer = plan({LONGER: full}, PRETRAINING["steps"] + TRAINING)
     return CurveSweep(
-        {FINE_TUNED: short, FROM_SCRATCH: short, LONGER: long},
+        plan({FINE_TUNED: full, FROM_SCRATCH: full}, TRAINING) | longer,
         *(range(3), range(3, 13)),
         about={"data": data, "model": net, "n_train": size},
         task=partial(draw_pictures, data, size),
         starts={FINE_TUNED: partial(pretrain, net, data), FROM_SCRATCH: random, LONGER: random},
         options={"judge": accuracy, "progress": False},
-        columns=HEAD_START_COLUMNS,
     )
-
-
-def _plan_setup(lrs: Sequence[float], steps: int, batch_size: int, **options: Any) -> TrialAndRates:
-    """Return full fine-tuning, evaluated before the first step and after the last, and the rates that it tries."""
-    return Trial(FullFineTuning(), lrs[0], steps=steps, batch_size=batch_size, eval_every=steps, **options), lrs
 
 
 HEAD_START = record_sweeps("head_start", plan_head_start, {"pretraining": PRETRAINING})

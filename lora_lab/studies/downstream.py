@@ -16,8 +16,9 @@ elicitation  The tasks, the test prompts and the scores are those of ``downstrea
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,29 +28,27 @@ from torch import nn
 
 from lora_lab.ablation import studies
 from lora_lab.ablation.compare import last_rows
-from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.results import SCORE
 from lora_lab.ablation.stats import interval
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.models.llama import Llama
 from lora_lab.models.pretrained import SMOLLM2, load_pretrained
-from lora_lab.studies.recorder import CurveSweep, Recorder, Row, find_folder
+from lora_lab.studies.recorder import CurveSweep, Recorder, Row, evaluate_parts, plan_setups
 from lora_lab.system.schema import plain
 from lora_lab.task import Task
 from lora_lab.tasks import TASKS
 from lora_lab.tasks.datasets import style
-from lora_lab.tasks.elicitation import CONTENT_FREE, PENALTIES, calibrate, content_free, few_shot, linear_probe
+from lora_lab.tasks.elicitation import calibrate, content_free, few_shot, linear_probe
 from lora_lab.tasks.generate import answers, classes, last_states, log_likelihoods
 from lora_lab.tasks.instruction import PairTask
 from lora_lab.tasks.metrics import METRICS, StyleJudge, score, trivial
-from lora_lab.train import DataOrder, evaluate
+from lora_lab.train import DataOrder
 
 SCRATCH = "scratch"
 SETUPS: dict[str, Method] = {"full": FullFineTuning(), "LoRA r=8": LoRA(8, 16), SCRATCH: FullFineTuning()}
-FROM_SCRATCH = ("sentiment",)  # tasks that are also learned from scratch
 SHOWN = 3  # answers per method in the record
 _COLUMNS = (
-    *("about", "task", "setup", "lr", "seed", "outcome", "reason"),
+    *("task", "setup", "lr", "seed", "outcome", "reason"),
     *("validation_loss", "off_domain_loss", "test_loss", "trainable_parameters", "commit"),
 )
 
@@ -70,16 +69,12 @@ def plan(device: torch.device) -> dict[str, Any]:
 
 def plan_sweep(task: str, planned: Row, device: torch.device) -> CurveSweep:
     """Return what is trained on a task, and evaluated before and after training."""
-    options: dict[str, Any] = {name: planned[name] for name in ("batch_size", "eval_examples")}
-    options |= dict.fromkeys(("steps", "eval_every"), planned["steps"][task])
+    options = {name: planned[name] for name in ("batch_size", "eval_examples")} | {"steps": planned["steps"][task]}
+    rates = {setup: lrs for setup, lrs in planned["lrs"].items() if setup != SCRATCH or task == "sentiment"}
     return CurveSweep(
-        {
-            setup: (Trial(SETUPS[setup], lrs[0], **options), lrs)
-            for setup, lrs in planned["lrs"].items()
-            if setup != SCRATCH or task in FROM_SCRATCH
-        },
+        plan_setups({setup: (SETUPS[setup], lrs) for setup, lrs in rates.items()}, **options),
         *(range(1), range(1, planned["seeds"])),
-        about={"about": "result", "task": task},
+        about={"task": task},
         task=partial(load_task, task),
         starts={SCRATCH: lambda seed: partial(studies.random_init, device, 0)},
         widen=0,
@@ -94,30 +89,21 @@ def load_task(name: str) -> PairTask:
 
 
 def judge(model: nn.Module, task: Task) -> dict[str, float | str]:
-    """Return the scores on the test part, and the first answers of that part, by name.
-
-    For stories they are also the test loss on the same stories in plain style, which grows as the style replaces it.
-    """
+    """Return the scores on the test part, and the first answers of that part, by name."""
     task = cast(PairTask, task)
     predictions = answers(cast(Llama, model), task)
-    scored: dict[str, float | str] = {**scores(task, predictions)}
-    if task.metric not in METRICS:
-        scored["plain_loss"] = evaluate(model, style(task.tokenizer, "plain"), "test")
-    return scored | {f"prediction_{i}": prediction for i, prediction in enumerate(predictions[:SHOWN])}
+    first = {f"prediction_{i}": prediction for i, prediction in enumerate(predictions[:SHOWN])}
+    return {**scores(task, predictions), **first}
 
 
 def scores(task: PairTask, predictions: list[str]) -> dict[str, float]:
     """Return the scores of answers to the test part; for stories, the share that a classifier takes for the log."""
     if task.metric in METRICS:
         return score(task, predictions)
-    return {"in_style": _style_judge(task).share(predictions)}
+    return {"in_style": StyleJudge(style(task.tokenizer), style(task.tokenizer, "plain")).share(predictions)}
 
 
-def _style_judge(task: PairTask) -> StyleJudge:
-    return StyleJudge(style(task.tokenizer), style(task.tokenizer, "plain"))
-
-
-def record_downstream(device: torch.device, folder: Path | None = None) -> Iterator[Row]:
+def record_downstream(device: torch.device) -> Iterator[Row]:
     """Yield the rows of a record; ``about`` names what a row is about.
 
     "task": a task and its size. "result": losses and scores of one setup and seed at the setup's chosen rate, with the
@@ -127,30 +113,25 @@ def record_downstream(device: torch.device, folder: Path | None = None) -> Itera
     planned = plan(device)
     for name in planned["steps"]:
         task = load_task(name)
-        row = describe_task(task, name) | {"says": task.about, "licence": task.licence}
-        if task.metric not in METRICS:
-            row["judge_accuracy"] = _style_judge(task).accuracy
-        yield row
+        yield describe_task(task, name)
         result: dict[str, Any] = {"about": "result", "task": name}
         if task.metric in METRICS:
             yield {**result, "setup": "trivial", **scores(task, trivial(task))}
         model, result = studies.language_model(device), {**result, "setup": "zero-shot"}
-        for part in ("validation", "off_domain", "test"):
-            result[f"{part}_loss"] = evaluate(model, task, part, planned["batch_size"], planned["eval_examples"])
-        yield from _split(result | judge(model, task), task, answered=True)
+        yield from _split(result | evaluate_parts(model, task, planned) | judge(model, task), task, answered=True)
         del model
-        for frame in plan_sweep(name, planned, device).frames(device, folder or find_folder("downstream")):
+        for frame in plan_sweep(name, planned, device).frames(device, Path("runs/record-downstream")):
             for trial in last_rows(frame).to_dict("records"):
-                row = {name: trial[name] for name in _COLUMNS}
+                row: Row = {"about": "result" if trial["chosen"] else "tuning"}
+                row |= {name: trial[name] for name in _COLUMNS}
                 row |= {str(name).removeprefix(SCORE): trial[name] for name in trial if str(name).startswith(SCORE)}
-                row |= {} if trial["chosen"] else {"about": "tuning"}
                 yield from _split(row, task, answered=trial["chosen"] and trial["seed"] == 0)
 
 
 def describe_task(task: PairTask, name: str) -> Row:
     """Return the row of a task and its size."""
     sizes = {part: len(examples) for part, examples in task.parts.items()}
-    return {"about": "task", "task": name, "metric": task.metric, **sizes, "fingerprint": task.fingerprint}
+    return {"about": "task", "task": name, **sizes, "fingerprint": task.fingerprint}
 
 
 def _split(result: Row, task: PairTask, answered: bool) -> Iterator[Row]:
@@ -169,23 +150,12 @@ DOWNSTREAM = Recorder(plan, record_downstream)
 
 MAIN = {"classification": "accuracy", "summary": "rouge_l", "translation": "chrf"}
 RESAMPLES = 500
-Predictions = Mapping[str, Sequence[str]]  # part -> an answer to each of its prompts, from the first
-Answered = tuple[Row, Predictions]  # columns of a row, and what it is of
-
-
 # Task -> the numbers of examples in the prompt to choose from; and how many sets of examples are drawn for each.
 SHOTS = {"sentiment": (8, 16), "translate-fr": (16,), "summarise": (8,)}
 DRAWS = {"sentiment": 3, "translate-fr": 3, "summarise": 2}
 # Validation prompts that choose, where answers are written; all where a label is picked.
 CHOSEN_ON = 16
 SHUFFLES = 20  # probes that learn shuffled labels
-
-
-def describe_elicitation(device: torch.device) -> dict[str, Any]:
-    """Return how the rows are made, as the record states it; the same on every device."""
-    shots = {task: list(numbers) for task, numbers in SHOTS.items()}
-    asked = {"shots": shots, "draws": DRAWS, "chosen_on": CHOSEN_ON, "shuffles": SHUFFLES}
-    return asked | {"content_free": list(CONTENT_FREE), "penalties": list(PENALTIES)}
 
 
 def record_elicitation(device: torch.device) -> Iterator[Row]:
@@ -201,36 +171,32 @@ def record_elicitation(device: torch.device) -> Iterator[Row]:
     for name in SHOTS:
         task = load_task(name)
         yield describe_task(task, name)
-        for columns, predictions in _ask(name, task, model):
-            yield _result(task, columns, predictions)
+        yield from _ask(name, task, model)
         if task.metric == "classification":
-            for columns, predictions in _probe(name, task, model, device):
-                yield _result(task, columns, predictions)
+            yield from _probe(name, task, model, device)
 
 
-def _ask(name: str, task: PairTask, model: nn.Module) -> Iterator[Answered]:
+def _ask(name: str, task: PairTask, model: nn.Module) -> Iterator[Row]:
     """Yield zero-shot, few-shot, and the control at the number of examples that is best on the validation part."""
     yield from _answer(task, model, 0, 0)
     scores: dict[tuple[int, str], list[float]] = {}  # (number of examples, calibration) -> on the validation part
-    for k in SHOTS[name]:
-        for seed in range(DRAWS[name]):
-            for columns, predictions in _answer(task, model, k, seed):
-                on_validation = _main_score(task, "validation", predictions)
-                scores.setdefault((k, columns["calibration"]), []).append(on_validation)
-                yield columns, predictions
+    for k, seed in product(SHOTS[name], range(DRAWS[name])):
+        for row in _answer(task, model, k, seed):
+            scores.setdefault((k, row["calibration"]), []).append(row["validation"])
+            yield row
     best, _ = max(scores, key=lambda setup: sum(scores[setup]))
     for seed in range(DRAWS[name]):
         yield from _answer(task, model, best, seed, control=True)
 
 
-def _answer(task: PairTask, model: nn.Module, k: int, seed: int, control: bool = False) -> Iterator[Answered]:
-    """Yield what the model answers after k examples; for a classification, also with calibrated labels."""
+def _answer(task: PairTask, model: nn.Module, k: int, seed: int, control: bool = False) -> Iterator[Row]:
+    """Yield the results of what the model answers after k examples; of a classification also with calibrated labels."""
     asked = few_shot(task, k, seed, random_answers=control) if k else task
-    columns = {"setup": "few-shot" if k else "zero-shot", "k": k, "seed": seed, "control": control}
+    about = {"setup": "few-shot" if k else "zero-shot", "k": k, "seed": seed, "control": control}
     if task.metric != "classification":
         limits = {"validation": CHOSEN_ON, "test": None}
         written = {part: answers(model, asked, part, limit=limit) for part, limit in limits.items()}
-        yield {**columns, "calibration": ""}, written
+        yield _score(task, {**about, "calibration": ""}, written)
         return
     labels = classes(task)
     scores = {part: log_likelihoods(model, asked, asked.pairs[part], labels) for part in ("validation", "test")}
@@ -242,13 +208,15 @@ def _answer(task: PairTask, model: nn.Module, k: int, seed: int, control: bool =
         picked = {}
         for part, likelihoods in scores.items():
             compared = calibrate(likelihoods, references[calibration]) if calibration else likelihoods  # (n, labels)
-            best: list[int] = compared.argmax(1).tolist()  # (n,)
-            picked[part] = [labels[i] for i in best]
-        yield {**columns, "calibration": calibration}, picked
+            picked[part] = [labels[int(best)] for best in compared.argmax(1)]
+        yield _score(task, {**about, "calibration": calibration}, picked)
 
 
-def _probe(name: str, task: PairTask, model: nn.Module, device: torch.device) -> Iterator[Answered]:
-    """Yield linear probes on the training examples that the trials of ``downstream`` see, and on shuffled labels."""
+def _probe(name: str, task: PairTask, model: nn.Module, device: torch.device) -> Iterator[Row]:
+    """Yield results of linear probes on the training examples that the trials of ``downstream`` see.
+
+    Those of the controls have shuffled labels.
+    """
     planned = plan(device)
     states = {part: last_states(model, task, task.pairs[part]) for part in ("train", "validation", "test")}
     labels = {part: [pair.answer for pair in task.pairs[part]] for part in states}
@@ -260,24 +228,24 @@ def _probe(name: str, task: PairTask, model: nn.Module, device: torch.device) ->
             if control:
                 random.Random(seed).shuffle(learned)
             probe = linear_probe(states["train"][seen], learned, states["validation"], labels["validation"])
-            columns = {"setup": "probe", "seed": seed, "control": control, "examples": len(seen)}
-            columns["penalty"] = probe[-1].get_params()["C"]
-            yield columns, {part: list(probe.predict(states[part].numpy())) for part in ("validation", "test")}
+            found = {part: list(probe.predict(states[part].numpy())) for part in ("validation", "test")}
+            yield _score(task, {"setup": "probe", "seed": seed, "control": control}, found)
 
 
-def _result(task: PairTask, columns: Mapping[str, Any], predictions: Predictions) -> dict[str, Any]:
+def _score(task: PairTask, about: Row, predictions: Mapping[str, list[str]]) -> Row:
+    """Return the result of predictions by part, for its prompts from the first on."""
     texts, references = predictions["test"], [pair.answer for pair in task.pairs["test"]]
     generator, samples, main = np.random.default_rng(0), [], MAIN[task.metric]
     for _ in range(RESAMPLES):
         drawn: list[int] = generator.integers(len(texts), size=len(texts)).tolist()
         samples.append(METRICS[task.metric]([texts[i] for i in drawn], [references[i] for i in drawn])[main])
     lower, upper = interval(np.array(samples))
-    result = {"about": "result", "task": task.name, **columns, **score(task, texts)}
-    return result | {"lower": lower, "upper": upper, "validation": _main_score(task, "validation", predictions)}
+    validation = score(task, predictions["validation"], "validation")[main]
+    row = {"about": "result", "task": task.name, **about, **score(task, texts)}
+    return row | {"lower": lower, "upper": upper, "validation": validation}
 
 
-def _main_score(task: PairTask, part: str, predictions: Predictions) -> float:
-    return score(task, predictions[part], part)[MAIN[task.metric]]
-
-
-ELICITATION = Recorder(describe_elicitation, record_elicitation)
+ELICITATION = Recorder(
+    lambda device: plain({"shots": SHOTS, "draws": DRAWS, "chosen_on": CHOSEN_ON, "shuffles": SHUFFLES}),
+    record_elicitation,
+)

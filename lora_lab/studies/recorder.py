@@ -9,7 +9,7 @@ A study is data: which setups train on which task, at which rates, with which se
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -20,17 +20,19 @@ import torch
 from torch import nn
 
 from lora_lab.ablation import studies
-from lora_lab.ablation.compare import Grids, ablate_setups, compare_tuned, last_rows, tune_by_seed
+from lora_lab.ablation.compare import Grids, ablate_setups, compare_tuned, last_rows, rates_around, tune_by_seed
 from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.results import SCORE
 from lora_lab.ablation.run import ablate
 from lora_lab.ablation.stats import block_losses_of
 from lora_lab.costs.fake import Factory
 from lora_lab.lean import Lean
-from lora_lab.methods import Method
+from lora_lab.methods import LoRA, Method
 from lora_lab.studies.records import KINDS
 from lora_lab.system.schema import plain
 from lora_lab.task import Task
+from lora_lab.train import evaluate
+from lora_lab.variants import DoRA, PiSSA
 
 if TYPE_CHECKING:
     import pandas
@@ -38,26 +40,42 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 Model = nn.Module | Factory  # or what makes it
 Source = tuple[Model, Task | Callable[[], Task]]  # the task or what makes it
-# How it trains, whatever its seed; and the rates that it tries first.
-TrialAndRates = tuple[Trial, Sequence[float]]
+# A judge, as for ablate; and what makes rows of the record from the last row of a trial that it judged.
+Rerun = tuple[Callable[[nn.Module, Task], Mapping[str, Any]], Callable[[Row], Iterator[Row]]]
+# Setup -> a method, and its rates or the one in their middle.
+Methods = dict[str, tuple[Method, float | Sequence[float]]]
+# Setup -> how it trains, whatever its seed, and the rates that it tries first.
+Setups = dict[str, tuple[Trial, Sequence[float]]]
 # Of the 130 and 140 examples of 64 tokens in those parts of "docs".
 ON_TEST = {"validation": 128, "test": 140}
-_BLOCK_COLUMNS = (
-    *("data", "stage", "setup", "method", "rank", "alpha", "lr", "edge", "seed", "steps", "outcome", "reason", "step"),
-    *("validation_loss", "test_loss", "score_validation", "score_test", "trainable_parameters", "commit"),
+# What a record holds of the table of trials, as far as it is there.
+_COLUMNS = (
+    *("stage", "setup", "method", "rank", "alpha", "lr", "edge", "seed", "steps", "outcome", "reason", "step"),
+    *("validation_loss", "test_loss", "score_accuracy", "trainable_parameters", "commit"),
 )
-_LONGEST = 30  # characters of a text that is told
+_OF_BLOCKS = ("data", *_COLUMNS, "score_validation", "score_test")
+_OF_CURVES = (
+    *_COLUMNS,
+    *("schedule", "weight_decay", "train_loss", "off_domain_loss", "gap", "score_divergence", "score_size"),
+)
 
 
 def tell_row(row: Row) -> str | None:
-    """Return a row as a line for people; None if it has no decimals, or more will be in a later row of its trial."""
+    """Return a row as a line for people; None if it is of no training, of one layer, or not the last of its trial."""
     if row.get("outcome") == "failed":
-        return f"{row['setup']}, lr {row['lr']:g}, seed {row['seed']}: {row['reason']}"
-    if row.get("step") != row.get("steps") or not any(isinstance(value, float) for value in row.values()):
+        setup = row.get("setup") or f"r={row['rank']:g}"
+        return f"{setup}, lr {row['lr']:g}, seed {row['seed']}: {row['reason']}"
+    of_training, of_a_part = {"setup", "run", "rank"} & row.keys(), {"layer", "prediction"} & row.keys()
+    if not of_training or of_a_part or row.get("step") != row.get("steps"):
         return None
-    texts = [value for value in row.values() if isinstance(value, str) and 0 < len(value) <= _LONGEST]
-    numbers = [f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, int | float)]
-    return "  ".join(texts + numbers)
+    texts = [value if isinstance(value, str) else _tell_number(name, value) for name, value in row.items()]
+    return "  ".join(text for text in texts if 0 < len(text) < 40)  # neither commits nor losses by block
+
+
+def _tell_number(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.4g}"
 
 
 @dataclass(frozen=True)
@@ -68,25 +86,17 @@ class Recorder:
         settings: how the rows are made on a device, as the record states it.
         rows: makes the rows on a device, and yields each as soon as it is measured. Those of
             :data:`lora_lab.studies.records.OF_MODELS` also take the names of models, and measure only these.
-        line: a row as a line to print, or None to print nothing.
     """
 
     settings: Callable[[torch.device], dict[str, Any]]
     rows: Callable[..., Iterator[Row]]
-    line: Callable[[Row], str | None] = tell_row
 
 
 def find_recorder(name: str) -> Recorder:
     """Return the recorder of a kind of record in :data:`KINDS`; no other one is imported."""
     if name not in KINDS:
         raise ValueError(f"There is no record {name!r}; there are {', '.join(KINDS)}.")
-    module, _, recorder = KINDS[name].recorder.partition(".")
-    return getattr(import_module(f"lora_lab.studies.{module}"), recorder)
-
-
-def find_folder(name: str) -> Path:
-    """Return the folder in which the trials of a record are kept, from which a stopped run goes on."""
-    return Path("runs") / f"record-{name}"
+    return getattr(import_module(f"lora_lab.studies.{KINDS[name].module}"), name.upper())
 
 
 # Sweeps
@@ -98,14 +108,13 @@ class Sweep:
 
     Args:
         setups: how each trains, and the rates that it tries first.
-        choosing, judging: seeds. Where none judge, all rates are trained.
+        choosing, judging: seeds.
         widen: how many rates may be added to a grid.
     """
 
-    setups: Mapping[str, TrialAndRates]
+    setups: Setups
     choosing: Sequence[int]
     judging: Sequence[int] = ()
-    _: KW_ONLY
     widen: int = 4
 
     @property
@@ -115,28 +124,9 @@ class Sweep:
 
     def settings(self) -> dict[str, Any]:
         """Return how the rows are made, as the record states it."""
-        return {
-            "setups": {setup: trial.to_dict() for setup, (trial, _) in self.setups.items()},
-            "lrs": {setup: list(lrs) for setup, lrs in self.lrs.items()},
-            **{"choosing": list(self.choosing), "judging": list(self.judging), "widen": self.widen},
-        }
-
-
-@dataclass(frozen=True)
-class Rerun:
-    """One setup's judging trials at the rate that was chosen, trained once more with another judge.
-
-    Args:
-        setup: of the sweep.
-        judge: as for :func:`lora_lab.ablation.ablate`.
-        folder: of the results.
-        rows: makes rows of the record from the last row of a trial, and that of the judged trial.
-    """
-
-    setup: str
-    judge: Callable[[nn.Module, Task], Mapping[str, Any]]
-    folder: str
-    rows: Callable[[Row, Row], Iterator[Row]]
+        setups = {setup: trial.to_dict() for setup, (trial, _) in self.setups.items()}
+        seeds = {"choosing": [*self.choosing], "judging": [*self.judging]}
+        return {"setups": setups, "lrs": self.lrs, **seeds, "widen": self.widen}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +136,8 @@ class BlockSweep(Sweep):
     Args:
         data: its name, such as "docs"; the first column of all rows.
         source: makes the model and the task on a device; None makes those of the study of that name
-            (:func:`lora_lab.ablation.studies.study`).
-        rerun: makes further rows.
+            (:func:`lora_lab.ablation.studies.study`), up to a comma.
+        rerun: another judge, for which the last setup's judging trials train once more, and the rows that it makes.
         chosen_on, judged_on, block, beyond, answered: as for :func:`lora_lab.ablation.compare.compare_tuned`.
         seq_len: tokens an example; None for a small net, whose trials take seconds.
     """
@@ -155,43 +145,46 @@ class BlockSweep(Sweep):
     data: str
     source: Callable[[torch.device], Source] | None = None
     rerun: Rerun | None = None
-    chosen_on: int
+    chosen_on: int = 64
     judged_on: Mapping[str, int] = field(default_factory=lambda: ON_TEST)
     block: int = 4
     beyond: int = 1
     answered: bool = False
     seq_len: int | None = 64
 
+    def study(self) -> dict[str, Any]:
+        """Return how rates are chosen and setups judged, for :func:`lora_lab.ablation.compare.compare_tuned`."""
+        names = ("choosing", "judging", "chosen_on", "judged_on", "block", "widen", "beyond", "answered")
+        return {name: getattr(self, name) for name in names}
+
     def settings(self) -> dict[str, Any]:
         """Return how the rows are made, as the record states it."""
-        names = ("chosen_on", "judged_on", "block", "beyond", "answered", "seq_len")
-        return super().settings() | {name: getattr(self, name) for name in names}
+        return self.study() | {"seq_len": self.seq_len} | super().settings()
 
     def rows(self, device: torch.device, folder: Path) -> Iterator[Row]:
         """Yield the last row of each trial, and what is made of those that are trained again."""
         trials = {setup: trial for setup, (trial, _) in self.setups.items()}
-        names = ("choosing", "judging", "chosen_on", "judged_on", "block", "widen", "beyond", "answered")
-        study = {name: getattr(self, name) for name in names}
-        model, task = (self.source or partial(studies.study, self.data, self.seq_len or 64))(device)
+        source = self.source or partial(studies.study, self.data.partition(",")[0], self.seq_len or 64)
+        model, task = source(device)
         options: dict[str, Any] = {"n_jobs": studies.processes(device) if self.seq_len else 1}
         folder = folder / self.data
-        columns, judged = [*_BLOCK_COLUMNS, *[f"{SCORE}accuracy"] * self.answered], {}
-        for frame in compare_tuned(model, task, trials, self.lrs, folder, **study, **options):
-            for row in read_rows(last_rows(frame).assign(data=self.data), columns):
+        row: Row = {}
+        for frame in compare_tuned(model, task, trials, self.lrs, folder, **self.study(), **options):
+            for row in read_rows(last_rows(frame).assign(data=self.data), _OF_BLOCKS):
                 row |= {f"{part}_loss": read_loss(row, part) for part in ("validation", "test")}
                 yield row
-                if row["stage"] == "judging":
-                    judged[row["setup"]] = row
-        if self.rerun and (row := judged.get(self.rerun.setup)):
-            reruns = [replace(trials[row["setup"]], lr=row["lr"], seed=seed) for seed in self.judging]
-            frame = ablate(model, task, reruns, folder / self.rerun.folder, judge=self.rerun.judge, **options)
-            for trial in last_rows(frame).to_dict("records"):
-                yield from map(plain, self.rerun.rows(cast(Row, trial), row))
+        setup, trial = [*trials.items()][-1]
+        if self.rerun and (row.get("setup"), row.get("stage")) == (setup, "judging"):
+            judge, make_rows = self.rerun
+            reruns = [replace(trial, lr=row["lr"], seed=seed) for seed in self.judging]
+            frame = last_rows(ablate(model, task, reruns, folder / "again", judge=judge, **options))
+            for again in frame.assign(data=self.data, setup=setup, edge=row["edge"]).to_dict("records"):
+                yield from map(plain, make_rows(cast(Row, again)))
 
 
 def read_rows(frame: pandas.DataFrame, columns: Sequence[str]) -> Iterator[Row]:
-    """Yield the rows of a sweep's table with these columns, as a record can hold them."""
-    yield from map(plain, frame.reindex(columns=[*columns]).to_dict("records"))
+    """Yield the rows of a sweep's table with those of these columns that it has, as a record can hold them."""
+    yield from map(plain, frame.filter(columns).to_dict("records"))
 
 
 def read_loss(row: Row, part: str) -> float | None:
@@ -201,33 +194,31 @@ def read_loss(row: Row, part: str) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class CurveSweep(Sweep):
-    """Each seed has a task of its own, and a loss of the training's curve chooses.
+    """Each seed has a task of its own, and a loss of the training's curve chooses; without such seeds all rates judge.
 
     Args:
         about: columns of all rows.
         task: (seed) -> what is learned; of ``shared`` seeds without an argument.
         starts: (seed) -> the model with which a setup begins; the language model, where it is not named.
-        by: the loss that chooses, as for :func:`lora_lab.ablation.compare.tune_by_seed`.
+        best: which loss chooses, as for :func:`lora_lab.ablation.compare.choose_rates`.
         judged: options of the trials that are judged, where they differ.
         options: more for :func:`lora_lab.ablation.ablate`.
-        columns: of the rows.
         show: makes the rows from the table of one seed (:meth:`frames`).
-        shared: the seeds have the same model and task, so that those that choose nothing train together.
+        shared: the seeds have the same model and task, so that those that judge train together.
     """
 
     about: Mapping[str, Any] = field(default_factory=dict)
     task: Callable[..., Task]
     starts: Mapping[str, Callable[[int], Model]] = field(default_factory=dict)
-    by: str = "last_loss"
+    best: bool = False
     judged: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
-    columns: Sequence[str] = ()
     show: Callable[[pandas.DataFrame], pandas.DataFrame] = last_rows
     shared: bool = False
 
     def settings(self) -> dict[str, Any]:
         """Return how the rows are made, as the record states it."""
-        return {"about": dict(self.about), **super().settings(), "judged": dict(self.judged)}
+        return {"about": self.about, **super().settings(), "judged": self.judged}
 
     def trial(self, setup: str, lr: float, seed: int) -> Trial:
         """Return one trial."""
@@ -236,7 +227,7 @@ class CurveSweep(Sweep):
     def rows(self, device: torch.device, folder: Path) -> Iterator[Row]:
         """Yield the rows of the record."""
         for frame in self.frames(device, folder):
-            yield from read_rows(self.show(frame), self.columns)
+            yield from read_rows(self.show(frame), [*self.about, *_OF_CURVES])
 
     def frames(self, device: torch.device, folder: Path) -> Iterator[pandas.DataFrame]:
         """Yield the table of each seed, or of several, with ``about``, ``setup``, ``stage``, ``edge`` and ``chosen``.
@@ -244,36 +235,32 @@ class CurveSweep(Sweep):
         ``edge`` is where in its grid the chosen rate of a setup lies, as of
         :class:`lora_lab.ablation.compare.Choice`, and ``chosen`` whether the trial is at that rate.
         """
-        train, choices = partial(self._train, device, folder), {}
-        if self.judging:
+        train, choosing, choices, lrs = partial(self._train, device, folder), [], {}, self.lrs
+        if self.choosing:
             choosing, choices = tune_by_seed(
-                lambda seed, lrs: train([seed], lrs), self.lrs, self.choosing, self.widen, self.by
+                lambda seed, lrs: train([seed], lrs), self.lrs, self.choosing, self.widen, self.best
             )
-        else:
-            choosing = (train(seeds, self.lrs) for seeds in self._together(self.choosing))
-        lrs = {setup: cast(float, choice.lr) for setup, choice in choices.items()}
+            lrs = {setup: [cast(float, choice.lr)] for setup, choice in choices.items()}
+        seeds = [self.judging] if self.shared else [[seed] for seed in self.judging]
+        judging = (train(together, lrs) for together in seeds if lrs)
         edges = {setup: choice.edge for setup, choice in choices.items()}
-        at_chosen = {setup: [lr] for setup, lr in lrs.items()}
-        judging = (train(seeds, at_chosen) for seeds in self._together(self.judging) if lrs)
+        chosen = {setup: choice.lr for setup, choice in choices.items()}
         for stage, frames in (("choosing", choosing), ("judging", judging)):
             for frame in frames:
                 setup = frame["setup"]
-                columns = {"edge": setup.map(edges), "chosen": frame["lr"] == setup.map(lrs)}
+                columns = {"edge": setup.map(edges), "chosen": frame["lr"] == setup.map(chosen)}
                 yield frame.assign(**self.about, stage=stage, **columns)
-
-    def _together(self, seeds: Sequence[int]) -> list[Sequence[int]]:
-        return [seeds] if self.shared else [[seed] for seed in seeds]
 
     def _train(self, device: torch.device, folder: Path, seeds: Sequence[int], lrs: Grids) -> pandas.DataFrame:
         """Return the table of trials of equal tasks, with a column ``setup``; those with equal starts run together."""
         import pandas
 
-        starts, frames = {setup: self.starts.get(setup) for setup in lrs}, []
-        for start in dict.fromkeys(starts.values()):
+        frames = []
+        for start in dict.fromkeys(map(self.starts.get, lrs)):
             trials = {
                 setup: [self.trial(setup, lr, seed) for lr in rates for seed in seeds]
                 for setup, rates in lrs.items()
-                if starts[setup] is start
+                if self.starts.get(setup) is start
             }
             options = {"n_jobs": studies.processes(device), **self.options}
             model = start(seeds[0]) if start else partial(studies.language_model, device)
@@ -282,23 +269,34 @@ class CurveSweep(Sweep):
         return pandas.concat(frames, ignore_index=True)
 
 
-def plan_setup(
-    method: Method,
-    lrs: Sequence[float],
-    steps: int,
-    batch_size: int,
-    lean: Lean | None = None,
-    eval_every: int | None = None,
-    **options: Any,
-) -> TrialAndRates:
-    """Return how a method trains, and the rates that it tries first; ``options`` are further ones of a Trial.
+def evaluate_parts(model: nn.Module, task: Task, planned: Mapping[str, Any]) -> Row:
+    """Return the losses of the parts that are not trained on, by the planned batch size and number of examples."""
+    size = planned["batch_size"], planned["eval_examples"]
+    return {f"{part}_loss": evaluate(model, task, part, *size) for part in ("validation", "test", "off_domain")}
 
-    It is evaluated on few examples, and on fewer still where its curve is not looked at, because the losses that decide
-    are those of :class:`lora_lab.ablation.stats.BlockLosses`.
+
+BF16_BASE = Lean(torch.bfloat16)  # LoRA's step over a base in bfloat16
+# All methods multiply in bfloat16, and what they train is in float32.
+BFLOAT16: dict[str, Any] = {"lean": BF16_BASE, "autocast": torch.bfloat16}
+
+
+def plan_setups(methods: Methods, steps: int, batch_size: int, count: int = 5, **options: Any) -> Setups:
+    """Return how methods train, and the rates that each tries first, by setup.
+
+    Unless the options say otherwise, trials are evaluated on few examples and only at the end, because the losses that
+    decide are those of :class:`lora_lab.ablation.stats.BlockLosses`.
+
+    Args:
+        methods: with the rates of each, or the one in the middle of ``count`` rates.
+        options: more of a Trial; ``lean`` of the methods that have that step, and ``autocast`` of the others.
     """
-    every, examples = (steps, 4) if eval_every is None else (eval_every, 16)
-    options |= {"steps": steps, "batch_size": batch_size, "eval_every": every, "eval_examples": examples, "lean": lean}
-    return Trial(method, lrs[0], **options), lrs
+    setups, options = {}, {"eval_every": steps, "eval_examples": 4} | options
+    for setup, (method, rates) in methods.items():
+        has_lean = isinstance(method, LoRA) and not isinstance(method, PiSSA | DoRA)
+        step: dict[str, Any] = options | {"autocast" if has_lean else "lean": None}
+        lrs = rates if isinstance(rates, Sequence) else rates_around(rates, count=count)
+        setups[setup] = Trial(method, lrs[0], steps=steps, batch_size=batch_size, **step), lrs
+    return setups
 
 
 def plan_size(device: torch.device) -> tuple[int, int]:
@@ -306,8 +304,8 @@ def plan_size(device: torch.device) -> tuple[int, int]:
     return (300, 8) if device.type == "cuda" else (60, 4)
 
 
-def plan_judges(device: torch.device, first: int = 2) -> range:
-    """Return the seeds that judge, after those that choose."""
+def plan_seeds(device: torch.device, first: int = 0) -> range:
+    """Return three seeds, or on a GPU five; those that judge come after those that choose."""
     return range(first, first + (5 if device.type == "cuda" else 3))
 
 
@@ -317,7 +315,7 @@ def record_sweeps(
     stated: Mapping[str, Any] | None = None,
     after: Callable[[torch.device], Iterator[Row]] | None = None,
 ) -> Recorder:
-    """Return the recorder of a study, which takes up a stopped run where it was.
+    """Return the recorder of a study, which keeps its trials in ``runs``, where a stopped run goes on.
 
     Args:
         name: of the record.
@@ -329,11 +327,11 @@ def record_sweeps(
     def settings(device: torch.device) -> dict[str, Any]:
         sweeps = [*plan(device)]
         blocks = {sweep.data: sweep.settings() for sweep in sweeps if isinstance(sweep, BlockSweep)}
-        return (blocks or {"cases": [sweep.settings() for sweep in sweeps]}) | dict(stated or {})
+        return plain((blocks or {"cases": [sweep.settings() for sweep in sweeps]}) | dict(stated or {}))
 
-    def rows(device: torch.device, folder: Path | None = None) -> Iterator[Row]:
+    def rows(device: torch.device) -> Iterator[Row]:
         for sweep in plan(device):
-            yield from sweep.rows(device, folder or find_folder(name))
+            yield from sweep.rows(device, Path("runs") / f"record-{name}")
         yield from after(device) if after else ()
 
     return Recorder(settings, rows)

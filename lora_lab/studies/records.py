@@ -23,31 +23,31 @@ if TYPE_CHECKING:
 
 
 class Kind(NamedTuple):
-    """A kind of record: what in :mod:`lora_lab.studies` makes it, how long that takes, and what it asks."""
+    """A kind of record: the file of :mod:`lora_lab.studies` that makes it, how long that takes, and what it asks."""
 
-    recorder: str
+    module: str
     hours: str  # on two cores
     question: str
 
 
 KINDS = {
-    "memory": Kind("steps.MEMORY", "half an hour", "memory of training steps, predicted and measured"),
-    "speed": Kind("steps.SPEED", "half an hour", "times of training steps, predicted and measured"),
-    "rates": Kind("tuned.RATES", "three hours", "how the best learning rate depends on the rank"),
-    "quality": Kind("tuned.QUALITY", "eleven hours", "is LoRA as good as full fine-tuning, after how many steps?"),
-    "ablation": Kind("spectra.ABLATION", "an hour", "which rank is enough"),
-    "targets": Kind("tuned.TARGETS", "an hour", "which layers should have adapters"),
-    "variants": Kind("tuned.VARIANTS", "three hours", "do variants of LoRA learn more?"),
-    "taught": Kind("tuned.TAUGHT", "at most five hours", "what courses print, as taught and then tuned"),
-    "quantised": Kind("tuned.QUANTISED", "an hour and a half", "what a base in fewer bits and its merges cost"),
-    "rank_advice": Kind("tuned.RANK_ADVICE", "two hours", "does one run at a high rank tell which rank is enough?"),
-    "spectra": Kind("spectra.SPECTRA", "half an hour", "what training writes into the weights"),
-    "overfitting": Kind("curves.OVERFITTING", "six hours", "which method overfits, and which forgets"),
-    "remedies": Kind("curves.REMEDIES", "two hours", "what eases forgetting, and what predicts it"),
-    "head_start": Kind("curves.HEAD_START", "an hour", "is fine-tuning better than training from scratch?"),
-    "downstream": Kind("downstream.DOWNSTREAM", "three hours", "can the model learn a downstream task?"),
-    "elicitation": Kind("downstream.ELICITATION", "half an hour", "how much of that can it do untrained, asked well?"),
-    "translation": Kind("tuned.TRANSLATION", "three hours", "can the real model learn to translate?"),
+    "memory": Kind("steps", "half an hour", "memory of training steps, predicted and measured"),
+    "speed": Kind("steps", "half an hour", "times of training steps, predicted and measured"),
+    "rates": Kind("tuned", "three hours", "how the best learning rate depends on the rank"),
+    "quality": Kind("tuned", "eleven hours", "is LoRA as good as full fine-tuning, after how many steps?"),
+    "ablation": Kind("spectra", "an hour", "which rank is enough"),
+    "targets": Kind("tuned", "an hour", "which layers should have adapters"),
+    "variants": Kind("tuned", "three hours", "do variants of LoRA learn more?"),
+    "taught": Kind("tuned", "at most five hours", "what courses print, as taught and then tuned"),
+    "quantised": Kind("tuned", "an hour and a half", "what a base in fewer bits and its merges cost"),
+    "rank_advice": Kind("tuned", "two hours", "does one run at a high rank tell which rank is enough?"),
+    "spectra": Kind("spectra", "half an hour", "what training writes into the weights"),
+    "overfitting": Kind("curves", "six hours", "which method overfits, and which forgets"),
+    "remedies": Kind("curves", "two hours", "what eases forgetting, and what predicts it"),
+    "head_start": Kind("curves", "an hour", "is fine-tuning better than training from scratch?"),
+    "downstream": Kind("downstream", "three hours", "can the model learn a downstream task?"),
+    "elicitation": Kind("downstream", "half an hour", "how much of that can it do untrained, asked well?"),
+    "translation": Kind("tuned", "three hours", "can the real model learn to translate?"),
 }
 OF_MODELS = ("memory", "speed")  # measure several models; all others are about SmolLM2-135M
 
@@ -148,9 +148,9 @@ def new(
     return Record(what, device_name(device), facts, commit, today, command, settings, rows)
 
 
-def write(record: Record, folder: str | Path | None = None) -> Path:
-    """Write a record, replacing an older one of the same name, and return its path; None is :func:`destination`."""
-    path = (destination() if folder is None else Path(folder)) / f"{record.name}.json"
+def write(record: Record, folder: str | Path) -> Path:
+    """Write a record, replacing an older one of the same name, and return its path."""
+    path = Path(folder) / f"{record.name}.json"
     write_json(path, asdict(record))
     return path
 
@@ -172,7 +172,7 @@ def load(path: str | Path) -> Record:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged or of another schema, or has missing or unknown entries.
     """
-    return _read(path, Record, "a record of this version of lora_lab", "measure it anew")
+    return _read(path, Record, "a record")
 
 
 def load_all(what: str | None = None, folder: str | Path | None = None) -> dict[str, Record]:
@@ -202,10 +202,10 @@ def published(name: str, folder: str | Path | None = None) -> Published:
         ValueError: it is damaged or has missing or unknown entries.
     """
     path = (shipped() if folder is None else Path(folder)) / "published" / f"{name}.json"
-    return _read(path, Published, "a file of published numbers", "restore it")
+    return _read(path, Published, "a file of published numbers")
 
 
-def _read(path: str | Path, kind: Any, words: str, advice: str) -> Any:
+def _read(path: str | Path, kind: Any, words: str) -> Any:
     stored = read_json(path)
     try:
         return kind(**stored)
@@ -214,7 +214,7 @@ def _read(path: str | Path, kind: Any, words: str, advice: str) -> Any:
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     except TypeError:
         reason = f"it holds a {type(stored).__name__}, not an object"
-    raise ValueError(f"{path} is not {words} ({reason}); {advice}.")
+    raise ValueError(f"{path} is not {words} of this version of lora_lab ({reason}); measure or copy it anew.")
 
 
 def _packaged() -> Path:

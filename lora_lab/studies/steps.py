@@ -21,10 +21,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from lora_lab.costs.fake import token_batch
+from lora_lab.costs.fake import batch_for, last_blocks
 from lora_lab.costs.flops import flops
-from lora_lab.costs.memory import MIB, Part, measure, predict
-from lora_lab.costs.repeated import last_blocks
+from lora_lab.costs.memory import measure, predict
 from lora_lab.costs.setup import Setup
 from lora_lab.costs.timing import CostModel, cost_model, step_time
 from lora_lab.lean.step import Lean
@@ -64,14 +63,13 @@ class Case:
 
 
 def measure_cases(
-    name: str, cases: Sequence[Case], models: Sequence[str] | None, measure: Callable[[Case], Iterable[Row]]
+    cases: Sequence[Case], models: Sequence[str] | None, measure: Callable[[Case], Iterable[Row]]
 ) -> Iterator[Row]:
     """Yield the rows of a record as they are measured.
 
     A case that does not fit into memory is skipped, and reported on stderr.
 
     Args:
-        name: of the record.
         cases: what is measured.
         models: measure only these.
         measure: makes the rows of a case.
@@ -83,13 +81,12 @@ def measure_cases(
     if unknown := [model for model in models or () if model not in known]:
         raise ValueError(f"There are no cases of {unknown[0]!r} on this device; there are of {', '.join(known)}.")
     cases = [case for case in cases if models is None or case.model in models]
-    with progress_bar(len(cases), f"record {name}", None, "case") as bar:
+    with progress_bar(len(cases), "record", None, "case") as bar:
         for case in cases:
-            what = f"{' and '.join(case.setups)} on {case.model}, {case.batch_size} x {case.seq_len}"
-            bar.set_postfix_str(what)
             try:
                 yield from measure(case)
             except (MemoryError, torch.OutOfMemoryError):
+                what = f"{' and '.join(case.setups)} on {case.model}, {case.batch_size} x {case.seq_len}"
                 tqdm.write(f"skipped, because it does not fit into memory: {what}", file=sys.stderr)
             gc.collect()
             bar.update()
@@ -160,20 +157,17 @@ def measure_case(case: Case, device: str) -> Row:
     gc.collect()
     process = process_bytes(factory, case, target) if target.type == "cpu" else None
     gc.collect()
-    batch = token_batch(nn.Linear(1, 1, device=target), case.batch_size, case.seq_len)
+    batch = batch_for(nn.Linear(1, 1, device=target), case.batch_size, case.seq_len)
     measured = measure(factory, setup, batch, device=target)
     return {
         **case.key,
         "setup": label,
         "predicted_bytes": predicted.peak_bytes,
         "measured_bytes": measured.peak_bytes,
-        "unexplained_bytes": measured.parts.get(Part.REST, 0),
         "saved_bytes": measured.saved_bytes,
-        "static_bytes": measured.static_bytes,
         "reserved_bytes": measured.reserved_bytes,
         "process_bytes": process,
-        "moment": measured.moment,
-        **{part: size for part, size in measured.parts.items() if part != Part.REST},
+        **measured.parts,
     }
 
 
@@ -189,7 +183,7 @@ def process_bytes(factory: Callable[[], Llama], case: Case, device: torch.device
     before = int(status.partition("VmRSS:")[2].split()[0]) * 1024
     model, (setup,) = factory(), case.setups.values()
     step = setup.step(model if setup.dtype is None else model.to(setup.dtype))
-    parts, weights = setup.batches(token_batch(model, case.batch_size, case.seq_len))
+    parts, weights = setup.batches(batch_for(model, case.batch_size, case.seq_len))
     gc.collect()
     _trim_heap()
     # Reset the kernel's peak, so that it does not include the cast.
@@ -216,26 +210,12 @@ def _trim_heap() -> None:
 
 def record_memory(device: torch.device, models: Sequence[str] | None = None) -> Iterator[Row]:
     """Yield the rows of a record of memory, each measured in a fresh process (:func:`measure_cases`)."""
-
-    def measure_apart(case: Case) -> list[Row]:
-        return [run_in_subprocess(measure_case, case, str(device), environment=HEAP)]
-
-    yield from measure_cases("memory", memory_cases(device), models, measure_apart)
-
-
-def tell_memory(row: Row) -> str:
-    """Return a row as a line for people."""
-    error = row["predicted_bytes"] / row["measured_bytes"] - 1
-    process = "" if row["process_bytes"] is None else f"  process {row['process_bytes'] / MIB:9,.1f}"
-    predicted, measured = row["predicted_bytes"] / MIB, row["measured_bytes"] / MIB
-    case = f"{row['model']:<14}{row['batch']} x {row['length']:<6}{row['setup']:<38}"
-    return f"{case}predicted {predicted:9,.1f}  measured {measured:9,.1f} MiB ({error:+.2%}){process}"
+    apart = partial(run_in_subprocess, measure_case, environment=HEAP)
+    yield from measure_cases(memory_cases(device), models, lambda case: [apart(case, str(device))])
 
 
 _ADAM = "AdamW, fused, gradients clipped to norm 1"
-MEMORY = Recorder(
-    lambda device: {"environment": HEAP, "optimizer": _ADAM, "weights": "random"}, record_memory, tell_memory
-)
+MEMORY = Recorder(lambda device: {"environment": HEAP, "optimizer": _ADAM, "weights": "random"}, record_memory)
 
 
 # Speed
@@ -279,29 +259,24 @@ def compare_times(case: Case, costs: CostModel, device: torch.device) -> Iterato
     factory, size = partial(random_model, case.model), (case.batch_size, case.seq_len)
     predicted = costs.predict(factory, case.setups, *size)
     times = step_time(factory, case.setups, *size, rounds=case.rounds, device=device, progress=False)
-    for label, setup in case.setups.items():
-        low, high = times.quartiles_s(label)
+    for row in times.to_dict()["variants"]:
+        label = row.pop("variant")
         yield {
             **case.key,
             "setup": label,
             "tokens": case.batch_size * case.seq_len,
             "rounds": case.rounds,
-            "seconds": times.median_s(label),
-            "lower_quartile_s": low,
-            "upper_quartile_s": high,
-            "ratio": times.ratio(label),
-            "verdict": "" if label == next(iter(case.setups)) else times.verdict(label),
-            "predicted_seconds": predicted.total_s(label),
+            **row,
+            "verdict": row["verdict"] or "",
             "predicted_ratio": predicted.ratio(label),
-            "doubts": " ".join(predicted.doubts),
-            "flops": flops(factory, setup, *size).total,
+            "flops": flops(factory, case.setups[label], *size).total,
         }
 
 
 def record_speed(device: torch.device, models: Sequence[str] | None = None) -> Iterator[Row]:
     """Yield the rows of a record of times (:func:`measure_cases`)."""
     costs = cost_model(device)
-    yield from measure_cases("speed", speed_cases(device), models, lambda case: compare_times(case, costs, device))
+    yield from measure_cases(speed_cases(device), models, lambda case: compare_times(case, costs, device))
 
 
 SPEED = Recorder(

@@ -53,6 +53,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any, cast
 
 import torch
@@ -60,7 +61,6 @@ from torch import Tensor, nn
 
 from lora_lab import tasks
 from lora_lab.ablation import studies
-from lora_lab.ablation.compare import rates_around
 from lora_lab.ablation.rank_advice import UpdateRanks
 from lora_lab.ablation.results import SCORE
 from lora_lab.ablation.stats import BlockLosses
@@ -75,34 +75,33 @@ from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.pretrained import load_pretrained
 from lora_lab.models.quantize import quantize_nf4, round_matrix
 from lora_lab.studies.recorder import (
+    BF16_BASE,
+    BFLOAT16,
     ON_TEST,
     BlockSweep,
-    Rerun,
+    Methods,
     Row,
     Source,
-    TrialAndRates,
-    plan_judges,
-    plan_setup,
+    plan_seeds,
+    plan_setups,
     plan_size,
     read_loss,
     record_sweeps,
 )
-from lora_lab.studies.steps import ATTENTION, SMOLLM2, Case, compare_times, measure_cases
+from lora_lab.studies.steps import ATTENTION, SMOLLM2, Case, compare_times
 from lora_lab.task import Task
 from lora_lab.tasks.instruction import PairTask
 from lora_lab.tasks.metrics import trivial
 from lora_lab.tasks.sentences import kinds
 from lora_lab.variants import DoRA, LoRAPlus, PiSSA, RsLoRA
 
-BF16_BASE = Lean(torch.bfloat16)  # LoRA's step over a base in bfloat16
-
 # Quality
 
-AFTER: dict[str, tuple[Method, dict[str, Any], dict[int, float]]] = {  # the more steps, the lower the best rate
-    "full": (FullFineTuning(), {"autocast": torch.bfloat16}, {60: 1.25e-4, 240: 6.25e-5, 960: 3.125e-5}),
-    "r=1": (LoRA(1, 2), {"lean": BF16_BASE}, {60: 8e-3, 240: 4e-3, 960: 1e-3}),
-    "r=8": (LoRA(8, 16), {"lean": BF16_BASE}, {60: 2e-3, 240: 2e-3, 960: 5e-4}),
-    "r=64": (LoRA(64, 128), {"lean": BF16_BASE}, {60: 1e-3, 240: 1e-3, 960: 1.25e-4}),
+AFTER: dict[str, tuple[Method, dict[int, float]]] = {  # the more steps, the lower the best rate
+    "full": (FullFineTuning(), {60: 1.25e-4, 240: 6.25e-5, 960: 3.125e-5}),
+    "r=1": (LoRA(1, 2), {60: 8e-3, 240: 4e-3, 960: 1e-3}),
+    "r=8": (LoRA(8, 16), {60: 2e-3, 240: 2e-3, 960: 5e-4}),
+    "r=64": (LoRA(64, 128), {60: 1e-3, 240: 1e-3, 960: 1.25e-4}),
 }
 
 
@@ -119,11 +118,9 @@ def plan_quality(device: torch.device) -> Iterator[BlockSweep]:
     for data, (budgets, choosing, judging) in parts.items():
         setups = {}
         for steps in budgets:
-            for name, (method, step, centres) in AFTER.items():
-                lrs = rates_around(centres[steps], count=count)
-                setups[f"{name}, {steps} steps"] = plan_setup(method, lrs, steps, size, **step)
-        seeds, source = (range(choosing), range(first, first + judging)), partial(studies.study, "docs", 64)
-        yield BlockSweep(setups, *seeds, data=data, source=source, chosen_on=64)
+            methods: Methods = {f"{name}, {steps} steps": (each, lrs[steps]) for name, (each, lrs) in AFTER.items()}
+            setups |= plan_setups(methods, steps, size, count, **BFLOAT16)
+        yield BlockSweep(setups, range(choosing), range(first, first + judging), data=data)
 
 
 QUALITY = record_sweeps("quality", plan_quality)
@@ -132,35 +129,38 @@ QUALITY = record_sweeps("quality", plan_quality)
 # Targets and variants
 
 MLP = ("gate_proj", "up_proj", "down_proj")
-TARGETS_OF = {
-    "q, v": LoRA(53, 106, targets=("q_proj", "v_proj")),
-    "attention": LoRA(26, 52, targets=ATTENTION),
-    "MLP": LoRA(16, 32, targets=MLP),
-    "all": LoRA(10, 20, targets=(*ATTENTION, *MLP)),
+TARGETS_OF: Methods = {
+    "q, v": (LoRA(53, 106, targets=("q_proj", "v_proj")), 2e-3),
+    "attention": (LoRA(26, 52, targets=ATTENTION), 2e-3),
+    "MLP": (LoRA(16, 32, targets=MLP), 2e-3),
+    "all": (LoRA(10, 20, targets=(*ATTENTION, *MLP)), 2e-3),
+}
+
+
+# A method, given its rank and alpha, and the middles of its rates by rank.
+VARIANTS_OF = {
+    "LoRA": (LoRA, {16: 2e-3, 128: 5e-4}),
+    "rsLoRA": (RsLoRA, {16: 5e-4, 128: 1.25e-4}),
+    "LoRA+": (partial(LoRAPlus, ratio=16), {16: 2.5e-4, 128: 6.25e-5}),
+    "PiSSA": (PiSSA, {16: 5e-4, 128: 2.5e-4}),
+    "DoRA": (DoRA, {16: 2e-3, 128: 5e-4}),
 }
 
 
 def plan_targets(device: torch.device) -> list[BlockSweep]:
     """Return what two cores can do in an hour or two, or a GPU in less."""
-    size = plan_size(device)
-    setups = {name: plan_setup(method, rates_around(2e-3), *size, BF16_BASE) for name, method in TARGETS_OF.items()}
-    return [BlockSweep(setups, choosing=range(2), judging=plan_judges(device), data="docs", chosen_on=128)]
+    setups = plan_setups(TARGETS_OF, *plan_size(device), **BFLOAT16)
+    return [BlockSweep(setups, range(2), plan_seeds(device, 2), data="docs", chosen_on=128)]
 
 
 def plan_variants(device: torch.device) -> list[BlockSweep]:
     """Return what two cores can do in an evening, or a GPU in an hour."""
-    setups, size = {}, plan_size(device)
-    for rank, factor in ((16, 1), (128, 0.25)):
-        methods: dict[str, tuple[Method, float, Lean | None]] = {
-            "LoRA": (LoRA(rank, 2 * rank), 2e-3, Lean()),
-            "rsLoRA": (RsLoRA(rank, 2 * rank), 5e-4, Lean()),
-            "LoRA+": (LoRAPlus(rank, 2 * rank, ratio=16), 2.5e-4, Lean()),
-            "PiSSA": (PiSSA(rank, 2 * rank), 5e-4 if rank == 16 else 1e-3, None),
-            "DoRA": (DoRA(rank, 2 * rank), 2e-3, None),
-        }
-        for name, (method, lr, lean) in methods.items():
-            setups[f"{name}, r={rank}"] = plan_setup(method, rates_around(factor * lr), *size, lean, eval_every=10)
-    return [BlockSweep(setups, choosing=range(2), judging=plan_judges(device), data="docs", chosen_on=128)]
+    methods: Methods = {
+        f"{name}, r={rank}": (variant(rank, 2 * rank), centres[rank])
+        for rank, (name, (variant, centres)) in product((16, 128), VARIANTS_OF.items())
+    }
+    setups = plan_setups(methods, *plan_size(device), lean=Lean(), eval_every=10, eval_examples=16)
+    return [BlockSweep(setups, range(2), plan_seeds(device, 2), data="docs", chosen_on=128)]
 
 
 TARGETS = record_sweeps("targets", plan_targets)
@@ -187,23 +187,20 @@ CENTRES = {  # by rank
 
 def plan_rates(device: torch.device) -> Iterator[BlockSweep]:
     """Yield what two cores can do in a few hours, or a GPU in one; the rates and their intervals are all it asks."""
-    # Steps and batch, the step of LoRA, the seeds that choose, on how many examples, and of how many tokens.
-    sizes: dict[str, tuple[Any, ...]] = {
-        "digits": ((200, 32), None, range(5), 200, None),
-        "docs": (plan_size(device), BF16_BASE, _docs_seeds(device), 128, 64),
-    }
-    for data, (size, lean, choosing, chosen_on, seq_len) in sizes.items():
-        setups = {"full": plan_setup(FullFineTuning(), rates_around(CENTRES[data]["full"]), *size)}
-        for rule, alpha in RULES.items():
-            for rank, lr in zip(RANKS, CENTRES[data][rule], strict=True):
-                setups[f"r={rank}, {rule}"] = plan_setup(LoRA(rank, alpha(rank)), rates_around(lr), *size, lean=lean)
-        on: dict[str, Any] = {"chosen_on": chosen_on, "judged_on": {}, "seq_len": seq_len}
-        yield BlockSweep(setups, choosing, data=data, beyond=2, **on)
+    on: dict[str, Any] = {"judged_on": {}, "beyond": 2}
+    digits = plan_setups(_list_rules("digits"), 200, 32)
+    yield BlockSweep(digits, range(5), data="digits", chosen_on=200, seq_len=None, **on)
+    docs = plan_setups(_list_rules("docs"), *plan_size(device), lean=BF16_BASE)
+    yield BlockSweep(docs, plan_seeds(device), data="docs", chosen_on=128, **on)
 
 
-def _docs_seeds(device: torch.device) -> range:
-    """Return the seeds that choose the rates of the real model."""
-    return range(5 if device.type == "cuda" else 3)
+def _list_rules(data: str) -> Methods:
+    """Return full fine-tuning, and LoRA of each rank under each rule, with the middles of their rates."""
+    methods: Methods = {"full": (FullFineTuning(), CENTRES[data]["full"])}
+    for rule, alpha in RULES.items():
+        for rank, lr in zip(RANKS, CENTRES[data][rule], strict=True):
+            methods[f"r={rank}, {rule}"] = LoRA(rank, alpha(rank)), lr
+    return methods
 
 
 RATES = record_sweeps("rates", plan_rates)
@@ -211,10 +208,10 @@ RATES = record_sweeps("rates", plan_rates)
 
 # Rank advice
 
-HIGH = f"r={RANKS[-1]}"  # the setup whose runs predict
 PLANTED = (1, 2, 4, 8, 16)  # ranks of the planted updates
 PICTURES = (100, 500, 1200)  # of digits to train on
-MARGINS = {"planted": 0.001, "digits": 0.03, "language model": 0.02}  # differences of losses that do not matter
+# Differences of losses that do not matter, and that of the language model.
+MARGINS, MARGIN = {"planted": 0.001, "digits": 0.03}, 0.02
 DOWNSTREAM = {"translate-fr": (50, 44), "summarise": (25, 113)}  # steps, and the mean tokens of an example
 # By rank; those of digits and docs are in CENTRES.
 PLANTED_RATES = (1.6e-2, 1.6e-2, 1.6e-2, 8e-3, 8e-3, 4e-3, 4e-3)
@@ -224,51 +221,44 @@ DOWNSTREAM_RATES = (8e-3, 8e-3, 4e-3, 4e-3, 2e-3, 2e-3, 1e-3)
 def plan_rank_advice(device: torch.device) -> Iterator[BlockSweep]:
     """Yield what two cores can do in two hours, or a GPU in one; there the downstream tasks have all ranks, too."""
     gpu = device.type == "cuda"
+    high = partial(UpdateRanks, RANKS)  # the judge of the runs at rank 64, the last of the setups
     nets = {f"planted {rank}": (partial(imitate, rank), 600, PLANTED_RATES) for rank in PLANTED}
     digits, docs = (CENTRES[data]["alpha = 2r"] for data in ("digits", "docs"))
     nets |= {f"digits {count}": (partial(read_moved_digits, count), 200, digits) for count in PICTURES}
     on: dict[str, Any] = {"chosen_on": 200, "judged_on": {"validation": 200, "test": 256}, "seq_len": None}
     for data, (source, steps, rates) in nets.items():
-        setups = _list_ranks(rates, (steps, 32, None))
-        yield BlockSweep(setups, range(3), range(3, 13), data=data, source=source, rerun=_run_high(200), **on)
-    judging, setups = plan_judges(device, 5 if gpu else 3), _list_ranks(docs, (*plan_size(device), BF16_BASE))
-    yield BlockSweep(setups, _docs_seeds(device), judging, data="docs", rerun=_run_high(128), chosen_on=128)
+        setups = plan_setups(_list_ranks(rates), steps, 32)
+        yield BlockSweep(setups, range(3), range(3, 13), data=data, source=source, rerun=(high(200), advise), **on)
+    judging = plan_seeds(device, 5 if gpu else 3)
+    setups = plan_setups(_list_ranks(docs), *plan_size(device), **BFLOAT16)
+    yield BlockSweep(setups, plan_seeds(device), judging, data="docs", rerun=(high(128), advise), chosen_on=128)
     ranks, count = (RANKS, 5) if gpu else (RANKS[::2], 3)
     for data, (steps, tokens) in DOWNSTREAM.items():
-        setups = _list_ranks(DOWNSTREAM_RATES, (steps, 8, BF16_BASE), ranks, count)
-        yield BlockSweep(setups, range(2), judging, data=data, rerun=_run_high(64), chosen_on=64, seq_len=tokens)
+        setups = plan_setups(_list_ranks(DOWNSTREAM_RATES, ranks), steps, 8, count, **BFLOAT16)
+        yield BlockSweep(setups, range(2), judging, data=data, rerun=(high(64), advise), seq_len=tokens)
 
 
-def _list_ranks(
-    centres: Sequence[float], step: tuple[int, int, Lean | None], ranks: Sequence[int] = RANKS, count: int = 5
-) -> dict[str, TrialAndRates]:
-    """Return LoRA of each rank, with alpha twice the rank, and its first rates."""
-    lrs = {rank: rates_around(lr, count=count) for rank, lr in zip(RANKS, centres, strict=True)}
-    return {f"r={rank}": plan_setup(LoRA(rank, 2 * rank), lrs[rank], *step) for rank in ranks}
+def _list_ranks(centres: Sequence[float], ranks: Sequence[int] = RANKS) -> Methods:
+    """Return LoRA of each rank, with alpha twice the rank, and the middle of its rates."""
+    return {f"r={rank}": (LoRA(rank, 2 * rank), lr) for rank, lr in zip(RANKS, centres, strict=True) if rank in ranks}
 
 
-def _run_high(examples: int) -> Rerun:
-    """Return the runs at rank 64 that give the statistics."""
-    return Rerun(HIGH, UpdateRanks(RANKS, examples), "high rank", advise)
-
-
-def imitate(rank: int, device: torch.device) -> tuple[nn.Module, Task]:
+def imitate(rank: int, device: torch.device) -> Source:
     """Return a small net, and the task of imitating it plus a hidden update of this rank."""
     return DigitsMLP(dtype=torch.float64), tasks.planted(DigitsMLP(dtype=torch.float64), rank, n_train=4096)
 
 
-def read_moved_digits(count: int, device: torch.device) -> tuple[nn.Module, Task]:
+def read_moved_digits(count: int, device: torch.device) -> Source:
     """Return a small net that reads digits, and the task of reading them moved down, from so many pictures."""
     return studies.pretrained_digits(count), tasks.digits(n_train=count)
 
 
-def advise(trial: Row, judged: Row) -> Iterator[Row]:
+def advise(trial: Row) -> Iterator[Row]:
     """Yield the row of a run at rank 64: its statistics, and no losses, which are of fewer examples than others."""
-    margin = MARGINS.get(judged["data"].partition(" ")[0], MARGINS["language model"])
-    about = {"data": judged["data"], "stage": "high rank", "setup": HIGH, "margin": margin}
-    columns = {name: trial[name] for name in ("rank", "lr", "seed", "outcome", "reason", "commit")}
-    scores = {name: value for name, value in trial.items() if name.startswith(SCORE)}
-    yield about | columns | {"validation_loss": None, "test_loss": None} | scores
+    margin = MARGINS.get(trial["data"].partition(" ")[0], MARGIN)
+    names = ("data", "setup", "rank", "lr", "seed", "outcome", "reason", "commit")
+    columns = {name: trial[name] for name in trial if name in names or name.startswith(SCORE)}
+    yield {"stage": "high rank", "margin": margin, **columns, "validation_loss": None, "test_loss": None}
 
 
 RANK_ADVICE = record_sweeps("rank_advice", plan_rank_advice)
@@ -276,41 +266,31 @@ RANK_ADVICE = record_sweeps("rank_advice", plan_rank_advice)
 
 # Taught
 
-# LoRA as it is taught, and the rate at which it is compared with full fine-tuning.
+# LoRA as it is taught; the rate of both methods there; and the middle of the rates that are tried for LoRA.
 LORA = {
-    "sentiment": LoRA(4, 1, targets=ATTENTION),
-    "docs": LoRA(4, 8, dropout=0.3, targets=("q_proj", "k_proj", "v_proj")),
+    "sentiment": (LoRA(4, 1, targets=ATTENTION), 2e-5, 8e-3),
+    "docs": (LoRA(4, 8, dropout=0.3, targets=("q_proj", "k_proj", "v_proj")), 1e-4, 4e-3),
 }
-LRS = {"sentiment": 2e-5, "docs": 1e-4}
-TUNED = {"sentiment": {"full": 1.25e-4, "LoRA": 8e-3}, "docs": {"full": 1.25e-4, "LoRA": 4e-3}}
+# The sources' training: constant rates without warm-up, and no clipping; three rates are tried first.
+AS_TAUGHT: dict[str, Any] = {"count": 3, "schedule": "constant", "warmup": 0, "clip": None, **BFLOAT16}
 
 
-def plan_taught(device: torch.device) -> list[BlockSweep]:
-    """Return what two cores can do in an evening, or a GPU at the sources' own numbers of steps."""
-    gpu = device.type == "cuda"
-    choosing, size = (3, (276, 10)) if gpu else (2, (100, 4))
-    seeds, everything = (range(choosing), plan_judges(device, choosing)), {"validation": 69, "test": 69}
-    sentiment, docs = _set_up("sentiment", *size), _set_up("docs", *plan_size(device), weight_decay=0.01)
-    on: dict[str, Any] = {"chosen_on": 69, "judged_on": everything, "answered": True, "seq_len": 76}
-    return [
-        BlockSweep(sentiment, *seeds, data="sentiment", **on),
-        BlockSweep(docs, *seeds, data="docs", chosen_on=64),
-    ]
+def plan_taught(device: torch.device) -> Iterator[BlockSweep]:
+    """Yield what two cores can do in an evening, or a GPU at the sources' own numbers of steps."""
+    choosing, size = (3, (276, 10)) if device.type == "cuda" else (2, (100, 4))
+    seeds = range(choosing), plan_seeds(device, choosing)
+    sentiment = plan_setups(_list_taught("sentiment"), *size, **AS_TAUGHT)
+    on: dict[str, Any] = {"judged_on": {"validation": 69, "test": 69}, "answered": True, "seq_len": 76}
+    yield BlockSweep(sentiment, *seeds, data="sentiment", chosen_on=69, **on)
+    docs = plan_setups(_list_taught("docs"), *plan_size(device), weight_decay=0.01, **AS_TAUGHT)
+    yield BlockSweep(docs, *seeds, data="docs")
 
 
-def _set_up(data: str, steps: int, batch_size: int, **options: Any) -> dict[str, TrialAndRates]:
-    """Return both methods, as taught and tuned: constant rates without warm-up, and no clipping."""
-    options |= {"steps": steps, "batch_size": batch_size, "schedule": "constant", "warmup": 0, "clip": None}
-    methods: dict[str, tuple[Method, dict[str, Any]]] = {
-        "full": (FullFineTuning(), {"autocast": torch.bfloat16}),
-        "LoRA": (LORA[data], {"lean": BF16_BASE}),
-    }
-    setups = {}
-    for how in ("as taught", "tuned"):
-        for name, (method, step) in methods.items():
-            lrs = (LRS[data],) if how == "as taught" else rates_around(TUNED[data][name], count=3)
-            setups[f"{name}, {how}"] = plan_setup(method, lrs, **options, **step)
-    return setups
+def _list_taught(data: str) -> Methods:
+    """Return both methods at the rate that is taught, and with the middles of the rates that are tried."""
+    full, (lora, rate, tuned) = FullFineTuning(), LORA[data]
+    taught: Methods = {"full, as taught": (full, (rate,)), "LoRA, as taught": (lora, (rate,))}
+    return taught | {"full, tuned": (full, 1.25e-4), "LoRA, tuned": (lora, tuned)}
 
 
 def time_methods(device: torch.device) -> Iterator[Row]:
@@ -318,9 +298,8 @@ def time_methods(device: torch.device) -> Iterator[Row]:
     costs = cost_model(device)
     for sweep in plan_taught(device):
         batch_size, seq_len = sweep.setups["full, as taught"][0].batch_size, sweep.seq_len or 64
-        timed = {"full": Setup(FullFineTuning(), clip=None), "LoRA r=4": Setup(LORA[sweep.data], clip=None)}
-        cases = [Case(SMOLLM2, batch_size, seq_len, timed, rounds=9)]
-        for row in measure_cases("taught", cases, None, lambda case: compare_times(case, costs, device)):
+        timed = {"full": Setup(FullFineTuning(), clip=None), "LoRA r=4": Setup(LORA[sweep.data][0], clip=None)}
+        for row in compare_times(Case(SMOLLM2, batch_size, seq_len, timed, rounds=9), costs, device):
             yield row | {"data": sweep.data, "stage": "time"}
 
 
@@ -338,17 +317,17 @@ SIZES = {NAMES: (56, 92), FRENCH: (64, 160), ENGLISH: (64, 160)}
 def plan_translation(device: torch.device) -> Iterator[BlockSweep]:
     """Yield what two cores can do in an evening, with LoRA alone; on a GPU full fine-tuning, too, and more steps."""
     gpu = device.type == "cuda"
-    setups = {"LoRA r=8": plan_setup(LoRA(8, 16), rates_around(4e-3, count=3), 600 if gpu else 150, 8, BF16_BASE)}
-    if gpu:
-        setups["full"] = plan_setup(FullFineTuning(), rates_around(2e-4, count=3), 600, 8)
+    methods: Methods = {"LoRA r=8": (LoRA(8, 16), 4e-3)}
+    methods |= {"full": (FullFineTuning(), 2e-4)} if gpu else {}
+    setups = plan_setups(methods, 600 if gpu else 150, 8, count=3, lean=BF16_BASE)
     for data, (seq_len, size) in SIZES.items():
         # The score "accuracy" of a trial is 1 or 0 for each example.
-        on: dict[str, Any] = {"chosen_on": 64, "judged_on": {"test": size}, "block": 1, "answered": True}
-        yield BlockSweep(setups, choosing=range(2), judging=plan_judges(device), data=data, seq_len=seq_len, **on)
+        on: dict[str, Any] = {"judged_on": {"test": size}, "block": 1, "answered": True, "seq_len": seq_len}
+        yield BlockSweep(setups, range(2), plan_seeds(device, 2), data=data, **on)
 
 
 def list_examples(device: torch.device) -> Iterator[Row]:
-    """Yield a row for each example of the test parts, in its order: its kind, and what it needs of French grammar.
+    """Yield a row for each example of the test parts, in its order, with its kind.
 
     The kind is :data:`BY_A_BASELINE` if the source as it is or in lower case, the dictionary of
     :func:`lora_lab.tasks.metrics.trivial` or, for names, the rules of lesson 09 get it right. Other names are
@@ -361,11 +340,9 @@ def list_examples(device: torch.device) -> Iterator[Row]:
         for i, (pair, looked_up) in enumerate(zip(task.pairs["test"], trivial(task), strict=True)):
             source = pair.prompt.partition(": ")[2]
             guess = guess_french(source) if data == NAMES else source
-            kind, sentence = by_prompt.get(pair.prompt, (BY_NONE, None))
-            kind = BY_A_BASELINE if pair.answer in {source, source.lower(), looked_up, guess} else kind
-            row = {"data": data, "stage": "example", "position": i, "kind": kind}
-            row["features"] = ", ".join(sentence.features()) if sentence else ""
-            yield row | {"prompt": pair.prompt, "reference": pair.answer}
+            by_rule = pair.answer in {source, source.lower(), looked_up, guess}
+            kind = BY_A_BASELINE if by_rule else by_prompt.get(pair.prompt, BY_NONE)
+            yield {"data": data, "stage": "example", "position": i, "kind": kind}
 
 
 def guess_french(name: str) -> str:
@@ -385,16 +362,15 @@ METHOD = LoRA(8, 16)
 BASES = {"float32": Lean(), "bfloat16": Lean(torch.bfloat16), "NF4": Lean(), "Q4_1": Lean()}
 BLOCKS_OF = {"float32": None, "NF4": NF4}  # of the bases whose adapters are merged
 ROUNDS = 9  # of the timing
-BLOCK = 4  # examples whose losses are one, as in the sweeps
 
 
 def plan_quantised(device: torch.device) -> Iterator[BlockSweep]:
     """Yield what two cores can do in an hour and a half, or a GPU in less."""
     for base, lean in BASES.items():
-        setups = {base: plan_setup(METHOD, rates_around(2e-3), *plan_size(device), lean)}
-        rerun = Rerun(base, Merges(base, ON_TEST["test"]), "merged", merge_rows) if base in BLOCKS_OF else None
-        options: dict[str, Any] = {"source": partial(load_source, base), "judged_on": ON_TEST, "rerun": rerun}
-        yield BlockSweep(setups, range(2), plan_judges(device), data=base, chosen_on=64, **options)
+        setups = plan_setups({base: (METHOD, 2e-3)}, *plan_size(device), lean=lean)
+        rerun = (Merges(base, ON_TEST["test"]), merge_rows) if base in BLOCKS_OF else None
+        source, judging = partial(load_source, base), plan_seeds(device, 2)
+        yield BlockSweep(setups, range(2), judging, data=base, source=source, rerun=rerun)
 
 
 def load_source(base: str, device: torch.device) -> Source:
@@ -457,7 +433,7 @@ class Merges:
         layers = lora_layers(model)
         W = {name: layer.base.weight.detach().clone() for name, layer in layers.items()}  # (192, 576)
         V = {name: _quantise(weight, BLOCKS_OF[self.base]) for name, weight in W.items()}  # (192, 576)
-        judge = BlockLosses({"test": self.examples}, BLOCK)
+        judge = BlockLosses({"test": self.examples}, BlockSweep.block)
         scores = {}
         for form in forms_of(self.base):
             unmerged = form.startswith("unmerged")
@@ -475,15 +451,14 @@ def _quantise(weight: Tensor, kind: str | None) -> Tensor:
     return weight if kind is None else round_matrix(weight, kind)
 
 
-def merge_rows(trial: Row, judged: Row) -> Iterator[Row]:
+def merge_rows(trial: Row) -> Iterator[Row]:
     """Yield a row of every form of an adapter, with the data "<base>, merged" and the form as its setup.
 
     So :func:`lora_lab.ablation.compare.compare_losses` compares the forms.
     """
-    base = judged["data"]
-    row = {"data": f"{base}, merged", "stage": "judging", "edge": judged["edge"]}
-    row |= {name: trial[name] for name in ("lr", "seed", "steps", "step", "outcome", "reason", "commit")}
-    for form in forms_of(base):
+    row = {"data": f"{trial['data']}, merged", "stage": "judging"}
+    row |= {name: trial[name] for name in ("edge", "lr", "seed", "steps", "step", "outcome", "reason", "commit")}
+    for form in forms_of(trial["data"]):
         losses = {SCORE + "test": trial.get(SCORE + form), "validation_loss": None}
         yield row | {"setup": form} | losses | {"test_loss": read_loss(losses, "test")}
 

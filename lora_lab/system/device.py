@@ -67,16 +67,9 @@ def effort() -> str:
 
 
 @contextmanager
-def restore_randomness(device: torch.device) -> Iterator[None]:
-    """Give torch's global generators, those of the CPU and of a CUDA device, their states back after a block."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
-
-
-@contextmanager
 def own_randomness(device: torch.device, seed: int) -> Iterator[None]:
     """Seed torch's global generators, which dropout uses, for a block, and restore their states at its end."""
-    with restore_randomness(device):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         seed_generators(device, seed)
         yield
 
@@ -147,25 +140,23 @@ class BusyCores:
     cores = 0.0
 
     def __init__(self, threads: int) -> None:
-        self.threads = threads
+        self.threads, self._process = threads, psutil.Process()
 
     def __enter__(self) -> BusyCores:
-        self._started, self._all_before, self._this_before = time.perf_counter(), *_cpu_seconds()
+        self._started = time.perf_counter()
+        self._read_busy_cores()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        all_after, this_after = _cpu_seconds()
-        wall = time.perf_counter() - self._started
-        if wall >= _SHORTEST_BLOCK_S:
-            self.cores = max(0.0, (all_after - self._all_before - (this_after - self._this_before)) / wall)
+        cores = self._read_busy_cores()
+        if time.perf_counter() - self._started >= _SHORTEST_BLOCK_S:
+            self.cores = max(0.0, cores)
 
     @property
     def disturbs(self) -> bool:
         """Whether other processes left this process fewer cores than it needs."""
         return self.cores + self.threads > (psutil.cpu_count() or 1) + _TOLERATED_CORES
 
-
-def _cpu_seconds() -> tuple[float, float]:
-    """Return CPU time in seconds, summed over all cores: of all processes, and of this process."""
-    system, this = psutil.cpu_times(), psutil.Process().cpu_times()
-    return sum(system) - system.idle - getattr(system, "iowait", 0.0), this.user + this.system
+    def _read_busy_cores(self) -> float:
+        """Return how many cores other processes have used since the last call."""
+        return (sum(psutil.cpu_percent(percpu=True)) - self._process.cpu_percent()) / 100

@@ -7,7 +7,6 @@ an all-reduce adds them to those of the others, so that all take the same step.
 from __future__ import annotations
 
 import os
-import re
 import signal
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,13 +26,11 @@ class ProcessEndedError(RuntimeError):
     """Another process of a run has ended, or the system ends them all.
 
     Args:
-        reason: what was noticed.
         advice: how to go on.
     """
 
-    def __init__(self, reason: str, advice: str = "start the same command again") -> None:
-        super().__init__(f"Another process of this run ended, or the system ends them all ({reason}); {advice}.")
-        self.reason = reason
+    def __init__(self, advice: str = "start the same command again") -> None:
+        super().__init__(f"Another process of this run ended, or the system ends them all; {advice}.")
 
 
 @dataclass(frozen=True)
@@ -154,7 +151,7 @@ def _stop(number: int, _: Any) -> None:
     """End the run at a signal, and ignore it, and the SIGTERM that follows, while the last words are said."""
     signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt if number == signal.SIGINT else ProcessEndedError("SIGTERM")
+    raise KeyboardInterrupt if number == signal.SIGINT else ProcessEndedError
 
 
 @contextmanager
@@ -173,5 +170,4 @@ def _errors_in_one_sentence() -> Iterator[None]:
         # Torchrun sends it now, when the last words are being said.
         if signal.getsignal(signal.SIGTERM) is _stop:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        reason = re.sub(r"^\[[^\]]*\] ", "", str(error)).splitlines()[0].split(". ")[0]
-        raise ProcessEndedError(reason) from None
+        raise ProcessEndedError from error

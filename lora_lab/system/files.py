@@ -150,17 +150,12 @@ def _carry_files(tensors: Path, folder: Path, remove: tuple[str, ...]) -> None:
             entries[_REPLACED + name] = _hash(folder / name)
         if (tensors.parent / name).is_file():
             entries[_FILE + name] = (tensors.parent / name).read_text(encoding="utf-8")
-    if not entries:
-        return
-    with tensors.open("rb") as old, tempfile.NamedTemporaryFile(dir=tensors.parent, delete=False) as new:
-        # The format: the header's length in 8 bytes, the header as JSON, the numbers.
-        header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
-        header["__metadata__"] = header.get("__metadata__", {}) | entries
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        new.write(len(text).to_bytes(8, "little") + text)
-        shutil.copyfileobj(old, new, 2**20)
-    Path(new.name).replace(tensors)
+    if entries:
+        from safetensors.torch import load_file, save_file  # which imports torch
+
+        new = tensors.with_suffix(".new")  # the numbers are read from the old file while it is written
+        save_file(load_file(tensors), new, _read_header(tensors) | entries)
+        new.replace(tensors)
 
 
 def _hash(path: Path) -> str:

@@ -51,11 +51,6 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def commit() -> str:
-    """Return the commit of this lora_lab, as :func:`commit_of`; to be read when a run begins, before files change."""
-    return commit_of(checkout())
-
-
 def device_name(device: torch.device) -> str:
     """Return the name of a device of this machine: that of the GPU, or that of the CPU and its number of cores."""
     if device.type == "cuda":
@@ -70,15 +65,16 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", bare).strip("-")
 
 
-def commit_of(folder: str | Path) -> str:
-    """Return the git commit of the checkout at ``folder``, with "+changes" if its tracked files differ from it.
+def commit() -> str:
+    """Return the git commit of this lora_lab, with "+changes" if tracked files of the checkout differ from it.
 
-    Changed records do not count, because they do not change the code.
+    To be read when a run begins, before files change. Changed records do not count: they do not change the code.
 
     Returns:
         The full commit, or "unknown" if there is no checkout, no commit or no git.
     """
-    if not (Path(folder) / ".git").exists():  # the repository of a parent folder is not that of this code
+    folder = checkout()
+    if not (folder / ".git").exists():  # the repository of a parent folder is not that of this code
         return "unknown"
 
     def git(*arguments: str) -> str:

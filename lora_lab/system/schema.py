@@ -105,27 +105,13 @@ def _validator(schema: Any) -> TypeAdapter[Any]:
     return TypeAdapter(schema)
 
 
-# pydantic's wording and ours.
-_WORDS = {
-    "Input should be": "it must be",
-    "valid ": "",
-    "a integer": "a whole number",
-    "a boolean": "true or false",
-    "a dictionary": "an object",
-    "greater than or equal to": "at least",
-    "less than or equal to": "at most",
-}
-
-
 def _sentence(error: Mapping[str, Any], where: str) -> str:
     # Of a union, the location also says which type was tried: "str", "list[str]".
     parts = [str(part) for part in error["loc"] if "[" not in str(part) and part not in ("str", "int", "float", "bool")]
     name = shortened(".".join(parts))
     if error["type"] == "missing":
         return f"{where or 'The content'} lacks the entry {name!r}."
-    expected = error["msg"]
-    for words, ours in _WORDS.items():
-        expected = expected.replace(words, ours)
+    expected = error["msg"].replace("Input should be", "it must be")
     named = f"{where}: {name}" if where and name else name or where or "The content"
     return f"{named} is {short_repr(error['input'])}, but {expected}."
 

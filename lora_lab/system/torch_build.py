@@ -12,7 +12,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 PIP = [sys.executable, "-m", "pip"]
@@ -30,13 +29,6 @@ def wants_cpu_build() -> bool:
     return not SOURCES & {line.partition("=")[0].rpartition(".")[2] for line in listed.splitlines()}
 
 
-def requirement() -> str:
-    """Return what the project needs of torch, such as "torch>=2.9"."""
-    pyproject = Path(__file__).resolve().parents[2] / "pyproject.toml"
-    needed = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["dependencies"]
-    return next(each for each in needed if each.startswith("torch"))
-
-
 def main() -> None:
     """Install torch's CPU build if it is wanted; if that fails, ask before pip fetches the other one.
 
@@ -46,9 +38,8 @@ def main() -> None:
         return
     commands = [
         [*PIP, "install", "--quiet", "uv"],
-        [sys.executable, "-m", "uv", "pip", "install", "--python", sys.executable, "--torch-backend", "cpu"],
+        [sys.executable, "-m", "uv", "pip", "install", "--python", sys.executable, "--torch-backend", "cpu", "torch"],
     ]
-    commands[1].append(requirement())
     if all(subprocess.run(command).returncode == 0 for command in commands):
         return
     if sys.stdin.isatty() and input(QUESTION).strip().lower() not in ("y", "yes"):

@@ -27,10 +27,7 @@ def shortened(text: str, most: int = 300) -> str:
 
 def short_repr(value: Any) -> str:
     """Return a value's repr on one line, cut off in the middle if it is long, as that of a model or a tensor."""
-    try:
-        return shortened(_SHORT.repr(value))
-    except ValueError:  # Python refuses to write an integer of thousands of digits
-        return "a number of very many digits"
+    return shortened(_SHORT.repr(value))
 
 
 def progress_bar(total: int, label: str, progress: bool | None, unit: str = "step", done: int = 0) -> tqdm:
@@ -41,7 +38,7 @@ def progress_bar(total: int, label: str, progress: bool | None, unit: str = "ste
     """
     from tqdm.auto import tqdm
 
-    if progress is None:
-        interactive = "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())
-        progress = interactive and os.environ.get("LORA_LAB_PROGRESS") != "0"
-    return tqdm(total=total, initial=done, desc=label, unit=unit, disable=not progress, leave=False)
+    if progress is None and (sys.stderr is None or os.environ.get("LORA_LAB_PROGRESS") == "0"):
+        progress = False
+    hidden = None if progress is None else not progress  # None lets tqdm find out whether somebody looks
+    return tqdm(total=total, initial=done, desc=label, unit=unit, disable=hidden, leave=False)

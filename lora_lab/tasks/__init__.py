@@ -11,7 +11,7 @@ modules in reading order:
     arrays       for small nets: digits, planted ranks, from_arrays for numbers of your own
     python_docs  docs: next tokens of Python's manual
     instruction  prompts and answers: from_pairs
-    datasets     prompts and answers that exist already: summarise, translate, sentiment, style, tweets
+    datasets     prompts and answers that exist already: summarise, translate, sentiment, style
     sentences    sentences to translate, from a grammar, with combinations and words that training lacks
     named        a task by its name, or from a file of yours: from_jsonl, from_table, from_text
     generate     what a model answers
@@ -26,7 +26,7 @@ import lazy_loader
 
 from lora_lab.task import IGNORE, Examples, Task, cross_entropy, mean_squared_error
 from lora_lab.tasks.arrays import digits, from_arrays, planted
-from lora_lab.tasks.datasets import sentiment, style, summarise, translate, tweets
+from lora_lab.tasks.datasets import sentiment, style, summarise, translate
 from lora_lab.tasks.instruction import Pair, PairTask, from_pairs
 from lora_lab.tasks.named import TASKS, from_jsonl, from_table, from_text, task_of
 from lora_lab.tasks.python_docs import docs
@@ -55,7 +55,6 @@ __all__ = [
     "summarise",
     "task_of",
     "translate",
-    "tweets",
 ]
 
 __getattr__, _, _ = lazy_loader.attach(

@@ -152,9 +152,16 @@ def from_arrays(X: Any, y: Any, *, kind: str = "auto", seed: int = 0) -> Task:
     whole = values.dtype.kind != "f" or bool(np.all(values == np.round(values)))
     about = f"{len(inputs)} examples of yours"
     if kind == "classification" or (kind == "auto" and whole):
-        loss, targets = cross_entropy, _number_classes(y, values)  # (n,)
+        import pandas
+
+        if values.ndim != 1 or pandas.isna(_array(y, object)).any():  # as a text in ``values``, NaN is not missing
+            raise ValueError(f"y has shape {values.shape}, but must be of shape (n,), without missing classes.")
+        classes, numbers = np.unique(values, return_inverse=True)
+        if len(classes) < 2:
+            raise ValueError(f"y has only the class {classes.tolist()[0]!r}, but two or more are needed.")
+        loss, targets = cross_entropy, torch.from_numpy(numbers)  # (n,)
         counts = targets.bincount()  # (classes,)
-        about += f", {len(counts)} classes"
+        about += f", {len(classes)} classes"
         stratify = targets.numpy() if int(counts.min()) >= 10 else None
     else:
         loss, stratify = mean_squared_error, None
@@ -167,25 +174,6 @@ def from_arrays(X: Any, y: Any, *, kind: str = "auto", seed: int = 0) -> Task:
 def _array(values: Any, dtype: Any = None) -> np.ndarray:
     """Return an array of what holds numbers or texts, tensors that require gradients included."""
     return np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values, dtype)
-
-
-def _number_classes(y: Any, values: np.ndarray) -> Tensor:
-    """Return the number of each example's class, in sorted order: (n,).
-
-    Args:
-        y: as for :func:`from_arrays`; in a list of texts NaN is still a missing value, in ``values`` it is a text.
-        values: the array of y, (n,).
-    """
-    import pandas
-
-    if values.ndim != 1:
-        raise ValueError(f"y has shape {values.shape}, but classes must be (n,).")
-    if pandas.isna(_array(y, object)).any():
-        raise ValueError("y holds classes that are missing; fill or remove them.")
-    classes, numbers = np.unique(values, return_inverse=True)
-    if len(classes) < 2:
-        raise ValueError(f"y has only the class {classes.tolist()[0]!r}, but two or more are needed.")
-    return torch.from_numpy(numbers)  # (n,)
 
 
 def _numbers(values: Any, name: str) -> np.ndarray:

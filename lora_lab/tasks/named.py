@@ -18,7 +18,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from typing_extensions import TypedDict
 
@@ -27,8 +27,8 @@ from lora_lab.system.files import check_file
 from lora_lab.system.schema import check
 from lora_lab.system.wording import count_noun, short_repr, shortened
 from lora_lab.task import Task
-from lora_lab.tasks.datasets import LANGUAGES, sentiment, style, summarise, translate, tweets
-from lora_lab.tasks.instruction import PARTS, Pair, PairTask, Turn, count_special, from_pairs
+from lora_lab.tasks.datasets import LANGUAGES, sentiment, style, summarise, translate
+from lora_lab.tasks.instruction import PARTS, Pair, PairTask, Turn, from_pairs
 from lora_lab.tasks.python_docs import docs, off_domain_texts, windows
 from lora_lab.tasks.sentences import PROMPTS, sentences
 
@@ -149,21 +149,10 @@ def from_jsonl(tokenizer: Tokenizer, path: str | Path, *, allow_special: bool = 
         TypeError: an option does not apply to the form of the lines.
     """
     check_file(path, "a JSON Lines file")
-    path = Path(path)
-    lines = [(number, line.rstrip()) for number, line in enumerate(_read_lines(path), start=1) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(_read_lines(path), start=1) if line.strip()]
     if lines and lines[0][1].lstrip().startswith("["):
         raise ValueError(f"{path} holds a JSON array; write one example per line, without brackets and commas.")
-    stored = _read(tokenizer, str(path), "line", lines, allow_special)
-    about = f"from the file {path.name}"
-    if ignored := sorted(set().union(*(example.ignored for example in stored))):
-        about += f", without its entries {shortened(', '.join(map(repr, ignored)))}"
-    options = {"name": path.stem, "about": about} | options
-    texts = [example.content for example in stored if isinstance(example.content, str)]
-    if 0 < len(texts) < len(stored):
-        raise ValueError(f"{path} has {len(texts)} texts and {len(stored) - len(texts)} conversations; split them.")
-    if texts:
-        return _task_of_texts(tokenizer, path, texts, "text", **options)
-    return _task_of_pairs(tokenizer, str(path), stored, options)
+    return _make_task(tokenizer, str(path), "line", lines, options, allow_special)
 
 
 def from_table(
@@ -199,9 +188,7 @@ def from_table(
     cells = frame[list(columns.values())].astype(object)
     cells = cells.where(cells.notna(), "")
     rows = (dict(zip(columns, map(str, row), strict=True)) for row in cells.itertuples(index=False))
-    stored = _read(tokenizer, name, "row", enumerate(rows, start=1))
-    options = {"name": Path(name).stem, "about": f"from {name}"} | options
-    return _task_of_pairs(tokenizer, name, stored, options)
+    return cast(PairTask, _make_task(tokenizer, name, "row", enumerate(rows, start=1), options))
 
 
 def from_text(tokenizer: Tokenizer, path: str | Path, *, seq_len: int = 128, allow_special: bool = False) -> Task:
@@ -214,32 +201,26 @@ def from_text(tokenizer: Tokenizer, path: str | Path, *, seq_len: int = 128, all
         path: of the file.
         seq_len: tokens per example.
         allow_special: whether the text may contain the special tokens that structure conversations or end a text, such
-            as ``<|im_end|>``. They are then encoded as these tokens, and ``about`` states how often each occurs.
+            as ``<|im_end|>``. They are then encoded as these tokens.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is not UTF-8, holds a special token that is not allowed, or is too short for ``seq_len``.
     """
     check_file(path, "a text file")
-    path = Path(path)
-    lines = _read_lines(path)
-    for number, line in enumerate(lines, start=1):
-        tokenizer.check_text(line, f"Line {number} of {path}", allow_special)
-    paragraphs = [paragraph for paragraph in "\n".join(lines).split("\n\n") if paragraph.strip()]
-    about = f"from the file {path.name}"
-    return _task_of_texts(tokenizer, path, paragraphs, "paragraph", path.stem, about, seq_len)
+    paragraphs = [text for text in "\n".join(_read_lines(path)).split("\n\n") if text.strip()]
+    entries = enumerate(({"text": paragraph} for paragraph in paragraphs), start=1)
+    return _make_task(tokenizer, str(path), "paragraph", entries, {"seq_len": seq_len}, allow_special)
 
 
-def _read_lines(path: Path) -> list[str]:
+def _read_lines(path: str | Path) -> list[str]:
     """Return the lines of a text file. Unlike those of ``str.splitlines`` none ends at U+2028, which JSON may hold."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start}); unpack it, or save it as UTF-8.") from None
-    before, zero, _ = text.partition("\0")
-    if zero:
-        line = before.count("\n") + 1
-        raise ValueError(f"{path} is no text (line {line} holds a zero byte); save it as UTF-8.")
+    if "\0" in text:
+        raise ValueError(f"{path} is no text, because it holds zero bytes; save it as UTF-8.")
     return text.split("\n")
 
 
@@ -260,23 +241,50 @@ def _read_frame(table: Any) -> tuple[DataFrame, str]:
             return pandas.read_parquet(path), path.name
         separator = "," if path.suffix == ".csv" else "\t"
         return pandas.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig"), path.name
-    except ImportError:
-        raise ValueError(f"{path} needs the library pyarrow; install it with pip install pyarrow.") from None
-    except (ValueError, OSError) as error:  # pandas' and pyarrow's errors of format derive from these
-        reason = f"{path} cannot be read as a table ({shortened(str(error)).removesuffix('.')})"
-        raise ValueError(f"{reason}; save it as UTF-8, with as many cells in each row as columns.") from None
+    except (ImportError, ValueError, OSError) as error:  # without pyarrow, or of its format and pandas'
+        raise ValueError(f"{path} cannot be read as a table: {shortened(str(error))}") from None
+
+
+def _make_task(
+    tokenizer: Tokenizer,
+    name: str,
+    unit: str,
+    entries: Iterable[tuple[int, Any]],
+    options: dict[str, Any],
+    allow_special: bool = False,
+) -> Task:
+    """Return the task of what stands in a file or table: of its texts, or of its prompts and answers.
+
+    Args:
+        name: the path of the file, or "table".
+        unit: "line", "row" or "paragraph".
+        entries: the number of each, and what stands there.
+        options: of the task; name and about have defaults.
+        allow_special: whether texts may hold special tokens.
+    """
+    stored = _read(tokenizer, name, unit, entries, allow_special)
+    about = f"from {Path(name).name}"
+    if ignored := sorted(set().union(*(example.ignored for example in stored))):
+        about += f", without its entries {shortened(', '.join(map(repr, ignored)))}"
+    options = {"name": Path(name).stem, "about": about} | options
+    texts = [example.content for example in stored if isinstance(example.content, str)]
+    if 0 < len(texts) < len(stored):
+        raise ValueError(f"{name} has {len(texts)} texts and {len(stored) - len(texts)} conversations; split them.")
+    if texts:
+        return _task_of_texts(tokenizer, texts, f"{name} has {count_noun(len(texts), unit)}", **options)
+    pairs: Any = [example.content for example in stored]
+    parts = [example.part for example in stored]
+    if named := len(parts) - parts.count(""):
+        if named < len(parts):
+            raise ValueError(f'{name} has "part" on {named} of {len(parts)} examples; give it on all.')
+        pairs = {part: [pair for pair, own in zip(pairs, parts, strict=True) if own == part] for part in PARTS}
+    return from_pairs(tokenizer, pairs, **options)
 
 
 def _read(
-    tokenizer: Tokenizer, name: str, unit: str, entries: Iterable[tuple[int, Any]], allow_special: bool = False
+    tokenizer: Tokenizer, name: str, unit: str, entries: Iterable[tuple[int, Any]], allow_special: bool
 ) -> list[StoredExample]:
-    """Return the examples in a file or table, whose texts hold no special tokens.
-
-    Args:
-        name: of the file or table, for messages.
-        unit: "line" or "row".
-        entries: the number of each line or row, and what stands there.
-        allow_special: whether texts for next-token prediction may hold special tokens.
+    """Return the examples, whose texts hold no special tokens; the arguments are those of :func:`_make_task`.
 
     Raises:
         ValueError: there are no entries, or some are malformed, of which the first five are named.
@@ -300,38 +308,16 @@ def _read(
     return stored
 
 
-def _task_of_pairs(
-    tokenizer: Tokenizer, name: str, stored: Sequence[StoredExample], options: dict[str, Any]
-) -> PairTask:
-    """Return the task of examples which name their parts, or not."""
-    pairs: Any = [example.content for example in stored]
-    parts = [example.part for example in stored]
-    if named := len(parts) - parts.count(""):
-        if named < len(parts):
-            raise ValueError(f'{name} has "part" on {named} of {len(parts)} examples; give it on all.')
-        pairs = {part: [pair for pair, own in zip(pairs, parts, strict=True) if own == part] for part in PARTS}
-    return from_pairs(tokenizer, pairs, **options)
-
-
 def _task_of_texts(
-    tokenizer: Tokenizer, path: Path, texts: Sequence[str], unit: str, name: str, about: str, seq_len: int = 128
+    tokenizer: Tokenizer, texts: Sequence[str], counted: str, name: str, about: str, seq_len: int = 128
 ) -> Task:
     """Return the task of texts that stay whole: of every ten, the ninth goes to validation, the tenth to test."""
-    split = {  # the large part last, so that too few texts are refused at once
-        "validation": texts[8::10],
-        "test": texts[9::10],
-        "train": [text for i, text in enumerate(texts) if i % 10 < 8],
-    }
-    parts = {}
-    for part, own in split.items():
-        parts[part] = windows(tokenizer, own, seq_len)
-        if len(parts[part]) == 0:
-            raise ValueError(
-                f"{path} has {count_noun(len(texts), unit)}, too few for a {part} part of {seq_len} tokens an "
-                f"example; give more or longer {unit}s, or a smaller seq_len."
-            )
-    if found := count_special(tokenizer, texts):
-        about += f", with the special tokens {found}"
+    train = [text for i, text in enumerate(texts) if i % 10 < 8]
+    split = {"validation": texts[8::10], "test": texts[9::10], "train": train}
+    parts: dict[str, Any] = {part: windows(tokenizer, own, seq_len) for part, own in split.items()}
+    for part, examples in parts.items():
+        if len(examples) == 0:
+            raise ValueError(f"{counted}, too few for a {part} part of {seq_len} tokens each; lower seq_len.")
     about += "; off-domain: scikit-learn's descriptions of data sets"
     return Task(name, **parts, off_domain=windows(tokenizer, off_domain_texts(), seq_len), unit="tokens", about=about)
 
@@ -344,7 +330,6 @@ TASKS: dict[str, Callable[[Tokenizer], Task]] = {
     **{f"translate-{code}": partial(translate, language=code) for code in LANGUAGES},
     **{f"sentences-{target}": partial(sentences, target=target) for target in PROMPTS},
     "sentiment": sentiment,
-    "tweets": tweets,
     "style": style,
     "style-plain": partial(style, variant="plain"),
 }

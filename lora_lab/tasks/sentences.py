@@ -124,19 +124,6 @@ class Sentence(NamedTuple):
         subject, thing = (_english(phrase, french_order=True) for phrase in (self.subject, self.object))
         return _write_sentence([*subject, *_english_verb(self), *thing])
 
-    def features(self) -> tuple[str, ...]:
-        """Return what of French grammar it needs, in words."""
-        phrases = (self.subject, self.object)
-        needs = {
-            "feminine": any(each.noun.feminine and (each.adjective or not each.plural) for each in phrases),
-            "plural": any(each.plural for each in phrases),
-            "adjective after the noun": any(each.adjective and not each.adjective.before for each in phrases),
-            "elision": "'" in self.french(),
-            "negation": self.negative,
-            "future": self.future,
-        }
-        return tuple(name for name, needed in needs.items() if needed)
-
 
 def sentences(tokenizer: Tokenizer, target: str = "fr") -> PairTask:
     """Return a task of sentences to translate from English into French, or from French into English.
@@ -166,9 +153,9 @@ def _pair(sentence: Sentence, target: str) -> Pair:
     return Pair(PROMPTS["fr"] + english, french) if target == "fr" else Pair(PROMPTS["en"] + french, english)
 
 
-def kinds(target: str) -> dict[str, tuple[str, Sentence]]:
-    """Return prompt -> the kind of a sentence of the test part, and the sentence."""
-    return {_pair(sentence, target).prompt: (kind, sentence) for kind, sentence in corpus(target)["test"]}
+def kinds(target: str) -> dict[str, str]:
+    """Return prompt -> the kind of a sentence of the test part."""
+    return {_pair(sentence, target).prompt: kind for kind, sentence in corpus(target)["test"]}
 
 
 @cache

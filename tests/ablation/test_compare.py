@@ -42,7 +42,7 @@ BOUNDS = {  # beside a margin of 0.1
     "higher": [(0.2, 0.3)],
     "lower": [(-0.3, -0.2)],
     "equal": [(-0.1, 0.1)],
-    "open": [(-0.1, 0.2), (-0.2, 0.1), (0.1, 0.2), (None, None), (np.nan, np.nan)],
+    "open": [(-0.1, 0.2), (-0.2, 0.1), (0.1, 0.2), (np.nan, np.nan)],
 }
 
 
@@ -151,7 +151,7 @@ def test_one_seed_is_always_undecided():
             frame_of({1: 0.25, 2: 0.011, 4: 0.0, 16: 0.0}, own=0.003, seeds=4),
             4,
             {1: "too small", 2: "open", 4: "enough", 16: "reference"},
-            "rank 2 is not settled",
+            "its loss is less than 0.01 above that of rank 16",
         ),
         (frame_of(FULL), 16, {8: "too small", 16: "reference"}, "a larger one may be better still"),
     ],
@@ -179,7 +179,7 @@ def test_bounds_are_those_of_scipys_one_sided_test():
         above = stats.ttest_1samp(values, 0, alternative="greater").confidence_interval(0.95)
         assert (mean, lower, upper) == pytest.approx((values.mean(), above.low, below.high), rel=1e-12)
         assert lower < mean < upper
-    assert t_bounds([0.3]) == (0.3, None, None)
+    assert t_bounds([0.3]) == pytest.approx((0.3, np.nan, np.nan), nan_ok=True)
 
 
 def test_the_upper_bound_holds_in_95_of_100_cases_with_three_seeds_and_a_percentile_bootstrap_does_not():
@@ -250,7 +250,6 @@ def test_a_rank_with_gaps_at_every_rate_cannot_win(spoil):
     verdict = smallest_sufficient_rank(frame)
     assert statuses_of(verdict)[4] == "not judged"
     assert verdict.rank == 8
-    assert verdict.reason.endswith("rank 4 is not settled by these seeds.")
     told = "no learning rate has a result for every seed: lr 0.003 does not count (no result for seed 0), lr 0.01"
     assert told in verdict.ranks[2].note
     assert told in str(verdict)
@@ -460,7 +459,7 @@ def test_rates_are_chosen_on_some_seeds_and_judged_on_others(frame):
     assert set(judging["seed"]) == {2, 3, 4}
     for setup, rows in judging.groupby("setup"):
         chosen = frame[(frame["stage"] == "choosing") & (frame["setup"] == setup)]
-        choice = choose_rates(chosen, "judged", [0, 1])[setup]
+        choice = choose_rates(chosen, [0, 1])[setup]
         assert set(rows["lr"]) == {choice.lr}
         assert set(rows["edge"]) == {choice.edge}
         tried = sorted(chosen["lr"].unique())
@@ -526,11 +525,10 @@ METHODS = pandas.concat([SMALL, SMALL.assign(method="dora")])
 REFUSED = [  # the call, and what must be named
     *((lambda margin=margin: smallest_sufficient_rank(SMALL, margin), "margin is") for margin in (0, np.nan, np.inf)),
     (lambda: smallest_sufficient_rank(METHODS), "mixes method 'lora' and 'dora'"),
-    (lambda: smallest_sufficient_rank(pandas.concat([SMALL, SMALL])), r"rank 1, lr 0\.003, seed 0 twice"),
+    (lambda: smallest_sufficient_rank(pandas.concat([SMALL, SMALL])), r"'rank': 1.0, 'lr': 0.003, 'seed': 0.* twice"),
     (lambda: smallest_sufficient_rank(frame_of({4: 0.0})), "has the ranks"),
     (lambda: compare_losses(judged({"full": [[1.0]]}), "LoRA"), "'LoRA' has no results for all seeds"),
     (lambda: next(study(None, judging=[1, 2])), r"The seeds \[1\] both choose and judge"),
-    (lambda: next(study(None, lrs={"full": (1e-3, 1e-2)})), r"\['r=2'\] are only in one"),
 ]
 
 

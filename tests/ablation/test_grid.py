@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lora_lab import DoRA, FullFineTuning, Lean, LoRA, LoRAPlus, PartialFineTuning, PiSSA, RsLoRA, fit
-from lora_lab.ablation.grid import Grid, Trial
+from lora_lab.ablation.grid import Grid, Trial, hash_content
 from lora_lab.methods import AsItIs
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.tasks import planted
@@ -119,7 +119,7 @@ def test_how_a_step_is_computed_is_no_part_of_the_content(options):
     one = trial(**options)
     assert one.to_dict() == trial().to_dict()
     assert one == trial()
-    bound = one.bound("t", "m")
+    bound = dataclasses.replace(one, task="t", model="m")
     for name, value in options.items():
         assert getattr(bound, name) == value != getattr(trial(), name)  # it is not lost on the way
     assert all(getattr(each, name) == value for each in Grid([1], [0.1], [0], steps=3, **options) for name in options)
@@ -140,11 +140,7 @@ def test_what_changes_a_result_is_in_the_content_where_it_is_not_the_default(opt
     one = trial(**options)
     assert one.to_dict() == trial().to_dict() | content
     assert one.key != trial().key
-    back = Trial.from_dict(json.loads(json.dumps(one.to_dict())))
-    assert back == one
-    assert back.key == one.key
-    assert one.bound("t", "m").settings() == one.settings()
-    assert back.lean == (Lean(torch.bfloat16) if "lean" in options else None)
+    assert dataclasses.replace(one, task="t", model="m").settings() == one.settings()
 
 
 def test_methods_of_the_same_numbers_differ_in_key():
@@ -153,28 +149,12 @@ def test_methods_of_the_same_numbers_differ_in_key():
     assert trial(LoRA(rank=4)) != "a trial"
 
 
-# Plain data and back
-
-
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-def test_a_trial_comes_back_from_json(method):
+def test_a_content_has_the_same_key_when_it_comes_back_from_json(method):
     one = trial(method, lr=1 / 3, clip=None, task="t", model="m")
-    back = Trial.from_dict(json.loads(json.dumps(one.to_dict())))
-    assert back == one
-    assert type(back.method) is type(method)
-    assert back.settings() == one.settings()
-    other = Trial.from_dict({**one.to_dict(), "seed": 9})
-    assert other != one
-    assert other.seed == 9
-
-
-def test_a_method_that_a_user_has_written_comes_back_too():
-    @dataclasses.dataclass(frozen=True)
-    class Mine(LoRA):
-        name = "mine, for this test"
-
-    one = trial(Mine(rank=3))
-    assert type(Trial.from_dict(one.to_dict()).method) is Mine
+    back = json.loads(json.dumps(one.to_dict(), sort_keys=True))
+    assert back == one.to_dict()
+    assert hash_content(back) == one.key != hash_content(back | {"seed": 9})
 
 
 # Values
@@ -198,13 +178,6 @@ def test_numpys_numbers_become_pythons():
     assert [type(value) for value in (one.lr, one.seed, one.steps, one.clip)] == [float, int, int, float]
     assert one == trial(lr=0.5, seed=3, clip=0.25)
     json.dumps(one.settings())
-
-
-def test_a_trial_belongs_to_one_task_and_one_model():
-    bound = trial().bound(task="t", model="m")
-    assert (bound.task, bound.model) == ("t", "m")
-    assert bound != trial()
-    assert bound.bound(task="t", model="m") == bound
 
 
 # Grids
@@ -252,10 +225,6 @@ class Nameless(LoRA):
     """Its results would look like LoRA's."""
 
 
-def content(**changes):
-    return lambda: Trial.from_dict({**trial().to_dict(), **changes})
-
-
 def changed(**changes):
     return lambda: dataclasses.replace(trial(), **changes)
 
@@ -265,30 +234,13 @@ def grid(**changes):
 
 
 REFUSED = [  # the call, and what must be named
-    (content(method={"name": "lorra"}), "'lorra' is not known here; import the module"),
-    (content(method=None), "not a trial's content"),
-    (content(method={"name": ["lora"]}), "not a trial's content"),
-    (content(method={"name": "lora", "rang": 4}), "not a trial's content .*rang"),
-    (content(method={"name": "lora", "rank": 0}), "rank is 0"),
-    (content(lr=10**400), "lr is 1000"),
-    (content(colour=3), "not a trial's content .*colour"),
-    (content(autocast="half"), "'half' is no dtype"),
-    (content(autocast="torch.float16"), "autocast is torch"),
-    (content(base_dtype="bfloat16"), "'bfloat16' is no dtype"),
-    (content(base_dtype="torch.float16"), "base_dtype is torch"),
-    (content(base_dtype="torch.nn"), "'torch.nn' is no dtype"),
-    (lambda: Trial.from_dict({}), "not a trial's content"),
-    (lambda: Trial.from_dict({"method": {"name": "lora"}}), "not a trial's content"),
-    (lambda: trial(Nameless(rank=4)), "class Nameless has the name 'lora'"),
-    (lambda: trial().bound("t", "m").bound("u", "m"), "belongs to the task t, but this sweep's is u"),
-    (lambda: trial().bound("t", "m").bound("t", "n"), "belongs to the model m, but this sweep's is n"),
+    (lambda: trial(Nameless(rank=4)), "class Nameless has no name of its own"),
     (changed(lr=-1.0), "lr is -1.0"),
     (changed(warmup=101), "warmup is 101, but it must be at most steps, 100"),
     (changed(seed=1.5), "seed is 1.5"),
     (grid(ranks=[1.5]), "rank is 1.5"),
     (grid(ranks=[10**20]), "rank is 100000000000000000000"),
     (grid(seeds=[10**20]), "seed is 100000000000000000000"),
-    (grid(seeds=range(2**31)), "These are 2147483648 trials"),
     (grid(alpha=0), "alpha is 0"),
     (grid(alpha=16, alpha_per_rank=2), "alpha is 16 and alpha_per_rank 2"),
     *((grid(**{name: []}), f"{name} is empty") for name in ("ranks", "lrs", "seeds", "methods")),

@@ -207,7 +207,7 @@ def rows_of(outcomes):
 
 def choose(rows, seeds):
     """The choice of the rate of one setup."""
-    return choose_rates(rows.assign(setup="a"), "judged", seeds)["a"]
+    return choose_rates(rows.assign(setup="a"), seeds)["a"]
 
 
 def test_what_is_missing_or_did_not_fit_says_nothing_of_what_lies_beyond():
@@ -296,19 +296,14 @@ def test_two_powers_are_told_from_each_other():
 
 
 POWERS = {(size, size): np.full(3, size) for size in (2, 4, 8)}
-ONE_RATE = {"a": template(FullFineTuning())}, {"a": (1e-5,)}
 FAILED = rows_of({(1e-3, 0): "The loss is nan in step 3."})
 BOTH = pandas.concat([FAILED.assign(setup=setup) for setup in "ab"])
 REFUSED = [  # the call, and what must be named
-    (lambda: rates_around(0), "centre is 0"),
-    (lambda: rates_around(1, factor=1), "factor 1"),
-    (lambda: rates_around(1, count=0), "count 0"),
     (lambda: losses_by_rate(FAILED), "result for every seed"),
     (lambda: losses_by_rate(BOTH), r"\['a', 'b'\], but must have one"),
     (lambda: slope({}), r"sizes \[\]"),
     (lambda: slope({4: np.zeros(3)}), "sizes .*4"),
     (lambda: powers(POWERS), "sizes .*8, 8"),
-    (lambda: tune(DigitsMLP(), digits(), *ONE_RATE, [0]), "'a' has the rates .*1e-05"),
 ]
 
 

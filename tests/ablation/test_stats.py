@@ -116,6 +116,5 @@ def test_more_seeds_of_the_same_setups_are_no_more_evidence():
 
 
 def test_what_cannot_be_correlated_is_refused():
-    for frame, named in ((runs(3), "runs of 3 setups"), (runs().assign(cause=1.0), "'cause' is the same in all runs")):
-        with pytest.raises(ValueError, match=named):
-            table(frame, "cause")
+    with pytest.raises(ValueError, match="runs of 3 setups"):
+        table(runs(3), "cause")

@@ -117,13 +117,14 @@ def test_a_grid_has_the_studys_own_numbers_unless_others_are_given():
 
 
 def test_names_that_are_not_known_are_refused():
-    for call in (lambda: studies.study("cats"), lambda: studies.grid("cats", "lora", [1], None, [0])):
-        with pytest.raises(ValueError, match="no study 'cats'; there are planted, digits, docs"):
-            call()
-    with pytest.raises(ValueError, match="no method 'full' with ranks"):
-        studies.grid("digits", "full", [1], None, [0])
+    with pytest.raises(ValueError, match="no study 'cats'; there are planted, digits, docs"):
+        studies.study("cats")
     with pytest.raises(ValueError, match="seq_len is 1"):
         studies.study("docs", 1)
+    with pytest.raises(FileNotFoundError, match=r"mine\.csv"):
+        studies.study("mine.csv")
+    with pytest.raises(ValueError, match="no method 'full' with ranks"):
+        studies.grid("digits", "full", [1], None, [0])
 
 
 def test_ablate_as_json_has_the_verdict_and_every_evaluation(tmp_path, capsys):

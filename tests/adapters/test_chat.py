@@ -160,7 +160,8 @@ def shown(monkeypatch):
 
 
 @pytest.fixture
-def chat(tiny_config, chatter, folders, shown):
+def chat(tiny_config, chatter, folders, shown, monkeypatch):
+    monkeypatch.setattr("lora_lab.adapters.chat._TEXT_FOLLOWS_IN", 0.1)
     return lora_lab.chat(Llama(tiny_config), chatter, folders, max_new_tokens=12, seed=5)
 
 
@@ -195,7 +196,7 @@ def test_enter_and_a_click_send_a_message_and_the_answer_is_that_of_generate(cha
     assert texts(chat)[2:] == ["you\nAnd 3 + 3?", f"one\n{expected(history, 6, folders['one'])}"]
     chat.field.value = "   "
     chat.send.click()
-    assert not chat.busy
+    chat.wait()
     assert len(texts(chat)) == 4
 
 

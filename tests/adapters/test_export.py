@@ -12,6 +12,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_lab import (
@@ -27,7 +28,6 @@ from lora_lab import (
     save_model,
 )
 from lora_lab.adapters import CONFIG, save_gguf, save_merged, shipped
-from lora_lab.adapters.edit import set_factors
 from lora_lab.adapters.export import load_merged
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
@@ -70,7 +70,7 @@ def uneven(model):
         rank, alpha = 1 + i % 4, 2.0 + i % 3
         A, B = layer.lora_A[:1].repeat(rank, 1), layer.lora_B[:, :1].repeat(1, rank)
         noise = torch.randn(rank, 1, generator=torch.Generator().manual_seed(i))
-        set_factors(layer, {"lora_A": A * noise, "lora_B": B * noise.T}, alpha)
+        layer.lora_A, layer.lora_B, layer.alpha = nn.Parameter(A * noise), nn.Parameter(B * noise.T), alpha
     return model
 
 

@@ -7,16 +7,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from lora_lab import Llama, quantize_nf4
-from lora_lab.costs.fake import (
-    batch_for,
-    build_model,
-    copy_sharing_weights,
-    device_of,
-    fake_copy,
-    meta_copy,
-    token_batch,
-    unshare_trainable,
-)
+from lora_lab.costs.fake import batch_for, build_model, copy_sharing_weights, device_of, fake_copy, unshare_trainable
+from lora_lab.lean.step import copy_to_meta
 from lora_lab.models.digits import DigitsMLP
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -180,16 +172,14 @@ def test_a_copy_has_modules_of_its_own_and_the_models_memory():
     assert not same(values(model), before)
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_a_copy_on_the_meta_device_has_shapes_only(dtype):
+def test_a_copy_on_the_meta_device_has_shapes_only():
     model = Odd()
-    twin = meta_copy(model, dtype)
+    twin = copy_to_meta(model)
     assert twin.first.weight is twin.second.weight is not model.first.weight
     assert twin.second.bias.requires_grad is False
     for name, tensor in model.state_dict().items():
-        made, cast = twin.state_dict()[name], dtype or tensor.dtype
-        assert (made.device, made.shape) == (META, tensor.shape)
-        assert made.dtype == (cast if tensor.is_floating_point() else tensor.dtype)
+        made = twin.state_dict()[name]
+        assert (made.device, made.shape, made.dtype) == (META, tensor.shape, tensor.dtype)
     assert model.first.weight.device == CPU
 
 
@@ -223,9 +213,9 @@ def test_what_training_would_write_is_cloned_and_the_rest_stays_shared():
 
 
 REFUSED = [
-    (lambda: token_batch(DigitsMLP(), 0, 5), ValueError, "batch_size is 0"),
-    (lambda: token_batch(DigitsMLP(), 3, None), ValueError, "seq_len is None"),
-    (lambda: build_model("a name", CPU), FileNotFoundError, "There is no model 'a name'"),
+    (lambda: batch_for(DigitsMLP(), 0, 5), ValueError, "batch_size is 0"),
+    (lambda: batch_for(DigitsMLP(), 3, None), ValueError, "seq_len is None"),
+    (lambda: build_model("a name", CPU), ValueError, "There is no model 'a name'"),
     (lambda: device_of(nn.Identity()), ValueError, "Identity has no parameters"),
 ]
 

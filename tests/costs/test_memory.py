@@ -64,7 +64,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ANGLES = 2 * S * HEAD  # numbers: cosines and sines
 LINEARS = [(D, D), (D, KV * HEAD), (D, KV * HEAD), (D, D), (D, INNER), (D, INNER), (INNER, D)]  # (in, out) in a block
 NUMBERS = V * D + LAYERS * (sum(i * o for i, o in LINEARS) + 2 * D) + D
-RNG_BYTES = 5056  # the CPU generator's state, which torch's checkpoint keeps for each block
+RNG_BYTES = 5056  # the CPU generator's state, which checkpointing keeps for each block
 
 BF16 = torch.bfloat16
 CKPT = {"gradient_checkpointing": True}
@@ -493,7 +493,7 @@ def test_the_predicted_peak_is_within_three_percent_of_the_measured_one(method, 
         rehearsed, real = (llama(ask, method, **options) for ask in (predicted, measure))
     assert rehearsed.peak_bytes == pytest.approx(real.peak_bytes, rel=0.03)
     # What is left are buffers inside operations: a few bytes, and checkpoint's copy of the generator's state.
-    again = LAYERS * RNG_BYTES if options.get("gradient_checkpointing") else 0
+    again = LAYERS * RNG_BYTES if "ckpt" in way else 0
     assert again <= real.peak_bytes - rehearsed.peak_bytes <= again + 4096
     parts = dict(real.parts)
     assert parts.pop(REST, 0) == real.peak_bytes - rehearsed.peak_bytes
@@ -1014,7 +1014,7 @@ def test_cublas_keeps_a_workspace_for_each_of_two_threads_by_the_cards_capabilit
 # What is refused
 
 EIGHT, GIBS = LoRA(8), 2**30
-CUT = {"quantised blocks, which have no gradient": {"nf4": True}, "has no adapters": {"lean": Lean()}}
+CUT = {"quantised blocks, which have no gradient": {"nf4": True}, "trains adapters only": {"lean": Lean()}}
 REFUSED = [
     *[(DigitsMLP, LoRA(2), DIGITS, options, "DigitsMLP") for options in (CKPT, {"lean": Lean()})],
     *[(lambda: Llama(ONE), FullFineTuning(), text(ONE), options, says) for says, options in CUT.items()],
@@ -1156,9 +1156,9 @@ class Tokens(nn.Module):
 def test_the_largest_size_is_that_of_trying_them_all(quadratic, fixed, monkeypatch):
     model, method = Tokens(quadratic), FullFineTuning()
     (name,) = {"batch_size", "seq_len"} - fixed.keys()
-    rehearsal, plain, asked = memory._Rehearsal(model, Setup(method), None), memory._Rehearsal.bill, []
-    known = functools.cache(lambda batch_size, seq_len: plain(rehearsal, batch_size, seq_len))
-    monkeypatch.setattr(memory._Rehearsal, "bill", lambda _, *sizes: asked.append(sizes) or known(*sizes))
+    bills, plain, asked = memory._Bills(model, Setup(method), None), memory._Bills.predict, []
+    known = functools.cache(lambda batch_size, seq_len: plain(bills, batch_size, seq_len))
+    monkeypatch.setattr(memory._Bills, "predict", lambda _, *sizes: asked.append(sizes) or known(*sizes))
 
     def bill(size):
         sizes = {**fixed, name: size}

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from lora_lab import DoRA, FullFineTuning, Lean, Llama, LlamaConfig, LoRA, LoRAFA, PiSSA
-from lora_lab.costs import memory
-from lora_lab.costs.bill import Part, RecordedOperation, Recording
+from lora_lab.costs import memory, setup
+from lora_lab.costs.bill import Part, RecordedOperation, Recording, extend_recording
+from lora_lab.costs.fake import blocks_are_alike, last_blocks, transformer_blocks
 from lora_lab.costs.memory import predict
-from lora_lab.costs.repeated import blocks_are_alike, extend_recording, last_blocks, transformer_blocks
 from lora_lab.costs.setup import Setup
 from lora_lab.methods import AsItIs
 from lora_lab.models import quantize
@@ -44,7 +44,7 @@ def both_ways(monkeypatch):
             patch.setattr(memory, "StorageLog", log)
             short = predict(*args, **options)
             depth = max(depths)
-            patch.setattr(memory, "blocks_are_alike", lambda model: False)
+            patch.setattr(setup, "blocks_are_alike", lambda model: False)
             patch.setattr(memory, "_dequantise_once", lambda log: None)
             whole = predict(*args, **options)
         assert short == whole  # the parts, the moment, what is saved, and every point of the timeline

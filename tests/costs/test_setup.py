@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_lab import FullFineTuning, Lean, Llama, LlamaConfig, LoRA, LoRAPlus, inject
-from lora_lab.costs.fake import fake_copy, token_batch
-from lora_lab.costs.setup import Setup, StepTracer, as_setup, module_kinds, output_width
+from lora_lab.costs.fake import batch_for, fake_copy, output_width
+from lora_lab.costs.setup import Setup, StepTracer, as_setup, module_kinds
 from lora_lab.costs.timing import UPDATE, trace_work
 from lora_lab.inject import LoRAConfig
 from lora_lab.lean import FlatAdamW
@@ -89,7 +89,8 @@ def test_adamw_by_foreach_is_torchs_own_and_passes_over_the_weights_many_times()
     numbers = sum(parameter.numel() for parameter in DigitsMLP().parameters())
     for name, passes in (("adamw", 7), ("adamw-foreach", 21)):  # and one for the norm of the gradient
         with fake_copy(DigitsMLP) as twin:
-            work = trace_work(Setup(optimizer=name, clip=None), twin, (torch.zeros(4, 64), torch.zeros(4).long()))
+            setup = Setup(optimizer=name, clip=None)
+            work = trace_work(setup, setup.step(twin), (torch.zeros(4, 64), torch.zeros(4).long()))
         moved = work.seconds(lambda call: float(call.moved_bytes))[UPDATE]
         assert moved == pytest.approx(4 * numbers * (passes + 1), rel=0.01)
 
@@ -127,7 +128,7 @@ def test_wrong_values_are_named(call, says):
 
 def kinds(model):
     found = module_kinds(model)
-    return {name: found[id(module)] for name, module in model.named_modules()}
+    return {name: found[id(module)].removeprefix("saved: ") for name, module in model.named_modules()}
 
 
 def test_kinds_of_a_llamas_modules(tiny_config):
@@ -211,7 +212,8 @@ class Notes(StepTracer):
 
     def on_operation(self, function, args, kwargs, out):
         if function.namespace != "prim":
-            self.rows.append((self.phase, self.kind, self.module, self.recomputing, function._opname))
+            kind = self.kind.removeprefix("saved: ")
+            self.rows.append((self.phase, kind, self.module, self.recomputing, function._opname))
 
 
 def watch(model, method=None, batch=DIGITS, **options):
@@ -321,6 +323,6 @@ def test_a_rehearsal_clips_as_a_real_step_does(tiny_config):
     seen = []
     for make in (fake_copy, lambda factory: contextlib.nullcontext(factory())):
         with make(lambda: Llama(tiny_config)) as model:
-            rows = watch(model, LoRA(2), token_batch(model, 1, 4)).rows
+            rows = watch(model, LoRA(2), batch_for(model, 1, 4)).rows
             seen.append([row[-1] for row in rows if row[0] == "clipping"])
     assert seen[0] == seen[1] != []

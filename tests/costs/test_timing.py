@@ -22,11 +22,11 @@ from lora_lab.costs.timing import (
     CostModel,
     OperatorCall,
     Prediction,
-    ProductRates,
     Roofline,
     StepTrace,
     Times,
     describe_call,
+    product_rates,
 )
 from lora_lab.models import shapes
 from lora_lab.models.digits import DigitsMLP
@@ -187,7 +187,7 @@ def test_one_step_is_listed_as_the_third_of_three_is(method):
             else:
                 for _ in range(3):
                     trace.run(*batches)
-            works.append(trace.work())
+            works.append(trace.calls)
     assert works[0] == works[1]
 
 
@@ -239,8 +239,8 @@ def test_a_call_takes_what_is_left_of_a_small_step(monkeypatch):
 def test_each_product_is_timed_once_at_its_shape_and_large_ones_count_at_the_rate_of_a_square(monkeypatch):
     timed = []
     monkeypatch.setattr(timing, "median_seconds", lambda function, device: timed.append(function().shape) or 0.5)
-    rates = ProductRates(CPU)
-    rates._side = 32
+    monkeypatch.setitem(timing._SIDE, "cpu", 32)
+    rates = product_rates(CPU)
     factors = ((8, 16), (0, 1)), ((16, 4), (1, 16))  # of the first one row is expanded
     call = OperatorCall("mm", 0, 2 * 8 * 16 * 4, factors=factors)
     assert [rates(call), rates(replace(call, name="addmm_"))] == [2 * 8 * 16 * 4 / 0.5] * 2
@@ -388,15 +388,17 @@ def test_two_threads_have_a_part_of_the_batch_each(tiny_config):
 
 
 @pytest.mark.parametrize(
-    ("all_before", "all_after", "this_after", "seconds", "cores"),
+    ("used", "this", "seconds", "cores"),
     [
-        (10.0, 16.0, 7.0, 2.0, 1.5),
-        (10.0, 10.02, 4.0, 0.004, 0.0),  # the system counts in hundredths of a second, too coarse for a moment
+        ([100.0, 100.0, 75.0, 25.0], 150.0, 2.0, 1.5),  # percent of each core, and of one core
+        ([50.0, 50.0], 100.5, 2.0, 0.0),  # rounding may leave less than nothing
+        ([100.0, 100.0], 0.0, 0.004, 0.0),  # the system counts in hundredths of a second, too coarse for a moment
     ],
 )
-def test_busy_cores_are_those_that_others_use(monkeypatch, all_before, all_after, this_after, seconds, cores):
-    spent, now = iter([(all_before, 4.0), (all_after, this_after)]), iter([0.0, seconds])
-    monkeypatch.setattr(device, "_cpu_seconds", lambda: next(spent))
+def test_busy_cores_are_those_that_others_use(monkeypatch, used, this, seconds, cores):
+    used, this, now = iter([[7.0], used]), iter([0.0, this]), iter([0.0, seconds])
+    monkeypatch.setattr(device.psutil, "cpu_percent", lambda percpu: next(used))
+    monkeypatch.setattr(device.psutil.Process, "cpu_percent", lambda _: next(this))
     monkeypatch.setattr(device.time, "perf_counter", lambda: next(now))
     with BusyCores(3) as others:
         pass

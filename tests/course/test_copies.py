@@ -312,10 +312,10 @@ def test_an_error_in_one_lesson_leaves_the_folder_as_it_was(lessons, tmp_path):
     ("damage", "says"),
     [
         ("{", "is not JSON"),
-        ("[]", "it must be an object"),
+        ("[]", "it must be a valid dictionary"),
         ("{}", "lacks the entry 'solved'"),
-        ('{"solved": 0, "written": {}, "versions": {}}', "solved is 0, but it must be true or false"),
-        ('{"solved": false, "written": {"00_first.ipynb": 5}, "versions": {}}', "is 5, but it must be a string"),
+        ('{"solved": 0, "written": {}, "versions": {}}', "solved is 0, but it must be a valid boolean"),
+        ('{"solved": false, "written": {"00_first.ipynb": 5}, "versions": {}}', "is 5, but it must be a valid string"),
     ],
 )
 def test_a_damaged_manifest_is_one_sentence_and_without_it_what_was_changed_stays(lessons, tmp_path, damage, says):

@@ -23,14 +23,6 @@ SEEDS = (1, 2, 3)  # of hidden tests
 LESSONS = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
 
 
-def checks(exercise):
-    """How often an answer is checked: without inputs several times, since only this shows how much is left to chance.
-
-    With them ``test_a_check_tells_mistakes_apart`` computes it: at most one of a million checks.
-    """
-    return range(1 if exercise.inputs else 8)
-
-
 def earned(exercise, answer, seed=1):
     return points(answer, exercise.points, seed)
 
@@ -57,7 +49,7 @@ def quantiles_once():
 
 @each_exercise
 def test_the_solution_passes_and_has_all_points(exercise):
-    for _ in checks(exercise):
+    for _ in range(4):  # inputs are drawn anew
         verdict = judge(exercise, exercise.solution)
         assert (verdict.passed, verdict.text) == (True, exercise.praise)
     assert [earned(exercise, exercise.solution, seed) for seed in SEEDS] == 3 * [len(exercise.points)]
@@ -65,7 +57,7 @@ def test_the_solution_passes_and_has_all_points(exercise):
 
 @each_mistake
 def test_a_mistake_is_refused_with_its_sentence(exercise, answer, sentence):
-    for _ in checks(exercise):
+    for _ in range(1 if exercise.inputs else 4):  # what inputs leave to chance is computed below
         verdict = judge(exercise, answer)
         assert (verdict.passed, verdict.text) == (False, sentence)
 

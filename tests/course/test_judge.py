@@ -25,7 +25,7 @@ def register():
 
     def add(solution, name="trial", mistakes=(), properties=(), **options):
         names.append(name)
-        texts = {"hints": ["One.", "Two."], "praise": "It matters."}
+        texts = {"hints": ["One.", "Two."], "praise": "It matters.", "draws": 6}
         exercise = Exercise(name, **(texts | options))
         exercise.solution, exercise.mistakes = solution, list(mistakes)
         for holds, sentence in properties:

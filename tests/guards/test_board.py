@@ -11,7 +11,7 @@ import pytest
 
 from lora_lab import records
 from lora_lab.plots import METHOD_COLOURS
-from lora_lab.studies.claims.deciding import DECIDERS, Entry, judge, read_claims
+from lora_lab.studies.claims.deciding import DECIDERS, judge, read_claims
 from lora_lab.studies.records import KINDS
 from tests.helpers import COMMIT, PNG, ROOT, legend, points, said
 
@@ -41,7 +41,7 @@ def page(source):
     decided = {name for name, decider in DECIDERS.items() if decider.record or decider.published}
     every = {name: claim for name, claim in read_claims().items() if name in decided or claim.record}
     stored = records.load_all(folder=source)
-    entries = {name: Entry(claim, judge(claim, source, every=stored)) for name, claim in every.items()}
+    entries = {name: judge(claim, source, every=stored) for name, claim in every.items()}
     return board.page(source, entries, source.parent / "page")
 
 

@@ -114,9 +114,7 @@ def test_what_a_file_must_not_import_or_call():
     assert {module: names for module, names in found.items() if names} == {}
 
 
-@pytest.mark.parametrize(
-    "module", ["lora", "layers", "variants", "inject", "rank", "models.quantize", "analysis.diagnosis"]
-)
+@pytest.mark.parametrize("module", ["lora", "layers", "variants", "inject", "rank", "analysis.diagnosis"])
 def test_the_heart_imports_torch_only_beside_the_standard_library(module):
     roots = {name.split(".")[0] for name in imports(tree_of(module))}
     assert roots - set(sys.stdlib_module_names) - {"lora_lab"} == {"torch"}

@@ -18,7 +18,7 @@ import lora_lab as ll
 import tests.simulated_cuda as simulation
 from lora_lab import Lean, memory, rank, speed
 from lora_lab.ablation import Grid, Trial, fit_packed, studies
-from lora_lab.costs import fake, flops, timing
+from lora_lab.costs import fake, setup, timing
 from lora_lab.costs.setup import Setup
 from lora_lab.models import quantize, shapes
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
@@ -63,7 +63,7 @@ def rehearsals_on_the_cpu(gpu, monkeypatch):
         with plain(model, "cpu", dtype) as twin:
             yield twin
 
-    for module in (fake, memory, flops, timing):
+    for module in (fake, setup):
         monkeypatch.setattr(module, "fake_copy", pretend)
 
 
@@ -525,10 +525,7 @@ def test_the_lesson_on_speed_times_and_predicts_there(lesson, monkeypatch):
     monkeypatch.setattr(speed, "step_time", lambda *args, **options: timed(*args, **{**options, "rounds": 1}))
     monkeypatch.setattr(timing, "_WEIGHTS", 64)
     monkeypatch.setattr(timing, "_SAMPLE_S", 1e-9)
-    plain = timing.ProductRates.__init__
-    monkeypatch.setattr(
-        timing.ProductRates, "__init__", lambda rates, device: plain(rates, device) or setattr(rates, "_side", 64)
-    )
+    monkeypatch.setitem(timing._SIDE, "cuda", 64)
     few = {"batch_size": 1, "seq_len": 8}
     pictures = {"batch": (torch.ones(8, 64, device="cuda"), torch.zeros(8, dtype=torch.long, device="cuda"))}
     cases = {"SmolLM2-135M, r=8": (partial(Llama, SHAPE), 8, {32: few, 128: few, 512: few})}

@@ -15,8 +15,7 @@ from torch.nn import functional as F
 import lora_lab as ll
 from lora_lab.adapters.edit import take_off
 from lora_lab.inject import replace
-from lora_lab.lean.blocks import _RMSNorm, _Rotate
-from lora_lab.lean.linear import _fuse_is_cheaper, gated_linear, linear
+from lora_lab.lean.blocks import _fuse_is_cheaper, _RMSNorm, _Rotate, gated_linear, linear
 from lora_lab.lean.loss import cross_entropy, token_losses
 from lora_lab.lean.step import FlatAdamW, LeanStep, apply_lean
 from lora_lab.models import quantize
@@ -786,7 +785,7 @@ def hooked(name, kind):
     ("make", "lean", "says"),
     [
         (lambda: DigitsMLP(width=8), ll.Lean(), "lora_lab's Llama, but the model is a DigitsMLP; leave lean out"),
-        (lambda: Llama(SHAPE), ll.Lean(), "the model has no adapters"),
+        (lambda: Llama(SHAPE), ll.Lean(), "is trained, but the lean step trains adapters only"),
         (lambda: adapted(layer=DoRALinear), ll.Lean(), "is a DoRALinear, whose forward pass has no lean form"),
         (lambda: adapted(layer=PiSSALinear), ll.Lean(), "is a PiSSALinear, whose forward pass has no lean form"),
         (lambda: unlock(adapted()), ll.Lean(), "'model.norm.weight' is trained"),

@@ -42,10 +42,6 @@ def gradients(run, block, x, mask):
     return [y.detach(), *torch.autograd.grad(y.square().sum(), wanted)]
 
 
-def by_us(block, x, mask):
-    return recompute(block, x, mask, random=True)
-
-
 def by_torch(block, x, mask):
     return checkpoint(block, x, mask, use_reentrant=False)
 
@@ -55,23 +51,17 @@ def by_torch(block, x, mask):
 def test_gradients_are_those_of_torchs_checkpoint_and_of_none(dropout, mask):
     block, x = Block(dropout), draw(4, 6)
     for run in (by_torch, lambda block, x, mask: block(x, mask)):
-        for ours, other in zip(gradients(by_us, block, x, mask), gradients(run, block, x, mask), strict=True):
+        for ours, other in zip(gradients(recompute, block, x, mask), gradients(run, block, x, mask), strict=True):
             torch.testing.assert_close(ours, other, rtol=0, atol=0)
-
-
-def test_random_numbers_that_are_not_restored_give_other_gradients():
-    block, x = Block(dropout=0.5), draw(4, 6)
-    ours = gradients(lambda block, x, mask: recompute(block, x, mask, random=False), block, x, None)
-    assert not torch.allclose(ours[1], gradients(by_us, block, x, None)[1])
 
 
 def test_an_error_of_the_function_is_raised_and_a_pass_without_gradients_is_computed_once():
     block = Block()
     with torch.no_grad():
-        assert torch.equal(by_us(block, draw(4, 6), None), block(draw(4, 6), None))
+        assert torch.equal(recompute(block, draw(4, 6), None), block(draw(4, 6), None))
     assert block.calls == 2
     with pytest.raises(RuntimeError, match="shape"):
-        by_us(block, draw(4, 7), None)
+        recompute(block, draw(4, 7), None)
 
 
 def test_nothing_is_alive_after_the_backward_pass():
@@ -85,7 +75,7 @@ def test_nothing_is_alive_after_the_backward_pass():
     gc.disable()
     try:
         for _ in range(2):
-            recompute(function, draw(3).requires_grad_(), random=False).sum().backward()
+            recompute(function, draw(3).requires_grad_()).sum().backward()
         assert len(alive) == 4
         assert [each() for each in alive] == [None] * 4
     finally:

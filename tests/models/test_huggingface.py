@@ -95,7 +95,7 @@ def test_a_config_of_which_nothing_can_be_built_is_refused(tmp_path):
     [
         ('{"model_type": "no-such-model"}', "transformers .* cannot read .*no-such-model"),
         ("{}", "transformers .* cannot read"),
-        ("[]", r"config.json is \[\], but it must be an object"),
+        ("[]", r"config.json is \[\], but it must be a valid dictionary"),
         ('{"model_type": "gpt2", "n_layer": 1000000000}', "n_layer is 1000000000, but it must be at most 1000"),
         (
             '{"model_type": "bert", "num_labels": 1000000000}',
@@ -156,7 +156,7 @@ SPOILT = [  # what is done to a folder, and what must be named
     ),
     (lambda folder: changed(folder, intermediate_size=25), "cannot be loaded by transformers: "),
     (lambda folder: (folder / "model.safetensors").write_bytes(b"no"), "cannot be loaded"),
-    (lambda folder: (folder / "adapter_config.json").write_text("{}"), "holds an adapter beside the model"),
+    (lambda folder: (folder / "adapter_config.json").write_text("{}"), "holds an adapter"),
     (lambda folder: changed(folder, quantization_config={"quant_method": "fp8"}), "quantised weights.*quantize_nf4"),
 ]
 

@@ -22,7 +22,7 @@ def small_world(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(studies, "processes", lambda device: 1)
         patch.setattr(run, "_commit", lambda: COMMIT)
-        patch.setattr(run, "_fitting", lambda *_: 4)  # to foresee how many fit takes a second each time
+        patch.setattr(run, "_count_fitting", lambda *_: 4)  # to foresee how many fit takes a second each time
         patch.setattr(run, "_check_steps", lambda *_: None)  # of no trial here that could not train
         patch.chdir(tmp_path_factory.mktemp("records"))
         torch.set_num_threads(1)

@@ -178,23 +178,25 @@ def test_a_trial_that_failed_is_a_row_with_its_reason_and_its_setup_is_not_judge
     methods = {name: (method, 1e30 if name in hot else lr) for name, (method, lr) in METHODS.items()}
     monkeypatch.setattr(curves, "METHODS", methods)
     monkeypatch.setattr(curves, "epochs", lambda device: ({8: 4}, {}))
-    rows = list(curves.OVERFITTING.rows(CPU, tmp_path))
+    monkeypatch.chdir(tmp_path)
+    rows = list(curves.OVERFITTING.rows(CPU))
     failed = [row for row in rows if row["outcome"] == "failed"]
     assert {row["setup"] for row in failed} == {*hot}
     assert {row["setup"] for row in rows if row["stage"] == "judging"} == METHODS.keys() - {*hot}
     for row in failed:
         assert "lower the learning rate" in row["reason"]
         assert row["step"] is row["validation_loss"] is row["gap"] is None
-        assert curves.OVERFITTING.line(row).endswith(f"seed {row['seed']}: {row['reason']}")
+        assert recorder.tell_row(row).endswith(f"seed {row['seed']}: {row['reason']}")
     records.new("overfitting", rows, {}, "a test", CPU, "unknown")  # has no NaN in it
 
 
-def test_of_a_record_that_is_overfitted_nothing_is_run_again(overfitted, tmp_path, no_trial_runs, small):
-    shutil.copytree(FOLDER, tmp_path / "trials")
-    assert list(curves.OVERFITTING.rows(CPU, tmp_path / "trials")) == overfitted[0].rows
-    next((tmp_path / "trials").glob("*.json")).unlink()
+def test_of_a_record_that_is_overfitted_nothing_is_run_again(overfitted, tmp_path, no_trial_runs, small, monkeypatch):
+    shutil.copytree(FOLDER, tmp_path / FOLDER)
+    monkeypatch.chdir(tmp_path)
+    assert list(curves.OVERFITTING.rows(CPU)) == overfitted[0].rows
+    next(FOLDER.glob("*.json")).unlink()
     with pytest.raises(AssertionError, match="a trial is run again"):
-        list(curves.OVERFITTING.rows(CPU, tmp_path / "trials"))
+        list(curves.OVERFITTING.rows(CPU))
 
 
 def test_settings_that_no_record_can_hold_are_refused_before_anything_is_run(monkeypatch, capsys):
@@ -214,22 +216,20 @@ def test_settings_that_no_record_can_hold_are_refused_before_anything_is_run(mon
 # Remedies
 
 PLAIN = {
-    "LoRA r=8": (LoRA(8, 16), (1e-2, 2e-2), 0.0),
-    "LoRA r=1": (LoRA(1, 2), (2e-2,), 0.0),
-    "full": (FullFineTuning(), (1e-3, 3e-3), 0.0),
-    "weight decay": (LoRA(8, 16), (2e-2,), 10.0),
+    "LoRA r=8": (LoRA(8, 16), (1e-2, 2e-2)),
+    "LoRA r=1": (LoRA(1, 2), (2e-2,)),
+    "full": (FullFineTuning(), (1e-3, 3e-3)),
 }
-CHANGED = {
-    "own replies": partial(curves.add_own_replies, 0.5),
-    "other text": partial(curves.add_other_text, 0.5),
-    "KL penalty": partial(curves.stay_near_base, 1.0),
-}
-SETUPS = PLAIN | {name: (LoRA(8, 16), (2e-2,), 0.0) for name in CHANGED}
+DECAYS = {"weight decay": 10.0}
+REAL = {"own replies": "own replies, half", "other text": "other text, a quarter", "KL penalty": "KL penalty 1"}
+CHANGED = {name: curves.CHANGED[real] for name, real in REAL.items()}
+SETUPS = PLAIN | {name: (LoRA(8, 16), (2e-2,)) for name in (*DECAYS, *CHANGED)}
 
 
 @pytest.fixture(scope="module")
 def tiny(make):
-    few = {"PLAIN": PLAIN, "CHANGED": CHANGED, "RATE": 2e-2, "FEW": (10, 4, (0, 1)), "LENGTH": 9, "EXAMPLES": 6}
+    few = {"PLAIN": PLAIN, "DECAYS": DECAYS, "CHANGED": CHANGED, "RATE": 2e-2, "LENGTH": 9, "EXAMPLES": 6}
+    few |= {"plan_size": lambda device: (10, 4), "plan_seeds": lambda device, first=0: range(first, 5 if first else 2)}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in few.items():
             patch.setattr(curves, name, value)
@@ -243,7 +243,7 @@ def whole(tiny):
 
 def test_a_record_has_a_curve_for_each_setup_rate_and_seed_and_for_each_strength_of_the_adapter(whole):
     frame = whole[0].frame()
-    expected = {(name, lr, seed) for name, (_, lrs, _) in SETUPS.items() for lr in lrs for seed in (0, 1)}
+    expected = {(name, lr, seed) for name, (_, lrs) in SETUPS.items() for lr in lrs for seed in (0, 1)}
     expected |= {("LoRA r=8, scaled", lr, seed) for lr in (1e-2, 2e-2) for seed in (0, 1)}
     curves = dict([*frame.groupby(["setup", "lr", "seed"])])
     assert set(curves) == expected
@@ -259,9 +259,9 @@ def test_a_record_has_a_curve_for_each_setup_rate_and_seed_and_for_each_strength
 def test_a_row_is_what_fit_gives_on_the_changed_task(tiny, whole):
     frame = whole[0].frame()
     for name in ("own replies", "other text", "KL penalty", "weight decay", "full"):
-        (method, (lr, *_), decay), options = SETUPS[name], {"steps": 10, "batch_size": 4, "schedule": "constant"}
+        (method, (lr, *_)), options = SETUPS[name], {"steps": 10, "batch_size": 4, "schedule": "constant"}
         own = frame[(frame["setup"] == name) & (frame["seed"] == 1) & (frame["lr"] == lr)].set_index("step")
-        options |= {"lr": lr, "seed": 1, "weight_decay": decay, "eval_examples": 6}
+        options |= {"lr": lr, "seed": 1, "weight_decay": DECAYS.get(name, 0.0), "eval_examples": 6}
         history = fit(tiny(), make_task(name if name in CHANGED else None), method, progress=False, **options)
         table = history.frame().set_index("step")
         tolerance = 1e-4 if name == "full" else 3e-2  # over a base in bfloat16
@@ -338,10 +338,11 @@ def test_a_record_can_be_compared_at_equal_learning_and_asked_what_predicts_forg
 
 
 def test_a_failed_trial_has_no_strengths(tiny, monkeypatch, tmp_path):
-    monkeypatch.setattr(curves, "PLAIN", {"LoRA r=8": (LoRA(8, 16), (1e30,), 0.0)})
-    monkeypatch.setattr(curves, "CHANGED", {})
-    monkeypatch.setattr(curves, "FEW", (10, 4, (0,)))
-    (row,) = curves.REMEDIES.rows(CPU, tmp_path)
+    few = {"PLAIN": {"LoRA r=8": (LoRA(8, 16), (1e30,))}, "DECAYS": {}, "CHANGED": {}}
+    for name, value in (few | {"plan_seeds": lambda device: (0,)}).items():
+        monkeypatch.setattr(curves, name, value)
+    monkeypatch.chdir(tmp_path)
+    (row,) = curves.REMEDIES.rows(CPU)
     assert row["outcome"] == "failed"
     assert pandas.isna(row["step"])
 
@@ -361,7 +362,7 @@ def few(device):
         setup: (dataclasses.replace(trial, steps=4, warmup=None, eval_every=4), (1e-3, 1e-2))
         for setup, (trial, _) in docs.setups.items()
     }
-    of_eight = {"about": docs.about | {"n_train": 8}, "task": partial(curves.draw_text, 8)}
+    of_eight = {"about": docs.about | {"n_train": 8}, "task": partial(counting_on, 9, 8)}
     return [
         dataclasses.replace(digits, setups=of_digits, **seeds),
         dataclasses.replace(docs, setups=of_docs, **of_eight, **seeds),
@@ -392,10 +393,9 @@ def head_start(make, small_world, tiny_config):
     """One run of the command, in which the real model is a tiny one and its text counts on."""
     small_world.setattr(studies, "random_init", lambda device=None, seed=0: Llama(tiny_config, seed=100 + seed))
     small_world.setattr(curves, "TEXT_LENGTH", 9)
-    made = recorder.record_sweeps("head_start", few)
-    small_world.setattr(curves, "HEAD_START", made)
+    small_world.setattr(curves, "HEAD_START", recorder.record_sweeps("head_start", few))
     record, printed = record_of("head_start")
-    assert re.search(r"inverted +MLP +from scratch, longer +judging .*n_train 40 +lr 0.00", printed)
+    assert re.search(r"inverted +MLP +n_train 40 +judging +from scratch, longer .*lr 0.00", printed)
     assert [case["about"]["data"] for case in record.settings["cases"]] == ["inverted", DOCS]
     first = record.settings["cases"][0]
     assert (first["setups"][LONGER]["steps"], first["lrs"][LONGER]) == (550, [1e-3, 3e-3, 9e-3])

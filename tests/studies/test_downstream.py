@@ -15,6 +15,7 @@ from lora_lab import FullFineTuning, LoRA, cli, evaluate, fit, records
 from lora_lab.ablation import studies
 from lora_lab.models.llama import Llama
 from lora_lab.studies import downstream
+from lora_lab.studies.recorder import tell_row
 from lora_lab.tasks import Pair, from_pairs
 from lora_lab.tasks.generate import answers
 from lora_lab.tasks.metrics import StyleJudge, score, trivial
@@ -119,11 +120,9 @@ def test_a_tasks_row_says_what_it_is_and_how_large(whole, chatter):
     made = {"sentiment": sentiment(chatter), "translate-fr": french(chatter), "style": stories(chatter)}
     for row in rows_of(whole[1], "task"):
         task = made[row["task"]]
-        assert (row["says"], row["licence"], row["metric"]) == (task.about, task.licence, task.metric)
         sizes = {part: len(task.parts[part].inputs) for part in ("train", "validation", "test", "off_domain")}
         assert {part: row[part] for part in sizes} == sizes
         assert row["fingerprint"] == task.fingerprint
-        assert ("judge_accuracy" in row) == (row["task"] == "style")
     assert len({row["fingerprint"] for row in rows_of(whole[1], "task")}) == 3
 
 
@@ -180,9 +179,6 @@ def test_the_zero_shot_row_is_the_model_as_it_is(whole, tiny, chatter, name):
     said = answers(model, task)
     assert len(said) == len(task.pairs["test"]) > 3
     assert found[number] == judge(said, task)
-    if name == "style":
-        assert found["plain_loss"] == evaluate(model, stories(chatter, "plain"), "test")
-        assert found["plain_loss"] != evaluate(model, task, "test")
     assert kept(whole, task, name, "zero-shot") == said[:3]
 
 
@@ -204,8 +200,6 @@ def test_a_result_is_that_of_fit_at_the_chosen_rate_and_scored_on_the_whole_test
     said = answers(model, task)
     assert found[number] == judge(said, task)
     assert (kept(whole, task, name, setup) == said[:3]) or seed  # those of the first seed alone
-    if name == "style":
-        assert found["plain_loss"] == pytest.approx(evaluate(model, stories(chatter, "plain"), "test"), rel=1e-5)
     (before,) = rows_of(whole[1], "result", task=name, setup="zero-shot")
     assert found["validation_loss"] != pytest.approx(before["validation_loss"], rel=1e-3)
 
@@ -222,10 +216,8 @@ def test_from_scratch_another_model_is_trained_on_sentiment_alone(whole, tiny, c
     assert full["validation_loss"] != pytest.approx(found[1]["validation_loss"], rel=1e-2)
 
 
-def test_the_style_is_told_from_plain_stories_as_well_as_the_row_says(whole, chatter):
-    (row,) = rows_of(whole[1], "task", task="style")
-    judge = StyleJudge(stories(chatter), stories(chatter, "plain"))
-    assert row["judge_accuracy"] == judge.accuracy > 0.9
+def test_the_style_is_told_from_plain_stories(whole, chatter):
+    assert StyleJudge(stories(chatter), stories(chatter, "plain")).accuracy > 0.9
     shares = {row["in_style"] for row in rows_of(whole[1], "result", task="style")}
     assert shares <= {i / 4 for i in range(5)}
     wanted = [pair.answer for pair in stories(chatter).pairs["test"]]
@@ -237,16 +229,17 @@ def test_the_style_is_told_from_plain_stories_as_well_as_the_row_says(whole, cha
 # What fails, and what is stopped
 
 
-def hot(monkeypatch, *setups, steps=None):
+def hot(monkeypatch, folder, *setups, steps=None):
     """The plan, for one task, with a rate at which nothing can be trained; for some methods there is no other."""
+    monkeypatch.chdir(folder)
     rates = {setup: [1e30] if setup in setups else [*lrs, 1e30] for setup, lrs in RATES.items()}
     plan = PLAN | {"lrs": rates, "steps": steps or {"sentiment": 5}}
     monkeypatch.setattr(downstream, "plan", lambda device: plan)
 
 
 def test_a_trial_that_failed_is_a_row_of_tuning_with_its_reason(tiny, monkeypatch, tmp_path):
-    hot(monkeypatch, "full", "scratch")
-    rows = list(downstream.DOWNSTREAM.rows(CPU, tmp_path))
+    hot(monkeypatch, tmp_path, "full", "scratch")
+    rows = list(downstream.DOWNSTREAM.rows(CPU))
     failed = [row for row in rows if row.get("outcome") == "failed"]
     assert [(row["about"], row["setup"], row["lr"], row["seed"]) for row in failed] == [
         ("tuning", setup, 1e30, 0) for setup in ("full", "LoRA r=8", "scratch")
@@ -254,7 +247,7 @@ def test_a_trial_that_failed_is_a_row_of_tuning_with_its_reason(tiny, monkeypatc
     for row in failed:
         assert "lower the learning rate" in row["reason"]
         assert row["validation_loss"] is row["test_loss"] is None
-        assert row["reason"] in downstream.DOWNSTREAM.line(row)
+        assert row["reason"] in tell_row(row)
     results = [row["setup"] for row in rows_of(rows, "result")]
     assert results == ["trivial", "zero-shot", *["LoRA r=8"] * 3]
     assert {row["setup"] for row in rows_of(rows, "answer")} == {"zero-shot", "LoRA r=8"}
@@ -262,8 +255,8 @@ def test_a_trial_that_failed_is_a_row_of_tuning_with_its_reason(tiny, monkeypatc
 
 
 def test_where_everything_failed_the_next_task_begins(tiny, monkeypatch, tmp_path):
-    hot(monkeypatch, *RATES, steps={"sentiment": 5, "style": 4})
-    rows = list(downstream.DOWNSTREAM.rows(CPU, tmp_path))
+    hot(monkeypatch, tmp_path, *RATES, steps={"sentiment": 5, "style": 4})
+    rows = list(downstream.DOWNSTREAM.rows(CPU))
     assert [row["task"] for row in rows_of(rows, "task")] == ["sentiment", "style"]
     assert {row["setup"] for row in rows_of(rows, "result")} == {"trivial", "zero-shot"}
     assert [row["outcome"] for row in rows_of(rows, "tuning")] == ["failed"] * 5
@@ -340,9 +333,9 @@ def test_an_interval_holds_the_score_and_has_no_width_where_all_answers_are_righ
     task = sentiment(chatter)
     right = [pair.answer for pair in task.pairs["test"]]
     validation = [pair.answer for pair in task.pairs["validation"]]
-    perfect = downstream._result(task, {}, {"test": right, "validation": validation})
+    perfect = downstream._score(task, {}, {"test": right, "validation": validation})
     assert [perfect[name] for name in ("lower", "accuracy", "upper", "validation")] == [1, 1, 1, 1]
-    constant = downstream._result(task, {}, {"test": trivial(task), "validation": ["good"]})
+    constant = downstream._score(task, {}, {"test": trivial(task), "validation": ["good"]})
     assert 0 <= constant["lower"] < constant["accuracy"] < constant["upper"] <= 1
     assert constant["validation"] == float(validation[0] == "good")
 

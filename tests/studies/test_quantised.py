@@ -9,12 +9,12 @@ import torch
 
 from lora_lab import LoRA, fit, merge, quantize_nf4
 from lora_lab.ablation import studies
-from lora_lab.ablation.compare import compare_losses, rates_around
+from lora_lab.ablation.compare import compare_losses
 from lora_lab.ablation.stats import BlockLosses
 from lora_lab.adapters.edit import off
 from lora_lab.models.llama import Llama
 from lora_lab.models.quantize import FORMATS, BlockLinear, nf4
-from lora_lab.studies import tuned
+from lora_lab.studies import recorder, tuned
 from lora_lab.studies.tuned import NF4, Q4_1, Merges, forms_of
 from tests.studies.conftest import sentences
 
@@ -37,10 +37,15 @@ def rows(small_world, tiny_config):
     small_world.setattr(studies, "language_model", lambda device, model=None: Llama(tiny_config, seed=3))
     small_world.setattr(studies, "docs_task", lambda seq_len: task)
     small_world.setattr(tuned, "load_base", lambda base, device: load(tiny_config, base))
-    small_world.setattr(tuned, "ON_TEST", {"validation": 5, "test": 6})
+    for module in (tuned, recorder):
+        small_world.setattr(module, "ON_TEST", {"validation": 5, "test": 6})
     small_world.setattr(tuned, "ROUNDS", 2)
-    real, lrs = tuned.plan_setup, rates_around(2e-2)
-    small_world.setattr(tuned, "plan_setup", lambda method, rates, steps, size, lean: real(method, lrs, 3, 4, lean))
+    real = tuned.plan_setups
+
+    def plan_few(methods, steps, size, lean):
+        return real({base: (method, 2e-2) for base, (method, _) in methods.items()}, 3, 4, lean=lean)
+
+    small_world.setattr(tuned, "plan_setups", plan_few)
     return list(tuned.QUANTISED.rows(CPU))
 
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from lora_lab import FullFineTuning, LoRA, fit, records
-from lora_lab.ablation import Trial, studies
+from lora_lab.ablation import studies
 from lora_lab.ablation.compare import compare_losses
 from lora_lab.ablation.stats import BlockLosses, best_rate, block_losses_of, losses_by_rate
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
 from lora_lab.studies import curves, recorder, tuned
-from lora_lab.studies.recorder import BlockSweep, find_recorder, tell_row
+from lora_lab.studies.recorder import BlockSweep, find_recorder, plan_setups, tell_row
 from lora_lab.studies.records import KINDS
 from lora_lab.tasks import digits
 from tests.helpers import COMMIT, command
@@ -34,14 +34,21 @@ def test_a_record_can_hold_the_settings_of_every_study(name, device):  # or hour
     ("changes", "told"),
     [
         ({}, "docs  r=1  lr 0.001  seed 2  step 8  steps 8  validation_loss 3.123"),
+        ({"lr": None, "validation_loss": 2**20}, "docs  r=1  seed 2  step 8  steps 8  validation_loss 1,048,576"),
         ({"outcome": "failed", "reason": "It diverged."}, "r=1, lr 0.001, seed 2: It diverged."),
+        ({"outcome": "failed", "reason": "So.", "setup": None, "rank": 8}, "r=8, lr 0.001, seed 2: So."),
         ({"step": 7}, None),
-        ({"validation_loss": None, "lr": None}, None),
+        ({"layer": "model.layers.0.mlp.up_proj"}, None),
+        ({"prediction": "positive"}, None),
     ],
 )
 def test_a_trials_last_row_is_told_in_a_line(changes, told):
     row = {"data": "docs", "setup": "r=1", "lr": 1e-3, "seed": 2, "step": 8, "steps": 8, "validation_loss": 3.1234}
-    assert tell_row(row | {"edge": "", "test_loss": None, "score_test": str([3.0] * 9)} | changes) == told
+    assert tell_row(row | {"edge": "", "test_loss": None, "score_test": 50 * "3", "commit": COMMIT} | changes) == told
+
+
+def test_what_is_of_no_setup_is_not_told():
+    assert tell_row({"about": "task", "task": "style", "test": 4}) is None
 
 
 # A sweep by blocks
@@ -49,9 +56,9 @@ def test_a_trials_last_row_is_told_in_a_line(changes, told):
 
 def plan(device):
     for data, steps, size, on, seq_len in (("digits", 6, 16, 40, None), ("docs", 3, 4, 5, 8)):
-        options = {"steps": steps, "batch_size": size, "eval_every": steps, "eval_examples": 4}
-        lora = Trial(LoRA(1, 32), 1e-3, **options), (1e-2, 2e-2)
-        setups = {"full": (Trial(FullFineTuning(), 1e-3, **options), (1e-3, 2e-3)), "r=1": lora, "again": lora}
+        lora = LoRA(1, 32), (1e-2, 2e-2)
+        methods = {"full": (FullFineTuning(), (1e-3, 2e-3)), "r=1": lora, "again": lora}
+        setups = plan_setups(methods, steps, size)
         judged = {"chosen_on": on, "judged_on": {"validation": 4, "test": 6}, "widen": 1}
         yield BlockSweep(setups, [0, 1], [2, 3], data=data, seq_len=seq_len, **judged)
 

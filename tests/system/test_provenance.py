@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -44,6 +45,12 @@ def git(folder, *arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
 
+def commit(folder):
+    """Return the commit of a package whose checkout is this folder."""
+    with patch.object(provenance, "checkout", lambda: folder):
+        return provenance.commit()
+
+
 @pytest.fixture
 def checkout(tmp_path):
     """A git repository with one commit of two files, one of them a record."""
@@ -58,29 +65,29 @@ def checkout(tmp_path):
 
 
 def test_a_clean_checkout_gives_its_commit_and_a_changed_one_says_so(checkout):
-    first = provenance.commit_of(checkout)
+    first = commit(checkout)
     assert first == git(checkout, "rev-parse", "HEAD")
     assert re.fullmatch("[0-9a-f]{40}", first)
     (checkout / "notes.txt").write_text("neither untracked files nor records are changes of the code\n")
     (checkout / "records" / "gpu-memory.json").write_text('{"measured": "again"}\n')
     assert git(checkout, "status", "--porcelain") != ""
-    assert provenance.commit_of(checkout) == first
+    assert commit(checkout) == first
     (checkout / "code.py").unlink()
-    assert provenance.commit_of(checkout) == f"{first}+changes"
+    assert commit(checkout) == f"{first}+changes"
     (checkout / "code.py").write_text("2\n")
-    assert provenance.commit_of(checkout) == f"{first}+changes"
+    assert commit(checkout) == f"{first}+changes"
     git(checkout, "add", ".")
-    assert provenance.commit_of(checkout) == f"{first}+changes"
+    assert commit(checkout) == f"{first}+changes"
     git(checkout, "commit", "--quiet", "--all", "--message", "second")
-    assert provenance.commit_of(str(checkout)) == git(checkout, "rev-parse", "HEAD") != first
+    assert commit(checkout) == git(checkout, "rev-parse", "HEAD") != first
 
 
 def test_where_there_is_no_commit_none_is_named(checkout, tmp_path, monkeypatch):
-    assert provenance.commit_of(tmp_path) == "unknown"
-    assert provenance.commit_of(tmp_path / "none") == "unknown"
+    assert commit(tmp_path) == "unknown"
+    assert commit(tmp_path / "none") == "unknown"
     (checkout / "venv" / "site-packages").mkdir(parents=True)
-    assert provenance.commit_of(checkout / "venv" / "site-packages") == "unknown"  # the commit of other code
+    assert commit(checkout / "venv" / "site-packages") == "unknown"  # the commit of other code
     git(tmp_path, "init", "--quiet", "empty")
-    assert provenance.commit_of(tmp_path / "empty") == "unknown"
+    assert commit(tmp_path / "empty") == "unknown"
     monkeypatch.setenv("PATH", str(tmp_path))  # without git
-    assert provenance.commit_of(checkout) == "unknown"
+    assert commit(checkout) == "unknown"

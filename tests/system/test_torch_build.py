@@ -31,13 +31,13 @@ def machine(monkeypatch):
     return state
 
 
-def test_without_a_gpu_the_cpu_build_is_installed_in_the_range_of_the_project(machine):
+def test_without_a_gpu_the_cpu_build_is_installed(machine):
     torch_build.main()
     first, second = machine.commands
     assert first[-2:] == ["--quiet", "uv"]
     assert second[1:4] == ["-m", "uv", "pip"]
     assert second[second.index("--torch-backend") + 1] == "cpu"
-    assert second[-1].startswith("torch>=2.")
+    assert second[-1] == "torch"
     assert second[second.index("--python") + 1] == sys.executable
 
 

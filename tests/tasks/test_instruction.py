@@ -326,24 +326,12 @@ def test_a_reply_stops_at_the_end_of_a_turn(reasoner, tiny_config):
     assert reply(model, reasoner, "a", max_new_tokens=12) == reasoner.decode(expected).strip()
 
 
-def test_the_preview_counts_the_special_tokens_in_the_texts(chatter):
-    backend = Backend.from_str(chatter.backend.to_str())
-    backend.add_special_tokens([AddedToken("<filename>", special=True, normalized=False)])
-    tokenizer = Tokenizer(backend, eos_id=259, bos_id=258, chat_template=chatter.chat_template)
-    pairs = {part: [Pair(f"{part} of <filename>?", "In <filename>.")] for part in ("train", "validation", "test")}
-    task = from_pairs(tokenizer, pairs)
-    assert (task.train.inputs == backend.token_to_id("<filename>")).sum() == 2
-    assert task.preview().endswith("special tokens in the texts: '<filename>' (2 times)")
-    assert "special tokens" not in from_pairs(chatter, pairs).preview()
-
-
 def test_a_text_far_too_long_is_refused_without_its_tokens(chatter, monkeypatch):
     tokenised = []
     monkeypatch.setattr(Tokenizer, "encode", lambda self, text, *_: tokenised.append(len(text)) or [0] * len(text))
     with pytest.raises(ValueError, match="has more than 512 tokens"):
         from_pairs(chatter, [Pair("x" * 600_000, "a"), *sums()])
     assert max(tokenised, default=0) < 1000
-    assert from_pairs(chatter, [Pair("x" * 600_000, "a"), *sums()], skip_long=True).left_out == 1
 
 
 # Conversations

@@ -2,7 +2,7 @@
 
 import copy
 
-import numpy as np
+import numpy as np  # noqa: F401  # for the solution
 import torch
 from torch import nn
 
@@ -18,13 +18,12 @@ head_start = Exercise(
         "load_state_dict copies the numbers of a state dict into a model's own tensors; return the model afterwards.",
     ],
     praise="Each run now begins at the same weights, and no run can spoil the start of the next.",
-    draws=2,
 )
 
 
 def started(head_start, rng):
     """A pre-trained net, with buffers as after some training, what it held before, and the learner's net."""
-    inputs, width = (int(size) for size in rng.choice(np.arange(3, 9), 2, replace=False))
+    inputs, width = rng.choice(range(3, 9), 2, replace=False).tolist()
 
     def make():
         return nn.Sequential(nn.Linear(inputs, width), nn.BatchNorm1d(width), nn.Linear(width, 2))
@@ -105,20 +104,9 @@ def leaves_the_original_alone(head_start, rng):
 
 
 def validation_and_test(rng):
-    """Rate -> the accuracy of each of three seeds, twice; different rules of choosing lead to different rates."""
-    rates = [float(rate) for rate in rng.choice([1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1], 6, replace=False)]
-    while True:
-        validation, test = ({rate: rng.uniform(0.5, 1, 3).round(3).tolist() for rate in rates} for _ in range(2))
-        chosen = [
-            max(rates, key=lambda rate: np.mean(validation[rate])),
-            max(rates, key=lambda rate: np.mean(test[rate])),
-            max(rates, key=lambda rate: np.mean([*validation[rate], *test[rate]])),
-            max(rates, key=lambda rate: max(validation[rate])),
-            max(rates, key=lambda rate: validation[rate][0]),
-            min(rates, key=lambda rate: np.mean(validation[rate])),
-        ]
-        if len(set(chosen)) >= 5 and chosen.count(chosen[0]) == 1:
-            return validation, test
+    """Rate -> the accuracy of each of three seeds, in validation and in the test."""
+    rates = rng.choice([1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1], 6, replace=False).tolist()
+    return tuple({rate: rng.uniform(0.5, 1, 3).tolist() for rate in rates} for _ in range(2))
 
 
 BEST = "max(validation, key=lambda rate: np.mean(validation[rate]))"
@@ -152,31 +140,24 @@ choose = Exercise(
         "The test dict is not needed here: it judges later what you have chosen.",
     ],
     praise="The test data was not used to choose, so it can still judge the rate that you chose.",
-    draws=10,
 )
 
 
 @choose.must()
 def is_best_in_validation(choose, rng):
     """Of all rates the result has the highest mean accuracy in validation."""
-    for _ in range(12):
-        rates = rng.uniform(1e-4, 1e-1, 6).tolist()
-        validation, test = ({rate: rng.uniform(0.5, 1, 3).tolist() for rate in rates} for _ in range(2))
-        if choose(validation, test) != max(rates, key=lambda rate: sum(validation[rate])):
-            return False
-    return True
+    validation, test = validation_and_test(rng)
+    return choose(validation, test) == max(validation, key=lambda rate: sum(validation[rate]))
 
 
 @choose.must()
 def does_not_ask_the_test(choose, rng):
     """The result is one of the rates, not always the largest, and other test accuracies do not change it."""
-    rates, results = rng.uniform(1e-4, 1e-1, 6).tolist(), []
-    for _ in range(8):
-        validation = {rate: rng.uniform(0.5, 1, 3).tolist() for rate in rates}
-        tests = [{rate: rng.uniform(0.5, 1, 3).tolist() for rate in rates} for _ in range(6)]
-        results.append({float(choose(validation, test)) for test in tests})
-    always_largest = all(result == {max(rates)} for result in results)
-    return not always_largest and all(len(result) == 1 and result <= {*rates} for result in results)
+    validation, test = validation_and_test(rng)
+    mirrored = dict(zip(validation, [*validation.values()][::-1], strict=True))  # another of the six rates is best
+    tests = validation, mirrored, test
+    results = [{float(choose(table, each)) for each in tests} for table in (validation, mirrored)]
+    return results[0] != results[1] and all(len(each) == 1 and each <= {*validation} for each in results)
 
 
 # Training one layer
@@ -190,7 +171,6 @@ only = Exercise(
         "A layer has requires_grad_ too: freeze everything first, then make one layer trainable.",
     ],
     praise="This is PartialFineTuning. LoRA uses the same switch: the old parameters frozen, the new ones trained.",
-    draws=2,
 )
 
 

@@ -5,23 +5,20 @@ import torch
 from torch.nn import functional as F
 
 from lora_lab.ablation import overfitting as learning  # noqa: F401
-from lora_lab.course.exercise import Exercise, Reflection, close
+from lora_lab.course.exercise import Exercise, Reflection, close, normal
 
 # A temperature
 
 
 def overconfident(rng):
     """Logits (pictures, classes) and labels to fit a temperature on, others to judge it on, and temperatures."""
-    classes = 5
 
     def part(count, confidence):
-        labels = rng.integers(0, classes, count)
-        logits = rng.normal(size=(count, classes))
-        logits[np.arange(count), labels] += 1.0
-        return torch.tensor(confidence * logits), torch.tensor(labels)
+        labels = torch.from_numpy(rng.integers(0, 5, count))
+        return confidence * (F.one_hot(labels, 5) + normal(rng, count, 5)), labels
 
     fitted, judged = part(30, rng.uniform(4, 6)), part(20, rng.uniform(9, 14))
-    return *fitted, *judged, torch.tensor(rng.permutation([0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0]))
+    return *fitted, *judged, torch.from_numpy(rng.permutation([0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0]))
 
 
 FIT, RESULT = "F.cross_entropy(logits / T, labels)", "F.cross_entropy(judged / best, judged_labels)"
@@ -58,50 +55,40 @@ temperature = Exercise(
         "Choose T with logits and labels; then return F.cross_entropy(judged / T, judged_labels).",
     ],
     praise="Dividing changes no answer. What is left cannot be mended by making all answers less sure by one factor.",
-    draws=10,
 )
 
 
 @temperature.must()
 def divides_the_judged_logits(temperature, rng):
     """With a single temperature to choose from, the result is the loss of the judged logits divided by it."""
-    logits, judged = torch.from_numpy(rng.normal(0, 3, (2, 12, 5)))
-    labels, judged_labels = torch.from_numpy(rng.integers(0, 5, (2, 12)))
-    losses = [temperature(logits, labels, judged, judged_labels, [T]) for T in (0.5, 2.0, 4.0)]
-    return close(losses, [F.cross_entropy(judged / T, judged_labels) for T in (0.5, 2.0, 4.0)])
+    *fitted, judged, judged_labels, temperatures = overconfident(rng)
+    loss = temperature(*fitted, judged, judged_labels, temperatures[:1])
+    return close(loss, F.cross_entropy(judged / temperatures[0], judged_labels))
 
 
 @temperature.must()
 def is_chosen_on_the_others(temperature, rng):
     """Of several temperatures it takes the one with the lowest loss on the other examples."""
-    for confidence in (1.5, 4.0, 8.0):
-        labels, judged_labels = torch.from_numpy(rng.integers(0, 5, (2, 60)))
-        logits = confidence * (F.one_hot(labels, 5) + torch.from_numpy(rng.normal(0, 0.8, (60, 5))))
-        judged = confidence / 3 * (F.one_hot(judged_labels, 5) + torch.from_numpy(rng.normal(0, 0.4, (60, 5))))
-        temperatures = [0.25, 0.5, 1.0, 2.0, 4.0, 8.0]
-        best = temperatures[int(np.argmin([F.cross_entropy(logits / T, labels) for T in temperatures]))]
-        expected = F.cross_entropy(judged / best, judged_labels)
-        if not close(temperature(logits, labels, judged, judged_labels, temperatures), expected):
-            return False
-    return True
+    logits, labels, judged, judged_labels, temperatures = overconfident(rng)
+    best = temperatures[int(np.argmin([F.cross_entropy(logits / T, labels) for T in temperatures]))]
+    loss = temperature(logits, labels, judged, judged_labels, temperatures)
+    return close(loss, F.cross_entropy(judged / best, judged_labels))
 
 
 # What was forgotten at equal learning
 
 
+def run_of(rng, *learned):
+    """A run that has learned so much at each evaluation, and how much it has lost there."""
+    lost = np.cumsum(np.r_[0, rng.uniform(0.1, 1, len(learned) - 1)])
+    return {"validation": 9.0 - np.array(learned), "off_domain": rng.uniform(0.3, 0.7) + lost}, lost
+
+
 def two_runs(rng):
     """For two methods the validation and the off-domain loss at each evaluation, from before training; and a share."""
-    start, off_domain, count = rng.uniform(3, 4), rng.uniform(0.1, 0.5), 14
-
-    def run(learned, turn):
-        places = np.arange(count)
-        fallen = np.where(places < turn, 1 - (1 - places / turn) ** 2, 1 - 0.06 * (places - turn))
-        rise = np.cumsum(np.r_[0, rng.uniform(0.1, 0.4, count - 1)])
-        return {"validation": start - learned * fallen, "off_domain": off_domain + rise}
-
-    runs = [run(rng.uniform(2.5, 2.8), int(rng.integers(4, 6))), run(rng.uniform(1.8, 2.2), int(rng.integers(8, 11)))]
-    order = rng.permutation(2)  # either may be the one that learns less
-    return runs[order[0]], runs[order[1]], float(rng.choice([0.8, 0.9]))
+    rising = [np.sort(rng.uniform(0.1, most, 9)) for most in rng.permutation([2.0, 3.0])]
+    full, lora = (run_of(rng, 0, *learned, *learned[:-4:-1])[0] for learned in rising)  # at the end they unlearn
+    return full, lora, float(rng.choice([0.8, 0.9]))
 
 
 BOTH = "(learning.interpolate_at(*first, amount), learning.interpolate_at(*second, amount))"
@@ -151,14 +138,7 @@ equal_learning = Exercise(
         'What a run has lost at each evaluation is run["off_domain"] - run["off_domain"][0]; read it at the amount.',
     ],
     praise="Now a method that learns nothing can no longer win by forgetting nothing.",
-    draws=12,
 )
-
-
-def run_of(rng, *learned):
-    """A run that has learned so much at each evaluation, and how much it has lost there."""
-    lost = np.cumsum(np.r_[0, rng.uniform(0.1, 1, len(learned) - 1)])
-    return {"validation": 9.0 - np.array(learned), "off_domain": rng.uniform(0.3, 0.7) + lost}, lost
 
 
 @equal_learning.must()

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lora_lab import lora as ll  # noqa: F401  # what the last solution takes of the package
 from lora_lab.analysis.diagnosis import diagnose
-from lora_lab.course.exercise import Exercise, Reflection, close, normal
+from lora_lab.course.exercise import Exercise, Reflection, are, close, normal, works
 from lora_lab.inject import replace  # noqa: F401  # and this
 from lora_lab.models.digits import DigitsMLP
 
@@ -23,7 +23,7 @@ def layer_case(rng):
 
     The rank is none of the lesson's numbers, and half the time it is larger than the other sizes.
     """
-    n, inp, out = (int(size) for size in rng.permutation([5, 6, 7]))
+    n, inp, out = rng.permutation([5, 6, 7]).tolist()
     rank, alpha = int(rng.choice([3, 9])), float(rng.choice([20, 29, 31, 40]))
     return normal(rng, n, inp), normal(rng, out, inp), normal(rng, rank, inp), normal(rng, out, rank), alpha
 
@@ -71,33 +71,29 @@ forward = Exercise(
         "The update is (x @ A.T) @ B.T times alpha / r, and r is A.shape[0].",
     ],
     praise="This line is all that LoRA adds to a layer, and the package's own layer computes the same.",
-    draws=10,
 )
 
 
 @forward.must()
 def is_the_frozen_layer_without_an_update(forward, rng):
     """With B at zero the result is that of the frozen layer."""
-    x, W, A = (torch.from_numpy(rng.normal(size=shape)).float() for shape in ((5, 7), (6, 7), (3, 7)))
-    return close(forward(x, W, A, torch.zeros(6, 3), 20.0), x @ W.T)
+    x, W, A, B, alpha = layer_case(rng)
+    return close(forward(x, W, A, 0 * B, alpha), x @ W.T)
 
 
 @forward.must()
 def goes_through_A_and_then_B(forward, rng):
     """What A and B add to the frozen layer's result has the direction of x A^T B^T."""
-    x, W, A, B = (torch.from_numpy(rng.normal(size=shape)) for shape in ((5, 7), (6, 7), (3, 7), (6, 3)))
-    added, expected = forward(x, W, A, B, 20.0) - x @ W.T, x @ A.T @ B.T
+    x, W, A, B, alpha = layer_case(rng)
+    added, expected = forward(x, W, A, B, alpha) - x @ W.T, x @ A.T @ B.T
     return close(added / added.norm(), expected / expected.norm())
 
 
 @forward.must()
 def is_scaled_by_alpha_over_r(forward, rng):
     """It is x A^T B^T times alpha / r, at each of several ranks and alphas."""
-    for r, alpha in ((2, 7.0), (3, 31.0), (9, 20.0)):
-        x, W, A, B = (torch.from_numpy(rng.normal(size=shape)) for shape in ((5, 7), (6, 7), (r, 7), (6, r)))
-        if not close(forward(x, W, A, B, alpha) - x @ W.T, alpha / r * (x @ A.T @ B.T)):
-            return False
-    return True
+    x, W, A, B, alpha = layer_case(rng)
+    return close(forward(x, W, A, B, alpha) - x @ W.T, alpha / len(A) * (x @ A.T @ B.T))
 
 
 @forward.must(
@@ -107,16 +103,15 @@ def is_scaled_by_alpha_over_r(forward, rng):
 )
 def passes_gradients_on(forward, rng):
     """The gradients of x, A and B are right, too."""
-    x, W, A, B = (torch.from_numpy(rng.normal(size=shape)) for shape in ((5, 7), (6, 7), (3, 7), (6, 3)))
+    x, W, A, B, alpha = layer_case(rng)
     leaves = [tensor.requires_grad_() for tensor in (x, A, B)]
-    right = torch.autograd.grad((x @ W.T + 20.0 / 3 * (x @ A.T @ B.T)).square().sum(), leaves)
-    yours = torch.autograd.grad(forward(x, W, A, B, 20.0).square().sum(), leaves, allow_unused=True)
+    right = torch.autograd.grad((x @ W.T + alpha / len(A) * (x @ A.T @ B.T)).square().sum(), leaves)
+    yours = torch.autograd.grad(forward(x, W, A, B, alpha).square().sum(), leaves, allow_unused=True)
     return all(one is not None and close(one, other) for one, other in zip(yours, right, strict=True))
 
 
 # The initialisation
 
-SIZES, MANY = [(24, 40), (40, 24)], 12  # outputs and inputs, and a rank, at which the range of A is seen sharply
 RANDOM_A, ZERO_A = "A = torch.empty(r, inp).uniform_(-bound, bound, generator=generator)", "A = torch.zeros(r, inp)"
 BOUND, ZERO_B = "1 / math.sqrt(inp)", "torch.zeros(out, r)"
 RANDOM_B = "torch.randn(out, r, generator=generator)"
@@ -129,7 +124,6 @@ start = Exercise(
         "torch.empty(r, inp).uniform_(-bound, bound, generator=generator) draws A; the bound is 1 / sqrt(inp).",
     ],
     praise="The adapted model starts as the pre-trained one, bit for bit, and can still learn.",
-    draws=2,
 )
 
 
@@ -138,14 +132,19 @@ def draw(start, rng, out=24, inp=32, rank=4):
     return start(out, inp, rank, torch.Generator().manual_seed(int(rng.integers(2**31))))
 
 
+def scaled(start, rng):
+    """Such an A, times sqrt(inp), with so many entries that its range is seen sharply."""
+    out, inp = rng.permutation([24, 40]).tolist()
+    return draw(start, rng, out, inp, rank=24)[0] * math.sqrt(inp)
+
+
 @start.must(
     "Return two tensors, A and B, in this order.",
     (f"(A, {ZERO_B})", "A"),
     (f"(A, {ZERO_B})", f"dict(A=A, B={ZERO_B})"),
 )
 def returns_two(start, rng):
-    result = draw(start, rng)
-    return isinstance(result, tuple | list) and len(result) == 2 and all(isinstance(M, torch.Tensor) for M in result)
+    return are(draw(start, rng), 2, torch.Tensor)
 
 
 @start.must(
@@ -155,9 +154,9 @@ def returns_two(start, rng):
 )
 def has_the_shapes(start, rng):
     """A is (r, inp) and B is (out, r), for several sizes."""
-    sizes = [tuple(row) for row in (rng.permutation(20)[:9].reshape(3, 3) + 2).tolist()]
-    pairs = [draw(start, rng, *size) for size in sizes]
-    return [(A.shape, B.shape) for A, B in pairs] == [((r, inp), (out, r)) for out, inp, r in sizes]
+    out, inp, r = rng.choice(range(2, 22), 3, replace=False).tolist()
+    A, B = draw(start, rng, out, inp, r)
+    return (A.shape, B.shape) == ((r, inp), (out, r))
 
 
 @start.must("A and B are both zero. Each waits for the other, so nothing can learn.", (RANDOM_A, ZERO_A))
@@ -202,7 +201,7 @@ def has_numbers_of_its_own(start, rng):
 )
 def depends_on_the_inputs_alone(start, rng):
     """The entries of A are as large for many outputs as for few, and for a high rank as for a low one."""
-    cases = ((24, MANY), (96, MANY), (24, 4 * MANY))
+    cases = ((24, 12), (96, 12), (24, 48))
     usual, *others = (float(draw(start, rng, out, 128, r)[0].square().mean().sqrt()) for out, r in cases)
     return all(0.7 * usual < other < 1.4 * usual for other in others)
 
@@ -216,7 +215,7 @@ def depends_on_the_inputs_alone(start, rng):
 )
 def is_small(start, rng):
     """No entry of A is beyond 1 / sqrt(inp)."""
-    return all(float(draw(start, rng, out, n, MANY)[0].abs().max()) <= 1.001 / math.sqrt(n) for out, n in SIZES)
+    return scaled(start, rng).abs().max() <= 1.001
 
 
 @start.must(
@@ -237,8 +236,18 @@ def has_the_rank(start, rng):
 )
 def fills_its_range(start, rng):
     """The entries of A are uniform between -1 / sqrt(inp) and 1 / sqrt(inp)."""
-    scaled = [draw(start, rng, out, inp, MANY)[0] * math.sqrt(inp) for out, inp in SIZES]
-    return all(A.max() > 0.9 and A.min() < -0.9 and 0.5 < float(A.std()) < 0.66 for A in scaled)
+    A = scaled(start, rng)
+    return A.max() > 0.9 and A.min() < -0.9 and 0.5 < A.std() < 0.66
+
+
+def decides(draw_A, rng):
+    """Whether a generator alone decides the A that is drawn with it."""
+    seed, other = rng.choice(10**6, 2, replace=False).tolist()
+    draws = []
+    for each in (seed, seed, other):
+        torch.rand(1)  # a draw elsewhere must not matter
+        draws.append(draw_A(torch.Generator().manual_seed(each)))
+    return torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
 @start.must(
@@ -248,11 +257,7 @@ def fills_its_range(start, rng):
 )
 def follows_the_seed(start, rng):
     """The generator alone decides A."""
-    seeds, draws = rng.choice(10**6, 2, replace=False).tolist(), []
-    for seed in (seeds[0], seeds[0], seeds[1]):
-        torch.rand(1)  # a draw elsewhere must not matter
-        draws.append(start(24, 32, 4, torch.Generator().manual_seed(seed))[0])
-    return torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    return decides(lambda generator: start(24, 32, 4, generator)[0], rng)
 
 
 @start.must(
@@ -279,7 +284,6 @@ layer = Exercise(
         "merged makes copy.deepcopy(self.base) and adds scaling * (B @ A) to its weight; the bias stays.",
     ],
     praise="You have written LoRA: your layer can replace any nn.Linear in float32, with or without a bias.",
-    draws=1,
     uses=["start"],
 )
 
@@ -299,17 +303,14 @@ def made(answer, rng, dropout=0.0, bias=True, moved=True):
     return SimpleNamespace(layer=layer, base=untouched, x=x, A=A, B=B, update=update, expected=expected)
 
 
+def is_right(m):
+    """Whether a layer that was made computes what it shall, without dropout."""
+    return near(m.layer.eval()(m.x), m.expected)
+
+
 def near(actual, expected):
     """Whether two tensors agree up to 0.0001."""
     return actual.shape == expected.shape and torch.allclose(actual.double(), expected.double(), atol=1e-4)
-
-
-def works(function, *errors):
-    """Whether a call raises none of these errors, and returns something true."""
-    try:
-        return bool(function())
-    except errors:
-        return False
 
 
 @layer.must(
@@ -405,12 +406,12 @@ def has_a_random_A(MyLoRALinear, rng):
 )
 def follows_the_generator(MyLoRALinear, rng):
     """The generator alone decides A."""
-    seeds, draws = rng.choice(10**6, 2, replace=False).tolist(), []
-    for seed in (seeds[0], seeds[0], seeds[1]):
-        torch.rand(1)  # a draw elsewhere must not matter
-        layer = MyLoRALinear(nn.Linear(IN, OUT), RANK, ALPHA, 0.0, torch.Generator().manual_seed(seed))
-        draws.append(next(p for p in layer.parameters() if p.shape == (RANK, IN)))
-    return torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+    def draw_A(generator):
+        layer = MyLoRALinear(nn.Linear(IN, OUT), RANK, ALPHA, 0.0, generator)
+        return next(p for p in layer.parameters() if p.shape == (RANK, IN))
+
+    return decides(draw_A, rng)
 
 
 @layer.must(
@@ -438,8 +439,7 @@ def keeps_the_bias(MyLoRALinear, rng):
 )
 def adds_the_scaled_update(MyLoRALinear, rng):
     """With B filled, alpha / rank * B A x is added."""
-    m = made(MyLoRALinear, rng)
-    return near(m.layer.eval()(m.x), m.expected)
+    return is_right(made(MyLoRALinear, rng))
 
 
 @layer.must(
@@ -486,11 +486,7 @@ def passes_the_gradient_on(MyLoRALinear, rng):
 )
 def needs_no_bias(MyLoRALinear, rng):
     """A base without a bias does, too."""
-    return works(
-        lambda: near((m := made(MyLoRALinear, rng, bias=False)).layer.eval()(m.x), m.expected),
-        TypeError,
-        AttributeError,
-    )
+    return works(lambda: is_right(made(MyLoRALinear, rng, bias=False)), TypeError, AttributeError)
 
 
 # Its dropout
@@ -514,7 +510,7 @@ def leaves_the_frozen_path_whole(MyLoRALinear, rng):
 def drops_in_training_only(MyLoRALinear, rng):
     """Dropout acts in training and not in evaluation."""
     m = made(MyLoRALinear, rng, dropout=0.5)
-    return not torch.equal(m.layer.train()(m.x), m.layer(m.x)) and near(m.layer.eval()(m.x), m.expected)
+    return not torch.equal(m.layer.train()(m.x), m.layer(m.x)) and is_right(m)
 
 
 def dropped(MyLoRALinear, rng):
@@ -669,7 +665,6 @@ repair = Exercise(
     ],
     praise="Two of these faults raise no error: the early optimiser and the wrong base. "
     "The other three stop in loss.backward(), with one message for all.",
-    draws=1,
 )
 
 
@@ -685,17 +680,13 @@ def treated(repair, rng):
     fell, whether the loss is lower; wiped, whether no gradient is left; rates, the learning rates.
     """
     pretrained = DigitsMLP(width=8, seed=int(rng.integers(2**31)))
-    original, inputs, targets = (
-        copy.deepcopy(pretrained),
-        normal(rng, 16, 64),
-        torch.from_numpy(rng.integers(10, size=16)),
-    )
+    original = copy.deepcopy(pretrained)
+    inputs, targets = normal(rng, 16, 64), torch.from_numpy(rng.integers(10, size=16))
     notes = SimpleNamespace(pair=True, empty=False, adapted=set(), trained=[])
     notes.measured = notes.graph = notes.backward = False
 
     def look(model):
-        adapters = {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
-        notes.adapted = {name for name, layer in adapters.items() if hasattr(layer, "lora_B")}
+        notes.adapted = {name for name, layer in model.named_modules() if hasattr(layer, "lora_B")}
         notes.trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
     def loss_of(model):
@@ -714,7 +705,7 @@ def treated(repair, rng):
         if not notes.empty and "does not require grad" not in str(error):
             raise
         return notes
-    notes.pair = isinstance(result, tuple | list) and len(result) == 2
+    notes.pair = are(result, 2, object)
     if not notes.pair:
         return notes
     model, optimizer = result
@@ -805,8 +796,7 @@ def has_a_graph(repair, rng):
     "The pre-trained model itself was changed. Work on a deep copy of it.", ("copy.deepcopy(pretrained)", "pretrained")
 )
 def keeps_the_base(repair, rng):
-    notes = treated(repair, rng)
-    return notes.base_kept
+    return treated(repair, rng).base_kept
 
 
 @repair.must(

@@ -39,44 +39,41 @@ best_rank = Exercise(
         "U[:, :r] * S[:r] scales each column of U by its singular value; what is left is one matrix multiplication.",
     ],
     praise="No matrix of rank r is closer to M (Eckart and Young, 1936), so this is the yardstick for all others.",
-    draws=12,
 )
 
 
 @best_rank.must()
 def has_the_rank(best_rank, rng):
     """The result has the shape of M, whether that is tall or wide, and rank r."""
-    cases = [(rng.normal(size=shape), r) for shape in ((5, 8), (9, 6)) for r in (2, 3)]
-    results = [(np.asarray(best_rank(M.copy(), r)), M, r) for M, r in cases]
-    return all(N.shape == M.shape and np.linalg.matrix_rank(N) == r for N, M, r in results)
+    M, r = matrix_and_rank(rng)
+    N = np.asarray(best_rank(M + rng.normal(size=M.shape), r))  # of full rank
+    return N.shape == M.shape and np.linalg.matrix_rank(N) == r
 
 
 @best_rank.must()
 def drops_what_is_perpendicular(best_rank, rng):
     """Something is dropped, and it is perpendicular to the result: the sum of the products of their entries is 0."""
-    matrices = [rng.normal(size=shape) for shape in ((5, 8), (9, 6))]
-    pairs = [(np.asarray(best_rank(M.copy(), 3)), M) for M in matrices]
-    norms = [(np.linalg.norm(N), np.linalg.norm(M - N), np.sum(N * (M - N))) for N, M in pairs]
-    return all(saved > 1e-3 and lost > 1e-3 and abs(product) < 1e-5 * saved * lost for saved, lost, product in norms)
+    M, r = matrix_and_rank(rng)
+    kept = np.asarray(best_rank(M.copy(), r))
+    dropped = M - kept
+    sizes = np.linalg.norm(kept), np.linalg.norm(dropped)
+    return min(sizes) > 1e-3 and abs(np.sum(kept * dropped)) < 1e-5 * sizes[0] * sizes[1]
 
 
 @best_rank.must()
 def has_the_smallest_error(best_rank, rng):
     """Its error is the root of the dropped squares, which is the smallest, and M is as it was."""
-    M = rng.normal(size=(9, 6))
+    M, r = matrix_and_rank(rng)
     before, S = M.copy(), np.linalg.svd(M, compute_uv=False)
-    errors = [np.linalg.norm(M - np.asarray(best_rank(M, r))) for r in (2, 4)]
-    return close(errors, [np.sqrt(np.sum(S[r:] ** 2)) for r in (2, 4)]) and np.array_equal(M, before)
+    error = np.linalg.norm(M - np.asarray(best_rank(M, r)))
+    return close(error, np.linalg.norm(S[r:])) and np.array_equal(M, before)
 
 
 def spectrum_and_share(rng):
     """Singular values, largest first, and a share of their energy; in half of the cases some terms meet it exactly."""
     if rng.random() < 0.5:
-        twos = int(rng.integers(1, 4))
-        S = np.array([2.0] * twos + [1.0] * (16 - 4 * twos))  # energy 16, and sums of 4, 8 and 12 without rounding
-        return S, float(rng.choice([share for share in (0.25, 0.5, 0.75) if share != twos / 4]))
-    S = np.sort(rng.uniform(0.2, 1, 12))[::-1] * np.linspace(1, 0.2, 12)
-    return S, float(rng.choice([0.8, 0.9, 0.95]))
+        return np.full(16, 2.0), int(rng.integers(3, 13)) / 16  # sums of 4, 8, 12 and so on, without rounding
+    return np.sort(rng.uniform(0.2, 1, 12))[::-1] * np.linspace(1, 0.2, 12), float(rng.choice([0.8, 0.9, 0.95]))
 
 
 terms_for = Exercise(
@@ -100,39 +97,31 @@ terms_for = Exercise(
         "Count how many of the shares are still below the one that is asked for; one term more reaches it.",
     ],
     praise="You can now say how many terms hold most of a matrix, whatever its shape.",
-    draws=48,
 )
 
 
 @terms_for.must()
 def reaches_the_share(terms_for, rng):
     """The result is a whole number of terms which hold at least the share, and one term less holds less."""
-    cases = [(np.sort(rng.uniform(0.1, 1, 14))[::-1] ** 2, share) for share in (0.5, 0.8, 0.9, 0.95, 0.99) * 3]
-    counts = [terms_for(S.copy(), share) for S, share in cases]
-    held = [[np.sum(S[: k - d] ** 2) / np.sum(S**2) for d in (0, 1)] for k, (S, _) in zip(counts, cases, strict=True)]
-    enough = all(less < share <= more for (more, less), (_, share) in zip(held, cases, strict=True))
-    return enough and all(k == int(k) for k in counts)
+    S, share = np.sort(rng.uniform(0.1, 1, 14))[::-1] ** 2, rng.choice([0.5, 0.8, 0.9, 0.95, 0.99])
+    k = terms_for(S.copy(), share)
+    less, more = (np.sum(S[:terms] ** 2) / np.sum(S**2) for terms in (k - 1, k))
+    return k == int(k) and less < share <= more
 
 
 @terms_for.must()
 def an_exact_share_is_enough(terms_for, rng):
     """Where some terms hold exactly the share, these are enough."""
-    sizes = rng.choice([2.0, 4.0, 0.5], 3, replace=False).tolist()
+    S = rng.choice([2.0, 4.0, 0.5]) * np.ones(16)
     # 16 equal terms: no formula for the shares rounds, whether it takes squares or divides by the norm first.
-    return all(terms_for(size * np.ones(16), k / 16) == k for size in sizes for k in (3, 8, 12))
+    return all(terms_for(S, k / 16) == k for k in (3, 8, 12))
 
 
 def shape_of_a_matrix(rng):
     """Two sizes. In a third of the cases a rank costs exactly as much as the matrix, and in a third no rank saves."""
-    case = rng.integers(3)
-    if case == 0:
-        k = int(rng.integers(2, 40))
-        return 3 * k, 6 * k  # 18 k^2 entries, and 9 k for each rank: at 2 k the factors cost as much
-    if case == 1:
-        m, n = rng.permutation([1, int(rng.integers(2, 40))])  # one row or column
-    else:
-        m, n = rng.choice(np.arange(5, 400), size=2, replace=False)
-    return int(m), int(n)
+    k, m, n = rng.integers(2, 400, 3).tolist()
+    # 3 k by 6 k has 18 k^2 entries, and its factors 9 k numbers for each rank: at rank 2 k they cost as much.
+    return ((3 * k, 6 * k), rng.permutation([1, k]).tolist(), (m, n))[rng.integers(3)]
 
 
 largest_saving_rank = Exercise(
@@ -164,24 +153,23 @@ largest_saving_rank = Exercise(
         "// rounds down; think about what happens when m * n is a multiple of m + n.",
     ],
     praise="Up to this rank two factors are smaller than their matrix, and LoRA stays far below it.",
-    draws=48,
 )
 
 
 @largest_saving_rank.must()
 def saves_and_the_next_rank_does_not(largest_saving_rank, rng):
     """At the result the two factors are smaller than the matrix, and at the next rank they are not."""
-    shapes = [(m, n) for m, n in rng.integers(3, 900, (40, 2)).tolist() if m * n % (m + n)] + [(1, 5), (7, 1)]
-    ranks = [largest_saving_rank(m, n) for m, n in shapes]
-    whole = all(r == int(r) for r in ranks)
-    return whole and all(r * (m + n) < m * n <= (r + 1) * (m + n) for r, (m, n) in zip(ranks, shapes, strict=True))
+    m, n = rng.integers(3, 900, 2).tolist()
+    ranks = [(largest_saving_rank(*shape), *shape) for shape in ((m, n), (1, n), (m, 1))]
+    # Where m + n divides m * n the next property decides.
+    return all(r == int(r) and r * (m + n) < m * n <= (r + 1) * (m + n) for r, m, n in ranks if m * n % (m + n))
 
 
 @largest_saving_rank.must()
 def a_tie_saves_nothing(largest_saving_rank, rng):
     """Where some rank costs exactly as much as the matrix, the result is the rank below it."""
-    sizes = rng.choice(np.arange(2, 200), 8, replace=False).tolist()
-    return all(largest_saving_rank(3 * k, 6 * k) == 2 * k - 1 for k in sizes)
+    k = int(rng.integers(2, 200))
+    return largest_saving_rank(3 * k, 6 * k) == 2 * k - 1
 
 
 def errors_and_inputs(rng):
@@ -222,14 +210,14 @@ gradient = Exercise(
 @gradient.must()
 def of_one_token(gradient, rng):
     """From a single token the gradient is the outer product of its delta and its z."""
-    delta, z = (torch.from_numpy(rng.normal(size=(1, size))).float() for size in (3, 5))
-    return close(gradient(delta, z), torch.outer(delta[0], z[0]))
+    delta, z = errors_and_inputs(rng)
+    return close(gradient(delta[:1], z[:1]), torch.outer(delta[0], z[0]))
 
 
 @gradient.must()
 def adds_up(gradient, rng):
     """The gradient from all tokens is the sum of those from each part of them."""
-    delta, z = (torch.from_numpy(rng.normal(size=(6, size))).float() for size in (3, 5))
+    delta, z = errors_and_inputs(rng)
     whole, parts = gradient(delta, z), gradient(delta[:2], z[:2]) + gradient(delta[2:], z[2:])
     return close(whole, parts) and float(abs(whole).max()) > 0
 
@@ -237,8 +225,8 @@ def adds_up(gradient, rng):
 @gradient.must()
 def is_that_of_autograd(gradient, rng):
     """The result is what autograd computes for W."""
-    delta, z = (torch.from_numpy(rng.normal(size=(4, size))).float() for size in (3, 5))
-    W = torch.zeros(3, 5, requires_grad=True)
+    delta, z = errors_and_inputs(rng)
+    W = torch.zeros(delta.shape[1], z.shape[1], requires_grad=True)
     (expected,) = torch.autograd.grad((delta * (z @ W.T)).sum(), W)
     return close(gradient(delta, z), expected)
 

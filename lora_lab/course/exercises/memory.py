@@ -1,6 +1,6 @@
 """Exercises of lesson 04: the memory of a training step."""
 
-import numpy as np  # noqa: F401  # for an edit
+import numpy as np
 
 from lora_lab.course.exercise import Exercise, Reflection
 
@@ -44,14 +44,15 @@ static_bytes = Exercise(
 @static_bytes.must()
 def a_frozen_parameter_is_its_weight(static_bytes, rng):
     """Where nothing is trained, each parameter takes 4 bytes."""
-    return all(static_bytes(count, 0) == 4 * count for count in rng.integers(10**3, 10**9, 8).tolist())
+    frozen, _ = frozen_and_trained(rng)
+    return static_bytes(frozen, 0) == 4 * frozen
 
 
 @static_bytes.must()
 def a_trained_parameter_takes_four_numbers(static_bytes, rng):
     """Each trained parameter adds 16 bytes: weight, gradient, and the two averages of AdamW."""
-    pairs = rng.integers(10**3, 10**8, (8, 2)).tolist()
-    return all(static_bytes(frozen, trained) - static_bytes(frozen, 0) == 16 * trained for frozen, trained in pairs)
+    frozen, trained = frozen_and_trained(rng)
+    return static_bytes(frozen, trained) - static_bytes(frozen, 0) == 16 * trained
 
 
 # The peak
@@ -92,32 +93,29 @@ peak = Exercise(
         "Only after that comparison, subtract what the operation releases.",
     ],
     praise="A step that needs 1 byte more than the card at a single moment fails, however little it needs elsewhere.",
-    draws=14,
 )
 
 
 @peak.must()
 def one_operation(peak, rng):
     """With a single operation the peak is what that allocates, whatever it releases afterwards."""
-    sizes = rng.integers(10, 10**6, 6).tolist()
-    return all(peak([(size, released)]) == size for size in sizes for released in (0, size // 3, size))
+    size = int(rng.integers(10, 10**6))
+    return all(peak([(size, released)]) == size for released in (0, size // 3, size))
 
 
 @peak.must()
 def earlier_memory_is_still_there(peak, rng):
     """With many operations it is the largest of the levels, each taken before the operation's own release."""
-    for _ in range(20):
-        events = [(a, int(rng.integers(0, a + 1))) for a in rng.integers(1, 90, 9).tolist()]
-        levels = [sum(a for a, _ in events[: i + 1]) - sum(r for _, r in events[:i]) for i in range(9)]
-        if peak(list(events)) != max(levels):
-            return False
-    return True
+    (events,) = allocations_and_releases(rng)
+    allocated, released = np.cumsum(events, axis=0).T
+    return peak(list(events)) == max(allocated[0], *(allocated[1:] - released[:-1]))
 
 
 @peak.must()
 def is_not_at_the_end(peak, rng):
     """Nor is it the memory that is left at the end, or the largest allocation alone."""
-    return all(peak([(a, 0), (b, a), (1, b)]) == a + b for a, b in rng.integers(5, 99, (9, 2)).tolist())
+    a, b = rng.integers(5, 99, 2).tolist()
+    return peak([(a, 0), (b, a), (1, b)]) == a + b
 
 
 # What is saved
@@ -172,36 +170,32 @@ saved_values = Exercise(
 )
 
 
-def mlps():
-    """Widths, inner widths and ranks."""
-    return [(d, m, r) for d in (5, 9) for m in (11, 17) for r in (2, 4)]
-
-
 @saved_values.must()
 def with_an_adapter_on_down(saved_values, rng):
     """With an adapter on down alone, what the activations need is stored, down's input, and A's output."""
-    return all(saved_values(d, m, r, {"down"}) == 3 * m + m + r for d, m, r in mlps())
+    d, m, r, _ = mlp_and_targets(rng)
+    return saved_values(d, m, r, {"down"}) == 3 * m + m + r
 
 
 @saved_values.must()
 def with_adapters_on_gate_and_up(saved_values, rng):
     """With one on gate, on up or on both, x is stored, once for both, and down's input is not."""
-    targets = ({"gate"}, {"up"}, {"gate", "up"})
-    return all(saved_values(d, m, r, set(t)) == d + 3 * m + len(t) * r for d, m, r in mlps() for t in targets)
+    d, m, r, _ = mlp_and_targets(rng)
+    return all(saved_values(d, m, r, {*t}) == d + 3 * m + len(t) * r for t in (["gate"], ["up"], ["gate", "up"]))
 
 
 @saved_values.must()
 def with_adapters_on_down_and_others(saved_values, rng):
     """With adapters on all three, or on down and one of the others, x and down's input are both stored."""
-    targets = ({"gate", "down"}, {"up", "down"}, {"gate", "up", "down"})
-    return all(saved_values(d, m, r, set(t)) == d + 4 * m + len(t) * r for d, m, r in mlps() for t in targets)
+    d, m, r, _ = mlp_and_targets(rng)
+    return all(saved_values(d, m, r, {"down", *t}) == d + 4 * m + (1 + len(t)) * r for t in TARGETS if "down" not in t)
 
 
 @saved_values.must()
 def grows_with_the_rank(saved_values, rng):
     """A rank that is higher by one adds one value for each adapter."""
-    grown = [[saved_values(7, 13, r + 1, set(t)) - saved_values(7, 13, r, set(t)) for r in (2, 3)] for t in TARGETS]
-    return grown == [[len(t)] * 2 for t in TARGETS]
+    d, m, r, _ = mlp_and_targets(rng)
+    return all(saved_values(d, m, r + 1, {*t}) - saved_values(d, m, r, {*t}) == len(t) for t in TARGETS)
 
 
 # Does it fit?
@@ -210,15 +204,11 @@ def grows_with_the_rank(saved_values, rng):
 def budget_and_costs(rng):
     """A budget in GiB, static bytes, and bytes for each token.
 
-    One time in four the static bytes do not fit, and another one in four a whole number of tokens fits exactly.
+    In a third of the cases the static bytes do not fit, and in another third a whole number of tokens fits exactly.
     """
-    budget_gib, per_token = int(rng.integers(4, 25)), int(rng.integers(10**5, 10**7))
-    kind = rng.integers(4)
-    share = rng.uniform(1.1, 1.5) if kind == 0 else rng.uniform(0.2, 0.8)
-    static = int(share * budget_gib * 2**30)
-    if kind == 1:
-        static += (budget_gib * 2**30 - static) % per_token
-    return budget_gib, static, per_token
+    budget_gib, per_token, tokens = rng.integers([4, 10**5, 9], [25, 10**7, 99]).tolist()
+    room = (-int(rng.integers(1, 10**9)), tokens * per_token, int(rng.integers(10**9, 4 * 10**9)))[rng.integers(3)]
+    return budget_gib, budget_gib * 2**30 - room, per_token
 
 
 longest = Exercise(
@@ -243,30 +233,30 @@ longest = Exercise(
         "// rounds down, and max(0, ...) takes care of a model that does not fit at all.",
     ],
     praise="That is the question before every run, and you can answer it without a card.",
-    draws=80,
 )
 
 
 @longest.must()
 def fits_and_one_more_does_not(longest, rng):
     """So many tokens fit into the budget, and one more does not."""
-    cases = [(b, int(share * b * 2**30), p) for b, share, p in ((4, 0.3, 10**5), (9, 0.7, 3333333), (24, 0.5, 999))]
-    counts = [(longest(b, static, p), b * 2**30 - static, p) for b, static, p in cases]
-    return all(count == int(count) and count * p <= room < (count + 1) * p for count, room, p in counts)
+    budget, per_token = rng.integers([4, 999], [25, 10**7]).tolist()
+    room = int(rng.integers(2**30, budget * 2**30))
+    count = longest(budget, budget * 2**30 - room, per_token)
+    return count == int(count) and count * per_token <= room < (count + 1) * per_token
 
 
 @longest.must()
 def an_exact_fit_fits(longest, rng):
     """Where some number of tokens needs exactly the budget, that number fits."""
-    cases = zip((4, 8, 16), rng.integers(9, 99, 3).tolist(), (101, 4096, 777), strict=True)
-    return all(longest(b, b * 2**30 - k * p, p) == k for b, k, p in cases)
+    budget, tokens, per_token = rng.integers([4, 9, 101], [25, 99, 4096]).tolist()
+    return longest(budget, budget * 2**30 - tokens * per_token, per_token) == tokens
 
 
 @longest.must()
 def nothing_fits_beside_too_much(longest, rng):
     """Where the static bytes alone exceed the budget, the result is 0, and with room for one token it is 1."""
-    excess = rng.integers(1, 10**9, 5).tolist()
-    return all(longest(4, 4 * 2**30 + x, 1000) == 0 for x in excess) and longest(4, 4 * 2**30 - 1500, 1000) == 1
+    excess = int(rng.integers(1, 10**9))
+    return longest(4, 4 * 2**30 + excess, 1000) == 0 and longest(4, 4 * 2**30 - 1500, 1000) == 1
 
 
 Reflection(

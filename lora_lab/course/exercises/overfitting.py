@@ -1,30 +1,17 @@
 """Exercises of lesson 07: overfitting."""
 
+import copy
+
 import numpy as np
 
 from lora_lab.course.exercise import Exercise, Reflection, close
 
-# The lesson's own sweep, 64 examples, mean of three seeds: the lowest validation loss, and the rise after it.
-SWEPT_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)  # one step higher than there: messages print three decimals
-LOWEST = {"full": (0.74, 0.69, 0.69, 0.83, 0.80), "lora": (1.10, 0.76, 0.77, 0.82, 0.97)}
-RISE = {"full": (0.01, 0.02, 0.12, 0.52, 2.70), "lora": (0.01, 0.02, 0.13, 0.33, 0.97)}
-
 
 def training_run(rng):
-    """Steps, training losses and validation losses: the former fall almost to the end, the latter turn.
-
-    Before they turn the validation losses rise once and fall again, and the last of them is not the highest.
-    """
-    count = int(rng.integers(9, 13))
-    steps = int(rng.choice([5, 10, 20])) * np.arange(1, count + 1)
-    training = 2.5 * np.exp(-rng.uniform(0.3, 0.5) * np.arange(count)) + 0.1
-    training[-1] = training[-2] + 0.05  # so that the last step is not the lowest either
-    turn = int(rng.integers(3, count - 3))
-    distance = np.arange(count) - turn
-    validation = 0.8 + np.where(distance < 0, 0.4, 0.1) * np.abs(distance) + rng.uniform(0, 0.03, count)
-    validation[int(rng.integers(1, turn))] += 0.8
-    validation[int(rng.integers(turn + 1, count - 1))] += 0.9
-    return steps, training, validation
+    """Steps, training losses and validation losses, in no order."""
+    first, count = rng.integers([1, 8], [4, 13]).tolist()
+    steps = int(rng.choice([5, 10, 20])) * np.arange(first, first + count)
+    return steps, rng.uniform(0, 1, count), rng.uniform(1, 2, count)
 
 
 PLACE, LOW, LAST = "validation.argmin()", "validation.min()", "validation[-1]"
@@ -75,41 +62,27 @@ read_curve = Exercise(
 @read_curve.must()
 def stops_at_the_lowest(read_curve, rng):
     """The first number is the training step at which the validation loss is lowest."""
-    for size in (7, 9, 12):
-        steps, training, validation = 20 * np.arange(3, size + 3), rng.uniform(0, 1, size), rng.uniform(1, 2, size)
-        validation[int(rng.integers(2, size - 1))] = 0.9
-        if read_curve(steps, training, validation)[0] != steps[list(validation).index(0.9)]:
-            return False
-    return True
-
-
-def runs(rng):
-    """Six training runs without a shape."""
-    return [(20 * np.arange(1, 9), rng.uniform(0, 1, 8), rng.uniform(1, 2, 8)) for _ in range(6)]
+    steps, training, validation = training_run(rng)
+    return read_curve(steps, training, validation)[0] == steps[list(validation).index(min(validation))]
 
 
 @read_curve.must()
 def rises_from_there(read_curve, rng):
     """The second is how much higher the validation loss is at the last step than where it is lowest."""
-    return all(close(read_curve(*run)[1], run[2][7] - min(run[2])) for run in runs(rng))
+    steps, training, validation = training_run(rng)
+    return close(read_curve(steps, training, validation)[1], validation[-1] - min(validation))
 
 
 @read_curve.must()
 def has_a_gap_at_the_end(read_curve, rng):
     """The third is how much higher the validation loss is than the training loss, at the last step."""
-    return all(close(read_curve(*run)[2], run[2][7] - run[1][7]) for run in runs(rng))
-
-
-def around(rng, means, seeds, scatter):
-    """Measurements (rates, seeds) that scatter around their means by a factor, also for all seeds of a rate alike."""
-    return means[:, None] * rng.lognormal(0, 0.4, (len(means), 1)) * rng.lognormal(0, scatter, (len(means), seeds))
+    steps, training, validation = training_run(rng)
+    return close(read_curve(steps, training, validation)[2], validation[-1] - training[-1])
 
 
 def rises_by_rate(rng):
     """Rates in no order, and the rises of two methods (rates, seeds), which scatter widely."""
-    order = rng.permutation(len(SWEPT_RATES))
-    full, lora = (around(rng, np.array(RISE[method])[order], 3, 0.9) for method in ("full", "lora"))
-    return np.array(SWEPT_RATES)[order], full, lora
+    return rng.permutation([0.001, 0.003, 0.01, 0.03, 0.1]), *rng.lognormal(0, 1, (2, 5, 3))
 
 
 MEANS = "full.mean(axis=1), lora.mean(axis=1)"
@@ -146,40 +119,34 @@ rig = Exercise(
         "less = (rates[full.mean(axis=1).argmax()], rates[lora.mean(axis=1).argmin()]), and more the other two.",
     ],
     praise="One table, two opposite headlines, and no number was invented.",
-    draws=28,
 )
 
 
-def gains(rig, rng, headline):
-    """How much more LoRA rises than full fine-tuning: for eight tables at a pair of rates, and at all pairs."""
-    for _ in range(8):
-        rates, (full, lora) = rng.uniform(1e-3, 1e-1, 5), rng.lognormal(0, 1, (2, 5, 3))
-        first, second = (list(rates).index(rate) for rate in rig(rates, full, lora)[headline])
-        differences = lora.mean(axis=1) - full.mean(axis=1)[:, None]
-        yield differences[first, second], differences
+def is_extreme(rig, rng, headline, extreme):
+    """Whether LoRA's mean rise minus that of full fine-tuning is at a pair of rates the extreme one of all pairs."""
+    rates, full, lora = rises_by_rate(rng)
+    first, second = (list(rates).index(rate) for rate in rig(rates, full, lora)[headline])
+    differences = lora.mean(axis=1) - full.mean(axis=1)[:, None]
+    return close(differences[first, second], extreme(differences))
 
 
 @rig.must()
 def makes_it_smallest(rig, rng):
     """For the first pair of rates, LoRA's mean rise minus that of full fine-tuning is the smallest of all pairs."""
-    return all(close(gain, every.min()) for gain, every in gains(rig, rng, 0))
+    return is_extreme(rig, rng, 0, np.min)
 
 
 @rig.must()
 def makes_it_largest(rig, rng):
     """For the second pair it is the largest of all pairs."""
-    return all(close(gain, every.max()) for gain, every in gains(rig, rng, 1))
+    return is_extreme(rig, rng, 1, np.max)
 
 
 def swept(rng):
     """For two methods the lowest loss and the rise (rates, seeds); the seeds that choose and those that judge."""
-    order, seeds = rng.permutation(len(SWEPT_RATES)), 8
-    tables = []
-    for method in ("full", "lora"):
-        lowest = np.array(LOWEST[method])[order][:, None] + rng.normal(0, 0.06, (len(order), seeds))
-        tables.append({"lowest": lowest, "rise": around(rng, np.array(RISE[method])[order], seeds, 0.25)})
-    shuffled = rng.permutation(seeds).tolist()
-    return tables[0], tables[1], sorted(shuffled[:3]), sorted(shuffled[3:])
+    full, lora = ({"lowest": rng.uniform(0.6, 1, (5, 8)), "rise": rng.lognormal(0, 1, (5, 8))} for _ in range(2))
+    seeds = rng.permutation(8).tolist()
+    return full, lora, seeds[:3], seeds[3:]
 
 
 CHOSEN_BY, JUDGED, ALL = "[:, choosing]", "[best, judging]", "[*choosing, *judging]"
@@ -216,19 +183,13 @@ fair = Exercise(
         'full["rise"][best, judging].mean() is what full fine-tuning did on seeds that did not choose.',
     ],
     praise="What chose does not judge: this rule alone would retract many a headline.",
-    draws=24,
 )
-
-
-def table(rng, seeds):
-    """A sweep of one method over five rates, without a shape."""
-    return {"lowest": rng.uniform(0, 1, (5, seeds)), "rise": rng.uniform(0, 1, (5, seeds))}
 
 
 @fair.must()
 def compares_rises(fair, rng):
     """If all rises of LoRA grow by an amount, so does the result; if all rises of full do, the result falls by it."""
-    full, lora, seeds = table(rng, 8), table(rng, 8), ([1, 4, 6], [0, 2, 3, 5, 7])
+    full, lora, *seeds = swept(rng)
     result = fair(full, lora, *seeds)
     more = fair(full, lora | {"rise": lora["rise"] + 0.3}, *seeds)
     less = fair(full | {"rise": full["rise"] + 0.3}, lora, *seeds)
@@ -238,10 +199,10 @@ def compares_rises(fair, rng):
 @fair.must()
 def lets_no_seed_choose_and_judge(fair, rng):
     """It does not change with the lowest losses of judging seeds or rises of choosing ones, but with the other two."""
-    choosing, judging, results = [1, 4, 6], [0, 2, 3, 5, 7], []
-    full, lora = table(rng, 8), table(rng, 8)
-    for name, seeds in (("lowest", []), ("lowest", judging), ("rise", choosing), ("rise", judging)):
-        changed = [{key: values.copy() for key, values in method.items()} for method in (full, lora)]
+    *methods, choosing, judging = swept(rng)
+    results = [fair(*methods, choosing, judging)]
+    for name, seeds in (("lowest", judging), ("rise", choosing), ("rise", judging)):
+        changed = copy.deepcopy(methods)
         for method in changed:
             method[name][:, seeds] = rng.uniform(0, 1, (5, len(seeds)))
         results.append(fair(*changed, choosing, judging))
@@ -251,14 +212,11 @@ def lets_no_seed_choose_and_judge(fair, rng):
 @fair.must()
 def has_a_rate_for_each_method(fair, rng):
     """Each method has the one rate whose mean lowest loss over the choosing seeds is best, for all judging seeds."""
-    for _ in range(8):
-        methods, means = [table(rng, 6), table(rng, 6)], []
-        for method in methods:
-            losses = [sum(method["lowest"][rate, seed] for seed in (0, 3, 5)) for rate in range(5)]
-            means.append(np.mean([method["rise"][losses.index(min(losses)), seed] for seed in (1, 2, 4)]))
-        if not close(fair(*methods, [0, 3, 5], [1, 2, 4]), means[1] - means[0]):
-            return False
-    return True
+    (*methods, choosing, judging), means = swept(rng), []
+    for method in methods:
+        losses = [sum(method["lowest"][rate, seed] for seed in choosing) for rate in range(5)]
+        means.append(np.mean([method["rise"][losses.index(min(losses)), seed] for seed in judging]))
+    return close(fair(*methods, choosing, judging), means[1] - means[0])
 
 
 Reflection(

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F  # noqa: F401
 from torch.overrides import TorchFunctionMode
 
-from lora_lab.course.exercise import Exercise, Reflection, close, normal
+from lora_lab.course.exercise import Exercise, Reflection, are, close, normal, works
 
 # The SVD of a product, from its factors
 
@@ -26,7 +26,7 @@ svd_of_product = Exercise(
 
 def factors(rng):
     """B (out, r) and A (r, in), whose product is much larger than both."""
-    out, inp = rng.permutation([40, 50, 60])[:2].tolist()
+    out, inp, _ = rng.permutation([40, 50, 60]).tolist()
     rank = int(rng.integers(3, 6))
     return normal(rng, out, rank), normal(rng, rank, inp)
 
@@ -54,9 +54,7 @@ def largest_formed(answer, B, A):
     (PARTS, f"tuple(part.numpy() for part in {PARTS})"),
 )
 def has_three_tensors(svd_of_product, rng):
-    result = svd_of_product(*factors(rng))
-    three = isinstance(result, tuple | list) and len(result) == 3
-    return three and all(isinstance(part, torch.Tensor) for part in result)
+    return are(svd_of_product(*factors(rng)), 3, torch.Tensor)
 
 
 @svd_of_product.must(
@@ -99,8 +97,8 @@ def forms_nothing_large(svd_of_product, rng):
     """No matrix as large as B A is formed, and nothing leaves torch."""
     B, A = factors(rng)
     U, S, Vh = svd_of_product(B, A)
-    small = largest_formed(svd_of_product, B, A) < len(B) * A.shape[1]
-    return small and (U.shape, S.shape, Vh.shape) == (B.shape, (len(A),), A.shape)
+    shapes = (U.shape, S.shape, Vh.shape) == (B.shape, (len(A),), A.shape)
+    return shapes and forms_no_product(svd_of_product, rng)
 
 
 def orthonormal(columns):
@@ -196,11 +194,7 @@ def calls_the_statistic(noise_band, rng):
     "Return two numbers, the lowest value and the highest, and not the values themselves.", (BAND, "values")
 )
 def returns_two_numbers(noise_band, rng):
-    try:
-        _, _ = map(float, watched(noise_band, rng, 3)[3])
-    except (TypeError, ValueError):
-        return False
-    return True
+    return works(lambda: len([*map(float, watched(noise_band, rng, 3)[3])]) == 2, TypeError, ValueError)
 
 
 @noise_band.must(
@@ -363,12 +357,10 @@ def is_zero_for_strangers(phi, rng):
 @phi.must()
 def is_the_share_of_the_smaller(phi, rng):
     """In between it is the sum of the squared cosines of the principal angles, over the smaller dimension."""
-    for sizes in ((2, 4), (5, 3)):
-        first, second = (torch.from_numpy(rng.normal(size=(size, 9))) for size in sizes)
-        projections = [rows.T @ torch.linalg.inv(rows @ rows.T) @ rows for rows in (first, second)]
-        if not close(float(phi(first, second)), float((projections[0] @ projections[1]).trace()) / min(sizes)):
-            return False
-    return True
+    first, second = (rows.double() for rows in two_subspaces(rng))
+    projections = [rows.T @ torch.linalg.inv(rows @ rows.T) @ rows for rows in (first, second)]
+    shared = float((projections[0] @ projections[1]).trace())
+    return close(float(phi(first, second)), shared / min(len(first), len(second)))
 
 
 # Intruders at equal size
@@ -380,13 +372,13 @@ def weight_and_update(rng):
     The update writes four new directions, and strengthens four weak ones that W has. If W has one output more than
     inputs, the update also writes the one direction that no column of W has a part in.
     """
-    out, inp = ((41, 40), (37, 36), (40, 44))[int(rng.integers(3))]
+    out, inp = ((41, 40), (37, 36), (39, 38), (40, 44))[rng.integers(4)]
     W = normal(rng, out, inp)
     U, _, Vh = torch.linalg.svd(W)
     new = normal(rng, out, 4) @ normal(rng, 4, inp)
     update = new / new.norm() + 0.5 * U[:, 15:19] @ Vh[15:19]
     if out > inp:
-        update = update + 0.7 * U[:, -1:] @ Vh[10:11]
+        update = update + U[:, -1:] @ Vh[10:11]
     return W, float(rng.uniform(15, 25)) * update, float(rng.uniform(0.7, 1.3))
 
 
@@ -428,14 +420,13 @@ intruders = Exercise(
         "U_old.T @ U_new[:, :10] has all cosines. Count the columns whose largest absolute value is below 0.5.",
     ],
     praise="At equal size the count compares two methods, and no longer two learning rates.",
-    draws=30,
 )
 
 
 @intruders.must()
 def depends_on_the_size_alone(intruders, rng):
     """The count depends on the size given, not on the update's norm: it is 0 at a tiny size, large at a large one."""
-    W, update = (torch.from_numpy(rng.normal(size=(80, 84))).float() for _ in range(2))
+    W, update = torch.from_numpy(rng.normal(size=(2, 80, 84)))
     counts = [float(intruders(W, factor * update, 1.0)) for factor in (0.01, 1.0, 300.0)]
     return len(set(counts)) == 1 and intruders(W, update, 1e-4) == 0 and intruders(W, update, 50.0) > 5
 
@@ -443,17 +434,12 @@ def depends_on_the_size_alone(intruders, rng):
 @intruders.must()
 def counts_leading_strangers(intruders, rng):
     """It counts which of the ten leading left directions of the sum have no cosine of 0.5 with any of W's."""
-    for out, inp in [(36, 44), *[(41, 40), (37, 36)] * 8]:
-        W, new = (torch.from_numpy(rng.normal(size=size)) for size in ((out, inp), (out, 4)))
-        U, _, Vh = torch.linalg.svd(W)
-        new = new @ torch.from_numpy(rng.normal(size=(4, inp)))
-        update = new / new.norm() + 0.5 * U[:, 15:19] @ Vh[15:19] + 0.7 * U[:, -1:] @ Vh[10:11]
-        tuned = W + 0.9 * W.norm() / update.norm() * update
-        left, old = (torch.linalg.eigh(each @ each.T)[1].flip(1) for each in (tuned, W))
-        cosines = (old[:, : min(out, inp)].T @ left[:, :10]).abs()
-        if intruders(W, 7 * update, 0.9) != sum(bool(column.max() < 0.5) for column in cosines.T):
-            return False
-    return True
+    W, update, size = weight_and_update(rng)
+    W, update = W.double(), update.double()
+    tuned = W + size * W.norm() / update.norm() * update
+    left, old = (torch.linalg.eigh(each @ each.T)[1].flip(1) for each in (tuned, W))
+    cosines = (old[:, : min(W.shape)].T @ left[:, :10]).abs()
+    return intruders(W, update, size) == sum(bool(column.max() < 0.5) for column in cosines.T)
 
 
 Reflection(

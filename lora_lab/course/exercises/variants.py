@@ -1,18 +1,19 @@
 """Exercises of lesson 10: variants of LoRA."""
 
 import math
+from functools import cached_property  # noqa: F401  # for an edit
 
 import numpy as np
 import torch
 from torch import nn
 
-from lora_lab.course.exercise import Exercise, Reflection, close, normal
+from lora_lab.course.exercise import Exercise, Reflection, close, normal, works
 from lora_lab.lora import LoRALinear
 
 
 def layer_of(answer, rng):
     """An adapted layer whose sizes all differ, with an alpha that is not its rank."""
-    inp, out = (int(size) for size in rng.permutation([6, 7, 8])[:2])
+    inp, out, _ = rng.permutation([6, 7, 8]).tolist()
     rank, alpha = int(rng.integers(2, 5)), float(rng.choice([5.0, 7.0, 11.0]))
     return answer(nn.Linear(inp, out), rank, alpha)
 
@@ -25,11 +26,6 @@ TWICE = """
     def forward(self, x):
         frozen = self.base(x)
         return frozen + (super().forward(x) - frozen) * self.scaling"""
-KEPT = """def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.first = self.alpha / self.rank ** 0.5
-
-    @property"""
 
 rslora = Exercise(
     "RsLoRA",
@@ -81,15 +77,15 @@ def divides_by_the_root_of_the_rank(RsLoRA, rng):
 
 @rslora.must(
     "The scaling was computed once. An adapter can be resized, so compute it from self.rank at each use.",
-    (SCALING, "self.first", "@property", KEPT),
+    ("@property", "@cached_property"),
 )
 def follows_its_rank(RsLoRA, rng):
     """It follows the rank, if the adapter is resized."""
     layer = layer_of(RsLoRA, rng)
-    rank = layer.rank + 3
+    before, rank = layer.scaling, layer.rank + 3
     layer.lora_A = nn.Parameter(normal(rng, rank, layer.base.in_features))
     layer.lora_B = nn.Parameter(normal(rng, layer.base.out_features, rank))
-    return math.isclose(layer.scaling, layer.alpha / math.sqrt(rank), rel_tol=1e-6)
+    return layer.scaling < before and math.isclose(layer.scaling, layer.alpha / math.sqrt(rank), rel_tol=1e-6)
 
 
 @rslora.must(
@@ -207,7 +203,7 @@ def parted(pissa, rng):
     Raises:
         TypeError, ValueError, AttributeError: the answer is something else.
     """
-    out, inp = (int(size) for size in rng.permutation([6, 7, 8])[:2])
+    out, inp, _ = rng.permutation([6, 7, 8]).tolist()
     rank, scaling = int(rng.integers(2, 4)), float(rng.choice([0.5, 2.0, 3.0]))
     left, right = (torch.linalg.qr(normal(rng, size, 6))[0] for size in (out, inp))  # (out, 6), (in, 6)
     values = torch.tensor([9.0, 6.0, 4.0, 2.5, 1.5, 1.0]) * rng.uniform(0.8, 1.2)  # (6,), well separated
@@ -227,11 +223,7 @@ def parted(pissa, rng):
     (PARTS, f"tuple(part.numpy() for part in {PARTS})"),
 )
 def has_three_parts(pissa, rng):
-    try:
-        parted(pissa, rng)
-    except (TypeError, ValueError, AttributeError):
-        return False
-    return True
+    return works(lambda: parted(pissa, rng), TypeError, ValueError, AttributeError)
 
 
 @pissa.must("The largest part is there twice, in W and in B A. Subtract it from the frozen weight.", (REST, "W"))
@@ -300,7 +292,7 @@ def shares_it_evenly(pissa, rng):
 
 def dora_case(rng):
     """x (n, in), W (out, in), A (r, in), B (out, r), the scaling, and m (out); all sizes differ."""
-    n, inp, out = (int(size) for size in rng.permutation([4, 5, 6, 7])[:3])
+    n, inp, out, _ = rng.permutation([4, 5, 6, 7]).tolist()
     rank, scaling = int(rng.integers(2, 4)), float(rng.choice([0.5, 2.0, 3.0]))
     m = torch.from_numpy(rng.uniform(2, 4, out)).float()
     return normal(rng, n, inp), normal(rng, out, inp), normal(rng, rank, inp), normal(rng, out, rank), scaling, m
@@ -345,33 +337,26 @@ dora = Exercise(
 @dora.must()
 def has_the_length(dora, rng):
     """Each row of the weight has the length that m says."""
-    W, A, B = (torch.from_numpy(rng.normal(size=shape)).float() for shape in ((5, 7), (3, 7), (5, 3)))
-    m = torch.from_numpy(rng.uniform(2, 4, 5)).float()
-    return close(dora(torch.eye(7), W, A, B, 2.0, m).norm(dim=0), m)
+    _, W, *others, m = dora_case(rng)
+    return close(dora(torch.eye(W.shape[1]), W, *others, m).norm(dim=0), m)
 
 
 @dora.must()
 def has_the_direction(dora, rng):
     """The result is x times a weight whose rows have the directions of those of W + scaling * B A."""
-    W, A, B, x = (torch.from_numpy(rng.normal(size=shape)).float() for shape in ((5, 7), (3, 7), (5, 3), (4, 7)))
-    m, V = torch.arange(2.0, 7.0), W + 2 * B @ A
-    weight = dora(torch.eye(7), W, A, B, 2.0, m).T
+    x, W, A, B, scaling, m = dora_case(rng)
+    V, weight = W + scaling * B @ A, dora(torch.eye(W.shape[1]), W, A, B, scaling, m).T
     right = close(weight / weight.norm(dim=1)[:, None], V / V.norm(dim=1)[:, None])
-    return right and close(dora(x, W, A, B, 2.0, m), x @ weight.T)
+    return right and close(dora(x, W, A, B, scaling, m), x @ weight.T)
 
 
 # One number
 
 
-def rank_case(rng):
-    """A rank above 1."""
-    return (int(rng.integers(2, 65)),)
-
-
 RATIO, INFINITE = "rank ** 0.5", "float('inf')"
 one_number = Exercise(
     "one_number",
-    inputs=rank_case,
+    inputs=lambda rng: (int(rng.integers(2, 65)),),
     wrong={
         "rsLoRA's ratio is not r. Its factor alpha / sqrt(r) is divided by LoRA's factor alpha / r.": (
             (RATIO, "float(rank)")
@@ -408,8 +393,8 @@ def of_both_limits(ratios, rng):
 @one_number.must()
 def of_rslora(ratios, rng):
     """For rsLoRA it is its factor divided by that of LoRA, at every rank."""
-    ranks = rng.integers(2, 200, 6).tolist()
-    return close([ratios(rank)["rsLoRA"] for rank in ranks], [(7 / math.sqrt(rank)) / (7 / rank) for rank in ranks])
+    rank = int(rng.integers(2, 200))
+    return close(ratios(rank)["rsLoRA"], (7 / math.sqrt(rank)) / (7 / rank))
 
 
 Reflection(

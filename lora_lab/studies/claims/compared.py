@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations, groupby
@@ -23,11 +23,11 @@ import numpy as np
 import pandas
 
 from lora_lab.ablation import overfitting
-from lora_lab.ablation.compare import compare_by_seed, last_rows
+from lora_lab.ablation.compare import compare_by_seed, judge, last_rows
 from lora_lab.ablation.stats import CONFIDENCE, block_losses_of, outer_bounds, rank_correlations, t_bounds
 from lora_lab.studies.claims import deciding
 from lora_lab.studies.claims.deciding import OPEN, Answer, Cases, Claim, Result, above, below, decide_cases, decides
-from lora_lab.studies.claims.measured import MARGIN, MIN_SEEDS, PARTS
+from lora_lab.studies.claims.measured import MARGIN, MIN_SEEDS, PARTS, select
 from lora_lab.studies.records import Record
 
 
@@ -53,6 +53,12 @@ class Gap:
     def bounds(self) -> tuple[float, float]:
         """The one-sided bounds of the mean."""
         return bound_together(self.values, self.cases)
+
+    @property
+    def gain(self) -> tuple[float, float, float]:
+        """The mean gain, which is how much lower the loss of the first way is, and its bounds."""
+        lower, upper = self.bounds
+        return 0.0 - statistics.fmean(self.values.tolist()), 0.0 - upper, 0.0 - lower
 
     @property
     def as_good(self) -> bool | None:
@@ -88,7 +94,7 @@ def bound_together(values: np.ndarray, cases: int) -> tuple[float, float]:
     if values.ndim == 2:
         return outer_bounds(values, confidence)
     _, lower, upper = t_bounds(values.tolist(), confidence)
-    return cast(tuple[float, float], (lower, upper))  # never of a single seed
+    return lower, upper
 
 
 def _bound_all(every: Mapping[Any, Gap]) -> dict[Any, Gap]:
@@ -112,8 +118,7 @@ def gaps(record: Record) -> dict[tuple[int, int], Gap]:
     Raises:
         ValueError: a case has fewer than three seeds with a result for both methods.
     """
-    frame = record.frame()
-    judged = frame[(frame["stage"] == "judging") & (frame["outcome"] == "done")].sort_values("seed")
+    judged = select(record, stage="judging", outcome="done").sort_values("seed")
     every = {}
     for (rank, steps), lora in judged.groupby(["rank", "steps"]):  # full fine-tuning has no rank
         full = judged[judged["setup"] == f"full, {steps:g} steps"]
@@ -130,40 +135,33 @@ def _block_losses(rows: pandas.DataFrame, part: str) -> np.ndarray:
     return np.array([block_losses_of(row, part) for row in rows.to_dict("records")])  # (seeds, blocks)
 
 
-def _show(case: tuple[int, int], gap: Gap) -> str:
-    """Return the case, the mean and its bounds, and the mean of the validation loss."""
-    text = "{:+.3f} ({:+.3f} to {:+.3f}; validation {:+.3f})"
-    means = text.format(gap.values.mean(), *gap.bounds, gap.beside.mean())
-    return f"rank {case[0]}, {case[1]} steps{gap.mark}: {means}"
-
-
-def _explain_gaps(result: Result, every: Collection[Gap]) -> Result:
-    seeds = " or ".join(map(str, sorted({len(gap.values) for gap in every})))
-    text = f"LoRA's test loss minus full fine-tuning's in nats, {seeds} seeds, margin {MARGIN:g}"
-    return _explain(result, text, every, "the validation loss points the other way")
-
-
-@decides("lora-equals-full-fine-tuning", record="quality")
+@decides("lora-equals-full-fine-tuning", "low-ranks-run-out-of-capacity", record="quality")
 def as_good_as_full(claim: Claim, record: Record) -> Result:
-    """Each rank after each number of steps, where "as good" allows for the margin."""
-    every, names = gaps(record), ("the rank", "the number of steps")
-    cases = [(gap.as_good, _show(case, gap), dict(zip(names, case, strict=True))) for case, gap in every.items()]
-    return _explain_gaps(decide_cases(cases), every.values())
+    """Each rank after each number of steps, where "as good" allows for the margin; or whether more steps turn that."""
+    every, cases = gaps(record), []
+    for (rank, steps), gap in every.items():
+        words = "{:+.3f} ({:+.3f} to {:+.3f}; validation {:+.3f})"
+        words = words.format(gap.values.mean(), *gap.bounds, gap.beside.mean())
+        cases.append((gap.as_good, f"rank {rank}, {steps} steps{gap.mark}: {words}", rank, steps))
+    if claim.id == "lora-equals-full-fine-tuning":
+        result = decide_cases(cases, ("the rank", "the number of steps"))
+    else:
+        result = decide_cases(_find_turns(cases), "the rank")
+    seeds = " or ".join(map(str, sorted({len(gap.values) for gap in every.values()})))
+    text = f"LoRA's test loss minus full fine-tuning's in nats, {seeds} seeds, margin {MARGIN:g}"
+    return _explain(result, text, every.values(), "the validation loss points the other way")
 
 
-@decides("low-ranks-run-out-of-capacity", record="quality")
-def runs_out_of_capacity(claim: Claim, record: Record) -> Result:
-    """A rank follows, and then falls behind, if it is as good after few steps and not after more.
+def _find_turns(cases: Cases) -> Cases:
+    """Yield whether each rank is as good after few steps and not after more: it follows, and then falls behind.
 
     A rank that is behind, or as good, after each number of steps that decides shows neither.
     """
-    every, cases = gaps(record), []
-    for _, of_rank in groupby(every.items(), lambda each: each[0][0]):
-        texts, answers = zip(*((_show(case, gap), gap.as_good) for case, gap in of_rank), strict=True)
+    for _, of_rank in groupby(cases, lambda case: case[2]):
+        answers, texts, *_ = zip(*of_rank, strict=True)
         turns = {*combinations(answers, 2)}  # (early, late)
         turned = False if (False, True) in turns else True if (True, False) in turns else None
-        cases.append((turned, ", ".join(texts)))
-    return _explain_gaps(decide_cases(cases, "the rank"), every.values())
+        yield turned, ", ".join(texts)
 
 
 # Fine-tuning beside training from scratch
@@ -172,8 +170,8 @@ def runs_out_of_capacity(claim: Claim, record: Record) -> Result:
 FINE_TUNED, FROM_SCRATCH, LONGER = "fine-tuned", "from scratch", "from scratch, longer"
 DOCS, SIZES = "docs", (10, 40, 160, 500)
 FEW = 240  # examples at most, of "few examples"
-Case = tuple[str, str, int]  # the change of the data, the net, and the number of examples
-Answered = tuple[Case, Gap, bool | None]
+CONDITIONS = ("the change of the data", "the net", "the number of examples")
+Case = tuple[str, str, int]  # of these
 
 
 def gains(record: Record, reference: str = FROM_SCRATCH) -> dict[Case, Gap]:
@@ -186,9 +184,8 @@ def gains(record: Record, reference: str = FROM_SCRATCH) -> dict[Case, Gap]:
     Raises:
         ValueError: a case has fewer than three seeds with a result for both.
     """
-    frame = record.frame()
-    judged = frame[(frame["stage"] == "judging") & (frame["outcome"] == "done")]
-    every = {}
+    every: dict[Any, Gap] = {}
+    judged = select(record, stage="judging", outcome="done")
     for (data, model, n_train), case in judged.groupby(["data", "model", "n_train"], sort=False):
         case = case[case["setup"].isin([FINE_TUNED, reference])]
         if reference not in set(case["setup"]):
@@ -201,15 +198,8 @@ def gains(record: Record, reference: str = FROM_SCRATCH) -> dict[Case, Gap]:
             raise ValueError(f"{data}, {model}, {n_train} examples: fewer than {MIN_SEEDS} seeds")
         wrong = (right[reference] - right[FINE_TUNED])[higher.index].dropna()
         at_edge = bool(case["edge"].fillna("").any())
-        key = str(data), str(model), cast(int, n_train)
-        every[key] = Gap(higher.to_numpy(float), wrong.to_numpy(float), at_edge)
+        every[data, model, n_train] = Gap(higher.to_numpy(float), wrong.to_numpy(float), at_edge)
     return _bound_all(every)
-
-
-def _gain(values: np.ndarray, cases: int) -> tuple[float, float, float]:
-    """Return the mean gain, which is how much lower a loss is, and its bounds for so many cases together."""
-    lower, upper = bound_together(values, cases)
-    return 0.0 - statistics.fmean(values.tolist()), 0.0 - upper, 0.0 - lower
 
 
 def table(every: Mapping[Case, Gap]) -> pandas.DataFrame:
@@ -221,43 +211,37 @@ def table(every: Mapping[Case, Gap]) -> pandas.DataFrame:
     """
     rows = []
     for case, gap in every.items():
-        points = [100 * each for each in _gain(gap.beside, gap.cases)] if gap.beside.size else [math.nan] * 3
-        rows.append([*case, gap.at_edge, gap.as_good, *_gain(gap.values, gap.cases), *points])
+        points = [100 * each for each in replace(gap, values=gap.beside).gain] if gap.beside.size else [math.nan] * 3
+        rows.append([*case, gap.at_edge, gap.as_good, *gap.gain, *points])
     columns = "data model n_train at_edge answer mean lower upper points points_lower points_upper"
     return pandas.DataFrame(rows, columns=columns.split()).astype({"answer": object})
 
 
-def _describe(answered: Iterable[Answered]) -> Cases:
-    """Yield the answers, cases that differ in their examples alone together where their answers are equal."""
-    key = lambda each: (*each[0][:2], str(each[2]))  # noqa: E731
-    for (data, model, _), group in groupby(sorted(answered, key=key), key):
-        cases, shown, answers = zip(*group, strict=True)
-        sizes = ", ".join(f"{case[2]:,}{gap.mark}" for case, gap in zip(cases, shown, strict=True))
-        means, lowest, highest = zip(*(_gain(gap.values, gap.cases) for gap in shown), strict=True)
+def _describe(cases: Cases) -> Cases:
+    """Yield the answers in words, cases that differ in their examples alone together where their answers are equal."""
+    key = lambda case: (*case[2:4], str(case[0]))  # noqa: E731
+    for (data, model, _), group in groupby(sorted(cases, key=key), key):
+        answers, shown, _, _, sizes = zip(*group, strict=True)
+        numbers = ", ".join(f"{size:,}{gap.mark}" for size, gap in zip(sizes, shown, strict=True))
+        means, lowest, highest = zip(*(gap.gain for gap in shown), strict=True)
         mean = " to ".join(dict.fromkeys(f"{extreme(means):+.2f}" for extreme in (min, max)))
         bounds = f"(bounds {min(lowest):+.2f} to {max(highest):+.2f})"
-        yield answers[0], f"{data}, {model}, {sizes} examples: {mean} nats {bounds}"
+        yield answers[0], f"{data}, {model}, {numbers} examples: {mean} nats {bounds}"
 
 
-def _decide_gains(answered: Sequence[Answered], always: bool = False) -> Result:
-    """Return the verdict from cases with their answers."""
-    names = ("the change of the data", "the net", "the number of examples")
-    on = deciding.find_turning_conditions((answer, dict(zip(names, case, strict=True))) for case, _, answer in answered)
-    result, shown = decide_cases(_describe(answered), on, always), [gap for _, gap, _ in answered]
+def _decide_gains(cases: Sequence[tuple[Any, ...]], always: bool = False) -> Result:
+    """Return the verdict from cases: the answer, the gap and its conditions."""
+    on = deciding.find_turning_conditions(cases, CONDITIONS)
+    result, shown = decide_cases(_describe(cases), on, always), [gap for _, gap, *_ in cases]
     return _explain(result, "gain of fine-tuning in test loss", shown, "the right answers differ the other way")
 
 
-@decides("fine-tuning-beats-scratch", record="head_start")
+@decides("fine-tuning-beats-scratch", "never-train-from-scratch", record="head_start")
 def beats_scratch(claim: Claim, record: Record) -> Result:
-    """Test losses after equally many steps, where there are few examples."""
-    few = _bound_all({case: gap for case, gap in gains(record).items() if case[2] <= FEW})
-    return _decide_gains([(case, gap, gap.as_good) for case, gap in few.items()])
-
-
-@decides("never-train-from-scratch", record="head_start")
-def scratch_never_pays(claim: Claim, record: Record) -> Result:
-    """Test losses after equally many steps, for all numbers of examples: one case is enough to refute it."""
-    return _decide_gains([(case, gap, gap.as_good) for case, gap in gains(record).items()], always=True)
+    """Test losses after equally many steps, where there are few examples; or never, which one case refutes."""
+    always = claim.id == "never-train-from-scratch"
+    every = _bound_all({case: gap for case, gap in gains(record).items() if always or case[2] <= FEW})
+    return _decide_gains([(gap.as_good, gap, *case) for case, gap in every.items()], always)
 
 
 def _on_digits(every: Mapping[Case, Gap]) -> dict[Case, Gap]:
@@ -265,22 +249,20 @@ def _on_digits(every: Mapping[Case, Gap]) -> dict[Case, Gap]:
 
 
 @decides("head-start-shrinks-with-data", record="head_start")
-def shrinks_with_data(claim: Claim, record: Record) -> Result:
+def shrinks_with_data(record: Record) -> Result:
     """The gain with the fewest examples minus that with the most, in the nets and changes that gain with the fewest.
 
     Gains are those in test loss, by which the rates were chosen.
     """
     every, (fewest, *_, most) = _on_digits(gains(record)), SIZES
     few = _bound_all({case[:2]: gap for case, gap in every.items() if case[2] == fewest and not gap.contradicted})
-    many = {name: every[(*name, most)] for name in few}
-    shrunk = {
-        name: Gap(gap.values - many[name].values, np.array([]), many[name].at_edge)
-        for name, gap in few.items()
-        if gap.as_good
-    }
-    cases = []
+    shrunk, cases = {}, []
+    for name, gap in few.items():
+        many = every[(*name, most)]
+        if gap.as_good:
+            shrunk[name] = Gap(gap.values - many.values, np.array([]), many.at_edge)
     for (data, model), gap in _bound_all(shrunk).items():
-        words = "{:+.2f} nats (bounds {:+.2f} to {:+.2f})".format(*_gain(gap.values, gap.cases))
+        words = "{:+.2f} nats (bounds {:+.2f} to {:+.2f})".format(*gap.gain)
         cases.append((gap.as_good, f"{data}, {model}: {words}"))
     result = decide_cases(cases, "the net and the change of the data")
     if len(cases) == 1:
@@ -292,19 +274,19 @@ def shrinks_with_data(claim: Claim, record: Record) -> Result:
 
 
 @decides("fine-tuning-needs-fewer-steps", record="head_start")
-def fewer_steps(claim: Claim, record: Record) -> Result:
+def fewer_steps(record: Record) -> Result:
     """It holds if fine-tuning is better than a longer training from scratch, and fails if it is worse than one as long.
 
     Steps of pre-training are not counted: they are paid once.
     """
     as_long, longer = _on_digits(gains(record)), gains(record, LONGER)
-    answered = []
+    cases = []
     for case in as_long | longer:
         short, long = (replace(every[case], cases=len(as_long) + len(longer)) for every in (as_long, longer))
         better, worse = long.as_good is True, short.as_good is False
         decisive = short if not better and (worse or short.contradicted) else long
-        answered.append((case, decisive, better or (False if worse else None)))
-    result = _decide_gains(answered)
+        cases.append((better or (False if worse else None), decisive, *case))
+    result = _decide_gains(cases)
     compared = "yes: lower than from scratch after as many steps as pre-training and fine-tuning have together"
     compared += "; no: higher than from scratch after as many as fine-tuning alone; not decided: neither"
     return replace(result, measured=f"{result.measured}. ({compared})")
@@ -313,16 +295,16 @@ def fewer_steps(claim: Claim, record: Record) -> Result:
 # Overfitting
 
 LESS = {"less": True, "more": False}  # what the tables of lora_lab.ablation.overfitting say, of LoRA
+Doubts = Mapping[tuple[int, str], str]  # size, LoRA setup -> why it may not be judged, or ""
 
 
-def select_inner_rates(record: Record) -> tuple[pandas.DataFrame, dict[tuple[int, str], str]]:
-    """Return the curves at each method's best rate; and (size, LoRA setup) -> why it may not be judged, or "".
+def select_inner_rates(record: Record) -> tuple[pandas.DataFrame, Doubts]:
+    """Return the curves at each method's best rate; and which pairs of a LoRA setup and full fine-tuning may be judged.
 
     A pair may be judged if neither LoRA's rate nor full fine-tuning's is at the edge of its grid, with enough seeds.
     Seeds that chose a rate are left out, and so is a cosine, which contains no shorter run.
     """
-    frame = record.frame()
-    curves = frame[(frame["stage"] == "judging") & (frame["schedule"] == "constant")]
+    curves = select(record, stage="judging", schedule="constant")
     edge = {(int(row["n_train"]), str(row["setup"])): str(row["edge"]) for row in curves.to_dict("records")}
     seeds = curves.groupby(["n_train", "setup"])["seed"].nunique()
     doubts = {}
@@ -334,9 +316,7 @@ def select_inner_rates(record: Record) -> tuple[pandas.DataFrame, dict[tuple[int
     return curves, doubts
 
 
-def _list_verdicts(
-    table: pandas.DataFrame, column: str, doubts: Mapping[tuple[int, str], str]
-) -> tuple[list[str], str]:
+def _list_verdicts(table: pandas.DataFrame, column: str, doubts: Doubts) -> tuple[list[str], str]:
     """Return the verdicts of the pairs that may be judged, or else of all, and where it is less, more or undecided."""
     judged, words, texts = [pair for pair, doubt in doubts.items() if not doubt], [], []
     for size, setup in judged or doubts:
@@ -350,49 +330,33 @@ def _list_verdicts(
     return words, ". ".join(texts)
 
 
-def _decide_words(words: list[str], text: str, on: str, doubts: Mapping[tuple[int, str], str]) -> Result:
-    """Return the verdict from the words "less", "more" and "open" of comparisons, where "less" is what is claimed."""
+@decides("lora-overfits-less", "better-at-equal-fit", record="overfitting")
+def overfits_less(claim: Claim, record: Record) -> Result:
+    """The validation loss where both methods fit the training set equally well; for the first claim that is one half.
+
+    The other half is the rise of the validation loss since its lowest, LoRA's beside full fine-tuning's, at every
+    stopping point. A method that is merely slower has risen less after equally many steps.
+    """
+    curves, doubts = select_inner_rates(record)
+    fits = overfitting.by_training_loss(curves, [3.0, 2.0, 1.5, 1.0, 0.6])
+    fits = fits.assign(verdict=fits["verdict"].where(fits["seeds"] >= MIN_SEEDS, OPEN))
+    words, text = _list_verdicts(fits, "train_loss", doubts)
+    text = f"LoRA's validation loss beside full fine-tuning's, where both have a training loss in nats: {text}"
+    on = "the training loss"
+    if claim.id == "lora-overfits-less":
+        rises = overfitting.by_stopping_point(curves)
+        rises = rises[(rises["lower"] != 0) | (rises["upper"] != 0)]  # otherwise no loss has risen yet
+        stops, text_of_stops = _list_verdicts(rises, "step", doubts)
+        on = "whether steps or training losses are equal"
+        if "more" in stops or "less" in words:
+            on = f"the stopping point, rank and size, and {on}"
+        rise = "rise of LoRA's validation loss beside full fine-tuning's, if both stop after a step"
+        words, text = [*stops, *words], f"{rise}: {text_of_stops}. {text}"
     reasons = [doubt for doubt in doubts.values() if doubt]
     if len(reasons) == len(doubts):
         return Result(OPEN, f"{'; '.join(reasons)}. At these rates: {text}")
     result = decide_cases([(LESS.get(word), "") for word in words], on)
     return replace(result, measured="; ".join([text, *(f"not judged: {reason}" for reason in reasons)]))
-
-
-@decides("lora-overfits-less", record="overfitting")
-def overfits_less(claim: Claim, record: Record) -> Result:
-    """The rise of the validation loss since its lowest, LoRA's beside full fine-tuning's, at every stopping point.
-
-    A method that is merely slower has risen less after equally many steps. So the validation loss where both fit the
-    training set equally well counts, too.
-    """
-    curves, doubts = select_inner_rates(record)
-    rises = overfitting.by_stopping_point(curves)
-    rises = rises[(rises["lower"] != 0) | (rises["upper"] != 0)]  # otherwise no loss has risen yet
-    words, text = _list_verdicts(rises, "step", doubts)
-    at_equal_loss, beside = _compare_at_training_losses(curves, doubts)
-    text = f"rise of LoRA's validation loss beside full fine-tuning's, if both stop after a step: {text}. {beside}"
-    on = "whether steps or training losses are equal"
-    if "more" in words or "less" in at_equal_loss:
-        on = f"the stopping point, rank and size, and {on}"
-    return _decide_words([*words, *at_equal_loss], text, on, doubts)
-
-
-@decides("better-at-equal-fit", record="overfitting")
-def generalises_better(claim: Claim, record: Record) -> Result:
-    """The validation loss where both methods fit the training set equally well."""
-    curves, doubts = select_inner_rates(record)
-    words, text = _compare_at_training_losses(curves, doubts)
-    return _decide_words(words, text, "the training loss", doubts)
-
-
-def _compare_at_training_losses(
-    curves: pandas.DataFrame, doubts: Mapping[tuple[int, str], str]
-) -> tuple[list[str], str]:
-    table = overfitting.by_training_loss(curves, [3.0, 2.0, 1.5, 1.0, 0.6])
-    table = table.assign(verdict=table["verdict"].where(table["seeds"] >= MIN_SEEDS, OPEN))
-    words, text = _list_verdicts(table, "train_loss", doubts)
-    return words, f"LoRA's validation loss beside full fine-tuning's, where both have a training loss in nats: {text}"
 
 
 # Forgetting
@@ -426,14 +390,14 @@ def _at_equal_learning(record: Record, setup: str, reference: str) -> Cases:
 
 
 @decides("learns-less-forgets-less", record="remedies", on="rank, rates and how much is learned")
-def forgets_less(claim: Claim, record: Record) -> Cases:
+def forgets_less(record: Record) -> Cases:
     """What LoRA of each rank has forgotten, less what full fine-tuning has, where both have learned as much."""
     for rank in (1, 8, 64):
         yield from _at_equal_learning(record, f"LoRA r={rank}", "full")
 
 
 @decides("lora-forgets-more-at-defaults", record="remedies")
-def forgets_more_at_defaults(claim: Claim, record: Record) -> Answer:
+def forgets_more_at_defaults(record: Record) -> Answer:
     """What both have forgotten after the last step, at the rates of PEFT's benchmark; at equal learning beside it."""
     lora, full = "LoRA r=32, PEFT's rate", "full, PEFT's rate"
     trials = overfitting.summarise_trials(_frame(record, lora, full))
@@ -444,7 +408,7 @@ def forgets_more_at_defaults(claim: Claim, record: Record) -> Answer:
 
 
 @decides("kl-predicts-forgetting", record="remedies", on="what KL is compared with")
-def divergence_predicts(claim: Claim, record: Record) -> Cases:
+def divergence_predicts(record: Record) -> Cases:
     """Rank correlations of forgetting with KL on the new task, size of the update, rank and rate, over all setups."""
     names = {"score_divergence": "KL on the new task", "score_size": "size of the update", "rank": "rank", "lr": "rate"}
     frame = _frame(record)
@@ -453,14 +417,11 @@ def divergence_predicts(claim: Claim, record: Record) -> Cases:
         # KL's own correlation is judged; of the others it is how far they stay behind KL's.
         prefix = "" if row["predictor"] == "score_divergence" else "difference_"
         answer = above(row[f"{prefix}lower"], row[f"{prefix}upper"])
-        yield (
-            answer,
-            f"{names[row['predictor']]} {row['correlation']:+.2f} ({row['lower']:+.2f} to {row['upper']:+.2f})",
-        )
+        yield answer, names[row["predictor"]] + " {correlation:+.2f} ({lower:+.2f} to {upper:+.2f})".format_map(row)
 
 
 @decides("replay-cuts-forgetting-by-80", record="remedies", on="the control and how much is learned")
-def replay_helps(claim: Claim, record: Record) -> Cases:
+def replay_helps(record: Record) -> Cases:
     """Forgetting with replies of the base among the examples, against none and against as much other text."""
     other = "other text, a quarter"
     for setup, reference in (*((replay, REFERENCE) for replay in REPLAYS), (REPLAYS[0], other)):
@@ -473,34 +434,33 @@ def replay_helps(claim: Claim, record: Record) -> Cases:
 
 
 @decides("final-checkpoint-overshoots", record="remedies", on="the rate")
-def overshoots(claim: Claim, record: Record) -> Cases:
+def overshoots(record: Record) -> Cases:
     """Both losses of adapters that are scaled down, less those at the strength that was trained, for each rate."""
     for lr, of_rate in _frame(record, f"{REFERENCE}, scaled").groupby("lr"):
         losses = [of_rate.pivot(index="seed", columns="step", values=f"{part}_loss") for part in PARTS]
         answers, texts = [], []
         for strength in sorted(step for step in set(of_rate["step"].tolist()) if 0 < step < AS_TRAINED):
             bounds = [t_bounds((of_part[strength] - of_part[AS_TRAINED]).tolist()) for of_part in losses]
-            better = all(upper is not None and upper < 0 for *_, upper in bounds)
-            worse = any(lower is not None and lower > 0 for _, lower, _ in bounds)
-            answers.append(True if better else False if worse else None)
+            changes = {judge(lower, upper) for _, lower, upper in bounds}
+            answers.append(True if changes == {"lower"} else False if "higher" in changes else None)
             texts.append(f"{strength:.0f} % " + " and ".join(f"{mean:+.3f}" for mean, *_ in bounds))
         some = True if True in answers else None if None in answers else False
         yield some, f"rate {lr:g}: {', '.join(texts)}"
 
 
 @decides("forgetting-linear-in-loss", record="remedies")
-def inverse_to_the_loss(claim: Claim, record: Record) -> Answer:
+def inverse_to_the_loss(record: Record) -> Answer:
     """Whether the setups without a remedy that have the lower validation loss have forgotten more: the sign alone."""
     plain = [name for name in set(_frame(record)["setup"]) if name.startswith(("LoRA", "full"))]
     trials = overfitting.summarise_trials(_frame(record, *plain))
     (row,) = rank_correlations(trials, "forgotten_at_last", ["last_loss"]).to_dict("records")
-    text = f"rank correlation of forgetting with the loss {row['correlation']:+.2f}"
-    text += f" ({row['lower']:+.2f} to {row['upper']:+.2f}), {len(plain)} setups"
+    words = "{correlation:+.2f} ({lower:+.2f} to {upper:+.2f})".format_map(row)
+    text = f"rank correlation of forgetting with the loss {words}, {len(plain)} setups"
     return above(-row["upper"], -row["lower"]), text
 
 
 @decides("off-domain-rise-is-the-methods", record="ablation", on="the rank", always=True)
-def off_domain_by_rate(claim: Claim, record: Record) -> Cases:
+def off_domain_by_rate(record: Record) -> Cases:
     """Off-domain losses of one rank at two rates whose mean validation losses differ by at most the margin.
 
     The bounds hold for all such pairs together.

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from itertools import product
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,8 +21,7 @@ from torch.optim import Optimizer
 
 from lora_lab.costs import flops
 from lora_lab.costs.bill import GIB
-from lora_lab.costs.fake import build_on_meta
-from lora_lab.costs.repeated import last_blocks
+from lora_lab.costs.fake import last_blocks
 from lora_lab.inject import LoRAConfig, inject, lora_layers, merge
 from lora_lab.lora import LoRALinear
 from lora_lab.methods import FullFineTuning, LoRA, Method
@@ -63,16 +63,18 @@ def rank_of_equal_memory(config: LlamaConfig, gradients: bool) -> int:
 @cache
 def adapter_size(config: LlamaConfig, targets: Sequence[str]) -> int:
     """Trained parameters for each rank of LoRA, counted on a model of that shape."""
-    model = build_on_meta(partial(Llama, config))
     with torch.device("meta"):
+        model = Llama(config)
         inject(model, LoRAConfig(rank=1, targets=list(targets)))
     return sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in lora_layers(model).values())
 
 
 @cache
-def parameters(config: LlamaConfig) -> int:
-    """All parameters of a model of that shape, a tied head counted once."""
-    return sum(parameter.numel() for parameter in build_on_meta(partial(Llama, config)).parameters())
+def parameters(config: LlamaConfig, named: str = "") -> int:
+    """All parameters of a model of that shape, or those with a text in their names; a tied head is counted once."""
+    with torch.device("meta"):
+        every = Llama(config).named_parameters()
+    return sum(parameter.numel() for name, parameter in every if named in name)
 
 
 @cache
@@ -93,22 +95,22 @@ def flop_ratio(name: str, rank: int, tokens: int = 512) -> float:
 # Parameters
 
 
-@decides("two-percent-of-the-parameters")
+@decides("two-percent-of-the-parameters", on=("the adapted layers", "the width of the model"))
 def two_percent(claim: Claim) -> Cases:
     """Rank 8 on all linear layers and on two, on three shapes."""
-    for (layers, targets), name in product(ADAPTED.items(), ("smollm2-135m", "llama-3-8b", "llama-3-70b")):
-        share, case = _share(name, targets, 8), {"the adapted layers": layers, "the width of the model": name}
-        yield near(share, claim.stated, 0.25), f"{layers}: {share:.2f} % of {name}", case
+    for layers, name in product(ADAPTED, ("smollm2-135m", "llama-3-8b", "llama-3-70b")):
+        share = _share(name, layers, 8)
+        yield near(share, claim.stated, 0.25), f"{layers}: {share:.2f} % of {name}", layers, name
 
 
-def _share(name: str, targets: Sequence[str], rank: int) -> float:
+def _share(name: str, layers: str, rank: int) -> float:
     """The parameters of an adapter, in per cent of those of a known model."""
     config = shapes.config(name)
-    return 100 * rank * adapter_size(config, targets) / parameters(config)
+    return 100 * rank * adapter_size(config, ADAPTED[layers]) / parameters(config)
 
 
 @decides("two-l-d-r-parameters", on="whether the matrices are square")
-def parameter_formula(claim: Claim) -> Cases:
+def parameter_formula() -> Cases:
     """The paper's formula against a count, on square matrices and on those of grouped queries."""
     square, grouped = LLAMA_2_7B, shapes.config("smollm2-135m")
     for name, config in (("Llama 2 7B", square), ("SmolLM2-135M", grouped)):
@@ -117,13 +119,12 @@ def parameter_formula(claim: Claim) -> Cases:
         yield formula == counted, f"{name}, q and v: {formula:,} r by the formula, {counted:,} r counted"
 
 
-@decides("adapters-are-small")
+@decides("adapters-are-small", on=("the rank", "the adapted layers", "the width of the model"))
 def adapters_are_small(claim: Claim) -> Cases:
     """The share of the model that an adapter adds, by rank, adapted layers and model."""
-    for name, (layers, targets), rank in product(("smollm2-135m", "llama-3-8b"), ADAPTED.items(), (8, 64, 192)):
-        share = _share(name, targets, rank)
-        case = {"the rank": rank, "the adapted layers": layers, "the width of the model": name}
-        yield share < claim.stated, f"{layers} of {name}, rank {rank}: {share:.1f} %", case
+    for name, layers, rank in product(("smollm2-135m", "llama-3-8b"), ADAPTED, (8, 64, 192)):
+        share = _share(name, layers, rank)
+        yield share < claim.stated, f"{layers} of {name}, rank {rank}: {share:.1f} %", rank, layers, name
 
 
 @decides("attention-256-mlp-128", on="whether the output layer is adapted too, which the text does not say")
@@ -133,9 +134,9 @@ def parameters_of_targets(claim: Claim) -> Cases:
     head = config.hidden_size + config.vocab_size
     setups = ((ATTENTION, 256), (MLP, 128), (MLP, 256), (ALL, 256))
     for words, extra in (("blocks alone", 0), ("with the output layer", head)):
-        sizes = [rank * (adapter_size(config, targets) + extra) for targets, rank in setups]
-        same = all(near(size / 1e9, printed, 0.03) for size, printed in zip(sizes, claim.values, strict=True))
-        yield same, f"{words} {', '.join(f'{size / 1e9:.3f}' for size in sizes)} billion"
+        sizes = [rank * (adapter_size(config, targets) + extra) / 1e9 for targets, rank in setups]
+        same = all(near(size, printed, 0.03) for size, printed in zip(sizes, claim.values, strict=True))
+        yield same, f"{words} {', '.join(f'{size:.3f}' for size in sizes)} billion"
 
 
 @decides("vera-lora-count")
@@ -156,14 +157,13 @@ def checkpoint_size(claim: Claim) -> Answer:
     return near(ratio, claim.stated), text
 
 
-@decides("checkpoint-ratio-elsewhere")
+@decides("checkpoint-ratio-elsewhere", on=("the rank with the adapted layers", "the width of the model"))
 def checkpoint_elsewhere(claim: Claim) -> Cases:
     """The paper's settings, rank 4 on q and v, and rank 8 on all layers, on models that are in use."""
     models = ("smollm2-135m", "llama-3-8b", "llama-3-70b")
     for (rank, layers), name in product(((4, "query and value matrices"), (8, "all layers")), models):
-        ratio = 100 / _share(name, ADAPTED[layers], rank)
-        case = {"the rank with the adapted layers": layers, "the width of the model": name}
-        yield ratio >= claim.stated, f"{name}, rank {rank} on {layers}, {ratio:,.0f} times", case
+        ratio = 100 / _share(name, layers, rank)
+        yield ratio >= claim.stated, f"{name}, rank {rank} on {layers}, {ratio:,.0f} times", layers, name
 
 
 @decides("hundred-models-354-gb")
@@ -193,9 +193,9 @@ def memory_of_7b(claim: Claim) -> Answer:
     base, each = parameters(LLAMA_2_7B), adapter_size(LLAMA_2_7B, ALL)
     full, lora = ADAM * base / 1e9, (HALF + ADAM / 100) * base / 1e9
     ranks = ", ".join(f"rank {rank} {(HALF * base + ADAM * rank * each) / 1e9:.1f} GB" for rank in (16, 64, 256))
-    (stated_full,) = claim.values
     text = f"{full:.1f} and {lora:.1f} GB; 1 % is rank {base / 100 / each:.0f} on all linear layers; {ranks}"
-    return near(full, stated_full) and near(lora, claim.stated), f"Llama 2 7B: {text}"
+    stated_lora, stated_full = claim.values
+    return near(lora, stated_lora) and near(full, stated_full), f"Llama 2 7B: {text}"
 
 
 @decides("quiz-8b-in-6-gb")
@@ -228,34 +228,25 @@ def qlora_65b(claim: Claim) -> Cases:
     activations = 512 * (of_blocks + 3 * FLOAT32 * LLAMA_65B.vocab_size) + HALF * width * inner
     for count, words in ((example, "0.2 % of the weights, as in their example"), (rank_64, "rank 64 on all layers")):
         total = (_nf4_bytes(LLAMA_65B) + ADAM * count + activations) / GIB
-        yield total < claim.stated, f"adapters of {words}: {total:.1f} GiB with 512 tokens"
-    (stated_full,) = claim.values
+        yield total < claim.values[0], f"adapters of {words}: {total:.1f} GiB with 512 tokens"
     full = ADAM * parameters(LLAMA_65B) / GIB
-    yield full > stated_full, f"full fine-tuning: {full:,.0f} GiB before activations"
+    yield full > claim.values[1], f"full fine-tuning: {full:,.0f} GiB before activations"
 
 
-@decides("qlora-4-times-less-than-lora")
+@decides("qlora-4-times-less-than-lora", on=("the model", "the rank"))
 def qlora_against_lora(claim: Claim) -> Cases:
     """Weights and adapters alone: activations are the same in both and only make the ratio less."""
-    models = {name: shapes.config(name) for name in ("llama-3.2-1b", "llama-3-8b", "llama-3-70b")}
-    for (name, config), rank in product({**models, "llama-65b": LLAMA_65B}.items(), (1, 16)):
+    for name, rank in product(("llama-3.2-1b", "llama-3-8b", "llama-3-70b", "llama-65b"), (1, 16)):
+        config = LLAMA_65B if name == "llama-65b" else shapes.config(name)
         adapters = ADAM * rank * adapter_size(config, ALL)
         ratio = (HALF * parameters(config) + adapters) / (_nf4_bytes(config) + adapters)
-        words, case = f"{name} rank {rank} {ratio:.2f} times", {"the model": name, "the rank": rank}
-        yield near(ratio, claim.stated), words, case
+        yield near(ratio, claim.stated), f"{name} rank {rank} {ratio:.2f} times", name, rank
 
 
 def _nf4_bytes(config: LlamaConfig) -> float:
-    """Bytes of the weights under QLoRA: its linear layers in NF4, all else in 16 bits."""
-    linear = linear_weights(config)
+    """Bytes of the weights under QLoRA: all linear layers but the output layer in NF4, all else in 16 bits."""
+    linear = parameters(config, "_proj")
     return HALF * (parameters(config) - linear) + NF4_BITS / 8 * linear
-
-
-def linear_weights(config: LlamaConfig) -> int:
-    """The weights of the layers that QLoRA quantises: all linear ones but the output layer."""
-    width, heads = config.hidden_size, config.num_attention_heads + config.num_key_value_heads
-    each = 2 * width * config.head_dim * heads + 3 * width * config.intermediate_size
-    return config.num_hidden_layers * each
 
 
 # FLOPs
@@ -268,17 +259,16 @@ def two_percent_of_compute(claim: Claim) -> Answer:
     return near(ratio, claim.stated, 0.5), f"{ratio:.0f} % of the FLOPs, 512 tokens"
 
 
-@decides("two-thirds-of-the-flops")
-def two_thirds(claim: Claim) -> Cases:
+@decides("two-thirds-of-the-flops", on=("the rank", "the model's shape", "the length of the text"))
+def two_thirds() -> Cases:
     """By rank and tokens in a sequence, on a narrow and a wide model."""
     for name, tokens, rank in product(("smollm2-135m", "llama-3-8b"), (512, 2048), (1, 16, 64, 256)):
         ratio = flop_ratio(name, rank, tokens)
-        case = {"the rank": rank, "the model's shape": name, "the length of the text": tokens}
-        yield 2 / 3 <= ratio < 0.75, f"{name} rank {rank}, {tokens:,} tokens {ratio:.2f}", case
+        yield 2 / 3 <= ratio < 0.75, f"{name} rank {rank}, {tokens:,} tokens {ratio:.2f}", rank, name, tokens
 
 
 @decides("never-more-flops-than-full", on="the rank", always=True)
-def never_more(claim: Claim) -> Cases:
+def never_more() -> Cases:
     """Where 3 P = M + E: the rank above which LoRA has more FLOPs than full fine-tuning."""
     ratios = {rank: flop_ratio("smollm2-135m", rank) for rank in (8, 64, 146, 148, 256)}
     return [(ratio <= 1, f"rank {rank} {ratio:.3f}") for rank, ratio in ratios.items()]
@@ -288,7 +278,8 @@ def never_more(claim: Claim) -> Cases:
 def last_block(claim: Claim) -> Cases:
     """Adapters in the last of SmolLM2's 30 blocks: FLOPs in units of full fine-tuning's."""
     name = "smollm2-135m"
-    block = last_blocks(build_on_meta(partial(Llama, shapes.config(name))), 1)
+    with torch.device("meta"):
+        block = last_blocks(Llama(shapes.config(name)), 1)
     lora, full = (step_flops(name, method) for method in (LoRA(8, targets=tuple(block)), FullFineTuning()))
     matrices, step = lora[flops.LAYERS] / full[flops.LAYERS], sum(lora.values()) / sum(full.values())
     yield near(matrices, claim.stated, 0.05), f"the blocks' matrices alone {matrices:.2f}"
@@ -313,7 +304,7 @@ def checkpointing(claim: Claim) -> Cases:
 @decides("25-percent-faster-gpt3", on="what is called a speedup")
 def speedup_of_gpt3(claim: Claim) -> Cases:
     """Footnote 5's two throughputs, as time and as throughput."""
-    full, lora = claim.values  # tokens/s on a V100
+    _, full, lora = claim.values  # tokens/s on a V100
     gains = {"% less time a token": 100 * (1 - full / lora), "% more tokens a second": 100 * (lora / full - 1)}
     return [(near(gain, claim.stated, 0.05), f"{gain:.1f} {words}") for words, gain in gains.items()]
 
@@ -345,7 +336,7 @@ def adapted_linear(width: int, r: int, alpha: float, seed: int = 0) -> LoRALinea
 
 
 @decides("fresh-adapter-changes-nothing")
-def fresh_adapter(claim: Claim) -> Answer:
+def fresh_adapter() -> Answer:
     """Logits before and after the injection."""
     model = tiny_llama(torch.float32)
     before = model(IDS)
@@ -355,21 +346,20 @@ def fresh_adapter(claim: Claim) -> Answer:
 
 
 @decides("b-zero-cannot-learn")
-def b_zero(claim: Claim) -> Answer:
+def b_zero() -> Answer:
     """Gradients of A and B at the first step and after it, and the loss after ten steps."""
-    layer, x, y = adapted_linear(16, 4, 8.0), random_matrix(64, 16, seed=1), random_matrix(64, 16, seed=2)
+    layer = adapted_linear(16, 4, 8.0)
     optimizer = torch.optim.SGD([layer.lora_A, layer.lora_B], lr=0.5)
-    losses, gradients = zip(*_descend(layer, x, y, optimizer, steps=10), strict=True)
+    losses, gradients = zip(*_descend(layer, optimizer, steps=10), strict=True)
     (a_first, b_first), (a_second, _), *_ = [[float(each.abs().max()) for each in of_step] for of_step in gradients]
     text = f"first step: gradient of A {a_first:g}, of B {b_first:.2g}; second step: A {a_second:.2g}"
     learned = a_first == 0 < b_first and losses[-1] < losses[0]
     return not learned, f"{text}; the loss falls from {losses[0]:.3f} to {losses[-1]:.3f} in ten steps"
 
 
-def _descend(
-    layer: LoRALinear, x: Tensor, y: Tensor, optimizer: Optimizer, steps: int
-) -> Iterator[tuple[float, tuple[Tensor, ...]]]:
-    """Yield the loss before each step, and the gradients of A and B."""
+def _descend(layer: LoRALinear, optimizer: Optimizer, steps: int) -> Iterator[tuple[float, tuple[Tensor, ...]]]:
+    """Yield the loss on 64 random examples before each step, and the gradients of A and B."""
+    x, y = random_matrix(64, 16, seed=1), random_matrix(64, 16, seed=2)
     for _ in range(steps):
         loss = F.mse_loss(layer(x), y)
         gradients = torch.autograd.grad(loss, [layer.lora_A, layer.lora_B])
@@ -379,7 +369,7 @@ def _descend(
 
 
 @decides("subtracting-recovers-w0", on="the precision")
-def subtracting(claim: Claim) -> Cases:
+def subtracting() -> Cases:
     """Entries of W0 that differ after W0 + BA - BA, by precision."""
     for name, dtype in PRECISIONS.items():
         W = random_matrix(96, 64, dtype=dtype) / 8
@@ -389,7 +379,7 @@ def subtracting(claim: Claim) -> Cases:
 
 
 @decides("merged-computes-the-same", on="the precision")
-def merged_outputs(claim: Claim) -> Cases:
+def merged_outputs() -> Cases:
     """The largest change of a logit by merging, against 16 units of rounding of the largest logit."""
     for name, dtype in PRECISIONS.items():
         model = tiny_llama(dtype)
@@ -405,15 +395,15 @@ def merged_outputs(claim: Claim) -> Cases:
 
 
 @decides("merged-adds-no-latency")
-def merged_structure(claim: Claim) -> Answer:
+def merged_structure() -> Answer:
     """A merged model has the base's modules and shapes, so that it does the same operations."""
-    base, model = tiny_llama(), tiny_llama()
+    base, model = _structure(tiny_llama()), tiny_llama()
     inject(model, LoRAConfig(rank=4))
     adapted = _structure(model)
     merge(model)
-    same, before = _structure(model) == _structure(base), adapted == _structure(base)
+    same = _structure(model) == base
     words = "the same classes and shapes, so the same operations" if same else "other modules than the base"
-    return same and not before, f"{words}, and with separate adapters others; no time was measured"
+    return same and adapted != base, f"{words}, and with separate adapters others; no time was measured"
 
 
 def _structure(model: nn.Module) -> tuple[dict[str, type], dict[str, torch.Size]]:
@@ -425,48 +415,46 @@ def _structure(model: nn.Module) -> tuple[dict[str, type], dict[str, torch.Size]
 # What the numbers alpha, rank and rate do
 
 
-def adam_losses(factor: float, lr_a: float, lr_b: float, alpha: float) -> list[float]:
+def adam_losses(factor: float, lr_a: float, lr_b: float, alpha: float) -> np.ndarray:
     """Return 20 losses of a small layer under Adam whose epsilon is too small to count.
 
     A starts ``factor`` times as large as usual. Its first gradient is exactly zero, so epsilon cannot be.
     """
-    layer, x, y = adapted_linear(16, 4, alpha), random_matrix(64, 16, seed=1), random_matrix(64, 16, seed=2)
+    layer = adapted_linear(16, 4, alpha)
     layer.lora_A.data *= factor
     groups = [{"params": [layer.lora_A], "lr": lr_a}, {"params": [layer.lora_B], "lr": lr_b}]
-    return [loss for loss, _ in _descend(layer, x, y, torch.optim.Adam(groups, eps=1e-30), 20)]
+    return np.array([loss for loss, _ in _descend(layer, torch.optim.Adam(groups, eps=1e-30), steps=20)])
 
 
 @decides("two-real-knobs")
-def two_knobs(claim: Claim) -> Answer:
+def two_knobs() -> Answer:
     """alpha / (p q), p A, p lr_A and q lr_B for powers of two, beside a change of alpha alone."""
     plain = adam_losses(1, 0.01, 0.01, 8)
     scaled, alone = adam_losses(4, 0.04, 0.02, 1), adam_losses(1, 0.01, 0.01, 1)
-    different = max(abs(a - b) for a, b in zip(plain, alone, strict=True))
-    alike = "equal bit for bit" if scaled == plain else "differ"
-    return scaled == plain and different > 1e-4, f"p = 4, q = 2: 20 losses {alike}; alpha alone {different:.1g}"
+    different, same = np.abs(plain - alone).max(), np.array_equal(scaled, plain)
+    alike = "equal bit for bit" if same else "differ"
+    return same and different > 1e-4, f"p = 4, q = 2: 20 losses {alike}; alpha alone {different:.1g}"
 
 
 @decides("alpha-is-a-learning-rate")
-def alpha_is_a_rate(claim: Claim) -> Answer:
+def alpha_is_a_rate() -> Answer:
     """alpha / 4 against twice the rate, if A starts twice as large; and how far off it is if A starts as usual."""
     plain = adam_losses(1, 0.01, 0.01, 8)
-    others = [adam_losses(factor, 0.02, 0.02, 2) for factor in (2, 1)]
-    scaled, usual = (max(abs(a / b - 1) for a, b in zip(plain, other, strict=True)) for other in others)
+    scaled, usual = (np.abs(plain / adam_losses(factor, 0.02, 0.02, 2) - 1).max() for factor in (2, 1))
     text = f"losses differ by {100 * scaled:.2g} % if A starts twice as large, and by {100 * usual:.2g} % if as usual"
     return scaled < 0.01, text
 
 
 @decides("alpha-over-r-same-first-step")
-def same_first_step(claim: Claim) -> Answer:
+def same_first_step() -> Answer:
     """How much Adam's first step on B lowers the loss at each rank, under alpha / r and alpha / sqrt(r)."""
-    falls: dict[str, dict[int, float]] = {}
+    texts, equal = [], []
     for rule, power in (("alpha / r", 1.0), ("alpha / sqrt(r)", 0.5)):
-        falls[rule] = {r: statistics.fmean(_first_fall(r, r ** (1 - power), s) for s in range(20)) for r in (2, 8, 32)}
-    ratios = {rule: {r: each[r] / each[2] for r in (8, 32)} for rule, each in falls.items()}
-    alike = all(near(ratio, 1, 0.05) for ratio in ratios["alpha / r"].values())
-    differ = not any(near(ratio, 1, 0.05) for ratio in ratios["alpha / sqrt(r)"].values())
-    text = "; ".join(f"{rule} {each[8]:.2f} and {each[32]:.2f}" for rule, each in ratios.items())
-    return alike and differ, f"fall of the loss at ranks 8 and 32, in units of rank 2's, 20 draws: {text}"
+        two, *others = (statistics.fmean(_first_fall(r, r ** (1 - power), s) for s in range(20)) for r in (2, 8, 32))
+        equal += [near(other / two, 1, 0.05) for other in others]
+        texts.append(f"{rule} {' and '.join(f'{other / two:.2f}' for other in others)}")
+    text = f"fall of the loss at ranks 8 and 32, in units of rank 2's, 20 draws: {'; '.join(texts)}"
+    return equal == [True, True, False, False], text
 
 
 def _first_fall(r: int, alpha: float, seed: int) -> float:
@@ -483,7 +471,7 @@ def _first_fall(r: int, alpha: float, seed: int) -> float:
 
 
 @decides("updates-have-low-rank", on="the number of tokens and the optimiser: Adam's first step is the gradient's sign")
-def first_update(claim: Claim) -> Cases:
+def first_update() -> Cases:
     """The rank and the energy rank of the first update of a square weight, by tokens, under SGD and under Adam."""
     for tokens in (8, 1024):
         gradient = random_matrix(128, tokens, seed=1) @ random_matrix(tokens, 128, seed=2)
@@ -494,7 +482,7 @@ def first_update(claim: Claim) -> Cases:
 
 
 @decides("many-terms-mean-structure")
-def noise_needs_many_terms(claim: Claim) -> Answer:
+def noise_needs_many_terms() -> Answer:
     """Terms for 90 % of the energy of Gaussian noise and of a matrix with structure, both 192 x 192."""
     noise = by_chance(lambda g: energy_rank(singular_values(gaussian((192, 192), generator=g))))
     decaying = singular_values(random_matrix(192, 192) @ torch.diag(0.9 ** torch.arange(192.0).double()))
@@ -514,7 +502,10 @@ def random_intruders(claim: Claim) -> Answer:
 SIZES = (0.01, 0.05, 0.2)  # of an update, in units of the weight's norm
 
 
-@decides("nf4-merge-loses-90-percent")
+_NF4 = ("which norm is meant", "the size of the update beside the weight", "whether the base lies on the grid already")
+
+
+@decides("nf4-merge-loses-90-percent", on=_NF4)
 def merged_into_nf4(claim: Claim) -> Cases:
     """The share of weights whose level in NF4 an update does not change, and the norm of that change.
 
@@ -522,22 +513,19 @@ def merged_into_nf4(claim: Claim) -> Cases:
     as long. Weights that lie on NF4's levels already, as those of a quantised base do, are rounded back to them.
     """
     W = random_matrix(256, 512, dtype=torch.float32)
-    B, A = random_matrix(256, 8, seed=1, dtype=torch.float32), random_matrix(8, 512, seed=2, dtype=torch.float32)
+    BA = random_matrix(256, 8, seed=1, dtype=torch.float32) @ random_matrix(8, 512, seed=2, dtype=torch.float32)
     before, _ = nf4(W, double=False)
     levels = FORMATS["NF4"].decode(before)
     for (base, weights), size in product({"any weights": W, "weights on the grid": levels.view_as(W)}.items(), SIZES):
-        update = B @ A * (size * W.norm() / (B @ A).norm())
+        update = BA * (size * W.norm() / BA.norm())
         after, _ = nf4(weights + update, double=False)
         share = 100 * float((_codes(before) == _codes(after)).float().mean())
         change = FORMATS["NF4"].decode(after) - levels
-        norms = {"the whole change is": float(change.norm() / update.norm())}
-        norms["the change along the update is"] = float((change * update.view_as(change)).sum() / update.norm() ** 2)
-        for which, norm in norms.items():
+        along = (change * update.view_as(change)).sum() / update.norm() ** 2
+        for which, norm in (("whole change", change.norm() / update.norm()), ("change along the update", along)):
             words = f"{base}, {100 * size:.0f} % of the weight's norm: {share:.0f} % of the codes stay, "
-            words += f"{which} {norm:.2f} times the update"
-            case = {"which norm is meant": which, "the size of the update beside the weight": size}
-            case |= {"whether the base lies on the grid already": base}
-            yield near(share, claim.stated) and near(norm, 1), words, case
+            words += f"the {which} is {norm:.2f} times the update"
+            yield near(share, claim.stated) and near(float(norm), 1), words, which, size, base
 
 
 def _codes(blocks: Tensor) -> Tensor:
@@ -550,7 +538,7 @@ def _codes(blocks: Tensor) -> Tensor:
 
 
 @decides("lower-loss-better-answers")
-def lower_loss(claim: Claim) -> Answer:
+def lower_loss() -> Answer:
     """Right answers of overconfident logits before and after the temperature that lowers their loss most."""
     targets = torch.randint(10, (2000,), generator=torch.Generator().manual_seed(0))  # (2000,)
     logits = 3 * random_matrix(2000, 10)  # (2000, 10)

@@ -9,14 +9,15 @@ here.
     def params(claim): ...
 
     @decides("rank-one-is-enough", record="ablation", on="the rank")   # from each record of that kind
-    def rank_one(claim, record): ...
+    def rank_one(record): ...
 
     @decides("qlora-time", published="litgpt")                         # from what others measured
     def qlora_time(claim, published): ...
 
-Each returns whether the claim holds, with words; or yields that for each case that was tried, perhaps with the case's
-conditions; or returns a whole :class:`Result`. No verdict is hard-coded: new data, or another number in the claim, can
-change it. A claim that only a lesson measures has no function: what the lesson's stored outputs show decides it.
+A function takes the claim only if it compares with the claim's numbers. Each returns whether the claim holds, with
+words; or yields that for each case that was tried, perhaps with the case's conditions; or returns a whole
+:class:`Result`. No verdict is hard-coded: new data, or another number in the claim, can change it. A claim that only a
+lesson measures has no function: what the lesson's stored outputs show decides it.
 
     print(table(load()))                                               # the ledger: each claim with its verdict
     print(verdict("rank-one-suffices").explained())                    # one, beside what shows it
@@ -33,6 +34,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
+from inspect import signature
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -50,6 +52,10 @@ from lora_lab.system.schema import check
 
 NONE_GIVEN = "none given"
 SHIPPED = Path(__file__).with_name("claims.toml")
+WIDTH = 100  # of the ledger's lines
+# Of records or lessons; None is that of those that come with lora_lab.
+Folder = str | Path | None
+Records = Mapping[str, Record]  # by name
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -67,8 +73,7 @@ class Claim:
         changes: what would decide the claim, if it is open, or change its verdict.
         number: the number that its authors give.
         interval: the interval, seeds or noise that they give with it.
-        value: ``number`` as a number, if the verdict's function compares with it.
-        values: further numbers of ``number`` that it compares with, in the order in which it takes them.
+        values: the numbers of ``number`` that the verdict's function compares with, in its order.
         record: the kind of record that the claim waits for, if it is open.
         lesson: the lesson whose stored outputs decide it, such as "06_which_rank".
         open: why nothing here decides it yet.
@@ -88,32 +93,16 @@ class Claim:
     changes: Text
     number: str = NONE_GIVEN
     interval: str = NONE_GIVEN
-    value: float | None = None
     values: Sequence[float] = ()
     record: str = ""
     lesson: str = ""
     open: str = ""
     untestable: str = ""
 
-    def __post_init__(self) -> None:
-        for each in self.values if self.value is None else (self.value, *self.values):
-            if f"{each:g}" not in self.number.replace(",", ""):
-                raise ValueError(f"The claim {self.id!r} has the value {each!r}, which its number does not show.")
-        if sum(map(bool, (self.lesson, self.open, self.untestable))) > 1:
-            raise ValueError(f"The claim {self.id!r} has several of lesson, open and untestable; keep one of them.")
-        if self.record and not self.open:
-            raise ValueError(f"The claim {self.id!r} waits for the record {self.record!r} but is not open.")
-
     @property
     def stated(self) -> float:
-        """The claim's number as a number.
-
-        Raises:
-            ValueError: the claim has none.
-        """
-        if self.value is None:
-            raise ValueError(f"The claim {self.id!r} has no value to compare with; add one to its entry.")
-        return self.value
+        """The first of the claim's numbers."""
+        return self.values[0]
 
     @property
     def cited(self) -> str:
@@ -179,7 +168,10 @@ class Result:
 
 # Whether a claim holds (None: the measurement cannot tell), and that in words.
 Answer = tuple[bool | None, str]
-Cases = Iterable[tuple[Any, ...]]  # that of each case, and perhaps its conditions, as for decide_cases
+# That of each case, and perhaps its conditions, as for decide_cases.
+Cases = Iterable[tuple[Any, ...]]
+# What cases differ in: in words, or the names of the conditions that each case gives.
+Differing = str | tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -187,7 +179,8 @@ class Decider:
     """A function that decides a claim, and what it reads.
 
     Args:
-        function: takes the claim, and what it reads.
+        function: takes the claim, if it has a parameter ``claim`` because it compares with the claim's numbers, and
+            what it reads.
         record: a kind of record, of which it takes one.
         published: a file of ``records/published``, which it takes.
         beside: a second kind of record, of which it takes all; there may be none.
@@ -198,7 +191,7 @@ class Decider:
     record: str = ""
     published: str = ""
     beside: str = ""
-    on: str = ""
+    on: Differing = ""
     always: bool = False
 
     def decide(self, claim: Claim, *sources: Any) -> Result:
@@ -207,7 +200,8 @@ class Decider:
         Raises:
             KeyError, ValueError: the record lacks what is needed, such as a setup, a column or a seed.
         """
-        found = self.function(claim, *sources)
+        stated = [claim] if "claim" in signature(self.function).parameters else []
+        found = self.function(*stated, *sources)
         if isinstance(found, Result):
             return found
         if isinstance(found, tuple):
@@ -235,48 +229,87 @@ def decides(*claims: str, **options: Any) -> Callable[[Callable], Callable]:
     return register
 
 
-def judge(
-    claim: Claim,
-    folder: str | Path | None = None,
-    lessons: str | Path | None = None,
-    every: Mapping[str, Record] | None = None,
-) -> Result:
-    """Return the verdict on a claim, computed.
-
-    Where several machines have a record and disagree, it depends on the machine.
+@dataclass(frozen=True)
+class Entry:
+    """A claim and what became of it.
 
     Args:
-        folder: of the records; None is :func:`lora_lab.studies.records.shipped`.
-        lessons: folder of the lessons; None is that of the lessons that come with lora_lab.
+        claim, result: the two.
+        where: in a word or two, what decides the claim, or what it waits for.
+        again: what measures it anew: a function that has just run, or a command with its time.
+    """
+
+    claim: Claim
+    result: Result
+    where: str
+    again: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry in values of JSON; ``shown_by`` ends with our number."""
+        claim, result = self.claim, self.result
+        on = f" depends on {result.on}:" if result.on else ""
+        keys = ("id", "sentence", "number", "interval", "source", "kind", "fair")
+        stated = {key: getattr(claim, key) for key in keys} | {"source": claim.cited}
+        decided = {key: getattr(result, key) for key in ("verdict", "on", "shown_by", "date", "machine")}
+        return stated | decided | {"shown_by": f"{result.shown_by}:{on} {result.measured}"}
+
+    def explained(self) -> str:
+        """Return all about the claim: its source, their number beside ours, what shows it, how fair it is and why."""
+        claim, result = self.claim, self.result
+        theirs = claim.number if claim.interval == NONE_GIVEN else f"{claim.number} ({claim.interval})"
+        lines = {
+            "claim": claim.sentence,
+            "source": f"{claim.source} (read: {claim.read})",
+            "kind": claim.kind,
+            "their number": theirs,
+            "verdict": str(result),
+            "our number" if claim.lesson or claim.id in DECIDERS else "why": result.measured,
+            "shown by": result.shown_by,
+            "measured": f"{result.date}, {result.machine}" if result.date else "not yet",
+            "fair test": f"{claim.fair}: {claim.why}",
+            "would decide it" if result.verdict in (OPEN, UNTESTABLE) else "would change it": claim.changes,
+        }
+        paragraphs = [f"{name + ':':<16} {text}" for name, text in lines.items()]
+        return "\n".join([claim.id, *(textwrap.fill(each, WIDTH, subsequent_indent=17 * " ") for each in paragraphs)])
+
+
+def judge(claim: Claim, folder: Folder = None, lessons: Folder = None, every: Records | None = None) -> Entry:
+    """Return a claim with its verdict, computed.
+
+    Args:
+        folder: of the records.
+        lessons: folder of the lessons.
         every: the folder's records, where they have been read.
     """
+    decider = DECIDERS.get(claim.id)
     if claim.lesson:
-        return _read_lesson(claim, shipped_folder("notebooks") if lessons is None else Path(lessons))
-    if claim.id not in DECIDERS:
+        result = _read_lesson(claim, shipped_folder("notebooks") if lessons is None else Path(lessons))
+        again = f"python notebooks/execute.py {claim.lesson}.ipynb runs the lesson anew; --lessons takes yours."
+        return Entry(claim, result, f"lesson {claim.lesson.partition('_')[0]}", again)
+    if kind := decider.record if decider else claim.record:
+        if decider:
+            result = _judge_records(claim, decider, records.load_all(folder=folder) if every is None else every)
+        else:
+            result = Result(OPEN, claim.open, shown_by=f"waits for the record {kind!r}")
+        again = "makes the record anew" if result.date else "will make the record"
+        again = f"lora-lab record {kind} {again}, in {KINDS[kind].hours} on two cores."
+        return Entry(claim, result, f"{'record' if result.date else 'waits:'} {kind}", again)
+    if decider is None:
+        again = f"Nothing here measures it: {claim.open or claim.untestable}."
         if claim.untestable:
-            return Result(UNTESTABLE, claim.untestable, shown_by="nothing here")
-        waits = f"waits for the record {claim.record!r}" if claim.record else "no study is planned"
-        return Result(OPEN, claim.open, shown_by=waits)
-    decider = DECIDERS[claim.id]
+            return Entry(claim, Result(UNTESTABLE, claim.untestable, shown_by="nothing here"), "-", again)
+        return Entry(claim, Result(OPEN, claim.open, shown_by="no study is planned"), "no study", again)
     if decider.published:
         source = records.published(decider.published)
         shown_by, machine = f"records/published/{decider.published}.json", f"theirs: {source.what}"
-        return replace(decider.decide(claim, source), shown_by=shown_by, date=source.date, machine=machine)
-    if not decider.record:
-        shown_by = f"{decider.function.__module__}.{decider.function.__name__}"
-        today = datetime.now(UTC).date().isoformat()
-        return replace(decider.decide(claim), shown_by=shown_by, date=today, machine=ANY_MACHINE)
-    every = records.load_all(folder=folder) if every is None else every
-    beside = {name: record for name, record in every.items() if record.what == decider.beside}
-    results = []
-    for name, record in every.items():
-        if record.what == decider.record:
-            result = judge_record(claim, record, *beside.values())
-            shown_by = " and ".join(f"record {each}" for each in (name, *beside))
-            results.append(replace(result, shown_by=shown_by, date=record.date, machine=record.device))
-    if not results:
-        return Result(OPEN, f"there is no record {decider.record!r}", shown_by=f"no record {decider.record!r}")
-    return _combine_machines(results)
+        result = replace(decider.decide(claim, source), shown_by=shown_by, date=source.date, machine=machine)
+        again = "Its numbers are published ones, and were compared again just now; their machine is not here."
+        return Entry(claim, result, decider.published.partition("-")[0], again)
+    shown_by = f"{decider.function.__module__}.{decider.function.__name__}"
+    today = datetime.now(UTC).date().isoformat()
+    result = replace(decider.decide(claim), shown_by=shown_by, date=today, machine=ANY_MACHINE)
+    where = "counted" if claim.kind == "arithmetic" else "computed"
+    return Entry(claim, result, where, "It was computed again just now, on this machine.")
 
 
 class _Notebook(TypedDict):
@@ -307,8 +340,20 @@ def judge_record(claim: Claim, record: Record, *beside: Record) -> Result:
         return Result(OPEN, f"this record lacks what is needed ({type(error).__name__}: {error})")
 
 
-def _combine_machines(results: list[Result]) -> Result:
-    """Return the verdict of several machines' records: what is decided counts, not what one of them leaves open."""
+def _judge_records(claim: Claim, decider: Decider, every: Records) -> Result:
+    """Return the verdict of all records of a kind: what is decided counts, not what one of them leaves open.
+
+    Where several machines have a record and disagree, it depends on the machine.
+    """
+    beside = {name: record for name, record in every.items() if record.what == decider.beside}
+    results = []
+    for name, record in every.items():
+        if record.what == decider.record:
+            result = judge_record(claim, record, *beside.values())
+            shown_by = " and ".join(f"record {each}" for each in (name, *beside))
+            results.append(replace(result, shown_by=shown_by, date=record.date, machine=record.device))
+    if not results:
+        return Result(OPEN, f"there is no record {decider.record!r}", shown_by=f"no record {decider.record!r}")
     decided = [result for result in results if result.verdict != OPEN] or results
     newest = max(decided, key=lambda result: result.date or "")
     if len({result.verdict for result in decided}) == 1:
@@ -318,13 +363,13 @@ def _combine_machines(results: list[Result]) -> Result:
     return replace(newest, verdict=DEPENDS, on="the machine", measured=texts, shown_by=names)
 
 
-def decide_cases(cases: Cases, on: str = "", always: bool = False) -> Result:
+def decide_cases(cases: Cases, on: Differing = "", always: bool = False) -> Result:
     """Return the verdict on a claim that is stated without conditions, from the cases that were tried.
 
     Args:
-        cases: whether the claim holds in a case (None: the measurement cannot tell), the case in words, and without
-            ``on`` its conditions, as for :func:`find_turning_conditions`.
-        on: what the cases differ in; without it, the conditions that turn the answer.
+        cases: whether the claim holds in a case (None: the measurement cannot tell), the case in words, and where
+            ``on`` is a tuple, the condition of each of these names.
+        on: what the cases differ in; or the names of their conditions, of which those that turn the answer are stated.
         always: the sentence says "never", "at most" or the like, so that one case in which it fails refutes it.
 
     Returns:
@@ -332,18 +377,16 @@ def decide_cases(cases: Cases, on: str = "", always: bool = False) -> Result:
         holds in some and fails in others (and falls if ``always``), and is open otherwise.
 
     Raises:
-        TypeError: there is neither ``on`` nor ``always``, and a case has no conditions.
+        TypeError: there is neither ``on`` nor ``always``.
     """
+    if not (on or always):
+        raise TypeError("A function that decides by cases states what they differ in (on), or that it is said always.")
     cases = list(cases)
-    if not (on or always) and any(len(case) < 3 for case in cases):
-        raise TypeError(
-            "A function that decides a claim names what its cases differ in (on), or each case's conditions."
-        )
     holds, fails, unclear = ([words for each, words, *_ in cases if each is answer] for answer in (True, False, None))
     groups = {"yes": holds, "no": fails, "not decided": unclear}
     text = ". ".join(f"{word}: {'; '.join(texts)}" for word, texts in groups.items() if texts) or "no case was tried"
     if holds and fails and not always:
-        return Result(DEPENDS, text, on or find_turning_conditions((answer, case) for answer, _, case in cases))
+        return Result(DEPENDS, text, on if isinstance(on, str) else find_turning_conditions(cases, on))
     return Result(FALLS if fails else STANDS if holds and not unclear else OPEN, text)
 
 
@@ -357,26 +400,24 @@ def below(lower: float, upper: float, limit: float) -> bool | None:
     return True if upper < limit else False if lower > limit else None
 
 
-def find_turning_conditions(cases: Iterable[tuple[bool | None, Mapping[str, Any]]]) -> str:
+def find_turning_conditions(cases: Sequence[tuple[Any, ...]], names: Sequence[str]) -> str:
     """Return the conditions whose change alone turns the answer, in words, such as "the rank and the model".
 
     Args:
-        cases: whether the claim holds in a case (None: the measurement cannot tell), and the case's conditions, named
-            as they are to be read: {"the rank": 8, "the model": "small"}.
+        cases: as for :func:`decide_cases`, with conditions.
+        names: of the conditions, as they are to be read: ("the rank", "the model").
 
     Returns:
         Each condition in which alone two cases with opposite answers differ; if there is none, "several conditions at
         once".
     """
-    cases = list(cases)
-    holds, fails = ([case for answer, case in cases if answer is which] for which in (True, False))
+    holds, fails = ([case for answer, _, *case in cases if answer is which] for which in (True, False))
     alone = set()
     for one, other in product(holds, fails):
-        differing = [name for name in one if one[name] != other[name]]
+        differing = [name for name, here, there in zip(names, one, other, strict=True) if here != there]
         if len(differing) == 1:
             alone.update(differing)
-    in_order = [name for name in cases[0][1] if name in alone] if cases else []
-    *first, last = in_order or ["several conditions at once"]
+    *first, last = [name for name in names if name in alone] or ["several conditions at once"]
     return f"{', '.join(first)} and {last}" if first else last
 
 
@@ -394,74 +435,8 @@ def near(value: float, claimed: float, share: float = 0.1) -> bool:
 
 # The ledger: each claim with its verdict
 
-WIDTH = 100
 
-
-@dataclass(frozen=True)
-class Entry:
-    """A claim and what became of it."""
-
-    claim: Claim
-    result: Result
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the entry in values of JSON; ``shown_by`` ends with our number."""
-        claim, result = self.claim, self.result
-        on = f" depends on {result.on}:" if result.on else ""
-        keys = ("id", "sentence", "number", "interval", "source", "kind", "fair")
-        stated = {key: getattr(claim, key) for key in keys} | {"source": claim.cited}
-        decided = {key: getattr(result, key) for key in ("verdict", "on", "shown_by", "date", "machine")}
-        return stated | decided | {"shown_by": f"{result.shown_by}:{on} {result.measured}"}
-
-    def where(self) -> str:
-        """Return in a word or two what decides the claim, or what it waits for."""
-        if self.claim.lesson:
-            return f"lesson {self.claim.lesson.partition('_')[0]}"
-        if self.claim.id not in DECIDERS:
-            return f"waits: {self.claim.record}" if self.claim.record else "no study" if self.claim.open else "-"
-        decider = DECIDERS[self.claim.id]
-        if decider.record:
-            return f"{'record' if self.result.date else 'waits:'} {decider.record}"
-        if decider.published:
-            return decider.published.partition("-")[0]
-        return "counted" if self.claim.kind == "arithmetic" else "computed"
-
-    def explained(self) -> str:
-        """Return all about the claim: its source, their number beside ours, what shows it, how fair it is and why."""
-        claim, result = self.claim, self.result
-        theirs = claim.number if claim.interval == NONE_GIVEN else f"{claim.number} ({claim.interval})"
-        lines = {
-            "claim": claim.sentence,
-            "source": f"{claim.source} (read: {claim.read})",
-            "kind": claim.kind,
-            "their number": theirs,
-            "verdict": str(result),
-            "our number" if claim.lesson or claim.id in DECIDERS else "why": result.measured,
-            "shown by": result.shown_by,
-            "measured": f"{result.date}, {result.machine}" if result.date else "not yet",
-            "fair test": f"{claim.fair}: {claim.why}",
-            "would decide it" if result.verdict in (OPEN, UNTESTABLE) else "would change it": claim.changes,
-        }
-        paragraphs = [f"{name + ':':<16} {text}" for name, text in lines.items()]
-        return "\n".join([claim.id, *(textwrap.fill(each, WIDTH, subsequent_indent=17 * " ") for each in paragraphs)])
-
-    def how_to_run(self) -> str:
-        """Return what measures the claim anew: a function that has just run, or a command with its time."""
-        if self.claim.lesson:
-            return f"python notebooks/execute.py {self.claim.lesson}.ipynb runs the lesson anew; --lessons takes yours."
-        decider = DECIDERS.get(self.claim.id)
-        record = decider.record if decider else self.claim.record
-        if record:
-            again = "makes the record anew" if self.result.date else "will make the record"
-            return f"lora-lab record {record} {again}, in {KINDS[record].hours} on two cores."
-        if decider is None:
-            return "Nothing here measures it: " + (self.claim.open or self.claim.untestable) + "."
-        if decider.published:
-            return "Its numbers are published ones, and were compared again just now; their machine is not here."
-        return "It was computed again just now, on this machine."
-
-
-def load(folder: str | Path | None = None, lessons: str | Path | None = None) -> dict[str, Entry]:
+def load(folder: Folder = None, lessons: Folder = None) -> dict[str, Entry]:
     """Return all claims with their verdicts, by id, computed from records, lessons and functions; this takes seconds.
 
     Args:
@@ -469,10 +444,10 @@ def load(folder: str | Path | None = None, lessons: str | Path | None = None) ->
         lessons: folder of the lessons; None is that of the lessons that come with lora_lab.
     """
     every = records.load_all(folder=folder)
-    return {name: Entry(claim, judge(claim, folder, lessons, every)) for name, claim in read_claims().items()}
+    return {name: judge(claim, folder, lessons, every) for name, claim in read_claims().items()}
 
 
-def verdict(claim_id: str, folder: str | Path | None = None, lessons: str | Path | None = None) -> Entry:
+def verdict(claim_id: str, folder: Folder = None, lessons: Folder = None) -> Entry:
     """Return one claim with its verdict.
 
     Args:
@@ -484,9 +459,9 @@ def verdict(claim_id: str, folder: str | Path | None = None, lessons: str | Path
     """
     every = read_claims()
     if claim_id not in every:
-        near = difflib.get_close_matches(claim_id, every, n=3, cutoff=0) or list(every)[:3]
-        raise ValueError(f"There is no claim {claim_id!r}; the nearest are {', '.join(near)}.")
-    return Entry(every[claim_id], judge(every[claim_id], folder, lessons))
+        nearest = ", ".join(difflib.get_close_matches(claim_id, every, cutoff=0))
+        raise ValueError(f"There is no claim {claim_id!r}; the nearest are {nearest}.")
+    return judge(every[claim_id], folder, lessons)
 
 
 def table(entries: Mapping[str, Entry], width: int = WIDTH) -> str:
@@ -501,9 +476,9 @@ def table(entries: Mapping[str, Entry], width: int = WIDTH) -> str:
     for name, entry in entries.items():
         sentence = entry.claim.sentence
         sentence = sentence if len(sentence) < room else f"{sentence[: room - 4].rstrip()}..."
-        lines.append(f"{name:<31}{sentence:<{room}}{entry.result.verdict:<11}{entry.where()}")
+        lines.append(f"{name:<31}{sentence:<{room}}{entry.result.verdict:<11}{entry.where}")
     counts = Counter(entry.result.verdict for entry in entries.values())
-    waiting = sum(entry.where().startswith("waits: ") for entry in entries.values())
+    waiting = sum(entry.where.startswith("waits: ") for entry in entries.values())
     of_others = sum(entry.result.verdict == FALLS and entry.claim.read != "lesson" for entry in entries.values())
     notes = {OPEN: f" ({waiting} wait for a record)"}
     total = ", ".join(f"{counts[word]} {word}{notes.get(word, '')}" for word in VERDICTS)

@@ -13,7 +13,7 @@ import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise, product
+from itertools import groupby, pairwise, product
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,14 @@ MARGIN = 0.01  # nats that do not matter
 TIME_MARGIN = 0.05  # of full fine-tuning's time, that does not matter
 MIN_SEEDS = 3
 PARTS = ("validation", "off_domain")  # of the losses that a record has
+Pairs = Sequence[tuple[str, str]]  # setups, and what each is compared with
+
+
+def select(record: Record, **values: str) -> pandas.DataFrame:
+    """Return the rows of a record that have these values."""
+    frame = record.frame()
+    return frame[np.all([frame[name] == value for name, value in values.items()], axis=0)]
+
 
 # Memory
 
@@ -47,16 +55,14 @@ def _bytes(record: Record, column: str = "measured_bytes") -> dict[tuple[str, in
     return cells
 
 
-def _memory_ratios(
-    record: Record, pairs: Sequence[tuple[str, str]], column: str = "measured_bytes"
-) -> Iterator[tuple[float, str]]:
+def _memory_ratios(record: Record, pairs: Pairs, column: str = "measured_bytes") -> Iterator[tuple[float, str]]:
     """Yield (ratio first / second, words) for each cell of the record that has both setups of a pair."""
     for (model, batch, length), setups in _bytes(record, column).items():
         for first, second in pairs:
             if {first, second} <= setups.keys():
                 ratio = setups[first] / setups[second]
-                words = f", {first.partition(', ')[2]}" if ", " in first else ""
-                yield ratio, f"{ratio:.2f} ({model}, {batch} x {length}{words})"
+                options = "".join(first.partition(", ")[1:])
+                yield ratio, f"{ratio:.2f} ({model}, {batch} x {length}{options})"
 
 
 # All in float32: over a base in bfloat16 adapters stay in float32, which full fine-tuning in bfloat16 does not match.
@@ -73,23 +79,24 @@ def memory_as_parameters(claim: Claim, record: Record) -> Answer:
     return min(savings) >= 0.9 * claim.stated, text
 
 
-@decides("fewer-gradients-lower-the-peak", record="memory")
-def gradients_at_the_peak(claim: Claim, record: Record) -> Cases:
+_GRADIENTS = ("the model", "the tokens in a step", "the precision", "checkpointing")
+
+
+@decides("fewer-gradients-lower-the-peak", record="memory", on=_GRADIENTS)
+def gradients_at_the_peak(record: Record) -> Cases:
     """Whether the peak of full fine-tuning holds gradients of its parameters, in each setup with AdamW."""
     for row in record.rows:
         name, *options = row["setup"].split(", ")
         if name == "full" and "SGD" not in options:
-            held = row.get("gradients", 0)
-            words = f"{row['model']}, {row['batch']} x {row['length']} tokens, {row['setup']}: {held / MIB:,.0f} MiB"
-            case = {"the model": row["model"], "the tokens in a step": (row["batch"], row["length"])}
-            case |= {"the precision": "bf16" in options, "checkpointing": "checkpointing" in options}
-            yield held > 0, words, case
+            held, size = row.get("gradients", 0), f"{row['batch']} x {row['length']} tokens"
+            words = f"{row['model']}, {size}, {row['setup']}: {held / MIB:,.0f} MiB"
+            yield held > 0, words, row["model"], size, "bf16" in options, "checkpointing" in options
 
 
 @decides("lora-needs-less-memory", record="memory", on="the rank and the tokens in a step")
-def less_memory(claim: Claim, record: Record) -> Cases:
+def less_memory(record: Record) -> Cases:
     """Measured peaks of full fine-tuning in units of LoRA's of several ranks, all in float32; and a rank too high."""
-    cases: list[tuple[bool | None, str]] = []
+    cases: list[Answer] = []
     for also, rank in product(ALSO, (1, 8, 64)):
         ratios = _memory_ratios(record, [(f"full{also}", f"LoRA r={rank}{also}")])
         cases += [(ratio > 1, f"rank {rank} {words}") for ratio, words in ratios]
@@ -100,18 +107,17 @@ def less_memory(claim: Claim, record: Record) -> Cases:
 
 
 @decides("memory-gap-closes", record="memory", on="the model")
-def memory_and_context(claim: Claim, record: Record) -> Cases:
+def memory_and_context(record: Record) -> Cases:
     """LoRA's peak in units of full fine-tuning's, along the lengths of one sequence."""
-    by_model: dict[str, list[tuple[float, str]]] = {}  # in ascending order of the length
-    for (model, batch, length), setups in sorted(_bytes(record).items()):
-        if batch == 1 and {"LoRA r=8", "full"} <= setups.keys():
-            lora, full = setups["LoRA r=8"], setups["full"]
-            words = f"{lora / full:.2f} at {length} ({(full - lora) / MIB:,.0f} MiB less)"
-            by_model.setdefault(model, []).append((lora / full, words))
-    for model, ratios in by_model.items():
+    for model, cells in groupby(sorted(_bytes(record).items()), lambda cell: cell[0][0]):
+        ratios, words = [], []
+        for (_, batch, length), setups in cells:
+            if batch == 1 and {"LoRA r=8", "full"} <= setups.keys():
+                lora, full = setups["LoRA r=8"], setups["full"]
+                ratios.append(lora / full)
+                words.append(f"{lora / full:.2f} at {length} ({(full - lora) / MIB:,.0f} MiB less)")
         if len(ratios) >= 3:
-            rises = all(low < high for (low, _), (high, _) in pairwise(ratios))
-            yield rises, f"{model}: {', '.join(words for _, words in ratios)}"
+            yield ratios == sorted({*ratios}), f"{model}: {', '.join(words)}"
 
 
 @decides("memory-a-third", record="memory", on="the tokens in a step and checkpointing")
@@ -121,7 +127,7 @@ def a_third(claim: Claim, record: Record) -> Cases:
 
 
 @decides("frozen-layers-store-nothing", record="memory", on="the model and the precision")
-def frozen_layers(claim: Claim, record: Record) -> Cases:
+def frozen_layers(record: Record) -> Cases:
     """What autograd has saved after LoRA's forward pass, in units of full fine-tuning's."""
     pairs = [("LoRA r=8", "full"), ("LoRA r=8, bf16", "full, bf16")]
     return [(ratio < 0.5, words) for ratio, words in _memory_ratios(record, pairs, "saved_bytes")]
@@ -131,7 +137,7 @@ LORA_FA = [(f"LoRA r=8{also}", f"LoRA-FA r=8{also}") for also in ("", ", bf16", 
 
 
 @decides("lora-fa-less-memory", record="memory")
-def lora_fa(claim: Claim, record: Record) -> Result:
+def lora_fa(record: Record) -> Result:
     """Whether LoRA-FA's peak is the lower one."""
     result = decide_cases([(ratio > 1, words) for ratio, words in _memory_ratios(record, LORA_FA)], "the setup")
     return replace(result, measured=f"LoRA's peak divided by LoRA-FA's. {result.measured}")
@@ -144,7 +150,7 @@ def lora_fa_saves(claim: Claim, record: Record) -> Cases:
 
 
 @decides("dora-costs-little-memory", record="memory")
-def dora(claim: Claim, record: Record) -> Result:
+def dora(record: Record) -> Result:
     """DoRA's peak in units of LoRA's, on two models or more."""
     ratios = _memory_ratios(record, [("DoRA r=8", "LoRA r=8")])
     result = decide_cases([(ratio < 1.1, words) for ratio, words in ratios], "the model")
@@ -161,75 +167,71 @@ def time_interval(row: dict[str, Any]) -> tuple[float, float] | None:
     return (float(match[1]), float(match[2])) if match else None
 
 
-def _timed(record: Record, setups: str) -> Iterator[tuple[dict[str, Any], tuple[float, float], str]]:
-    """Yield (row, interval, words) of each timed case with a conclusive interval, whose setup matches a pattern."""
+# The conditions of a timed case.
+SPEED = ("the rank", "the blocks with adapters", "the model", "the tokens in a step")
+
+
+def _timed(record: Record, setups: str) -> Iterator[dict[str, Any]]:
+    """Yield the row of each timed case with a conclusive interval whose setup matches a pattern.
+
+    It has five entries more: ``faster``, whether the step is faster than full fine-tuning's (None: there is no
+    significant difference), ``low`` and ``high``, the interval, ``words``, and the ``case`` by its conditions.
+    """
     for row in record.rows:
         ends = time_interval(row) if "verdict" in row else None
         if ends and re.fullmatch(setups, row["setup"]):
-            yield row, ends, f"{row['model']}, {row['tokens']} tokens, {row['setup']}: {ends[0]:.2f} to {ends[1]:.2f}"
+            faster = {"faster": True, "slower": False}.get(row["verdict"].partition(":")[0])
+            words = f"{row['model']}, {row['tokens']} tokens, {row['setup']}: {ends[0]:.2f} to {ends[1]:.2f}"
+            rank, _, blocks = row["setup"].partition(", ")  # "LoRA r=8, last 1 block"
+            case = rank, blocks or "all", row["model"], row["tokens"]
+            yield row | {"faster": faster, "low": ends[0], "high": ends[1], "words": words, "case": case}
 
 
-def _is_faster(row: dict[str, Any]) -> bool | None:
-    """Return whether a timed step is faster than full fine-tuning's; None if there is no significant difference."""
-    return {"faster": True, "slower": False}.get(row["verdict"].partition(":")[0])
-
-
-def _conditions(row: dict[str, Any]) -> dict[str, Any]:
-    rank, _, blocks = row["setup"].partition(", ")  # "LoRA r=8, last 1 block"
-    adapters = {"the rank": rank, "the blocks with adapters": blocks or "all"}
-    return {**adapters, "the model": row["model"], "the tokens in a step": row["tokens"]}
-
-
-def _decide_outside_too(cases: Cases, measured: str) -> Result:
+def _decide_outside_too(cases: Cases, names: tuple[str, ...], measured: str) -> Result:
     """Return the verdict from cases of the record, with other words for them."""
-    result = decide_cases(cases)
+    result = decide_cases(cases, names)
     on = f"{result.on}, and outside this record on the model (lesson 05)" if result.on else ""
     return Result(result.verdict, measured, on)
 
 
 @decides("lora-trains-faster", record="speed")
-def trains_faster(claim: Claim, record: Record) -> Result:
+def trains_faster(record: Record) -> Result:
     """What the record says of LoRA's time in units of full fine-tuning's."""
     timed = _timed(record, "LoRA r=(1|8|64|256)")
-    cases = [(_is_faster(row), words, _conditions(row)) for row, _, words in timed]
+    cases = [(row["faster"], row["words"], *row["case"]) for row in timed]
     answers = [answer for answer, *_ in cases]
     counts = f"faster in {answers.count(True)}, slower in {answers.count(False)}, undecided in {answers.count(None)}"
-    slower = "; ".join(words for answer, words, _ in cases if answer is False) or "none"
-    return _decide_outside_too(cases, f"{counts} of {len(cases)} cases. Slower: {slower}")
+    slower = "; ".join(words for answer, words, *_ in cases if answer is False) or "none"
+    return _decide_outside_too(cases, SPEED, f"{counts} of {len(cases)} cases. Slower: {slower}")
 
 
-@decides("smollm2-2-to-3-times-faster", record="speed")
-def two_to_three_times(claim: Claim, record: Record) -> Result:
-    """Whether the interval of LoRA's time lies within what is stated, on the model and on a GPU, as is meant."""
-    result = decide_cases(_compare_with_stated_times(claim, record, "LoRA r=8"), "the tokens in a step")
-    on_cpu = record.facts["device"] == "cpu"
-    return Result(deciding.OPEN, f"only on a CPU, which cannot tell. {result.measured}") if on_cpu else result
-
-
+@decides("smollm2-2-to-3-times-faster", record="speed", on="the tokens in a step")
 @decides("smollm-minutes-not-hours", record="taught", on="the tokens in a step and the targets")
-def minutes_not_hours(claim: Claim, record: Record) -> Cases:
-    """Whether the interval of LoRA's time admits a half of full fine-tuning's, with their rank and targets."""
-    return _compare_with_stated_times(claim, record, "LoRA r=4")
+def times_as_fast(claim: Claim, record: Record) -> Cases | Result:
+    """Whether the interval of LoRA's time on SmolLM2-135M lies within what is stated: a range, or at least so much.
+
+    The record "taught" has their rank and targets. A claim at scale is of a GPU, so that a CPU cannot tell.
+    """
+    least = 1 / claim.values[1] if len(claim.values) > 1 else 0.0
+    setup = {"speed": "LoRA r=8", "taught": "LoRA r=4"}[record.what]
+    timed = [row for row in _timed(record, setup) if row["model"] == "smollm2-135m"]
+    cases = [(within(row["low"], row["high"], least, 1 / claim.stated), row["words"]) for row in timed]
+    if claim.kind == "at scale" and record.facts["device"] == "cpu":
+        measured = decide_cases(cases, always=True).measured
+        return Result(deciding.OPEN, f"only on a CPU, which cannot tell. {measured}")
+    return cases
 
 
-def _compare_with_stated_times(claim: Claim, record: Record, setup: str) -> Cases:
-    """Yield whether a setup is as many times faster on SmolLM2-135M as is stated, in a range or at least."""
-    least = 1 / claim.values[0] if claim.values else 0.0
-    for row, ends, words in _timed(record, setup):
-        if row["model"] == "smollm2-135m":
-            yield within(*ends, least, 1 / claim.stated), words
-
-
-@decides("time-ratio-is-flop-ratio", record="speed")
-def time_and_flops(claim: Claim, record: Record) -> Cases:
+@decides("time-ratio-is-flop-ratio", record="speed", on=SPEED)
+def time_and_flops(record: Record) -> Cases:
     """Whether the ratio of the times is that of the FLOPs within the margin, from 512 tokens on."""
     full = _flops_of_full(record)
-    for row, (low, high), _ in _timed(record, "LoRA r=.*"):
+    for row in _timed(record, "LoRA r=.*"):
         if row["tokens"] >= 512:
-            flops = row["flops"] / full[row["model"], row["tokens"]]
+            flops, low, high = row["flops"] / full[row["model"], row["tokens"]], row["low"], row["high"]
             same = within(low, high, flops - TIME_MARGIN, flops + TIME_MARGIN)
             words = f"{row['model']}, {row['tokens']} tokens, {row['setup'].partition(' ')[2]}: FLOPs {flops:.2f}"
-            yield same, f"{words}, time {low:.2f} to {high:.2f}", _conditions(row)
+            yield same, f"{words}, time {low:.2f} to {high:.2f}", *row["case"]
 
 
 def _flops_of_full(record: Record) -> dict[tuple[str, int], int]:
@@ -238,50 +240,49 @@ def _flops_of_full(record: Record) -> dict[tuple[str, int], int]:
 
 
 @decides("time-can-be-predicted", record="speed")
-def time_predicted(claim: Claim, record: Record) -> Result:
+def time_predicted(record: Record) -> Result:
     """Whether the cost model, and FLOPs alone, say which is faster, in the cases whose interval excludes 1."""
     full = _flops_of_full(record)
-    decided = [(row, words) for row, _, words in _timed(record, "(?!full$).*") if _is_faster(row) is not None]
+    decided = [row for row in _timed(record, "(?!full$).*") if row["faster"] is not None]
     cases, texts = [], []
     for name in ("the cost model", "FLOPs alone"):
-        of_name = []
-        for row, words in decided:
+        wrong = []
+        for row in decided:
             flops = row["flops"] / full[row["model"], row["tokens"]]
             ratio = flops if name == "FLOPs alone" else row["predicted_ratio"]
-            case = {"the prediction": name, **_conditions(row)}
-            of_name.append(((ratio < 1) == _is_faster(row), f"{words}, predicted {ratio:.2f}", case))
-        wrong = [words for right, words, _ in of_name if not right]
-        text = f"{name}: right in {len(of_name) - len(wrong)} of {len(of_name)} decided cases"
+            right = (ratio < 1) == row["faster"]
+            wrong += [] if right else [f"{row['words']}, predicted {ratio:.2f}"]
+            cases.append((right, "", name, *row["case"]))
+        text = f"{name}: right in {len(decided) - len(wrong)} of {len(decided)} decided cases"
         texts.append(f"{text}. Wrong: {'; '.join(wrong)}" if wrong else text)
-        cases += of_name
-    return _decide_outside_too(cases, ". ".join(texts))
+    return _decide_outside_too(cases, ("the prediction", *SPEED), ". ".join(texts))
 
 
 @decides("fewer-blocks-shorter-steps", record="speed", on="the model, the tokens in a step and the numbers of blocks")
-def fewer_blocks(claim: Claim, record: Record) -> Cases:
+def fewer_blocks(record: Record) -> Cases:
     """Times of a step with adapters of rank 8 in the last blocks and in all: whether they are longer in that order."""
-    timed: dict[tuple[str, int], list[tuple[float, tuple[float, float]]]] = {}  # model, tokens -> blocks, times
-    for row, ends, _ in _timed(record, r"LoRA r=8(, last \d+ blocks?)?"):
-        last = re.search(r"last (\d+)", row["setup"])
-        timed.setdefault((row["model"], row["tokens"]), []).append((float(last[1]) if last else math.inf, ends))
-    for (model, tokens), steps in timed.items():
-        for (few, shorter), (more, longer) in pairwise(sorted(steps)):
-            answer = True if shorter[1] < longer[0] else False if longer[1] < shorter[0] else None
-            words = " and ".join("{:.2f} to {:.2f}".format(*each) for each in (shorter, longer))
+    steps = []
+    for row in _timed(record, r"LoRA r=8(, last \d+ blocks?)?"):
+        _, blocks, *cell = row["case"]
+        steps.append((*cell, math.inf if blocks == "all" else float(blocks.split()[1]), row["low"], row["high"]))
+    for (*cell, few, low, high), (*same, more, next_low, next_high) in pairwise(sorted(steps)):
+        if cell == same:
+            answer = True if high < next_low else False if next_high < low else None
             numbers = f"{few:g} and {'all' if more == math.inf else f'{more:g}'}"
-            yield answer, f"{model}, {tokens} tokens, {numbers}: {words}"
+            words = f"{low:.2f} to {high:.2f} and {next_low:.2f} to {next_high:.2f}"
+            yield answer, f"{cell[0]}, {cell[1]} tokens, {numbers}: {words}"
 
 
 # Tasks
 
 
-def _results(record: Record, task: str) -> dict[str, list[dict[str, Any]]]:
-    """Return setup -> its rows with results on a task, one for each seed."""
+def _results(record: Record, task: str, *setups: str) -> list[dict[str, Any]]:
+    """Return the rows with results on a task, of these setups or of all; one for each seed."""
     rows = [row for row in record.rows if row.get("about") == "result" and row.get("task") == task]
-    return {setup: [row for row in rows if row["setup"] == setup] for setup in {row["setup"] for row in rows}}
+    return [row for row in rows if row["setup"] in setups or not setups]
 
 
-def _accuracy_above(record: Record, rows: Sequence[dict[str, Any]], reference: float) -> tuple[bool | None, str]:
+def _accuracy_above(record: Record, rows: Sequence[dict[str, Any]], reference: float) -> Answer:
     """Return whether the accuracy of the seeds on sentiment is above a reference's, and by how much.
 
     That is None if the bounds hold zero.
@@ -292,34 +293,34 @@ def _accuracy_above(record: Record, rows: Sequence[dict[str, Any]], reference: f
     """
     mean, lower, _ = t_bounds([row["accuracy"] - reference for row in rows])
     words = f"{100 * mean:+.0f} points, {len(rows)} seeds"
-    if lower is None or len(rows) < MIN_SEEDS:
+    if len(rows) < MIN_SEEDS:
         return None, words
     (texts,) = (row["test"] for row in record.rows if row.get("about") == "task" and row["task"] == "sentiment")
     accuracy = mean + reference
     variance = (accuracy * (1 - accuracy) + reference * (1 - reference)) / texts
     distance = math.hypot(mean - lower, statistics.NormalDist().inv_cdf(CONFIDENCE) * math.sqrt(variance))
-    answer = None if abs(mean) <= distance else mean > 0
-    return answer, f"{words}, bounds {100 * (mean - distance):+.0f} to {100 * (mean + distance):+.0f}"
+    lower, upper = mean - distance, mean + distance
+    return deciding.above(lower, upper), f"{words}, bounds {100 * lower:+.0f} to {100 * upper:+.0f}"
 
 
 @decides("fine-tuning-beats-asking", record="downstream", beside="elicitation", on="the method")
-def beats_asking(claim: Claim, record: Record, *asked: Record) -> Cases:
+def beats_asking(record: Record, *asked: Record) -> Cases:
     """Accuracy on sentiment less that of the best way of asking, or of the most frequent class, by method, over seeds.
 
     Of the ways of asking in a record of elicitation, that counts which the validation texts choose.
     """
-    results = _results(record, "sentiment")
-    floors = [row["accuracy"] for name in ("zero-shot", "trivial") for row in results.get(name, ())]
+    floors = [row["accuracy"] for row in _results(record, "sentiment", "zero-shot", "trivial")]
     floor = max([*floors, *map(_best_asking, asked)])
     for setup in ("full", "LoRA r=8"):
-        answer, words = _accuracy_above(record, results[setup], floor)
+        if not (rows := _results(record, "sentiment", setup)):
+            raise KeyError(setup)
+        answer, words = _accuracy_above(record, rows, floor)
         yield answer, f"{setup} {words}"
 
 
 def _best_asking(record: Record) -> float:
     """Return the mean accuracy on sentiment of the prompt (examples and calibration) that is best on validation."""
-    results = _results(record, "sentiment")
-    rows = pandas.DataFrame([row for setup in ("zero-shot", "few-shot") for row in results.get(setup, ())])
+    rows = pandas.DataFrame(_results(record, "sentiment", "zero-shot", "few-shot"))
     prompts = rows[~rows["control"]].groupby(["k", "calibration"], sort=False)[["validation", "accuracy"]].mean()
     return float(prompts["accuracy"].to_numpy()[prompts["validation"].argmax()])
 
@@ -327,11 +328,10 @@ def _best_asking(record: Record) -> float:
 @decides("chrf-40-means-translation", record="downstream", on="the run")
 def chrf_forty(claim: Claim, record: Record) -> Cases:
     """Runs with such a score, and how many of their translations are exactly right."""
-    for setup, rows in sorted(_results(record, "translate-fr").items()):
-        for row in rows:
-            if row.get("seed") is not None and row["chrf"] >= claim.stated:
-                words = f"{setup}, seed {row['seed']:g}: chrF {row['chrf']:.0f}, {100 * row['exact']:.0f} % exact"
-                yield row["exact"] >= 0.5, words
+    for row in sorted(_results(record, "translate-fr"), key=lambda row: row["setup"]):
+        if row.get("seed") is not None and row["chrf"] >= claim.stated:
+            words = f"{row['setup']}, seed {row['seed']:g}: chrF {row['chrf']:.0f}, {100 * row['exact']:.0f} % exact"
+            yield row["exact"] >= 0.5, words
 
 
 # Losses of two setups, each at its own rate
@@ -339,14 +339,12 @@ def chrf_forty(claim: Claim, record: Record) -> Cases:
 Row = Mapping[Any, Any]  # of the table of compare_losses
 
 
-def _compare(
-    record: Record, data: Sequence[str], pairs: Sequence[tuple[str, str]], part: str = "test"
-) -> Iterator[tuple[Row, Row]]:
+def _compare(record: Record, data: Sequence[str], pairs: Pairs, part: str = "test") -> Iterator[tuple[Row, Row]]:
     """Yield the rows of :func:`compare_losses` of each setup and its reference; with too few seeds one has a reason."""
     frame = record.frame()
     for setup, reference in pairs:
-        table = compare_losses(frame[frame["data"].isin(data)], reference, part, MARGIN).to_dict("records")
-        rows = {row["setup"]: row for row in table}
+        table = compare_losses(frame[frame["data"].isin(data)], reference, part, MARGIN)
+        rows = table.set_index("setup", drop=False).to_dict("index")
         few = "few seeds" if rows[setup]["seeds"] < MIN_SEEDS else ""
         yield rows[setup] | {"why": rows[setup]["why"] or few}, rows[reference]
 
@@ -357,7 +355,7 @@ def _answer(row: Row, *claimed: str) -> bool | None:
 
 
 @decides("qlora-matches-16-bits", record="quantised", on="the base it is compared with")
-def qlora_matches(claim: Claim, record: Record) -> Cases:
+def qlora_matches(record: Record) -> Cases:
     """LoRA's test loss over a base in NF4, less that over float32 and over bfloat16, each at its own rate."""
     bases = ("float32", "bfloat16")
     for nf4, base in _compare(record, [*bases, "NF4"], [("NF4", base) for base in bases]):
@@ -365,7 +363,7 @@ def qlora_matches(claim: Claim, record: Record) -> Cases:
 
 
 @decides("merge-into-dequantised-base", record="quantised", on="the model")
-def merge_into_dequantised(claim: Claim, record: Record) -> Cases:
+def merge_into_dequantised(record: Record) -> Cases:
     """The test loss of QLoRA adapters merged into the float32 weights, less that in the dequantised ones."""
     for into_float32, merged in _compare(record, ["NF4, merged"], [("merged into float32", "merged")]):
         yield _answer(into_float32, "higher"), _difference(into_float32, merged)
@@ -397,7 +395,7 @@ def much_worse(claim: Claim, record: Record) -> Cases:
 
 
 @decides("smollm-lora-far-better", record="taught", on="the learning rates")
-def far_better(claim: Claim, record: Record) -> Cases:
+def far_better(record: Record) -> Cases:
     """Whether LoRA's test loss is lower by more than a margin, as taught and with tuned rates."""
     for lora, full in _compare(record, ["docs"], TAUGHT_AND_TUNED):
         text = f"loss by {lora['difference']:+.3f} ({lora['lower']:+.3f} to {lora['upper']:+.3f})"
@@ -406,12 +404,12 @@ def far_better(claim: Claim, record: Record) -> Cases:
 
 
 @decides("spectrum-predicts-rank", record="rank_advice")
-def spectrum_predicts_rank(claim: Claim, record: Record) -> Answer:
+def spectrum_predicts_rank(record: Record) -> Answer:
     """The error of a rule that was chosen on planted ranks, on other tasks, beside that of a constant."""
     advice = rank_advice.assess(record.rows)
-    text = f"{advice.rule}, chosen on planted ranks; in doublings: " + ", ".join(
-        f"{row['task']} {row['error']:+.1f} (always {rank_advice.GUESS}: {row['constant_error']:+.1f})"
-        for row in advice.judged.to_dict("records")
+    text = f"{advice.factor:.3g} times {advice.statistic}, chosen on planted ranks; in doublings: " + ", ".join(
+        f"{task} {row['error']:+.1f} (always {rank_advice.GUESS}: {row['constant_error']:+.1f})"
+        for task, row in advice.errors.iterrows()
     )
     text += f"; not decided by the sweep: {', '.join(advice.undecided)}" if advice.undecided else ""
     return advice.works, text
@@ -427,13 +425,11 @@ def right_by_kind(record: Record, data: str, setup: str) -> list[dict[str, Any]]
         ``kind``, ``share``, ``lower`` and ``upper`` (the two-sided 95 % interval of a bootstrap over seeds and
         examples), ``examples``, ``seeds``, and ``edge`` of the rate's grid.
     """
-    frame = record.frame()
-    frame = frame[frame["data"] == data]
-    judged = frame[(frame["stage"] == "judging") & (frame["setup"] == setup)]
+    judged = select(record, data=data, stage="judging", setup=setup)
     done = judged[judged["outcome"] == "done"]
     right = np.array([block_losses_of(row, "accuracy") for row in done.to_dict("records")])  # (seeds, examples)
     table = []
-    for kind, rows in frame[frame["stage"] == "example"].groupby("kind"):
+    for kind, rows in select(record, data=data, stage="example").groupby("kind"):
         of_kind = right[:, rows["position"].astype(int)]
         lower, upper = interval(resampled_means(of_kind))
         row = {"kind": kind, "share": of_kind.mean(), "lower": lower, "upper": upper, "examples": len(rows)}
@@ -461,7 +457,7 @@ def translates(claim: Claim, record: Record) -> Cases:
 
 
 @decides("full-update-10-to-100-ranks", record="spectra")
-def full_rank_update(claim: Claim, record: Record) -> Answer:
+def full_rank_update(record: Record) -> Answer:
     """Directions with 90 % of the energy of full fine-tuning's updates, in units of the adapter's rank 8."""
     rows = [row for row in record.rows if row.get("run") == "full"]
     layers = [row["energy_rank"] for row in rows if row["about"] == "layer"]
@@ -486,7 +482,7 @@ def at_most_half_again(claim: Claim, published: Published) -> Cases:
             yield times <= claim.stated, f"{row['experiment'].rpartition('-')[2]} {times:.1f} times"
 
 
-@decides("lora-1-8-times-faster", published="torchtune")
+@decides("lora-1-8-times-faster", published="torchtune", on=("the model", "the card"))
 def torchtune_speed(claim: Claim, published: Published) -> Cases:
     """LoRA's tokens a second in units of full fine-tuning's fastest recipe on the same card and model.
 
@@ -498,8 +494,8 @@ def torchtune_speed(claim: Claim, published: Published) -> Cases:
         full = {row["technique"]: lora / row["tokens_per_second"] for row in rows if row["method"] == "full"}
         fastest = min(full, key=full.__getitem__)
         text = f"{model} on {card}: {full[fastest]:.2f} times full's fastest row ({fastest})"
-        text += "".join(f", {full[name]:.2f} times its row with {name}" for name in full if name == "checkpointing")
-        yield near(full[fastest], claim.stated), text, {"the model": model, "the card": card}
+        text += f", {full['checkpointing']:.2f} times its row with checkpointing" if "checkpointing" in full else ""
+        yield near(full[fastest], claim.stated), text, model, card
 
 
 @decides("qlora-takes-more-time", "qlora-33-percent-less-memory", published="litgpt")
@@ -509,11 +505,10 @@ def qlora_beside_bfloat16(claim: Claim, published: Published) -> Answer:
     It is judged on the source's model; the other models are stated beside it.
     """
     of_time = claim.id == "qlora-takes-more-time"
-    column, higher = "iteration_s" if of_time else "peak_bytes", {}
-    for model in dict.fromkeys(row["model"] for row in published.rows):
-        single = (row for row in published.rows if row["model"] == model and row["micro_batch_size"] == 1)
-        values = {row["quantization"]: row[column] for row in single}
-        higher[model] = 100 * (values["nf4"] / values[None] - 1)
+    single = [row for row in published.rows if row["micro_batch_size"] == 1]
+    values = {(row["model"], row["quantization"]): row["iteration_s" if of_time else "peak_bytes"] for row in single}
+    models = dict.fromkeys(model for model, _ in values)
+    higher = {model: 100 * (values[model, "nf4"] / values[model, None] - 1) for model in models}
     judged = higher["Llama 2 7B"]
     texts = ", ".join(f"{model} {percent:+.0f} %" for model, percent in higher.items())
     answer = judged > 0 if of_time else near(-judged, claim.stated, 0.25)

@@ -20,7 +20,7 @@ from lora_lab.ablation.compare import smallest_sufficient_rank
 from lora_lab.ablation.stats import best_rate, losses_by_rate, powers, ratio_interval, sample_vertices, slope
 from lora_lab.studies.claims.compared import bound_together
 from lora_lab.studies.claims.deciding import FALLS, STANDS, Answer, Claim, above, below, decide_cases, decides, within
-from lora_lab.studies.claims.measured import MARGIN, MIN_SEEDS
+from lora_lab.studies.claims.measured import MARGIN, MIN_SEEDS, select
 from lora_lab.studies.records import Record
 
 FULL = "full"
@@ -65,12 +65,13 @@ def rank_is_enough(claim: Claim, record: Record, *wider: Record) -> Answer:
 
 def _is_best_inside(wider: Record, record: Record, rank: int, rate: float | None) -> bool:
     """Return whether a record "rates" of the same training runs shows a rate as the best inside a wider grid."""
-    setup, study = f"r={rank}, alpha = 2r", wider.settings.get("docs", {})
-    options = study.get("setups", {}).get(setup, {}) | {"seq_len": study.get("seq_len")}
-    if any(options.get(key) != record.settings.get(key) for key in ("seq_len", "steps", "batch_size")):
+    study, setup = wider.settings["docs"], f"r={rank}, alpha = 2r"
+    if setup not in study["setups"]:
         return False
-    frame = wider.frame()
-    best = best_rate(losses_by_rate(frame[(frame["data"] == "docs") & (frame["setup"] == setup)]))
+    options = study | study["setups"][setup]
+    if any(options[name] != record.settings[name] for name in ("seq_len", "steps", "batch_size")):
+        return False
+    best = best_rate(losses_by_rate(select(wider, data="docs", setup=setup)))
     return best.tried == rate and not best.edge
 
 
@@ -181,10 +182,10 @@ def falls_as_root_of_alpha(claim: Claim, frame: pandas.DataFrame) -> Answer:
 
 
 @decides("rate-law-of-width", record="rates")
-def law_of_width(claim: Claim, record: Record) -> Answer:
+def law_of_width(record: Record) -> Answer:
     """The best rates of the ranks from 4 on (their geometric mean) under alpha = 32, beside the law's at this width."""
     law = 5e-4 * (2000 / SMOLLM2_WIDTH) ** 0.781
-    samples, each = _sample_mean_of_ranks(dict(iter(record.frame().groupby("data")))["docs"])
+    samples, each = _sample_mean_of_ranks(record.frame().groupby("data").get_group("docs"))
     lower, upper = ratio_interval(samples, np.zeros_like(samples))
     words = f"{DATA['docs']}: {math.exp(np.median(samples)):.2g} ({lower:.2g} to {upper:.2g}), the law's {law:.2g}"
     return within(lower, upper, law / FACTOR, law * FACTOR), f"{words}; best rates tried: {each}"
