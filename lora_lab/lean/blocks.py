@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from lora_lab.lora import LoRALayer, LoRALinear
 from lora_lab.models.llama import MLP, Attention, Block, KeyValueCache, RMSNorm, attend, split_heads
 from lora_lab.models.quantize import BlockLinear
+from lora_lab.system.device import restore_randomness
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -326,7 +327,7 @@ def _remember_randomness(device: torch.device) -> Callable[[], AbstractContextMa
 
     @contextmanager
     def draw_again() -> Iterator[None]:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with restore_randomness(device):
             torch.set_rng_state(state)
             if of_device is not None:
                 torch.cuda.set_rng_state(of_device, device)
