@@ -6,7 +6,7 @@ import copy
 import math
 import warnings
 from collections import Counter
-from collections.abc import Collection, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -335,7 +335,7 @@ def _check_target(
         )
 
 
-def check_own_weights(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+def check_own_weights(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Raise ValueError if a weight of one of the layers belongs to another module too."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     owners = Counter(id(tensor) for _, tensor in tensors)

@@ -120,7 +120,7 @@ def choose_rule(runs: pandas.DataFrame) -> tuple[str, float]:
     A statistic's factor is the median of (enough rank / statistic), taken over the tasks on a logarithmic scale, so
     that each task counts once. The enough rank is the smallest rank that the sweep shows to be enough.
     """
-    doublings = np.log2(runs[[*SPECTRAL, TRUNCATION]].rdiv(runs["high"], axis=0))  # (runs, statistics)
+    doublings = runs[[*SPECTRAL, TRUNCATION]].rdiv(runs["high"], axis=0).apply(np.log2)  # (runs, statistics)
     of_tasks = doublings.groupby(runs["task"]).mean()  # (tasks, statistics)
     middle = of_tasks.median()  # (statistics,)
     statistic = str((of_tasks - middle).abs().mean().idxmin())
@@ -136,7 +136,7 @@ def predict_ranks(runs: pandas.DataFrame, statistic: str, factor: float) -> pand
 def measure_errors(runs: pandas.DataFrame, predicted: pandas.Series) -> pandas.Series:
     """Return task -> mean over its runs of log2(predicted / nearest of the ranks left), in doublings."""
     nearest = predicted.clip(lower=runs["low"], upper=runs["high"])
-    return np.log2(predicted / nearest).groupby(runs["task"], sort=False).mean()
+    return (predicted / nearest).transform(np.log2).groupby(runs["task"], sort=False).mean()
 
 
 @dataclass(frozen=True)

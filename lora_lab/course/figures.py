@@ -344,7 +344,7 @@ def training_curve(rows: DataFrame) -> Axes:
     validation, training = mean.validation_loss, mean.training.dropna()
     ax.plot(validation, color=colour, label="validation loss")
     ax.plot(training, color=colour, linestyle=":", label="training loss")
-    lowest, stop, last = validation.min(), validation.idxmin(), validation.index[-1]
+    lowest, stop, last = validation.min(), validation.index[int(validation.argmin())], validation.index[-1]
     ax.plot(stop, lowest, "o", color=colour)
     note: Any = {"textcoords": "offset points", "va": "center", "fontsize": "small"}
     ax.annotate(f"lowest: {lowest:.2f}, step {stop:.0f}", (stop, lowest), (8, -12), **note)

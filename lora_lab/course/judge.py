@@ -352,7 +352,7 @@ def same(value: Any, expected: Any, rtol: float = TOLERANCE) -> bool:
     if isinstance(expected, list | tuple):
         length = isinstance(value, list | tuple) and len(value) == len(expected)
         return length and all(same(*pair, rtol) for pair in zip(value, expected, strict=True))
-    return type(value) is type(expected) and bool(value == expected)
+    return reference is None and type(value) is type(expected) and bool(value == expected)
 
 
 def difference(value: Any, expected: Any, subject: str = "The result") -> str | None:

@@ -34,7 +34,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -240,7 +240,7 @@ def add_strengths(frame: pandas.DataFrame) -> pandas.DataFrame:
     parts, frames = ("validation", "off_domain"), [frame]
     adapters = frame[(frame["setup"] == "LoRA r=8") & (frame["outcome"] == "done")]
     for _, curve in adapters.groupby("key", sort=False):
-        first, last = curve.iloc[[0, -1]].to_dict("records")
+        first, last = cast(list[dict[str, Any]], curve.iloc[[0, -1]].to_dict("records"))
         losses = {0: first, 100: last}
         for factor in STRENGTHS:
             losses[round(100 * factor)] = {f"{part}_loss": last[f"{SCORE}{part}_{factor:g}"] for part in parts}

@@ -184,7 +184,7 @@ class BlockSweep(Sweep):
 
 def read_rows(frame: pandas.DataFrame, columns: Sequence[str]) -> Iterator[Row]:
     """Yield the rows of a sweep's table with those of these columns that it has, as a record can hold them."""
-    yield from map(plain, frame.filter(columns).to_dict("records"))
+    yield from map(plain, frame.filter([*columns]).to_dict("records"))
 
 
 def read_loss(row: Row, part: str) -> float | None:

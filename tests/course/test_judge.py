@@ -414,7 +414,7 @@ UNEQUAL = [
     ((1, 2), (2, 1)),
     ({1}, {1, 2}),
     ({"a": 1}, {"a": 2}),
-    (np.array([None]), 1.0),
+    (np.array([None, 1]), M[0, :2]),  # whose comparison is an array
 ]
 
 
