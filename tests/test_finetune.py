@@ -134,7 +134,7 @@ def test_a_readme_of_the_users_stays(tiny, tmp_path):
     for _ in range(2):
         assert finetune_sums("--steps", 1, "--overwrite") == 0
     card = tmp_path / "kept" / "README.md"
-    assert "| learning rate |" in card.read_text()
+    assert "| lr |" in card.read_text()
     card.write_text("Mine.")
     assert finetune_sums("--steps", 1, "--overwrite") == 0
     assert card.read_text() == "Mine."

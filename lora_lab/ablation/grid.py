@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,6 +23,7 @@ from lora_lab.train import TrainConfig
 
 # Entries of a trial's content that are there only if in use.
 BASE_DTYPE, AUTOCAST = "base_dtype", "autocast"
+_MOST = 1_000_000  # trials of a grid
 _NO_CHANGE = ("accumulate", "gradient_checkpointing", "lean")  # of a result
 
 
@@ -135,6 +137,8 @@ class Grid(list[Trial]):
         for name, values in {"ranks": ranks, "lrs": lrs, "seeds": seeds, "methods": methods}.items():
             if len(values) == 0 and (name != "ranks" or any(isinstance(method, LoRA) for method in methods)):
                 raise ValueError(f"{name} is empty, so there is nothing to try; give at least one value.")
+        if (count := math.prod(map(len, (ranks, lrs, seeds, methods)))) > _MOST:
+            raise ValueError(f"These are {count} trials, but a grid has at most {_MOST}; try fewer values.")
 
         def at_rank(template: Method, rank: int) -> Method:
             if not isinstance(template, LoRA):

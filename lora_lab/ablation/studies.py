@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -26,9 +25,8 @@ from lora_lab.methods import FullFineTuning
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
 from lora_lab.models.pretrained import SMOLLM2, load_pretrained, load_tokenizer
-from lora_lab.system.files import check_file
 from lora_lab.task import Task
-from lora_lab.tasks.named import READERS, TASKS
+from lora_lab.tasks.named import TASKS, check_name
 from lora_lab.train import fit
 from lora_lab.variants import LORA_METHODS
 
@@ -71,12 +69,7 @@ def study(
         if name == "digits":
             return pretrained_digits(), tasks.digits()
         return DigitsMLP(dtype=torch.float64), tasks.planted(DigitsMLP(dtype=torch.float64))
-    known = dict.fromkeys([*DEFAULTS, *TASKS])
-    if name not in known and Path(name).suffix not in READERS:
-        names = f"{', '.join(known)}, and files that end in {', '.join(READERS)}"
-        raise ValueError(f"There is no study {name!r}; there are {names}.")
-    if name not in known:
-        check_file(name, "your examples")
+    check_name(name, "study", dict.fromkeys([*DEFAULTS, *TASKS]))
     if seq_len < 2:
         raise ValueError(f"seq_len is {seq_len}, but an example needs at least 2 tokens.")
     task = partial(docs_task, seq_len, model=model) if name == "docs" else partial(_named_task, name, model)

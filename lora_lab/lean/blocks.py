@@ -291,7 +291,7 @@ def recompute(function: Callable[..., Tensor], x: Tensor, *arguments: Tensor | N
 
     Args:
         function: of tensors; it computes the same at every call that finds torch's random generators in one state.
-        x, *arguments: its tensors, or None.
+        x, arguments: its tensors, or None.
     """
     draw_again = _remember_randomness(x.device)
     numbers = count()  # instead of the tensors that the first forward pass saves

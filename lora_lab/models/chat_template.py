@@ -103,12 +103,17 @@ def _process(owner: int) -> subprocess.Popen[bytes]:
     )
 
 
-def _serve() -> None:
-    """Answer requests, one a line, until there are no more; the process ends where a limit is passed."""
-    with suppress(ImportError, ValueError, OSError):  # Windows and macOS have no such limit
+def _limit_memory() -> None:
+    """Let this process have no more memory than its limit; Windows and macOS have no such limit."""
+    with suppress(ImportError, ValueError, OSError):
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+
+
+def _serve() -> None:
+    """Answer requests, one a line, until there are no more; the process ends where a limit is passed."""
+    _limit_memory()
     for line in sys.stdin.buffer:
         faulthandler.dump_traceback_later(_SECONDS, exit=True)
         try:

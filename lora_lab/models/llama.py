@@ -93,7 +93,7 @@ class LlamaConfig:
 
 
 def rotary_frequencies(config: LlamaConfig) -> Tensor:
-    """Return the radians by which each pair of a head rotates per position: (head_dim / 2,), always float32."""
+    """Return the angle, in radians, by which each pair of a head rotates per position: (head_dim / 2,), float32."""
     pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")  # (32,) on the CPU: equal everywhere
     exponent = pairs / config.head_dim  # (32,)
     frequencies = 1.0 / float(config.rope_theta) ** exponent  # (32,)

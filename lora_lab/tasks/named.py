@@ -341,18 +341,18 @@ READERS: dict[str, Callable[..., Task]] = {
 }
 
 
-def check_name(name: str) -> None:
-    """Check that a name is in :data:`TASKS`, or is that of a file that may be read as a task, before a model is loaded.
+def check_name(name: str, what: str = "task", names: Iterable[str] = TASKS) -> None:
+    """Check that a name is one of these, or that of a file that may be read as a task, before a model is loaded.
 
     Raises:
         ValueError: it is neither.
         FileNotFoundError: there is no such file.
     """
-    if name in TASKS:
+    if name in names:
         return
     if Path(name).suffix not in READERS:
         files = f"a file whose name ends in one of {', '.join(READERS)}"
-        raise ValueError(f"task is {name!r}, but it must be one of {', '.join(TASKS)}, or {files}.")
+        raise ValueError(f"{what} is {name!r}, but it must be one of {', '.join(names)}, or {files}.")
     check_file(name, "your examples")
 
 

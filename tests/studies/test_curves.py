@@ -374,6 +374,7 @@ def test_rates_are_chosen_by_the_loss_after_the_last_step_which_may_be_above_tha
 
     def train(case, device, folder, seeds, lrs):
         common = {"setup": FROM_SCRATCH, "outcome": "done", "seed": seeds[0], "off_domain_loss": 1.0, "gap": 0.0}
+        common |= {"steps": 150, "test_loss": 1.0, "reason": ""}
         return pandas.DataFrame(
             common | {"lr": lr, "step": step, "validation_loss": loss}
             for lr in lrs[FROM_SCRATCH]

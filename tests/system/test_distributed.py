@@ -272,7 +272,7 @@ def test_a_killed_process_ends_the_other_with_one_sentence_and_a_whole_checkpoin
     [
         ("seeds", "The processes of this run differ: settings.seed is 0 in process 0, but 1 in process 1; give all"),
         ("weights", r"differ: the hash of the weights is '\w{64}' in process 0, but '\w{64}' in process 1; give all"),
-        ("folders", "differ: the step of the checkpoint is 2 in process 0, but 0 in process 1; give all of them the"),
+        ("folders", "differ: the step of the checkpoint is 2 in process 0, but 0 in process 1; give all the same"),
         ("batch norms", "'1' is a BatchNorm1d, whose statistics would be those of one process's examples; use one"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 from itertools import groupby
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -146,7 +147,7 @@ def test_a_limited_task_has_the_same_pairs_and_counted_targets_and_is_as_long_as
     assert task.limited(5, 2).fingerprint != task.limited(5, 3).fingerprint
 
 
-def test_packs_are_planned_for_the_longest_batch(chatter, tiny_config):
+def test_packs_are_planned_for_the_longest_batch(chatter, tiny_config, monkeypatch):
     pairs = [Pair(f"{i}?", "a") for i in range(39)] + [Pair("long " * 20, "a")]
     split = {"train": pairs[:38] + pairs[39:], "validation": pairs[38:39], "test": [Pair("z?", "w")]}
     task, net = from_pairs(chatter, split), Llama(tiny_config, seed=3)
@@ -161,7 +162,10 @@ def test_packs_are_planned_for_the_longest_batch(chatter, tiny_config):
     assert first.inputs.shape[1] < 0.4 * whole.inputs.shape[1]  # the long one is not among them
     budget = frozen + int(3.5 * own(whole))
     assert (budget - frozen) // own(first) > 4  # as many as that would be too many, when the long one comes
-    plan = run.plan(net, task, trials, "auto", budget, 1)
+    free = SimpleNamespace(available=2 * budget)  # of which packs take half
+    monkeypatch.setattr(run.psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(run, "_SMALL", 0)
+    plan = run.plan(net, task, trials, "auto", 1)
     assert max(len(job) for job, _ in plan) == 3
     assert sum(len(job) for job, _ in plan) == 8
 
