@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test slow hostile coverage lab lab-gpu notebooks site slides lint clean
+.PHONY: help demo check quick test slow hostile coverage lab lab-gpu notebooks site slides lint clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -19,10 +19,13 @@ demo: $(VENV)/.ready ## fine-tune a real language model with LoRA and in full, s
 # The course and what guards the rest: seconds each.
 QUICK := test_lora test_layers test_variants test_inject test_methods test_rank test_task test_history test_train \
   tasks/test_arrays tasks/test_python_docs system/test_files \
-  guards/test_layering guards/test_links guards/test_package acceptance/test_exercises acceptance/test_training
+  guards/test_layering guards/test_links guards/test_package acceptance/test_training
 
-check: $(VENV)/.ready-test lint ## lint and the quick unit tests, in about a minute: before each commit
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --dist=loadfile -m 'not slow' $(QUICK:%=tests/%.py) $(ARGS)
+check: $(VENV)/.ready-test ## lint and the quick unit tests, side by side, in less than a minute: before each commit
+	$(MAKE) --jobs=2 lint quick
+
+quick: $(VENV)/.ready-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'not slow' $(QUICK:%=tests/%.py) $(ARGS)
 
 # Asserts on measured times, so it runs alone, after all that runs in parallel.
 TIMED := notebooks/05_speed.ipynb
