@@ -260,6 +260,7 @@ BATCH = 32  # pictures a step
 PRETRAINING: dict[str, Any] = {"steps": 400, "lr": 3e-3, "batch_size": BATCH}
 TRAINING = 150  # steps on changed digits
 TEXT_LENGTH = 64  # tokens an example of the language model
+OFF_DOMAIN = 4  # examples: what is forgotten is not asked here
 
 
 def draw_pictures(change: str, n_train: int, seed: int) -> Task:
@@ -297,9 +298,14 @@ def plan_head_start(device: torch.device) -> Iterator[CurveSweep]:
         plan_setups(methods, steps, size, count=3, autocast=torch.bfloat16, eval_examples=128),
         *(range(2), plan_seeds(device, 2)),
         about={"data": DOCS, "model": SMOLLM2, "n_train": steps * size},
-        task=partial(studies.docs_task, TEXT_LENGTH, steps * size),
+        task=partial(_draw_text, steps * size),
         starts={FROM_SCRATCH: lambda seed: partial(studies.random_init, device, seed)},
     )
+
+
+def _draw_text(n_train: int, seed: int) -> Task:
+    task = studies.docs_task(TEXT_LENGTH, n_train, seed)
+    return replace(task, off_domain=task.off_domain[:OFF_DOMAIN])
 
 
 def _sweep_digits(data: str, net: str, size: int) -> CurveSweep:

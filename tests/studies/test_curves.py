@@ -464,3 +464,8 @@ def test_the_plan_compares_equal_steps_on_other_seeds_than_those_that_choose(dev
         if case.about["data"] != DOCS:
             assert trials[LONGER].steps == 550 == 400 + trials[FINE_TUNED].steps
     assert cases[-1].starts.keys() == {FROM_SCRATCH}
+
+
+def test_a_head_start_on_texts_evaluates_few_off_domain_texts():
+    *_, texts = curves.plan_head_start(torch.device("cpu"))
+    assert len(texts.task(0).off_domain) == 4  # each evaluation of 128 would take as long as many steps
