@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.patches import Patch, Polygon, Rectangle
+from matplotlib.patches import Patch, Rectangle
 
 from lora_lab.ablation.overfitting import training_losses
 from lora_lab.costs.flops import ADAPTERS, FORWARD, INPUT, WEIGHT, Flops
@@ -90,51 +90,29 @@ def shares_by_rank(shares: Mapping[str, Mapping[int, Sequence[float]]], ylabel: 
 
 
 def schematic(rank: int = 4, alpha: float = 8) -> Axes:
-    """LoRA drawn: the input goes through the frozen W0 and through A, then B; the two results are added.
-
-    The boxes of A and B are as narrow as the rank is beside the features, and the count of parameters stands below.
+    """LoRA drawn to scale: the frozen W0, and beside it B and A, whose product has the shape of W0.
 
     Args:
         rank: r, at most 48.
         alpha: the update is scaled by alpha / rank.
     """
-    ax = plt.subplots(figsize=(6.4, 4.2))[1]
-    wide, tall, narrow = 3.0, 2.25, max(3 / 64 * rank, 0.06)  # for 64 and 48 features, and the rank
-    frozen, trained = "#d9d9d9", METHOD_COLOURS["lora"]
-
-    def box(x: float, y: float, bottom: float, top: float, height: float, colour: str) -> None:
-        corners = (-bottom, -height), (bottom, -height), (top, height), (-top, height)
-        ax.add_patch(Polygon([(x + dx / 2, y + dy / 2) for dx, dy in corners], facecolor=colour, edgecolor="#333333"))
-
-    def arrow(start: tuple[float, float], end: tuple[float, float]) -> None:
-        ax.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "#333333", "linewidth": 1.2})
-
-    def label(x: float, y: float, text: str, side: Literal["left", "center"] = "left", colour: str = "#000000") -> None:
-        ax.text(x, y, text, ha=side, va="center", fontsize=9.5, color=colour)
-
-    left, right, low, high = -2.2, 2.2, -1.0, 1.0
-    box(left, 0, (wide + tall) / 2, (wide + tall) / 2, 3, frozen)
-    label(left, 0.25, "$W_0$", "center")
-    label(left, -0.3, "48 x 64, frozen", "center")
-    box(right, low, wide, narrow, 1, trained)
-    box(right, high, narrow, tall, 1, trained)
-    for y, name in ((low, "$A$"), (high, "$B$")):
-        ink = "#ffffff" if narrow > 0.3 else "#000000"
-        ax.text(right, y, name, ha="center", va="center", fontsize=14, color=ink)
-    label(right + wide / 2 + 0.15, low, f"{rank} x 64, trained\nstarts random")
-    label(right + wide / 2 + 0.15, high, f"48 x {rank}, trained\nstarts at zero")
-    label(right + narrow / 2 + 0.2, 0, f"{rank} number{'s' * (rank > 1)} pass{'es' * (rank == 1)}")
-    arrow((right, low + 0.5), (right, high - 0.5))
-    label(0, -2.75, "$x$: 64 numbers", "center")
-    for x, bottom, top in ((left, -1.5, 1.5), (right, low - 0.5, high + 0.5)):
-        arrow((0, -2.5), (x, bottom))
-        arrow((x, top), (0.05 * x, 2.2))
-    label(1.55, 2.1, rf"$s$ = {alpha:g} / {rank} = {alpha / rank:.3g}", colour=trained)
-    label(0, 2.17, "+", "center")
-    label(0, 2.6, r"$h = W_0\,x + s\,B A\,x$: 48 numbers", "center")
+    ax, lora = plt.subplots(figsize=(8.5, 3.7))[1], METHOD_COLOURS["lora"]
     count, whole = rank * (64 + 48), 64 * 48
-    ax.set_title(f"LoRA trains {count:,} parameters beside {whole:,} frozen ones ({count / whole:.0%})")
-    ax.set(xlim=(-4.1, 6.3), ylim=(-3.1, 3.0), aspect="equal")
+    boxes = {  # name -> left, rows, columns, colour, how it is treated
+        "$W_0$": (0, 48, 64, "#d9d9d9", "frozen"),
+        "$B$": (98, 48, rank, lora, "trained,\nstarts at zero"),
+        "$A$": (118 + rank, rank, 64, lora, "trained,\nstarts random"),
+    }
+    for name, (left, rows, columns, colour, what) in boxes.items():
+        ax.add_patch(Rectangle((left, -rows / 2), columns, rows, facecolor=colour, edgecolor="#333333"))
+        middle = left + columns / 2
+        ax.text(middle, rows / 2 + 2, name, ha="center", va="bottom", fontsize=14)
+        ax.text(middle, -rows / 2 - 3, f"{rows} x {columns}, {what}", ha="center", va="top")
+    ax.text(81, 0, r"$+\quad s$", ha="center", va="center", fontsize=14)
+    update = rf"$h = W_0\,x + s\,B A\,x$ with $s$ = {alpha:g} / {rank} = {alpha / rank:.3g}"
+    trained = f"LoRA trains {count:,} parameters beside {whole:,} frozen ones ({count / whole:.0%})"
+    ax.set_title(f"{trained}\n{update}")
+    ax.set(xlim=(-3, 185 + rank), ylim=(-42, 36), aspect="equal")
     ax.axis("off")
     return ax
 
@@ -168,47 +146,29 @@ def memory_of_steps(bills: Mapping[str, Bill]) -> Figure:
 
 
 def saved_in_a_block(saved: Mapping[str, tuple[str, int, int, int]]) -> Axes:
-    """A transformer block drawn from its input down to its output, with what each layer saves for the backward pass.
+    """What each layer of a transformer block saves for the backward pass, from its input down to its output.
 
     Args:
         saved: layer, in the order of computation -> what it saves, and how many values for each token: with both
-            methods, with full fine-tuning alone, with LoRA alone. A layer whose name begins with "add" adds the
-            residual stream, which has bypassed the layers since the last such layer.
+            methods, with full fine-tuning alone, with LoRA alone.
     """
-    ax = plt.subplots(figsize=(10, 0.48 * len(saved) + 1.2))[1]
+    ax = plt.subplots(figsize=(10, 0.42 * len(saved) + 1))[1]
     looks = {
         "both": (COLOURS[2], ""),
         "full fine-tuning alone": (METHOD_COLOURS["full"], "//"),
         "LoRA alone": (METHOD_COLOURS["lora"], ".."),
     }
-    most = max(sum(values) for _, *values in saved.values())
-    arrow = {"arrowstyle": "-|>", "color": "#333333"}
-    branch = -0.85  # where the residual stream left
-    for row, (layer, (what, *values)) in enumerate(saved.items()):
-        ax.annotate("", (-2, row - 0.28), (-2, row - (0.72 if row else 1)), arrowprops=arrow)
-        adds = layer.startswith("add")
-        shape = "circle,pad=0.2" if adds else "round,pad=0.3"
-        box = {"boxstyle": shape, "facecolor": "#eeeeee", "edgecolor": "#333333"}
-        ax.text(-2, row, "+" if adds else layer, ha="center", va="center", bbox=box)
-        if adds:
-            ax.plot([-2, -3.4, -3.4], [branch, branch, row], color="#333333", linewidth=1.2)
-            ax.annotate("", (-2.14, row), (-3.4, row), arrowprops={**arrow, "shrinkA": 0})
-            branch = row + 0.4
-        left = 0.0
-        for value, (name, look) in zip(values, looks.items(), strict=True):
-            width = 6 * value / most
-            ax.barh(row, width, left=left, height=0.55, label=name if row == 0 else None, **filling(*look))
-            left += width
-        if any(values):
-            counts = " + ".join(f"{value:,}" for value in values if value)
-            ax.text(left + 0.1, row, f"{counts}   {what}", va="center", fontsize="small")
-    ax.text(-2, -1.15, "input", ha="center", va="center")
-    last = len(saved) - 0.25
-    ax.annotate("", (-2, last), (-2, last - 0.45), arrowprops=arrow)
-    ax.text(-2, last + 0.15, "output", ha="center", va="center")
-    ax.set(xlim=(-3.7, 10), ylim=(last + 0.4, -1.4))
-    ax.legend(loc="upper right", title="values stored for each token")
-    ax.axis("off")
+    counts = np.array([values for _, *values in saved.values()])  # (layers, 3)
+    ends = counts.cumsum(1)
+    for i, (name, look) in enumerate(looks.items()):
+        ax.barh(list(saved), counts[:, i], left=ends[:, i] - counts[:, i], height=0.6, label=name, **filling(*look))
+    for row, (what, *values) in enumerate(saved.values()):
+        text = " + ".join(f"{value:,}" for value in values if value) or "nothing"
+        ax.text(ends[row, -1], row, f"  {text}   {what}", va="center", fontsize="small")
+    ax.set(xlim=(0, 1.6 * ends.max()), xlabel="values stored for each token")
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.legend()
     return ax
 
 
