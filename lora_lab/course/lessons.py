@@ -114,7 +114,7 @@ def claims(*outcomes: Outcome) -> None:
     The output also stores this lesson's verdicts as data, by which the ledger decides what only this lesson measures.
 
     Raises:
-        ValueError: there is no such claim, or no such verdict.
+        ValueError: there is no such claim.
         AssertionError: the numbers of this run do not support a verdict.
     """
     rows, results = [], {}
@@ -226,7 +226,7 @@ def explore(
         drawn = draw(**dict(zip(controls, setting, strict=True)))
         return _story(drawn) if isinstance(drawn, str) else _png(drawn)
 
-    widgets: dict[str, Any] = {}
+    widgets = {}
     for name, choices in controls.items():
         kind = ipywidgets.ToggleButtons if isinstance(choices[0], str | bool) else ipywidgets.SelectionSlider
         options = [(_words(choice), choice) for choice in choices]
@@ -265,7 +265,7 @@ def playground(answer: Callable[[str, str], str], menu: Sequence[str], prompt: s
     """
     import ipywidgets
 
-    wide: dict[str, Any] = {"width": "46em", "max_width": "100%"}
+    wide = {"width": "46em", "max_width": "100%"}
     drop_down = ipywidgets.Dropdown(options=list(menu), description="adapter")
     box = ipywidgets.Textarea(value=prompt, description="prompt", rows=3, layout=wide)
     button = ipywidgets.Button(description="Answer", button_style="info")
