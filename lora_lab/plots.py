@@ -11,7 +11,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -447,7 +447,7 @@ def by_rank(lines: Mapping[str, Mapping[int, float]], ylabel: str) -> Axes:
 def best_rates(lines: Mapping[str, Mapping[int, BestRate]], full: BestRate | None = None, power: float = 0) -> Axes:
     """Best learning rates against the rank, both logarithmic, with 95 % intervals; a line for each label.
 
-    An arrow in place of an interval's end: the grid does not bound it. A best rate at the edge of its grid is hollow.
+    The end of a bar has no cap where the grid does not bound it, and a best rate at the edge of its grid no mark.
 
     Args:
         lines: label -> rank -> best rate.
@@ -463,14 +463,11 @@ def best_rates(lines: Mapping[str, Mapping[int, BestRate]], full: BestRate | Non
         style = {**_style(i), "color": (COLOURS[1], "#6b2f00", *_NEUTRAL)[i]}
         ranks = np.array([*by_rank]) * 1.06 ** (i - (len(lines) - 1) / 2)
         middles = np.array([best.vertex or best.tried for best in by_rank.values()])
+        ends = np.array([(best.lower, best.upper) for best in by_rank.values()], dtype=float)  # NaN: not bounded
+        bars = np.where(np.isnan(ends), np.outer(middles, (1 / 1.6, 1.6)), ends)
         ax.plot(ranks, middles, label=label, markevery=[best.vertex is not None for best in by_rank.values()], **style)
-        for x, y, best in zip(ranks, middles, by_rank.values(), strict=True):
-            if best.vertex is None:
-                ax.plot(x, y, style["marker"], color=style["color"], markerfacecolor="white")
-            low, high = (y / 1.6 if best.lower is None else best.lower), (y * 1.6 if best.upper is None else best.upper)
-            ax.plot([x, x], [low, high], color=style["color"], linewidth=1)
-            for end, marker in (low, "v" if best.lower is None else "_"), (high, "^" if best.upper is None else "_"):
-                ax.plot(x, end, marker, color=style["color"], markersize=5)
+        ax.vlines(ranks, *bars.T, color=style["color"], linewidth=1)
+        ax.plot(ranks, ends, "_", color=style["color"])
     every = sorted({rank for by_rank in lines.values() for rank in by_rank})
     if power:
         first = next(iter(lines.values()))
@@ -688,7 +685,7 @@ def matrices(layer: LoRALinear) -> Figure:
     for name, (symbol, part) in parts.items():
         array = part.detach().float().cpu().numpy()
         limit = float(np.quantile(np.abs(array), 0.99)) or 1.0
-        look: Any = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit, "aspect": "auto"}
+        look = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit, "aspect": "auto"}
         image = axes[name].imshow(array, interpolation="nearest", **look)
         axes[name].set_title(f"{symbol} ({array.shape[0]} x {array.shape[1]})")
         axes[name].grid(False)
@@ -725,7 +722,7 @@ def answers(prompt: str, texts: Mapping[str, str], columns: int = 56) -> Figure:
         box = FancyBboxPatch((left, top + 1.2), *size, boxstyle="round,pad=0,rounding_size=0.8", mutation_aspect=0.4)
         box.set(facecolor=to_rgba(colour, 0.12), edgecolor=colour, linewidth=1.2)
         ax.add_patch(box)
-        side: Literal["left", "right"] = "right" if right else "left"
+        side = "right" if right else "left"
         x = left + width + 2 if right else left
         ax.text(x, top + 0.7, who, ha=side, va="center", fontsize=9, fontweight="bold", color=colour)
         text = {"ha": "left", "va": "center", "fontsize": 9.5, "family": "monospace", "linespacing": 1.25}
@@ -751,7 +748,7 @@ def pictures(
     rows = -(-len(arrays) // columns)
     height, width = next(iter(arrays.values())).shape
     size = 8 / columns
-    shape: Any = {"figsize": (8, rows * (size * height / width + 0.35)), "squeeze": False}
+    shape = {"figsize": (8, rows * (size * height / width + 0.35)), "squeeze": False}
     figure, axes = plt.subplots(rows, columns, **shape)
     for ax in axes.flat[len(arrays) :]:
         ax.axis("off")
@@ -802,7 +799,7 @@ def scores(table: DataFrame, baselines: Mapping[str, float], axes_labels: Mappin
         ax.set_xticks(range(len(setups)), setups, rotation=60)
         top = 1.12 * max(baselines[task], rows.score.max())
         ax.set(ylabel=axes_labels[task], xlim=(-0.6, len(setups) - 0.4), ylim=(-0.03 * top, top))  # 0 shows its mark
-    above: Any = {"xytext": (0, 3), "textcoords": "offset points", "fontsize": "small"}
+    above = {"xytext": (0, 3), "textcoords": "offset points", "fontsize": "small"}
     figure.axes[0].annotate("best baseline", (-0.55, next(iter(baselines.values()))), **above)
     return figure
 

@@ -370,19 +370,21 @@ def best(vertex, lower=None, upper=None, edge=""):
     return BestRate(vertex or 1e-3, vertex, lower, upper, edge, 3, 8)
 
 
-def test_best_rates_have_bars_arrows_where_the_grid_ends_and_are_hollow_at_an_edge():
+def test_best_rates_have_bars_without_caps_where_the_grid_ends_and_no_mark_at_an_edge():
     lines = {"alpha = 2r": {1: best(4e-3, 3e-3, 5e-3), 4: best(2e-3, None, 3e-3), 16: best(None, edge="largest")}}
     ax = plots.best_rates(lines, full=best(1e-4, 8e-5, 1.2e-4), power=-0.5)
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
     lines = by_label(ax)
     assert lines["full fine-tuning"].get_color() == FULL
     assert lines["alpha = 2r"].get_ydata().tolist() == [4e-3, 2e-3, 1e-3]
+    assert lines["alpha = 2r"].get_markevery() == [True, True, False]
     assert lines["falls as rank^-0.5"].get_ydata().tolist() == pytest.approx([4e-3, 2e-3, 1e-3])
-    ends = [(line.get_marker(), line.get_ydata()[0]) for line in ax.get_lines() if len(line.get_ydata()) == 1]
-    assert ("_", 3e-3) in ends  # a bound
-    assert ("v", pytest.approx(2e-3 / 1.6)) in ends  # none
-    hollow = [line for line in ax.get_lines() if line.get_markerfacecolor() == "white"]
-    assert [line.get_ydata()[0] for line in hollow] == [1e-3]
+    (bars,) = [collection for collection in ax.collections if len(collection.get_segments()) == 3]
+    ends = [bar[:, 1].tolist() for bar in bars.get_segments()]
+    assert ends == [[3e-3, 5e-3], pytest.approx([2e-3 / 1.6, 3e-3]), pytest.approx([1e-3 / 1.6, 1.6e-3])]
+    lower, upper = (line.get_ydata() for line in ax.get_lines() if line.get_marker() == "_")
+    np.testing.assert_array_equal(lower, [3e-3, np.nan, np.nan])
+    np.testing.assert_array_equal(upper, [5e-3, 3e-3, np.nan])
 
 
 ON_AXES = {
