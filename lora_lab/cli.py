@@ -94,7 +94,7 @@ def add_options(parser: argparse.ArgumentParser, function: Callable[..., Any]) -
         if NoneType in get_args(hint):  # ... | None
             hint = get_args(hint)[0]
         if hint is bool:
-            kind: dict[str, Any] = {"action": "store_true"}
+            kind: Any = {"action": "store_true"}
         elif get_origin(hint) is Literal:
             kind = {"choices": get_args(hint)}
         elif get_origin(hint) is tuple:

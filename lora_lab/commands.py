@@ -101,7 +101,7 @@ def finetune(
         if isinstance(data, ll.tasks.PairTask):
             print(data.preview(3))
         return None
-    options: dict[str, Any] = {"steps": steps, "batch_size": batch, "seed": seed, "eval_examples": eval_examples}
+    options: Any = {"steps": steps, "batch_size": batch, "seed": seed, "eval_examples": eval_examples}
     options |= {"lr": lr, "batches": "by_length" if by_length else "random", "overwrite": overwrite}
     options |= {"model": model, "device": device, "allow_special": allow_special, "checkpoint_every": checkpoint_every}
     return {"folder": out, **finetune.run(task, chosen, out, **options)}
@@ -420,7 +420,7 @@ def ablate(
 
     system.schema.check(margin, system.schema.Positive | None, "--margin")
     folder = Path(out)
-    options: dict[str, Any] = {"steps": steps, "batch_size": batch, "eval_examples": eval_examples}
+    options = {"steps": steps, "batch_size": batch, "eval_examples": eval_examples}
     options |= {"alpha": alpha} if alpha is not None else {"alpha_per_rank": 2.0}
     grid = ablation.studies.grid(task, method, list(ranks), list(lrs) or None, range(seeds), **options)
     system.files.check_replaceable(folder / "table.csv", ("key", "method", "lr", "outcome"))

@@ -98,7 +98,7 @@ def run(
     """
     check_name(task)
     lr = lr if lr is not None else 1e-4 if isinstance(method, FullFineTuning) else 1e-3
-    seldom: dict[str, Any] = {"eval_every": max(1, steps // 4), "eval_examples": 64}  # each is as slow as several steps
+    seldom: Any = {"eval_every": max(1, steps // 4), "eval_examples": 64}  # each is as slow as several steps
     config = TrainConfig(steps=steps, lr=lr, **(seldom | training))
     every, out = check(checkpoint_every, Size | None, "checkpoint_every"), files.as_path(out, "out")
     checkpoints = out / CHECKPOINTS if every else None

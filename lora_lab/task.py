@@ -84,7 +84,7 @@ def logits(model: nn.Module, inputs: Tensor, targets: Tensor | None = None) -> T
         TypeError: the model returns something else, such as the hidden states of a model without a head.
         ValueError: an encoder-decoder gets no targets, or has no rule for shifting them.
     """
-    more: dict[str, Any] = {}
+    more = {}
     if accepts(model, "use_cache"):
         more["use_cache"] = False
     pad = padding_id(model)

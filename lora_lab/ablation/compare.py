@@ -710,7 +710,7 @@ def _judge_rank(rank: int, choice: Choice, losses: Mapping[int, np.ndarray], lar
     """Return what the test losses of a rank say beside those of the largest: rank -> losses (seeds,)."""
     if rank not in losses:
         return RankResult(rank, "not judged", note=f"no learning rate has a result for every seed: {choice.note}")
-    known: dict[str, Any] = {"lr": choice.lr, "validation_loss": choice.loss, "test_loss": fmean(losses[rank])}
+    known = {"lr": choice.lr, "validation_loss": choice.loss, "test_loss": fmean(losses[rank])}
     if rank == largest:
         return RankResult(rank, "reference", **known)
     if largest not in losses:

@@ -62,9 +62,7 @@ class UpdateRanks:
 
     def __call__(self, model: nn.Module, task: Task) -> dict[str, float | str]:
         spectra = [update.svd.S for update in updates(None, model, progress=False).values()]
-        scores: dict[str, float | str] = {
-            name: statistics.median(float(statistic(S)) for S in spectra) for name, statistic in SPECTRAL.items()
-        }
+        scores = {name: statistics.median(float(statistic(S)) for S in spectra) for name, statistic in SPECTRAL.items()}
         losses = {}
         for rank in sorted(self.ranks, reverse=True):
             resize(model, rank)

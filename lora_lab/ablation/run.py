@@ -287,7 +287,7 @@ def _count_fitting(model: nn.Module, task: Task, trials: Sequence[Trial], worker
 def _run_jobs(jobs: Sequence[_Job], n_jobs: int | None, timeout_s: float | None) -> Generator[_File]:
     """Yield the trials' results as they end."""
     # One job at a time: joblib would batch quick ones, and a killed worker would lose more than it is running.
-    options: dict[str, Any] = {"return_as": "generator_unordered", "batch_size": 1, "timeout": timeout_s}
+    options = {"return_as": "generator_unordered", "batch_size": 1, "timeout": timeout_s}
     parallel: Any = joblib.Parallel(n_jobs, **options)
     try:
         with closing(parallel(joblib.delayed(_run)(job) for job in jobs)) as ended:
@@ -306,7 +306,7 @@ def _count_workers(n_jobs: int | None) -> int:
     """Return how many trials run at a time, after a check that they do not run in threads of one process."""
     backend, _ = get_active_backend()
     # On a Dask cluster it waits for the first worker. (Joblib has no annotations: checkers infer narrower ones.)
-    workers: int = joblib.effective_n_jobs(n_jobs)  # pyright: ignore[reportArgumentType]
+    workers = joblib.effective_n_jobs(n_jobs)  # pyright: ignore[reportArgumentType]
     if getattr(backend, "uses_threads", False) and workers > 1:
         raise ValueError(f"{type(backend).__name__} runs trials {_IN_THREADS}, such as backend='loky'.")
     return workers

@@ -234,7 +234,7 @@ class Chat:
 
         self.conversation = conversation
         options = [(name, name) for name in conversation.adapters] + [(BASE, None)]
-        look: dict[str, Any] = {"style": {"description_width": "initial"}, "layout": {"flex": "1 1 15em"}}
+        look = {"style": {"description_width": "initial"}, "layout": {"flex": "1 1 15em"}}
         self.adapter = ipywidgets.Dropdown(options=options, description="adapter", **look)
         self.strength = ipywidgets.FloatSlider(1.0, min=0.0, max=2.0, step=0.05, description="strength", **look)
         self.new = ipywidgets.Button(description="New conversation", layout={"width": "auto"})

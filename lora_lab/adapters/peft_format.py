@@ -142,7 +142,7 @@ def _make_config(
     model: nn.Module, factors: Mapping[str, Factors], base: str | None, variant: str, dropout: float
 ) -> dict[str, Any]:
     """Return PEFT's settings: the most common rank and alpha, and the exceptions by layer."""
-    config: dict[str, Any] = {}
+    config = {}
     values = {name: {"r": each.rank, "lora_alpha": each.alpha} for name, each in factors.items()}
     for setting, pattern in _PATTERNS.items():
         config[setting] = Counter(value[setting] for value in values.values()).most_common(1)[0][0]

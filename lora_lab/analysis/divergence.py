@@ -28,7 +28,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -151,5 +150,5 @@ def with_replay(task: Task, samples: Examples, share: float) -> Task:
     count = round(len(task.train) * share / (1 - share))
     samples = samples[torch.arange(count) % len(samples)]  # (count, length)
     train = pad([*task.train.inputs, *samples.inputs], [*task.train.targets, *samples.targets])
-    plain: dict[str, Any] = {field.name: getattr(task, field.name) for field in fields(Task)}
+    plain = {field.name: getattr(task, field.name) for field in fields(Task)}
     return replace(Task(**plain), train=train)

@@ -244,7 +244,7 @@ def count_intruders(update: Update, with_noise: bool = True) -> dict[str, float]
     W = update.before.to(U.dtype)  # (192, 576)
     old, size, top = svd(W), float(S.norm()), min(10, *update.shape)
     result = intruder_dimensions(old, W + U * S @ Vh, top)
-    row: dict[str, float] = {"intruders": int(result.count)}
+    row = {"intruders": int(result.count)}
 
     def draw(generator: torch.Generator) -> Tensor:
         if update.rank is None:

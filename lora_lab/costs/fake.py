@@ -60,7 +60,7 @@ def batch_for(
         inputs, targets = (torch.zeros(each.shape, dtype=each.dtype, device=device) for each in batch)
         return inputs, targets
     reads, classes = getattr(model, "main_input_name", "input_ids"), output_width(model) or 1
-    rows: int = check(batch_size, Size, "batch_size")
+    rows = check(batch_size, Size, "batch_size")
     if reads == "pixel_values":
         if seq_len is not None:
             raise ValueError(f"seq_len is {seq_len}, but a {type(model).__name__} reads images; leave seq_len out.")

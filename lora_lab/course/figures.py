@@ -190,7 +190,7 @@ def passes(steps: Mapping[str, Flops]) -> Axes:
         for name, look in looks.items():
             size, missing = _subtract_adapters(step, name), _subtract_adapters(reference, name)
             gone = size == 0 < missing
-            style: dict[str, Any] = {"facecolor": "none", "edgecolor": "#333333"} if gone else filling(*look)
+            style: Any = {"facecolor": "none", "edgecolor": "#333333"} if gone else filling(*look)
             width = (missing if gone else size) / 1e9
             ax.barh(row, width, left=left, height=0.6, linestyle="--" if gone else "-", **style)
             if width > 0.05 * reference.total / 1e9:
@@ -574,7 +574,7 @@ def differences(table: DataFrame, xlabel: str, margin: float | None = None) -> A
         rows = table[table.rule == rule]
         position = [setups.index(setup) + 0.22 * (i - (len(rules) - 1) / 2) for setup in rows.setup]
         reach = [rows.difference - rows.lower, rows.upper - rows.difference]
-        style: Any = {"fmt": MARKERS[i], "color": str(shades[i]), "capsize": 3, "markersize": 7}
+        style = {"fmt": MARKERS[i], "color": str(shades[i]), "capsize": 3, "markersize": 7}
         ax.errorbar(rows.difference, position, xerr=reach, label=rule, **style)
     ax.set(yticks=range(len(setups)), yticklabels=setups, ylim=(len(setups) - 0.5, -0.5), xlabel=xlabel)
     ax.grid(axis="y", visible=False)

@@ -107,7 +107,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
         if reader.take(4) != b"GGUF" or reader.count(4) not in (2, 3):
             raise ValueError("it does not begin as one of version 2 or 3")
         tensors, entries = reader.count(), reader.count()
-        header: dict[str, Any] = {}
+        header = {}
         for _ in range(entries):
             name = reader.text()
             if name in header:
@@ -297,7 +297,7 @@ def _dense(name: str, kind: str, data: np.ndarray) -> Tensor:
 
 
 def _config(fields: dict[str, Any], stored: dict[str, StoredTensor], path: Path) -> LlamaConfig:
-    entries: dict[str, Any] = {
+    entries = {
         "vocab_size": len(fields["tokenizer.ggml.tokens"]),
         "attention_bias": "blk.0.attn_q.bias" in stored,
         "mlp_bias": "blk.0.ffn_up.bias" in stored,
@@ -377,7 +377,7 @@ def write_gguf(path: Path, model: nn.Module, tensors: Mapping[str, Tensor], toke
         OSError: the file cannot be written, or the disk is full.
     """
     architecture, config = layout_of(model)
-    entries: dict[str, Any] = {name: getattr(config, ours) for name, ours in _SIZES.items()} | {
+    entries = {name: getattr(config, ours) for name, ours in _SIZES.items()} | {
         "vocab_size": config.vocab_size,
         "attention.value_length": config.head_dim,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),

@@ -172,7 +172,7 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json as Hugging Face reads them."""
-        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         config |= {f"{name}_token": self._token(f"{name}_id") for name in ("eos", "bos", "pad")}
         config["chat_template"] = self.chat_template
         config = {name: value for name, value in config.items() if value is not None}
@@ -275,7 +275,7 @@ class Tokenizer:
             tokens[i] = token
             types[i] = _NORMAL if i not in added else _CONTROL if added[i].special else _USER_DEFINED
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in state["model"].get("merges", [])]
-        entries: dict[str, Any] = {"model": "gpt2", "tokens": tokens, "token_type": types, "merges": merges}
+        entries = {"model": "gpt2", "tokens": tokens, "token_type": types, "merges": merges}
         entries |= {"add_space_prefix": False, "add_bos_token": self.encode("a", True) != self.encode("a")}
         entries |= {f"{long}_token_id": getattr(self, name) for name, long in _GGUF_IDS.items()}
         header = {_GGML + name: value for name, value in entries.items() if value is not None}

@@ -118,7 +118,7 @@ def plan_overfitting(device: torch.device) -> Iterator[CurveSweep]:
 def _set_up(size: int, device: torch.device) -> Setups:
     """Return all methods at a constant rate, warmed up for as many steps whatever the size, and under a cosine."""
     setups, epoch = {}, size // SIZE
-    options: dict[str, Any] = {"eval_every": min(epoch, EVALUATED), "eval_examples": CHOSEN_ON}
+    options = {"eval_every": min(epoch, EVALUATED), "eval_examples": CHOSEN_ON}
     schedules = {"": {"schedule": "constant", "warmup": min(8, epoch)}, COSINE: {"schedule": "cosine"}}
     for (end, schedule), of_size in zip(schedules.items(), epochs(device), strict=True):
         if size in of_size:
@@ -176,7 +176,7 @@ CHANGED: dict[str, Callable[[Task], Task]] = {
 def plan_remedies(device: torch.device) -> Iterator[CurveSweep]:
     """Yield what two cores can do in an hour and a half: a sweep of the task as it is, and one for each change."""
     seeds, (steps, batch_size) = plan_seeds(device), plan_size(device)
-    constant: dict[str, Any] = {"schedule": "constant", "eval_every": max(1, steps // 6), "eval_examples": EXAMPLES}
+    constant = {"schedule": "constant", "eval_every": max(1, steps // 6), "eval_examples": EXAMPLES}
     plan = partial(plan_setups, steps=steps, batch_size=batch_size, **constant, **BFLOAT16)
     as_it_is = plan(PLAIN)
     for name, decay in DECAYS.items():
@@ -293,7 +293,7 @@ def plan_head_start(device: torch.device) -> Iterator[CurveSweep]:
     """Yield what two cores can do in an hour; trials are evaluated before the first step and after the last."""
     yield from (_sweep_digits(data, net, size) for data in CHANGES for net in NETS for size in SIZES)
     steps, size = plan_size(device)
-    methods: Methods = {FINE_TUNED: (FullFineTuning(), 1.25e-4), FROM_SCRATCH: (FullFineTuning(), 1e-3)}
+    methods = {FINE_TUNED: (FullFineTuning(), 1.25e-4), FROM_SCRATCH: (FullFineTuning(), 1e-3)}
     yield CurveSweep(
         plan_setups(methods, steps, size, count=3, autocast=torch.bfloat16, eval_examples=128),
         *(range(2), plan_seeds(device, 2)),

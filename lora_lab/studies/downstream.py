@@ -55,7 +55,7 @@ _COLUMNS = (
 
 def plan(device: torch.device) -> dict[str, Any]:
     """Return what two cores can do in a few hours, or a GPU in one, as the record states it; one seed chooses."""
-    stated: dict[str, Any] = {"setups": {setup: method.settings() for setup, method in SETUPS.items()}, "batch_size": 8}
+    stated = {"setups": {setup: method.settings() for setup, method in SETUPS.items()}, "batch_size": 8}
     if device.type == "cuda":
         steps = {"sentiment": 207, "summarise": 226, "style": 81, "style-plain": 81}
         steps |= {f"translate-{language}": 279 for language in ("fr", "de", "es")}
@@ -114,7 +114,7 @@ def record_downstream(device: torch.device) -> Iterator[Row]:
     for name in planned["steps"]:
         task = load_task(name)
         yield describe_task(task, name)
-        result: dict[str, Any] = {"about": "result", "task": name}
+        result = {"about": "result", "task": name}
         if task.metric in METRICS:
             yield {**result, "setup": "trivial", **scores(task, trivial(task))}
         model, result = studies.language_model(device), {**result, "setup": "zero-shot"}
@@ -122,7 +122,7 @@ def record_downstream(device: torch.device) -> Iterator[Row]:
         del model
         for frame in plan_sweep(name, planned, device).frames(device, Path("runs/record-downstream")):
             for trial in last_rows(frame).to_dict("records"):
-                row: Row = {"about": "result" if trial["chosen"] else "tuning"}
+                row = {"about": "result" if trial["chosen"] else "tuning"}
                 row |= {name: trial[name] for name in _COLUMNS}
                 row |= {str(name).removeprefix(SCORE): trial[name] for name in trial if str(name).startswith(SCORE)}
                 yield from _split(row, task, answered=trial["chosen"] and trial["seed"] == 0)
@@ -237,7 +237,7 @@ def _score(task: PairTask, about: Row, predictions: Mapping[str, list[str]]) -> 
     texts, references = predictions["test"], [pair.answer for pair in task.pairs["test"]]
     generator, samples, main = np.random.default_rng(0), [], MAIN[task.metric]
     for _ in range(RESAMPLES):
-        drawn: list[int] = generator.integers(len(texts), size=len(texts)).tolist()
+        drawn = generator.integers(len(texts), size=len(texts)).tolist()
         samples.append(METRICS[task.metric]([texts[i] for i in drawn], [references[i] for i in drawn])[main])
     lower, upper = interval(np.array(samples))
     validation = score(task, predictions["validation"], "validation")[main]

@@ -43,7 +43,7 @@ Source = tuple[Model, Task | Callable[[], Task]]  # the task or what makes it
 # A judge, as for ablate; and what makes rows of the record from the last row of a trial that it judged.
 Rerun = tuple[Callable[[nn.Module, Task], Mapping[str, Any]], Callable[[Row], Iterator[Row]]]
 # Setup -> a method, and its rates or the one in their middle.
-Methods = dict[str, tuple[Method, float | Sequence[float]]]
+Methods = Mapping[str, tuple[Method, float | Sequence[float]]]
 # Setup -> how it trains, whatever its seed, and the rates that it tries first.
 Setups = dict[str, tuple[Trial, Sequence[float]]]
 # Of the 130 and 140 examples of 64 tokens in those parts of "docs".
@@ -166,7 +166,7 @@ class BlockSweep(Sweep):
         trials = {setup: trial for setup, (trial, _) in self.setups.items()}
         source = self.source or partial(studies.study, self.data.partition(",")[0], self.seq_len or 64)
         model, task = source(device)
-        options: dict[str, Any] = {"n_jobs": studies.processes(device) if self.seq_len else 1}
+        options: Any = {"n_jobs": studies.processes(device) if self.seq_len else 1}
         folder = folder / self.data
         row: Row = {}
         for frame in compare_tuned(model, task, trials, self.lrs, folder, **self.study(), **options):
@@ -293,7 +293,7 @@ def plan_setups(methods: Methods, steps: int, batch_size: int, count: int = 5, *
     setups, options = {}, {"eval_every": steps, "eval_examples": 4} | options
     for setup, (method, rates) in methods.items():
         has_lean = isinstance(method, LoRA) and not isinstance(method, PiSSA | DoRA)
-        step: dict[str, Any] = options | {"autocast" if has_lean else "lean": None}
+        step: Any = options | {"autocast" if has_lean else "lean": None}
         lrs = rates if isinstance(rates, Sequence) else rates_around(rates, count=count)
         setups[setup] = Trial(method, lrs[0], steps=steps, batch_size=batch_size, **step), lrs
     return setups

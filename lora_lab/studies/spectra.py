@@ -27,7 +27,6 @@ from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.studies.recorder import (
     CurveSweep,
-    Methods,
     Recorder,
     Row,
     evaluate_parts,
@@ -61,7 +60,7 @@ def plan(device: torch.device) -> dict[str, Any]:
 def plan_ablation(planned: Row, lean: Lean | None) -> CurveSweep:
     """Return all ranks at all their rates with all seeds; a lean step in float32 gives the same in less time."""
     options = {name: planned[name] for name in ("steps", "batch_size", "eval_examples")}
-    methods: Methods = {f"r={rank}": (LoRA(int(rank), 2 * int(rank)), lrs) for rank, lrs in planned["lrs"].items()}
+    methods = {f"r={rank}": (LoRA(int(rank), 2 * int(rank)), lrs) for rank, lrs in planned["lrs"].items()}
     return CurveSweep(
         plan_setups(methods, lean=lean, **options),
         *((), range(planned["seeds"])),

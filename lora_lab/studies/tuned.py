@@ -65,7 +65,6 @@ from lora_lab.ablation.rank_advice import UpdateRanks
 from lora_lab.ablation.results import SCORE
 from lora_lab.ablation.stats import BlockLosses
 from lora_lab.adapters.edit import off, switch
-from lora_lab.costs.fake import Factory
 from lora_lab.costs.setup import Setup
 from lora_lab.costs.timing import cost_model, step_time
 from lora_lab.inject import adapter_state, inject, lora_layers
@@ -118,7 +117,7 @@ def plan_quality(device: torch.device) -> Iterator[BlockSweep]:
     for data, (budgets, choosing, judging) in parts.items():
         setups = {}
         for steps in budgets:
-            methods: Methods = {f"{name}, {steps} steps": (each, lrs[steps]) for name, (each, lrs) in AFTER.items()}
+            methods = {f"{name}, {steps} steps": (each, lrs[steps]) for name, (each, lrs) in AFTER.items()}
             setups |= plan_setups(methods, steps, size, count, **BFLOAT16)
         yield BlockSweep(setups, range(choosing), range(first, first + judging), data=data)
 
@@ -155,7 +154,7 @@ def plan_targets(device: torch.device) -> list[BlockSweep]:
 
 def plan_variants(device: torch.device) -> list[BlockSweep]:
     """Return what two cores can do in an evening, or a GPU in an hour."""
-    methods: Methods = {
+    methods = {
         f"{name}, r={rank}": (variant(rank, 2 * rank), centres[rank])
         for rank, (name, (variant, centres)) in product((16, 128), VARIANTS_OF.items())
     }
@@ -187,7 +186,7 @@ CENTRES = {  # by rank
 
 def plan_rates(device: torch.device) -> Iterator[BlockSweep]:
     """Yield what two cores can do in a few hours, or a GPU in one; the rates and their intervals are all it asks."""
-    on: dict[str, Any] = {"judged_on": {}, "beyond": 2}
+    on = {"judged_on": {}, "beyond": 2}
     digits = plan_setups(_list_rules("digits"), 200, 32)
     yield BlockSweep(digits, range(5), data="digits", chosen_on=200, seq_len=None, **on)
     docs = plan_setups(_list_rules("docs"), *plan_size(device), lean=BF16_BASE)
@@ -196,11 +195,12 @@ def plan_rates(device: torch.device) -> Iterator[BlockSweep]:
 
 def _list_rules(data: str) -> Methods:
     """Return full fine-tuning, and LoRA of each rank under each rule, with the middles of their rates."""
-    methods: Methods = {"full": (FullFineTuning(), CENTRES[data]["full"])}
-    for rule, alpha in RULES.items():
-        for rank, lr in zip(RANKS, CENTRES[data][rule], strict=True):
-            methods[f"r={rank}, {rule}"] = LoRA(rank, alpha(rank)), lr
-    return methods
+    full = {"full": (FullFineTuning(), CENTRES[data]["full"])}
+    return full | {
+        f"r={rank}, {rule}": (LoRA(rank, alpha(rank)), lr)
+        for rule, alpha in RULES.items()
+        for rank, lr in zip(RANKS, CENTRES[data][rule], strict=True)
+    }
 
 
 RATES = record_sweeps("rates", plan_rates)
@@ -225,7 +225,7 @@ def plan_rank_advice(device: torch.device) -> Iterator[BlockSweep]:
     nets = {f"planted {rank}": (partial(imitate, rank), 600, PLANTED_RATES) for rank in PLANTED}
     digits, docs = (CENTRES[data]["alpha = 2r"] for data in ("digits", "docs"))
     nets |= {f"digits {count}": (partial(read_moved_digits, count), 200, digits) for count in PICTURES}
-    on: dict[str, Any] = {"chosen_on": 200, "judged_on": {"validation": 200, "test": 256}, "seq_len": None}
+    on = {"chosen_on": 200, "judged_on": {"validation": 200, "test": 256}, "seq_len": None}
     for data, (source, steps, rates) in nets.items():
         setups = plan_setups(_list_ranks(rates), steps, 32)
         yield BlockSweep(setups, range(3), range(3, 13), data=data, source=source, rerun=(high(200), advise), **on)
@@ -280,7 +280,7 @@ def plan_taught(device: torch.device) -> Iterator[BlockSweep]:
     choosing, size = (3, (276, 10)) if device.type == "cuda" else (2, (100, 4))
     seeds = range(choosing), plan_seeds(device, choosing)
     sentiment = plan_setups(_list_taught("sentiment"), *size, **AS_TAUGHT)
-    on: dict[str, Any] = {"judged_on": {"validation": 69, "test": 69}, "answered": True, "seq_len": 76}
+    on = {"judged_on": {"validation": 69, "test": 69}, "answered": True, "seq_len": 76}
     yield BlockSweep(sentiment, *seeds, data="sentiment", chosen_on=69, **on)
     docs = plan_setups(_list_taught("docs"), *plan_size(device), weight_decay=0.01, **AS_TAUGHT)
     yield BlockSweep(docs, *seeds, data="docs")
@@ -289,7 +289,7 @@ def plan_taught(device: torch.device) -> Iterator[BlockSweep]:
 def _list_taught(data: str) -> Methods:
     """Return both methods at the rate that is taught, and with the middles of the rates that are tried."""
     full, (lora, rate, tuned) = FullFineTuning(), LORA[data]
-    taught: Methods = {"full, as taught": (full, (rate,)), "LoRA, as taught": (lora, (rate,))}
+    taught = {"full, as taught": (full, (rate,)), "LoRA, as taught": (lora, (rate,))}
     return taught | {"full, tuned": (full, 1.25e-4), "LoRA, tuned": (lora, tuned)}
 
 
@@ -317,12 +317,12 @@ SIZES = {NAMES: (56, 92), FRENCH: (64, 160), ENGLISH: (64, 160)}
 def plan_translation(device: torch.device) -> Iterator[BlockSweep]:
     """Yield what two cores can do in an evening, with LoRA alone; on a GPU full fine-tuning, too, and more steps."""
     gpu = device.type == "cuda"
-    methods: Methods = {"LoRA r=8": (LoRA(8, 16), 4e-3)}
+    methods = {"LoRA r=8": (LoRA(8, 16), 4e-3)}
     methods |= {"full": (FullFineTuning(), 2e-4)} if gpu else {}
     setups = plan_setups(methods, 600 if gpu else 150, 8, count=3, lean=BF16_BASE)
     for data, (seq_len, size) in SIZES.items():
         # The score "accuracy" of a trial is 1 or 0 for each example.
-        on: dict[str, Any] = {"judged_on": {"test": size}, "block": 1, "answered": True, "seq_len": seq_len}
+        on = {"judged_on": {"test": size}, "block": 1, "answered": True, "seq_len": seq_len}
         yield BlockSweep(setups, range(2), plan_seeds(device, 2), data=data, **on)
 
 
@@ -465,7 +465,7 @@ def merge_rows(trial: Row) -> Iterator[Row]:
 
 def time_steps(device: torch.device) -> Iterator[Row]:
     """Yield rows of the time of a step over each base, measured in turn, with the data "time"."""
-    sources: dict[str, Factory] = {base: partial(load_base, base, device) for base in BASES}
+    sources = {base: partial(load_base, base, device) for base in BASES}
     variants = {base: Setup(METHOD, lean=lean) for base, lean in BASES.items()}
     times = step_time(sources, variants, plan_size(device)[1], 64, rounds=ROUNDS, device=device)
     for row in times.to_dict()["variants"]:

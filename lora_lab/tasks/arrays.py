@@ -190,6 +190,6 @@ def _split(count: int, seed: int, stratify: np.ndarray | None) -> list[Any]:
     """Return the rows for training, validation and test; each has as large a share of each class to stratify by."""
     from sklearn.model_selection import train_test_split
 
-    options: dict[str, Any] = {"test_size": max(1, count // 10), "random_state": seed}
+    options: Any = {"test_size": max(1, count // 10), "random_state": seed}
     rest, test = train_test_split(np.arange(count), stratify=stratify, **options)
     return [*train_test_split(rest, stratify=None if stratify is None else stratify[rest], **options), test]

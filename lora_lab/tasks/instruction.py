@@ -197,7 +197,7 @@ def from_pairs(
         filled = sorted(part for part in split if split[part])
         raise ValueError(f"pairs has the parts {filled}, but it must have {', '.join(PARTS)}.")
     _check_disjoint(split)
-    examples: dict[str, Any] = {}
+    examples = {}
     count = sum(map(len, split.values()))
     for part in PARTS:
         split[part], examples[part] = _encode_part(tokenizer, part, _shuffle(split[part], seed), max_tokens, skip_long)

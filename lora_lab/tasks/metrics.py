@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from lora_lab.tasks.instruction import Pair, PairTask
 
@@ -63,7 +62,7 @@ def classification(predictions: Sequence[str], references: Sequence[str]) -> dic
     """Return accuracy, and F1 averaged over the classes of the references, by scikit-learn."""
     from sklearn.metrics import accuracy_score, f1_score
 
-    options: dict[str, Any] = {"labels": sorted(set(references)), "average": "macro", "zero_division": 0}
+    options = {"labels": sorted(set(references)), "average": "macro", "zero_division": 0}
     return {
         "accuracy": float(accuracy_score(references, predictions)),
         "macro_f1": float(f1_score(references, predictions, **options)),

@@ -314,7 +314,7 @@ def _task_of_texts(
     """Return the task of texts that stay whole: of every ten, the ninth goes to validation, the tenth to test."""
     train = [text for i, text in enumerate(texts) if i % 10 < 8]
     split = {"validation": texts[8::10], "test": texts[9::10], "train": train}
-    parts: dict[str, Any] = {part: windows(tokenizer, own, seq_len) for part, own in split.items()}
+    parts: Any = {part: windows(tokenizer, own, seq_len) for part, own in split.items()}
     for part, examples in parts.items():
         if len(examples) == 0:
             raise ValueError(f"{counted}, too few for a {part} part of {seq_len} tokens each; lower seq_len.")

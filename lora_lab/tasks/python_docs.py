@@ -42,7 +42,7 @@ def docs(tokenizer: Tokenizer, seq_len: int = 128) -> Task:
     for i, group in enumerate(_group_related(pages)):
         part = {1: "validation", 3: "test"}.get(i % 5, "train")
         split[part if len(group) < 8 else "train"] += group  # the one large group is for training
-    parts: dict[str, Any] = {part: windows(tokenizer, texts, seq_len) for part, texts in split.items()}
+    parts: Any = {part: windows(tokenizer, texts, seq_len) for part, texts in split.items()}
     off_domain = windows(tokenizer, off_domain_texts(), seq_len)
     about = "Python's reference manual, cut by page; off-domain: scikit-learn's descriptions of data sets"
     return Task("docs", **parts, off_domain=off_domain, unit="tokens", about=about)
