@@ -18,7 +18,7 @@ from lora_lab import __version__, commands
 # Waiting threads yield their cores; set before torch starts its threads. While another process is busy, spinning
 # threads make small matrix multiplications several times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-COMMANDS: dict[str, Callable[..., Any]] = {
+COMMANDS = {
     name: function
     for name, function in vars(commands).items()
     if inspect.isfunction(function) and function.__module__ == commands.__name__ and not name.startswith("_")

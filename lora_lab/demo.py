@@ -40,7 +40,7 @@ STORY = "Write a small story about a bucket with a hole."
 PROMPT = "The with statement is used to"
 REST = "the rest: torch, Python, the heap"  # of the memory at the peak
 # By data/README.md of the adapter: greedy decoding goes in circles.
-SAMPLING: dict[str, Any] = {"max_new_tokens": 130, "temperature": 0.5, "repetition_penalty": 1.1, "seed": 3}
+SAMPLING = {"max_new_tokens": 130, "temperature": 0.5, "repetition_penalty": 1.1, "seed": 3}
 SEQ_LEN, BATCH_SIZE, EVAL_EXAMPLES, SAMPLE_TOKENS = 64, 4, 16, 48
 
 

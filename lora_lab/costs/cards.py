@@ -49,7 +49,7 @@ def _card(name: str, half: float, float32: float, bandwidth: int, memory: int, s
 
 _NO_BF16 = "has no bfloat16, so its rate is that of float16"
 _NOT_A10G = "is another card than the A10G of AWS; at 150 W its clock may fall"
-CARDS: dict[str, Card] = {
+CARDS = {
     "v100": _card("NVIDIA V100 SXM2", 125, 15.7, 900, 32, "NVIDIA V100 datasheet, 2020", _NO_BF16),
     "t4": _card("NVIDIA T4", 65, 8.1, 320, 16, "NVIDIA T4 datasheet, 2019", f"{_NO_BF16}; at 70 W its clock may fall"),
     "rtx-3090": _card(

@@ -35,7 +35,7 @@ PASSES = (FORWARD, INPUT, WEIGHT, AGAIN)
 GIGA = 10**9
 _ATEN = torch.ops.aten
 _DATA = "data"  # what is computed from the batch
-_NOTHING: frozenset[str] = frozenset()
+_NOTHING = frozenset()
 _SUMS = (_ATEN.addmm, _ATEN.addmm_, _ATEN.baddbmm, _ATEN.baddbmm_)
 
 

@@ -25,7 +25,7 @@ _MOST = {"layer": MOST_LAYERS, "layers": MOST_LAYERS, "experts": MOST_LAYERS, "l
 # The entries of a config.json for the fields of RopeScaling, in order.
 _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # LlamaConfig's fields in order, vocab_size to max_position_embeddings; then rope_theta and tie_word_embeddings.
-_ROWS: dict[str, tuple[Any, ...]] = {
+_ROWS = {
     "smollm2-135m": (49152, 576, 1536, 30, 9, 3, 64, 8192, 1e5, True),
     "smollm2-360m": (49152, 960, 2560, 32, 15, 5, 64, 8192, 1e5, True),
     "smollm2-1.7b": (49152, 2048, 8192, 24, 32, 32, 64, 8192, 1.3e5, True),
@@ -37,7 +37,7 @@ _ROWS: dict[str, tuple[Any, ...]] = {
     "qwen2.5-1.5b": (151936, 1536, 8960, 28, 12, 2, 128, 131072, 1e6, True),
     "qwen2.5-7b": (152064, 3584, 18944, 28, 28, 4, 128, 131072, 1e6, False),
 }
-_OF_FAMILY: dict[str, dict[str, Any]] = {
+_OF_FAMILY = {
     "llama-3.2": {"rope_scaling": RopeScaling(32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)},
     "qwen2.5": {"rms_norm_eps": 1e-6, "attention_bias": True},  # on q, k and v; our Llama has one on o too
 }

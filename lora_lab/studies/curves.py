@@ -31,7 +31,7 @@ head_start   Is fine-tuning better than training from scratch, and what does tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, cast
@@ -55,7 +55,6 @@ from lora_lab.studies.recorder import (
     BF16_BASE,
     BFLOAT16,
     CurveSweep,
-    Methods,
     Setups,
     plan_seeds,
     plan_setups,
@@ -73,7 +72,7 @@ if TYPE_CHECKING:
 
 COSINE = ", cosine"  # the end of a setup's name; without it the rate is constant
 LAST_BLOCKS = [f"model.layers.{i}" for i in range(26, 30)]
-METHODS: Methods = {  # and the middle of the first rates
+METHODS = {  # and the middle of the first rates
     "full": (FullFineTuning(), 1.25e-4),
     "LoRA r=1": (LoRA(1, 2), 2e-3),
     "LoRA r=8": (LoRA(8, 16), 1e-3),
@@ -152,7 +151,7 @@ FULL_RANK = 576  # the least side of the widest matrices
 STRENGTHS = (0.25, 0.5, 0.75, 1.2)
 R8 = LoRA(8, 16)
 RATE = 2e-3  # of a remedy
-PLAIN: Methods = {  # rates, of which none is chosen
+PLAIN = {  # rates, of which none is chosen
     "LoRA r=8": (R8, (1e-3, 2e-3, 4e-3)),
     "LoRA r=1": (LoRA(1, 2), (4e-3,)),
     "LoRA r=64": (LoRA(64, 128), (1e-3,)),
@@ -162,7 +161,7 @@ PLAIN: Methods = {  # rates, of which none is chosen
 }
 DECAYS = {"weight decay 3": 3.0, "weight decay 10": 10.0}
 # Of the task, for LoRA of rank 8. Other text is as much prose that the base did not write, the control of its replies.
-CHANGED: dict[str, Callable[[Task], Task]] = {
+CHANGED = {
     "own replies, a quarter": lambda task: with_replay(task, base_replies(prompts=REHEARSED), 0.25),
     "own replies, half": lambda task: with_replay(task, base_replies(prompts=REHEARSED), 0.5),
     "other text, a quarter": lambda task: with_replay(
@@ -255,9 +254,9 @@ REMEDIES = record_sweeps("remedies", plan_remedies, {"study": "docs", "seq_len":
 
 # Head start
 
-NETS: dict[str, Callable[..., nn.Module]] = {"transformer": DigitsTransformer, "MLP": DigitsMLP}
+NETS = {"transformer": DigitsTransformer, "MLP": DigitsMLP}
 BATCH = 32  # pictures a step
-PRETRAINING: dict[str, Any] = {"steps": 400, "lr": 3e-3, "batch_size": BATCH}
+PRETRAINING = {"steps": 400, "lr": 3e-3, "batch_size": BATCH}
 TRAINING = 150  # steps on changed digits
 TEXT_LENGTH = 64  # tokens an example of the language model
 OFF_DOMAIN = 4  # examples: what is forgotten is not asked here

@@ -30,7 +30,7 @@ from lora_lab.ablation import studies
 from lora_lab.ablation.compare import last_rows
 from lora_lab.ablation.results import SCORE
 from lora_lab.ablation.stats import interval
-from lora_lab.methods import FullFineTuning, LoRA, Method
+from lora_lab.methods import FullFineTuning, LoRA
 from lora_lab.models.llama import Llama
 from lora_lab.models.pretrained import SMOLLM2, load_pretrained
 from lora_lab.studies.recorder import CurveSweep, Recorder, Row, evaluate_parts, plan_setups
@@ -45,7 +45,7 @@ from lora_lab.tasks.metrics import METRICS, StyleJudge, score, trivial
 from lora_lab.train import DataOrder
 
 SCRATCH = "scratch"
-SETUPS: dict[str, Method] = {"full": FullFineTuning(), "LoRA r=8": LoRA(8, 16), SCRATCH: FullFineTuning()}
+SETUPS = {"full": FullFineTuning(), "LoRA r=8": LoRA(8, 16), SCRATCH: FullFineTuning()}
 SHOWN = 3  # answers per method in the record
 _COLUMNS = (
     *("task", "setup", "lr", "seed", "outcome", "reason"),

@@ -277,7 +277,7 @@ def evaluate_parts(model: nn.Module, task: Task, planned: Mapping[str, Any]) -> 
 
 BF16_BASE = Lean(torch.bfloat16)  # LoRA's step over a base in bfloat16
 # All methods multiply in bfloat16, and what they train is in float32.
-BFLOAT16: dict[str, Any] = {"lean": BF16_BASE, "autocast": torch.bfloat16}
+BFLOAT16 = {"lean": BF16_BASE, "autocast": torch.bfloat16}
 
 
 def plan_setups(methods: Methods, steps: int, batch_size: int, count: int = 5, **options: Any) -> Setups:

@@ -24,7 +24,7 @@ from lora_lab.analysis import spectra
 from lora_lab.analysis.spectra import Update
 from lora_lab.inject import lora_layers
 from lora_lab.lean import Lean
-from lora_lab.methods import FullFineTuning, LoRA, Method
+from lora_lab.methods import FullFineTuning, LoRA
 from lora_lab.studies.recorder import (
     CurveSweep,
     Recorder,
@@ -80,7 +80,7 @@ DIGITS = 4  # significant digits of a spectral statistic: people read records to
 
 
 # Method, rate and seed. No rate was swept: rank 64 has its best one of the ablation, the others have those of the demo.
-RUNS: dict[str, tuple[Method, float, int]] = {
+RUNS = {
     "full": (FullFineTuning(), 2e-4, 0),
     "LoRA r=8": (LoRA(8, 16), 2e-3, 0),
     "LoRA r=8, other seed": (LoRA(8, 16), 2e-3, 1),

@@ -54,7 +54,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ from lora_lab.costs.setup import Setup
 from lora_lab.costs.timing import cost_model, step_time
 from lora_lab.inject import adapter_state, inject, lora_layers
 from lora_lab.lean import Lean
-from lora_lab.methods import FullFineTuning, LoRA, Method
+from lora_lab.methods import FullFineTuning, LoRA
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.pretrained import load_pretrained
 from lora_lab.models.quantize import quantize_nf4, round_matrix
@@ -96,7 +96,7 @@ from lora_lab.variants import DoRA, LoRAPlus, PiSSA, RsLoRA
 
 # Quality
 
-AFTER: dict[str, tuple[Method, dict[int, float]]] = {  # the more steps, the lower the best rate
+AFTER = {  # the more steps, the lower the best rate
     "full": (FullFineTuning(), {60: 1.25e-4, 240: 6.25e-5, 960: 3.125e-5}),
     "r=1": (LoRA(1, 2), {60: 8e-3, 240: 4e-3, 960: 1e-3}),
     "r=8": (LoRA(8, 16), {60: 2e-3, 240: 2e-3, 960: 5e-4}),
@@ -128,7 +128,7 @@ QUALITY = record_sweeps("quality", plan_quality)
 # Targets and variants
 
 MLP = ("gate_proj", "up_proj", "down_proj")
-TARGETS_OF: Methods = {
+TARGETS_OF = {
     "q, v": (LoRA(53, 106, targets=("q_proj", "v_proj")), 2e-3),
     "attention": (LoRA(26, 52, targets=ATTENTION), 2e-3),
     "MLP": (LoRA(16, 32, targets=MLP), 2e-3),
@@ -272,7 +272,7 @@ LORA = {
     "docs": (LoRA(4, 8, dropout=0.3, targets=("q_proj", "k_proj", "v_proj")), 1e-4, 4e-3),
 }
 # The sources' training: constant rates without warm-up, and no clipping; three rates are tried first.
-AS_TAUGHT: dict[str, Any] = {"count": 3, "schedule": "constant", "warmup": 0, "clip": None, **BFLOAT16}
+AS_TAUGHT = {"count": 3, "schedule": "constant", "warmup": 0, "clip": None, **BFLOAT16}
 
 
 def plan_taught(device: torch.device) -> Iterator[BlockSweep]:

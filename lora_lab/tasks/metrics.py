@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from lora_lab.tasks.instruction import Pair, PairTask
 
@@ -69,7 +69,7 @@ def classification(predictions: Sequence[str], references: Sequence[str]) -> dic
     }
 
 
-METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], dict[str, float]]] = {
+METRICS = {
     "summary": rouge_l,
     "translation": translation,
     "classification": classification,

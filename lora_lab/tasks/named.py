@@ -15,7 +15,7 @@ Beside them it may have "group" and "part".
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
@@ -324,7 +324,7 @@ def _task_of_texts(
 
 # Names
 
-TASKS: dict[str, Callable[[Tokenizer], Task]] = {
+TASKS = {
     "docs": docs,
     "summarise": summarise,
     **{f"translate-{code}": partial(translate, language=code) for code in LANGUAGES},
@@ -334,7 +334,7 @@ TASKS: dict[str, Callable[[Tokenizer], Task]] = {
     "style-plain": partial(style, variant="plain"),
 }
 TABLES = (".csv", ".tsv", ".parquet")  # files that from_table reads
-READERS: dict[str, Callable[..., Task]] = {
+READERS = {
     ".jsonl": from_jsonl,
     ".txt": from_text,
     **dict.fromkeys(TABLES, from_table),
