@@ -308,13 +308,11 @@ def training_curve(rows: DataFrame) -> Axes:
     ax.plot(stop, lowest, "o", color=colour)
     note: Any = {"textcoords": "offset points", "va": "center", "fontsize": "small"}
     ax.annotate(f"lowest: {lowest:.2f}, step {stop:.0f}", (stop, lowest), (8, -12), **note)
-    ends = {"rise": (last, lowest, validation[last]), "gap": (1.16 * last, training[last], validation[last])}
-    for name, (place, low, high) in ends.items():
-        arrow = {"arrowstyle": "<->", "color": "#333333", "shrinkA": 0, "shrinkB": 0}
-        ax.annotate("", (place, high), (place, low), arrowprops=arrow)
+    ends, places, high = (lowest, training[last]), (last, 1.16 * last), validation[last]
+    ax.vlines(places, ends, high, "#333333")
+    ax.hlines([*ends, high], [stop, last, last], [*places, places[1]], "#999999", lw=0.8)
+    for name, place, low in zip(("rise", "gap"), places, ends, strict=True):
         ax.annotate(f"{name} {high - low:.2f}", (place, (low + high) / 2), (5, 0), **note)
-    for level, start, end in ((lowest, stop, 1), (training[last], last, 1.16), (validation[last], last, 1.16)):
-        ax.hlines(level, start, end * last, "#999999", lw=0.8)
     ax.set(xlabel="training step", ylabel="loss (nats, mean of seeds)")
     ax.set_xticks([tick for tick in ax.get_xticks() if 0 <= tick <= last])
     ax.set(xlim=(0, 1.32 * last), ylim=(0, None))
