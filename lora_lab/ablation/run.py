@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import joblib
 import psutil
@@ -44,7 +44,6 @@ from lora_lab.ablation.results import OUT_OF_MEMORY, STOPPED, Scores, read_resul
 from lora_lab.costs.fake import Factory, copy_sharing_weights, fake_copy
 from lora_lab.costs.memory import Part, predict
 from lora_lab.history import DivergedError, History
-from lora_lab.lean.step import Lean
 from lora_lab.system.files import as_path, check_writable, write_json
 from lora_lab.system.provenance import bytes_of, commit, device_name, machine_info, version
 from lora_lab.system.schema import Size, as_number, check
@@ -266,7 +265,7 @@ def _count_fitting(model: nn.Module, task: Task, trials: Sequence[Trial], worker
     budget = int(free) // 2 // workers
     widest = max(trials, key=lambda trial: lora_of(trial).rank)
     rows = torch.arange(widest.batch_size) % len(task.train)  # (batch,)
-    lean = cast(Lean | None, widest.lean)
+    lean = widest.lean
     bill = predict(
         model,
         widest.method,

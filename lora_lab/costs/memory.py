@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -116,7 +116,7 @@ def _dequantise_once(log: StorageLog) -> None:
 
     for layer in log.step.model.modules():
         if isinstance(layer, BlockWeight):
-            cast(Any, layer).rows = partial(rows_once, layer, layer.rows)
+            layer.rows = partial(rows_once, layer, layer.rows)
 
 
 def measure(

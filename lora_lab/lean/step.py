@@ -235,7 +235,7 @@ def apply_lean(model: nn.Module, lean: Lean) -> None:
         if isinstance(module, RMSNorm | BlockEmbedding):
             _raise_to_float32(module)
     if isinstance(trunk.embed_tokens, nn.Embedding):
-        cast(Any, trunk.embed_tokens).__class__ = LeanEmbedding
+        trunk.embed_tokens.__class__ = LeanEmbedding
     if isinstance(head, LoRALayer):  # called with float32, now and when it is merged
         _raise_to_float32(head.base)
     elif isinstance(head, BlockLinear | nn.Linear):

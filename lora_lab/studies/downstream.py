@@ -31,7 +31,6 @@ from lora_lab.ablation.compare import last_rows
 from lora_lab.ablation.results import SCORE
 from lora_lab.ablation.stats import interval
 from lora_lab.methods import FullFineTuning, LoRA
-from lora_lab.models.llama import Llama
 from lora_lab.models.pretrained import SMOLLM2, load_pretrained
 from lora_lab.studies.recorder import CurveSweep, Recorder, Row, evaluate_parts, plan_setups
 from lora_lab.system.schema import plain
@@ -85,13 +84,13 @@ def plan_sweep(task: str, planned: Row, device: torch.device) -> CurveSweep:
 
 def load_task(name: str) -> PairTask:
     """Return a downstream task for the real model."""
-    return cast(PairTask, TASKS[name](load_pretrained(SMOLLM2)[1]))
+    return TASKS[name](load_pretrained(SMOLLM2)[1])
 
 
 def judge(model: nn.Module, task: Task) -> dict[str, float | str]:
     """Return the scores on the test part, and the first answers of that part, by name."""
     task = cast(PairTask, task)
-    predictions = answers(cast(Llama, model), task)
+    predictions = answers(model, task)
     first = {f"prediction_{i}": prediction for i, prediction in enumerate(predictions[:SHOWN])}
     return {**scores(task, predictions), **first}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -107,7 +107,7 @@ def planted(
     with torch.no_grad():
         for layer in lora_layers(teacher).values():
             layer.lora_B.copy_(draw(*layer.lora_B.shape))  # (out, rank)
-            layer.lora_B.mul_(cast(Tensor, layer.base.weight).norm() / layer.delta().norm())
+            layer.lora_B.mul_(layer.base.weight.norm() / layer.delta().norm())
         inputs = draw(n_train + 3 * 256, first.in_features)
         outputs = teacher(inputs)  # (n, out)
         outputs[:n_train] += noise * outputs.std() * draw(n_train, outputs.shape[1])
