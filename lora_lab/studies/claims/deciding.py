@@ -115,14 +115,11 @@ def read_claims(path: Path = SHIPPED) -> dict[str, Claim]:
     """Read all claims by id, in the order of the file.
 
     Raises:
-        ValueError: the file is no TOML, an id is there twice, or a claim lacks an entry, or has an unknown one (such as
+        ValueError: the file is no TOML, or a claim lacks an entry, or has an unknown one (such as
             a typed verdict) or one that does not conform.
     """
     entries = tomllib.loads(path.read_text(encoding="utf-8"))["claim"]
-    claims = {entry["id"]: Claim(**entry) for entry in entries}
-    if len(claims) < len(entries):
-        raise ValueError(f"{path} has a claim twice; give each an id of its own.")
-    return claims
+    return {entry["id"]: Claim(**entry) for entry in entries}
 
 
 STANDS, FALLS, DEPENDS, OPEN, UNTESTABLE = "stands", "falls", "depends", "open", "untestable"

@@ -12,6 +12,7 @@ from lora_lab import claims, lessons, records
 from lora_lab.studies.claims import deciding
 from lora_lab.studies.claims.deciding import (
     DECIDERS,
+    SHIPPED,
     Claim,
     Decider,
     Result,
@@ -199,7 +200,6 @@ REFUSED = [  # (what is replaced, by what, what must be named)
     ("values = [10000]", 'colour = "red"', "colour"),
     ("values = [10000]", 'verdict = "stands"', "verdict"),
     ('id = "a-claim"', "id = ", "line 3"),
-    (GOOD, GOOD + GOOD, "has a claim twice"),
 ]
 
 
@@ -286,11 +286,18 @@ def test_the_shipped_claims_are_many_of_every_kind_and_each_is_decided_in_one_wa
     assert sum(claim.number != "none given" for claim in every.values()) > len(every) / 2
     assert all(len(name) <= 30 for name in every)  # the first column of the table
     assert len({claim.sentence for claim in every.values()}) == len(every)
+    assert SHIPPED.read_text(encoding="utf-8").count("[[claim]]") == len(every)
     assert DECIDERS.keys() <= every.keys()
     for name, claim in every.items():
         assert (name in DECIDERS) + sum(map(bool, (claim.lesson, claim.open, claim.untestable))) == 1, name
         assert claim.open or not claim.record, name
         assert all(f"{each:g}" in claim.number.replace(",", "") for each in claim.values), name
+
+
+def test_no_two_functions_decide_one_claim():
+    sources = "".join(path.read_text(encoding="utf-8") for path in SHIPPED.parent.glob("*.py"))
+    lists = re.findall(r'^@decides\w*\(((?:"[\w-]+"(?:, )?)+)', sources, re.MULTILINE)
+    assert sorted(re.findall(r"[\w-]+", " ".join(lists))) == sorted(DECIDERS)
 
 
 def test_each_record_is_read_once(monkeypatch):
