@@ -54,11 +54,6 @@ def make_method(name: str, rank: int, alpha: float | None = None) -> Method:
     return LORA_METHODS[name](rank, 2 * rank if alpha is None else alpha)
 
 
-def saves_adapter(method: str) -> bool:
-    """Return whether a run with the method of this name saves an adapter; otherwise it saves the whole model."""
-    return method not in (FullFineTuning.name, PartialFineTuning.name, AsItIs.name)
-
-
 def run(
     task: str,
     method: Method,
@@ -165,7 +160,8 @@ def _hold(out: Path, model: str, method: Method, overwrite: bool) -> Iterator[No
                 f"{out} holds {saved[0]} already; name another folder (--out), or pass --overwrite to replace what an "
                 "earlier run saved there."
             )
-        check_separate(out, "adapter" if saves_adapter(method.name) else "model")
+        of_whole_model = isinstance(method, FullFineTuning | PartialFineTuning | AsItIs)
+        check_separate(out, "model" if of_whole_model else "adapter")
         yield
 
 

@@ -124,7 +124,7 @@ def copy_lessons(folder: str | Path, solved: bool = False, only: Sequence[str] =
         which = "without" if solved else "with"
         raise ValueError(f"{folder} has the lessons {which} solutions; name another folder.")
     hashes, versions = before["written"], before["versions"]
-    done: list[str] = []
+    done = []
     lessons = choose_lessons(only)
     there = {lesson.name for lesson in lessons} | {path.name for path in folder.glob("*.ipynb")}
     missing = {lesson.name for lesson in choose_lessons()} - there
@@ -147,11 +147,8 @@ def copy_lessons(folder: str | Path, solved: bool = False, only: Sequence[str] =
 
 def _strip_links(notebook: bytes, missing: Collection[str]) -> bytes:
     """A notebook's file in which links to these files have become plain text."""
-
-    def replaced(link: re.Match[str]) -> str:
-        return link[1] if link[2] in missing else link[0]
-
-    return re.sub(r"\[([^\[\]]*)\]\((\w+\.ipynb)\)", replaced, notebook.decode()).encode()
+    link = re.compile(r"\[([^\[\]]*)\]\((\w+\.ipynb)\)")
+    return link.sub(lambda found: found[1] if found[2] in missing else found[0], notebook.decode()).encode()
 
 
 def check_files(paths: Sequence[str | Path]) -> None:
