@@ -192,7 +192,7 @@ def count_parameters(model: nn.Module) -> int:
     A module that stores a weight in another form, such as 4-bit blocks, has a property ``stands_for``: a dictionary
     from the ``id`` of each stored parameter to the number of elements of the weight that it represents.
     """
-    sizes: dict[int, int] = {}
+    sizes = {}
     for module in model.modules():
         sizes |= getattr(module, "stands_for", {})
     return sum(sizes.get(id(parameter), parameter.numel()) for parameter in model.parameters())

@@ -197,7 +197,7 @@ def _merge_into(base: nn.Module, model: nn.Module, layers: dict[str, LoRALayer])
     quantised = [name for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
     outer = [name for name in quantised if name.removesuffix(".base") not in layers]
     full_layers = dict(base.named_modules(remove_duplicate=False))
-    copies: dict[int, Any] = {}  # so that layers that share a matrix in base share its copy
+    copies = {}  # so that layers that share a matrix in base share its copy
     merged = {}
     for name in (*layers, *outer):
         layer: Any = model.get_submodule(name)
@@ -240,7 +240,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: the model has no adapters.
     """
-    state: dict[str, Tensor] = {}
+    state = {}
     for name, layer in lora_layers(uncompiled(model), required=True).items():
         state |= {f"{name}.{part}": getattr(layer, part).detach().clone() for part in layer.parts}
         for scalar in ("alpha", "scaling"):  # both, because variants differ in the scaling of an alpha

@@ -195,7 +195,7 @@ def next_round(
 
 def _groups(trials: Iterable[Trial]) -> list[list[Trial]]:
     """Return trials that differ in learning rate and seed alone, together."""
-    groups: dict[Trial, list[Trial]] = {}
+    groups = {}
     for trial in trials:
         groups.setdefault(replace(trial, lr=1.0, seed=0), []).append(trial)
     return [*groups.values()]

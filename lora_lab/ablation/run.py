@@ -197,7 +197,7 @@ def plan(
         task.require_targets("test", limit)  # of which each trial's result is; fit checks the other parts
     if engine == "separate":
         return [([trial], False) for trial in trials]
-    groups: dict[Any, list[Trial]] = {}
+    groups = {}
     for trial in trials:
         groups.setdefault(common_settings(trial), []).append(trial)
     jobs = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import UnionType
 from typing import Any, NamedTuple
 
 import torch
@@ -56,7 +55,7 @@ def split_state(state: Mapping[str, Tensor], source: str) -> dict[str, Factors]:
 
 def join_state(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
     """Return the adapter that :func:`split_state` splits."""
-    state: dict[str, Tensor] = {}
+    state = {}
     for name, (tensors, *scalars) in factors.items():
         alpha, scaling = (torch.tensor(scalar, dtype=torch.float64) for scalar in scalars)  # (), ()
         parts = {**tensors, "alpha": alpha, "scaling": scaling}
@@ -217,7 +216,7 @@ def strength(model: nn.Module, factor: float) -> Iterator[nn.Module]:
             layer.alpha = alphas[name]
 
 
-def _refuse(layers: Mapping[str, LoRALayer], kinds: type | UnionType, why: str) -> None:
+def _refuse(layers: Mapping[str, LoRALayer], kinds: Any, why: str) -> None:
     """Raise ValueError if one of the layers is of these kinds."""
     for name, layer in layers.items():
         if isinstance(layer, kinds):

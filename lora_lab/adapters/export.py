@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_lab.adapters.edit import check_plain
 from lora_lab.adapters.peft_format import CONFIG, find_variant, load_adapter, read, read_adapter, read_config
@@ -166,7 +166,7 @@ def _write_adapter(source: nn.Module | str | Path, path: Path, dtype: str) -> No
     # In float32, as the file holds them. Of several that are equally frequent, the smallest.
     alphas = {name: float(torch.tensor(each.alpha, dtype=torch.float32)) for name, each in factors.items()}
     ((alpha, _),) = Counter(sorted(alphas.values())).most_common(1)
-    tensors: dict[str, Tensor] = {}
+    tensors = {}
     for layer_name, each in factors.items():
         name, (A, B) = gguf_name(f"{layer_name}.weight"), (each.tensors[part] for part in LoRALayer.parts)
         if alphas[layer_name] != alpha:

@@ -402,8 +402,8 @@ def report(
     Raises:
         ValueError: as for :func:`predict`.
     """
-    bills: list[Bill] = []
-    rows: list[dict[str, Any]] = []
+    bills = []
+    rows = []
     for label, setup in setups.items():
         bills.append(bill := predict(model, setup, batch_size, seq_len, device=device))
         row = {"setup": label, "fits": None, "free_bytes": None, "largest_batch_size": None, "largest_seq_len": None}

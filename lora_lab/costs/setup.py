@@ -169,8 +169,8 @@ _KIND_BY_WORD = {
 def module_kinds(model: nn.Module) -> dict[int, Part]:
     """id of each module -> its kind. A module of no kind of its own has that of the module around it."""
     head, adapters = output_head(model), adapter_modules(model)
-    own: dict[str, Part] = {}  # of each module's name, whether it is an adapter or not
-    kinds: dict[int, Part] = {}
+    own = {}  # of each module's name, whether it is an adapter or not
+    kinds = {}
     for name, module in model.named_modules(remove_duplicate=False):  # a module comes before those inside it
         around, _, attribute = name.rpartition(".")
         known = Part.LOGITS if module is head else _kind_of(module, attribute)

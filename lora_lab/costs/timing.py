@@ -31,7 +31,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 from lora_lab.costs.fake import Source, batch_for, build_model, device_to_run, shape_of, storage_of, unshare_trainable
@@ -297,7 +296,7 @@ class OperatorCall:
 
 
 def describe_call(
-    function: OpOverload, args: tuple, kwargs: Mapping[str, Any], out: Any, flops: int = 0
+    function: Any, args: tuple, kwargs: Mapping[str, Any], out: Any, flops: int = 0
 ) -> OperatorCall | None:
     """Return the call that has just run; None if it moved no bytes, as views and allocations."""
     name, schema = function._opname, function._schema
@@ -520,7 +519,7 @@ class CostModel:
         """
         if not variants:
             raise ValueError("variants is empty, so there is nothing to predict; give one, as {'LoRA': LoRA(8)}.")
-        works: dict[str, StepWork] = {}
+        works = {}
         tokens, setting = 0, ""
         for name, method in variants.items():
             setup = as_setup(method, options)

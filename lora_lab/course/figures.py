@@ -13,7 +13,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from matplotlib.patches import Patch, Rectangle
 
 from lora_lab.ablation.overfitting import training_losses
@@ -36,7 +35,6 @@ from lora_lab.plots import (
 )
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
     from pandas import DataFrame, Series
 
 
@@ -59,7 +57,7 @@ def numbers(matrices: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _draw_entries(ax: Axes, array: np.ndarray, form: str, limit: float, dark: float, **look: Any) -> AxesImage:
+def _draw_entries(ax: Axes, array: np.ndarray, form: str, limit: float, dark: float, **look: Any) -> Any:
     """Draw a matrix in colours from -limit (orange) to limit, with its entries; those above ``dark`` are white."""
     for (row, column), entry in np.ndenumerate(array):
         ink = "#ffffff" if abs(entry) > dark else "#000000"
@@ -583,7 +581,7 @@ def differences(table: DataFrame, xlabel: str, margin: float | None = None) -> A
 # Lesson 11, what training wrote
 
 
-def overlaps(similarities: Mapping[str, ArrayLike], width: int) -> Figure:
+def overlaps(similarities: Mapping[str, Any], width: int) -> Figure:
     """How much of the 1 and the 8 leading directions of one update lies among those of another: phi(i, j) against j.
 
     Args:

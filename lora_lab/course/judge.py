@@ -21,7 +21,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import FrameType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -112,7 +111,7 @@ def limited(function: Callable[[], Value]) -> Value:
     def run() -> Value:
         return function()
 
-    def ring(number: int, frame: FrameType | None) -> None:
+    def ring(number: int, frame: Any) -> None:
         while frame is not None:
             if frame.f_code is run.__code__:  # otherwise the function has just ended
                 raise TimeUp

@@ -159,7 +159,7 @@ def _recall() -> dict[str, str]:
 
     A ``progress.json`` that is damaged is moved aside, and a box says so.
     """
-    stored: dict[str, str] = {}
+    stored = {}
     if Path(MANIFEST).is_file() and Path(PROGRESS).is_file():
         try:
             stored = schema.check(read_json(PROGRESS), dict[str, State])

@@ -295,7 +295,7 @@ def recompute(function: Callable[..., Tensor], x: Tensor, *arguments: Tensor | N
     """
     draw_again = _remember_randomness(x.device)
     numbers = count()  # instead of the tensors that the first forward pass saves
-    again: dict[int, Tensor] = {}  # by these numbers, what the second forward pass saves
+    again = {}  # by these numbers, what the second forward pass saves
 
     def compute_again(number: int) -> Tensor:
         if not again:
@@ -309,7 +309,7 @@ def recompute(function: Callable[..., Tensor], x: Tensor, *arguments: Tensor | N
 
 def _saved_tensors(function: Callable[..., Tensor], arguments: tuple[Tensor | None, ...]) -> list[Tensor]:
     """Return the tensors that a forward pass saves, in order."""
-    saved: list[Tensor] = []
+    saved = []
 
     def keep(tensor: Tensor) -> Tensor:
         saved.append(tensor.detach())  # detached, because an output would keep its own graph alive

@@ -22,7 +22,6 @@ from typing import Any
 
 import jinja2
 from jinja2.ext import Extension
-from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 _SECONDS = 5  # for one text
@@ -38,7 +37,7 @@ class _GenerationTag(Extension):
 
     tags = frozenset({"generation"})  # pyright: ignore[reportAssignmentType]
 
-    def parse(self, parser: Parser) -> Any:
+    def parse(self, parser: Any) -> Any:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 

@@ -263,8 +263,8 @@ def read_gguf(path: Path) -> StoredModel:
                 "folder, or an adapter from its folder with load_adapter."
             )
     tokenizer, config = Tokenizer.from_gguf(fields), _config(fields, stored, path)
-    tensors: dict[str, Tensor] = {}
-    kinds: dict[str, str] = {}
+    tensors = {}
+    kinds = {}
     for name, (kind, data) in stored.items():
         if name == _ROPE_FACTORS:
             continue
@@ -385,7 +385,7 @@ def write_gguf(path: Path, model: nn.Module, tensors: Mapping[str, Tensor], toke
         "rope.freq_base": float(config.rope_theta),
     }
     header = {"general.type": "model"} | {f"{architecture}.{name}": value for name, value in entries.items()}
-    stored: dict[str, Tensor] = {}
+    stored = {}
     if config.rope_scaling is not None:
         stored[_ROPE_FACTORS] = _rope_factors(config)  # (head_dim / 2,)
     for name, value in tensors.items():

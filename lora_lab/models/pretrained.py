@@ -314,7 +314,7 @@ def _build(stored: StoredModel, origin: Path, dtype: torch.dtype, device: torch.
     if tied:
         tensors.pop(_HEAD, None)  # it is the embedding's matrix
     _check(stored, model, origin)
-    dense: dict[str, Tensor] = {}
+    dense = {}
     while tensors:
         name, value = tensors.popitem()
         kind, targets = kinds.get(name), (name, _HEAD) if tied and name == _EMBEDDING else (name,)

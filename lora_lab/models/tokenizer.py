@@ -135,7 +135,7 @@ class Tokenizer:
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Return the text of ``ids`` in parts, each as soon as its letters are complete."""
-        read: list[int] = []
+        read = []
         shown = ""
         for token in ids:
             read.append(token)

@@ -168,7 +168,7 @@ class BlockSweep(Sweep):
         model, task = source(device)
         options: Any = {"n_jobs": studies.processes(device) if self.seq_len else 1}
         folder = folder / self.data
-        row: Row = {}
+        row = {}
         for frame in compare_tuned(model, task, trials, self.lrs, folder, **self.study(), **options):
             for row in read_rows(last_rows(frame).assign(data=self.data), _OF_BLOCKS):
                 row |= {f"{part}_loss": read_loss(row, part) for part in ("validation", "test")}

@@ -51,7 +51,7 @@ class Processes:
         Raises:
             ProcessEndedError: another process has ended, or cannot be reached.
         """
-        by_dtype: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)
+        by_dtype = defaultdict(list)
         for tensor in tensors if self.world_size > 1 else ():
             by_dtype[tensor.dtype].append(tensor)
         for group in by_dtype.values():

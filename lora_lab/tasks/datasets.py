@@ -48,7 +48,7 @@ def _docstrings() -> list[tuple[str, str, str]]:
     """Return (module, summary, body) of each docstring whose body has 20 to 110 words; no text occurs twice."""
     root = Path(sysconfig.get_path("stdlib"))
     docstrings: list[tuple[str, str, str]] = []
-    texts: set[str] = set()  # all summaries and bodies so far
+    texts = set()  # all summaries and bodies so far
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
         if _NOT_DOCUMENTED.intersection(parts):
@@ -104,7 +104,7 @@ def cldr_names(language: str) -> dict[str, str]:
     """Return English name -> name in the language ("fr", "de", "es"); of territories, languages, currencies (CLDR)."""
     from babel import Locale
 
-    names: dict[str, str] = {}
+    names = {}
     for kind in ("territories", "languages", "currencies"):
         english, foreign = getattr(Locale("en"), kind), getattr(Locale(language), kind)
         for code in sorted(english):

@@ -83,7 +83,7 @@ def answers(
         room = (context_length(model) or sys.maxsize) - max(lengths)
         max_new_tokens = max(1, min(longest + longest // 4, room))
     order = sorted(range(len(pairs)), key=lengths.__getitem__)  # similar lengths, little padding
-    rows: list[list[int]] = []
+    rows = []
     with restore_modes(model):
         model.eval()
         for scores, reader in _read_batches(model, task, [pairs[i] for i in order], max_new_tokens):
@@ -130,7 +130,7 @@ def _greedy_continuations(scores: Tensor, reader: Reader, max_new_tokens: int, s
         reader: has read the prompts.
         max_new_tokens, stop: as for :meth:`lora_lab.Llama.generate`.
     """
-    tokens: list[Tensor] = []
+    tokens = []
     done = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)  # (16,)
     while True:
         token = scores.argmax(-1)  # (16,)
@@ -159,7 +159,7 @@ def log_likelihoods(model: nn.Module, task: PairTask, pairs: Sequence[Pair], lab
     """
     encoded = [encode(task.tokenizer, Pair(pairs[0].prompt, label))[1] for label in labels]
     tokens = [[token for token in targets if token != IGNORE] for targets in encoded]  # at least one token each
-    rows: list[Tensor] = []
+    rows = []
     with restore_modes(model):
         model.eval()
         for first, reader in _read_batches(model, task, pairs, max(map(len, tokens))):
@@ -184,7 +184,7 @@ def last_states(model: nn.Module, task: PairTask, pairs: Sequence[Pair]) -> Tens
         task: of the pairs.
         pairs: whose prompts are read.
     """
-    read: dict[str, Tensor] = {}  # what the head got last
+    read = {}  # what the head got last
     head = cast(nn.Module, cast(Llama, model).get_output_embeddings())  # transformers' models have it too
     hook = head.register_forward_pre_hook(lambda _, inputs: read.update(hidden=inputs[0][:, -1]))
     try:

@@ -263,7 +263,7 @@ def _split(pairs: Sequence[Pair], seed: int) -> dict[str, list[Pair]]:
 
     scikit-learn's GroupShuffleSplit counts groups where this counts pairs, and would change every data set.
     """
-    groups: dict[str, list[Pair]] = defaultdict(list)
+    groups = defaultdict(list)
     for pair in pairs:
         groups[_group(pair)].append(pair)
     if len(groups) < len(PARTS):
@@ -287,7 +287,7 @@ def _split(pairs: Sequence[Pair], seed: int) -> dict[str, list[Pair]]:
 
 def _check_disjoint(split: Mapping[str, Sequence[Pair]]) -> None:
     """Check that no group and no prompt is in two parts."""
-    part_of: dict[str, str] = {}
+    part_of = {}
     for part, pairs in split.items():
         for group in {_group(pair) for pair in pairs} | {_prompt_group(pair.context) for pair in pairs}:
             if part_of.setdefault(group, part) != part:

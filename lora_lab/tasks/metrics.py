@@ -109,7 +109,7 @@ def text_of(pair: Pair) -> str:
 
 def _dictionary(pairs: Sequence[Pair]) -> dict[str, str]:
     """Return word -> its most frequent translation, from the pairs that have as many words in both languages."""
-    translations: dict[str, Counter[str]] = {}
+    translations = {}
     for pair in pairs:
         source, target = text_of(pair).split(), pair.answer.split()
         if len(source) == len(target):

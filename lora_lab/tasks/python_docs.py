@@ -38,7 +38,7 @@ def docs(tokenizer: Tokenizer, seq_len: int = 128) -> Task:
     from pydoc_data.topics import topics
 
     pages = list(dict.fromkeys(topics[name] for name in sorted(topics)))  # some topics share one page
-    split: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
+    split = {"train": [], "validation": [], "test": []}
     for i, group in enumerate(_group_related(pages)):
         part = {1: "validation", 3: "test"}.get(i % 5, "train")
         split[part if len(group) < 8 else "train"] += group  # the one large group is for training
@@ -90,7 +90,7 @@ def _group_related(pages: Sequence[str]) -> list[list[str]]:
     paragraphs = {
         page: {text for part in page.split("\n\n") if len(text := " ".join(part.split())) >= 60} for page in pages
     }
-    groups: list[list[str]] = []
+    groups = []
     for page in pages:
         related = [group for group in groups if any(paragraphs[page] & paragraphs[other] for other in group)]
         groups = [group for group in groups if group not in related]

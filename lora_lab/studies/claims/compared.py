@@ -184,7 +184,7 @@ def gains(record: Record, reference: str = FROM_SCRATCH) -> dict[Case, Gap]:
     Raises:
         ValueError: a case has fewer than three seeds with a result for both.
     """
-    every: dict[Any, Gap] = {}
+    every = {}
     judged = select(record, stage="judging", outcome="done")
     for (data, model, n_train), case in judged.groupby(["data", "model", "n_train"], sort=False):
         case = case[case["setup"].isin([FINE_TUNED, reference])]

@@ -96,7 +96,7 @@ def gradients_at_the_peak(record: Record) -> Cases:
 @decides("lora-needs-less-memory", record="memory", on="the rank and the tokens in a step")
 def less_memory(record: Record) -> Cases:
     """Measured peaks of full fine-tuning in units of LoRA's of several ranks, all in float32; and a rank too high."""
-    cases: list[Answer] = []
+    cases = []
     for also, rank in product(ALSO, (1, 8, 64)):
         ratios = _memory_ratios(record, [(f"full{also}", f"LoRA r={rank}{also}")])
         cases += [(ratio > 1, f"rank {rank} {words}") for ratio, words in ratios]
