@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from statistics import fmean, median_high
 from typing import Any
@@ -71,7 +70,7 @@ def plan_ablation(planned: Row, lean: Lean | None) -> CurveSweep:
 
 
 _SWEEP = record_sweeps("ablation", lambda device: [plan_ablation(plan(device), Lean())])
-ABLATION = replace(_SWEEP, settings=plan)
+ABLATION = Recorder(plan, _SWEEP.rows)
 
 
 # Spectra

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -57,7 +56,7 @@ class Case:
     rounds: int = 1
 
     @property
-    def key(self) -> dict[str, Any]:
+    def key(self) -> Row:
         """The columns of a record that the setups share."""
         return {"model": self.model, "batch": self.batch_size, "length": self.seq_len}
 

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -110,7 +109,7 @@ def driver_version() -> str:
     return versions[0] if versions else "unknown"
 
 
-def describe_value(value: Any) -> str:
+def describe_value(value: object) -> str:
     """Return a text that describes a loss, or an argument of one, and is the same in every process.
 
     For a function it is the name; for a partial the function's name and the arguments, with all values of tensors and

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import reprlib
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -25,7 +25,7 @@ def shortened(text: str, most: int = 300) -> str:
     return text if len(text) <= most else text[: most - 4] + " ..."
 
 
-def short_repr(value: Any) -> str:
+def short_repr(value: object) -> str:
     """Return a value's repr on one line, cut off in the middle if it is long, as that of a model or a tensor."""
     return shortened(_SHORT.repr(value))
 
