@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check quick test slow hostile coverage lab lab-gpu notebooks site slides lint clean
+.PHONY: help demo check quick timed test slow hostile coverage lab lab-gpu notebooks site slides lint clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -19,7 +19,7 @@ demo: $(VENV)/.ready ## fine-tune a real language model with LoRA and in full, s
 # The course and what guards the rest: seconds each.
 QUICK := test_lora test_layers test_variants test_inject test_methods test_rank test_task test_history test_train \
   tasks/test_arrays tasks/test_python_docs system/test_files \
-  guards/test_layering guards/test_links guards/test_package acceptance/test_training
+  guards/test_layering guards/test_links guards/test_package
 
 check: $(VENV)/.ready-test ## lint and the quick unit tests, side by side, in less than a minute: before each commit
 	$(MAKE) --jobs=2 lint quick
@@ -27,14 +27,17 @@ check: $(VENV)/.ready-test ## lint and the quick unit tests, side by side, in le
 quick: $(VENV)/.ready-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'not slow' $(QUICK:%=tests/%.py) $(ARGS)
 
-# Asserts on measured times, so it runs alone, after all that runs in parallel.
+# A lesson that measures times on one core. Lint and the quick tests take the other one meanwhile.
 TIMED := notebooks/05_speed.ipynb
 
-# A tenth of the tests takes more than half of the time: these are marked slow, and have a target of their own.
-test: $(VENV)/.ready-test lint ## lint, the unit tests that are not slow, and every cell of every notebook
-	$(BIN)/lora-lab fetch
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --dist=loadfile --no-loadscope-reorder -m 'not slow' $(TIMED:%=--ignore=%) notebooks tests $(ARGS)
+timed: $(VENV)/.ready-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(TIMED)
+
+# A tenth of the tests takes more than half of the time: these are marked slow, and have a target of their own.
+test: $(VENV)/.ready-test ## lint, the unit tests that are not slow, and every cell of every notebook
+	$(BIN)/lora-lab fetch
+	$(MAKE) --jobs=2 timed lint quick
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --dist=loadfile --no-loadscope-reorder -m 'not slow' $(TIMED:%=--ignore=%) $(QUICK:%=--ignore=tests/%.py) notebooks tests $(ARGS)
 
 slow: $(VENV)/.ready-test ## the slow unit tests: after a change of what they test, and before a release
 	$(BIN)/lora-lab fetch

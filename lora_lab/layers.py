@@ -166,7 +166,8 @@ _REGISTERED: dict[str, tuple[type[LoRALayer], bool]] = {}
 def register(base_class: type[nn.Module] | str, lora_class: type[LoRALayer], linear: bool = False) -> None:
     """Let ``inject`` put ``lora_class`` on layers whose class is exactly ``base_class``.
 
-    A subclass of ``nn.Linear`` that computes as ``nn.Linear`` does needs no entry of its own.
+    A subclass of ``nn.Linear`` needs no entry of its own if it holds one plain matrix W and computes x W^T + b, as
+    Falcon's does. Others, such as routers and quantised layers, are refused until they are registered.
 
     Args:
         base_class: a class, or its full name ("transformers.pytorch_utils.Conv1D"), so that its library

@@ -223,6 +223,7 @@ def test_what_a_plain_object_holds_and_what_a_lambda_does_are_no_part_of_it():
         assert tiny(loss=one).fingerprint == tiny(loss=other).fingerprint
 
 
+@pytest.mark.slow
 def test_the_fingerprint_of_an_unusual_loss_is_the_same_in_another_process():
     # Addresses differ between processes.
     script = (

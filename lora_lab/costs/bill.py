@@ -256,7 +256,7 @@ class StorageLog(StepTracer):
         self._sums: list[tuple[_Life, _Life]] = []  # a gradient, and the sum of it and another
         self._of_batch: set[int] = set()
         self._paused = False
-        self._calls: dict[Hashable, tuple[int, int, list[_Life], Callable[[], Tensor]]] = {}
+        self._calls: dict[Hashable, tuple[list[tuple[str, str, str]], list[_Life], Callable[[], Tensor]]] = {}
 
     def on_operation(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         """Count the operation, and register the storages of its results."""
@@ -279,24 +279,24 @@ class StorageLog(StepTracer):
             key: determines the operations, together with the phase.
             function: makes a new tensor, calls no module, and saves nothing for the backward pass.
         """
-        key = key, self.phase, self.recomputing, self._unsaved()
-        time, count = len(self._operations), len(self._lives)
+        key, start = (key, self.phase, self.recomputing, self._unsaved()), len(self._operations)
         if key not in self._calls:
+            count = len(self._lives)
             result = function()
             like = partial(torch.empty_strided, result.shape, result.stride(), dtype=result.dtype, device=result.device)
-            self._calls[key] = time, len(self._operations), self._lives[count:], like
+            lives = [replace(life, born=life.born - start, died=life.died - start) for life in self._lives[count:]]
+            self._calls[key] = self._operations[start:], lives, like
             return result
-        begun, ended, lives, like = self._calls[key]
+        operations, lives, like = self._calls[key]
         self._paused = True
         result = like()
         self._paused = False
         where = self._where()
-        self._operations += [(self.phase, name, where) for _, name, _ in self._operations[begun:ended]]
+        self._operations += [(self.phase, name, where) for _, name, _ in operations]
         for life in lives:
-            died = life.died - begun + time if life.died < ended else math.inf
-            copy = replace(life, born=life.born - begun + time, died=died, node=_node(), savers=set())
+            copy = replace(life, born=start + life.born, died=start + life.died, node=_node(), savers=set())
             self._lives.append(copy)
-            if died == math.inf:
+            if copy.died == math.inf:
                 self._follow(result, copy)
         return result
 

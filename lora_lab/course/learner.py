@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import html
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -125,16 +126,21 @@ def progress(lesson: str = "") -> None:
     """
     states = _recall()
     chosen = [each for each in EXERCISES.values() if each.stated.lesson.startswith(lesson)]
-    rows = [("lesson", "exercise", "state", "minutes")]
-    for each in chosen:
-        state = {"done": "✓ done", "tried": "✗ tried"}.get(states.get(each.name, ""), "○ open")
-        rows.append((each.stated.lesson, each.name, state, str(each.stated.minutes)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
     minutes = [each.stated.minutes for each in chosen if states.get(each.name) != "done"]
     title = f"{len(chosen) - len(minutes)} of {len(chosen)} exercises done."
     rest = f"The others take about {sum(minutes)} minutes." if minutes else ""
-    display(Box(title, rest, table, colour=GREY if minutes else GREEN))
+    display(Box(title, rest, _align(chosen, states), colour=GREY if minutes else GREEN))
+
+
+def _align(exercises: Iterable[Exercise], states: Mapping[str, str]) -> str:
+    """Return a line for each exercise, in columns: its lesson, its name, what became of it, and its minutes."""
+    marks = {"done": "✓ done", "tried": "✗ tried"}
+    rows = [("lesson", "exercise", "state", "minutes")]
+    for each in exercises:
+        state = marks.get(states.get(each.name, ""), "○ open")
+        rows.append((each.stated.lesson, each.name, state, str(each.stated.minutes)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def _look_up(name: str) -> Exercise | None:

@@ -44,6 +44,7 @@ for name in ("digits", "planted"):
 _OLDEST = {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ONEDNN_MAX_CPU_ISA": "SSE41"}
 
 
+@pytest.mark.slow
 def test_results_of_the_small_nets_do_not_depend_on_the_processors_instructions():
     def losses(**settings):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **settings}

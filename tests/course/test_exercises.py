@@ -55,6 +55,7 @@ def test_the_solution_passes_and_has_all_points(exercise):
     assert [earned(exercise, exercise.solution, seed) for seed in SEEDS] == 3 * [len(exercise.points)]
 
 
+@pytest.mark.slow
 @each_mistake
 def test_a_mistake_is_refused_with_its_sentence(exercise, answer, sentence):
     for _ in range(1 if exercise.inputs else 4):  # what inputs leave to chance is computed below

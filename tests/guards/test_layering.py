@@ -146,6 +146,7 @@ print(*({"pandas", "matplotlib", "sklearn", "safetensors", "tokenizers", "gguf"}
     assert printed_by(script) == ["lazy_loader", "lora_lab"]
 
 
+@pytest.mark.slow
 def test_no_import_draws_a_random_number_prints_or_loads_a_plotting_library():
     modules = " ".join(f"lora_lab.{name}" for name in FILES if name not in ("", *DRAWING, "course.lessons"))
     script = f"""

@@ -103,6 +103,7 @@ def test_greedy_generation_equals_transformers_token_for_token(continuations, hf
     assert len({tuple(ours.tolist()) for _, ours in continuations}) == len(PROMPTS)
 
 
+@pytest.mark.slow
 def test_cached_generation_equals_the_argmax_of_one_pass_without_cache(smollm2, continuations):
     model, _ = smollm2
     for prompt, written in continuations:
