@@ -159,7 +159,7 @@ class Halving:
 
 
 def next_round(
-    halving: Halving, trials: Iterable[Trial], results: Mapping[str, Mapping[str, Any]]
+    halving: Halving, trials: Iterable[Trial], results: Mapping[str, Any]
 ) -> tuple[dict[int | None, list[Trial]], dict[Trial, str]]:
     """Return what a sweep does next: the trials to train, by the step to which (None is the end), and those stopped.
 
@@ -172,10 +172,10 @@ def next_round(
         The trials to train, and those that are stopped for now with the reasons. (A rate that fails after its rivals
         were stopped lets them go on.)
     """
-    due: dict[int | None, list[Trial]] = {}
+    due = {}
     stopped = {}
     for group in _groups(trials):
-        curves: dict[float, dict[int, dict[int, float]]] = {}
+        curves = {}
         for trial in group:
             history = results.get(trial.key, {}).get("history") or {"rows": []}
             evaluated = [row for row in history["rows"] if row["validation_loss"] is not None]

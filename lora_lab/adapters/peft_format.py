@@ -317,7 +317,7 @@ def _read_tensors(folder: Path) -> dict[str, dict[str, Tensor]]:
         stored = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({shortened(str(error))}); make or copy it again.") from None
-    layers: dict[str, dict[str, Tensor]] = {}
+    layers = {}
     for key, tensor in stored.items():
         ending = next((ending for ending in _ENDINGS if key.endswith(f".{ending}")), None)
         if ending is None:

@@ -259,7 +259,7 @@ def _check_base(model: nn.Module, inside: dict[str, str], base: nn.Module | Mapp
     if base is None:
         return "not checked", "Pass base= to check that the frozen tensors have its values."
     expected = base.state_dict() if isinstance(base, nn.Module) else base
-    found: dict[str, list[str]] = defaultdict(list)
+    found = defaultdict(list)
     for name, base_name, tensor in _frozen_tensors(model, inside):
         keys = (base_name, name, name.removeprefix(_PEFT_PREFIX))  # base may have been wrapped in place
         value = next((expected[key] for key in keys if key in expected), None)

@@ -178,7 +178,7 @@ def record_elicitation(device: torch.device) -> Iterator[Row]:
 def _ask(name: str, task: PairTask, model: nn.Module) -> Iterator[Row]:
     """Yield zero-shot, few-shot, and the control at the number of examples that is best on the validation part."""
     yield from _answer(task, model, 0, 0)
-    scores: dict[tuple[int, str], list[float]] = {}  # (number of examples, calibration) -> on the validation part
+    scores = {}  # (number of examples, calibration) -> on the validation part
     for k, seed in product(SHOTS[name], range(DRAWS[name])):
         for row in _answer(task, model, k, seed):
             scores.setdefault((k, row["calibration"]), []).append(row["validation"])

@@ -272,7 +272,7 @@ def _split(pairs: Sequence[Pair], seed: int) -> dict[str, list[Pair]]:
             "group, but each part needs a group; give more pairs with other prompts, or smaller groups."
         )
     tenth, remaining = max(1, len(pairs) // 10), _shuffle(list(groups.values()), seed)
-    split: dict[str, list[Pair]] = {part: [] for part in PARTS}
+    split = {part: [] for part in PARTS}
     # Neither may stay empty: the first group that fits, or else the smallest.
     for part in ("validation", "test"):
         group = next((group for group in remaining if len(group) <= tenth), min(remaining, key=len))

@@ -163,7 +163,7 @@ def corpus(target: str) -> dict[str, list[tuple[str, Sentence]]]:
     """Return part -> (kind, sentence) of each of its sentences, the same on every call; the kind is "" in training."""
     generator = random.Random(0)
     used = set()
-    parts: dict[str, list[tuple[str, Sentence]]] = {part: [] for part in SIZES}
+    parts = {part: [] for part in SIZES}
     for part, counts in SIZES.items():
         for kind, count in counts.items():
             drawn = _draw(generator, kind)

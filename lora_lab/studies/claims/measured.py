@@ -48,7 +48,7 @@ def select(record: Record, **values: str) -> pandas.DataFrame:
 
 def _bytes(record: Record, column: str = "measured_bytes") -> dict[tuple[str, int, int], dict[str, int]]:
     """Return (model, batch, length) -> setup -> bytes; the peak is the measured one, or on a GPU the allocator's."""
-    cells: dict[tuple[str, int, int], dict[str, int]] = {}
+    cells = {}
     for row in record.rows:
         if row.get(column):
             cells.setdefault((row["model"], row["batch"], row["length"]), {})[row["setup"]] = row[column]
