@@ -152,6 +152,7 @@ class Smoothed:  # by its field it compares, so it cannot be hashed
         return F.cross_entropy(model(inputs), targets, label_smoothing=self.smoothing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [Smoothed(0.1), lambda *batch: Smoothed(0.1)(*batch)], ids=["object", "lambda"])
 def test_the_loss_may_be_anything_that_can_be_called_here_and_in_other_processes(loss, tmp_path, monkeypatch):
     def named(model, inputs, targets):
@@ -662,6 +663,7 @@ def on_dask(client, *arguments, **options):
         return apart(*arguments, **options)
 
 
+@pytest.mark.slow
 def test_a_dask_cluster_loses_a_worker_in_mid_sweep_and_gives_every_result(cluster, tmp_path):
     _, client = cluster
     here, starts, runs = os.getpid(), tmp_path / "starts", tmp_path / "runs"

@@ -135,6 +135,7 @@ def test_once_converted_it_loads_without_the_gguf_file_gguf_or_transformers(load
     assert imported == ["safetensors", "tokenizers"]
 
 
+@pytest.mark.slow
 def test_the_peak_of_loading_shows_whether_the_dense_model_was_ever_built(loaded):
     _, before, in_blocks, dense = loaded
     assert 90 < (in_blocks - before) / 1e6 < 320

@@ -300,6 +300,7 @@ def test_no_two_functions_decide_one_claim():
     assert sorted(re.findall(r"[\w-]+", " ".join(lists))) == sorted(DECIDERS)
 
 
+@pytest.mark.slow
 def test_each_record_is_read_once(monkeypatch):
     read, plain = [], records.load
     monkeypatch.setattr(records, "load", lambda path: read.append(path) or plain(path))
@@ -336,7 +337,9 @@ def test_the_table_fits_100_columns_and_counts(entries):
     assert lines[-1].startswith(f"{cited} of those that fall have a source, ")
 
 
-@pytest.mark.parametrize(("columns", "width"), [(80, 100), (250, 250)])  # the table needs 100
+@pytest.mark.parametrize(  # the table needs 100
+    ("columns", "width"), [(80, 100), pytest.param(250, 250, marks=pytest.mark.slow)]
+)
 def test_the_command_prints_the_table_and_wide_lines_cut_no_sentence(entries, monkeypatch, capsys, columns, width):
     monkeypatch.setenv("COLUMNS", str(columns))
     assert command("claims") == 0
