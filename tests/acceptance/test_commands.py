@@ -189,15 +189,6 @@ def test_ablate_gives_a_verdict_and_goes_on_where_it_was_stopped(lora_lab, tmp_p
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep" / "trials").iterdir()} == before
 
 
-@pytest.mark.slow
-def test_a_record_is_measured_checked_and_read(lora_lab, tmp_path):
-    lora_lab("record", "memory", "--device", "cpu", "--models", "small", "--out", tmp_path / "records")
-    (path,) = (tmp_path / "records").glob("*-memory.json")
-    with pytest.raises(AssertionError, match="does not measure every case"):
-        lora_lab("record", path, "--check")
-    assert list(ll.records.load_all("memory", tmp_path / "records")) == [path.stem]
-
-
 def test_check_record_reads_a_record(lora_lab):
     assert "is whole" in lora_lab("record", ROOT / "records" / "amd-epyc-2-cores-speed.json", "--check")
 

@@ -109,6 +109,7 @@ def test_a_study_appears_as_soon_as_it_has_a_record(source, stored):
     assert "![A CPU. Test losses, each setup at its rate; means: all on docs 3.030, MLP on docs 3.130]" in after
 
 
+@pytest.mark.slow
 def test_every_study_is_there_and_every_picture_is_a_file_with_a_description(stored):
     text, folder = stored
     for kind in KINDS:

@@ -349,7 +349,7 @@ def test_a_failed_trial_has_no_strengths(tiny, monkeypatch, tmp_path):
 
 # Head start
 
-REAL_PLAN = curves.plan_head_start
+REAL_PLAN, REAL_TEXTS = curves.plan_head_start, studies.docs_task
 
 
 def few(device):
@@ -466,6 +466,7 @@ def test_the_plan_compares_equal_steps_on_other_seeds_than_those_that_choose(dev
     assert cases[-1].starts.keys() == {FROM_SCRATCH}
 
 
-def test_a_head_start_on_texts_evaluates_few_off_domain_texts():
+def test_a_head_start_on_texts_evaluates_few_off_domain_texts(monkeypatch):
+    monkeypatch.setattr(studies, "docs_task", REAL_TEXTS)
     *_, texts = curves.plan_head_start(torch.device("cpu"))
     assert len(texts.task(0).off_domain) == 4  # each evaluation of 128 would take as long as many steps

@@ -61,7 +61,7 @@ def test_the_process_is_judged_by_its_steps_and_not_by_how_the_model_was_made(ti
     assert steps.process_bytes(lavish, case, CPU) < 64 * 2**20
 
 
-def test_a_record_is_written_with_its_command_and_can_be_read(small_is_tiny, tmp_path, capsys, monkeypatch):
+def test_a_record_is_measured_checked_and_read(small_is_tiny, tmp_path, capsys, monkeypatch):
     only(monkeypatch, "full", "LoRA r=8")
     assert command("record", "memory", "--device", "cpu", "--models", "small", "--out", tmp_path, "--json") == 0
     document, printed = printed_json(capsys)
@@ -73,6 +73,9 @@ def test_a_record_is_written_with_its_command_and_can_be_read(small_is_tiny, tmp
     assert record.settings["environment"] == steps.HEAP
     assert f"  measured_bytes {record.rows[0]['measured_bytes']:,}" in printed
     assert record.rows[0]["measured_bytes"] > record.rows[1]["measured_bytes"]
+    assert [*records.load_all("memory", tmp_path)] == [path.stem]
+    assert command("record", path, "--check") == 1
+    assert str(path) in capsys.readouterr().err  # it is of some models alone, and perhaps of code that is no commit
 
 
 def test_what_does_not_fit_into_memory_is_skipped_and_named(monkeypatch, small_is_tiny, priced, capsys):
