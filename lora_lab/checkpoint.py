@@ -71,7 +71,7 @@ def resume(folder: Folder, model: nn.Module, optimizer: Optimizer, history: Hist
         folder, model, optimizer, history: as for :func:`save`; the history has no rows yet.
 
     Raises:
-        ValueError: the file is damaged, or does not fit the prepared model. Nothing is changed then.
+        ValueError: the file is damaged, or does not fit the prepared model. No weight is changed then.
     """
     if (saved := _read(folder)) is None:
         return 0

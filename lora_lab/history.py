@@ -114,7 +114,7 @@ class History:
 
     @property
     def best_step(self) -> int:
-        """The step with the lowest validation loss, where early stopping would have stopped."""
+        """The step with the lowest validation loss, whose weights early stopping would have kept."""
         steps, losses = self.curve("validation_loss")
         return steps[losses.index(min(losses))]
 

@@ -19,7 +19,7 @@ from lora_lab.system.schema import Dropout, Positive, Size, check_fields, check_
 from lora_lab.system.wording import shortened
 
 MERGED_FORMS = ("dequantised", "blocks", "full-precision")
-# A higher one is refused without a weight as long: a mistyped rank would fill the memory.
+# A higher one is refused unless a weight has a side as long: a mistyped rank would fill the memory.
 _ALWAYS_ALLOWED_RANK = 1024
 
 

@@ -22,9 +22,9 @@ class LoRAEmbedding(LoRALayer):
     """A frozen ``nn.Embedding`` plus the update ``scaling * (B @ A).T`` of its table.
 
     Looking up a token multiplies by a one-hot vector, so A x is a column of A. Here A starts at zero
-    and B is drawn from a normal distribution, as in PEFT and in Hu et al.'s code: with a random A and
-    a zero B, every token would start with a different random column. Dropout has no effect, because
-    the input is an index.
+    and B is drawn from a normal distribution, as in PEFT and in Hu et al.'s code, so that training changes
+    only the tokens that it sees: with a random A, B's first step would move every token, each by its own
+    random column. Dropout has no effect, because the input is an index.
 
     Args: as for :class:`lora_lab.LoRALinear`.
 

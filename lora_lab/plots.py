@@ -513,7 +513,7 @@ def paths(frame: DataFrame, best: DataFrame, ax: Axes | None = None) -> Axes:
 
     Args:
         frame: as for :func:`lora_lab.ablation.overfitting.summarise_trials`, of one size of the training set.
-        best: the trials to draw, at each setup's best rate (:func:`lora_lab.ablation.compare.best_rates`).
+        best: those of its trials to draw, at each setup's best rate: ``trials.merge(best_rates(frame))``.
     """
     ax = ax or plt.subplots()[1]
     styles = line_styles(list(best.setup.unique()))

@@ -404,10 +404,10 @@ def _check_decomposition(decomposition: tuple[Tensor, Tensor, Tensor]) -> SVD:
 
 def _spectrum(S: Tensor) -> Tensor:
     """Return S in the dtype to compute in, after checks."""
-    if not S.is_floating_point() or S.ndim == 0 or S.numel() == 0 or S.is_meta or not (S.isfinite() & (S >= 0)).all():
-        raise ValueError(
-            f"S is {tuple(S.shape)} of {S.dtype}, but it must be finite singular values (..., k), such as svd(W).S."
-        )
+    if not S.is_floating_point() or S.ndim == 0 or S.numel() == 0 or S.is_meta:
+        raise ValueError(f"S is {tuple(S.shape)} of {S.dtype}, but it must be singular values (..., k), as svd(W).S.")
+    if not (S.isfinite() & (S >= 0)).all():
+        raise ValueError("S has entries that are negative, NaN or infinite, so they are no singular values.")
     return S.to(_work_dtype(S))
 
 

@@ -44,7 +44,7 @@ class TrainConfig:
     Args:
         lr: peak learning rate.
         seed: seeds adapter weights, data order and dropout.
-        weight_decay: AdamW's; on adapters it pulls the weights towards the pre-trained ones.
+        weight_decay: AdamW's; with plain LoRA it pulls weights towards the pre-trained ones, with PiSSA and DoRA not.
         clip: maximum norm of the gradient; None for no clipping.
         steps: number of optimiser steps.
         batch_size: examples per step.
@@ -52,7 +52,8 @@ class TrainConfig:
             epoch still has each example once, and its batches are in random order. Evaluations go by length too.
         schedule: after the warm-up, "cosine" (decaying towards 0) or "constant".
         warmup: steps of linear warm-up; default: a tenth of ``steps``.
-        accumulate: number of micro-batches per batch; saves memory and does not change the result.
+        accumulate: number of micro-batches per batch; saves memory, and changes the result by rounding alone, without
+            dropout and batch normalisation.
         eval_every: steps between evaluations; default: a tenth of ``steps``. Step 0 and the last are always evaluated.
         eval_examples: examples of each part to evaluate on; default: all.
         gradient_checkpointing: save only the input of each block, and compute the block again in the backward pass:
@@ -288,8 +289,9 @@ def fit(
     All randomness (adapter weights, data order, dropout) comes from ``seed``. Modules end in the modes that they had.
     A ValueError about options, task, method or an unreadable checkpoint leaves the model unchanged. Two checks come
     after preparation (does the checkpoint fit; do all processes agree): after those, and after any other error, load
-    the model again. With the same ``checkpoint_dir`` the run goes on from its last checkpoint, bit for bit. Several
-    processes train together if torch's process group is initialised (docs/costs.md).
+    the model again. With the same ``checkpoint_dir``, and the model loaded again, the run goes on from its last
+    checkpoint, bit for bit; one that had ended returns its history. Several processes train together if torch's process
+    group is initialised (docs/costs.md).
 
     Args:
         model: a freshly loaded model, on the device to train on.
@@ -305,7 +307,7 @@ def fit(
     Raises:
         ValueError: the arguments do not fit together, the model is prepared already, or the checkpoint another run's.
         OSError: ``checkpoint_dir`` cannot be written to.
-        DivergedError: the loss became NaN or infinite.
+        DivergedError: the loss became NaN or infinite. One that only rises stops nothing.
     """
     check_options("fit", options, [option.name for option in fields(TrainConfig)])
     config = TrainConfig(**options) if config is None else replace(config, **options)

@@ -9,7 +9,12 @@ r"""Variants of LoRA: each changes a few lines of LoRALinear, and has a method b
     LoRA+     a higher learning rate for B than for A                   Hayou et al. 2024, arXiv 2402.12354
               (the same layer with other optimiser groups)
 
-To add one, write a layer and a subclass of LoRA with a ``name`` below: commands and files of PEFT find it there.
+To add one, write two classes below; commands and files of PEFT find it by its name:
+
+    a layer, of LoRALinear   override ``scaling``, ``init_factors``, or ``forward`` with ``_delta``, which merging uses;
+                             list further tensors in ``parts``, and those that are not trained in ``fixed``
+    a method, of LoRA        its ``name`` and ``layer``; ``groups`` for other rates; ``peft`` if PEFT has a setting for
+                             it, else it is saved as plain LoRA, as suits a layer that computes W0 x + scaling * B A x
 
 Shapes in the comments are those of ``lora_lab.lora``: a batch of 32, in = 64, out = 48, rank = 4.
 """

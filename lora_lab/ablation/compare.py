@@ -41,9 +41,10 @@ from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import numpy as np
+from pydantic import Field
 from torch import nn
 
 from lora_lab.ablation.grid import Trial
@@ -58,7 +59,7 @@ from lora_lab.ablation.stats import (
     t_bounds,
 )
 from lora_lab.costs.fake import Factory
-from lora_lab.system.schema import NotNegative, Positive, check
+from lora_lab.system.schema import NotNegative, Positive, Size, check
 from lora_lab.system.wording import count_noun
 from lora_lab.task import Task
 
@@ -89,7 +90,14 @@ def judge(lower: float, upper: float, margin: float = 0.0) -> Literal["lower", "
 
 
 def rates_around(centre: float, factor: float = 2.0, count: int = 5) -> tuple[float, ...]:
-    """Return an ascending grid of rates, each ``factor`` times the one before, with ``centre`` in the middle."""
+    """Return an ascending grid of rates, each ``factor`` times the one before, with ``centre`` in the middle.
+
+    Raises:
+        ValueError: the centre is not positive, the factor not above 1, or the count below 1.
+    """
+    check(centre, Positive, "centre")
+    check(factor, Annotated[float, Field(gt=1)], "factor")
+    check(count, Size, "count")
     return tuple(_round_rate(centre * factor ** (i - count // 2)) for i in range(count))
 
 

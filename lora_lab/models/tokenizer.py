@@ -105,7 +105,7 @@ class Tokenizer:
         Raises:
             ValueError: the text holds half a character.
         """
-        return self.backend.encode(_whole(text), add_special_tokens=add_special_tokens).ids
+        return self.backend.encode(_check_characters(text), add_special_tokens=add_special_tokens).ids
 
     def check_text(self, text: str, allow_special: bool = False) -> None:
         """Check that a user's text contains no control tokens and no invalid characters.
@@ -117,7 +117,7 @@ class Tokenizer:
             ValueError: it holds half a character, or one of the :attr:`control_tokens`, which would end a turn or begin
                 another one in the middle of the text.
         """
-        _whole(text, "A text")
+        _check_characters(text, "A text")
         for token in [] if allow_special else self.control_tokens:
             if (place := text.find(token)) >= 0:
                 raise ValueError(
@@ -212,7 +212,7 @@ class Tokenizer:
         for name in _GGUF_IDS:
             token = config.get(f"{name[:3]}_token") or ""  # a text, or {"content": text}
             text = token["content"] if isinstance(token, dict) else token
-            ids[name] = backend.token_to_id(_whole(text, str(path)))  # None if there is none
+            ids[name] = backend.token_to_id(_check_characters(text, str(path)))  # None if there is none
         template = config.get("chat_template")
         if isinstance(template, list):
             template = {each["name"]: each["template"] for each in template}.get("default")
@@ -292,7 +292,7 @@ class Tokenizer:
         )
 
 
-def _whole(text: str, what: str = "The text") -> str:
+def _check_characters(text: str, what: str = "The text") -> str:
     """Return a text that holds no half of a character; ``what`` it is stands in the message of the ValueError."""
     try:
         text.encode()

@@ -142,10 +142,19 @@ def new(
     Raises:
         ValueError: as :class:`Record`.
     """
-    facts, today = machine_info(device), datetime.now(UTC).date().isoformat()
+    facts = machine_info(device)
     if device.type == "cuda":
         facts["driver"] = driver_version()
-    return Record(what, device_name(device), facts, commit, today, command, settings, rows)
+    return Record(
+        what=what,
+        device=device_name(device),
+        facts=facts,
+        commit=commit,
+        date=datetime.now(UTC).date().isoformat(),
+        command=command,
+        settings=settings,
+        rows=rows,
+    )
 
 
 def write(record: Record, folder: str | Path) -> Path:

@@ -40,6 +40,12 @@ def test_a_grid_has_the_centre_in_its_middle():
     assert rates_around(1e-3, factor=1.7, count=3) == (5.88e-4, 1e-3, 1.7e-3)
 
 
+@pytest.mark.parametrize(("name", "value"), [("centre", 0), ("factor", 1), ("count", 0)])
+def test_a_grid_that_is_none_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"^{name} is {value}"):
+        rates_around(**{"centre": 1e-3, name: value})
+
+
 # The vertex
 
 
