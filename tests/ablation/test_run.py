@@ -539,6 +539,7 @@ def test_two_sweeps_at_once_in_one_folder_of_which_one_sleeps_lose_nothing(eight
 # Elsewhere
 
 
+@pytest.mark.slow
 def test_joblib_processes_give_the_same_numbers_as_this_one(tmp_path):
     here = os.getpid()
 

@@ -48,6 +48,7 @@ def test_a_data_sets_parts_share_no_group_no_prompt_and_no_answer_that_is_a_sent
     assert len(task.pairs["train"]) == len(task.train) >= 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_data_sets_examples_say_what_its_pairs_say(tasks, tokenizer, name):
     task = tasks[name]
@@ -58,6 +59,7 @@ def test_a_data_sets_examples_say_what_its_pairs_say(tasks, tokenizer, name):
             assert tokenizer.decode(targets[targets != IGNORE].tolist()) == task.pairs[part][row].answer + "<|im_end|>"
 
 
+@pytest.mark.slow
 def test_summaries_come_from_many_modules(tasks):
     pairs = [pair for own in tasks["summarise"].pairs.values() for pair in own]
     assert len(pairs) > 700
@@ -67,6 +69,7 @@ def test_summaries_come_from_many_modules(tasks):
     assert not any(">>>" in pair.prompt for pair in pairs)
 
 
+@pytest.mark.slow
 def test_translations_are_no_copies_and_families_stay_together(tasks):
     for code in ("fr", "de", "es"):
         pairs = [pair for own in tasks[f"translate-{code}"].pairs.values() for pair in own]
@@ -88,6 +91,7 @@ def test_a_language_and_a_style_that_are_unknown_are_refused(call, named):
         call()
 
 
+@pytest.mark.slow
 def test_the_data_are_those_that_the_record_was_measured_on(tasks):
     """A newer Babel brings other names: raise its bound in pyproject.toml only with a new record of the task."""
     recorded = records.load(records.shipped() / "amd-epyc-2-cores-downstream.json").frame().query("about == 'task'")
@@ -97,11 +101,13 @@ def test_the_data_are_those_that_the_record_was_measured_on(tasks):
         assert tasks[name].fingerprint == fingerprints[name], name
 
 
+@pytest.mark.slow
 def test_the_plain_stories_are_split_as_those_in_style(tasks):
     for part in ("train", "validation", "test"):
         assert [p.prompt for p in tasks["style"].pairs[part]] == [p.prompt for p in tasks["style-plain"].pairs[part]]
 
 
+@pytest.mark.slow
 def test_the_judge_of_style_distinguishes_the_two_and_knows_its_accuracy(tasks):
     judge = StyleJudge(tasks["style"], tasks["style-plain"])
     assert judge.accuracy > 0.9
@@ -109,6 +115,7 @@ def test_the_judge_of_style_distinguishes_the_two_and_knows_its_accuracy(tasks):
     assert judge.share([pair.answer for pair in tasks["style-plain"].pairs["train"]]) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["summarise", "translate-fr", "sentiment"])
 def test_trivial_answers_score_low_and_the_references_perfectly(tasks, name):
     task = tasks[name]
