@@ -28,6 +28,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -118,17 +119,18 @@ def fit_packed(model: nn.Module, task: Task, trials: Sequence[Trial]) -> list[Pa
         pairs = zip(trials, adapters, strict=True)
         results = [PackedResult(_new_history(model, task, *pair)) for pair in pairs]
         model.requires_grad_(False)
-        # It looks at the adapters, of which those of one trial stand for all.
         if config.lean is not None:
-            for name, layer in adapters[0].items():
+            for name, layer in adapters[0].items():  # it looks at the adapters: those of one trial stand for all
                 replace(model, name, layer)
             apply_lean(model, cast(Lean, config.lean))
+        alone = dataclasses.replace(task, loss=partial(TRIAL_LOSSES[task.loss], trials=1))
+        at_start = _evaluate(model, alone, config, len(trials))  # once for all, since every update starts at zero
         step = PackedStep(model, task.loss, adapters, trials)
         set_training_mode(model)
         if config.lean is None:  # the blocks of the lean step do not mix trials
             first = torch.stack([order.rows(0, config.batch_size) for order in orders])  # (20, 32)
             _check_independence(step, task, first)
-        _train(step, results, task, orders, trials)
+        _train(step, results, task, orders, trials, at_start)
         for k, result in enumerate(results):
             if result.error is None:
                 result.adapter = step.adapter(k)
@@ -141,17 +143,20 @@ def _train(
     task: Task,
     orders: Sequence[DataOrder],
     trials: Sequence[Trial],
+    losses: Mapping[str, list[float]],
 ) -> None:
-    """Train all trials to the end, or until the last of them has diverged."""
+    """Train all trials to the end, or until the last of them has diverged.
+
+    Args:
+        losses: before training, of each part by trial.
+    """
     config, count = trials[0], len(trials)
     judged = dataclasses.replace(task, loss=step.loss_on_same_batch)
-    sizes = config.batch_size, config.eval_examples, config.by_length
     columns = {"seconds": [0.0] * count, "tokens": [0] * count}  # of the models before training
     for number in range(config.steps + 1):
         if number > 0:
             columns = _take_step(step, task, orders, trials, number)
-        parts = EVALUATED if config.evaluates(number) else ()
-        losses = {part: mean_loss(step.model, judged, part, *sizes).tolist() for part in parts}
+            losses = _evaluate(step.model, judged, config, count) if config.evaluates(number) else {}
         for k, result in enumerate(results):
             if result.error is not None:
                 continue
@@ -163,6 +168,12 @@ def _train(
                 result.error = error.with_traceback(None)  # which would keep the whole pack in memory
         if all(result.error for result in results):
             break
+
+
+def _evaluate(model: nn.Module, task: Task, config: Trial, trials: int) -> dict[str, list[float]]:
+    """Return the losses of each part by trial; one that is the same for all is repeated."""
+    sizes = config.batch_size, config.eval_examples, config.by_length
+    return {part: mean_loss(model, task, part, *sizes).expand(trials).tolist() for part in EVALUATED}
 
 
 def _take_step(

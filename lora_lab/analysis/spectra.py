@@ -357,10 +357,10 @@ def _decompose(adapter: Mapping[str, _Factors | Update], weights: Mapping[str, T
         B = torch.stack([factors.B for factors in stack.values()])  # (30, 192, 8)
         A = torch.stack([factors.A for factors in stack.values()])  # (30, 8, 576)
         scaling = torch.tensor([factors.scaling for factors in stack.values()])  # (30,)
-        U, S, Vh = product_svd(B, A, scaling)  # (30, 192, 8), (30, 8), (30, 8, 576)
-        for index, (name, factors) in enumerate(stack.items()):
+        stacked = product_svd(B, A, scaling)  # (30, 192, 8), (30, 8), (30, 8, 576)
+        for (name, factors), *svd_of_one in zip(stack.items(), *stacked, strict=True):
             before = weights.get(name, factors.before)
-            result[name] = Update(SVD(U[index], S[index], Vh[index]), factors.A.shape[0], before)
+            result[name] = Update(SVD(*svd_of_one), len(factors.A), before)
     return {name: result[name] for name in [*weights, *adapter] if name in result}
 
 
