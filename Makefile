@@ -17,27 +17,28 @@ demo: $(VENV)/.ready ## fine-tune a real language model with LoRA and in full, s
 	$(BIN)/lora-lab demo $(ARGS)
 
 # The course and what guards the rest: seconds each.
-QUICK := test_lora test_layers test_variants test_inject test_methods test_rank test_task test_history test_train \
-  tasks/test_arrays tasks/test_python_docs system/test_files \
-  guards/test_layering guards/test_links guards/test_package
+QUICK := $(patsubst %,tests/%.py,test_lora test_layers test_variants test_inject test_methods test_rank test_task \
+  test_history test_train tasks/test_arrays tasks/test_python_docs system/test_files \
+  guards/test_layering guards/test_links guards/test_package)
 
 check: $(VENV)/.ready-test ## lint and the quick unit tests, side by side, in less than a minute: before each commit
 	$(MAKE) --jobs=2 lint quick
 
 quick: $(VENV)/.ready-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'not slow' $(QUICK:%=tests/%.py) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'not slow' $(QUICK) $(ARGS)
 
-# A lesson that measures times on one core. Lint and the quick tests take the other one meanwhile.
+# A lesson that measures times on one core. Lint, the quick tests and these take the other one meanwhile.
 TIMED := notebooks/05_speed.ipynb
+BESIDE := tests/adapters tests/analysis
 
 timed: $(VENV)/.ready-test
+	$(BIN)/lora-lab fetch
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(TIMED)
 
 # A tenth of the tests takes more than half of the time: these are marked slow, and have a target of their own.
 test: $(VENV)/.ready-test ## lint, the unit tests that are not slow, and every cell of every notebook
-	$(BIN)/lora-lab fetch
-	$(MAKE) --jobs=2 timed lint quick
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --dist=loadfile --no-loadscope-reorder -m 'not slow' $(TIMED:%=--ignore=%) $(QUICK:%=--ignore=tests/%.py) notebooks tests $(ARGS)
+	$(MAKE) --jobs=2 timed lint quick QUICK='$(QUICK) $(BESIDE)'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --dist=loadfile --no-loadscope-reorder -m 'not slow' $(TIMED:%=--ignore=%) $(QUICK:%=--ignore=%) $(BESIDE:%=--ignore=%) notebooks tests $(ARGS)
 
 slow: $(VENV)/.ready-test ## the slow unit tests: after a change of what they test, and before a release
 	$(BIN)/lora-lab fetch
