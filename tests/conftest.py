@@ -20,6 +20,12 @@ from lora_lab.models.tokenizer import Tokenizer
 from tests.helpers import randomise_all
 
 
+def pytest_collection_finish():
+    """A million objects are there by now, which need not be looked through for garbage each time."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def figures_are_closed():
     """pyplot keeps what it drew until it is told otherwise."""
@@ -39,6 +45,8 @@ def heap_that_thaws():
     """After the last test of a file garbage is looked for everywhere again."""
     yield
     gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
