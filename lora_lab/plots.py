@@ -656,9 +656,8 @@ def after_truncation(
         columns: each is a line for each setup, in a line style of its own.
     """
     ax = ax or plt.subplots()[1]
-    setups = list(table.setup.unique())
-    styles = line_styles(setups)
-    for setup in setups:
+    styles = line_styles(table.setup.unique())
+    for setup in styles:
         rows = table[table.setup == setup].sort_values("rank")
         for column, line in zip(columns, LINES, strict=False):
             style = {**styles[setup], "linestyle": line, "label": f"{setup}: {column}"}

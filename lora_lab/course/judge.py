@@ -282,7 +282,8 @@ def _named_difference(answer: Callable[..., Any], pairs: Pairs, changed: Sequenc
 
 def _numbers_differ(pairs: Pairs, wrong: int) -> str:
     """Return how results differ whose types and shapes are right, on so many of the inputs."""
-    factors = np.array([factor(outcome.value, right.value) for outcome, right in pairs], dtype=float)  # None: NaN
+    # NaN where there is no factor.
+    factors = np.array([factor(outcome.value, right.value) for outcome, right in pairs], dtype=float)
     low, high = factors.min(), factors.max()
     if np.isnan(factors).any():
         return f"The result differs from the expected one on {wrong} of {len(pairs)} inputs."

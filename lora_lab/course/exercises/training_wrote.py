@@ -254,7 +254,7 @@ def draws_39_matrices(noise_band, rng):
 def normally_distributed(matrices):
     """Whether the entries are spread around 0, and some lie far out."""
     entries = torch.stack(matrices)
-    return abs(float(entries.mean())) < 0.1 * float(entries.std()) and float(abs(entries).max() / entries.std()) > 2.5
+    return abs(entries.mean()) < 0.1 * entries.std() and abs(entries).max() > 2.5 * entries.std()
 
 
 @noise_band.must(
