@@ -549,8 +549,9 @@ def paths_by_size(frame: DataFrame, best: DataFrame, unit: str = "nats", level: 
         if level is not None:
             ax.axvline(level, color="#000000", linestyle=":", linewidth=1)
         ax.set(xlabel=f"rise of the off-domain loss ({unit})", ylabel="")
-    for ax in figure.axes[:-1]:  # one legend serves all panels
-        ax.get_legend().remove()
+    for ax in figure.axes[:-1]:
+        if legend := ax.get_legend():  # the one beside the last panel serves all
+            legend.remove()
     figure.axes[0].set_ylabel(f"validation loss ({unit})")
     return figure
 

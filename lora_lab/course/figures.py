@@ -337,7 +337,7 @@ def rigged(frame: DataFrame, rates: Mapping[str, float]) -> Axes:
         rows = frame[(frame.setup == setup) & (frame.lr == rate)]
         mean = rows.groupby("step").validation_loss.mean()
         ends = rows.sort_values("step").groupby("seed").validation_loss.agg(["min", "last"])
-        rises.append(float((ends["last"] - ends["min"]).mean()))
+        rises.append((ends["last"] - ends["min"]).mean())
         label = f"{setup}, rate {rate:g}: lowest {ends['min'].mean():.2f}, rise {rises[-1]:.2f}"
         ax.plot(mean, label=label, markevery=[int(mean.argmin())], **styles[setup])
     reference, setup = rates
@@ -538,7 +538,7 @@ def at_common_rate(frame: DataFrame, rate: float, xlabel: str) -> Figure:
     left.minorticks_off()
     left.set(xlabel=xlabel, title="Each method at every rate")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=frame.method.nunique())
-    methods = list(frame.method.unique())
+    methods = frame.method.unique()
     losses = frame[(frame.step == frame.steps) & (frame.lr == rate)].groupby("method").validation_loss.mean()
     losses = losses.reindex(methods).sort_values(ascending=False, na_position="first")
     styles = line_styles(methods)
