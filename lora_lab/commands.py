@@ -568,7 +568,9 @@ def course(
         print(f"In {folder}, for each sheet: nbgrader generate_assignment NAME (docs/teach.md has the rest)")
         return
     check_files(list(add))
-    print("\n".join(copy_lessons(folder, solved, list(only)) + add_files(folder, list(add))))
+    print("\n".join(copy_lessons(folder, solved, list(only))))
+    for name, added in add_files(folder, list(add)):
+        print("Added:" if added else "Already there, so left as it is:", name)
     first = str(Path(folder) / choose_lessons(list(only))[0].name)
     quoted = shlex.quote(first) if os.name == "posix" else subprocess.list2cmdline([first])
     print(f"Open the first one: jupyter lab {quoted}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,7 +128,7 @@ def curves(histories: Mapping[str, History], unit: str = "nats per token", ax: A
     names = [history.method["name"] for history in histories.values()]
     by_method = len(set(names)) == len(names) and METHOD_COLOURS.keys() >= set(names)
     # Otherwise by their labels, such as "from scratch" and "fine-tuned", which are both of full fine-tuning.
-    styles = line_styles(names if by_method else list(histories)).values()
+    styles = line_styles(names if by_method else histories).values()
     for (label, history), style in zip(histories.items(), styles, strict=True):
         steps, values = history.curve("validation_loss")
         marker = style["marker"] if len(steps) <= 25 else None
@@ -138,7 +138,7 @@ def curves(histories: Mapping[str, History], unit: str = "nats per token", ax: A
     return ax
 
 
-def line_styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+def line_styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
     """label -> colour, marker and line style: a method has one colour in every figure, and so has each rank of LoRA.
 
     Args:
@@ -163,14 +163,13 @@ def _style(i: int) -> dict[str, Any]:
     return {name: values[i % len(values)] for name, values in cues.items()}
 
 
-def panels(names: Sequence[Any], width: float, height: float, **options: Any) -> tuple[Figure, dict[Any, Axes]]:
+def panels(names: Collection[Any], **options: Any) -> tuple[Figure, dict[Any, Axes]]:
     """Return a figure and a row of Axes, one for each name, which is its title.
 
     Args:
-        width, height: of the whole figure, in inches.
-        options: of ``plt.subplots``.
+        options: of ``plt.subplots``, such as ``figsize``.
     """
-    figure, axes = plt.subplots(1, len(names), figsize=(width, height), squeeze=False, **options)
+    figure, axes = plt.subplots(1, len(names), squeeze=False, **options)
     by_name = dict(zip(names, axes[0], strict=True))
     for name, ax in by_name.items():
         ax.set_title(name)
@@ -234,10 +233,10 @@ def bills(bars: Mapping[str, Bill], ax: Axes | None = None, card_bytes: int | No
         name = f"card of {card_bytes / GIB:g} GiB"
         ax.axhline(card_bytes / MIB, color="#000000", linestyle="--", label=name)
         legend_beside(ax)
-        ax.set_ylim(0, 1.15 * max(card_bytes, *(bill.peak_bytes for bill in bars.values())) / MIB)
-        words = {True: "fits", False: "does not fit"}
-        fits = ", ".join(f"{label} {words[bill.peak_bytes <= card_bytes]}" for label, bill in bars.items())
-        ax.set_title(f"A {name}: {fits}")
+        peaks = {label: bill.peak_bytes for label, bill in bars.items()}
+        ax.set_ylim(0, 1.15 * max(card_bytes, *peaks.values()) / MIB)
+        fits = [f"{label} {'fits' if peak <= card_bytes else 'does not fit'}" for label, peak in peaks.items()]
+        ax.set_title(f"A {name}: {', '.join(fits)}")
     return ax
 
 
@@ -250,19 +249,18 @@ def memory_of_a_step(bill: Bill, ax: Axes | None = None, around_peak: int | None
     ax = ax or plt.subplots()[1]
     peak = max(bill.timeline, key=lambda moment: moment.total_bytes).operation
     moments = [m for m in bill.timeline if around_peak is None or abs(m.operation - peak) <= around_peak]
-    positions, step = np.array([moment.operation for moment in moments], dtype=float), None
+    positions = np.array([moment.operation for moment in moments], dtype=float)
     if around_peak is None:
-        positions = 100 * positions / positions[-1]
+        positions, step = 100 * positions / positions[-1], None
         ax.set_xlabel("operations done (% of the step)")
     else:
         positions, step = positions - peak, "mid"
         ax.set_xlabel("operations from the peak")
-    parts = _parts(moment.parts for moment in bill.timeline)
-    heights = np.array([[moment.parts.get(part, 0) / MIB for moment in moments] for part in parts])
-    for low, high, part in zip(np.vstack([0 * heights[:1], heights.cumsum(0)]), heights.cumsum(0), parts, strict=False):
+    totals = np.zeros(len(moments))
+    for part in _parts(moment.parts for moment in bill.timeline):
+        below, totals = totals, totals + [moment.parts.get(part, 0) / MIB for moment in moments]
         look = {**filling(*PART_LOOKS[part]), "linewidth": 0}
-        ax.fill_between(positions, low, high, label=part, step=step, **look)
-    totals = heights.sum(0)
+        ax.fill_between(positions, below, totals, label=part, step=step, **look)
     top = int(totals.argmax())
     ax.annotate(
         f"peak {totals[top]:,.0f}", (positions[top], totals[top]), (0, 12), textcoords="offset points", ha="center"
@@ -281,18 +279,17 @@ def memory_of_a_step(bill: Bill, ax: Axes | None = None, around_peak: int | None
     return legend_beside(ax)
 
 
-def changes(seconds: Mapping[str, float]) -> Axes:
+def changes(seconds: Mapping[str, float], ax: Axes | None = None) -> Axes:
     """What one step skips of another, to the left, and what it adds, to the right, in milliseconds by cause.
 
     Args:
         seconds: cause -> difference, such as :meth:`lora_lab.costs.timing.Prediction.changes` returns.
     """
-    ax = plt.subplots(figsize=(8, 0.42 * len(seconds) + 1.2))[1]
+    ax = ax or plt.subplots(figsize=(8, 0.42 * len(seconds) + 1.2))[1]
     rows = range(len(seconds))
     sizes = np.array([1e3 * size for size in seconds.values()])
-    looks = {"skipped": (METHOD_COLOURS["full"], "//"), "added": (METHOD_COLOURS["lora"], "xx")}
-    for (label, look), part in zip(looks.items(), (np.minimum(sizes, 0), np.maximum(sizes, 0)), strict=True):
-        ax.barh(rows, part, height=0.6, label=label, **filling(*look))
+    ax.barh(rows, np.minimum(sizes, 0), height=0.6, label="skipped", **filling(METHOD_COLOURS["full"], "//"))
+    ax.barh(rows, np.maximum(sizes, 0), height=0.6, label="added", **filling(METHOD_COLOURS["lora"], "xx"))
     form = "+,.0f" if np.abs(sizes).max() >= 10 else "+,.3g"
     for row, size in enumerate(sizes):
         ax.text(size, row, f" {size:{form}} ", ha="left" if size >= 0 else "right", va="center", fontsize="small")
@@ -359,16 +356,20 @@ def legend_beside(ax: Axes) -> Axes:
     return ax
 
 
-def spectrum(values: Mapping[str, Sequence[float]]) -> Axes:
-    """Singular values from the largest down, each divided by the largest, on a logarithmic scale."""
-    ax = plt.subplots()[1]
-    styles = line_styles(list(values))
-    for label, sizes in values.items():
-        sizes = np.asarray(sizes, dtype=float)
-        every = max(1, len(sizes) // 12)
-        ax.plot(np.arange(1, len(sizes) + 1), sizes / sizes[0], markevery=every, label=label, **styles[label])
-    ax.set(yscale="log", xlabel="index of the singular value, largest first")
-    ax.set_ylabel("singular value / largest (no unit)")
+def spectrum(spectra: Mapping[str, Sequence[float]], ax: Axes | None = None) -> Axes:
+    """Singular values, each divided by the largest, on a logarithmic scale; a line for each matrix.
+
+    Args:
+        spectra: label -> singular values, the largest first.
+    """
+    ax = ax or plt.subplots()[1]
+    styles = line_styles(spectra)
+    for label, values in spectra.items():
+        S = np.asarray(values, dtype=float)
+        every = max(1, len(S) // 12)  # about 12 markers a line
+        ax.plot(np.arange(1, len(S) + 1), S / S[0], markevery=every, label=label, **styles[label])
+    ax.set(xlabel="index of the singular value, largest first", ylabel="singular value / largest (no unit)")
+    ax.set_yscale("log")
     ax.legend()
     return ax
 
@@ -416,8 +417,8 @@ def loss_by_rate(frame: DataFrame, ax: Axes | None = None, by: str = "rank", unt
         by_rate = losses.groupby("lr")
         mean = by_rate.mean()
         shifted = mean.index * 1.04 ** (place - (len(names) - 1) / 2)
-        look = {"label": names[value], **styles[names[value]]}
-        draw_spread(ax, shifted, mean, by_rate.min(), by_rate.max(), **look)
+        name = names[value]
+        draw_spread(ax, shifted, mean, by_rate.min(), by_rate.max(), label=name, **styles[name])
     if untrained is not None:
         ax.axhline(untrained, color=METHOD_COLOURS["as it is"], linestyle=":", linewidth=1, label="untrained")
     log_axis(ax, sorted(last.reset_index()["lr"].unique()), "peak learning rate", "g", base=10)
@@ -513,19 +514,21 @@ def paths(frame: DataFrame, best: DataFrame, ax: Axes | None = None) -> Axes:
 
     Args:
         frame: as for :func:`lora_lab.ablation.overfitting.summarise_trials`, of one size of the training set.
-        best: those of its trials to draw, at each setup's best rate: ``trials.merge(best_rates(frame))``.
+        best: a row for each trial to draw, as that function returns them, of each setup's best rate alone:
+            ``summarise_trials(frame).merge(best_rates(frame))``.
     """
     ax = ax or plt.subplots()[1]
-    styles = line_styles(list(best.setup.unique()))
+    styles = line_styles(best.setup.unique())
     for setup, trials in best.groupby("setup", sort=False):
         style = styles[str(setup)]
         rows = frame[(frame.setup == setup) & (frame.lr == trials.lr.iloc[0]) & frame.seed.isin(trials.seed)]
         mean = rows.groupby("step")[["validation_loss", "off_domain_loss"]].mean()
+        loss = mean.validation_loss
         forgotten = mean.off_domain_loss - mean.off_domain_loss.iloc[0]
-        ax.plot(0, mean.validation_loss.iloc[0], marker="*", markersize=12, color="#000000", zorder=3)
-        ax.plot(forgotten, mean.validation_loss, linewidth=1.2, **{**style, "marker": None})
+        ax.plot(0, loss.iloc[0], marker="*", markersize=12, color="#000000", zorder=3)
+        ax.plot(forgotten, loss, linewidth=1.2, **{**style, "marker": None})
         ax.plot(trials.forgotten.mean(), trials.best_loss.mean(), label=setup, **style)
-        ax.plot(forgotten.iloc[-1], mean.validation_loss.iloc[-1], fillstyle="none", **style)
+        ax.plot(forgotten.iloc[-1], loss.iloc[-1], fillstyle="none", **style)
     ax.set(xlabel="rise of the off-domain loss (forgetting)", ylabel="validation loss (learning)")
     return legend_beside(ax)
 
@@ -538,14 +541,17 @@ def paths_by_size(frame: DataFrame, best: DataFrame, unit: str = "nats", level: 
         unit: of the losses.
         level: where to draw a dotted line, such as the rise at which nothing is known any more.
     """
-    figure, axes = panels(sorted(best.n_train.unique()), 9.5, 4.2, sharey=True)
-    for size, ax in axes.items():
+    sizes = {f"{size:,} examples": size for size in sorted(best.n_train.unique())}
+    figure, axes = panels(sizes, figsize=(9.5, 4.2), sharey=True)
+    for title, ax in axes.items():
+        size = sizes[title]
         paths(frame[frame.n_train == size], best[best.n_train == size], ax)
         if level is not None:
             ax.axvline(level, color="#000000", linestyle=":", linewidth=1)
-        ax.set(title=f"{size:,} examples", xlabel=f"rise of the off-domain loss ({unit})", ylabel="")
+        ax.set(xlabel=f"rise of the off-domain loss ({unit})", ylabel="")
     for ax in figure.axes[:-1]:
-        ax.legend().remove()
+        if legend := ax.get_legend():  # the one beside the last panel serves all
+            legend.remove()
     figure.axes[0].set_ylabel(f"validation loss ({unit})")
     return figure
 
@@ -558,7 +564,7 @@ def by_size(table: DataFrame, ylabel: str, ax: Axes | None = None) -> Axes:
         ylabel: the quantity, with its unit.
     """
     ax = ax or plt.subplots()[1]
-    styles = line_styles(list(table.setup.unique()))
+    styles = line_styles(table.setup.unique())
     for i, (setup, rows) in enumerate(table.groupby("setup", sort=False)):
         shifted = rows.n_train * 1.06**i  # so that error bars do not hide each other
         draw_spread(ax, shifted, rows["mean"], rows.least, rows.most, label=setup, **styles[str(setup)])
@@ -575,7 +581,7 @@ def gains(table: DataFrame) -> Figure:
             bounds, ``points``, ``points_lower`` and ``points_upper``.
     """
     models = table["model"].unique()
-    figure, axes = panels(models, 4.4 * len(models), 3.6, sharey=True)
+    figure, axes = panels(models, figsize=(4.4 * len(models), 3.6), sharey=True)
     for model, ax in axes.items():
         of_model = table[table["model"] == model]
         for i, data in enumerate(table["data"].unique()):
@@ -613,13 +619,14 @@ def by_depth(frame: DataFrame, statistic: str = "stable_rank", ax: Axes | None =
 def medians_by_depth(frames: Mapping[str, DataFrame], statistic: str = "stable_rank", ax: Axes | None = None) -> Axes:
     """As :func:`by_depth` for several reports: medians over the layers of each block, and bands from min to max."""
     ax = ax or plt.subplots()[1]
-    styles = line_styles(list(frames))
+    styles = line_styles(frames)
     for label, frame in frames.items():
         layers = frame.dropna(subset=["depth"])
         blocks = _against_noise(layers, statistic, ax).groupby(layers.depth.astype(int))
-        ax.plot(blocks.median(), label=f"{label}: median", **styles[label])
-        shade = {"color": styles[label]["color"], "alpha": 0.15, "label": f"{label}: min to max"}
-        ax.fill_between(blocks.median().index, blocks.min(), blocks.max(), **shade)
+        medians, least, most = blocks.median(), blocks.min(), blocks.max()
+        ax.plot(medians, label=f"{label}: median", **styles[label])
+        colour = styles[label]["color"]
+        ax.fill_between(medians.index, least, most, color=colour, alpha=0.15, label=f"{label}: min to max")
     ax.set_ylim(bottom=0)
     return legend_beside(ax)
 
@@ -650,9 +657,8 @@ def after_truncation(
         columns: each is a line for each setup, in a line style of its own.
     """
     ax = ax or plt.subplots()[1]
-    setups = list(table.setup.unique())
-    styles = line_styles(setups)
-    for setup in setups:
+    styles = line_styles(table.setup.unique())
+    for setup in styles:
         rows = table[table.setup == setup].sort_values("rank")
         for column, line in zip(columns, LINES, strict=False):
             style = {**styles[setup], "linestyle": line, "label": f"{setup}: {column}"}
@@ -706,7 +712,7 @@ def answers(prompt: str, texts: Mapping[str, str], columns: int = 56) -> Figure:
         texts: who answers -> what; a name that :func:`line_styles` knows gives the bubble its method's colour.
         columns: where lines are broken.
     """
-    styles = line_styles(list(texts))
+    styles = line_styles(texts)
     bubbles = [("you", prompt, "#555555"), *((who, text, styles[who]["color"]) for who, text in texts.items())]
     wrapped = [textwrap.wrap(text, columns) or [""] for _, text, _ in bubbles]
     heights = [len(lines) + 2.4 for lines in wrapped]  # in lines of text
@@ -767,16 +773,17 @@ def energy(spectra: Mapping[str, Sequence[float]]) -> Axes:
         spectra: label -> singular values, the largest first.
     """
     ax = plt.subplots()[1]
-    styles = line_styles(list(spectra))
+    styles = line_styles(spectra)
+    share = 0.9  # of the energy
     for label, values in spectra.items():
         S = torch.as_tensor(np.asarray(values, dtype=float))
         percent = 100 * (S.square().cumsum(0) / S.square().sum()).numpy()
-        count = int(energy_rank(S))
-        style = {**styles[label], "markevery": [count - 1]}
-        ax.plot(np.arange(1, len(S) + 1), percent, label=f"{label}: {count} of {len(S)} terms", **style)
-    ax.axhline(90, color="#000000", linestyle=":", linewidth=0.8)
+        count = int(energy_rank(S, share))
+        name = f"{label}: {count} of {len(S)} terms"
+        ax.plot(np.arange(1, len(S) + 1), percent, label=name, **styles[label], markevery=[count - 1])
+    ax.axhline(100 * share, color="#000000", linestyle=":", linewidth=0.8)
     ax.set(xlabel="terms kept, largest first", ylabel="energy held (%)")
-    ax.legend(title="90% of the energy in")
+    ax.legend(title=f"{share:.0%} of the energy in")
     return ax
 
 
@@ -788,8 +795,8 @@ def scores(table: DataFrame, baselines: Mapping[str, float], axes_labels: Mappin
         baselines: task -> the best score of a method without training.
         axes_labels: task -> the score and its unit.
     """
-    figure, axes = panels(list(baselines), 2.6 * len(baselines), 3.6)
-    styles = line_styles(list(table.setup.unique()))
+    figure, axes = panels(baselines, figsize=(2.6 * len(baselines), 3.6))
+    styles = line_styles(table.setup.unique())
     for task, ax in axes.items():
         rows = table[table.task == task]
         setups = list(rows.setup.unique())

@@ -393,6 +393,8 @@ ON_AXES = {
     "bills": lambda ax: plots.bills({"a": bill(frozen=1)}, ax=ax),
     "step": lambda ax: plots.memory_of_a_step(bill(STEP, frozen=10), ax=ax),
     "paths": lambda ax: plots.paths(WALKS, BEST, ax=ax),
+    "changes": lambda ax: plots.changes({"adapters": 0.125}, ax),
+    "spectrum": lambda ax: plots.spectrum({"weight": [8.0, 1.0]}, ax),
     "sizes": lambda ax: plots.by_size(SIZES.iloc[:3], "loss", ax=ax),
 }
 

@@ -53,13 +53,18 @@ def student(notebook: NotebookNode) -> NotebookNode:
 
     Outputs go, all of them: a prediction is none if its answer is already on the page. So does metadata
     that the learner does not need, such as the state of sliders.
+
+    Raises:
+        ValueError: a marker of a solution has no partner, so that the solution would stay.
     """
     result = copy.deepcopy(notebook)
     _reduce(result.metadata, NOTEBOOK_METADATA)
-    for cell in result.cells:
+    for number, cell in enumerate(result.cells, start=1):
         _reduce(cell.metadata, CELL_METADATA)
         if cell.cell_type == "code":
             cell.source = SOLUTION.sub(_stub, f"{cell.source}\n").removesuffix("\n")
+            if BEGIN in cell.source or END in cell.source:
+                raise ValueError(f"Cell {number} needs {BEGIN!r} and {END!r} in pairs, each on a line of its own.")
             cell.outputs, cell.execution_count = [], None
     return result
 
@@ -165,22 +170,22 @@ def check_files(paths: Sequence[str | Path]) -> None:
             raise ValueError(f"{links[0]} is a link; put a copy of what you hand out in its place, or delete it.")
 
 
-def add_files(folder: str | Path, paths: Sequence[str | Path]) -> list[str]:
+def add_files(folder: str | Path, paths: Sequence[str | Path]) -> list[tuple[str, bool]]:
     """Copy files and folders of a class, such as its data or a model, to the lessons; what is there already stays.
 
     Returns:
-        What was done, in lines to print.
+        Each name, and whether it was added; False if there was something of that name already.
 
     Raises:
         OSError: one of them does not exist, or the folder cannot be written to.
         ValueError: as for :func:`check_files`.
     """
     check_files(paths)
-    done = []
+    names = []
     for path in map(Path, paths):
         target = Path(folder) / path.resolve().name
         if target.exists():
-            done.append(f"Already there, so left as it is: {target.name}")
+            names.append((target.name, False))
             continue
         if path.is_dir():
             with atomic_folder(target) as temporary:
@@ -188,8 +193,8 @@ def add_files(folder: str | Path, paths: Sequence[str | Path]) -> list[str]:
         else:
             with atomic_file(target) as temporary:
                 shutil.copyfile(path, temporary)
-        done.append(f"Added: {target.name}")
-    return done
+        names.append((target.name, True))
+    return names
 
 
 def _student_bytes(lesson: Path) -> bytes:

@@ -5,7 +5,7 @@ What can be drawn of a model, a table or a record of one's own is in ``lora_lab.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ from lora_lab.plots import (
 )
 
 if TYPE_CHECKING:
-    from pandas import DataFrame, Series
+    from pandas import DataFrame
 
 
 # Lesson 01, low rank
@@ -49,21 +49,22 @@ def numbers(matrices: Mapping[str, Any]) -> Figure:
     """
     arrays = {name: np.asarray(matrix, dtype=float) for name, matrix in matrices.items()}
     limit = max(np.abs(array).max() for array in arrays.values())
-    figure, axes = panels(list(arrays), 2.3 * len(arrays), 2.9)
-    for ax, array in zip(axes.values(), arrays.values(), strict=True):
-        _draw_entries(ax, array, ".0f", limit, 0.7 * limit)
+    figure, axes = panels(arrays, figsize=(2.3 * len(arrays), 2.9))
+    for name, ax in axes.items():
+        array = arrays[name]
+        ax.imshow(array, cmap="PuOr", vmin=-limit, vmax=limit)  # orange is negative
+        _write_entries(ax, array, ".0f", white_above=0.7 * limit)
         ax.set(xticks=range(array.shape[1]), yticks=range(array.shape[0]), xlabel="column")
     figure.axes[0].set_ylabel("row")
     return figure
 
 
-def _draw_entries(ax: Axes, array: np.ndarray, form: str, limit: float, dark: float, **look: Any) -> Any:
-    """Draw a matrix in colours from -limit (orange) to limit, with its entries; those above ``dark`` are white."""
+def _write_entries(ax: Axes, array: np.ndarray, form: str, white_above: float) -> None:
+    """Write a matrix's entries on its picture, without a grid: large ones, whose cells are dark, in white."""
     for (row, column), entry in np.ndenumerate(array):
-        ink = "#ffffff" if abs(entry) > dark else "#000000"
+        ink = "#ffffff" if abs(entry) > white_above else "#000000"
         ax.text(column, row, f"{entry:{form}}", ha="center", va="center", color=ink)
     ax.grid(visible=False)
-    return ax.imshow(array, cmap="PuOr", vmin=-limit, vmax=limit, **look)
 
 
 def shares_by_rank(shares: Mapping[str, Mapping[int, Sequence[float]]], ylabel: str) -> Axes:
@@ -74,7 +75,7 @@ def shares_by_rank(shares: Mapping[str, Mapping[int, Sequence[float]]], ylabel: 
         ylabel: what the shares are of, with "(%)".
     """
     ax = plt.subplots(figsize=(9, 4))[1]
-    styles = line_styles(list(shares))
+    styles = line_styles(shares)
     for label, by_rank in shares.items():
         draws = 100 * np.array(list(by_rank.values()))  # (ranks, draws)
         ax.fill_between(list(by_rank), draws.min(1), draws.max(1), color=styles[label]["color"], alpha=0.25)
@@ -173,27 +174,28 @@ def saved_in_a_block(saved: Mapping[str, tuple[str, int, int, int]]) -> Axes:
 # Lesson 05, speed
 
 
-def passes(steps: Mapping[str, Flops]) -> Axes:
+def passes(steps: Mapping[str, Flops], ax: Axes | None = None) -> Axes:
     """The FLOPs of each step, from the forward pass to the weight gradients, and what is gone from the first one.
 
     Args:
         steps: label -> FLOPs of a step; what the first has and another lacks is drawn as an empty box.
     """
-    ax = plt.subplots(figsize=(9, 0.9 * len(steps) + 1.4))[1]
-    looks = {FORWARD: ("#999999", ""), INPUT: ("#999999", ".."), ADAPTERS: (METHOD_COLOURS["lora"], "xx")}
-    looks[WEIGHT] = (METHOD_COLOURS["full"], "//")
+    ax = ax or plt.subplots(figsize=(9, 0.9 * len(steps) + 1.4))[1]
+    full, lora = METHOD_COLOURS["full"], METHOD_COLOURS["lora"]
+    looks = {FORWARD: ("#999999", ""), INPUT: ("#999999", ".."), ADAPTERS: (lora, "xx"), WEIGHT: (full, "//")}
     reference = next(iter(steps.values()))
     for row, step in enumerate(steps.values()):
         left = 0.0
         for name, look in looks.items():
-            size, missing = _subtract_adapters(step, name), _subtract_adapters(reference, name)
-            gone = size == 0 < missing
-            style: Any = {"facecolor": "none", "edgecolor": "#333333"} if gone else filling(*look)
-            width = (missing if gone else size) / 1e9
-            ax.barh(row, width, left=left, height=0.6, linestyle="--" if gone else "-", **style)
+            width, style = _gflop(step, name), filling(*look)
+            gone = width == 0 < _gflop(reference, name)
+            if gone:  # an empty box, as wide as what is missing
+                width = _gflop(reference, name)
+                style = {**filling("none", ""), "edgecolor": "#333333", "linestyle": "--"}
+            ax.barh(row, width, left=left, height=0.6, **style)
             if width > 0.05 * reference.total / 1e9:
+                text = f"gone: {width:,.0f}" if gone else f"{width:,.0f}"
                 patch = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
-                text = f"{'gone: ' * gone}{width:,.0f}"
                 ax.text(left + width / 2, row, text, ha="center", va="center", bbox=patch)
             elif width:  # too narrow for its number
                 ax.text(left + width / 2, row - 0.32, f"{width:,.1f}", ha="center", va="bottom", fontsize="small")
@@ -210,9 +212,11 @@ def passes(steps: Mapping[str, Flops]) -> Axes:
     return ax
 
 
-def _subtract_adapters(step: Flops, name: str) -> int:
-    """The FLOPs of a pass without those of the adapters, or all FLOPs of the adapters."""
-    return step.part(ADAPTERS) if name == ADAPTERS else step.in_pass(name) - step.counts.get((ADAPTERS, name), 0)
+def _gflop(step: Flops, name: str) -> float:
+    """Return the GFLOP of a pass without those of the adapters, or for ADAPTERS theirs in all passes."""
+    if name == ADAPTERS:
+        return step.part(ADAPTERS) / 1e9
+    return (step.in_pass(name) - step.counts.get((ADAPTERS, name), 0)) / 1e9
 
 
 def published(reports: Mapping[str, float], bound: float) -> Axes:
@@ -254,7 +258,7 @@ def behind_full(gaps: Mapping[str, Mapping[int, tuple[float, float, float]]], ma
         unit: of the loss.
     """
     ax = plt.subplots()[1]
-    styles = line_styles(list(gaps))
+    styles = line_styles(gaps)
     for i, (setup, by_steps) in enumerate(gaps.items()):
         middle, lower, upper = np.array(list(by_steps.values())).T
         places = np.array(list(by_steps)) * 2 ** (0.15 * (i - (len(gaps) - 1) / 2))
@@ -267,18 +271,19 @@ def behind_full(gaps: Mapping[str, Mapping[int, tuple[float, float, float]]], ma
     return legend_beside(ax)
 
 
-def seed_by_seed(losses: DataFrame) -> Axes:
-    """What each seed alone says of the ranks: a grey line and a star at its lowest loss; in colour the mean.
+def seed_by_seed(losses: DataFrame, ax: Axes | None = None) -> Axes:
+    """What each seed alone says of the ranks: a grey line, and a star at its lowest loss; in black their mean.
 
     Args:
         losses: a row for each seed, a column for each rank; test losses in nats.
     """
-    ax = plt.subplots()[1]
+    ax = ax or plt.subplots()[1]
     ranks = [int(rank) for rank in losses.columns]
-    colour, star = METHOD_COLOURS["lora"], {"marker": "*", "markersize": 11, "linestyle": "none"}
+    lora = METHOD_COLOURS["lora"]
     for i, row in enumerate(losses.to_numpy()):
+        best = ranks[row.argmin()]
         ax.plot(ranks, row, color="#999999", linewidth=0.8, label=None if i else "one seed")
-        ax.plot(ranks[row.argmin()], row.min(), color=colour, label=None if i else "its best rank", **star)
+        ax.plot(best, row.min(), "*", color=lora, markersize=11, label=None if i else "its best rank")
     ax.plot(ranks, losses.mean(), "o-", color="#000000", label="mean of all seeds")
     rank_axis(ax, ranks)
     ax.set_ylabel("test loss (nats)")
@@ -327,12 +332,12 @@ def rigged(frame: DataFrame, rates: Mapping[str, float]) -> Axes:
         rates: two setups -> learning rate; the headline is about the second one.
     """
     ax = plt.subplots()[1]
-    styles, rises = line_styles(list(frame.setup.unique())), []
+    styles, rises = line_styles(frame.setup.unique()), []
     for setup, rate in rates.items():
         rows = frame[(frame.setup == setup) & (frame.lr == rate)]
         mean = rows.groupby("step").validation_loss.mean()
         ends = rows.sort_values("step").groupby("seed").validation_loss.agg(["min", "last"])
-        rises.append(float((ends["last"] - ends["min"]).mean()))
+        rises.append((ends["last"] - ends["min"]).mean())
         label = f"{setup}, rate {rate:g}: lowest {ends['min'].mean():.2f}, rise {rises[-1]:.2f}"
         ax.plot(mean, label=label, markevery=[int(mean.argmin())], **styles[setup])
     reference, setup = rates
@@ -353,17 +358,16 @@ def lowest_and_rise(trials: DataFrame) -> Figure:
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
     means = trials.groupby(["setup", "lr"], sort=False)[["best_loss", "overfit"]].mean()
-    styles = line_styles(list(trials.setup.unique()))
+    styles = line_styles(trials.setup.unique())
     for setup, style in styles.items():
         left.plot(means.best_loss[setup].sort_index(), label=setup, **style)
         right.plot(means.overfit[setup].sort_index(), label=setup, **style)
     for ax in (left, right):
         log_axis(ax, sorted(trials.lr.unique()), "learning rate", "g", base=10)
     left.set(ylabel="lowest validation loss (nats)", ylim=(0, None))
-    right.set(ylabel="rise after the lowest (nats)")
     right.set_yscale("symlog", linthresh=0.01)
     right.set_yticks([0, 0.01, 0.1, 1], ["0", "0.01", "0.1", "1"])
-    right.set_ylim(0, max(1.0, 1.5 * means.overfit.max()))
+    right.set(ylabel="rise after the lowest (nats)", ylim=(0, max(1.0, 1.5 * means.overfit.max())))
     right.axhline(0.01, color="#999999", linewidth=0.8, linestyle=":")
     note = "logarithmic above the dotted line, linear below"
     right.text(0.03, 0.94, note, transform=right.transAxes, color="#666666", fontsize="x-small")
@@ -381,11 +385,14 @@ def stopping_points(frame: DataFrame, compared: DataFrame, per_epoch: float, uni
         unit: of the loss.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
-    styles = line_styles(list(frame.setup.unique()))
+    styles = line_styles(frame.setup.unique())
     for setup, rows in frame.groupby("setup", sort=False):
         mean = rows.groupby("step").validation_loss.mean()
         left.plot(mean.index / per_epoch, mean, label=setup, **styles[str(setup)])
-    _draw_differences(right, compared, styles, lambda rows, i: rows.step / per_epoch + 0.12 * i)
+    for i, (setup, rows) in enumerate(compared.groupby("setup", sort=False)):
+        epochs = rows.step / per_epoch + 0.12 * i  # shifted, so that bounds do not hide each other
+        draw_spread(right, epochs, rows.difference, rows.lower, rows.upper, label=setup, **styles[str(setup)])
+    right.axhline(0, color="#000000", linewidth=0.8)
     left.set(xlabel="epoch", ylabel=f"validation loss ({unit})")
     right.set(xlabel="if training had stopped after epoch", ylabel=f"rise minus full's ({unit})")
     for ax in (left, right):
@@ -404,29 +411,23 @@ def equal_training_loss(frame: DataFrame, compared: DataFrame, unit: str) -> Fig
     import pandas
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
-    styles = line_styles(list(frame.setup.unique()))
+    styles = line_styles(frame.setup.unique())
     for setup, rows in frame.sort_values("step").groupby("setup", sort=False):
         trials = [trial.assign(training=training_losses(trial)) for _, trial in rows.groupby(["lr", "seed"])]
         mean = pandas.concat(trials).groupby("step")[["training", "validation_loss"]].mean().dropna()
         left.plot(mean.training, mean.validation_loss, label=setup, **styles[str(setup)])
-    _draw_differences(right, compared, styles, lambda rows, i: rows.train_loss * 1.03**i)
-    log_axis(right, compared.train_loss.unique().tolist(), "", "g", base=10)
-    for ax in (left, right):
-        ax.invert_xaxis()  # training goes from left to right
-        ax.set_xlabel(f"training loss ({unit}), falling to the right")
-        ax.legend()
-    left.set_ylabel(f"validation loss ({unit})")
-    right.set_ylabel(f"LoRA's loss minus full's ({unit})")
-    return figure
-
-
-def _draw_differences(
-    ax: Axes, compared: DataFrame, styles: Mapping[str, Any], place: Callable[[DataFrame, int], Series]
-) -> None:
-    """Draw how each setup differs from another, with bounds; ``place`` moves them aside, so that none hides others."""
     for i, (setup, rows) in enumerate(compared.groupby("setup", sort=False)):
-        draw_spread(ax, place(rows, i), rows.difference, rows.lower, rows.upper, label=setup, **styles[str(setup)])
-    ax.axhline(0, color="#000000", linewidth=0.8)
+        losses = rows.train_loss * 1.03**i  # shifted, so that bounds do not hide each other
+        draw_spread(right, losses, rows.difference, rows.lower, rows.upper, label=setup, **styles[str(setup)])
+    right.axhline(0, color="#000000", linewidth=0.8)
+    xlabel = f"training loss ({unit}), falling to the right"
+    log_axis(right, compared.train_loss.unique().tolist(), xlabel, "g", base=10)
+    left.set(xlabel=xlabel, ylabel=f"validation loss ({unit})")
+    right.set_ylabel(f"LoRA's loss minus full's ({unit})")
+    for ax in (left, right):
+        ax.invert_xaxis()
+        ax.legend()
+    return figure
 
 
 # Lesson 08, forgetting
@@ -448,7 +449,7 @@ def weight_decay(means: DataFrame) -> Figure:
         "share of right answers": {"old_right": "old task, at the end"},
     }
     decays = sorted(means.decay.unique())
-    styles = line_styles(list(means.setup.unique()))
+    styles = line_styles(means.setup.unique())
     for ax, (ylabel, columns) in zip(axes, drawn.items(), strict=True):
         for line, (column, what) in zip(LINES, columns.items(), strict=False):
             for setup, rows in means.groupby("setup", sort=False):
@@ -472,39 +473,41 @@ def copies_and_adapters(model_mb: float, adapter_mb: float) -> Axes:
         model_mb: size of the model, in MB.
         adapter_mb: size of an adapter, in MB.
     """
-    ax, tasks = plt.subplots(figsize=(9.5, 2.6))[1], 4
-    small, full, lora = (adapter_mb / model_mb) ** 0.5, METHOD_COLOURS["full"], METHOD_COLOURS["lora"]
+    ax = plt.subplots(figsize=(9.5, 2.6))[1]
+    tasks = 4
+    side = (adapter_mb / model_mb) ** 0.5  # of an adapter's square; a model's is 1
+    start = 1.15 * tasks + 0.4  # LoRA's files begin here, after those of full fine-tuning
+    end = 1.15 * tasks + 1.4 + 0.6 * tasks
 
-    def square(x: float, side: float, colour: str, name: str, hatch: str = "") -> None:
-        ax.add_patch(Rectangle((x, 0), side, side, edgecolor="white", facecolor=colour, hatch=hatch, linewidth=0))
-        ax.text(x + side / 2, -0.08, name, ha="center", va="top")
+    def square(left: float, side: float, name: str, colour: str, hatch: str = "") -> None:
+        ax.add_patch(Rectangle((left, 0), side, side, edgecolor="white", facecolor=colour, hatch=hatch, linewidth=0))
+        ax.text(left + side / 2, -0.08, name, ha="center", va="top")
 
+    square(start, 1, "base", "#d9d9d9")
     for task in range(tasks):
-        square(1.15 * task, 1, full, f"task {task + 1}", "//")
-        square(1.15 * tasks + 1.8 + 0.6 * task, small, lora, f"task {task + 1}")
-    start, end = 1.15 * tasks + 0.4, 1.15 * tasks + 1.4 + 0.6 * tasks
-    square(start, 1, "#d9d9d9", "base")
-    together = model_mb + tasks * adapter_mb
-    for left, right, text in (
-        (0, start - 0.55, f"full fine-tuning: {tasks} x {model_mb:,.0f} MB = {tasks * model_mb:,.0f} MB"),
-        (start, end, f"LoRA: {model_mb:,.0f} MB + {tasks} x {adapter_mb:.1f} MB = {together:,.0f} MB"),
-    ):
-        ax.text((left + right) / 2, 1.15, text, ha="center", va="bottom")
+        square(1.15 * task, 1, f"task {task + 1}", METHOD_COLOURS["full"], "//")
+        square(1.15 * tasks + 1.8 + 0.6 * task, side, f"task {task + 1}", METHOD_COLOURS["lora"])
+    full = f"full fine-tuning: {tasks} x {model_mb:,.0f} MB = {tasks * model_mb:,.0f} MB"
+    lora = f"LoRA: {model_mb:,.0f} MB + {tasks} x {adapter_mb:.1f} MB = {model_mb + tasks * adapter_mb:,.0f} MB"
+    ax.text((start - 0.55) / 2, 1.15, full, ha="center", va="bottom")
+    ax.text((start + end) / 2, 1.15, lora, ha="center", va="bottom")
     ax.set(xlim=(-0.1, end + 0.3), ylim=(-0.3, 1.4), aspect="equal")
     ax.set_title("A further task costs an adapter instead of a model (areas are to scale)")
     ax.axis("off")
     return ax
 
 
-def effect_of_adapters(changes: DataFrame) -> Axes:
+def effect_of_adapters(changes: DataFrame, ax: Axes | None = None) -> Axes:
     """What each adapter does to the loss of each task: below zero (orange) it helps.
 
     Args:
         changes: the loss with the adapter minus that of the base, in nats per token; a row for each adapter, a column
-            for each task. From 3 on, colours are the darkest.
+            for each task.
     """
-    ax = plt.subplots(figsize=(7.2, 1.6 + 0.6 * len(changes)))[1]
-    picture = _draw_entries(ax, changes.to_numpy(), "+.2f", 3, 1.8, aspect="auto")
+    ax = ax or plt.subplots(figsize=(7.2, 1.6 + 0.6 * len(changes)))[1]
+    limit = 3.0  # nats per token: from there on, colours are the darkest
+    picture = ax.imshow(changes, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
+    _write_entries(ax, changes.to_numpy(), "+.2f", white_above=0.6 * limit)
     ax.set_xticks(range(len(changes.columns)), changes.columns)
     ax.set_yticks(range(len(changes)), changes.index)
     ax.set(xlabel="test loss of the task", ylabel="adapter")
@@ -535,17 +538,17 @@ def at_common_rate(frame: DataFrame, rate: float, xlabel: str) -> Figure:
     left.minorticks_off()
     left.set(xlabel=xlabel, title="Each method at every rate")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=frame.method.nunique())
-    methods = list(frame.method.unique())
+    methods = frame.method.unique()
     losses = frame[(frame.step == frame.steps) & (frame.lr == rate)].groupby("method").validation_loss.mean()
     losses = losses.reindex(methods).sort_values(ascending=False, na_position="first")
     styles = line_styles(methods)
     right.barh(losses.index, losses, color=[styles[method]["color"] for method in losses.index], height=0.6)
-    right.set_ylim(-0.55, len(methods) - 0.45)
     for position, (method, loss) in enumerate(losses.items()):
         difference = "" if method == "LoRA" else f" ({loss / losses['LoRA'] - 1:+.0%})"
         text = " no run at this rate" if np.isnan(loss) else f" {loss:.2f}{difference}"
         right.text(np.nan_to_num(loss), position, text, va="center")
-    right.set(xlim=(0, 1.5 * losses.max()), xlabel="validation loss (mean over seeds)")
+    right.set(xlim=(0, 1.5 * losses.max()), ylim=(-0.55, len(methods) - 0.45))
+    right.set_xlabel("validation loss (mean over seeds)")
     right.set_title(f"At {rate:g}, {losses.index[-1]} is ahead\n(in brackets: difference from LoRA)")
     right.grid(axis="y", visible=False)
     return figure
@@ -590,7 +593,7 @@ def overlaps(similarities: Mapping[str, Any], width: int) -> Figure:
     """
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.9), sharey=True)
     phis = {label: np.asarray(similarity, dtype=float) for label, similarity in similarities.items()}
-    styles = line_styles(list(phis))
+    styles = line_styles(phis)
     for ax, i in zip(axes, (1, 8), strict=True):
         for label, phi in phis.items():
             ax.plot(np.arange(phi.shape[1]) + 1, phi[i - 1], label=label, **styles[label], markevery=[0, -1])
@@ -609,8 +612,8 @@ def intruders_by_size(table: DataFrame) -> Figure:
     Args:
         table: columns ``layer``, ``setup``, ``size`` (norm of the update / of the weight) and ``intruders``.
     """
-    figure, axes = panels(table.layer.unique(), 9, 3.9, sharey=True)
-    styles = line_styles(list(table.setup.unique()))
+    figure, axes = panels(table.layer.unique(), figsize=(9, 3.9), sharey=True)
+    styles = line_styles(table.setup.unique())
     for layer, ax in axes.items():
         for setup, rows in table[table.layer == layer].groupby("setup", sort=False):
             style = styles[str(setup)] if len(rows) > 1 else {**styles[str(setup)], "linestyle": "none"}

@@ -93,6 +93,11 @@ def watch(function: Callable[[], Any]) -> Called:
     return Called(value, error, printed.getvalue())
 
 
+def attempt(holds: Callable[..., Any], answer: Any, rng: np.random.Generator) -> Called:
+    """Try a property of an exercise on an answer once; the value is whether it holds."""
+    return watch(lambda: bool(holds(answer, rng)))
+
+
 def _differs(before: Any, after: Any) -> bool:
     """Whether an argument was changed; False for objects that do not even equal a copy of themselves."""
     return not same(after, before, 0.0) and same(copy.deepcopy(before), before, 0.0)
@@ -132,9 +137,10 @@ def untouched() -> Iterator[None]:
 
     Warnings are not shown inside it. Numpy and Python draw from generators of their own in all lessons.
     """
+    # :func:`watch` replaces stdout and stderr. The alarm may ring at any time, so before it has put them back.
     with (
-        contextlib.redirect_stdout(sys.stdout),  # :func:`watch` replaces both, and may end before it puts them back,
-        contextlib.redirect_stderr(sys.stderr),  # because the alarm may ring at any time
+        contextlib.redirect_stdout(sys.stdout),
+        contextlib.redirect_stderr(sys.stderr),
         torch.random.fork_rng(devices=[]),
         torch.set_grad_enabled(torch.is_grad_enabled()),
         warnings.catch_warnings(action="ignore"),
@@ -236,7 +242,7 @@ def _by_properties(exercise: Exercise, answer: Any, rng: np.random.Generator) ->
     """Judge an answer by the first property that it lacks; they are what a graded sheet asks for, too."""
     for each in exercise.properties:
         for _ in range(TRIALS):
-            outcome = watch(lambda holds=each.holds: bool(holds(answer, rng)))
+            outcome = attempt(each.holds, answer, rng)
             if _is_stub(outcome.error, answer):
                 return Verdict(None, NOT_STARTED)
             if outcome.error is not None:
@@ -276,8 +282,9 @@ def _named_difference(answer: Callable[..., Any], pairs: Pairs, changed: Sequenc
 
 def _numbers_differ(pairs: Pairs, wrong: int) -> str:
     """Return how results differ whose types and shapes are right, on so many of the inputs."""
-    factors = [factor(outcome.value, right.value) for outcome, right in pairs]
-    low, high = min(factors), max(factors)
+    # NaN where there is no factor.
+    factors = np.array([factor(outcome.value, right.value) for outcome, right in pairs], dtype=float)
+    low, high = factors.min(), factors.max()
     if np.isnan(factors).any():
         return f"The result differs from the expected one on {wrong} of {len(pairs)} inputs."
     if np.allclose(factors, low, rtol=1e-3):
@@ -307,16 +314,17 @@ def _is_stub(error: BaseException | None, answer: Any) -> bool:
 
 def _example(names: Sequence[str], case: Sequence[Any], outcome: Called, right: Called) -> str:
     """Return inputs and both results, as aligned text; of large results the entry that differs most."""
+    rows = dict(zip(names, case, strict=True))
     array, expected = as_array(outcome.value), as_array(right.value)
-    results, entry = (outcome.value, right.value), ""
     if array is not None and expected is not None and expected.size > SHOWN:
         index = np.unravel_index(np.argmax(np.abs(array - expected)), expected.shape)
-        results, entry = (array[index], expected[index]), f"[{', '.join(map(str, index))}]"
-    labels = [*names, f"your result{entry}", f"expected{entry}"]
-    width = max(map(len, labels))
+        entry = f"[{', '.join(map(str, index))}]"
+        rows |= {f"your result{entry}": array[index], f"expected{entry}": expected[index]}
+    else:
+        rows |= {"your result": outcome.value, "expected": right.value}
+    width = max(map(len, rows))
     indent = "\n" + " " * (width + 3)
-    rows = zip(labels, [*case, *results], strict=True)
-    return "\n".join(f"{label:<{width}} = {SHORT.repr(value)}".replace("\n", indent) for label, value in rows)
+    return "\n".join(f"{label:<{width}} = {SHORT.repr(value)}".replace("\n", indent) for label, value in rows.items())
 
 
 # Values
@@ -396,17 +404,17 @@ def _difference_of_arrays(array: np.ndarray, reference: np.ndarray, subject: str
     return None
 
 
-def factor(value: Any, expected: Any) -> float:
-    """Return the number c, not 1, for which a value is c times another, up to rounding; NaN if there is none."""
+def factor(value: Any, expected: Any) -> float | None:
+    """Return the real number c, not 0 or 1, for which a value is c times another, up to rounding; None without one."""
     array, reference = as_array(value), as_array(expected)
-    if array is None or reference is None:
-        return np.nan
-    array, reference = array.astype(float), reference.astype(float)
-    square = float(np.vdot(reference, reference))
+    if array is None or reference is None or array.shape != reference.shape:
+        return None
+    array, reference = array.astype(complex), reference.astype(complex)
+    square = np.vdot(reference, reference).real
     if square == 0.0 or not np.isfinite(array).all():
-        return np.nan
-    ratio = float(np.vdot(reference, array)) / square
-    return ratio if abs(ratio - 1) > 1e-4 and abs(ratio) > 1e-9 and same(array, ratio * reference) else np.nan
+        return None
+    ratio = float(np.vdot(reference, array).real / square)  # of least squares
+    return ratio if abs(ratio - 1) > 1e-4 and abs(ratio) > 1e-9 and same(array, ratio * reference) else None
 
 
 class _Short(reprlib.Repr):

@@ -126,10 +126,11 @@ def progress(lesson: str = "") -> None:
     """
     states = _recall()
     chosen = [each for each in EXERCISES.values() if each.stated.lesson.startswith(lesson)]
-    minutes = [each.stated.minutes for each in chosen if states.get(each.name) != "done"]
-    title = f"{len(chosen) - len(minutes)} of {len(chosen)} exercises done."
-    rest = f"The others take about {sum(minutes)} minutes." if minutes else ""
-    display(Box(title, rest, _align(chosen, states), colour=GREY if minutes else GREEN))
+    left = [each for each in chosen if states.get(each.name) != "done"]
+    minutes = sum(each.stated.minutes for each in left)
+    title = f"{len(chosen) - len(left)} of {len(chosen)} exercises done."
+    rest = f"The others take about {minutes} minutes." if left else ""
+    display(Box(title, rest, _align(chosen, states), colour=GREY if left else GREEN))
 
 
 def _align(exercises: Iterable[Exercise], states: Mapping[str, str]) -> str:

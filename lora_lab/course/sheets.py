@@ -25,11 +25,11 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from lora_lab.course.copies import BEGIN, CONFIG, END, RAISE, STUB, choose_lessons
 from lora_lab.course.exercise import EXERCISES, REFLECTIONS, TRIALS, Exercise, Reflection
-from lora_lab.course.judge import untouched, watch
+from lora_lab.course.judge import attempt, untouched
 from lora_lab.course.learner import MANIFEST
 from lora_lab.system.files import atomic_file, atomic_folder
 
-HEADING = "### Exercise"  # with it the text of an exercise begins
+HEADING = re.compile(r"^(?=### Exercise)", re.MULTILINE)  # where the text of an exercise begins
 LESSON_ONLY = (  # what a lesson's text says and a sheet's must not, and what the sheet says instead
     (r" ?[^.]*`lora-lab course solved[^.]*\.\)?", ""),  # the sentence that tells where the solutions are
     (r", `TASKS\[[^`]*`\.", " in the lesson."),  # names that are defined in the lesson alone
@@ -43,6 +43,12 @@ lesson. Write your code where a cell says so, and run it: `check` names the mist
 helps. After you hand in the sheet, the cell below each answer tests that answer on new inputs, and gives a point for
 each sentence in the cell that is true. Do not edit these cells: they contain no tests until you hand in the sheet, so
 nbgrader's *Validate* button tests none of your code. A person reads your answer to the question at the end."""
+TESTS = """# {function}: when you hand it in, a point for each of these that is true.
+{sentences}
+### BEGIN HIDDEN TESTS
+from lora_lab.course.sheets import EXERCISES, points
+{called}points({function}, EXERCISES[{name!r}].points, {seed})
+### END HIDDEN TESTS"""
 SETTINGS = f'''"""The settings of this course, for every command of nbgrader that is called in this folder."""
 
 import os
@@ -88,8 +94,13 @@ def sheet(lesson: NotebookNode, name: str, seed: int) -> NotebookNode:
         lesson: with the solutions.
         name: the file name of the lesson without suffix.
         seed: of the hidden tests' inputs.
+
+    Raises:
+        ValueError: the lesson has no exercise or no reflection.
     """
     exercises = [each for each in EXERCISES.values() if each.stated.lesson == name]
+    if not exercises or name not in REFLECTIONS:
+        raise ValueError(f"{name} needs an exercise and a reflection, for a sheet to be made of it.")
     exercises.sort(key=lambda each: each.stated.cell)
     title = lesson.cells[0].source.splitlines()[0].removeprefix("# ")
     cells = [
@@ -98,7 +109,8 @@ def sheet(lesson: NotebookNode, name: str, seed: int) -> NotebookNode:
     ]
     for each in exercises:
         before = lesson.cells[: each.stated.cell]
-        cells += _exercise_text(before, each.name, f'From the section "{_section(before)}" of the lesson {name}.')
+        origin = f'From the section "{_section(before)}" of the lesson {name}.'
+        cells += _exercise_text(before, each.name, origin)
         cells += _graded(lesson.cells[each.stated.cell].source, each, seed)
     cells += _reflection(REFLECTIONS[name])
     return new_notebook(cells=cells, metadata={"kernelspec": dict(lesson.metadata.kernelspec)})
@@ -119,15 +131,17 @@ def _section(cells: Sequence[NotebookNode]) -> str:
 
 def _exercise_text(cells: Sequence[NotebookNode], exercise: str, origin: str) -> Iterator[NotebookNode]:
     """From the last heading of an exercise on: the text, with its origin, and code that only defines functions."""
-    starts = [number for number, cell in enumerate(cells) if f"\n{HEADING}" in f"\n{cell.source}"]
+    starts = [number for number, cell in enumerate(cells) if HEADING.search(cell.source)]
+    if not starts:
+        raise ValueError(f"No heading '### Exercise' stands before the exercise {exercise!r}; add it to its text.")
     for number, cell in enumerate(cells[starts[-1] :]):
-        source = cell.source if number else cell.source[f"\n{cell.source}".rindex(f"\n{HEADING}") :]
+        source = cell.source
+        if number == 0:
+            heading, _, text = HEADING.split(source)[-1].partition("\n")
+            source = f"{heading}\n\n{origin}\n{text}"
         if cell.cell_type == "markdown":
             for pattern, instead in LESSON_ONLY:
                 source = re.sub(pattern, instead, source)
-            if not number:
-                heading, _, text = source.partition("\n")
-                source = f"{heading}\n\n{origin}\n{text}"
             yield new_markdown_cell(source, id=f"{exercise}-text-{number}")
         elif all(isinstance(node, ast.FunctionDef) for node in ast.parse(source).body):
             yield new_code_cell(source, id=f"{exercise}-code-{number}")
@@ -136,16 +150,14 @@ def _exercise_text(cells: Sequence[NotebookNode], exercise: str, origin: str) ->
 def _graded(source: str, exercise: Exercise, seed: int) -> list[NotebookNode]:
     """A cell with an answer, and the locked cell that grades it: the value of its last line is the points."""
     name, function = exercise.name, exercise.stated.function
-    code = "\n".join(line for line in source.splitlines() if not line.strip().startswith(STUB.strip()))
+    code = re.sub(rf"(?m)^ *{STUB}.*\n", "", source)
     answer = new_code_cell(code, id=name, metadata=_nbgrader(name, solution=True))
-    lines = [f"# {function}: when you hand it in, a point for each of these that is true."]
-    lines += [f"# {number}. {each.__doc__}" for number, each in enumerate(exercise.points, start=1)]
-    lines += ["### BEGIN HIDDEN TESTS", "from lora_lab.course.sheets import EXERCISES, points"]
-    # A mistake in an answer that this one calls costs nothing here.
-    lines += [f"{EXERCISES[each].stated.function} = EXERCISES[{each!r}].solution" for each in exercise.uses]
-    lines += [f"points({function}, EXERCISES[{name!r}].points, {seed})", "### END HIDDEN TESTS"]
+    sentences = "\n".join(f"# {number}. {each.__doc__}" for number, each in enumerate(exercise.points, start=1))
+    # Solutions stand in for the answers that this one calls, so that a mistake in those costs nothing here.
+    called = "".join(f"{EXERCISES[each].stated.function} = EXERCISES[{each!r}].solution\n" for each in exercise.uses)
+    tests = TESTS.format(function=function, name=name, seed=seed, sentences=sentences, called=called)
     locked = _nbgrader(f"{name}-points", points=len(exercise.points), locked=True)
-    return [answer, new_code_cell("\n".join(lines), id=f"{name}-points", metadata=locked)]
+    return [answer, new_code_cell(tests, id=f"{name}-points", metadata=locked)]
 
 
 def _reflection(reflection: Reflection) -> list[NotebookNode]:
@@ -168,7 +180,7 @@ def _nbgrader(name: str, *, solution: bool = False, locked: bool = False, points
 
 
 def points(answer: Any, properties: Sequence[Callable[..., Any]], seed: int) -> int:
-    """Return how many of the properties hold for an answer; which of them is printed.
+    """Return how many of the properties hold for an answer, in each trial and without an error; print which of them do.
 
     Nothing else is printed, because nbgrader takes anything on stderr for a failure.
 
@@ -176,13 +188,13 @@ def points(answer: Any, properties: Sequence[Callable[..., Any]], seed: int) -> 
         seed: of the inputs.
     """
     count = 0
-    for number, holds_for in enumerate(properties):
+    for number, test in enumerate(properties):
+        rng = np.random.default_rng([seed, number])
         with untouched():
             torch.default_generator.manual_seed(seed + number)
-            rng = np.random.default_rng([seed, number])
-            holds = watch(lambda test=holds_for, rng=rng: all(test(answer, rng) for _ in range(TRIALS))).value
-        count += bool(holds)
-        print("holds:        " if holds else "does not hold:", holds_for.__doc__)
+            holds = all(attempt(test, answer, rng).value for _ in range(TRIALS))
+        count += holds
+        print("holds:        " if holds else "does not hold:", test.__doc__)
     return count
 
 

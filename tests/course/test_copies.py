@@ -61,6 +61,12 @@ def test_solutions_become_stubs_and_no_cell_has_been_run():
     nbformat.validate(result)
 
 
+@pytest.mark.parametrize("marker", [copies.BEGIN, copies.END])
+def test_a_solution_with_one_marker_alone_is_refused(marker):
+    with pytest.raises(ValueError, match="Cell 3 needs"):
+        student(lesson(SOLVED, f"def f():\n    {marker}\n    return 1"))
+
+
 @pytest.mark.parametrize("path", sorted(shipped_folder("notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_what_the_learner_starts_from_is_python_and_does_not_stop_the_notebook(path):
     for cell in student(nbformat.read(path, as_version=4)).cells:

@@ -210,7 +210,7 @@ def sets_no_attribute_instead(only, rng):
     LAYER.format("key == name"),
 )
 def trains_something(only, rng):
-    return bool(switched(only, rng)[1])
+    return switched(only, rng)[1]
 
 
 @only.must(
@@ -238,7 +238,7 @@ def matches_the_whole_name(only, rng):
 def trains_nothing_else(only, rng):
     """Something trains, and nothing outside the named layer does, even where a name is similar."""
     trained = switched(only, rng)[1]
-    return bool(trained) and trained <= set(HEAD)
+    return trained and trained <= set(HEAD)
 
 
 @only.must(

@@ -163,7 +163,7 @@ def has_the_shapes(start, rng):
 def is_no_dead_end(start, rng):
     """One of A and B is not zero, so that the other can learn."""
     A, B = draw(start, rng)
-    return bool(A.any() or B.any())
+    return A.any() or B.any()
 
 
 @start.must(
@@ -225,7 +225,7 @@ def is_small(start, rng):
 )
 def has_the_rank(start, rng):
     """The rank of A is r."""
-    return int(torch.linalg.matrix_rank(draw(start, rng)[0].detach().double())) == 4
+    return torch.linalg.matrix_rank(draw(start, rng)[0].detach().double()) == 4
 
 
 @start.must(
@@ -397,7 +397,7 @@ def begins_as_its_base(MyLoRALinear, rng):
 )
 def has_a_random_A(MyLoRALinear, rng):
     """A is not zero at the start, so that B can learn."""
-    return bool(made(MyLoRALinear, rng, moved=False).A.any())
+    return made(MyLoRALinear, rng, moved=False).A.any()
 
 
 @layer.must(
@@ -549,7 +549,7 @@ def drops_the_input_of_A(MyLoRALinear, rng):
 def scales_what_remains(MyLoRALinear, rng):
     """What remains is scaled by 1 / (1 - p)."""
     largest = dropped(MyLoRALinear, rng).amax(dim=1)
-    return bool(((largest - 4).abs().lt(0.1) | largest.abs().lt(0.1)).all())
+    return ((largest - 4).abs().lt(0.1) | largest.abs().lt(0.1)).all()
 
 
 # Its merge
@@ -692,7 +692,7 @@ def treated(repair, rng):
     def loss_of(model):
         loss = F.cross_entropy(model(inputs), targets)
         look(model)
-        notes.measured |= bool(notes.adapted)
+        notes.measured = notes.measured or notes.adapted
         notes.graph = loss.requires_grad
         if loss.requires_grad:
             loss.register_hook(lambda gradient: setattr(notes, "backward", True))
@@ -719,7 +719,7 @@ def treated(repair, rng):
     notes.held = sum(id(parameter) in held for parameter in adapters), len(adapters)
     notes.problems = {each.check for each in diagnose(model, optimizer, base=original).problems}
     notes.moved = not torch.equal(after, before)
-    notes.fell = bool(F.cross_entropy(after, targets) < F.cross_entropy(before, targets))
+    notes.fell = F.cross_entropy(after, targets) < F.cross_entropy(before, targets)
     notes.wiped = all(parameter.grad is None or not parameter.grad.any() for parameter in adapters)
     notes.rates = [group["lr"] for group in optimizer.param_groups]
     return notes
@@ -745,7 +745,7 @@ def gives_the_optimiser_something(repair, rng):
     (*MISSPELT, ".requires_grad_(False)", ""),
 )
 def adapts_something(repair, rng):
-    return bool(treated(repair, rng).adapted)
+    return treated(repair, rng).adapted
 
 
 @repair.must(
@@ -762,7 +762,7 @@ def adapts_both(repair, rng):
     (LOSS, f"{FREEZE}\n    {LOSS}"),
 )
 def trains_something(repair, rng):
-    return bool(treated(repair, rng).trained)
+    return treated(repair, rng).trained
 
 
 @repair.must(
@@ -772,7 +772,7 @@ def trains_something(repair, rng):
 def trains_the_adapters_alone(repair, rng):
     """The adapters are trained, and nothing else."""
     trained = treated(repair, rng).trained
-    return bool(trained) and all("lora_" in name for name in trained)
+    return trained and all("lora_" in name for name in trained)
 
 
 @repair.must(

@@ -219,7 +219,7 @@ def adds_up(gradient, rng):
     """The gradient from all tokens is the sum of those from each part of them."""
     delta, z = errors_and_inputs(rng)
     whole, parts = gradient(delta, z), gradient(delta[:2], z[:2]) + gradient(delta[2:], z[2:])
-    return close(whole, parts) and float(abs(whole).max()) > 0
+    return close(whole, parts) and abs(whole).max() > 0
 
 
 @gradient.must()

@@ -388,7 +388,7 @@ def writes_small_letters(guess_french, rng):
 )
 def beats_the_english_names(guess_french, rng):
     """Their chrF is more than a point above that of the English names in lower case."""
-    return bool(gain(guess_french, rng) > 1)
+    return gain(guess_french, rng) > 1
 
 
 Reflection(

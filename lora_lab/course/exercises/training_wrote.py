@@ -103,7 +103,7 @@ def forms_nothing_large(svd_of_product, rng):
 
 def orthonormal(columns):
     """Whether the columns of a matrix are orthonormal."""
-    return bool((abs(columns.T @ columns - torch.eye(columns.shape[1])) < 1e-4).all())
+    return (abs(columns.T @ columns - torch.eye(columns.shape[1])) < 1e-4).all()
 
 
 @svd_of_product.must(
@@ -127,7 +127,7 @@ def has_orthonormal_parts(svd_of_product, rng):
 def has_orthonormal_directions(svd_of_product, rng):
     """The columns of U and the rows of Vh are orthonormal, and S, positive, begins with the largest."""
     U, S, Vh = svd_of_product(*factors(rng))
-    return bool((S[1:] <= S[:-1]).all() and (S > 0).all()) and orthonormal(U) and orthonormal(Vh.T)
+    return (S[1:] <= S[:-1]).all() and (S > 0).all() and orthonormal(U) and orthonormal(Vh.T)
 
 
 @svd_of_product.must(
@@ -254,7 +254,7 @@ def draws_39_matrices(noise_band, rng):
 def normally_distributed(matrices):
     """Whether the entries are spread around 0, and some lie far out."""
     entries = torch.stack(matrices)
-    return abs(float(entries.mean())) < 0.1 * float(entries.std()) and float(abs(entries).max() / entries.std()) > 2.5
+    return abs(entries.mean()) < 0.1 * entries.std() and abs(entries).max() > 2.5 * entries.std()
 
 
 @noise_band.must(

@@ -138,7 +138,7 @@ def trains_B(LoRAFA, rng):
 
 @lora_fa.must("A is zero, so B never gets a gradient. Keep A's random start.", (FROZEN, f"nn.init.zeros_({FROZEN})"))
 def has_an_A(LoRAFA, rng):
-    return bool(layer_of(LoRAFA, rng).lora_A.any())
+    return layer_of(LoRAFA, rng).lora_A.any()
 
 
 @lora_fa.must(
@@ -180,7 +180,7 @@ def leaves_A_as_it_is(LoRAFA, rng):
 def learns_with_B(LoRAFA, rng):
     """B starts at zero, is trained, and has a gradient at once."""
     layer = after_backward(LoRAFA, rng)
-    return not layer.lora_B.any() and layer.lora_B.grad is not None and bool(layer.lora_B.grad.any())
+    return not layer.lora_B.any() and layer.lora_B.grad is not None and layer.lora_B.grad.any()
 
 
 # PiSSA's start
@@ -284,7 +284,7 @@ def divides_both_alike(pissa, rng):
 def shares_it_evenly(pissa, rng):
     """Each column of B is as long as the row of A that it multiplies, and none is zero."""
     *_, B, A = parted(pissa, rng)
-    return close(B.norm(dim=0), A.norm(dim=1)) and bool(A.norm(dim=1).min() > 0.01)
+    return close(B.norm(dim=0), A.norm(dim=1)) and A.norm(dim=1).min() > 0.01
 
 
 # DoRA's length
