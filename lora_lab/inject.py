@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora_lab.layers import QuantizedLayer, is_linear, lora_class
 from lora_lab.lora import LoRALayer
 from lora_lab.system.schema import Dropout, Positive, Size, check_fields, check_finite
-from lora_lab.system.wording import shortened
+from lora_lab.system.wording import short_repr, shortened
 
 MERGED_FORMS = ("dequantised", "blocks", "full-precision")
 # A higher one is refused unless a weight has a side as long: a mistyped rank would fill the memory.
@@ -58,10 +58,11 @@ def check_names(argument: str, names: Collection[str]) -> tuple[str, ...]:
     """Return names as a tuple, which a frozen config can hold and JSON stores as a list; those of a set are sorted.
 
     Raises:
-        ValueError: the argument is one name, not a list of names.
+        ValueError: the argument is no list of names, but for example one name.
     """
-    if isinstance(names, str):
-        raise ValueError(f"{argument} is {names!r}, but it must be a list of names; write [{names!r}].")
+    is_list = isinstance(names, Collection) and not isinstance(names, str)
+    if not is_list or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{argument} is {short_repr(names)}, but it must be a list of names, such as ['head'].")
     return tuple(map(str, sorted(names) if isinstance(names, Set) else names))  # numpy has texts of its own
 
 
@@ -223,7 +224,7 @@ def _can_replace(full: nn.Module | None, layer: Any) -> bool:
     before = layer.base if isinstance(layer, LoRALayer) else layer
     if full is None or full._parameters.get("weight") is None or _shape(full) != _shape(before):
         return False
-    if isinstance(layer, LoRALayer) and lora_class(full, type(layer)) is None:
+    if isinstance(layer, LoRALayer) and not lora_class(full, type(layer)):
         return False
     return (full._parameters.get("bias") is None) == (before._parameters.get("bias") is None)
 
@@ -283,9 +284,7 @@ def match_layers(
     modules = {name: module for name, module in model.named_modules() if name}
     left_out = find_excluded(modules, exclude)
     classes = {
-        name: kind
-        for name, module in modules.items()
-        if name not in left_out and (kind := lora_class(module, layer)) is not None
+        name: kind for name, module in modules.items() if name not in left_out and (kind := lora_class(module, layer))
     }
     if targets == "all-linear":
         head = output_head(model)
@@ -356,5 +355,4 @@ def _warn_of_unadapted_weights(modules: dict[str, nn.Module]) -> None:
                 weights.append(f"{name}.{parameter_name}")
     if weights:
         names = shortened(", ".join(weights))
-        message = f"'all-linear' does not reach these weights, so they stay frozen: {names}."
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(f"'all-linear' does not reach these weights, so they stay frozen: {names}.", stacklevel=4)

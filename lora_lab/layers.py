@@ -10,6 +10,8 @@ with a 5 x 5 kernel on 8 images of 32 x 32; rank = 4.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -36,14 +38,16 @@ class LoRAEmbedding(LoRALayer):
     base: nn.Embedding
 
     def init_factors(self, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Return a (rank, tokens), zero, and B (width, rank), normal."""
+        """Return the factors A (rank, tokens), zero, and B (width, rank), normal."""
         if self.base.max_norm is not None:
             raise ValueError(
-                f"max_norm={self.base.max_norm} rescales frozen rows at every look-up; leave it out of targets."
+                f"An embedding with max_norm={self.base.max_norm} cannot be adapted, because it rescales frozen rows "
+                "at every look-up; leave it out of targets."
             )
         dtype = torch.promote_types(self.base.weight.dtype, torch.float32)
+        A = torch.zeros(rank, self.base.num_embeddings, dtype=dtype)  # (4, 1000)
         B = torch.randn(self.base.embedding_dim, rank, dtype=dtype, generator=generator)  # (64, 4)
-        return torch.zeros(rank, self.base.num_embeddings, dtype=dtype), B  # (4, 1000)
+        return A, B
 
     def forward(self, ids: Tensor) -> Tensor:
         frozen = self.base(ids)  # (32,) -> (32, 64)
@@ -72,14 +76,16 @@ class LoRAConv2d(LoRALayer):
     base: nn.Conv2d
 
     def init_factors(self, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Return a (rank, in, height, width), uniform, and B (out, rank, 1, 1), zero."""
+        """Return the factors A (rank, in, height, width), uniform, and B (out, rank, 1, 1), zero."""
         if self.base.groups != 1:
             raise ValueError(
-                f"A convolution with groups={self.base.groups} cannot be adapted; leave it out of targets."
+                f"A convolution with groups={self.base.groups} cannot be adapted, only one with groups=1, because A "
+                "reads every input channel; leave it out of targets."
             )
         window = self.base.weight.shape[1:]  # (3, 5, 5)
-        A = uniform(rank, window.numel(), self.base.weight.dtype, generator).view(rank, *window)  # (4, 3, 5, 5)
-        return A, torch.zeros(self.base.out_channels, rank, 1, 1, dtype=A.dtype)  # (16, 4, 1, 1)
+        A = uniform(rank, window.numel(), self.base.weight.dtype, generator)  # (4, 75)
+        B = torch.zeros(self.base.out_channels, rank, 1, 1, dtype=A.dtype)  # (16, 4, 1, 1)
+        return A.view(rank, *window), B  # (4, 3, 5, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         frozen = self.base(x)  # (8, 3, 32, 32) -> (8, 16, 28, 28)
@@ -102,7 +108,7 @@ class LoRAConv1D(LoRALinear):
     merged = LoRALayer.merged  # a layer of the base's class, which is not derived from nn.Linear
 
     def init_factors(self, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Return a (rank, in), uniform, and B (out, rank), zero."""
+        """Return the factors A (rank, in), uniform, and B (out, rank), zero."""
         width_in, width_out = self.base.weight.shape
         A = uniform(rank, width_in, self.base.weight.dtype, generator)  # (4, 64)
         return A, torch.zeros(width_out, rank, dtype=A.dtype)  # (48, 4)
@@ -123,7 +129,7 @@ class LoRAOutProjection(LoRALinear):
     """
 
     def init_factors(self, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Return those of a linear layer."""
+        """Return the factors of a linear layer."""
         if isinstance(self.dropout, nn.Dropout):
             raise ValueError(
                 f"dropout is {self.dropout.p}, but nn.MultiheadAttention never calls its out_proj, so nothing would "
@@ -159,15 +165,19 @@ class QuantizedLayer(nn.Module):
 # Which class adapts which kind of layer
 
 
-# A class's full name: its adapter, and whether it is linear.
-_REGISTERED: dict[str, tuple[type[LoRALayer], bool]] = {}
+class _Entry(NamedTuple):
+    lora_class: type[LoRALayer]
+    linear: bool
+
+
+_REGISTERED: dict[str, _Entry] = {}  # by the full name of the class that is adapted
 
 
 def register(base_class: type[nn.Module] | str, lora_class: type[LoRALayer], linear: bool = False) -> None:
     """Let ``inject`` put ``lora_class`` on layers whose class is exactly ``base_class``.
 
-    A subclass of ``nn.Linear`` needs no entry of its own if it holds one plain matrix W and computes x W^T + b, as
-    Falcon's does. Others, such as routers and quantised layers, are refused until they are registered.
+    A subclass of ``nn.Linear`` counts as ``nn.Linear`` if it inherits the forward pass and holds one plain matrix.
+    Others, such as routers and quantised layers, are refused until they are registered.
 
     Args:
         base_class: a class, or its full name ("transformers.pytorch_utils.Conv1D"), so that its library
@@ -176,23 +186,25 @@ def register(base_class: type[nn.Module] | str, lora_class: type[LoRALayer], lin
         linear: whether "all-linear" includes such layers.
     """
     name = base_class if isinstance(base_class, str) else _full_name(base_class)
-    _REGISTERED[name] = lora_class, linear
+    _REGISTERED[name] = _Entry(lora_class, linear)
 
 
-def lora_class(base: nn.Module, layer: type[LoRALayer] | None = None) -> type[LoRALayer] | None:
+def lora_class(base: nn.Module, variant: type[LoRALayer] | None = None) -> type[LoRALayer] | None:
     """Return the class that adapts ``base``, or None if no class does.
 
     Args:
-        layer: a class of adapters. If given, it is used instead of the registered class, but only where it subclasses
-            that: DoRALinear replaces LoRALinear on ``nn.Linear``, and embeddings are left out.
+        variant: a class that replaces the registered one, where it derives from that: DoRALinear adapts ``nn.Linear``
+            in place of LoRALinear, and no embedding.
     """
-    registered = _entry(base)
-    if registered is None or layer is None:
-        return registered and registered[0]
-    return layer if issubclass(layer, registered[0]) else None
+    entry = _entry(base)
+    if entry is None:
+        return None
+    if variant is None:
+        return entry.lora_class
+    return variant if issubclass(variant, entry.lora_class) else None
 
 
-def _entry(module: nn.Module) -> tuple[type[LoRALayer], bool] | None:
+def _entry(module: nn.Module) -> _Entry | None:
     entry = _REGISTERED.get(_full_name(type(module)))
     if entry is None and isinstance(module, nn.Linear) and _is_plain_linear(module):
         return _REGISTERED[_full_name(nn.Linear)]
@@ -210,14 +222,13 @@ def _is_plain_linear(layer: nn.Linear) -> bool:
     too, but hold a matrix of a special class or dtype, or scales in addition to it.
     """
     names = {name for name, _ in [*layer.named_parameters(), *layer.named_buffers()]}
-    weight = layer._parameters.get("weight")
+    weight: Any = layer._parameters.get("weight")
     return (
         type(layer).forward is nn.Linear.forward
         and names <= {"weight", "bias"}
-        and weight is not None
         and type(weight) in (nn.Parameter, FakeTensor)
         and weight.is_floating_point()
-        and weight.itemsize > 1
+        and weight.itemsize > 1  # numbers of one byte have scales elsewhere
         and weight.shape == (layer.out_features, layer.in_features)
     )
 
@@ -225,7 +236,7 @@ def _is_plain_linear(layer: nn.Linear) -> bool:
 def is_linear(module: nn.Module) -> bool:
     """Return whether "all-linear" includes this layer, provided that it can be adapted."""
     entry = _entry(module)
-    return isinstance(module, nn.Linear) if entry is None else entry[1]
+    return isinstance(module, nn.Linear) if entry is None else entry.linear
 
 
 register(nn.Linear, LoRALinear, linear=True)

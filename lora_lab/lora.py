@@ -66,13 +66,17 @@ class LoRALayer(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.base, self.alpha = base, check(alpha, Positive, "alpha")
-        rank, dropout = check(rank, Size, "rank"), check(dropout, Dropout, "dropout")
+        rank = check(rank, Size, "rank")
+        dropout = check(dropout, Dropout, "dropout")
+        self.alpha = check(alpha, Positive, "alpha")
+        self.base = base
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         A, B = self.init_factors(rank, generator)
         device = next(base.parameters()).device
-        self.lora_A = nn.Parameter(A.to(device), requires_grad="lora_A" not in self.fixed)  # (4, 64)
-        self.lora_B = nn.Parameter(B.to(device), requires_grad="lora_B" not in self.fixed)  # (48, 4)
+        self.lora_A = nn.Parameter(A.to(device))  # (4, 64)
+        self.lora_B = nn.Parameter(B.to(device))  # (48, 4)
+        for part in self.fixed:
+            self.get_parameter(part).requires_grad_(False)
         base.requires_grad_(False)  # last, so that an error above leaves the base unchanged
 
     def init_factors(self, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
@@ -135,7 +139,7 @@ class LoRALinear(LoRALayer):
     """
 
     def init_factors(self, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Return a (rank, in), uniform, and B (out, rank), zero."""
+        """Return the factors A (rank, in), uniform, and B (out, rank), zero."""
         dtype = getattr(self.base, "dtype", None) or self.base.weight.dtype  # a base in blocks need not be dequantised
         A = uniform(rank, self.base.in_features, dtype, generator)  # (4, 64)
         return A, torch.zeros(self.base.out_features, rank, dtype=A.dtype)  # (48, 4)

@@ -46,9 +46,8 @@ class Method(ABC):
         trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
         if not trained:
             raise ValueError(f"Method {self.name!r} leaves no parameter of this model to train.")
-        if self.needs_fresh_model and trained - {
-            parameter for layer in lora_layers(model).values() for parameter in layer.parameters(False)
-        }:
+        adapters = {parameter for layer in lora_layers(model).values() for parameter in layer.parameters(recurse=False)}
+        if self.needs_fresh_model and trained - adapters:
             setattr(model, MARK, self.name)
 
     @abstractmethod
@@ -83,7 +82,7 @@ class FullFineTuning(Method):
     name = "full"
 
     def _prepare(self, model: nn.Module, seed: int) -> None:
-        _check_trainable([model])
+        _check_trainable(model)
         model.requires_grad_(True)
 
 
@@ -107,13 +106,13 @@ class PartialFineTuning(Method):
         for name in self.modules:
             if name not in modules or not name:
                 raise ValueError(f"The model has no module {name!r}; its top level is {[*model._modules]}.")
-        _check_trainable([modules[name] for name in self.modules])
+        trained = nn.ModuleList(modules[name] for name in self.modules)
+        _check_trainable(trained)
         _check_unshared(modules, self.modules)
-        if not any(True for name in self.modules for _ in modules[name].parameters()):
+        if not [*trained.parameters()]:
             raise ValueError(f"modules is {list(self.modules)}, which have no parameter to train.")
         model.requires_grad_(False)
-        for name in self.modules:
-            modules[name].requires_grad_(True)
+        trained.requires_grad_(True)
 
 
 class AsItIs(Method):
@@ -141,9 +140,7 @@ class ContinueLoRA(Method):
     def _prepare(self, model: nn.Module, seed: int) -> None:
         layers = lora_layers(model)
         if not layers:
-            raise ValueError(
-                "The model has no adapters to continue; use load_adapter(model, folder), or start with LoRA(...)."
-            )
+            raise ValueError("The model has no adapters to continue; put them on by load_adapter, or use LoRA(...).")
         model.requires_grad_(False)
         for layer in layers.values():
             for name, parameter in layer.named_parameters(recurse=False):
@@ -162,8 +159,8 @@ def _check_unshared(modules: Mapping[str, nn.Module], names: Sequence[str]) -> N
             )
 
 
-def _check_trainable(modules: Sequence[nn.Module]) -> None:
-    if any(not parameter.is_floating_point() for module in modules for parameter in module.parameters()):
+def _check_trainable(module: nn.Module) -> None:
+    if not all(parameter.is_floating_point() for parameter in module.parameters()):
         raise ValueError("The weights to train are quantised blocks, which have no gradient; use a LoRA method.")
 
 
@@ -180,8 +177,8 @@ class LoRA(LoRAConfig, Method):
     peft: ClassVar[str | None] = None  # PEFT's setting, such as "use_dora"; None: saved as plain LoRA
     by_name: ClassVar[dict[str, type[LoRA]]] = {}  # LoRA and its variants, which register themselves
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
         if "name" in vars(cls):
             LoRA.by_name[cls.name] = cls
 

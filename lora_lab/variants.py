@@ -112,11 +112,9 @@ class PiSSALinear(LoRALinear):
         self.register_buffer("start_B", self.lora_B.detach().clone())  # (48, 4)
 
     def init_factors(self, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Return those of LoRALinear; the constructor replaces them by the singular directions."""
+        """Return the factors of LoRALinear; the constructor replaces them by the singular directions."""
         if rank > (largest := min(self.base.in_features, self.base.out_features)):
-            raise ValueError(
-                f"rank is {rank}, but this layer has only {largest} singular directions; choose a smaller rank."
-            )
+            raise ValueError(f"rank is {rank}, but this layer has only {largest} singular directions; lower the rank.")
         return super().init_factors(rank, generator)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from lora_lab import Llama, LoRA, PartialFineTuning, finetune, load_adapter, save_adapter, save_model
-from lora_lab.adapters.export import find_base, load_merged
+from lora_lab.adapters.export import find_base, load_whole_model
 from lora_lab.models.pretrained import SMOLLM2
 from lora_lab.tasks import task_of
 from lora_lab.train import TrainingStep
@@ -246,7 +246,7 @@ def test_an_adapter_finds_its_base_from_any_folder(tiny, tmp_path, tiny_config, 
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert find_base("../kept") == str(tmp_path / "models" / "base")
-    load_merged("../kept")
+    load_whole_model("../kept")
 
 
 def test_the_name_of_a_base_stays_a_name(monkeypatch, tmp_path):

@@ -154,8 +154,8 @@ REFUSED = {
     "rank": [0, -1, 2.5, True, 2**31],
     "alpha": [0, -1.0, math.nan, math.inf],
     "dropout": [-0.1, 1.0, math.nan],
-    "targets": ["q_proj", []],
-    "exclude": ["head"],
+    "targets": ["q_proj", [], 5, [1, 2]],
+    "exclude": ["head", 5],
 }
 
 

@@ -26,7 +26,6 @@ from lora_lab.system.schema import Number, check
 from lora_lab.tasks.instruction import stop_token
 
 Adapters = Mapping[str, str | Path | Mapping[str, Tensor]]  # name -> a folder, or an adapter in memory
-SAMPLING: dict[str, Any] = {"temperature": 0.5, "repetition_penalty": 1.1}  # of a chat, unless others are given
 
 
 class Conversation:
@@ -38,7 +37,7 @@ class Conversation:
         adapters: name -> a folder or an adapter in memory, as for :func:`lora_lab.load_adapter`; the first one answers
             at the start.
         max_new_tokens: where an answer is cut if the model does not end it before.
-        **sampling: as for :meth:`lora_lab.Llama.generate`, on top of :data:`SAMPLING`; the seed rises by 1 with each
+        temperature, repetition_penalty, seed: as for :meth:`lora_lab.Llama.generate`; the seed rises by 1 with each
             answer.
 
     Raises:
@@ -53,7 +52,9 @@ class Conversation:
         tokenizer: Tokenizer,
         adapters: Adapters | None = None,
         max_new_tokens: int = 200,
-        **sampling,
+        temperature: float = 0.5,
+        repetition_penalty: float = 1.1,
+        seed: int = 0,
     ) -> None:
         require_no_adapters(model)
         reader_of(model)
@@ -64,7 +65,7 @@ class Conversation:
         self.name = next(iter(self.adapters), None)  # of the adapter that answers; None is the base
         self.strength = 1.0
         self.max_new_tokens = max_new_tokens
-        self.sampling = Sampling(**SAMPLING | sampling)
+        self.sampling = Sampling(temperature, seed, repetition_penalty)
         for source in self.adapters.values():  # tried now, so that an error comes before the first question
             load_adapter(model, source)
             take_off(model)
@@ -133,8 +134,11 @@ def talk(conversation: Conversation, read: Callable[[], str], write: Callable[[s
         if not line:
             continue
         try:
-            for part in [obey(conversation, line)] if line.startswith("/") else conversation.answer(line):
-                write(part)
+            if line.startswith("/"):
+                write(obey(conversation, line))
+            else:
+                for part in conversation.answer(line):
+                    write(part)
         except KeyboardInterrupt:  # ends the answer, not the conversation
             write(" [stopped]")
         except ValueError as error:
@@ -236,7 +240,7 @@ class Chat:
         options = [(name, name) for name in conversation.adapters] + [(BASE, None)]
         look = {"style": {"description_width": "initial"}, "layout": {"flex": "1 1 15em"}}
         self.adapter = ipywidgets.Dropdown(options=options, description="adapter", **look)
-        self.strength = ipywidgets.FloatSlider(1.0, min=0.0, max=2.0, step=0.05, description="strength", **look)
+        self.strength = ipywidgets.FloatSlider(1.0, max=2.0, step=0.05, description="strength", **look)
         self.new = ipywidgets.Button(description="New conversation", layout={"width": "auto"})
         # At each key a browser would send the text so far, but keep some back while others are under way, and a message
         # of Enter would overtake them. So the text is sent as a whole: right after Enter, or when the field is left.
@@ -264,7 +268,7 @@ class Chat:
 
     def wait(self) -> None:
         """Return when the answer that is being made, if any, has ended."""
-        if (thread := self._thread) is not None:
+        if thread := self._thread:
             thread.join()
 
     def _ipython_display_(self) -> None:

@@ -39,7 +39,7 @@ def split_state(state: Mapping[str, Tensor], source: str) -> dict[str, Factors]:
     Raises:
         ValueError: a layer lacks A, B, alpha or scaling, or as for :func:`check_factors`. The message names ``source``.
     """
-    layers: dict[str, dict[str, Any]] = {}
+    layers = {}
     for key, value in state.items():
         name, _, part = str(key).rpartition(".")
         layers.setdefault(name, {})[part] = value
@@ -107,7 +107,8 @@ def check_fit(name: str, layer: LoRALayer, tensors: Mapping[str, Tensor], source
 def set_factors(layer: LoRALayer, factors: Factors) -> None:
     """Replace a layer's factors, which may be of another rank, and its alpha, in place.
 
-    Where this kind of layer derives another scaling from the same alpha, alpha is set so that the scaling is theirs.
+    The scaling becomes that of ``factors``: where the layer derives another one from the same alpha, as rsLoRA does,
+    alpha is adjusted.
     """
     for part, value in factors.tensors.items():
         current = getattr(layer, part)
@@ -117,7 +118,7 @@ def set_factors(layer: LoRALayer, factors: Factors) -> None:
             new = value.to(current.device, current.dtype, copy=True, memory_format=torch.contiguous_format)
             setattr(layer, part, nn.Parameter(new, requires_grad=current.requires_grad))
     layer.alpha = factors.alpha
-    if not math.isclose(layer.scaling, factors.scaling):  # alpha / rank * rank may differ from alpha by rounding
+    if not math.isclose(layer.scaling, factors.scaling):  # rounding alone does not change alpha
         layer.alpha *= factors.scaling / layer.scaling
 
 
@@ -291,9 +292,8 @@ def resize(model: nn.Module, rank: int) -> dict[str, float]:
     for name, layer in layers.items():
         if layer.rank > rank:
             A, B = layer.lora_A, layer.lora_B
-            # A small layer's has fewer singular values than A has rows.
             exact = product_svd(B.flatten(1), A.flatten(1))
-            nearest = truncate(exact, min(rank, len(exact.S)))
+            nearest = truncate(exact, min(rank, len(exact.S)))  # a small layer may hold fewer directions
             new_A, new_B = nearest.A.view(-1, *A.shape[1:]), nearest.B.view(len(B), -1, *B.shape[2:])
             set_factors(layer, Factors({"lora_A": new_A, "lora_B": new_B}, layer.alpha, layer.scaling))
             errors[name] = float(nearest.error)

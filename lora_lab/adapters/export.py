@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections import Counter
-from itertools import chain
 from pathlib import Path
+from statistics import mode
 
 import torch
 from torch import nn
 
-from lora_lab.adapters.edit import check_plain
+from lora_lab.adapters.edit import Factors, check_plain
 from lora_lab.adapters.peft_format import CONFIG, find_variant, load_adapter, read, read_adapter, read_config
 from lora_lab.inject import adapter_state, lora_layers, merge
-from lora_lab.lora import LoRALayer
 from lora_lab.models import pretrained
 from lora_lab.models.gguf import check_target, gguf_name, layout_of, reorder_for_gguf, write_file
 from lora_lab.models.tokenizer import Tokenizer
@@ -47,8 +45,8 @@ def find_base(folder: str | Path) -> str:
     return base
 
 
-def load_merged(source: str | Path) -> tuple[nn.Module, Tokenizer]:
-    """Return a whole model, in float32 on the CPU, and its tokenizer.
+def load_whole_model(source: str | Path) -> tuple[nn.Module, Tokenizer]:
+    """Return a model, in float32 on the CPU, with its adapter merged into it if it has one, and its tokenizer.
 
     Args:
         source: the folder of an adapter, which is merged into the model that its config names (SmolLM2-135M-Instruct if
@@ -58,11 +56,11 @@ def load_merged(source: str | Path) -> tuple[nn.Module, Tokenizer]:
         FileNotFoundError: the adapter, its base, or the model is not there.
         ValueError: the adapter does not fit its base.
     """
-    if not is_adapter(source):
-        return pretrained.load_pretrained(str(source), device="cpu")
-    model, tokenizer = pretrained.load_pretrained(find_base(source), device="cpu")
-    load_adapter(model, source)
-    merge(model)
+    adapted = is_adapter(source)
+    model, tokenizer = pretrained.load_pretrained(find_base(source) if adapted else str(source), device="cpu")
+    if adapted:
+        load_adapter(model, source)
+        merge(model)
     return model, tokenizer
 
 
@@ -78,7 +76,7 @@ def save_merged(source: str | Path, folder: str | Path, dtype: str = "f32") -> P
     ``transformers.AutoModelForCausalLM.from_pretrained(folder)`` reads it, and llama.cpp's ``convert_hf_to_gguf.py``.
 
     Args:
-        source: as for :func:`load_merged`.
+        source: as for :func:`load_whole_model`.
         folder: must be neither that of the adapter nor that of its base.
         dtype: of the weights: "f32" (exact), "f16" or "bf16".
 
@@ -94,10 +92,10 @@ def save_merged(source: str | Path, folder: str | Path, dtype: str = "f32") -> P
         raise ValueError(f"dtype is {dtype!r}, but a folder is written in one of {', '.join(DTYPES)}.")
     if any(folder.exists() and read.exists() and folder.samefile(read) for read in (source, base)):
         raise ValueError(f"{folder} holds what is read, which would be lost; choose another folder for the model.")
-    model, tokenizer = load_merged(source)
+    model, tokenizer = load_whole_model(source)
     model.to(DTYPES[dtype])
     for name, tensor in model.state_dict().items():
-        if not bool(tensor.isfinite().all()):
+        if not tensor.isfinite().all():
             raise ValueError(f"{name} holds a number that {dtype} does not; choose dtype='f32' or 'bf16'.")
     pretrained.save_model(model, folder, tokenizer)
     if (base / SENTENCEPIECE).is_file():
@@ -124,7 +122,7 @@ def save_gguf(
     Args:
         source: a :class:`lora_lab.Llama` with adapters, or a Llama, Mistral, Qwen2 or Qwen3 of transformers; or the
             folder of an adapter, whose base is the model that its config names (SmolLM2-135M-Instruct if none); with
-            ``merged`` also as for :func:`load_merged`.
+            ``merged`` also as for :func:`load_whole_model`.
         path: of the file, which must end in ".gguf".
         merged: write the base with the adapters merged into it, and the tokenizer.
         dtype: of matrices: "f32", "f16" or "q8_0" (8.5 bits per weight, where rows are whole blocks of 32; the B of a
@@ -141,36 +139,47 @@ def save_gguf(
     path = as_path(path, "path")
     check_target(path, dtype)
     if not merged:
-        _write_adapter(source, path, dtype)
+        model, factors = _read_plain(source)
+        _write_adapter(path, model, factors, dtype)
         return path
     if isinstance(source, nn.Module):  # the copy's modules are new, and its tensors are the model's
-        model = copy.deepcopy(source, {id(tensor): tensor for tensor in chain(source.parameters(), source.buffers())})
+        model = copy.deepcopy(source, {id(tensor): tensor for tensor in [*source.parameters(), *source.buffers()]})
         merge(model)
     else:
-        model, base_tokenizer = load_merged(source)
+        model, base_tokenizer = load_whole_model(source)
         tokenizer = tokenizer or base_tokenizer
     return pretrained.save_model(model, path, tokenizer, format="gguf", dtype=dtype)
 
 
-def _write_adapter(source: nn.Module | str | Path, path: Path, dtype: str) -> None:
+def _read_plain(source: nn.Module | str | Path) -> tuple[nn.Module, dict[str, Factors]]:
+    """Return a model with adapters, and the factors of each layer, as those of plain LoRA.
+
+    Raises:
+        ValueError: a layer's update is more than scaling * B A, or the adapter of a folder does not fit its base.
+    """
     if isinstance(source, nn.Module):
-        model, (architecture, config), state = source, layout_of(source), adapter_state(source)
+        model, state = source, adapter_state(source)
     else:
         model, state = _load_base_without_weights(source), read_adapter(source)
-        architecture, config = layout_of(model)
         load_adapter(model, state)  # which raises if a name or a shape is not the base's
     for name, layer in lora_layers(model).items():
         find_variant(name, layer)  # which refuses a layer that computes something else from A and B
     factors = read(state).factors
     check_plain(factors)
-    # In float32, as the file holds them. Of several that are equally frequent, the smallest.
+    return model, factors
+
+
+def _write_adapter(path: Path, model: nn.Module, factors: dict[str, Factors], dtype: str) -> None:
+    """Write the factors of each layer with one alpha for all; the B of a layer that has another one is multiplied."""
+    architecture, config = layout_of(model)
+    # In float32, as the file holds them.
     alphas = {name: float(torch.tensor(each.alpha, dtype=torch.float32)) for name, each in factors.items()}
-    ((alpha, _),) = Counter(sorted(alphas.values())).most_common(1)
+    alpha = mode(sorted(alphas.values()))  # of several that are equally frequent, the smallest
     tensors = {}
-    for layer_name, each in factors.items():
-        name, (A, B) = gguf_name(f"{layer_name}.weight"), (each.tensors[part] for part in LoRALayer.parts)
-        if alphas[layer_name] != alpha:
-            B = B.float() * (alphas[layer_name] / alpha)  # (48, 4)
+    for layer, each in factors.items():
+        name, A, B = gguf_name(f"{layer}.weight"), each.tensors["lora_A"], each.tensors["lora_B"]
+        if alphas[layer] != alpha:
+            B = B.float() * (alphas[layer] / alpha)  # (48, 4)
         if name == "token_embd.weight":
             A = A.T  # (4, 1000) -> (1000, 4), because llama.cpp looks up a row for each token
         tensors[f"{name}.lora_a"] = A  # (4, 64)

@@ -12,9 +12,10 @@ import math
 import platform
 import re
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from statistics import mode
 from typing import Any, Literal, NamedTuple, Required
 
 import torch
@@ -145,7 +146,7 @@ def _make_config(
     config = {}
     values = {name: {"r": each.rank, "lora_alpha": each.alpha} for name, each in factors.items()}
     for setting, pattern in _PATTERNS.items():
-        config[setting] = Counter(value[setting] for value in values.values()).most_common(1)[0][0]
+        config[setting] = mode(value[setting] for value in values.values())
         config[pattern] = {
             f"^{re.escape(name)}": value[setting] for name, value in values.items() if value[setting] != config[setting]
         }
@@ -205,7 +206,7 @@ def load_adapter(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
     variant = next((layer for setting, layer in _VARIANTS.items() if config.get(setting)), None)
     dropout = config.get("lora_dropout", 0.0)
     modules = dict(model.named_modules())
-    adaptable = {name for name, module in modules.items() if lora_class(module, variant) is not None}
+    adaptable = {name for name, module in modules.items() if lora_class(module, variant)}
     if unknown := factors.keys() - adaptable:
         raise ValueError(
             f"{label} adapts {min(unknown)!r}, but the model has no such layer, or none that "
@@ -435,9 +436,9 @@ def combine(
             number of one is NaN or infinite; or the shapes in a layer differ.
     """
     weights = [1.0 for _ in adapters] if weights is None else [check(weight, Number, "weight") for weight in weights]
-    if len(adapters) == 0 or len(weights) != len(adapters):
+    if not adapters or len(weights) != len(adapters):
         raise ValueError(f"There are {len(adapters)} adapters and {len(weights)} weights; give each adapter one.")
-    layers: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    layers = defaultdict(list)
     for weight, adapter in zip(weights, adapters, strict=True):
         factors = read(adapter).factors
         check_plain(factors)

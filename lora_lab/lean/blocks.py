@@ -9,10 +9,9 @@ Reference for checkpointing: Chen et al. 2016, "Training Deep Nets with Sublinea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
 from itertools import count
-from typing import Any, TypeGuard, cast
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -54,11 +53,12 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
 def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     """Return the outputs of several linear layers of one input, which is saved and rounded once for all of them."""
     fused = [layer for layer in layers if _is_fusible(layer)]
-    outputs: dict[nn.Module, Tensor] = {}
+    outputs = {}
     if joint := [layer for layer in layers if isinstance(layer, JointLinear)]:
         outputs |= zip(joint, joint[0].project(joint, x), strict=True)
     if fused:
-        outputs |= zip(fused, _fuse(fused, x), strict=True)
+        factors = [factor for layer in fused for factor in (layer.lora_A, layer.lora_B)]
+        outputs |= zip(fused, _LoRALinears.apply(x, fused, *factors), strict=True)
     return [outputs[layer] if layer in outputs else _unfused(layer, x) for layer in layers]  # 3 x (4, 128, 1536)
 
 
@@ -68,12 +68,7 @@ def gated_linear(layer: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
         return layer.gated(gate, up)  # (4, 128, 576)
     if not _is_fusible(layer):
         return linear(layer, F.silu(gate) * up)  # (4, 128, 576)
-    return _fuse([layer], gate, up)[0]  # (4, 128, 576)
-
-
-def _fuse(layers: Sequence[LoRALinear], x: Tensor, up: Tensor | None = None) -> Sequence[Tensor]:
-    factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
-    return _LoRALinears.apply(x, up, layers, *factors)  # 3 x (4, 128, 1536)
+    return _GatedLoRALinear.apply(gate, up, layer, layer.lora_A, layer.lora_B)  # (4, 128, 576)
 
 
 def is_plain_lora(layer: nn.Module) -> TypeGuard[LoRALinear]:
@@ -103,7 +98,7 @@ def _unfused(layer: nn.Module, x: Tensor) -> Tensor:
 
 def call_in_weight_dtype(layer: nn.Module, x: Tensor) -> Tensor:
     """layer(x), computed in the dtype of the layer's weight and returned in x's."""
-    base = cast(nn.Linear | BlockLinear, layer.base if isinstance(layer, LoRALayer) else layer)
+    base: Any = layer.base if isinstance(layer, LoRALayer) else layer
     dtype = base.dtype if isinstance(base, BlockLinear) else base.weight.dtype
     if isinstance(layer, nn.Linear) and dtype != x.dtype:
         y = F.linear(x.to(dtype), layer.weight).to(x.dtype)  # (4, 128, 1536)
@@ -123,8 +118,6 @@ def _fuse_is_cheaper(rows: int, width: int, weight: Tensor) -> bool:
 
 def cast_matmul(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight, computed in the weight's dtype and returned in x's."""
-    if weight.dtype == x.dtype:
-        return x @ weight
     return (x.to(weight.dtype) @ weight).to(x.dtype)
 
 
@@ -137,7 +130,7 @@ def _forward(x: Tensor, layers: Sequence[LoRALinear]) -> tuple[list[Tensor], Ten
     """Return outputs (rows, out) of adapted layers, and A x of all of them: (8 for each layer, rows)."""
     narrow = _stack([layer.lora_A for layer in layers]) @ x.T  # (24, 576) @ (576, 512) -> (24, 512)
     outputs, rounded = [], x
-    for layer, Ax in zip(layers, narrow.split(_ranks(layers)), strict=True):
+    for layer, Ax in zip(layers, narrow.split([layer.rank for layer in layers]), strict=True):
         weight, B, scaling = layer.base.weight, layer.lora_B, layer.scaling  # (1536, 576), (1536, 8)
         if _fuse_is_cheaper(len(x), x.shape[1], weight):
             y = x @ torch.addmm(weight, B, layer.lora_A, alpha=scaling).T  # (512, 1536)
@@ -160,7 +153,7 @@ def _backward(
         narrow: A x of all layers.
         needs_dx: whether to compute the gradient of the input.
     """
-    ranks = _ranks(layers)
+    ranks = [layer.rank for layer in layers]
     # With the short side first, these matrix multiplications take half the time.
     narrow_gs = [
         (layer.lora_B.T @ g.T).mul_(layer.scaling)  # (8, 1536) @ (1536, 512) -> (8, 512)
@@ -193,47 +186,56 @@ def _input_gradient(gs: Sequence[Tensor], narrow_gs: Sequence[Tensor], layers: S
     return dx
 
 
-def _ranks(layers: Sequence[LoRALinear]) -> list[int]:
-    return [layer.rank for layer in layers]
-
-
 def _stack(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 class _LoRALinears(torch.autograd.Function):
-    """h = W x + s B A x for several layers of one x, or of x = silu(gate) * up; saves A x of each layer beside them.
-
-    Of silu(gate) * up only gate and up are saved, from which the backward pass computes it again.
-    """
+    """h = W x + s B A x for several layers of one x; saves x, and A x of each layer."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, up: Tensor | None, layers: Sequence[LoRALinear], *factors: Tensor):
-        inputs = x if up is None else F.silu(x).mul_(up)  # (4, 128, 1536)
-        rows = inputs.reshape(-1, x.shape[-1])  # (4, 128, 576) -> (512, 576)
+    def forward(ctx, x: Tensor, layers: Sequence[LoRALinear], *factors: Tensor):
+        rows = x.reshape(-1, x.shape[-1])  # (4, 128, 576) -> (512, 576)
         outputs, narrow = _forward(rows, layers)
-        a_is_trained = any(ctx.needs_input_grad[3::2])
-        ctx.save_for_backward(x if up is not None else rows if a_is_trained else None, up, narrow)
-        ctx.layers, ctx.shape, ctx.a_is_trained = layers, x.shape, a_is_trained
+        a_is_trained = any(layer.lora_A.requires_grad for layer in layers)
+        ctx.save_for_backward(rows if a_is_trained else None, narrow)
+        ctx.layers, ctx.shape = layers, x.shape
         return tuple(y.view(*x.shape[:-1], -1) for y in outputs)  # 3 x (4, 128, 1536)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gs: Tensor):
-        x, up, narrow = ctx.saved_tensors
+        rows, narrow = ctx.saved_tensors
         flat_gs = [g.reshape(-1, g.shape[-1]) for g in gs]  # 3 x (512, 1536)
-        if up is None:
-            dx, factor_gradients = _backward(flat_gs, x, narrow, ctx.layers, ctx.needs_input_grad[0])
-            return None if dx is None else dx.view(ctx.shape), None, None, *factor_gradients
-        activated = F.silu(x)  # (4, 128, 1536)
-        rows = (activated * up).view(-1, x.shape[-1]) if ctx.a_is_trained else None  # (512, 1536)
-        dx, factor_gradients = _backward(flat_gs, rows, narrow, ctx.layers, any(ctx.needs_input_grad[:2]))
-        if dx is None:
-            return None, None, None, *factor_gradients
-        dx = dx.view(ctx.shape)  # (4, 128, 1536)
-        d_up = activated.mul_(dx)  # (4, 128, 1536)
-        d_gate = torch.ops.aten.silu_backward(dx.mul_(up), x)  # (4, 128, 1536)
-        return d_gate, d_up, None, *factor_gradients
+        dx, factor_gradients = _backward(flat_gs, rows, narrow, ctx.layers, needs_dx=ctx.needs_input_grad[0])
+        return None if dx is None else dx.view(ctx.shape), None, *factor_gradients
+
+
+class _GatedLoRALinear(torch.autograd.Function):
+    """h = (W + s B A) z for z = silu(gate) * up; saves gate, up and A z, and computes z again."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor, layer: LoRALinear, A: Tensor, B: Tensor) -> Tensor:
+        z = F.silu(gate).mul_(up).view(-1, gate.shape[-1])  # (4, 128, 1536) -> (512, 1536)
+        (y,), narrow = _forward(z, [layer])
+        ctx.save_for_backward(gate, up, narrow)
+        ctx.layer = layer
+        return y.view(*gate.shape[:-1], -1)  # (4, 128, 576)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor):
+        gate, up, narrow = ctx.saved_tensors
+        flat_g = g.reshape(-1, g.shape[-1])  # (512, 576)
+        activated = F.silu(gate)  # (4, 128, 1536)
+        z = (activated * up).view(-1, gate.shape[-1]) if ctx.layer.lora_A.requires_grad else None  # (512, 1536)
+        dz, (dA, dB) = _backward([flat_g], z, narrow, [ctx.layer], needs_dx=any(ctx.needs_input_grad[:2]))
+        if dz is None:
+            return None, None, None, dA, dB
+        dz = dz.view(gate.shape)  # (4, 128, 1536)
+        d_up = activated.mul_(dz)  # (4, 128, 1536)
+        d_gate = torch.ops.aten.silu_backward(dz.mul_(up), gate)  # (4, 128, 1536)
+        return d_gate, d_up, None, dA, dB
 
 
 # Norm and rotation
@@ -293,13 +295,17 @@ def recompute(function: Callable[..., Tensor], x: Tensor, *arguments: Tensor | N
         function: of tensors; it computes the same at every call that finds torch's random generators in one state.
         x, arguments: its tensors, or None.
     """
-    draw_again = _remember_randomness(x.device)
+    state = torch.get_rng_state()
+    cuda_state = torch.cuda.get_rng_state(x.device) if x.device.type == "cuda" else None
     numbers = count()  # instead of the tensors that the first forward pass saves
     again = {}  # by these numbers, what the second forward pass saves
 
     def compute_again(number: int) -> Tensor:
         if not again:
-            with draw_again():
+            with restore_randomness(x.device):
+                torch.set_rng_state(state)
+                if cuda_state is not None:
+                    torch.cuda.set_rng_state(cuda_state, x.device)
                 again.update(enumerate(_saved_tensors(function, (x, *arguments))))
         return again.pop(number)
 
@@ -321,21 +327,6 @@ def _saved_tensors(function: Callable[..., Tensor], arguments: tuple[Tensor | No
     return saved
 
 
-def _remember_randomness(device: torch.device) -> Callable[[], AbstractContextManager[None]]:
-    """Return a context in which torch's generators draw what they will draw now."""
-    state, of_device = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    @contextmanager
-    def draw_again() -> Iterator[None]:
-        with restore_randomness(device):
-            torch.set_rng_state(state)
-            if of_device is not None:
-                torch.cuda.set_rng_state(of_device, device)
-            yield
-
-    return draw_again
-
-
 # The blocks
 
 
@@ -347,7 +338,8 @@ class LeanBlock(Block):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             raise RuntimeError(
-                "A lean block was called under torch.autocast; leave it, and use Lean(base_dtype=torch.bfloat16)."
+                "A lean block computes in the dtypes of its weights, but was called under torch.autocast; leave it, "
+                "and use Lean(base_dtype=torch.bfloat16)."
             )
         if not (self.checkpoint and torch.is_grad_enabled() and cache is None):
             return self._compute(x, cos, sin, mask, cache)  # (4, 128, 576)
@@ -386,12 +378,6 @@ class LeanMLP(MLP):
         return gated_linear(self.down_proj, gate, up)  # (4, 128, 576)
 
 
-def make_lean(block: Any, checkpoint: bool) -> None:
-    """Let a block compute as a lean one, in place: only its class changes, and the classes inside it."""
-    block.__class__, block.self_attn.__class__, block.mlp.__class__ = LeanBlock, LeanAttention, LeanMLP
-    block.checkpoint = checkpoint
-
-
 class LeanEmbedding(nn.Embedding):
     """An embedding that returns its rows in float32, whatever the dtype of its table."""
 
@@ -418,3 +404,19 @@ class LeanBlockHead(BlockLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.dtype)).to(x.dtype)  # (4, 128, 49152)
+
+
+_LEAN_CLASSES = {
+    Block: LeanBlock,
+    Attention: LeanAttention,
+    MLP: LeanMLP,
+    nn.Embedding: LeanEmbedding,
+    nn.Linear: LeanHead,
+    BlockLinear: LeanBlockHead,
+}
+
+
+def make_lean(*modules: Any) -> None:
+    """Give each module the lean class of its kind, in place: it computes in another way, and keeps its parameters."""
+    for module in modules:
+        module.__class__ = _LEAN_CLASSES.get(type(module), type(module))

@@ -37,7 +37,7 @@ def cross_entropy(model: Llama, inputs: Tensor, targets: Tensor, rows: int = 256
     hidden = model.model(inputs).flatten(0, 1)  # (4, 128) -> (512, 576)
     targets = targets.flatten()  # (512,)
     counts = targets != IGNORE  # (512,)
-    if not every_target and not bool(counts.all()):
+    if not every_target and not counts.all():
         hidden, targets = hidden[counts], targets[counts]  # (n, 576), (n,)
     head = model.lm_head
     if isinstance(head, LoRALayer) or is_trained(head):

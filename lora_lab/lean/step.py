@@ -17,27 +17,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.adamw import adamw
 
 from lora_lab.inject import lora_layers
-from lora_lab.lean.blocks import (
-    LeanBlock,
-    LeanBlockHead,
-    LeanEmbedding,
-    LeanHead,
-    at_least_float32,
-    is_plain_lora,
-    make_lean,
-)
+from lora_lab.lean.blocks import LeanBlock, at_least_float32, is_plain_lora, make_lean
 from lora_lab.lean.loss import cross_entropy
 from lora_lab.lora import LoRALayer
 from lora_lab.methods import Method
 from lora_lab.models.llama import Llama, RMSNorm
-from lora_lab.models.quantize import BlockEmbedding, BlockLinear, BlockWeight
+from lora_lab.models.quantize import BlockEmbedding, BlockWeight
 from lora_lab.system.schema import Size, check_bfloat16, check_fields
 from lora_lab.task import IGNORE, Loss
 from lora_lab.task import cross_entropy as plain_cross_entropy
 from lora_lab.train import Batch, TrainConfig, TrainingStep, parameter_groups
 
 _M_MMAP_THRESHOLD = -3  # the C library's number of the setting (malloc.h)
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -69,24 +60,28 @@ class Lean:
 
     def settings(self) -> dict[str, Any]:
         """Return the options as plain data, for a History."""
-        return asdict(self) | {"base_dtype": None if self.base_dtype is None else str(self.base_dtype)}
+        return asdict(self) | {"base_dtype": self.base_dtype and str(self.base_dtype)}
 
     def make_step(self, model: nn.Module, loss: Loss, method: Method, config: TrainConfig) -> LeanStep:
         """Prepare ``model`` in place, as :func:`lora_lab.train.make_step` does, with lean blocks.
 
         Raises:
-            ValueError: as for :func:`apply_lean`, or as for the method.
+            ValueError: as for :func:`apply_lean`, or as for the method. The model is then left as it was.
         """
-        if _has_values(model):  # a refusal leaves it as it was
-            rehearsal = copy_to_meta(model)
-            method.prepare(rehearsal, config.seed)
-            _check(rehearsal, self)
+        self._rehearse(model, method, config.seed)
         method.prepare(model, config.seed)
         apply_lean(model, self)
         if loss is plain_cross_entropy:
             loss = cast(Loss, partial(cross_entropy, rows=self.loss_rows))  # apply_lean has checked for a Llama
         optimizer = FlatAdamW(parameter_groups(model, method, config))
         return LeanStep(model, loss, optimizer, config.clip, self.threads)
+
+    def _rehearse(self, model: nn.Module, method: Method, seed: int) -> None:
+        """Prepare a copy without values, so that a refusal comes before the model itself changes."""
+        if _has_values(model):
+            rehearsal = copy_to_meta(model)
+            method.prepare(rehearsal, seed)
+            _check(rehearsal, self)
 
 
 @dataclass
@@ -101,8 +96,8 @@ class LeanStep(TrainingStep):
     every_target: bool = False  # whether every target of the next batches is known to count
 
     def __post_init__(self) -> None:
-        pool = partial(ThreadPoolExecutor, self.threads, initializer=torch.set_num_threads, initargs=(1,))
-        self._pool = pool() if self.threads > 1 else None
+        # It starts its threads when the first micro-batches come.
+        self._pool = ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,))
 
     def read_targets(self, targets: Sequence[Tensor]) -> None:
         """Find out whether every target of the next batches counts, so that the step need not wait for a GPU to know.
@@ -110,7 +105,7 @@ class LeanStep(TrainingStep):
         Without a call each step reads its targets itself. After a call, a step on other batches with targets of -100
         raises an error or has a loss of NaN: see :func:`lora_lab.lean.cross_entropy`.
         """
-        self.every_target = all(bool((part != IGNORE).all()) for part in targets)
+        self.every_target = all((part != IGNORE).all() for part in targets)
 
     def batch_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss of a micro-batch, a scalar."""
@@ -120,11 +115,11 @@ class LeanStep(TrainingStep):
 
     def backward(self, batches: Sequence[Batch], weights: Sequence[float]) -> list[Tensor]:
         """Add the gradients of the weighted losses to the parameters' ``grad``, and return those losses."""
-        if self._pool is None:
+        if self.threads == 1:
             return super().backward(batches, weights)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-        def loss_and_gradients(batch: Batch, weight: float) -> tuple[Tensor, Sequence[Tensor]]:
+        def loss_and_gradients(batch: Batch, weight: float):
             weighted = self.batch_loss(*batch) * weight  # ()
             return weighted.detach(), torch.autograd.grad(weighted, parameters, allow_unused=True)
 
@@ -149,35 +144,50 @@ class FlatAdamW(torch.optim.Optimizer):
 
     Args:
         groups: each with its ``params``, of one dtype and device.
-        lr, weight_decay: of groups without their own, as for ``torch.optim.AdamW``.
+        lr, betas, eps, weight_decay: of groups without their own, as for ``torch.optim.AdamW``.
+
+    Raises:
+        ValueError: as for :meth:`add_param_group`.
     """
 
-    def __init__(self, groups: Sequence[dict[str, Any]], lr: float = 1e-3, weight_decay: float = 0.01) -> None:
-        self._gradients: dict[nn.Parameter, Tensor] = {}  # each parameter's view
-        self._flat: list[dict[str, Tensor]] = []  # of each group
-        super().__init__(groups, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": weight_decay})
+    def __init__(
+        self,
+        groups: Sequence[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> None:
+        self._gradients: dict[nn.Parameter, Tensor] = {}  # each parameter's view of its group's gradients
+        self._flat: list[dict[str, Tensor]] = []  # of each group: values, gradients, moments, step
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, which become views of a flat tensor of their own.
 
         It does not call torch's method, which loads torch's compiler at its first call (60 MB, and a second).
+
+        Raises:
+            ValueError: a parameter is in a group already.
         """
-        group = {**self.defaults, **param_group, "params": list(param_group["params"])}
-        self._flat.append(self._flatten(group["params"]))
-        self.param_groups.append(group)
+        parameters = list(param_group["params"])
+        if shared := self._gradients.keys() & set(parameters):
+            raise ValueError(f"{len(shared)} parameters are in two groups, and would be updated twice; give each once.")
+        self._flat.append(self._flatten(parameters))
+        self.param_groups.append({**self.defaults, **param_group, "params": parameters})
 
     def _flatten(self, parameters: list[nn.Parameter]) -> dict[str, Tensor]:
         values = torch.cat([parameter.detach().flatten() for parameter in parameters])  # (2442240,)
-        zeros = {name: torch.zeros_like(values) for name in ("gradients", *_MOMENTS)}  # (2442240,) each
-        flat = {"values": values, **zeros, "step": torch.zeros((), device=values.device)}
-        start = 0
-        for parameter in parameters:
-            part, start = slice(start, start + parameter.numel()), start + parameter.numel()
-            parameter.data = values[part].view(parameter.shape)
-            moments = {name: flat[name][part].view(parameter.shape) for name in _MOMENTS}
-            self.state[parameter] = {"step": flat["step"], **moments}
-            parameter.grad = self._gradients[parameter] = flat["gradients"][part].view(parameter.shape)
-        return flat
+        flat = {"values": values} | {name: torch.zeros_like(values) for name in ("gradients", "exp_avg", "exp_avg_sq")}
+        step = torch.zeros((), device=values.device)
+        sizes = [parameter.numel() for parameter in parameters]
+        parts = (tensor.split(sizes) for tensor in flat.values())
+        for parameter, *own in zip(parameters, *parts, strict=True):
+            value, gradient, mean, square = (part.view_as(parameter) for part in own)
+            parameter.data = value
+            parameter.grad = self._gradients[parameter] = gradient
+            self.state[parameter] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
+        return flat | {"step": step}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set all gradients to zero; they remain views, whatever ``set_to_none`` is."""
@@ -187,7 +197,19 @@ class FlatAdamW(torch.optim.Optimizer):
             flat["gradients"].zero_()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict()`` returned, here or for a ``torch.optim.AdamW`` with the same groups."""
+        """Load what ``state_dict()`` returned, here or for a ``torch.optim.AdamW`` with the same groups.
+
+        Raises:
+            ValueError: a parameter has no state, or the parameters of a group are at different steps.
+        """
+        states = state_dict["state"]
+        for group in state_dict["param_groups"]:
+            steps = {float(states[index]["step"]) if index in states else None for index in group["params"]}
+            if None in steps or len(steps) > 1:
+                raise ValueError(
+                    f"The parameters of a group are at the steps {steps}, but a FlatAdamW counts the steps of a group "
+                    "once; load what state_dict() returned after a step on all of them."
+                )
         views = dict(self.state)
         super().load_state_dict(state_dict)  # which replaces the views by copies
         for parameter, state in views.items():
@@ -197,26 +219,38 @@ class FlatAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride] - the closure is optional in torch too
-        """One step of AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2)."""
+        """Take a step of AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2)."""
         for parameter, view in self._gradients.items():
             if parameter.grad is None:
                 view.zero_()
             elif parameter.grad is not view:  # after the zero_grad() of the model, which drops the views
                 view.copy_(parameter.grad)
         for group, flat in zip(self.param_groups, self._flat, strict=True):
-            options = {name: group[name] for name in ("lr", "weight_decay", "eps")}
-            options |= dict(zip(("beta1", "beta2"), group["betas"], strict=True))
-            options |= {"fused": True, "amsgrad": False, "maximize": False}
-            first, second = ([flat[name]] for name in _MOMENTS)
-            adamw([flat["values"]], [flat["gradients"]], first, second, [], [flat["step"]], **options)
+            beta1, beta2 = group["betas"]
+            adamw(
+                [flat["values"]],
+                [flat["gradients"]],
+                [flat["exp_avg"]],
+                [flat["exp_avg_sq"]],
+                max_exp_avg_sqs=[],
+                state_steps=[flat["step"]],
+                lr=group["lr"],
+                beta1=beta1,
+                beta2=beta2,
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                amsgrad=False,
+                maximize=False,
+                fused=True,
+            )
 
 
 def apply_lean(model: nn.Module, lean: Lean) -> None:
-    """Replace the blocks, embedding and head of an adapted Llama by lean ones, in place. Lean ones take new options.
+    """Turn the blocks, embedding and head of an adapted Llama into lean ones, in place. Lean ones take new options.
 
-    Names and parameters stay, and so does what the model computes. The blocks read the weights of adapted layers and
-    norms without calling them, so forward hooks on modules inside a block do not fire; hooks on the new blocks do.
-    Under ``torch.autocast`` a block raises RuntimeError.
+    Only the classes of modules change: names and parameters stay, and so does what the model computes. The blocks read
+    the weights of adapted layers and norms without calling them, so forward hooks on modules inside a block do not
+    fire; hooks on the lean blocks do. Under ``torch.autocast`` a block raises RuntimeError.
 
     Raises:
         ValueError: the model is not a Llama of ours, has adapters of a variant with another forward
@@ -229,17 +263,18 @@ def apply_lean(model: nn.Module, lean: Lean) -> None:
     if lean.base_dtype is not None:
         _cast_base(model, lean.base_dtype)
     trunk, head = model.model, model.lm_head
-    for block in trunk.layers:
-        make_lean(block, lean.checkpoint)
+    blocks: Any = trunk.layers
+    for block in blocks:
+        make_lean(block, block.self_attn, block.mlp)
+        block.checkpoint = lean.checkpoint
+    make_lean(trunk.embed_tokens)
     for module in trunk.modules():
         if isinstance(module, RMSNorm | BlockEmbedding):
             _raise_to_float32(module)
-    if isinstance(trunk.embed_tokens, nn.Embedding):
-        trunk.embed_tokens.__class__ = LeanEmbedding
     if isinstance(head, LoRALayer):  # called with float32, now and when it is merged
         _raise_to_float32(head.base)
-    elif isinstance(head, BlockLinear | nn.Linear):
-        cast(Any, head).__class__ = LeanBlockHead if isinstance(head, BlockLinear) else LeanHead
+    else:
+        make_lean(head)
 
 
 def _has_values(model: nn.Module) -> bool:
@@ -272,9 +307,9 @@ def _check(model: nn.Module, lean: Lean) -> Llama:
     for name, layer in layers.items():
         if not is_plain_lora(layer):
             raise ValueError(f"{name!r} is a {type(layer).__name__}, whose forward pass has no lean form.")
-    in_adapted_layers = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
+    in_adapted_layers = {parameter for layer in layers.values() for parameter in layer.parameters()}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in in_adapted_layers:
+        if parameter.requires_grad and parameter not in in_adapted_layers:
             raise ValueError(f"{name!r} is trained, but the lean step trains adapters only; use a LoRA method.")
     for name, module in model.named_modules():
         hooks = (getattr(module, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre"))
@@ -293,11 +328,11 @@ def _check(model: nn.Module, lean: Lean) -> Llama:
 
 def _cast_base(model: Llama, dtype: torch.dtype) -> None:
     """Cast all matrices to ``dtype``, except the factors of adapters and an adapted head."""
-    excluded = {id(getattr(layer, part)) for layer in lora_layers(model).values() for part in layer.parts}
+    excluded = {getattr(layer, part) for layer in lora_layers(model).values() for part in layer.parts}
     if isinstance(model.lm_head, LoRALayer):
-        excluded |= {id(parameter) for parameter in model.lm_head.parameters()}
+        excluded |= {*model.lm_head.parameters()}
     for parameter in model.parameters():
-        if parameter.ndim == 2 and parameter.is_floating_point() and id(parameter) not in excluded:
+        if parameter.ndim == 2 and parameter.is_floating_point() and parameter not in excluded:
             parameter.data = parameter.data.to(dtype)
 
 

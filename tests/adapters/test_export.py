@@ -28,7 +28,7 @@ from lora_lab import (
     save_model,
 )
 from lora_lab.adapters import CONFIG, save_gguf, save_merged, shipped
-from lora_lab.adapters.export import load_merged
+from lora_lab.adapters.export import load_whole_model
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
 from tests.helpers import command, error_line, logits, names, random_ids, randomise, randomise_all, snapshot
@@ -359,7 +359,7 @@ def test_transformers_reads_a_merged_folder_with_the_models_logits(make, adapter
 @pytest.mark.parametrize(("dtype", "kind"), [("f16", torch.float16), ("bf16", torch.bfloat16)])
 def test_a_shorter_folder_holds_the_merged_numbers_rounded_once(adapter, tmp_path, family, dtype, kind):
     folder, _ = adapter(family)
-    exact, _ = load_merged(folder)
+    exact, _ = load_whole_model(folder)
     assert not lora_layers(exact)
     save_merged(folder, tmp_path / "merged", dtype)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")

@@ -624,6 +624,19 @@ def test_a_stored_state_is_taken_up_and_the_steps_go_on(other):
     assert all(float(state["step"]) == 0 for state in unloaded.state_dict()["state"].values())
 
 
+def test_the_flat_optimiser_takes_each_parameter_once_and_a_state_at_one_step_only():
+    parameters, groups = two_groups()
+    with pytest.raises(ValueError, match="2 parameters are in two groups"):
+        FlatAdamW([*groups, {"params": parameters[1:]}])
+    plain = torch.optim.AdamW(groups)
+    optimizer = FlatAdamW(two_groups()[1])
+    for trained in ([], parameters[1:], parameters):  # no state, none of one parameter, and two different steps
+        if trained:
+            steps_of(trained, plain, 1)
+        with pytest.raises(ValueError, match="at the steps"):
+            optimizer.load_state_dict(plain.state_dict())
+
+
 @pytest.mark.parametrize("way", ["by the model", "by both", "one has none"])
 def test_gradients_that_are_no_views_any_more_are_stepped_along_all_the_same(way):
     ends = []
