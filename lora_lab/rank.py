@@ -426,7 +426,7 @@ def _spectrum(S: Tensor) -> Tensor:
     """
     if not isinstance(S, Tensor) or S.is_meta:
         raise ValueError(f"S is {S!r:.99}, but it must be a tensor that stores values, such as svd(W).S.")
-    if not S.is_floating_point() or S.ndim == 0 or S.numel() == 0:
+    if not (S.is_floating_point() and S.ndim and S.numel()):
         raise ValueError(f"S is {tuple(S.shape)} of {S.dtype}, but it must be singular values (..., k), as svd(W).S.")
     if not (S.isfinite() & (S >= 0)).all():
         raise ValueError("S has entries that are negative, NaN or infinite, so they are no singular values.")

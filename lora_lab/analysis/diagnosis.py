@@ -111,8 +111,8 @@ def diagnose(
         ValueError: the optimizer or the base is something else, such as a path.
         TypeError: load_report has no ``missing_keys``.
     """
-    if optimizer is not None and not hasattr(optimizer, "param_groups"):
-        raise ValueError(f"optimizer is {short_repr(optimizer)}, but it must be torch's that trains the model.")
+    if not isinstance(optimizer, Optimizer | None):
+        raise ValueError(f"optimizer is {short_repr(optimizer)}, but it must be the optimizer that trains the model.")
     if not isinstance(base, nn.Module | Mapping | None):
         raise ValueError(f"base is {short_repr(base)}, but it must be the pre-trained model or its state dict.")
     layers = lora_layers(model)

@@ -243,7 +243,7 @@ def count_intruders(update: Update, with_noise: bool = True) -> dict[str, float]
         return rank.intruder_dimensions(old, W + noise.to(W), top).count
 
     if with_noise:
-        row = _with_band("intruders", int(result.count), by_chance(draw))
+        row = _with_band("intruders", row["intruders"], by_chance(draw))
     return {**row, "energy_share": float(result.energy_share), "floor": result.floor}
 
 
