@@ -345,6 +345,7 @@ def analyze(tuned: str, /, base: str | None = None, out: str = "runs/analyze") -
             f"{tuned} is not an adapter (it lacks {ll.adapters.CONFIG}); a fine-tuned model needs --base as well."
         )
     folder = Path(out)
+    system.files.check_writable(folder)
     system.files.check_replaceable(folder / "layers.csv", ("layer", "kind", "depth"))
     before = None if base is None else models.pretrained.load_pretrained(base, device="cpu")[0]
     after = tuned if adapter else models.pretrained.load_pretrained(tuned, device="cpu")[0]
@@ -423,6 +424,7 @@ def ablate(
     options = {"steps": steps, "batch_size": batch, "eval_examples": eval_examples}
     options |= {"alpha": alpha} if alpha is not None else {"alpha_per_rank": 2.0}
     grid = ablation.studies.grid(task, method, list(ranks), list(lrs) or None, range(seeds), **options)
+    system.files.check_writable(folder)
     system.files.check_replaceable(folder / "table.csv", ("key", "method", "lr", "outcome"))
     print(f"{len(grid)} trials; results in {folder / 'trials'}, from which a run that was stopped continues")
     net, data = ablation.studies.study(task, seq, model=model)

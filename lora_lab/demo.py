@@ -117,9 +117,9 @@ def run(
         (f"LoRA r={rank}", LoRA(rank=rank, alpha=2 * rank), 2e-3, out / "lora"),
         ("full fine-tuning", FullFineTuning(), 2e-4, out / "full"),
     ]
-    files.check_replaceable(out / "demo.json", ("machine", "results"))
-    for *_, folder in runs:
+    for folder in (out, out / "lora", out / "full"):
         files.check_writable(folder)
+    files.check_replaceable(out / "demo.json", ("machine", "results"))
     print(f"Device: {why}")
     print("\n[1/4] SmolLM2-135M-Instruct, before any training")
     start = run_in_subprocess(answer_before_training, device)

@@ -39,6 +39,11 @@ class SVD(NamedTuple):
     S: Tensor
     Vh: Tensor
 
+    @property
+    def shape(self) -> torch.Size:
+        """That of the matrix: (..., out, in)."""
+        return self.U.shape[:-1] + self.Vh.shape[-1:]
+
 
 Matrix = Tensor | tuple[Tensor, Tensor, Tensor]
 
@@ -60,18 +65,19 @@ def product_svd(B: Tensor, A: Tensor, scaling: float | Tensor = 1.0) -> SVD:
         U (..., out, k), S (..., k), Vh (..., k, in), where k is the smallest of out, rank and in.
 
     Raises:
-        ValueError: the shapes do not match, or a factor has entries that are not finite.
+        ValueError: the shapes do not match, a factor has entries that are not finite, or the scaling is not positive.
     """
     _check(B, "B")
     _check(A, "A")
+    if B.mT.shape[:-1] != A.shape[:-1]:  # (..., rank) of both
+        raise ValueError(f"B is {tuple(B.shape)}, A {tuple(A.shape)}; they must be (..., out, rank), (..., rank, in).")
     scaling = torch.as_tensor(scaling, dtype=torch.float64)  # ()
     if not (scaling.isfinite() & (scaling > 0)).all():
         raise ValueError(f"scaling is {scaling.tolist()}, but it must be a positive number.")
     dtype = torch.promote_types(_work_dtype(B), _work_dtype(A))
     Q_B, R_B = torch.linalg.qr(B.to(dtype))  # (192, 8), (8, 8)
     Q_A, R_A = torch.linalg.qr(A.mT.to(dtype))  # (576, 8), (8, 8)
-    small = R_B @ R_A.mT  # (8, 8)
-    small = small * scaling[..., None, None].to(small)  # (8, 8)
+    small = R_B @ R_A.mT * scaling[..., None, None].to(R_B)  # (8, 8)
     _check(small, "scaling * B A")
     U, S, Vh = torch.linalg.svd(small, full_matrices=False)  # (8, 8), (8,), (8, 8)
     return SVD(Q_B @ U, S, Vh @ Q_A.mT)  # (192, 8), (8,), (8, 576)
@@ -162,7 +168,9 @@ def stable_rank(S: Tensor) -> Tensor:
 
 
 def energy_rank(S: Tensor, share: float = 0.9) -> Tensor:
-    """Return the smallest number of directions that hold a share of the energy, the sum of squared singular values.
+    """Return the smallest number of directions that hold the given share of the energy.
+
+    The energy is the sum of the squared singular values.
 
     Raises:
         ValueError: the share is not above 0 and at most 1.
@@ -195,7 +203,7 @@ def subspace_similarity(V1: Tensor, V2: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes do not match, or the columns are not orthonormal.
     """
-    V1, V2 = _check_bases(V1, V2)
+    V1, V2 = _checked_bases(V1, V2)
     shared = (V1.mT @ V2).square().cumsum(-1).cumsum(-2)  # (8, 64)
     i = torch.arange(1, V1.shape[-1] + 1, device=V1.device)  # (8,)
     j = torch.arange(1, V2.shape[-1] + 1, device=V1.device)  # (64,)
@@ -230,8 +238,7 @@ def amplification(delta: Matrix, W: Matrix, rank: int) -> Amplification:
     """
     size, projected, weight = _size_and_projection(delta, W, rank)
     generator = torch.Generator().manual_seed(0)
-    sides = (orthonormal(n, rank, generator=generator).to(weight) for n in weight.shape[-2:])
-    left, right = sides  # (192, 8), (576, 8)
+    left, right = (orthonormal(n, rank, generator=generator).to(weight) for n in weight.shape[-2:])  # 2 x (n, 8)
     largest = singular_values(W)[..., :rank].norm(dim=-1).to(weight.dtype)  # ()
     random = torch.linalg.matrix_norm(left.T @ weight @ right)  # ()
     return Amplification(_ratio(size, projected), size, projected, largest, random)
@@ -251,16 +258,23 @@ def amplification_factor(delta: Matrix, W: Matrix, rank: int) -> Tensor:
 
 
 def _size_and_projection(delta: Matrix, W: Matrix, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the update's norm, that of the weight in the update's leading directions, and the weight as a tensor."""
-    U, S, Vh = svd(delta)
-    _check_rank(rank, S.shape[-1])
+    """Return the update's norm, that of the weight in the update's leading directions, and the weight as a tensor.
+
+    Raises:
+        ValueError: as for :func:`amplification`.
+    """
+    update = svd(delta)
+    _check_rank(rank, update.S.shape[-1])
     if isinstance(W, tuple):
         U_of_W, S_of_W, Vh_of_W = _check_decomposition(W)
         W = (U_of_W * S_of_W[..., None, :]) @ Vh_of_W  # (192, 576)
     _check(W, "W")
-    W = W.to(torch.promote_types(_work_dtype(W), S.dtype))
-    U, Vh = U[..., :rank].to(W.dtype), Vh[..., :rank, :].to(W.dtype)  # (192, 8), (8, 576)
-    return S.to(W.dtype).norm(dim=-1), torch.linalg.matrix_norm(U.mT @ W @ Vh.mT), W  # (), (), (192, 576)
+    if W.shape != update.shape:
+        raise ValueError(f"The weight is {tuple(W.shape)}, but the update {tuple(update.shape)}; they must be equal.")
+    W = W.to(torch.promote_types(_work_dtype(W), update.S.dtype))
+    U, Vh = update.U[..., :rank].to(W.dtype), update.Vh[..., :rank, :].to(W.dtype)  # (192, 8), (8, 576)
+    projected = torch.linalg.matrix_norm(U.mT @ W @ Vh.mT)  # ()
+    return update.S.to(W.dtype).norm(dim=-1), projected, W  # (), (), (192, 576)
 
 
 class Intruders(NamedTuple):
@@ -293,9 +307,8 @@ def intruder_dimensions(before: Matrix, after: Matrix, top: int = 10, epsilon: f
     """
     epsilon = check(epsilon, Share, "epsilon")
     old, new = svd(before), svd(after)
-    forms = [(*each.U.shape[:-1], each.Vh.shape[-1]) for each in (old, new)]
-    if forms[0] != forms[1]:
-        raise ValueError(f"The weights have the shapes {forms[0]} and {forms[1]}; they must be equal.")
+    if old.shape != new.shape:
+        raise ValueError(f"The weights have the shapes {tuple(old.shape)} and {tuple(new.shape)}; they must be equal.")
     _check_rank(top, new.S.shape[-1], "top")
     dtype = torch.promote_types(old.U.dtype, new.U.dtype)
     cosines = (new.U[..., :top].mT.to(dtype) @ old.U.to(dtype)).abs().amax(-1)  # (10, 192) -> (10,)
@@ -330,9 +343,13 @@ def gaussian(shape: tuple[int, ...], *, norm: float = 1.0, generator: torch.Gene
 
 
 def gaussian_factors(
-    shape: tuple[int, int], rank: int, *, norm: float = 1.0, generator: torch.Generator | None = None
+    shape: tuple[int, ...], rank: int, *, norm: float = 1.0, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return noise in the form of an adapter: Gaussian B (out, r) and A (r, in), with ||B A||_F = ``norm``."""
+    """Return noise in the form of an adapter: Gaussian B (out, r) and A (r, in), scaled so that ||B A||_F is ``norm``.
+
+    Raises:
+        ValueError: the rank is 0: as for :func:`product_svd`.
+    """
     B = torch.randn(shape[0], rank, generator=generator, dtype=torch.float64)  # (192, 8)
     A = torch.randn(rank, shape[1], generator=generator, dtype=torch.float64)  # (8, 576)
     size = product_svd(B, A).S.norm()  # ()
@@ -387,24 +404,29 @@ def _ratio(part: Tensor, whole: Tensor) -> Tensor:
 
 def _check(W: Tensor, name: str) -> None:
     if not W.is_floating_point() or W.ndim < 2 or W.numel() == 0 or W.is_meta:
-        raise ValueError(
-            f"{name} is {tuple(W.shape)} of {W.dtype} on {W.device}, but it must be a matrix of floats, (..., out, in)."
-        )
+        raise ValueError(f"{name} is {tuple(W.shape)} of {W.dtype} on {W.device}; it must hold floats (..., out, in).")
     if not all(bound.isfinite() for bound in W.aminmax()):  # one pass; NaN propagates
         raise ValueError(f"{name} has entries that are NaN or infinite; check whether training diverged.")
 
 
 def _check_decomposition(decomposition: tuple[Tensor, Tensor, Tensor]) -> SVD:
     U, S, Vh = decomposition
-    if not (U.shape[:-2] == Vh.shape[:-2] == S.shape[:-1] and U.shape[-1:] == S.shape[-1:] == Vh.shape[-2:-1]):
+    if not S.shape == Vh.shape[:-1] == U.mT.shape[:-1]:  # (..., k) of each
         shapes = [tuple(part.shape) for part in decomposition]
         raise ValueError(f"The shapes {shapes} are not those of U (..., out, k), S (..., k), Vh (..., k, in).")
     return SVD(U, S, Vh)
 
 
 def _spectrum(S: Tensor) -> Tensor:
-    """Return S in the dtype to compute in, after checks."""
-    if not S.is_floating_point() or S.ndim == 0 or S.numel() == 0 or S.is_meta:
+    """Return S in the dtype to compute in.
+
+    Raises:
+        ValueError: S is no tensor of floating-point numbers (..., k), is on the meta device, or has an entry that is no
+            singular value.
+    """
+    if not isinstance(S, Tensor) or S.is_meta:
+        raise ValueError(f"S is {S!r:.99}, but it must be a tensor that stores values, such as svd(W).S.")
+    if not (S.is_floating_point() and S.ndim and S.numel()):
         raise ValueError(f"S is {tuple(S.shape)} of {S.dtype}, but it must be singular values (..., k), as svd(W).S.")
     if not (S.isfinite() & (S >= 0)).all():
         raise ValueError("S has entries that are negative, NaN or infinite, so they are no singular values.")
@@ -416,7 +438,7 @@ def _check_rank(rank: int, largest: int, name: str = "rank") -> None:
         raise ValueError(f"{name} is {rank}, but for this matrix it must be from 1 to {largest}.")
 
 
-def _check_bases(V1: Tensor, V2: Tensor) -> tuple[Tensor, Tensor]:
+def _checked_bases(V1: Tensor, V2: Tensor) -> tuple[Tensor, Tensor]:
     """Return both in the dtype to compute in, after checks."""
     for V, name in ((V1, "V1"), (V2, "V2")):
         _check(V, name)

@@ -330,6 +330,8 @@ REFUSED = [  # the call, what must be named
     (lambda: rank.svd(NAN), "W has"),
     (lambda: rank.singular_values(torch.full((4, 6), torch.inf)), "W has"),
     (lambda: rank.product_svd(NAN, normal(6, 3)), "B has"),
+    (lambda: rank.product_svd(normal(4, 2), normal(3, 6)), r"B is \(4, 2\), A \(3, 6\)"),
+    (lambda: rank.product_svd(normal(3, 4, 2), normal(2, 6)), r"B is \(3, 4, 2\), A \(2, 6\)"),
     (lambda: rank.product_svd(normal(4, 2), normal(2, 6), 0.0), r"scaling is 0\.0"),
     (lambda: rank.product_svd(normal(4, 2), normal(2, 6), math.nan), "scaling is nan"),
     (lambda: rank.product_svd(normal(2, 4, 2), normal(2, 2, 6), torch.tensor([1.0, 0.0])), "scaling is"),
@@ -343,15 +345,18 @@ REFUSED = [  # the call, what must be named
     (lambda: rank.truncate(W, 5), "rank is 5"),
     (lambda: rank.effective_rank(torch.tensor([1.0, -1.0])), "S has"),
     (lambda: rank.stable_rank(torch.tensor([1.0, torch.nan])), "S has"),
-    (lambda: rank.energy_rank(torch.ones(3, device="meta")), "S is"),
+    (lambda: rank.energy_rank(torch.ones(3, device="meta")), "S is .*meta.* stores values"),
+    (lambda: rank.energy_rank([1.0]), r"S is \[1\.0\]"),
     (lambda: rank.energy_rank(torch.ones(3), 0.0), r"share is 0\.0"),
     (lambda: rank.energy_rank(torch.ones(3), 90), "share is 90"),
     (lambda: rank.subspace_similarity(normal(6, 2), basis(6, 2)), "V1"),
     (lambda: rank.amplification(W, W, 5), "rank is 5"),
+    (lambda: rank.amplification(W, W.T, 2), r"weight is \(6, 4\), but the update \(4, 6\)"),
     (lambda: rank.intruder_dimensions(W, normal(6, 4), 2), r"\(4, 6\) and \(6, 4\)"),
     (lambda: rank.intruder_dimensions(W, W), "top is 10"),
     (lambda: rank.intruder_dimensions(W, W, 2, 0.0), r"epsilon is 0\.0"),
     (lambda: rank.orthonormal(4, 5), "k is 5"),
+    (lambda: rank.gaussian_factors((4, 6), 0), r"B is \(4, 0\)"),
 ]
 
 

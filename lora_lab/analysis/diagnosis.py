@@ -18,8 +18,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lora_lab.inject import lora_layers
+from lora_lab.system.wording import short_repr
 
 _PARTS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
 # Ours: "<layer>.lora_A". PEFT's: "<layer>.lora_A.<adapter>.weight" and "<layer>.lora_embedding_A.<adapter>".
@@ -86,7 +88,7 @@ class _Adapter:
 
 def diagnose(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizer | None = None,
     base: nn.Module | Mapping[str, Tensor] | None = None,
     load_report: Any = None,
 ) -> Diagnosis:
@@ -104,29 +106,37 @@ def diagnose(
         base: the pre-trained model, or its state dict, loaded separately: not the one inside ``model``.
         load_report: what ``model.load_state_dict(..., strict=False)`` or peft's ``set_peft_model_state_dict``
             returned.
+
+    Raises:
+        ValueError: the optimizer or the base is something else, such as a path.
+        TypeError: load_report has no ``missing_keys``.
     """
+    if not isinstance(optimizer, Optimizer | None):
+        raise ValueError(f"optimizer is {short_repr(optimizer)}, but it must be the optimizer that trains the model.")
+    if not isinstance(base, nn.Module | Mapping | None):
+        raise ValueError(f"base is {short_repr(base)}, but it must be the pre-trained model or its state dict.")
     layers = lora_layers(model)
     our_names = {f"{name}.{part}" for name, layer in layers.items() for part in layer.parts}
     parameters = dict(model.named_parameters())
-    own = {name: p for name, p in parameters.items() if name in our_names or not _PARTS.isdisjoint(name.split("."))}
-    adapters = _pair_factors(own)
-    inside = {adapter.layer: "base_layer." for adapter in adapters} | dict.fromkeys(layers, "base.")
+    adapter_parameters = {name: p for name, p in parameters.items() if name in our_names or _PARTS & {*name.split(".")}}
+    adapters = _pair_factors(adapter_parameters)
+    base_prefix = {adapter.layer: "base_layer." for adapter in adapters} | dict.fromkeys(layers, "base.")
     results = {
         "adapters": _check_adapters(model, adapters),
-        "trainable": _check_trainable(parameters, own),
+        "trainable": _check_trainable(parameters, adapter_parameters),
         "dtype": _check_dtype(parameters),
-        "optimizer": _check_optimizer(parameters, own, optimizer),
+        "optimizer": _check_optimizer(parameters, adapter_parameters, optimizer),
         "update": _check_update(model, adapters, optimizer),
-        "base": _check_base(model, inside, base),
+        "base": _check_base(model, base_prefix, base),
         "loading": _check_loading(load_report),
     }
     return Diagnosis(tuple(Finding(check, *result) for check, result in results.items()))
 
 
-def _pair_factors(own: Parameters) -> list[_Adapter]:
+def _pair_factors(adapter_parameters: Parameters) -> list[_Adapter]:
     """Return the adapters of which both factors are among these parameters."""
-    factors: dict[tuple[str, str | None], dict[str, Tensor]] = defaultdict(dict)
-    for name, parameter in own.items():
+    factors = defaultdict(dict)  # A and B, by layer and name
+    for name, parameter in adapter_parameters.items():
         if match := _FACTOR.fullmatch(name):
             factors[match["layer"] or "", match["adapter"]][match["part"]] = parameter
     return [_Adapter(*key, **parts) for key, parts in factors.items() if parts.keys() == {"A", "B"}]
@@ -147,15 +157,15 @@ def _check_adapters(model: nn.Module, adapters: list[_Adapter]) -> Result:
     )
 
 
-def _check_trainable(parameters: Parameters, own: Parameters) -> Result:
+def _check_trainable(parameters: Parameters, adapter_parameters: Parameters) -> Result:
     trainable = {name: parameter.numel() for name, parameter in parameters.items() if parameter.requires_grad}
-    outside = [name for name in trainable if name not in own]
+    outside = [name for name in trainable if name not in adapter_parameters]
     inside = len(trainable) - len(outside)
     counts = (
-        f"Trainable tensors in adapters: {inside} of {len(own)}; outside the adapters: {_count(outside)}; trainable "
-        f"parameters: {sum(trainable.values()):,}"
+        f"Trainable tensors in adapters: {inside} of {len(adapter_parameters)}; outside the adapters: "
+        f"{_count(outside)}; trainable parameters: {sum(trainable.values()):,}"
     )
-    if own and not inside:
+    if adapter_parameters and not inside:
         return "problem", (
             f"{counts}; call requires_grad_(True) on the adapters' parameters, or load them with is_trainable=True in "
             "peft (for inference, frozen adapters are fine)."
@@ -179,13 +189,13 @@ def _check_dtype(parameters: Parameters) -> Result:
     return "ok", f"Trainable tensors are stored in {', '.join(names)}."
 
 
-def _check_optimizer(parameters: Parameters, own: Parameters, optimizer: torch.optim.Optimizer | None) -> Result:
+def _check_optimizer(parameters: Parameters, adapter_parameters: Parameters, optimizer: Optimizer | None) -> Result:
     if optimizer is None:
         return "not checked", "Pass optimizer= to check that it holds the model's parameters."
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     foreign = held - {id(parameter) for parameter in parameters.values()}
-    trainable = [name for name, parameter in own.items() if parameter.requires_grad]
-    missing = [name for name in trainable if id(own[name]) not in held]
+    trainable = [name for name, parameter in adapter_parameters.items() if parameter.requires_grad]
+    missing = [name for name in trainable if id(adapter_parameters[name]) not in held]
     counts = (
         f"Adapter tensors that the optimizer lacks: {_count(missing, len(trainable))}; "
         f"tensors that it holds and the model does not: {len(foreign)}"
@@ -196,7 +206,7 @@ def _check_optimizer(parameters: Parameters, own: Parameters, optimizer: torch.o
     return "ok", f"{counts}."
 
 
-def _check_update(model: nn.Module, adapters: list[_Adapter], optimizer: torch.optim.Optimizer | None) -> Result:
+def _check_update(model: nn.Module, adapters: list[_Adapter], optimizer: Optimizer | None) -> Result:
     if not adapters:
         return "not checked", "There is no adapter whose update could be checked."
     buffers = dict(model.named_buffers())
@@ -227,16 +237,19 @@ def _why_zero(adapter: _Adapter, buffers: dict[str, Tensor]) -> str:
     A, B = adapter.A, adapter.B
     if A.is_meta or B.is_meta:
         return "A or B is on the meta device, where it has no values"
-    start_A, start_B = (buffers.get(f"{adapter.layer}.start_{part}") for part in "AB")  # of our PiSSA
-    if start_A is not None and start_B is not None:
+    if f"{adapter.layer}.start_A" in buffers:  # our PiSSA, of which neither factor starts at zero
+        start_A, start_B = buffers[f"{adapter.layer}.start_A"], buffers[f"{adapter.layer}.start_B"]
         return "A and B are equal to their start" if torch.equal(A, start_A) and torch.equal(B, start_B) else ""
-    return next((f"{part} is all zeros" for part, factor in (("B", B), ("A", A)) if not factor.any()), "")
+    if not B.any():
+        return "B is all zeros"
+    if not A.any():
+        return "A is all zeros"
+    return ""
 
 
 def _other_starts(model: nn.Module) -> list[str]:
     """Return the ``init_lora_weights`` of PEFT's configs with which neither A nor B starts at zero."""
-    configs = getattr(model, "peft_config", None)
-    starts = [getattr(config, "init_lora_weights", True) for config in (configs or {}).values()]
+    starts = [getattr(config, "init_lora_weights", True) for config in getattr(model, "peft_config", {}).values()]
     return sorted({str(start) for start in starts if start not in _ZERO_STARTS})
 
 
@@ -255,12 +268,12 @@ _BESIDE_BASE: dict[str, Result] = {
 }
 
 
-def _check_base(model: nn.Module, inside: dict[str, str], base: nn.Module | Mapping[str, Tensor] | None) -> Result:
+def _check_base(model: nn.Module, base_prefix: dict[str, str], base: nn.Module | Mapping[str, Tensor] | None) -> Result:
     if base is None:
         return "not checked", "Pass base= to check that the frozen tensors have its values."
     expected = base.state_dict() if isinstance(base, nn.Module) else base
     found = defaultdict(list)
-    for name, base_name, tensor in _frozen_tensors(model, inside):
+    for name, base_name, tensor in _frozen_tensors(model, base_prefix):
         keys = (base_name, name, name.removeprefix(_PEFT_PREFIX))  # base may have been wrapped in place
         value = next((expected[key] for key in keys if key in expected), None)
         found[_compare_with_base(tensor, value)].append(base_name)
@@ -282,28 +295,30 @@ def _compare_with_base(tensor: Tensor, value: Tensor | None) -> str:
     return "equal" if torch.equal(tensor, value.to(tensor.device, tensor.dtype)) else "differ from base"
 
 
-def _frozen_tensors(model: nn.Module, inside: dict[str, str]) -> Iterator[tuple[str, str, Tensor]]:
+def _frozen_tensors(model: nn.Module, base_prefix: dict[str, str]) -> Iterator[tuple[str, str, Tensor]]:
     """Yield name, name in the pre-trained model, and value of every tensor that is neither trained nor an adapter's.
 
-    ``inside`` maps the name of an adapted layer to the name by which it holds the pre-trained one.
+    ``base_prefix`` maps the name of an adapted layer to the name by which it holds the pre-trained one.
     """
-    prefixes = {f"{layer}." if layer else "": name for layer, name in inside.items()}
+    prefixes = {f"{layer}." if layer else "": name for layer, name in base_prefix.items()}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor) or tensor.requires_grad or ".modules_to_save." in name:
             continue
-        base_name, layer = name, next((layer for layer in prefixes if name.startswith(layer)), None)
-        if layer is not None:
-            within = layer + prefixes[layer]  # where an adapted layer holds the pre-trained one
+        base_name, prefix = name, next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+        if prefix is not None:
+            within = prefix + prefixes[prefix]  # where an adapted layer holds the pre-trained one
             if not name.startswith(within):
                 continue  # a tensor of the adapter
-            base_name = layer + name.removeprefix(within)
+            base_name = prefix + name.removeprefix(within)
         yield name, base_name.removeprefix(_PEFT_PREFIX).replace(".original_module.", "."), tensor.detach()
 
 
 def _check_loading(report: Any) -> Result:
     if report is None:
         return "not checked", "Pass load_report= to check that all names matched."
-    missing = [key for key in report.missing_keys if not _PARTS.isdisjoint(key.split("."))]
+    if not hasattr(report, "missing_keys"):
+        raise TypeError(f"load_report is {short_repr(report)}, but it must be what load_state_dict returned.")
+    missing = [key for key in report.missing_keys if _PARTS & {*key.split(".")}]
     unexpected = list(report.unexpected_keys)
     counts = f"Adapter tensors not filled: {_count(missing)}; stored tensors not used: {_count(unexpected)}"
     if missing or unexpected:

@@ -124,7 +124,12 @@ def base_replies(prompts: slice = slice(None)) -> Padded:
 
 
 def on_base_text(task: Task, prompts: slice = slice(None)) -> Task:
-    """Return a task, made with the base's tokenizer, with :func:`base_replies` as its off-domain part."""
+    """Return the task with :func:`base_replies` as its off-domain part.
+
+    Args:
+        task: of a language model, made with the tokenizer of the base.
+        prompts: as for :func:`base_replies`.
+    """
     return replace(task, off_domain=base_replies(prompts))
 
 

@@ -32,28 +32,13 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from lora_lab import rank
 from lora_lab.adapters.edit import check_plain
 from lora_lab.adapters.peft_format import read
 from lora_lab.inject import lora_layers
 from lora_lab.layers import LoRAConv1D, LoRAEmbedding
 from lora_lab.lora import LoRALayer
-from lora_lab.rank import (
-    DRAWS,
-    SVD,
-    Band,
-    amplification_factor,
-    by_chance,
-    effective_rank,
-    energy_rank,
-    gaussian,
-    gaussian_factors,
-    intruder_dimensions,
-    orthonormal,
-    product_svd,
-    singular_values,
-    stable_rank,
-    svd,
-)
+from lora_lab.rank import SVD, Band, by_chance, gaussian, gaussian_factors, product_svd, singular_values, svd
 from lora_lab.system.wording import progress_bar
 from lora_lab.task import IGNORE, Task, logits, mean_cross_entropy
 from lora_lab.variants import DoRALinear, PiSSALinear
@@ -62,7 +47,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-STATISTICS = {"effective_rank": effective_rank, "stable_rank": stable_rank, "energy_rank": energy_rank}
+STATISTICS = {"effective_rank": rank.effective_rank, "stable_rank": rank.stable_rank, "energy_rank": rank.energy_rank}
 _DIRECTIONS = 8  # the leading ones, of which the amplification is reported
 
 
@@ -81,9 +66,9 @@ class Update:
     before: Tensor | None = None
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> torch.Size:
         """(out, in)."""
-        return self.svd.U.shape[-2], self.svd.Vh.shape[-1]
+        return self.svd.shape
 
 
 @dataclass(frozen=True)
@@ -125,7 +110,7 @@ def updates(before: Weights | None, after: Source, *, progress: bool | None = No
             (DoRA).
     """
     if isinstance(after, Mapping) and any(isinstance(value, Update) for value in after.values()):
-        return {name: value for name, value in after.items() if isinstance(value, Update)}
+        return dict(cast(Mapping[str, Update], after))
     if adapter := _read_adapter(cast(Weights | str | Path, after)):
         return _decompose(adapter, {} if before is None else _matrices(before))
     if before is None:
@@ -169,7 +154,7 @@ def report(before: Weights | None, after: Source, *, progress: bool | None = Non
             "spectral_norm": float(S[0]),
         }
         for statistic, band in null_bands(update.shape, update.rank).items():
-            row |= _add_band(statistic, float(STATISTICS[statistic](S)), band)
+            row |= _with_band(statistic, float(STATISTICS[statistic](S)), band)
         if update.before is not None:
             row["relative_norm"] = row["norm"] / max(float(update.before.float().norm()), 1e-30)
             rounding = len(S) * torch.finfo(S.dtype).eps * S[0]
@@ -185,33 +170,36 @@ def depth(layer: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def _add_band(statistic: str, value: float, band: Band) -> dict[str, float]:
+def _with_band(statistic: str, value: float, band: Band) -> dict[str, float]:
+    """Return the columns of a statistic: its value, and the band for noise."""
     return {statistic: value, f"{statistic}_low": float(band.low), f"{statistic}_high": float(band.high)}
 
 
 def _amplification(update: SVD, before: Tensor, directions: int) -> dict[str, float]:
-    """Return the amplification factor of the update's leading directions, and that of as many random ones."""
+    """Return the amplification factor of the update's leading directions, with the band of as many random ones."""
     W = before.to(update.U.dtype)  # (192, 576)
     left, right = _random_directions(*W.shape, directions)  # (39, 192, 8), (39, 576, 8)
     projected = torch.linalg.matrix_norm(left.mT.to(W) @ W @ right.to(W))  # (39,)
     random_factors = (update.S.norm() / projected).sort().values  # (39,)
-    factor = amplification_factor(update, W, directions)
+    factor = rank.amplification_factor(update, W, directions)
     band = Band(random_factors[0], random_factors.mean(), random_factors[-1])
-    return _add_band("amplification", float(factor), band)
+    return _with_band("amplification", float(factor), band)
 
 
 @cache
 def _random_directions(out_features: int, in_features: int, count: int) -> tuple[Tensor, Tensor]:
+    """Return 39 random sets of ``count`` orthonormal directions of the outputs, and 39 of the inputs."""
     generator = torch.Generator().manual_seed(0)
-    sizes = (out_features, in_features)
-    draws = [[orthonormal(size, count, generator=generator).float() for size in sizes] for _ in range(DRAWS)]
-    left, right = map(torch.stack, zip(*draws, strict=True))
-    return left, right  # (39, 192, 8), (39, 576, 8)
+    left, right = [], []
+    for _ in range(rank.DRAWS):
+        left.append(rank.orthonormal(out_features, count, generator=generator))
+        right.append(rank.orthonormal(in_features, count, generator=generator))
+    return torch.stack(left).float(), torch.stack(right).float()  # (39, 192, 8), (39, 576, 8)
 
 
 @cache
-def null_bands(shape: tuple[int, int], rank: int | None = None) -> dict[str, Band]:
-    """Return the band for noise of each of :data:`STATISTICS`, for an adapter of this rank or a matrix (None)."""
+def null_bands(shape: tuple[int, ...], rank: int | None = None) -> dict[str, Band]:
+    """Return the band for noise of each of :data:`STATISTICS`, for an adapter of this rank, or for a matrix."""
 
     def draw(generator: torch.Generator) -> Tensor:
         if rank is not None:
@@ -243,7 +231,7 @@ def count_intruders(update: Update, with_noise: bool = True) -> dict[str, float]
     U, S, Vh = update.svd
     W = update.before.to(U.dtype)  # (192, 576)
     old, size, top = svd(W), float(S.norm()), min(10, *update.shape)
-    result = intruder_dimensions(old, W + U * S @ Vh, top)
+    result = rank.intruder_dimensions(old, W + U * S @ Vh, top)
     row = {"intruders": int(result.count)}
 
     def draw(generator: torch.Generator) -> Tensor:
@@ -252,25 +240,35 @@ def count_intruders(update: Update, with_noise: bool = True) -> dict[str, float]
         else:
             B, A = gaussian_factors(update.shape, update.rank, norm=size, generator=generator)
             noise = B @ A  # (192, 576)
-        return intruder_dimensions(old, W + noise.to(W), top).count
+        return rank.intruder_dimensions(old, W + noise.to(W), top).count
 
     if with_noise:
-        row = _add_band("intruders", int(result.count), by_chance(draw))
+        row = _with_band("intruders", row["intruders"], by_chance(draw))
     return {**row, "energy_share": float(result.energy_share), "floor": result.floor}
 
 
 def group(frame: DataFrame, by: str = "kind") -> DataFrame:
-    """Return medians of a report over the layers of each ``kind`` or ``depth``, and how many layers those are."""
-    groups = frame.groupby(by, sort=by == "depth", dropna=False)
+    """Return medians of a report over the layers of each ``kind`` or ``depth``, and how many layers those are.
+
+    Raises:
+        ValueError: ``by`` is another column.
+    """
     # A median depth says nothing, nor does a median shape over the layers of one block.
-    meaningless = ["depth"] if by == "kind" else ["depth", "out", "in"]
-    medians = groups.median(numeric_only=True).drop(columns=meaningless, errors="ignore")
+    meaningless = {"kind": ["depth"], "depth": ["out", "in"]}
+    if by not in meaningless:
+        raise ValueError(f"by is {by!r}, but layers are grouped by 'kind' or by 'depth'.")
+    groups = frame.groupby(by, sort=by == "depth", dropna=False)
+    medians = groups.median(numeric_only=True).drop(columns=meaningless[by])
     medians.insert(0, "layers", groups.size())
     return medians
 
 
 def table(frame: DataFrame, by: str = "kind") -> str:
-    """Return the medians of :func:`group` as text, each statistic with its band for noise in brackets."""
+    """Return the medians of :func:`group` as text, each statistic with its band for noise in brackets.
+
+    Raises:
+        ValueError: as for :func:`group`.
+    """
     import pandas
 
     medians = group(frame, by)
@@ -334,22 +332,22 @@ def _read_adapter(source: Weights | str | Path) -> dict[str, _Factors | Update]:
 
 
 def _update_of(layer: LoRALayer) -> _Factors | Update:
+    """Return a layer's update: scaling * B A as its factors; DoRA's, which has full rank, decomposed."""
     before = layer.base.weight.flatten(1)  # (192, 576)
     if isinstance(layer, DoRALinear):  # the row norms change too, so the update has full rank
         return Update(svd(layer.weight - before), None, before)
-    A, B = layer.lora_A, layer.lora_B  # (8, 576), (192, 8)
-    # B A starts as a part of the weight, and the update is B A - B0 A0.
-    if isinstance(layer, PiSSALinear):
-        A, B = layer.plain_factors(A, B, layer.start_A, layer.start_B)  # (16, 576), (192, 16)
     if isinstance(layer, LoRAEmbedding | LoRAConv1D):  # these store their weight as (in, out)
         before = before.T
+    A, B = layer.lora_A, layer.lora_B  # (8, 576), (192, 8)
+    if isinstance(layer, PiSSALinear):  # B A starts as a part of the weight, and the update is B A - B0 A0
+        A, B = layer.plain_factors(A, B, layer.start_A, layer.start_B)  # (16, 576), (192, 16)
     return _Factors(B.flatten(1), A.flatten(1), layer.scaling, before)
 
 
 def _decompose(adapter: Mapping[str, _Factors | Update], weights: Mapping[str, Tensor]) -> dict[str, Update]:
     """Return the adapter's updates. Factors of the same shape are stacked and decomposed together."""
     result = {name: update for name, update in adapter.items() if isinstance(update, Update)}
-    stacks: dict[tuple, dict[str, _Factors]] = defaultdict(dict)
+    stacks = defaultdict(dict)  # of factors, by name
     for name, factors in adapter.items():
         if isinstance(factors, _Factors):
             stacks[factors.B.shape, factors.A.shape, factors.B.dtype][name] = factors
@@ -358,9 +356,9 @@ def _decompose(adapter: Mapping[str, _Factors | Update], weights: Mapping[str, T
         A = torch.stack([factors.A for factors in stack.values()])  # (30, 8, 576)
         scaling = torch.tensor([factors.scaling for factors in stack.values()])  # (30,)
         stacked = product_svd(B, A, scaling)  # (30, 192, 8), (30, 8), (30, 8, 576)
-        for (name, factors), *svd_of_one in zip(stack.items(), *stacked, strict=True):
+        for (name, factors), U, S, Vh in zip(stack.items(), *stacked, strict=True):
             before = weights.get(name, factors.before)
-            result[name] = Update(SVD(*svd_of_one), len(factors.A), before)
+            result[name] = Update(SVD(U, S, Vh), len(factors.A), before)
     return {name: result[name] for name in [*weights, *adapter] if name in result}
 
 

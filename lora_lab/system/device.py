@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -34,14 +34,14 @@ def pick_device(device: str | torch.device | None = None) -> tuple[torch.device,
             the CPU.
 
     Raises:
-        ValueError: torch does not know the device, or this machine does not have it.
+        ValueError: torch does not know the device, this machine does not have it, or it stores no values, as "meta".
     """
     requested = device if device is not None else os.environ.get("LORA_LAB_DEVICE") or None
     reason = "it was asked for" if device is not None else "LORA_LAB_DEVICE asks for it"
     if requested is not None:
         try:
             available = torch.device(requested)
-            torch.empty(1, device=available)
+            torch.empty(1, device=available).item()
         except (RuntimeError, AssertionError, TypeError, ValueError) as error:
             raise ValueError(
                 f"Device {shortened(str(requested))!r} cannot be used here ({shortened(str(error).splitlines()[0])}); "
@@ -92,9 +92,7 @@ def seed_generators(device: torch.device, seed: int) -> None:
 # Fresh processes, so that the memory of each measurement is counted separately; and cores that others keep busy.
 
 
-def run_in_subprocess(
-    function: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] | None = None
-) -> Any:
+def run_in_subprocess(function: Callable[..., Any], *arguments: Any, environment: dict[str, str] | None = None) -> Any:
     """Return ``function(*arguments)``, called in a fresh process.
 
     Args:
@@ -118,7 +116,7 @@ def run_in_subprocess(
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Return the peak memory of this process, in bytes: torch's on a CUDA device, resident memory elsewhere."""
+    """Return the peak memory of this process, in bytes: of torch's allocator on a CUDA device, resident elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
@@ -155,9 +153,8 @@ class BusyCores:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        cores = self._read_busy_cores()
         if time.perf_counter() - self._started >= _SHORTEST_BLOCK_S:
-            self.cores = max(0.0, cores)
+            self.cores = max(0.0, self._read_busy_cores())
 
     @property
     def disturbs(self) -> bool:

@@ -10,7 +10,7 @@ import os
 import signal
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ class Processes:
                 if theirs.get(name) != everyone[0].get(name):
                     raise ValueError(
                         f"The processes of this run differ: {name} is {everyone[0].get(name)!r} in process 0, but "
-                        f"{theirs.get(name)!r} in process {rank}; give all the same options and files."
+                        f"{theirs.get(name)!r} in process {rank}; give all the same options, files and folders."
                     )
 
     def seed(self, device: torch.device, seed: int, step: int) -> None:
@@ -113,8 +113,8 @@ def process_group() -> Iterator[None]:
     from torch.distributed.rendezvous import rendezvous
 
     store = next(rendezvous("env://"))[0]
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    signal.signal(signal.SIGINT, _on_sigint)
     try:
         _take_gpu()
         dist.init_process_group()
@@ -122,17 +122,16 @@ def process_group() -> Iterator[None]:
             yield
         dist.destroy_process_group()
     except BaseException as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is left to do is to report the error
+        _ignore_sigterm()  # what is left to do is to report the error
         if isinstance(error, SystemExit) or _is_first_error(store):
             raise
         raise SystemExit(1) from error
 
 
 def _is_first_error(store: Any) -> bool:
-    try:
+    with suppress(RuntimeError):  # the store has ended with its process, so that nobody knows
         return store.add(f"errors after {os.environ['TORCHELASTIC_RESTART_COUNT']} restarts", 1) == 1
-    except RuntimeError:  # the store has ended with its process, so that nobody knows
-        return True
+    return True
 
 
 def _take_gpu() -> None:
@@ -147,11 +146,21 @@ def _take_gpu() -> None:
         torch.cuda.set_device(local_rank)
 
 
-def _stop(number: int, _: Any) -> None:
-    """End the run at a signal, and ignore it, and the SIGTERM that follows, while the last words are said."""
-    signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt if number == signal.SIGINT else ProcessEndedError
+def _on_sigterm(*_: Any) -> None:
+    _ignore_sigterm()
+    raise ProcessEndedError
+
+
+def _on_sigint(*_: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _ignore_sigterm()
+    raise KeyboardInterrupt
+
+
+def _ignore_sigterm() -> None:
+    """Keep the SIGTERM that torchrun sends after a failure from cutting off the report of the error."""
+    if signal.getsignal(signal.SIGTERM) is _on_sigterm:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextmanager
@@ -162,12 +171,11 @@ def _silent() -> Iterator[None]:
 
 @contextmanager
 def _errors_in_one_sentence() -> Iterator[None]:
+    """Raise ProcessEndedError from an error of NCCL or gloo, which stays its cause: another process has ended."""
     try:
         yield
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):  # gloo's errors have no class of their own
             raise
-        # Torchrun sends it now, when the last words are being said.
-        if signal.getsignal(signal.SIGTERM) is _stop:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _ignore_sigterm()
         raise ProcessEndedError from error

@@ -42,21 +42,32 @@ def as_path(path: str | Path, name: str) -> Path:
             a file.
     """
     if not str(path) or {"\0", "\n"} & set(str(path)) or len(Path(path).name) > 255:
-        raise ValueError(f"{name} is {short_repr(path)}, but it must be the path of a file or folder, not its text.")
+        raise ValueError(f"{name} is {short_repr(path)}, but it must be a path, such as '.', not the text of a file.")
     return Path(path)
 
 
 def check_file(path: str | Path, what: str) -> None:
-    """Raise FileNotFoundError if there is no such file; ``what`` it should be, such as "a table"."""
+    """Check that a file exists.
+
+    Args:
+        path: of the file.
+        what: it should be, such as "a table".
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no file can have this path: perhaps it is the text that should be in the file.
+    """
     if not as_path(path, "path").is_file():
         raise FileNotFoundError(f"There is no file {shortened(str(path))}; give the path of {what}.")
 
 
 @contextmanager
 def atomic_files(folder: str | Path, remove: Iterable[str] = ()) -> Iterator[Path]:
-    """Yield a temporary folder; when the block ends without an error, its files move to ``folder``.
+    """Yield a temporary folder; when the block ends without an error, its files move to ``folder`` as one save.
 
-    After an error nothing in ``folder`` has changed. A link there is replaced, and what it leads to stays.
+    After an error nothing in ``folder`` has changed. A kill between two of the renames leaves new tensors beside old
+    small files. So the tensors move first and carry the new small files in their header, from which the next load
+    completes the save (:func:`repair`). A link in ``folder`` is replaced, and what it leads to stays.
 
     Args:
         remove: names of files in ``folder`` that are removed by the same save.
@@ -85,7 +96,10 @@ def atomic_files(folder: str | Path, remove: Iterable[str] = ()) -> Iterator[Pat
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path; when the block ends without an error, the file there replaces ``path``."""
+    """Yield a temporary path; when the block ends without an error, the file there replaces ``path``.
+
+    A crash at any moment leaves the old file or the new one.
+    """
     with atomic_files(Path(path).parent) as temporary:
         yield temporary / Path(path).name
 
@@ -128,11 +142,9 @@ def repair(folder: str | Path) -> None:
 
 def _read_header(tensors: Path) -> dict[str, str]:
     """Return the texts in a safetensors file's header; none if it cannot be read, as its reader will say."""
-    try:
-        with safe_open(tensors, framework="numpy") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError):
-        return {}
+    with suppress(SafetensorError, OSError), safe_open(tensors, framework="numpy") as file:
+        return file.metadata() or {}
+    return {}
 
 
 def read_carried_json(tensors: Path, name: str) -> Any:
@@ -146,10 +158,11 @@ def _carry_files(tensors: Path, folder: Path, remove: tuple[str, ...]) -> None:
     """Put the small files beside a safetensors file, and hashes of those in ``folder``, into its header."""
     entries = {}
     for name in _CARRIED:
-        if name in remove or (tensors.parent / name).is_file():
+        small = tensors.parent / name
+        if name in remove or small.is_file():
             entries[_REPLACED + name] = _hash(folder / name)
-        if (tensors.parent / name).is_file():
-            entries[_FILE + name] = (tensors.parent / name).read_text(encoding="utf-8")
+        if small.is_file():
+            entries[_FILE + name] = small.read_text(encoding="utf-8")
     if entries:
         from safetensors.torch import load_file, save_file  # which imports torch
 
@@ -209,14 +222,12 @@ def hold_folder(folder: str | Path) -> Iterator[None]:
                 with suppress(OSError):  # Windows removes no open file
                     lock.unlink()
     except Timeout:
-        raise FileExistsError(
-            f"{shortened(str(folder))} is in use by another run, which has not ended; name another folder (--out), or "
-            "wait for it."
-        ) from None
+        in_use = f"{folder} is in use by another run, which has not ended"
+        raise FileExistsError(f"{in_use}; name another folder (--out), or wait for it.") from None
 
 
 def check_replaceable(path: str | Path, names: Iterable[str]) -> None:
-    """Check that a file can be written, and that it does not exist yet, or is one that lora_lab wrote.
+    """Check that a file which is about to be replaced does not exist yet, or is one that lora_lab wrote.
 
     Args:
         path: of a ``.json`` or ``.csv`` file.
@@ -224,22 +235,17 @@ def check_replaceable(path: str | Path, names: Iterable[str]) -> None:
 
     Raises:
         ValueError: it is another file.
-        OSError: its folder, which is made, cannot be written to.
     """
     path = Path(path)
-    check_writable(path.parent)
     if not path.exists():
         return
     try:
         text = path.read_text(encoding="utf-8") if path.is_file() else ""  # a device may never end
-        content = json.loads(text) if path.suffix == ".json" else text.partition("\n")[0].split(",")
-    except (ValueError, RecursionError, OSError):
-        content = None
-    if not isinstance(content, dict | list) or any(name not in content for name in names):
-        raise ValueError(
-            f"{path} was not written by this command, which would replace it; name another folder (--out), or move the "
-            "file away."
-        )
+        found = set(json.loads(text)) if path.suffix == ".json" else set(text.partition("\n")[0].split(","))
+    except (ValueError, TypeError, RecursionError, OSError):
+        found = set()
+    if not found.issuperset(names):
+        raise ValueError(f"{path} was not written by this command, which would replace it; name another (--out).")
 
 
 def save_or_rescue(save: Callable[[Path], Any], folder: str | Path) -> Any:

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -43,11 +44,9 @@ def machine_info(device: torch.device) -> dict[str, str]:
 
 @functools.cache
 def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    with suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
 
 
 def device_name(device: torch.device) -> str:
@@ -102,11 +101,9 @@ def shipped_folder(name: str) -> Path:
 def driver_version() -> str:
     """Return the version of NVIDIA's driver, which torch does not report; "unknown" without nvidia-smi."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        versions = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    except (OSError, subprocess.CalledProcessError):
-        versions = []
-    return versions[0] if versions else "unknown"
+    with suppress(OSError, subprocess.CalledProcessError, IndexError):
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]  # of the first GPU
+    return "unknown"
 
 
 def describe_value(value: object) -> str:

@@ -106,14 +106,15 @@ def _validator(schema: Any) -> TypeAdapter[Any]:
 
 
 def _sentence(error: Mapping[str, Any], where: str) -> str:
+    """Return an error of pydantic as one sentence: "steps is -1, but it must be greater than or equal to 0."."""
     # Of a union, the location also says which type was tried: "str", "list[str]".
     parts = [str(part) for part in error["loc"] if "[" not in str(part) and part not in ("str", "int", "float", "bool")]
     name = shortened(".".join(parts))
     if error["type"] == "missing":
         return f"{where or 'The content'} lacks the entry {name!r}."
-    expected = error["msg"].replace("Input should be", "it must be")
+    _, _, rule = error["msg"].partition(" should ")  # of "Input should be ...", "String should match ..."
     named = f"{where}: {name}" if where and name else name or where or "The content"
-    return f"{named} is {short_repr(error['input'])}, but {expected}."
+    return f"{named} is {short_repr(error['input'])}, but it must {rule}."
 
 
 # Tensors
@@ -139,7 +140,7 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str = "") -> None
             continue
         # One pass, in which NaN propagates; numbers of one byte have no order in torch.
         smallest, largest = (tensor.detach() if tensor.itemsize > 1 else tensor.detach().float()).aminmax()
-        if not (float(smallest) >= -_LARGEST_WEIGHT and float(largest) <= _LARGEST_WEIGHT):
+        if not -_LARGEST_WEIGHT <= float(smallest) <= float(largest) <= _LARGEST_WEIGHT:
             named = f"{where}: {name}" if where else name
             raise ValueError(
                 f"{named} holds numbers that are NaN or infinite, or above {_LARGEST_WEIGHT:g}; training has diverged, "

@@ -38,7 +38,10 @@ def progress_bar(total: int, label: str, progress: bool | None, unit: str = "ste
     """
     from tqdm.auto import tqdm
 
-    if progress is None and (sys.stderr is None or os.environ.get("LORA_LAB_PROGRESS") == "0"):
-        progress = False
-    hidden = None if progress is None else not progress  # None lets tqdm find out whether somebody looks
+    if progress is not None:
+        hidden = not progress
+    elif sys.stderr is None or os.environ.get("LORA_LAB_PROGRESS") == "0":
+        hidden = True
+    else:
+        hidden = None  # tqdm shows the bar in a terminal or notebook
     return tqdm(total=total, initial=done, desc=label, unit=unit, disable=hidden, leave=False)

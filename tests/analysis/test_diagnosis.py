@@ -565,3 +565,11 @@ def test_nothing_about_the_model_the_optimizer_the_base_or_the_generators_change
         warnings.simplefilter("error")
         diagnose(model, optimizer, base, Report([], []))
     assert look() == before
+
+
+@pytest.mark.parametrize(
+    ("argument", "error"), [("optimizer", ValueError), ("base", ValueError), ("load_report", TypeError)]
+)
+def test_what_is_not_what_an_argument_asks_for_is_named(argument, error):
+    with pytest.raises(error, match=f"^{argument} is 'a.json', but it must be "):
+        diagnose(nn.Linear(2, 2), **{argument: "a.json"})

@@ -228,6 +228,7 @@ REFUSED = [
     (lambda: spectra.report(None, DigitsMLP()), ValueError, "after has no adapters"),
     (lambda: spectra.report(DigitsMLP(), DigitsMLP(32)), ValueError, "'hidden1' has shape"),
     (lambda: spectra.report(DigitsMLP(), nn.Linear(2, 2)), ValueError, "no matrix of the same name"),
+    (lambda: spectra.table(spectra.report(None, trained(DigitsMLP())), "rank"), ValueError, "by is 'rank'"),
     (lambda: spectra.report(None, "no folder"), FileNotFoundError, "no folder"),
     (lambda: spectra.report(None, adapter_state(trained(DigitsMLP(), DoRALinear))), ValueError, "DoRA"),
     (lambda: spectra.report(None, spoil(trained(DigitsMLP()))), ValueError, "NaN"),

@@ -43,7 +43,7 @@ def test_the_variable_is_honoured_above_the_machine_and_an_argument_above_both(n
     assert pick_device(torch.device("cpu"))[0] == torch.device("cpu")
 
 
-@pytest.mark.parametrize("bad", ["banana", "cpu:x", "", "cuda:99"])
+@pytest.mark.parametrize("bad", ["banana", "cpu:x", "", "cuda:99", "meta"])
 def test_a_device_that_cannot_be_used_is_refused_in_one_line(no_wishes, bad):
     with pytest.raises(ValueError, match=f"Device '{bad}' .*; try 'cpu'") as error:
         pick_device(bad)

@@ -38,6 +38,7 @@ class Content(TypedDict, total=False):
     targets: str | list[str] | None
     alphas: dict[str, Positive]
     kind: Literal["LORA", "IA3"]
+    name: Annotated[str, Field(pattern=r"^\S+$")]
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ REFUSED = [  # a call, and how its sentence begins
             ({"rank": 1, "loss": math.inf}, ": loss is inf, but it must be a finite number."),
             ({"rank": 1, "alphas": {"^q": 0}}, ": alphas.^q is 0, but it must be greater than 0."),
             ({"rank": 1, "alphas": {"x" * 10**6: 0}}, ": alphas.xxx"),
+            ({"rank": 1, "name": "a b"}, ": name is 'a b', but it must match pattern "),
             ({"rank": 1, "kind": "lora"}, ": kind is 'lora', but it must be 'LORA' or 'IA3'."),
             ({"rank": 1, "targets": 5}, ": targets is 5, but it must be a valid string."),
             ({"rank": 1, "targets": [5]}, ": targets is [5], but it must be a valid string."),
