@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 import mmap
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -202,7 +201,7 @@ def gguf_name(name: str) -> str:
     return _rename(name, _TO_GGUF)
 
 
-def _rename(name: str, names: Mapping[str, str]) -> str:
+def _rename(name: str, names: dict[str, str]) -> str:
     layer, _, part = name.rpartition(".")
     block = re.search(r"(?<=\.)\d+(?=\.)", layer)
     pattern = re.sub(r"(?<=\.)\d+(?=\.)", "#", layer, count=1)
@@ -360,7 +359,7 @@ def layout_of(model: nn.Module) -> tuple[str, LlamaConfig]:
     return architecture, config
 
 
-def write_gguf(path: Path, model: nn.Module, tensors: Mapping[str, Tensor], tokenizer: Tokenizer, dtype: str) -> None:
+def write_gguf(path: Path, model: nn.Module, tensors: dict[str, Tensor], tokenizer: Tokenizer, dtype: str) -> None:
     """Write a whole model, which llama.cpp, Ollama and :func:`read_gguf` read.
 
     Args:
@@ -389,9 +388,7 @@ def write_gguf(path: Path, model: nn.Module, tensors: Mapping[str, Tensor], toke
     write_file(path, architecture, header | tokenizer.to_gguf(config.vocab_size), stored, dtype)
 
 
-def write_file(
-    path: Path, architecture: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: str
-) -> None:
+def write_file(path: Path, architecture: str, header: dict[str, Any], tensors: dict[str, Tensor], dtype: str) -> None:
     """Write a GGUF file, whole or not at all.
 
     Args:

@@ -150,14 +150,17 @@ def architecture(source: str | Path) -> Callable[[], nn.Module]:
         ModuleNotFoundError: the config needs transformers, which is not installed.
     """
     name, path = str(source), Path(source)
-    if name in shapes.TABLE or not path.exists():
-        config = shapes.config(name)  # a ValueError names the models of the table if this is none
-    else:
-        entries = read_entries(path)
-        if find_misfit(entries) is not None:
-            return partial(_build_by_transformers, *_read_config(path))
-        config = config_from_hf(entries, path)
-    return partial(Llama, config)
+    if name in shapes.TABLE:
+        return partial(Llama, shapes.TABLE[name])
+    if not path.exists():
+        raise ValueError(
+            f"There is no model {name!r}; use a folder with a config.json, the path of one, or one of: "
+            f"{', '.join(shapes.TABLE)}."
+        )
+    entries = read_entries(path)
+    if find_misfit(entries) is None:
+        return partial(Llama, config_from_hf(entries, path))
+    return partial(_build_by_transformers, *_read_config(path))
 
 
 def save_model(
@@ -410,10 +413,9 @@ def _read_config(path: Path) -> tuple[Any, Any]:
         kind = getattr(transformers, name, None)
         if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and kind is not bare:
             return config, kind
-    named = shortened(str(config.architectures), 80)
     raise ValueError(
-        f"The config's architectures are {named}, but transformers {transformers.__version__} has no model with a head "
-        "of such a name; name one, such as BertForMaskedLM."
+        f"The config's architectures are {shortened(str(config.architectures), 80)}, but transformers "
+        f"{transformers.__version__} has no model with a head of such a name; name one, such as BertForMaskedLM."
     )
 
 

@@ -458,7 +458,8 @@ def quantize_nf4(model: nn.Module, double: bool = True, exclude: Sequence[str] =
     }
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} has no nn.Linear to quantise but its head and what is left out: {list(exclude)}."
+            f"{type(model).__name__} has no nn.Linear to quantise, besides its output head and what is excluded "
+            f"({list(exclude)})."
         )
     check_own_weights(model, layers)
     kind = "NF4-double" if double else "NF4"

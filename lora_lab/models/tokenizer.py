@@ -194,7 +194,7 @@ class Tokenizer:
             ValueError: one of the files is damaged.
         """
         folder = Path(folder)
-        finish_save(folder)
+        finish_save(folder)  # if one was killed
         backend = _read_backend(folder / "tokenizer.json")
         path = folder / "tokenizer_config.json"
         settings = check(read_json(path) if path.is_file() else {}, _Settings, str(path))
@@ -283,7 +283,7 @@ class Tokenizer:
         header = {_GGML + name: value for name, value in entries.items() if value is not None}
         if self.chat_template:
             header["tokenizer.chat_template"] = self.chat_template
-        for pre in PRE_TOKENIZERS:
+        for pre in PRE_TOKENIZERS:  # the header is the one that gives the same tokenizer
             made = header | {f"{_GGML}pre": pre}
             if merges and _gives(made, self.backend):
                 return made
@@ -324,7 +324,7 @@ def _check_characters(text: str, what: str = "The text") -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{what} holds {text[error.start]!r}, which is half a character or an undecoded byte: "
+            f"{what} holds {text[error.start]!r}, which is half a character (a lone surrogate) or an undecoded byte: "
             f"{_around(text, error.start)}; write the whole character, or remove it."
         ) from None
     return text
