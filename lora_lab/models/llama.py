@@ -236,7 +236,7 @@ class Trunk(nn.Module):
         attention_mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        past = cache.length if cache is not None else 0
+        past = cache.length if cache else 0
         new = ids.shape[1]
         x = self.embed_tokens(ids)  # (4, 128) -> (4, 128, 576)
         positions = torch.arange(past, past + new, device=ids.device, dtype=torch.float32)  # (128,)

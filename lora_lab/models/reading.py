@@ -51,7 +51,8 @@ class Reader:
 
         Args:
             ids: the tokens, (batch, new).
-            each: what follows each of them, (batch, new, vocabulary); else the last one, (batch, 1, vocabulary).
+            each: return what follows each of these tokens, (batch, new, vocabulary); else what follows the last alone,
+                (batch, 1, vocabulary).
         """
         self.length += ids.shape[1]
         if self.mask is not None:  # padding stands before the first tokens alone
