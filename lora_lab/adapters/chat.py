@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from lora_lab.adapters.edit import strength, take_off
 from lora_lab.adapters.peft_format import load_adapter
 from lora_lab.inject import require_no_adapters
-from lora_lab.models.reading import Sampling, reader_of, stream
+from lora_lab.models.llama import reader_of
+from lora_lab.models.reading import Sampling, stream
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system.schema import Number, check
 from lora_lab.tasks.instruction import stop_token
@@ -104,7 +105,7 @@ def continue_ids(
 ) -> Iterator[str]:
     """Return how a model continues these tokens, as parts of a text, until the token ``end`` or ``most`` new ones."""
     prompt = torch.tensor(ids, dtype=torch.long, device=next(model.parameters()).device)  # (length,)
-    return tokenizer.decode_stream(stream(model, prompt, most, end, sampling))
+    return tokenizer.decode_stream(stream(reader_of(model), prompt, most, end, sampling))
 
 
 # In a terminal

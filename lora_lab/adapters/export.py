@@ -22,7 +22,7 @@ from lora_lab.inject import adapter_state, lora_layers, merge
 from lora_lab.models import pretrained
 from lora_lab.models.gguf import check_target, gguf_name, layout_of, reorder_for_gguf, write_file
 from lora_lab.models.tokenizer import Tokenizer
-from lora_lab.system.files import as_path, atomic_file, repair
+from lora_lab.system.files import as_path, atomic_file, finish_save
 
 # Of the folder that is written, and of torch.
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -66,7 +66,7 @@ def load_whole_model(source: str | Path) -> tuple[nn.Module, Tokenizer]:
 
 def is_adapter(source: str | Path) -> bool:
     """Return whether there is a folder with an adapter; a save that was killed is completed first."""
-    repair(source)
+    finish_save(source)
     return (Path(source) / CONFIG).is_file()
 
 

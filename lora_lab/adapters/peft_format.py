@@ -31,7 +31,7 @@ from lora_lab.inject import adapter_state, lora_layers, match_layers, name_match
 from lora_lab.layers import LoRAConv1D, LoRAEmbedding, lora_class
 from lora_lab.lora import LoRALayer
 from lora_lab.models.pretrained import ADAPTER_CONFIG, check_separate
-from lora_lab.system.files import as_path, atomic_files, read_carried_json, read_json, repair, write_json
+from lora_lab.system.files import as_path, atomic_files, finish_save, read_carried_json, read_json, write_json
 from lora_lab.system.provenance import version
 from lora_lab.system.schema import Dropout, Number, Positive, Size, check, check_finite
 from lora_lab.system.wording import count_noun, short_repr, shortened
@@ -397,7 +397,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             f"There is no folder {shortened(str(folder))}; give the path of a saved adapter (names of a hub are not "
             "downloaded)."
         )
-    repair(folder)
+    finish_save(folder)
     config = check(read_json(folder / CONFIG), _Settings, str(folder / CONFIG))
     for name, value in config.items():
         if value and not (name in _HARMLESS or value in _HARMLESS_VALUES.get(name, ())):

@@ -114,17 +114,19 @@ def _serve() -> None:
     """Answer requests, one a line, until there are no more; the process ends where a limit is passed."""
     _limit_memory()
     for line in sys.stdin.buffer:
-        faulthandler.dump_traceback_later(_SECONDS, exit=True)
+        faulthandler.dump_traceback_later(_SECONDS, exit=True)  # a timer, which ends the process if it is not stopped
         try:
             template, variables = json.loads(line)
             text, reason = _compile(template).render(**variables), None
             if len(text) > _LETTERS + _TIMES * len(line):
                 text, reason = None, f"it makes a text of {len(text):,} letters"
+        except MemoryError:
+            text, reason = None, _PASSED
         except Exception as error:
-            text, reason = None, _PASSED if isinstance(error, MemoryError) else str(error) or type(error).__name__
+            text, reason = None, str(error) or type(error).__name__
         sys.stdout.buffer.write(json.dumps([text, reason]).encode() + b"\n")
         sys.stdout.buffer.flush()
-        faulthandler.cancel_dump_traceback_later()
+        faulthandler.cancel_dump_traceback_later()  # stop the timer
 
 
 if __name__ == "__main__":

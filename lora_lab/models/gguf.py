@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 import mmap
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -158,7 +157,7 @@ def _tensors(reader: _HeaderFile, number: int, alignment: Any) -> dict[str, Stor
 
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"its alignment is {alignment!r:.80}, but it must be a power of two")
-    places: dict[str, tuple[GGMLQuantizationType, tuple[int, ...], int]] = {}
+    places = {}  # by name: kind, shape and offset
     for _ in range(number):
         name, dimensions = reader.text(), reader.count(4)
         if name in places:
@@ -202,7 +201,7 @@ def gguf_name(name: str) -> str:
     return _rename(name, _TO_GGUF)
 
 
-def _rename(name: str, names: Mapping[str, str]) -> str:
+def _rename(name: str, names: dict[str, str]) -> str:
     layer, _, part = name.rpartition(".")
     block = re.search(r"(?<=\.)\d+(?=\.)", layer)
     pattern = re.sub(r"(?<=\.)\d+(?=\.)", "#", layer, count=1)
@@ -216,11 +215,6 @@ def _rotary_heads(name: str, config: LlamaConfig) -> int | None:
     if ".attn_q." in name:
         return config.num_attention_heads
     return config.num_key_value_heads if ".attn_k." in name else None
-
-
-def _swap_order(rows: Tensor, heads: int, first: int, second: int) -> Tensor:
-    """Return the rows of each head, which are numbered (first, second), in the order (second, first)."""
-    return rows.reshape(heads, first, second, -1).transpose(1, 2).reshape(rows.shape)  # (576, columns)
 
 
 def _rope_factors(config: LlamaConfig) -> Tensor:
@@ -256,12 +250,12 @@ def read_gguf(path: Path) -> StoredModel:
             tensor, an unknown tokenizer or an unknown scaling of positions.
     """
     fields, stored = read_header(path)
-    for name, usual in (("architecture", "llama"), ("type", "model")):
-        if (held := fields.get(f"general.{name}", usual)) != usual:
-            raise ValueError(
-                f"{path.name} is a GGUF file of {name} {held!s:.80}, not a {usual}; load the model's Hugging Face "
-                "folder, or an adapter from its folder with load_adapter."
-            )
+    architecture = fields.get("general.architecture", "llama")
+    if architecture != "llama":
+        raise ValueError(f"{path.name} is a {architecture!r:.80}, not a 'llama'; load the model's Hugging Face folder.")
+    content = fields.get("general.type", "model")
+    if content != "model":
+        raise ValueError(f"{path.name} is of type {content!r:.80}, not 'model'; load_adapter reads an adapter folder.")
     tokenizer, config = Tokenizer.from_gguf(fields), _config(fields, stored, path)
     tensors = {}
     kinds = {}
@@ -277,7 +271,8 @@ def read_gguf(path: Path) -> StoredModel:
         heads = _rotary_heads(name, config)
         if heads and len(value) == heads * config.head_dim:  # another shape is refused when the model is built
             # From llama.cpp's order (adjacent pairs) to Hugging Face's (two halves).
-            value = _swap_order(value, heads, config.head_dim // 2, 2)  # (576, columns)
+            in_pairs = value.reshape(heads, config.head_dim // 2, 2, -1)  # (9, 32, 2, columns)
+            value = in_pairs.transpose(1, 2).reshape(value.shape)  # (576, columns)
         tensors[new_name] = value.contiguous()
     return StoredModel(config, tensors, kinds, tokenizer)
 
@@ -364,7 +359,7 @@ def layout_of(model: nn.Module) -> tuple[str, LlamaConfig]:
     return architecture, config
 
 
-def write_gguf(path: Path, model: nn.Module, tensors: Mapping[str, Tensor], tokenizer: Tokenizer, dtype: str) -> None:
+def write_gguf(path: Path, model: nn.Module, tensors: dict[str, Tensor], tokenizer: Tokenizer, dtype: str) -> None:
     """Write a whole model, which llama.cpp, Ollama and :func:`read_gguf` read.
 
     Args:
@@ -393,9 +388,7 @@ def write_gguf(path: Path, model: nn.Module, tensors: Mapping[str, Tensor], toke
     write_file(path, architecture, header | tokenizer.to_gguf(config.vocab_size), stored, dtype)
 
 
-def write_file(
-    path: Path, architecture: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: str
-) -> None:
+def write_file(path: Path, architecture: str, header: dict[str, Any], tensors: dict[str, Tensor], dtype: str) -> None:
     """Write a GGUF file, whole or not at all.
 
     Args:
@@ -453,16 +446,25 @@ def reorder_for_gguf(name: str, rows: Tensor, architecture: str, config: LlamaCo
         rows: a weight (heads * head_dim, columns), a bias (heads * head_dim,), or the B of an adapter.
         architecture, config: as from :func:`layout_of`.
     """
-    heads = _rotary_heads(name, config) if architecture == "llama" else None
-    return _swap_order(rows, heads, 2, config.head_dim // 2) if heads else rows  # (576, columns)
+    heads = _rotary_heads(name, config)
+    if architecture != "llama" or heads is None:
+        return rows
+    in_halves = rows.reshape(heads, 2, config.head_dim // 2, -1)  # (9, 2, 32, columns)
+    return in_halves.transpose(1, 2).reshape(rows.shape)  # (576, columns)
 
 
 def _kind(name: str, value: Tensor, dtype: str) -> str:
-    """Return GGUF's kind for a tensor in a file of a dtype, if all its numbers fit."""
+    """Return GGUF's kind, such as "Q8_0", for a tensor in a file of a dtype, such as "q8_0".
+
+    Raises:
+        ValueError: a number is too large for it.
+    """
     if value.ndim == 1:
-        return "F32"
-    if dtype == "q8_0" and value.shape[-1] % BLOCK:
+        dtype = "f32"
+    elif dtype == "q8_0" and value.shape[-1] % BLOCK:
         dtype = "f16"
-    if (largest := float(value.detach().abs().max())) > _LARGEST[dtype]:
-        raise ValueError(f"{name} holds a magnitude of {largest:g}, too large for {dtype.upper()}; choose dtype='f32'.")
-    return dtype.upper()
+    kind, most = dtype.upper(), _LARGEST[dtype]
+    largest = float(value.detach().abs().max())
+    if largest > most:
+        raise ValueError(f"{name} holds a magnitude of {largest:g}, but {kind} ends at {most:g}; choose dtype='f32'.")
+    return kind

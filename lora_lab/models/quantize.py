@@ -148,7 +148,7 @@ def _byte_pairs(packed: Tensor) -> Tensor:
 
 
 def _normal_float() -> tuple[float, ...]:
-    """Return the 16 levels of NF4: quantiles of a normal distribution, dense where such weights are dense.
+    """Return NF4's 16 levels: quantiles of a normal distribution, dense where normally distributed weights are dense.
 
     From the middle, which is exactly zero, 8 equal steps in probability go up and 7 go down. Both end before
     probability 1, where the quantile is infinite, by half the mean of 1/15 and 1/16. All levels are divided by
@@ -158,11 +158,12 @@ def _normal_float() -> tuple[float, ...]:
     """
     end = 1 - (1 / 30 + 1 / 32) / 2
 
-    def half(steps: int) -> list[float]:
+    def positive(steps: int) -> list[float]:
         quantiles = [NormalDist().inv_cdf(0.5 + (end - 0.5) * i / steps) for i in range(1, steps + 1)]
         return [quantile / quantiles[-1] for quantile in quantiles]
 
-    return (*(-level for level in reversed(half(7))), 0.0, *half(8))
+    negative = [-level for level in reversed(positive(7))]
+    return (*negative, 0.0, *positive(8))
 
 
 LEVELS = _normal_float()
@@ -225,9 +226,17 @@ def dequantize(blocks: Tensor, kind: str) -> Tensor:
     Args:
         blocks: uint8, (rows, columns / 32 * bytes per block).
         kind: "Q4_1" or "Q8_0".
+
+    Raises:
+        KeyError: there is no such kind.
+        ValueError: a row is not a whole number of blocks.
     """
-    rows, columns = len(blocks), blocks.shape[1] // BYTES_PER_BLOCK[kind] * BLOCK
-    return FORMATS[kind].decode(blocks.reshape(-1, BYTES_PER_BLOCK[kind])).view(rows, columns)  # (1536, 576)
+    rows, row_bytes = blocks.shape
+    size = BYTES_PER_BLOCK[kind]
+    if row_bytes % size:
+        raise ValueError(f"A row of {row_bytes} bytes is not a whole number of {kind} blocks of {size} bytes.")
+    weights = FORMATS[kind].decode(blocks.reshape(-1, size))  # (27648, 20) -> (27648, 32)
+    return weights.view(rows, row_bytes // size * BLOCK)  # (1536, 576)
 
 
 def round_matrix(weight: Tensor, kind: str) -> Tensor:
@@ -258,6 +267,9 @@ class BlockWeight(QuantizedLayer):
         bias: of a linear layer, (rows,), or None.
         steps: for NF4-double: what :func:`nf4` returned beside the blocks.
         dtype: a floating-point dtype.
+
+    Raises:
+        KeyError: there is no such kind.
     """
 
     packed: nn.Parameter
@@ -274,12 +286,11 @@ class BlockWeight(QuantizedLayer):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.format = FORMATS[kind]
+        rows, columns = shape
+        self.kind, self.format, self.shape, self.dtype = kind, FORMATS[kind], (rows, columns), dtype
         self.packed = _freeze(packed)  # (27648, 20)
         self.steps = None if steps is None else _freeze(steps)  # None, or (55, 4)
         self.bias = None if bias is None else _freeze(bias)  # None, or (1536,)
-        rows, columns = shape
-        self.kind, self.shape, self.dtype = kind, (rows, columns), dtype
 
     @property
     def stands_for(self) -> dict[int, int]:
@@ -447,7 +458,8 @@ def quantize_nf4(model: nn.Module, double: bool = True, exclude: Sequence[str] =
     }
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} has no nn.Linear to quantise but its head and what is left out: {list(exclude)}."
+            f"{type(model).__name__} has no nn.Linear to quantise, besides its output head and what is excluded "
+            f"({list(exclude)})."
         )
     check_own_weights(model, layers)
     kind = "NF4-double" if double else "NF4"

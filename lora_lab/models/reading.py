@@ -1,6 +1,6 @@
 """What a causal language model has read, and what follows, token after token: our Llama, and those of transformers.
 
-    reader = reader_of(model)
+    reader = lora_lab.models.llama.reader_of(model)
     logits = reader.read(ids)          # of the token that follows the prompt, (batch, 1, vocabulary)
     logits = reader.read(token)        # and of the one after that
 
@@ -13,7 +13,6 @@ import copy
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import singledispatch
 from typing import Annotated, Any
 
 import torch
@@ -23,7 +22,7 @@ from torch.nn import functional as F
 
 from lora_lab.system.schema import Count, NotNegative, Seed, check, check_fields
 from lora_lab.system.wording import shortened
-from lora_lab.task import accepts, context_length, is_encoder_decoder, restore_modes
+from lora_lab.task import accepts, context_length, restore_modes
 
 _LOWEST_TEMPERATURE = 1e-6  # far below it logits / temperature overflows
 
@@ -48,12 +47,19 @@ class Reader:
         self.length = 0  # tokens read so far, padding included
 
     def read(self, ids: Tensor, each: bool = False) -> Tensor:
-        """Read (batch, new) tokens that continue the texts; return the logits of what follows.
+        """Read tokens that continue the texts, and return the logits of what follows them.
 
         Args:
-            each: after each of the tokens, (batch, new, vocabulary); else after the last, (batch, 1, vocabulary).
+            ids: the tokens, (batch, new).
+            each: return what follows each of these tokens, (batch, new, vocabulary); else what follows the last alone,
+                (batch, 1, vocabulary).
         """
-        self._extend(ids)
+        self.length += ids.shape[1]
+        if self.mask is not None:  # padding stands before the first tokens alone
+            self.mask = F.pad(self.mask, (0, self.length - self.mask.shape[1]), value=1)  # (16, length)
+        return self._compute_logits(ids, each)  # (16, new or 1, vocabulary)
+
+    def _compute_logits(self, ids: Tensor, each: bool) -> Tensor:
         new = ids.shape[1]
         # transformers has renamed the argument, and the field of the outputs.
         name = next((name for name in ("cache", "past_key_values") if accepts(self.model, name)), None)
@@ -78,27 +84,6 @@ class Reader:
         other = copy.copy(self)
         other.cache = copy.deepcopy(self.cache)  # which is extended in place
         return other
-
-    def _extend(self, ids: Tensor) -> None:
-        self.length += ids.shape[1]
-        if self.mask is not None:
-            self.mask = F.pad(self.mask, (0, self.length - self.mask.shape[1]), value=1)  # (16, length)
-
-
-@singledispatch
-def reader_of(model: nn.Module, mask: Tensor | None = None) -> Reader:
-    """Return a reader that has read nothing yet; our Llama has one of its own.
-
-    Args:
-        model, mask: as for :class:`Reader`.
-
-    Raises:
-        ValueError: the model is not a causal language model of this package or of transformers.
-    """
-    can_generate = getattr(model, "can_generate", None)
-    if can_generate is None or not can_generate() or is_encoder_decoder(model):
-        raise ValueError(f"Only a causal language model can continue a text, and a {type(model).__name__} is none.")
-    return Reader(model, mask)
 
 
 @dataclass(frozen=True)
@@ -133,8 +118,8 @@ class Sampling:
             generator: of the samples.
         """
         if self.repetition_penalty != 1:
-            repeated, penalty = logits[text], float(self.repetition_penalty)  # (length,)
-            lower, higher = repeated * penalty, repeated / penalty  # (length,) each
+            repeated = logits[text]  # (length,)
+            lower, higher = repeated * self.repetition_penalty, repeated / self.repetition_penalty  # (length,) each
             logits[text] = torch.where(repeated < 0, lower, higher)  # (length,)
         if self.temperature < _LOWEST_TEMPERATURE:
             return logits.argmax()  # ()
@@ -157,23 +142,23 @@ def check_context(model: nn.Module, length: int, max_new_tokens: int) -> None:
 
 
 @torch.no_grad()
-def stream(model: nn.Module, ids: Tensor, max_new_tokens: int, stop: int | None, sampling: Sampling) -> Iterator[int]:
-    """Return the tokens that follow a prompt, one by one, as they are made.
+def stream(reader: Reader, ids: Tensor, max_new_tokens: int, stop: int | None, sampling: Sampling) -> Iterator[int]:
+    """Yield the tokens that follow a prompt, one by one, as they are made.
 
     Args:
-        model: as for :func:`reader_of`; it is in evaluation mode meanwhile.
+        reader: has read nothing yet; its model is in evaluation mode meanwhile.
         ids: the prompt, (length,), at least one token.
         max_new_tokens: maximum number of new tokens.
         stop: a token that ends the text (it is not returned).
         sampling: how tokens are chosen.
 
     Raises:
-        ValueError: the prompt is empty, not one-dimensional or holds a token that the model does not know; prompt and
-            new tokens together may exceed the model's context; or as for :func:`reader_of`.
+        ValueError: the prompt is empty, not one-dimensional or holds a token that the model does not know; or prompt
+            and new tokens together may exceed the model's context.
     """
-    reader = reader_of(model)
+    model = reader.model
     max_new_tokens = check(max_new_tokens, Count, "max_new_tokens")
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", sys.maxsize)
+    vocabulary = getattr(model.config, "vocab_size", sys.maxsize)
     if ids.ndim != 1 or len(ids) == 0 or not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
         raise ValueError(
             f"The prompt is {shortened(str(ids.tolist()), 80)}, but it must be a row of token ids below "

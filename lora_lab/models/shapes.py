@@ -17,13 +17,11 @@ import torch
 from typing_extensions import TypedDict
 
 from lora_lab.models.llama import MOST_LAYERS, LlamaConfig, RopeScaling
-from lora_lab.system.files import read_json, repair
+from lora_lab.system.files import finish_save, read_json
 from lora_lab.system.schema import check
 
 # Upper limits, above any real model, for config entries whose names end in these words, such as num_hidden_layers.
 _MOST = {"layer": MOST_LAYERS, "layers": MOST_LAYERS, "experts": MOST_LAYERS, "labels": 10**6}
-# The entries of a config.json for the fields of RopeScaling, in order.
-_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # LlamaConfig's fields in order, vocab_size to max_position_embeddings; then rope_theta and tie_word_embeddings.
 _ROWS = {
     "smollm2-135m": (49152, 576, 1536, 30, 9, 3, 64, 8192, 1e5, True),
@@ -38,7 +36,7 @@ _ROWS = {
     "qwen2.5-7b": (152064, 3584, 18944, 28, 28, 4, 128, 131072, 1e6, False),
 }
 _OF_FAMILY = {
-    "llama-3.2": {"rope_scaling": RopeScaling(32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)},
+    "llama-3.2": {"rope_scaling": RopeScaling(32.0, 1.0, 4.0, original_max_position_embeddings=8192)},
     "qwen2.5": {"rms_norm_eps": 1e-6, "attention_bias": True},  # on q, k and v; our Llama has one on o too
 }
 # Llama 3.1 8B and 70B differ from Llama 3 only in their positions: 131072, scaled by a factor of 8.
@@ -68,17 +66,18 @@ class _Entries(TypedDict, total=False):
 
 
 def read_entries(path: Path) -> dict[str, Any]:
-    """Return the entries of a folder's config.json, or of a file of another name.
+    """Return the entries of a model's config.json.
+
+    Args:
+        path: of the file, which may have another name; or of its folder, where a killed save is finished first.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, or counts more layers than any model has, which would take hours to build.
     """
-    if path.is_dir() or not path.suffix:
-        repair(path)
+    if path.is_dir():
+        finish_save(path)
         path = path / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{path.parent} lacks the file {path.name}; name a model's folder, or a .gguf file.")
     entries = check(read_json(path), _Entries, str(path))
     parts = [entries]
     while parts:  # those of parts such as "text_config" too
@@ -92,15 +91,17 @@ def read_entries(path: Path) -> dict[str, Any]:
 
 
 def config_to_hf(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the entries of a config.json that describe a Llama, and the dtype of its weights."""
+    """Return the entries of a config.json that describe a Llama, and the dtype of its weights.
+
+    The fields of :class:`LlamaConfig` and :class:`RopeScaling` have Hugging Face's names.
+    """
     scaling = config.rope_scaling
-    rope = scaling and dict(zip(_SCALING, vars(scaling).values(), strict=True)) | {"rope_type": "llama3"}
     return vars(config) | {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
         "torch_dtype": str(dtype).removeprefix("torch."),
-        "rope_scaling": rope,
+        "rope_scaling": None if scaling is None else vars(scaling) | {"rope_type": "llama3"},
     }
 
 
@@ -136,17 +137,33 @@ def config_from_hf(hf: dict[str, Any], where: str | Path) -> LlamaConfig:
         ValueError: an entry is missing, is not a number, or is out of its range.
     """
     rope, kind = read_positions(hf)
-    heads = hf.get("num_attention_heads")
-    entries = {name: hf[name] for name in LlamaConfig.__dataclass_fields__ if name in hf}
+    scaling = None
     try:
-        entries |= {
-            "rms_norm_eps": hf.get("rms_norm_eps", 1e-6),
-            "num_key_value_heads": hf.get("num_key_value_heads") or heads,
-            "head_dim": hf.get("head_dim") or hf["hidden_size"] // heads,
-            "rope_theta": rope.get("rope_theta", hf.get("rope_theta", 10000.0)),
-            "rope_scaling": None if kind != "llama3" else RopeScaling(*(rope[name] for name in _SCALING)),
-        }
-        return LlamaConfig(**entries)
+        if kind == "llama3":
+            scaling = RopeScaling(
+                factor=rope["factor"],
+                low_freq_factor=rope["low_freq_factor"],
+                high_freq_factor=rope["high_freq_factor"],
+                original_max_position_embeddings=rope["original_max_position_embeddings"],
+            )
+        heads = hf["num_attention_heads"]
+        return LlamaConfig(
+            vocab_size=hf["vocab_size"],
+            hidden_size=hf["hidden_size"],
+            intermediate_size=hf["intermediate_size"],
+            num_hidden_layers=hf["num_hidden_layers"],
+            num_attention_heads=heads,
+            # What follows may be left out, and then is what Hugging Face takes.
+            num_key_value_heads=hf.get("num_key_value_heads") or heads,
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+            max_position_embeddings=hf.get("max_position_embeddings", 2048),
+            rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
+            rope_theta=rope.get("rope_theta", hf.get("rope_theta", 10000.0)),
+            rope_scaling=scaling,
+            attention_bias=hf.get("attention_bias", False),
+            mlp_bias=hf.get("mlp_bias", False),
+            tie_word_embeddings=hf.get("tie_word_embeddings", False),
+        )
     except KeyError as error:
         raise ValueError(f"{where} lacks the entry {error}; copy it anew, or name another model.") from None
     except (TypeError, ValueError, ZeroDivisionError) as error:

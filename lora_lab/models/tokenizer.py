@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from tokenizers import Tokenizer as Backend
 from typing_extensions import TypedDict
 
 from lora_lab.models.chat_template import render
-from lora_lab.system.files import atomic_files, read_json, repair, write_json
+from lora_lab.system.files import atomic_files, finish_save, read_json, write_json
 from lora_lab.system.schema import Count, check
 from lora_lab.system.wording import shortened
 
@@ -34,7 +33,6 @@ PRE_TOKENIZERS = {
     "qwen2": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_QWEN2_WORDS), "isolated"), _BYTES]),
 }
 _GGML = "tokenizer.ggml."  # begins the entries of a tokenizer in a GGUF file's header
-_GGUF_IDS = {"eos_id": "eos", "bos_id": "bos", "pad_id": "padding"}
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
 _ROLES = ("system", "user", "assistant")
 
@@ -74,7 +72,8 @@ class Tokenizer:
     chat_template: str | None = None
 
     def __post_init__(self) -> None:
-        self.pad_id = self.eos_id if self.pad_id is None else self.pad_id
+        if self.pad_id is None:
+            self.pad_id = self.eos_id
 
     @property
     def control_tokens(self) -> list[str]:
@@ -84,7 +83,7 @@ class Tokenizer:
         because some templates put those together (``"<|" + role + "|>"``). In some tokenizers, as DeepSeek's, the
         tokens of roles are not special ones; then they count if they stand in the template.
         """
-        ends = {self._token("eos_id"), self._token("bos_id")}
+        ends = {self._token(self.eos_id), self._token(self.bos_id)}
 
         def structures(token: AddedToken) -> bool:
             text, in_template = token.content, token.content in (self.chat_template or "")
@@ -93,9 +92,9 @@ class Tokenizer:
 
         return sorted(t.content for t in self.backend.get_added_tokens_decoder().values() if structures(t))
 
-    def _token(self, name: str) -> str | None:
-        """Return the token of "eos_id", "bos_id" or "pad_id" as it is written in a text."""
-        return None if getattr(self, name) is None else self.backend.id_to_token(getattr(self, name))
+    def _token(self, i: int | None) -> str | None:
+        """Return the token of an id as it is written in a text; None if there is none."""
+        return None if i is None else self.backend.id_to_token(i)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Return the token ids of ``text``; ``add_special_tokens`` prepends those that the model expects first.
@@ -118,7 +117,9 @@ class Tokenizer:
                 another one in the middle of the text.
         """
         _check_characters(text, "A text")
-        for token in [] if allow_special else self.control_tokens:
+        if allow_special:
+            return
+        for token in self.control_tokens:
             if (place := text.find(token)) >= 0:
                 raise ValueError(
                     f"A text holds {token!r}, which the model reads as a special token and not as text: "
@@ -134,9 +135,11 @@ class Tokenizer:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Return the text of ``ids`` in parts, each as soon as its letters are complete."""
-        read = []
-        shown = ""
+        """Yield the text of ``ids`` in parts, each as soon as its letters are complete.
+
+        All parts together are ``decode(ids)``.
+        """
+        read, shown = [], ""
         for token in ids:
             read.append(token)
             complete = self.decode(read).rstrip("\ufffd")  # the rest of a letter may follow
@@ -154,16 +157,17 @@ class Tokenizer:
             add_generation_prompt: end with the beginning of the assistant's turn.
 
         Raises:
-            ValueError: the model has no chat template; the template refuses the messages, fails, or takes more time or
-                memory than a text can need; or as for :meth:`check_text`.
+            ValueError: the model has no chat template; a message is no dictionary; the template refuses the messages,
+                fails, or takes more time or memory than a text can need; or as for :meth:`check_text`.
         """
         if self.chat_template is None:
             raise ValueError(
                 'This tokenizer has no chat template; pass plain text, a .txt file or lines of {"text": ...}.'
             )
+        check(messages, Sequence[dict[str, Any]], "messages")
         self.check_text("\n".join(str(text) for message in messages for text in message.values()))
         variables = {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
-        variables |= {f"{name}_token": self._token(f"{name}_id") or "" for name in ("eos", "bos")}
+        variables |= {"eos_token": self._token(self.eos_id) or "", "bos_token": self._token(self.bos_id) or ""}
         try:
             return render(self.chat_template, variables)
         except Exception as error:  # a template is a program, which can raise whatever Python does
@@ -173,9 +177,10 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json as Hugging Face reads them."""
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        config |= {f"{name}_token": self._token(f"{name}_id") for name in ("eos", "bos", "pad")}
-        config["chat_template"] = self.chat_template
-        config = {name: value for name, value in config.items() if value is not None}
+        tokens = {"eos_token": self.eos_id, "bos_token": self.bos_id, "pad_token": self.pad_id}
+        config |= {name: self.backend.id_to_token(i) for name, i in tokens.items() if i is not None}
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
         with atomic_files(folder, remove=[TEMPLATE]) as temporary:  # an older template would be read first
             (temporary / "tokenizer.json").write_text(self.backend.to_str(), encoding="utf-8")
             write_json(temporary / "tokenizer_config.json", config)
@@ -186,38 +191,24 @@ class Tokenizer:
 
         Raises:
             FileNotFoundError: tokenizer.json is missing.
-            ValueError: it cannot be read.
+            ValueError: one of the files is damaged.
         """
         folder = Path(folder)
-        repair(folder)
-        if not (folder / "tokenizer.json").is_file():
-            raise FileNotFoundError(
-                f"{folder} lacks the file tokenizer.json; make it with transformers: "
-                "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
-            )
-        try:
-            # Not by its path, which the library cannot read if a folder's name is not UTF-8.
-            backend = Backend.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
-            backend.no_truncation()  # some folders contain the limits of their last training run
-            backend.no_padding()
-            _try_out(backend)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the library raises plain Exception, and its panics are not even that
-            reason = shortened(str(error))
-            raise ValueError(f"{folder / 'tokenizer.json'} is not a tokenizer file ({reason}); copy it anew.") from None
+        finish_save(folder)  # if one was killed
+        backend = _read_backend(folder / "tokenizer.json")
         path = folder / "tokenizer_config.json"
-        config = check(read_json(path) if path.is_file() else {}, _Settings, str(path))
+        settings = check(read_json(path) if path.is_file() else {}, _Settings, str(path))
         ids = {}
-        for name in _GGUF_IDS:
-            token = config.get(f"{name[:3]}_token") or ""  # a text, or {"content": text}
+        for name in ("eos", "bos", "pad"):
+            token = settings.get(f"{name}_token") or ""  # a text, or {"content": text}
             text = token["content"] if isinstance(token, dict) else token
-            ids[name] = backend.token_to_id(_check_characters(text, str(path)))  # None if there is none
-        template = config.get("chat_template")
-        if isinstance(template, list):
+            ids[f"{name}_id"] = backend.token_to_id(_check_characters(text, str(path)))  # None if there is none
+        template = settings.get("chat_template")
+        if isinstance(template, list):  # several, with names
             template = {each["name"]: each["template"] for each in template}.get("default")
-        if (folder / TEMPLATE).is_file():
-            template = (folder / TEMPLATE).read_bytes().decode()
+        path = folder / TEMPLATE
+        if path.is_file():
+            template = _check_characters(path.read_bytes().decode(errors="surrogateescape"), str(path))
         return cls(backend, chat_template=template, **ids)
 
     @classmethod
@@ -237,7 +228,7 @@ class Tokenizer:
                 f"The GGUF file's tokenizer ({kind!r:.80}, {pre!r:.80}) is not 'gpt2' with one of {[*PRE_TOKENIZERS]}; "
                 "load the model's Hugging Face folder instead."
             )
-        ids = {name: ggml.get(f"{long}_token_id") for name, long in _GGUF_IDS.items()}
+        ids = {name: ggml.get(f"{name}_token_id") for name in ("eos", "bos", "padding")}
         check(ids, dict[str, Count | None], "The GGUF file's header")
         template = check(fields.get("tokenizer.chat_template"), str | None, "The GGUF file's chat template")
         try:
@@ -247,7 +238,7 @@ class Tokenizer:
             raise ValueError(
                 f"The GGUF file's tokenizer cannot be built ({shortened(str(error))}); copy or download it again."
             ) from None
-        return cls(backend, chat_template=template, **ids)
+        return cls(backend, ids["eos"], ids["bos"], ids["padding"], template)
 
     def to_gguf(self, vocab_size: int) -> dict[str, Any]:
         """Return a GGUF header's entries from which :meth:`from_gguf` and llama.cpp build the same tokenizer.
@@ -262,34 +253,69 @@ class Tokenizer:
             ValueError: the tokenizer has more tokens than that, has no token that ends a text, or does what a header
                 cannot state.
         """
-        state, added = json.loads(self.backend.to_str()), self.backend.get_added_tokens_decoder()
-        vocabulary = self.backend.get_vocab()
-        if (largest := max(vocabulary.values(), default=0)) >= vocab_size:
+        vocabulary, added = self.backend.get_vocab(), self.backend.get_added_tokens_decoder()
+        largest = max(vocabulary.values(), default=0)
+        if largest >= vocab_size:
             raise ValueError(
-                f"The tokenizer has token {largest}, but the model has {vocab_size}; pass the model's own."
+                f"The tokenizer has a token of id {largest}, but the model has only {vocab_size} tokens; pass the "
+                "model's own tokenizer."
             )
         if self.eos_id is None:
             raise ValueError("No token ends a text, and llama.cpp would take another one for it; set tokenizer.eos_id.")
-        tokens, types = [f"[PAD{i}]" for i in range(vocab_size)], [_UNUSED] * vocab_size
+        tokens = [f"[PAD{i}]" for i in range(vocab_size)]
+        types = [_UNUSED] * vocab_size
         for token, i in vocabulary.items():
-            tokens[i] = token
-            types[i] = _NORMAL if i not in added else _CONTROL if added[i].special else _USER_DEFINED
-        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in state["model"].get("merges", [])]
-        entries = {"model": "gpt2", "tokens": tokens, "token_type": types, "merges": merges}
-        entries |= {"add_space_prefix": False, "add_bos_token": self.encode("a", True) != self.encode("a")}
-        entries |= {f"{long}_token_id": getattr(self, name) for name, long in _GGUF_IDS.items()}
+            tokens[i], types[i] = token, _NORMAL
+            if i in added:
+                types[i] = _CONTROL if added[i].special else _USER_DEFINED
+        merges = json.loads(self.backend.to_str())["model"].get("merges", [])
+        entries = {
+            "model": "gpt2",
+            "tokens": tokens,
+            "token_type": types,
+            "merges": [" ".join(merge) for merge in merges],
+            "add_space_prefix": False,
+            "add_bos_token": self.encode("a", add_special_tokens=True) != self.encode("a"),
+            "eos_token_id": self.eos_id,
+            "bos_token_id": self.bos_id,
+            "padding_token_id": self.pad_id,
+        }
         header = {_GGML + name: value for name, value in entries.items() if value is not None}
         if self.chat_template:
             header["tokenizer.chat_template"] = self.chat_template
-        for pre in PRE_TOKENIZERS:  # the one from which the same tokenizer comes back
+        for pre in PRE_TOKENIZERS:  # the header is the one that gives the same tokenizer
             made = header | {f"{_GGML}pre": pre}
-            with suppress(ValueError):
-                if merges and _are_same(Tokenizer.from_gguf(made).backend, self.backend):
-                    return made
+            if merges and _gives(made, self.backend):
+                return made
         raise ValueError(
             "A GGUF file cannot hold this tokenizer; lora-lab export ADAPTER --merged --out FOLDER writes what "
             "llama.cpp's convert_hf_to_gguf.py reads."
         )
+
+
+def _read_backend(path: Path) -> Backend:
+    """Return the tokenizer in a tokenizer.json.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: it cannot be read.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path.parent} lacks the file {path.name}; make it with transformers: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
+        )
+    try:
+        # Not by its path, which the library cannot read if a folder's name is not UTF-8.
+        backend = Backend.from_str(path.read_text(encoding="utf-8"))
+        backend.no_truncation()  # some folders contain the limits of their last training run
+        backend.no_padding()
+        _try_out(backend)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises plain Exception, and its panics are not even that
+        raise ValueError(f"{path} is not a tokenizer file ({shortened(str(error))}); copy it anew.") from None
+    return backend
 
 
 def _check_characters(text: str, what: str = "The text") -> str:
@@ -298,7 +324,7 @@ def _check_characters(text: str, what: str = "The text") -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{what} holds {text[error.start]!r}, which is half a character or an undecoded byte: "
+            f"{what} holds {text[error.start]!r}, which is half a character (a lone surrogate) or an undecoded byte: "
             f"{_around(text, error.start)}; write the whole character, or remove it."
         ) from None
     return text
@@ -315,7 +341,7 @@ def _try_out(backend: Backend) -> None:
         ValueError: they become very many tokens, or are lost where most bytes have a token.
         Exception: whatever the library raises.
     """
-    letters = "a " + "".join(map(chr, range(33, 127)))
+    letters = "a " + bytes(range(33, 127)).decode()  # all that ASCII prints
     ids = backend.encode(letters, add_special_tokens=False).ids
     if len(ids) > 10 * len(letters):
         raise ValueError(f"it makes {len(ids):,} tokens of {len(letters)} letters")
@@ -331,12 +357,19 @@ def _try_out(backend: Backend) -> None:
 def _backend(ggml: dict[str, Any], pre: str, ids: dict[str, int | None]) -> Backend:
     """Return the tokenizer of a GGUF file's header.
 
+    Args:
+        ggml: the header's entries, without "tokenizer.ggml." before their names.
+        pre: the name of its pre-tokenizer.
+        ids: of the tokens "eos", "bos" and "padding"; None: there is no such token.
+
     Raises:
-        Exception: whatever the library raises, or that an id is no token's.
+        Exception: an entry is missing or damaged, an id is no token's, or the library refuses the tokens or merges.
     """
     tokens = ggml["tokens"]
     typed = list(zip(tokens, ggml["token_type"], strict=True))
-    special = {name: None if i is None else tokens[i] for name, i in ids.items()}
+    for name, i in ids.items():
+        if i is not None and i >= len(tokens):
+            raise ValueError(f"{name}_token_id is {i}, but there are only {len(tokens)} tokens")
     merges = [tuple(merge.split(" ")) for merge in ggml["merges"]]
     # Llama 3 does not split a word that is a token, whatever the merges would make of it.
     vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -347,19 +380,25 @@ def _backend(ggml: dict[str, Any], pre: str, ids: dict[str, int | None]) -> Back
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, kind in typed if kind == _CONTROL])
     backend.add_tokens([AddedToken(t, normalized=False) for t, kind in typed if kind == _USER_DEFINED])
     # llama.cpp puts the begin token before a Llama 3 text unless the file forbids it.
-    if ggml.get("add_bos_token", pre == "llama-bpe") and (bos := special["bos_id"]) is not None:
+    bos_id = ids["bos"]
+    if ggml.get("add_bos_token", pre == "llama-bpe") and bos_id is not None:
+        bos = tokens[bos_id]
         backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids["bos_id"])]
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bos_id)]
         )
     return backend
 
 
-def _are_same(built: Backend, original: Backend) -> bool:
-    """Return whether two tokenizers make the same tokens of every text.
+def _gives(header: dict[str, Any], original: Backend) -> bool:
+    """Return whether the tokenizer that is built from a header makes the same tokens of every text.
 
-    All their settings are compared but for those of places in the text and of training runs. What stands before a text
-    is compared by an example.
+    All settings are compared but for those of places in the text and of training runs. What stands before a text is
+    compared by an example.
     """
+    try:
+        built = Tokenizer.from_gguf(header).backend
+    except ValueError:
+        return False
     ignored = {"trim_offsets", "vocab", "post_processor", "truncation", "padding", "fuse_unk", "normalized"}
     if set(pre_tokenizers.ByteLevel.alphabet()) <= original.get_vocab(with_added_tokens=False).keys():
         ignored.add("unk_token")  # which is never used where every byte has a token

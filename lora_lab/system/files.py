@@ -1,7 +1,7 @@
 """Files that appear whole or not at all: a save is written aside, flushed to the disk, and renamed.
 
 Where small files belong to tensors, as an adapter's config does, the tensors are renamed first, and their header
-carries the small files. A save that was killed between two renames is completed by the next load (:func:`repair`).
+carries the small files. A save that was killed between two renames is finished by the next load (:func:`finish_save`).
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
                 raise
 
 
-def repair(folder: str | Path) -> None:
-    """Complete a save that was killed between two renames, by the files that the tensors' header carries.
+def finish_save(folder: str | Path) -> None:
+    """Finish a save that was killed between two renames, by the files that the tensors' header carries.
 
     A file is written anew where it is missing, or is still the one that the save was to replace. One that somebody has
     changed since then is left alone.

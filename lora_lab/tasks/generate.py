@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lora_lab.models.llama import Llama, LlamaReader
-from lora_lab.models.reading import Reader, Sampling, check_context, reader_of, stream
+from lora_lab.models.llama import Llama, LlamaReader, reader_of
+from lora_lab.models.reading import Reader, Sampling, check_context, stream
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system.schema import Size, check
 from lora_lab.task import IGNORE, context_length, restore_modes
@@ -38,7 +38,7 @@ def reply(model: nn.Module, tokenizer: Tokenizer, prompt: str, *, max_new_tokens
     """
     text = tokenizer.chat([{"role": "user", "content": prompt}])
     ids = torch.tensor(tokenizer.encode(text), dtype=torch.long, device=next(model.parameters()).device)  # (length,)
-    tokens = stream(model, ids, max_new_tokens, stop_token(tokenizer), Sampling(**sampling))
+    tokens = stream(reader_of(model), ids, max_new_tokens, stop_token(tokenizer), Sampling(**sampling))
     return tokenizer.decode(list(tokens)).strip()
 
 

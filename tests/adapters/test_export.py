@@ -186,7 +186,7 @@ def test_plain_lora_is_stored_as_llama_cpps_converter_stores_it(base, path):
     assert np.array_equal(tensors["blk.1.attn_k.weight.lora_a"], A)
     order = [0, 4, 1, 5, 2, 6, 3, 7]  # of the 8 rows of a head
     assert np.array_equal(tensors["blk.1.attn_k.weight.lora_b"], B[[*order, *(8 + row for row in order)]])
-    with pytest.raises(ValueError, match=r"adapter\.gguf is a GGUF file of type adapter, not a model"):
+    with pytest.raises(ValueError, match=r"adapter\.gguf is of type 'adapter', not 'model'"):
         load_pretrained(path)
 
 

@@ -22,7 +22,7 @@ import torch
 
 from lora_lab import Llama, LoRAConfig, inject, load_adapter, load_pretrained, save_model
 from lora_lab.adapters import save_gguf, shipped, strength
-from lora_lab.models.llama import RopeScaling
+from lora_lab.models.llama import RopeScaling, reader_of
 from lora_lab.models.reading import Sampling, stream
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.variants import DoRALinear, PiSSALinear, RsLoRALinear
@@ -65,7 +65,7 @@ class Result:
 
 def greedy(run):
     """The tokens that our model continues the prompt with."""
-    return list(stream(run.ours, torch.tensor(run.prompt), run.count, None, Sampling()))
+    return list(stream(reader_of(run.ours), torch.tensor(run.prompt), run.count, None, Sampling()))
 
 
 def answers(runs, continued, folder):

@@ -295,7 +295,7 @@ REFUSED = [  # a file of the folder, what is written into it (or which entries c
     ("tokenizer_config.json", b'{"chat_template": [4]}', "chat_template"),
     ("tokenizer_config.json", b'{"chat_template": {"a": 1}}', "chat_template"),
     ("tokenizer_config.json", rb'{"eos_token": "\ud83d"}', "half a character"),
-    ("chat_template.jinja", b"\xff\xfe", "utf-8"),
+    ("chat_template.jinja", b"\xff\xfe", "chat_template.jinja holds .*undecoded byte"),
 ]
 
 

@@ -19,9 +19,9 @@ from lora_lab.system.files import (
     check_file,
     check_replaceable,
     check_writable,
+    finish_save,
     hold_folder,
     read_json,
-    repair,
     save_or_rescue,
     write_json,
 )
@@ -166,7 +166,7 @@ def test_the_header_carries_the_small_files_and_the_numbers_stay(tmp_path):
     save(tmp_path, "text")
     assert load_file(tmp_path / "a.safetensors")["x"].tolist() == [4, 4, 4]
     (tmp_path / "config.json").unlink()
-    repair(tmp_path)
+    finish_save(tmp_path)
     assert (tmp_path / "config.json").read_text() == "text"
 
 
@@ -175,7 +175,7 @@ def test_a_file_that_a_save_was_to_replace_is_replaced_and_one_that_somebody_cha
     save(tmp_path, "newer")
     for found, expected in (("old", "newer"), ("edited", "edited"), ("newer", "newer")):
         (tmp_path / "config.json").write_text(found)
-        repair(tmp_path)
+        finish_save(tmp_path)
         assert (tmp_path / "config.json").read_text() == expected
 
 
@@ -185,7 +185,7 @@ def test_a_file_that_a_save_was_to_remove_is_removed_unless_somebody_wrote_anoth
         template.write_text("old")
         save(tmp_path, "new", remove=[template.name])
         template.write_text(found)
-        repair(tmp_path)
+        finish_save(tmp_path)
         assert template.exists() == stays
 
 
@@ -194,14 +194,14 @@ def test_a_save_within_a_save_is_one_save(tmp_path):
     with atomic_files(tmp_path) as temporary:
         save(temporary, "newer")
     (tmp_path / "config.json").write_text("old")
-    repair(tmp_path)
+    finish_save(tmp_path)
     assert (tmp_path / "config.json").read_text() == "newer"
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 100, b"\xff" * 8])
 def test_damaged_tensors_repair_nothing(tmp_path, content):
     (tmp_path / "a.safetensors").write_bytes(content)
-    repair(tmp_path)
+    finish_save(tmp_path)
     assert names(tmp_path) == ["a.safetensors"]
 
 

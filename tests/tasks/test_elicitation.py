@@ -97,10 +97,15 @@ def test_what_all_prompts_begin_with_is_read_once_and_changes_no_answer(chatter,
     asked = few_shot(from_pairs(chatter, pairs), 3)
     tests = [Pair("x" * n, "?", before=asked.pairs["test"][0].before) for n in (3, 17, 9, 1, 12)]
     many = dataclasses.replace(asked, pairs={**asked.pairs, "test": tests})
-    read, extend = [], LlamaReader._extend
+    read, whole = [], LlamaReader.read
+
+    def counted(self, ids, **each):
+        read.append(ids.shape[-1])
+        return whole(self, ids, **each)
+
     monkeypatch.setattr(talker, "config", dataclasses.replace(talker.config, max_position_embeddings=256))
     monkeypatch.setattr(generate, "BATCH", 3)
-    monkeypatch.setattr(LlamaReader, "_extend", lambda self, ids: (read.append(ids.shape[-1]), extend(self, ids))[1])
+    monkeypatch.setattr(LlamaReader, "read", counted)
     written = answers(talker, many, max_new_tokens=6)
     scores = log_likelihoods(talker, many, tests, LABELS)
     states = last_states(talker, many, tests)

@@ -77,7 +77,7 @@ def test_a_reply_has_no_white_space_around_it(chatter, talker, monkeypatch):
 def test_only_a_causal_language_model_replies_and_only_with_a_chat_template(chatter, talker, tiny_tokenizer):
     for model in (torch.nn.Linear(2, 2), fresh(bert), fresh(t5), fresh(llama).model):
         name = type(model).__name__
-        with pytest.raises(ValueError, match=f"^Only a causal language model .*, and a {name} is none"):
+        with pytest.raises(ValueError, match=f"^Only a causal language model .*, but this is a {name};"):
             reply(model, chatter, "?")
     with pytest.raises(ValueError, match="no chat template"):
         reply(talker, tiny_tokenizer, "?")
