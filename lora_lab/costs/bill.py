@@ -20,9 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_leaves
 
-from lora_lab.costs.fake import output_width, storage_of
+from lora_lab.costs.fake import nested_tensors, output_width, storage_of
 from lora_lab.costs.setup import Part, StepTracer
 from lora_lab.inject import output_head
 from lora_lab.train import Batch, TrainingStep
@@ -57,7 +56,7 @@ class Moment:
 class Bill:
     """What a training step needs at its peak, in bytes by part; the parts add up to the peak.
 
-    ``one - other`` is the difference in each part, negative where the first needs less.
+    ``one - other`` is a :class:`Difference`.
 
     Args:
         parts: part -> bytes, with the names of :class:`Part`. Batches themselves are not counted.
@@ -110,20 +109,29 @@ class Bill:
         """Return the same bill with one more part, of ``size`` bytes."""
         return replace(self, parts=_order({**self.parts, part: size}))
 
-    def __sub__(self, other: Bill) -> Bill:
+    def __sub__(self, other: Bill) -> Difference:
         either = [part for part in PARTS if part in self.parts or part in other.parts]
         parts: dict[str, int] = {part: self.parts.get(part, 0) - other.parts.get(part, 0) for part in either}
-        return Bill(parts, "", "difference", f"{self.setting} minus {other.setting}")
+        return Difference(parts, "", "difference", f"{self.setting} minus {other.setting}")
 
     def __str__(self) -> str:
-        differs = self.source == "difference"  # then there are signs, and neither shares nor a moment
-        rows = [(part, size, "" if differs else f"{size / self.peak_bytes:>6.0%}") for part, size in self.parts.items()]
-        rows.append(("peak", self.peak_bytes, "" if differs else f", in the {self.moment}"))
+        rows = [f"{_row(part, size)}{size / self.peak_bytes:>6.0%}" for part, size in self.parts.items()]
+        rows.append(f"{_row('peak', self.peak_bytes)}, in the {self.moment}")
         if self.reserved_bytes is not None:
-            rows.append(("reserved by the allocator", self.reserved_bytes, ""))
-        sign = "+" if differs else ""
-        lines = [f"  {name:<26}{size / MIB:>{sign}12,.1f} MiB{note}" for name, size, note in rows]
-        return "\n".join([f"{self.setting}: {self.source}", *lines])
+            rows.append(_row("reserved by the allocator", self.reserved_bytes))
+        return "\n".join([f"{self.setting}: {self.source}", *rows])
+
+
+class Difference(Bill):
+    """One bill minus another: negative where the first needs less. It has no moment, and shares would mean nothing."""
+
+    def __str__(self) -> str:
+        rows = [_row(name, size, "+") for name, size in [*self.parts.items(), ("peak", self.peak_bytes)]]
+        return "\n".join([f"{self.setting}: {self.source}", *rows])
+
+
+def _row(name: str, size: int, sign: str = "") -> str:
+    return f"  {name:<26}{size / MIB:>{sign}12,.1f} MiB"
 
 
 def _order(parts: Mapping[str, int]) -> dict[str, int]:
@@ -217,29 +225,29 @@ class _Life:
         size: bytes.
         born, died: numbers of operations.
         node: of autograd's graph, which was running.
-        known: the part that it belongs to, unless that depends on who saves it.
-        unsaved: the part that it belongs to if nobody does.
+        fixed_part: the part that it belongs to, unless that depends on who saves it.
+        part_if_unsaved: the part that it belongs to if nobody does.
         savers: the kinds of the modules that do.
     """
 
     size: int
     born: int
     node: int | None
-    known: Part | None
-    unsaved: Part
+    fixed_part: Part | None
+    part_if_unsaved: Part
     died: float = math.inf
     savers: set[Part] = field(default_factory=set)
 
     @property
     def part(self) -> Part:
         """The part of the bill that it belongs to, as far as is known by the end of the step."""
-        if self.known is not None:
-            return self.known
+        if self.fixed_part is not None:
+            return self.fixed_part
         if Part.LOGITS in self.savers:
             return Part.LOGITS
         if self.savers:
             return min(self.savers - {Part.SAVED_ADAPTERS}, default=Part.SAVED_ADAPTERS)
-        return self.unsaved
+        return self.part_if_unsaved
 
 
 class StorageLog(StepTracer):
@@ -250,22 +258,22 @@ class StorageLog(StepTracer):
         self._width = output_width(step.model)
         head = output_head(step.model)
         self._head_shape = head.weight.shape if head is not None and head.weight.requires_grad else None
-        self._operations: list[tuple[str, str, str]] = []  # phase, name and module; an index is a time
+        self._operations: list[RecordedOperation] = []  # an index is a time
         self._lives: list[_Life] = []
-        self._alive: dict[int, tuple[_Life, weakref.ref]] = {}
+        self._alive: dict[int, _Life] = {}
+        self._references: dict[int, weakref.ref] = {}  # kept, so that they call back
         self._sums: list[tuple[_Life, _Life]] = []  # a gradient, and the sum of it and another
         self._of_batch: set[int] = set()
         self._paused = False
-        self._calls: dict[Hashable, tuple[list[tuple[str, str, str]], list[_Life], Callable[[], Tensor]]] = {}
+        self._calls: dict[Hashable, tuple[list[RecordedOperation], list[_Life], Callable[[], Tensor]]] = {}
 
     def on_operation(self, function: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         """Count the operation, and register the storages of its results."""
         if self._paused:
             return
-        self._operations.append((self.phase, function._opname, self._where()))
-        for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._enter(tensor)
+        self._operations.append(RecordedOperation(self.phase, function._opname, self._where()))
+        for tensor in nested_tensors(out):
+            self._enter(tensor)
         if self.phase == "backward" and function._opname == "add" and not self.recomputing:
             self._note_sum(args[0], out)
 
@@ -279,7 +287,7 @@ class StorageLog(StepTracer):
             key: determines the operations, together with the phase.
             function: makes a new tensor, calls no module, and saves nothing for the backward pass.
         """
-        key, start = (key, self.phase, self.recomputing, self._unsaved()), len(self._operations)
+        key, start = (key, self.phase, self.recomputing, self._part_if_unsaved()), len(self._operations)
         if key not in self._calls:
             count = len(self._lives)
             result = function()
@@ -292,9 +300,9 @@ class StorageLog(StepTracer):
         result = like()
         self._paused = False
         where = self._where()
-        self._operations += [(self.phase, name, where) for _, name, _ in operations]
+        self._operations += [operation._replace(module=where) for operation in operations]
         for life in lives:
-            copy = replace(life, born=start + life.born, died=start + life.died, node=_node(), savers=set())
+            copy = replace(life, born=start + life.born, died=start + life.died, node=self.running_node, savers=set())
             self._lives.append(copy)
             if copy.died == math.inf:
                 self._follow(result, copy)
@@ -311,24 +319,21 @@ class StorageLog(StepTracer):
 
     def recording(self, setting: str) -> Recording:
         """Return the recording of the last step, of the model, setup and batch that ``setting`` names."""
-        # Where nothing else refers to a gradient, autograd adds the next one to it in place (input_buffer.cpp), but not
-        # while operations are being followed: then the sum is a new storage, and the gradient is released.
-        for first, total in reversed(self._sums):  # a sum may be the first gradient of the next one
-            if first.died == total.born:
-                first.died, first.known, total.size = total.died, total.known, 0
-        self._sums.clear()
+        self._merge_sums()
         lives = [life for life in self._lives if life.died >= self._start]
         allocated, released = defaultdict[float, list[_Life]](list), defaultdict[float, list[_Life]](list)
         for life in lives:
             allocated[max(life.born, self._start)].append(life)
             released[life.died].append(life)
         operations = [
-            RecordedOperation(
-                phase, name, module if time in allocated else "", _storages(allocated[time]), _storages(released[time])
+            operation._replace(
+                module=operation.module if time in allocated else "",
+                allocated=_storages(allocated[time]),
+                released=_storages(released[time]),
             )
-            for time, (phase, name, module) in enumerate(self._operations[self._start :], start=self._start)
+            for time, operation in enumerate(self._operations[self._start :], start=self._start)
         ]
-        forward = [time for time, (phase, *_) in enumerate(self._operations) if phase == "forward"]
+        forward = [time for time, operation in enumerate(self._operations) if operation.phase == "forward"]
         last = max(forward, default=self._start)
         saved = [life for life in lives if life.savers and life.part not in (*STATIC, Part.HEAD_GRADIENT)]
         return Recording(setting, operations, _storages(life for life in saved if life.born <= last < life.died))
@@ -337,7 +342,7 @@ class StorageLog(StepTracer):
         """Return the module that is running, or that the loss is computed; nothing is known in the backward pass."""
         return (self.module or self.kind.removeprefix("saved: ")) if self.phase == "forward" or self.recomputing else ""
 
-    def _unsaved(self) -> Part:
+    def _part_if_unsaved(self) -> Part:
         """Return the part to which a storage belongs that nobody saves."""
         return Part.LOGITS if self.kind == Part.LOGITS and self.phase == "forward" else Part.TEMPORARIES
 
@@ -354,21 +359,21 @@ class StorageLog(StepTracer):
         for part, tensors in named.items():
             for tensor in tensors:
                 self._enter(tensor)  # tensors from before the first step are registered here
-                self._alive[storage_of(tensor)][0].known = part
+                self._alive[storage_of(tensor)].fixed_part = part
 
     def _enter(self, tensor: Tensor) -> None:
         key = storage_of(tensor)
         if key in self._alive or key in self._of_batch:
             return
-        known = None
+        fixed_part = None
         if self.phase == "backward" and tensor.shape == self._head_shape:
-            known = Part.HEAD_GRADIENT
+            fixed_part = Part.HEAD_GRADIENT
         elif self.recomputing:
-            known = Part.RECOMPUTED
+            fixed_part = Part.RECOMPUTED
         elif tensor.ndim > 1 and tensor.shape[-1] == self._width:
-            known = Part.LOGITS
+            fixed_part = Part.LOGITS
         time = max(0, len(self._operations) - 1)
-        life = _Life(tensor.untyped_storage().nbytes(), time, _node(), known, self._unsaved())
+        life = _Life(tensor.untyped_storage().nbytes(), time, self.running_node, fixed_part, self._part_if_unsaved())
         self._lives.append(life)
         self._follow(tensor, life)
 
@@ -380,7 +385,8 @@ class StorageLog(StepTracer):
             life.died = len(self._operations) - 1
             self._alive.pop(key, None)
 
-        self._alive[key] = (life, weakref.ref(tensor.untyped_storage(), dead))
+        self._alive[key] = life
+        self._references[key] = weakref.ref(tensor.untyped_storage(), dead)
 
     def _note_sum(self, first: Tensor, total: Tensor) -> None:
         """Remember a sum that autograd makes of two gradients of one tensor, and that may take the first one's storage.
@@ -389,22 +395,27 @@ class StorageLog(StepTracer):
         gives its storage away.
         """
         before, after = (self._alive.get(storage_of(tensor)) for tensor in (first, total))
-        if before is None or after is None or before[0].node == after[0].node or first._is_view():
+        if before is None or after is None or before.node == after.node or first._is_view():
             return
         if torch.ops.aten.is_non_overlapping_and_dense(first):
-            self._sums.append((before[0], after[0]))
+            self._sums.append((before, after))
+
+    def _merge_sums(self) -> None:
+        """Make one storage of a gradient and the sum that a real step would write over it.
+
+        Where nothing else refers to a gradient, autograd adds the next one to it in place (input_buffer.cpp), but not
+        while operations are being followed: then the sum is a new storage, and the gradient is released.
+        """
+        for first, total in reversed(self._sums):  # a sum may be the first gradient of the next one
+            if first.died == total.born:
+                first.died, first.fixed_part, total.size = total.died, total.fixed_part, 0
+        self._sums.clear()
 
     def _save(self, tensor: Tensor) -> Tensor:
         """Note the kind of the module for which autograd saves a tensor for the backward pass."""
-        if (entry := self._alive.get(storage_of(tensor))) is not None:
-            entry[0].savers.add(self.kind)
+        if (life := self._alive.get(storage_of(tensor))) is not None:
+            life.savers.add(self.kind)
         return tensor.detach()  # undetached, an output would keep its own graph alive
-
-
-def _node() -> int | None:
-    """Return the number of the node of autograd's graph that is running in the backward pass."""
-    node = torch._C._current_autograd_node()
-    return None if node is None else node._sequence_nr()
 
 
 def _storages(lives: Iterable[_Life]) -> list[Storage]:

@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lora_lab.inject import match_layers, output_head
 from lora_lab.lean.step import copy_with
@@ -55,21 +54,22 @@ def batch_for(
         ValueError: a size is missing or below 1, the model reads images and ``seq_len`` is given, or it reads
             something else.
     """
-    device, config = device_of(model), getattr(model, "config", None)
+    device = device_of(model)
     if batch is not None:
         inputs, targets = (torch.zeros(each.shape, dtype=each.dtype, device=device) for each in batch)
         return inputs, targets
-    reads, classes = getattr(model, "main_input_name", "input_ids"), output_width(model) or 1
     rows = check(batch_size, Size, "batch_size")
+    classes = output_width(model) or 1
+    reads = getattr(model, "main_input_name", "input_ids")
     if reads == "pixel_values":
         if seq_len is not None:
             raise ValueError(f"seq_len is {seq_len}, but a {type(model).__name__} reads images; leave seq_len out.")
         inputs = _pictures(model, rows)
     elif reads == "input_ids":
-        shape, tokens = (rows, check(seq_len, Size, "seq_len")), getattr(config, "vocab_size", classes)
-        inputs = torch.randint(tokens, shape, device=device)
+        vocabulary = getattr(getattr(model, "config", None), "vocab_size", classes)
+        inputs = torch.randint(vocabulary, (rows, check(seq_len, Size, "seq_len")), device=device)
         if not hasattr(model, "can_generate") or model.can_generate():  # pyright: ignore[reportCallIssue]
-            return inputs, torch.randint(classes, shape, device=device)
+            return inputs, torch.randint(classes, inputs.shape, device=device)  # a target for each token
     else:
         raise ValueError(
             f"A {type(model).__name__} reads {reads}, whose shape does not follow from a batch size; pass inputs and "
@@ -126,9 +126,23 @@ def device_to_run(model: Source, device: torch.device | str | None) -> torch.dev
     return device
 
 
+def tensors_of(module: nn.Module, recurse: bool = True) -> list[Tensor]:
+    """Return a module's parameters and buffers, with those of the modules inside it unless ``recurse`` is false."""
+    return [*module.parameters(recurse), *module.buffers(recurse)]
+
+
 def storage_of(tensor: Tensor) -> int:
     """Return a number that identifies a tensor's memory for as long as that memory is in use."""
     return tensor.untyped_storage()._cdata
+
+
+def nested_tensors(value: Any) -> Iterator[Tensor]:
+    """Yield all tensors in nested lists, tuples and dicts; torch's ``tree_leaves`` takes several times as long."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from nested_tensors(entry)
 
 
 # Models to rehearse with, and to train
@@ -156,10 +170,10 @@ def fake_copy(
     device = torch.device(device)
     if device.type == "cpu":
         device = torch.device("cpu")  # for torch "cpu:0" is another device, and no tensor is ever on it
-    if device.type not in ("cpu", "meta"):
+    elif device.type != "meta":
         pick_device(device)  # raises if it does not exist
     model = build_on_meta(model)
-    # A model may hold tensors that are no parameters or buffers.
+    # A model may hold tensors that are neither parameters nor buffers.
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def pretend(tensor: Tensor) -> Tensor:
@@ -189,7 +203,7 @@ class _RealPositions(TorchDispatchMode):
         kwargs = kwargs or {}
         if any(isinstance(argument, FakeTensor) for argument in args):  # nearly always, and quickly found
             return _grouped(func, args, kwargs) if func is _GROUPED_MM else func(*args, **kwargs)
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        inputs = list(nested_tensors((args, kwargs)))
         any_fake = any(isinstance(tensor, FakeTensor) for tensor in inputs)
         if any_fake or not (inputs or func._overloadpacket is torch.ops.aten.arange):
             return func(*args, **kwargs)
@@ -197,8 +211,7 @@ class _RealPositions(TorchDispatchMode):
             out = func(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
             out = None  # the result or its shape depends on values, which are computed below
-        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if any(tensor.numel() > _MOST_REAL or tensor.device.type == "meta" for tensor in outputs):
+        if any(tensor.numel() > _MOST_REAL or tensor.device.type == "meta" for tensor in nested_tensors(out)):
             return out
         with unset_fake_temporarily():
             return func(*args, **kwargs)
@@ -251,7 +264,7 @@ def unshare_trainable(twin: nn.Module, model: nn.Module) -> None:
         twin: from :func:`copy_sharing_weights`, and ready to train since.
         model: what it is a copy of.
     """
-    shared = {storage_of(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    shared = {storage_of(tensor) for tensor in tensors_of(model)}
     for tensor in [*(each for each in twin.parameters() if each.requires_grad), *twin.buffers()]:
         if storage_of(tensor) in shared:
             tensor.data = tensor.data.clone()

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from lora_lab.costs.fake import Source, build_on_meta, storage_of
-from lora_lab.costs.setup import Part, Rehearsal, Setup, StepTracer, as_setup, module_kinds, prepare_shapes, setting_of
+from lora_lab.costs.fake import Source, build_on_meta, nested_tensors, storage_of, tensors_of
+from lora_lab.costs.setup import Rehearsal, Setup, StepTracer, adapter_modules, as_setup, prepare_shapes, setting_of
+from lora_lab.inject import output_head
 from lora_lab.lora import LoRALayer
 from lora_lab.methods import FullFineTuning, LoRA, Method
 from lora_lab.models.llama import Llama
@@ -124,8 +124,8 @@ class FlopCounter(StepTracer):
     def run(self, batches: Sequence[Batch], weights: Sequence[float]) -> None:
         """Take one step and count it; the counts of an earlier step are dropped."""
         self.products: list[tuple[str, str, int]] = []  # part, pass, FLOPs
-        self._parts: defaultdict[int, set[str]] = defaultdict(set)  # of the products of a node, by its number
-        tensors = [*self.step.model.parameters(), *self.step.model.buffers()]
+        self._parts: defaultdict[int | None, set[str]] = defaultdict(set)  # of the products of each node
+        tensors = tensors_of(self.step.model)
         self._sources = {storage_of(tensor): frozenset({self._owners[id(tensor)]}) for tensor in tensors}
         self._sources |= {storage_of(tensor): frozenset({_DATA}) for batch in batches for tensor in batch}
         super().run(batches, weights)
@@ -146,26 +146,31 @@ class FlopCounter(StepTracer):
             self._count_convolution(args, out)
         elif packet in _FORMULAS:
             self._count(packet, args, _FORMULAS[packet](*args, **kwargs, out_val=out))
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        sources = _NOTHING.union(*map(self._sources_of, inputs))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._sources[storage_of(tensor)] = sources
+        sources = _NOTHING.union(*map(self._sources_of, nested_tensors((args, kwargs))))
+        for tensor in nested_tensors(out):
+            self._sources[storage_of(tensor)] = sources
 
     def _count(self, packet: Any, args: tuple, count: int) -> None:
-        """Add a product of two factors."""
+        """Add a product: with weights, to their part; of data alone, as a gradient of weights or else to attention."""
         start = 1 if packet in _SUMS else 0  # the first argument is what the product is added to
         factors = [self._sources_of(tensor) for tensor in args[start : start + 2]]
         weights = [sources for sources in factors if _DATA not in sources]
-        part, pass_ = _part(weights) if weights else ATTENTION, self._pass(INPUT)
-        if pass_ == FORWARD:
-            node = torch.autograd._get_sequence_nr() - 1  # pyright: ignore[reportPrivateImportUsage] - the one just made
-            self._parts[node].add(part)
-        elif pass_ == INPUT and not weights:
-            parts = self._parts[torch._C._current_autograd_node()._sequence_nr()] - {ATTENTION}
-            if parts:  # a lean layer's node has products with frozen weights and with adapters
-                part, pass_ = min(parts, key=(ADAPTERS, HEAD, LAYERS, OTHER).index), WEIGHT
+        trained = self._trained_part()
+        if weights:
+            part, pass_ = _part(weights), self._pass(INPUT)
+        elif trained is not None:
+            part, pass_ = trained, WEIGHT
+        else:
+            part, pass_ = ATTENTION, self._pass(INPUT)
         self.products.append((part, pass_, count))
+        if self.phase == "forward":
+            self._parts[self.newest_node].add(part)
+
+    def _trained_part(self) -> str | None:
+        """Return the part whose weights get gradients from the running node of the backward pass, or None."""
+        parts = _NOTHING if self.recomputing else self._parts[self.running_node]
+        # A lean layer's node has products with frozen weights and with adapters.
+        return next((part for part in (ADAPTERS, HEAD, LAYERS, OTHER) if part in parts), None)
 
     def _count_convolution(self, args: tuple, out: Any) -> None:
         """One operation with two products: the gradients of the input and of the weight."""
@@ -190,15 +195,16 @@ def _part(factors: Iterable[frozenset[str]]) -> str:
 
 
 def weight_owners(model: nn.Module) -> dict[int, str]:
-    """id of each parameter and buffer -> "head" (of the output layer), "adapters" or "layers" (all others).
+    """Return the owner of each parameter and buffer, by its id: "layers", or the output layer's "head", or "adapters".
 
     A weight that the output layer shares with the embedding belongs to the head.
     """
-    kinds, owners = module_kinds(model), dict[int, str]()
-    for module in model.modules():
-        owner = {Part.LOGITS: HEAD, Part.SAVED_ADAPTERS: ADAPTERS}.get(kinds[id(module)], LAYERS)
-        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
-            owners[id(tensor)] = owner if owner != LAYERS else owners.get(id(tensor), LAYERS)
+    owners = {id(tensor): LAYERS for tensor in tensors_of(model)}
+    head = output_head(model)
+    if head is not None:
+        owners |= {id(tensor): HEAD for tensor in tensors_of(head)}
+    for module in adapter_modules(model):
+        owners |= {id(tensor): ADAPTERS for tensor in tensors_of(module, recurse=False)}
     return owners
 
 
@@ -218,12 +224,15 @@ def closed_form(model: Llama, tokens: int, seq_len: int) -> dict[str, int]:
     Reference: the rule of 6 FLOPs a weight and token is Kaplan et al. 2020, arXiv 2001.08361, section 2.1.
 
     Args:
-        model: ready to train, with trained weights in a block.
+        model: ready to train.
         tokens: the batch's size.
         seq_len: s.
+
+    Raises:
+        ValueError: no block has trained weights.
     """
     blocks = list(enumerate(model.model.layers))
-    lowest = next(depth for depth, block in blocks if any(each.requires_grad for each in block.parameters()))
+    lowest = min(depth for depth, block in blocks if any(each.requires_grad for each in block.parameters()))
     # And whether the backward pass reaches them.
     matrices: list[tuple[str, Tensor, bool]] = [(HEAD, model.lm_head.get_parameter("weight"), True)]
     for depth, block in blocks:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora_lab.costs.bill import GIB, MIB, Bill, Part, Recording, StorageLog, extend_recording
-from lora_lab.costs.fake import Source, build_model, device_of, device_to_run, storage_of, unshare_trainable
+from lora_lab.costs.fake import Source, build_model, device_of, device_to_run, storage_of, tensors_of, unshare_trainable
 from lora_lab.costs.setup import Rehearsal, Setup, as_setup, setting_of
 from lora_lab.lean.step import Lean
 from lora_lab.methods import FullFineTuning, LoRA, Method
@@ -154,20 +154,21 @@ def measure(
     with own_randomness(device, 0):
         twin = build_model(model, device, setup.dtype)
         # Held until the meter stops: otherwise the step's own tensors could reuse a freed address.
-        held = [tensor.detach() for tensor in [*twin.parameters(), *twin.buffers()]]
+        held = [tensor.detach() for tensor in tensors_of(twin)]
         before = {storage_of(tensor) for tensor in held}
         batch = batch[0].to(device), batch[1].to(device)
         parts, weights = setup.batches(batch)
         gc.collect()  # garbage that is freed during the step would be subtracted from its memory
-        with (_cuda_meter if device.type == "cuda" else _cpu_meter)(device) as meter:
+        start_meter = _cuda_meter if device.type == "cuda" else _cpu_meter
+        with start_meter(device) as meter:
             step = setup.step(twin)
-            log = StorageLog(step)
+            log = StorageLog(step)  # refuses a step of several threads, before it is taken
             if isinstance(model, nn.Module):
                 unshare_trainable(twin, model)
             step(parts, weights)
-            with meter.second_step:
+            with meter.second_step():
                 step(parts, weights)
-        after = {storage_of(t): t.untyped_storage().nbytes() for t in [*twin.parameters(), *twin.buffers()]}
+        after = {storage_of(t): t.untyped_storage().nbytes() for t in tensors_of(twin)}
         del held
         peak = meter.peak_bytes + sum(size for key, size in after.items() if key in before)
         log.run(parts, weights)
@@ -186,7 +187,7 @@ class _Meter:
     The peak includes ``ends_bytes``, which were handed out but not requested. ``workspace_bytes`` come on top.
     """
 
-    second_step: AbstractContextManager
+    second_step: Callable[[], AbstractContextManager]
     workspace_bytes: int = 0
     peak_bytes: int = 0
     ends_bytes: int = 0
@@ -199,7 +200,7 @@ def _cpu_meter(device: torch.device) -> Iterator[_Meter]:
     # Otherwise the profiler reports its start and stop on stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     name = "lora_lab: second step"
-    meter = _Meter(torch.profiler.record_function(name))
+    meter = _Meter(partial(torch.profiler.record_function, name))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         yield meter
     found: Any = profiler.profiler  # the stub lacks what is there once the profiler has been stopped
@@ -227,7 +228,7 @@ def _cuda_meter(device: torch.device) -> Iterator[_Meter]:
         requested = torch.cuda.memory_stats(device).get("requested_bytes.all.peak")
         meter.ends_bytes = 0 if requested is None else meter.peak_bytes - (requested - requested_before)
 
-    meter = _Meter(second_step(), _workspace_bytes(device))
+    meter = _Meter(second_step, _workspace_bytes(device))
     yield meter
 
 
@@ -268,8 +269,15 @@ def largest(
     bills = _Bills(model, as_setup(method, options), device)
 
     def bill_of(size: int) -> Bill:
-        return bills.predict(size if batch_size is None else batch_size, size if seq_len is None else seq_len)
+        if batch_size is None:
+            return bills.predict(size, seq_len)
+        return bills.predict(batch_size, size)
 
+    return _search_by_secants(bill_of, budget_bytes)
+
+
+def _search_by_secants(bill_of: Callable[[int], Bill], budget_bytes: int) -> tuple[int, Bill]:
+    """Return the largest size that fits, and its bill, as :func:`largest` does."""
     low, low_bill, high = 1, bill_of(1), _LARGEST_SIZE + 1  # low fits, high does not
     if low_bill.peak_bytes > budget_bytes:
         return 0, low_bill
@@ -437,7 +445,10 @@ def parse_bytes(text: str) -> int:
     Raises:
         ValueError: the text is not a positive number with such a unit.
     """
-    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT])(i?)B\s*", text, flags=re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT])(I?)B\s*", text.upper())
     if not match or float(match[1]) == 0:
         raise ValueError(f"{text!r} is no size; write a number with its unit, such as 24GiB or 80GB.")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2].upper())))
+    number, prefix, binary = match.groups()
+    base = 1024 if binary else 1000
+    power = {"K": 1, "M": 2, "G": 3, "T": 4}[prefix]
+    return int(float(number) * base**power)

@@ -71,7 +71,7 @@ class Setup:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.optimizer != "adamw" and self.lean is not None:
-            raise ValueError(f"optimizer is {self.optimizer!r}, but the lean step has an AdamW of its own.")
+            raise ValueError(f"optimizer is {self.optimizer!r}, but the lean step has its own AdamW; use lean=None.")
 
     def step(self, model: nn.Module) -> TrainingStep:
         """Make ``model`` ready to train, in place. A fake model gets a step that assumes that every target counts.
@@ -167,16 +167,17 @@ _KIND_BY_WORD = {
 
 
 def module_kinds(model: nn.Module) -> dict[int, Part]:
-    """id of each module -> its kind. A module of no kind of its own has that of the module around it."""
-    head, adapters = output_head(model), adapter_modules(model)
-    own = {}  # of each module's name, whether it is an adapter or not
-    kinds = {}
-    for name, module in model.named_modules(remove_duplicate=False):  # a module comes before those inside it
-        around, _, attribute = name.rpartition(".")
-        known = Part.LOGITS if module is head else _kind_of(module, attribute)
-        own[name] = known or own.get(around, Part.SAVED_OTHER)
-        kinds[id(module)] = Part.SAVED_ADAPTERS if module in adapters else own[name]
-    return kinds
+    """Return the kind of each module, by its id. A module of no kind of its own has that of the module around it."""
+    head, kinds = output_head(model), dict[int, Part]()
+
+    def visit(module: nn.Module, attribute: str, kind_around: Part) -> None:
+        kind = Part.LOGITS if module is head else _kind_of(module, attribute) or kind_around
+        kinds[id(module)] = kind
+        for name, child in module.named_children():
+            visit(child, name, kind)
+
+    visit(model, "", Part.SAVED_OTHER)
+    return kinds | {id(module): Part.SAVED_ADAPTERS for module in adapter_modules(model)}
 
 
 def _kind_of(module: nn.Module, attribute: str) -> Part | None:
@@ -238,6 +239,17 @@ class StepTracer(TorchDispatchMode):
     def recomputing(self) -> bool:
         """Whether a module is being computed again in the backward pass."""
         return self.phase == "backward" and bool(self._stack)
+
+    @property
+    def running_node(self) -> int | None:
+        """The number of the node of autograd's graph that is running in the backward pass, or None."""
+        node = torch._C._current_autograd_node()
+        return None if node is None else node._sequence_nr()
+
+    @property
+    def newest_node(self) -> int:
+        """The number of the node that was made last in the forward pass."""
+        return torch.autograd._get_sequence_nr() - 1  # pyright: ignore[reportPrivateImportUsage]
 
     def run(self, batches: Sequence[Batch], weights: Sequence[float]) -> None:
         """Take one step and trace it. With several micro-batches, forward and backward alternate."""

@@ -22,7 +22,7 @@ import math
 import statistics
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from timeit import Timer
@@ -33,7 +33,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
-from lora_lab.costs.fake import Source, batch_for, build_model, device_to_run, shape_of, storage_of, unshare_trainable
+from lora_lab.costs.fake import (
+    Source,
+    batch_for,
+    build_model,
+    device_to_run,
+    nested_tensors,
+    shape_of,
+    storage_of,
+    tensors_of,
+    unshare_trainable,
+)
 from lora_lab.costs.flops import ADAPTERS, AGAIN, ATTENTION, FORWARD, GIGA, HEAD, INPUT, WEIGHT, FlopCounter, size_of
 from lora_lab.costs.setup import Setup, as_setup, rehearse_step
 from lora_lab.methods import LoRA, Method
@@ -77,6 +87,16 @@ class Times:
     setting: str = ""
     disturbance: str = ""
 
+    @property
+    def first(self) -> str:
+        """The variant that the others are compared with."""
+        return next(iter(self.seconds))
+
+    @property
+    def rounds(self) -> int:
+        """How often each variant was timed."""
+        return len(self.seconds[self.first])
+
     def median_s(self, name: str) -> float:
         """Return median time of a step."""
         return statistics.median(self.seconds[name])
@@ -92,7 +112,7 @@ class Times:
 
     def ratios(self, name: str) -> list[float]:
         """Return the variant's time over the first variant's, round by round."""
-        first = next(iter(self.seconds.values()))
+        first = self.seconds[self.first]
         return [seconds / reference for seconds, reference in zip(self.seconds[name], first, strict=True)]
 
     def ratio(self, name: str) -> float:
@@ -112,37 +132,52 @@ class Times:
 
     def verdict(self, name: str) -> str:
         """Return whether a variant is faster or slower than the first, or why this run does not show it."""
-        first, interval = next(iter(self.seconds)), self.interval(name)
+        interval = self.interval(name)
         if interval is None:
-            return f"inconclusive after {count_noun(len(self.ratios(name)), 'round')}; take 6 or more"
+            return f"inconclusive after {count_noun(self.rounds, 'round')}; take 6 or more"
         low, high = interval
-        reasons = {
-            "inconclusive on a busy machine": bool(self.disturbance),
-            "faster": high < 1,
-            "slower": low > 1,
-            "inconclusive, because the times vary too much": high - low > _TOO_WIDE,
-        }
-        found = next((words for words, holds in reasons.items() if holds), "no significant difference")
-        return f"{found}: {low:.2f} to {high:.2f} of {first}'s time"
+        if self.disturbance:
+            verdict = "inconclusive on a busy machine"
+        elif high < 1:
+            verdict = "faster"
+        elif low > 1:
+            verdict = "slower"
+        elif high - low > _TOO_WIDE:
+            verdict = "inconclusive, because the times vary too much"
+        else:
+            verdict = "no significant difference"
+        return f"{verdict}: {low:.2f} to {high:.2f} of {self.first}'s time"
 
     def to_dict(self) -> dict[str, Any]:
         """Return one entry a variant and what holds for all of them, in values of JSON."""
-        first, *_ = self.seconds
-        variants = [
-            {"variant": name, "seconds": self.median_s(name)}
-            | dict(zip(("lower_quartile_seconds", "upper_quartile_seconds"), self.quartiles_s(name), strict=True))
-            | {"tokens_per_second": self.tokens_per_second(name), "ratio": self.ratio(name)}
-            | dict(zip(("ratio_low", "ratio_high"), self.interval(name) or (None, None), strict=True))
-            | {"verdict": None if name == first else self.verdict(name)}
-            for name in self.seconds
-        ]
-        facts = {"setting": self.setting, "tokens": self.tokens, "rounds": len(self.seconds[first])}
-        return {**facts, "variants": variants, "disturbance": self.disturbance or None}
+        variants = []
+        for name in self.seconds:
+            low, high = self.quartiles_s(name)
+            ratio_low, ratio_high = self.interval(name) or (None, None)
+            variants.append(
+                {
+                    "variant": name,
+                    "seconds": self.median_s(name),
+                    "lower_quartile_seconds": low,
+                    "upper_quartile_seconds": high,
+                    "tokens_per_second": self.tokens_per_second(name),
+                    "ratio": self.ratio(name),
+                    "ratio_low": ratio_low,
+                    "ratio_high": ratio_high,
+                    "verdict": None if name == self.first else self.verdict(name),
+                }
+            )
+        return {
+            "setting": self.setting,
+            "tokens": self.tokens,
+            "rounds": self.rounds,
+            "variants": variants,
+            "disturbance": self.disturbance or None,
+        }
 
     def __str__(self) -> str:
         width = max(len(name) for name in self.seconds) + 2
-        rounds = len(next(iter(self.seconds.values())))
-        title = f"{self.setting}: ms a step, median [quartiles] of {count_noun(rounds, 'round')}"
+        title = f"{self.setting}: ms a step, median [quartiles] of {count_noun(self.rounds, 'round')}"
         lines = [title, f"  {'':<{width}}{'ms':>11}{'':>24}{'tokens/s':>11}{'ratio':>8}"]
         for index, name in enumerate(self.seconds):
             low, high = self.quartiles_s(name)
@@ -300,9 +335,10 @@ def describe_call(
 ) -> OperatorCall | None:
     """Return the call that has just run; None if it moved no bytes, as views and allocations."""
     name, schema = function._opname, function._schema
-    read = list(_tensors((args, tuple(kwargs.values()))))
+    read = list(nested_tensors((args, kwargs)))
     held = {storage_of(tensor) for tensor in read}
-    made_bytes = sum(tensor.untyped_storage().nbytes() for tensor in _tensors(out) if storage_of(tensor) not in held)
+    made = [tensor for tensor in nested_tensors(out) if storage_of(tensor) not in held]
+    made_bytes = sum(tensor.untyped_storage().nbytes() for tensor in made)
     if not schema.is_mutable and (not made_bytes or name.startswith(("empty", "new_empty"))):
         return None
     written = [
@@ -313,7 +349,7 @@ def describe_call(
         # Fused AdamW may change gradients, by its schema, but does so only where they are scaled.
         and argument.name != "grads"
     ]
-    moved_bytes = sum(map(_size_of, [*read, *_tensors(written)])) + made_bytes
+    moved_bytes = sum(map(_size_of, [*read, *nested_tensors(written)])) + made_bytes
     if name in _LOOKUPS:
         moved_bytes = 2 * made_bytes
     if "dot_product" in name:
@@ -321,15 +357,6 @@ def describe_call(
     factors = tuple((tuple(each.shape), each.stride()) for each in read[-2:] if name.removesuffix("_") in _PRODUCTS)
     of_list = (schema.is_mutable or name.startswith("_foreach_")) and isinstance(args[0], list | tuple)
     return OperatorCall(name, moved_bytes, flops, read[0].dtype if read else torch.float32, factors, of_list)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield all tensors in nested lists and tuples; torch's own ``tree_leaves`` takes several times as long."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for entry in value:
-            yield from _tensors(entry)
 
 
 def _size_of(tensor: Tensor) -> int:
@@ -340,7 +367,7 @@ def _size_of(tensor: Tensor) -> int:
 
 def _attention_flops(name: str, args: tuple) -> int:
     """Return the FLOPs of fused attention, half of them if it is causal."""
-    shapes = [tuple(tensor.shape) for tensor in _tensors(args)]
+    shapes = [tuple(tensor.shape) for tensor in nested_tensors(args)]
     backward = name.endswith("_backward")  # its first operand is a gradient
     count = sdpa_backward_flop_count(*shapes[:4]) if backward else sdpa_flop_count(*shapes[:3])
     return count // 2 if any(value is True for value in args) else count
@@ -360,8 +387,10 @@ class StepTrace(FlopCounter):
         super().on_operation(function, args, kwargs, out)
         products = self.products[before:]
         flops = sum(count for _, _, count in products)
-        if function.namespace == "aten" and (call := describe_call(function, args, kwargs, out, flops)):
-            self.calls[self._cause(call.name, products)][call] += 1
+        if function.namespace == "aten":
+            call = describe_call(function, args, kwargs, out, flops)
+            if call is not None:
+                self.calls[self._cause(call.name, products)][call] += 1
 
     def _cause(self, name: str, products: Sequence[tuple[str, str, int]]) -> str:
         if products:
@@ -545,7 +574,7 @@ def trace_work(setup: Setup, step: TrainingStep, batch: Batch) -> StepWork:
     trace = StepTrace(step)
     trace.run_second(*setup.batches(batch))
     trained = [parameter for parameter in step.model.parameters() if parameter.requires_grad]
-    tensors = [*step.model.parameters(), *step.model.buffers(), *trained]  # a gradient is as large as its parameter
+    tensors = [*tensors_of(step.model), *trained]  # a gradient is as large as its parameter
     return StepWork(trace.calls, sum(tensor.nbytes for tensor in tensors) + state_bytes(step.optimizer))
 
 

@@ -978,12 +978,12 @@ def test_on_a_gpu_the_peak_is_the_allocators_mark_less_what_was_there_before(mon
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", calls.append)
     with memory._cuda_meter(device) as meter:
         assert calls == ["workspaces", "before"]
-        with meter.second_step:
+        with meter.second_step():
             assert calls[2:] == [device]
     assert (meter.peak_bytes, meter.reserved_bytes, meter.workspace_bytes) == (700, 4096, 64 * MIB)
     assert meter.ends_bytes == 700 - (1480 - 900)  # given, and not asked for
     marks.clear()  # an allocator that does not count what was asked for
-    with memory._cuda_meter(device) as meter, meter.second_step:
+    with memory._cuda_meter(device) as meter, meter.second_step():
         pass
     assert (meter.peak_bytes, meter.ends_bytes) == (700, 0)
 
