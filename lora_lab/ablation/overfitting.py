@@ -87,7 +87,7 @@ def at_equal_learning(frame: pandas.DataFrame, best: pandas.DataFrame, share: fl
 
     Args:
         frame: as for :func:`summarise_trials`.
-        best: the trials to compare, at each setup's best rate.
+        best: the trials to compare: rows of :func:`summarise_trials` at each setup's best rate.
         share: of the amount, above 0 and at most 1.
 
     Returns:
@@ -156,7 +156,7 @@ def compare_over_rates(
 
     for size, of_size in each_size(trials):
         rates = {
-            setup: [rate for _, rate in rows.groupby("lr")] for setup, rows in of_size.groupby("setup", sort=False)
+            setup: [rate for _, rate in tried.groupby("lr")] for setup, tried in of_size.groupby("setup", sort=False)
         }
         for setup, others in rates.items():
             pairs = [*product(rates.get(reference, []), others)]
@@ -264,7 +264,7 @@ def by_training_loss(frame: pandas.DataFrame, losses: Sequence[float], reference
         :func:`by_stopping_point`. The difference is that of the middle, the bounds are the outermost of the three.
 
     Raises:
-        ValueError: a setup has several rates, or no method can be compared at any of the losses; or `compare_by_seed`.
+        ValueError: a setup has several rates, or no method can be compared at a loss; or as `compare_by_seed`.
     """
     import pandas
 
@@ -291,7 +291,7 @@ def _add_verdicts(parts: Sequence[pandas.DataFrame], reference: str) -> pandas.D
     table = table[table["setup"] != reference].reset_index(drop=True)
     if table.empty or table["lower"].isna().any():
         raise ValueError(f"Each setup needs two seeds in common with {reference!r} to be compared; train more seeds.")
-    bounds = zip(table["lower"], table["upper"], strict=True)
+    bounds = table[["lower", "upper"]].to_numpy()
     return table.assign(verdict=[_WORDS[judge(*of_setup)] for of_setup in bounds])
 
 

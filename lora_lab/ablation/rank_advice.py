@@ -100,7 +100,7 @@ def ranks_left(frame: pandas.DataFrame, margin: float) -> tuple[int, int] | None
     """
     ranks = frame.drop_duplicates("setup").set_index("setup")["rank"].astype(int)
     table = compare_losses(frame, str(ranks.idxmax()), margin=margin).set_index("setup").assign(rank=ranks)
-    judged = table[table["why"] == ""]
+    judged = table[table["why"] == ""]  # nothing forbids a verdict
     if judged.empty:
         return None
     enough = min(judged.loc[judged["upper"] < margin, "rank"], default=ranks.max())
@@ -118,11 +118,23 @@ def choose_rule(runs: pandas.DataFrame) -> tuple[str, float]:
     A statistic's factor is the median of (enough rank / statistic), taken over the tasks on a logarithmic scale, so
     that each task counts once. The enough rank is the smallest rank that the sweep shows to be enough.
     """
-    doublings = runs[[*SPECTRAL, TRUNCATION]].rdiv(runs["high"], axis=0).apply(np.log2)  # (runs, statistics)
-    of_tasks = doublings.groupby(runs["task"]).mean()  # (tasks, statistics)
-    middle = of_tasks.median()  # (statistics,)
-    statistic = str((of_tasks - middle).abs().mean().idxmin())
-    return statistic, float(2 ** middle[statistic])
+    factors, errors = {}, {}
+    for statistic in (*SPECTRAL, TRUNCATION):
+        factors[statistic], errors[statistic] = _fit_factor(runs["high"] / runs[statistic], runs["task"])
+    best = min(errors, key=lambda statistic: errors[statistic])
+    return best, factors[best]
+
+
+def _fit_factor(ratios: pandas.Series, tasks: pandas.Series) -> tuple[float, float]:
+    """Return the factor that suits most tasks, and the mean absolute error that it leaves, in doublings.
+
+    Args:
+        ratios: enough rank / statistic of each run, (runs,).
+        tasks: of the runs, (runs,).
+    """
+    of_tasks = np.log2(ratios).groupby(tasks).mean()  # (tasks,)
+    middle = of_tasks.median()
+    return float(2**middle), float((of_tasks - middle).abs().mean())
 
 
 def predict_ranks(runs: pandas.DataFrame, statistic: str, factor: float) -> pandas.Series:
@@ -176,7 +188,7 @@ def assess(rows: Iterable[Mapping[str, Any]]) -> Advice:
     """
     import pandas
 
-    frame, found, undecided = pandas.DataFrame([*map(dict, rows)]), [], []
+    frame, found, undecided = pandas.DataFrame([*rows]), [], []
     for task, of_task in frame.groupby("data", sort=False):
         at_high_rank = of_task["stage"] == "high rank"
         margin = float(of_task.loc[at_high_rank, "margin"].max())
@@ -194,6 +206,8 @@ def assess(rows: Iterable[Mapping[str, Any]]) -> Advice:
         raise ValueError("The sweeps decide no planted task, so no rule can be chosen; run more seeds of those.")
     rule, judged = choose_rule(runs[planted]), runs[~planted]
     constant = pandas.Series(GUESS, judged.index)
-    errors = {"error": predict_ranks(judged, *rule), "constant_error": constant}
-    table = pandas.DataFrame({name: measure_errors(judged, predicted) for name, predicted in errors.items()})
-    return Advice(*rule, table, tuple(undecided))
+    errors = {
+        "error": measure_errors(judged, predict_ranks(judged, *rule)),
+        "constant_error": measure_errors(judged, constant),
+    }
+    return Advice(*rule, pandas.DataFrame(errors), tuple(undecided))

@@ -158,6 +158,7 @@ def _rows(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield fixed
         return
     history, seconds = History(**result["history"]), 0.0
+    fixed["trainable_parameters"] = history.trainable_parameters
     gaps = dict(zip(*history.curve("gap"), strict=True))
     last = {"test_loss": result["test_loss"]} | {f"{SCORE}{k}": v for k, v in (result["scores"] or {}).items()}
     for row in history.rows:
@@ -165,9 +166,7 @@ def _rows(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if row["validation_loss"] is not None:
             losses = {name: row[name] for name in LOSSES[:3]} | {"gap": gaps.get(row["step"])}
             at_end = last if row is history.rows[-1] else {}
-            yield {**fixed, "step": row["step"], **losses, "seconds": seconds, **at_end} | {
-                "trainable_parameters": history.trainable_parameters,
-            }
+            yield {**fixed, "step": row["step"], **losses, "seconds": seconds, **at_end}
 
 
 def last_rows(frame: pandas.DataFrame) -> pandas.DataFrame:
