@@ -61,7 +61,7 @@ from lora_lab.system.schema import NotNegative, Positive, Size, check
 from lora_lab.system.wording import count_noun
 
 if TYPE_CHECKING:
-    import pandas
+    from pandas import DataFrame
 
 Grids = Mapping[str, Sequence[float]]  # setup -> its rates
 
@@ -120,7 +120,7 @@ class Choice:
     diverged: float | None = None
 
 
-def _losses_of_trials(frame: pandas.DataFrame, best: bool) -> pandas.DataFrame:
+def _losses_of_trials(frame: DataFrame, best: bool) -> DataFrame:
     """Return one row for each trial, with the ``loss`` that counts (:func:`choose_rates`); NaN if there is none."""
     if not best:
         rows = last_rows(frame)
@@ -131,12 +131,12 @@ def _losses_of_trials(frame: pandas.DataFrame, best: bool) -> pandas.DataFrame:
     return frame.assign(loss=losses, reason=frame.get("reason", "")).drop_duplicates(trial)
 
 
-def trial_columns(frame: pandas.DataFrame) -> list[str]:
+def trial_columns(frame: DataFrame) -> list[str]:
     """Return the columns that identify a trial of a table: ``n_train`` if there is one, ``setup``, ``lr``, ``seed``."""
     return [name for name in ("n_train", "setup", "lr", "seed") if name in frame]
 
 
-def _choose(trials: pandas.DataFrame, seeds: Sequence[int], slack: float = 0.0) -> list[Choice]:
+def _choose(trials: DataFrame, seeds: Sequence[int], slack: float = 0.0) -> list[Choice]:
     """Return the best rate of one setup, or with a ``slack`` all that are at most so much worse, ascending.
 
     Args:
@@ -173,7 +173,7 @@ def _choose(trials: pandas.DataFrame, seeds: Sequence[int], slack: float = 0.0) 
     return choices
 
 
-def best_rates(frame: pandas.DataFrame, slack: float = 0.0) -> pandas.DataFrame:
+def best_rates(frame: DataFrame, slack: float = 0.0) -> DataFrame:
     """Return each setup's best rate, and those that tie with it, by the mean loss over the seeds that its rates share.
 
     The loss is the lowest of each trial. On a few seeds rates that nearly tie are indistinguishable, and what is
@@ -203,7 +203,7 @@ def best_rates(frame: pandas.DataFrame, slack: float = 0.0) -> pandas.DataFrame:
 
 
 def _choose_each(
-    frame: pandas.DataFrame, best: bool, seeds: Sequence[int] | None = None, slack: float = 0.0
+    frame: DataFrame, best: bool, seeds: Sequence[int] | None = None, slack: float = 0.0
 ) -> Iterator[tuple[dict[str, Any], list[Choice]]]:
     """Yield each setup (at each size), and its choices by the seeds, or by those that its rates share."""
     names = [name for name in trial_columns(frame) if name not in ("lr", "seed")]
@@ -219,9 +219,7 @@ def _choose_each(
         yield dict(zip(names, values, strict=True)), _choose(of_setup, counted, slack)
 
 
-def choose_rates(
-    frame: pandas.DataFrame, seeds: Sequence[int] | None = None, *, best: bool = False
-) -> dict[Any, Choice]:
+def choose_rates(frame: DataFrame, seeds: Sequence[int] | None = None, *, best: bool = False) -> dict[Any, Choice]:
     """Return the choice of each setup.
 
     Args:
@@ -285,7 +283,7 @@ def tune(
     widen: int = 4,
     beyond: int = 1,
     **options: Any,
-) -> pandas.DataFrame:
+) -> DataFrame:
     """Train each setup at its rates, and at rates beyond as long as the best is at the edge.
 
     A rate at the edge of its grid says only that the best may lie further out, so no verdict can rest on it. Between
@@ -309,7 +307,7 @@ def tune(
     """
     with nullcontext(folder) if folder is not None else TemporaryDirectory() as place:
 
-        def run(grids: Grids) -> tuple[pandas.DataFrame, dict[str, Choice]]:
+        def run(grids: Grids) -> tuple[DataFrame, dict[str, Choice]]:
             trials = {
                 setup: [replace(template, lr=lr, seed=seed) for lr in grids[setup] for seed in seeds]
                 for setup, template in setups.items()
@@ -327,7 +325,7 @@ def ablate_setups(
     trials: Mapping[str, Sequence[Trial]],
     folder: str | Path | None = None,
     **options: Any,
-) -> pandas.DataFrame:
+) -> DataFrame:
     """Return the table of :func:`ablate` for the trials of several setups, with a column ``setup``, setup after setup.
 
     Trials that two setups share are there twice.
@@ -342,8 +340,8 @@ def ablate_setups(
 
 
 def tune_by_seed(
-    run: Callable[[int, Grids], pandas.DataFrame], lrs: Grids, seeds: Sequence[int], widen: int, best: bool
-) -> tuple[list[pandas.DataFrame], dict[str, Choice]]:
+    run: Callable[[int, Grids], DataFrame], lrs: Grids, seeds: Sequence[int], widen: int, best: bool
+) -> tuple[list[DataFrame], dict[str, Choice]]:
     """Choose each setup's learning rate on seeds that have a task, or a model, of their own.
 
     Rates that were stopped on one seed (:class:`lora_lab.ablation.Halving`) are not tried on the next.
@@ -361,7 +359,7 @@ def tune_by_seed(
     """
     import pandas
 
-    def run_seeds(grids: Grids) -> tuple[list[pandas.DataFrame], dict[str, Choice]]:
+    def run_seeds(grids: Grids) -> tuple[list[DataFrame], dict[str, Choice]]:
         frames, left = [], grids
         for seed in seeds:
             frame = run(seed, left)
@@ -383,7 +381,7 @@ def by_size(
     sizes: Sequence[int],
     seeds: Sequence[int],
     **options: Any,
-) -> Iterator[pandas.DataFrame]:
+) -> Iterator[DataFrame]:
     """Train each setup at each of its rates on each seed, for each size of the training set.
 
     Args:
@@ -402,7 +400,7 @@ def by_size(
             yield ablate_setups(model_factory, task_of(size, seed), trials, **options).assign(n_train=size)
 
 
-def at_rates(rates: pandas.DataFrame, **options: Any) -> pandas.DataFrame:
+def at_rates(rates: DataFrame, **options: Any) -> DataFrame:
     """Return the frames of :func:`by_size`, together, with each setup at its own rates at each size.
 
     So rates that tie are trained on seeds that did not choose them.
@@ -439,7 +437,7 @@ def compare_tuned(
     beyond: int = 1,
     answered: bool = False,
     **options: Any,
-) -> Iterator[pandas.DataFrame]:
+) -> Iterator[DataFrame]:
     """Choose each setup's rate, then train all at their rates on the judging seeds.
 
     Args:
@@ -487,9 +485,7 @@ def compare_tuned(
 # Comparisons in pairs
 
 
-def compare_losses(
-    frame: pandas.DataFrame, reference: str, part: str = "test", margin: float = 0.0
-) -> pandas.DataFrame:
+def compare_losses(frame: DataFrame, reference: str, part: str = "test", margin: float = 0.0) -> DataFrame:
     """Compare each setup's loss with the reference's, after the last step of the judging trials.
 
     The interval is that of :func:`lora_lab.ablation.stats.outer_bounds`. It does not include the uncertainty in the
@@ -532,7 +528,7 @@ def compare_losses(
     return pandas.DataFrame(table)[["setup", "lr", "loss", "difference", "lower", "upper", "seeds", "verdict", "why"]]
 
 
-def compare_by_seed(best: pandas.DataFrame, column: str, reference: str = "full") -> pandas.DataFrame:
+def compare_by_seed(best: DataFrame, column: str, reference: str = "full") -> DataFrame:
     """Compare each setup's mean of a column with the reference's, in pairs by seed, with one-sided 95 % bounds.
 
     Args:
@@ -568,7 +564,7 @@ def compare_by_seed(best: pandas.DataFrame, column: str, reference: str = "full"
     return pandas.DataFrame(rows)
 
 
-def each_size(frame: pandas.DataFrame) -> Iterator[tuple[dict[str, Any], pandas.DataFrame]]:
+def each_size(frame: DataFrame) -> Iterator[tuple[dict[str, Any], DataFrame]]:
     """Yield the rows of each size of the training set, with its column; all rows if there is no column ``n_train``."""
     if "n_train" not in frame:
         yield {}, frame
@@ -632,7 +628,7 @@ class RankVerdict:
         """rank -> mean test loss at its chosen rate; ranks that could not be judged are left out."""
         return {one.rank: one.test_loss for one in self.ranks if one.test_loss is not None}
 
-    def frame(self) -> pandas.DataFrame:
+    def frame(self) -> DataFrame:
         """Return a row for each rank: rate, test loss, difference from the largest rank, bounds and status."""
         import pandas
 
@@ -656,7 +652,7 @@ class RankVerdict:
         )
 
 
-def smallest_sufficient_rank(frame: pandas.DataFrame, margin: float = 0.01) -> RankVerdict:
+def smallest_sufficient_rank(frame: DataFrame, margin: float = 0.01) -> RankVerdict:
     """Return the smallest rank whose loss is at most ``margin`` above the largest rank's, as far as the seeds can tell.
 
     A rank is enough if the upper bound of its difference lies below the margin, and too small if the lower bound lies
@@ -709,7 +705,7 @@ def _notes(choices: Mapping[int, Choice], ranks: Sequence[RankResult], margin: f
             yield f"the best learning rate of {which} is the {name} tried, so a better one may lie beyond."
 
 
-def _check_comparable(rows: pandas.DataFrame) -> None:
+def _check_comparable(rows: DataFrame) -> None:
     """Raise ValueError if the trials, a row each, cannot be compared with each other."""
     settings = [(name, rows) for name in map(str, rows) if name not in _MAY_VARY and not name.startswith(SCORE)]
     settings += [("alpha", of_rank) for _, of_rank in rows.groupby("rank") if "alpha" in rows]

@@ -115,8 +115,7 @@ def fit_packed(model: nn.Module, task: Task, trials: Sequence[Trial]) -> list[Pa
         gradient_checkpointing_method(model)()
     with own_randomness(next(model.parameters()).device, 0):
         adapters = [_new_adapter(model, trial) for trial in trials]
-        pairs = zip(trials, adapters, strict=True)
-        results = [PackedResult(_new_history(model, task, *pair)) for pair in pairs]
+        results = [PackedResult(_new_history(model, task, *pair)) for pair in zip(trials, adapters, strict=True)]
         model.requires_grad_(False)
         if config.lean is not None:
             for name, layer in adapters[0].items():  # it looks at the adapters: those of one trial stand for all

@@ -36,7 +36,7 @@ from lora_lab.task import Task
 from lora_lab.train import evaluate
 
 if TYPE_CHECKING:
-    import pandas
+    from pandas import DataFrame, Series
 
 SPECTRAL = {f"energy_rank_{share}": partial(energy_rank, share=share / 100) for share in (50, 80, 90, 95, 99)}
 SPECTRAL |= {"effective_rank": effective_rank, "stable_rank": stable_rank}
@@ -81,7 +81,7 @@ def truncation_rank(losses: Mapping[int, float], margin: float) -> int:
     return min(rank for rank in losses if rank > max(too_small, default=0))
 
 
-def ranks_left(frame: pandas.DataFrame, margin: float) -> tuple[int, int] | None:
+def ranks_left(frame: DataFrame, margin: float) -> tuple[int, int] | None:
     """Return the ranks between which the smallest that is enough may lie, as far as a sweep tells.
 
     A rank is too small if the lower bound of its loss less that of the largest rank
@@ -112,7 +112,7 @@ def ranks_left(frame: pandas.DataFrame, margin: float) -> tuple[int, int] | None
 # (:func:`ranks_left`), and a column for each statistic in :data:`SPECTRAL`, and for :data:`TRUNCATION`.
 
 
-def choose_rule(runs: pandas.DataFrame) -> tuple[str, float]:
+def choose_rule(runs: DataFrame) -> tuple[str, float]:
     """Return the statistic, and its factor, whose mean absolute error on these runs is the smallest.
 
     A statistic's factor is the median of (enough rank / statistic), taken over the tasks on a logarithmic scale, so
@@ -125,7 +125,7 @@ def choose_rule(runs: pandas.DataFrame) -> tuple[str, float]:
     return best, factors[best]
 
 
-def _fit_factor(ratios: pandas.Series, tasks: pandas.Series) -> tuple[float, float]:
+def _fit_factor(ratios: Series, tasks: Series) -> tuple[float, float]:
     """Return the factor that suits most tasks, and the mean absolute error that it leaves, in doublings.
 
     Args:
@@ -134,16 +134,16 @@ def _fit_factor(ratios: pandas.Series, tasks: pandas.Series) -> tuple[float, flo
     """
     of_tasks = np.log2(ratios).groupby(tasks).mean()  # (tasks,)
     middle = of_tasks.median()
-    return float(2**middle), float((of_tasks - middle).abs().mean())
+    return float(2**middle), (of_tasks - middle).abs().mean()
 
 
-def predict_ranks(runs: pandas.DataFrame, statistic: str, factor: float) -> pandas.Series:
+def predict_ranks(runs: DataFrame, statistic: str, factor: float) -> Series:
     """Return the power of two nearest to the factor times the statistic of each run, at most the run's rank."""
     doublings = np.log2(factor * runs[statistic]).round()
     return 2.0 ** doublings.clip(lower=0, upper=np.log2(runs["rank"]).round())
 
 
-def measure_errors(runs: pandas.DataFrame, predicted: pandas.Series) -> pandas.Series:
+def measure_errors(runs: DataFrame, predicted: Series) -> Series:
     """Return task -> mean over its runs of log2(predicted / nearest of the ranks left), in doublings."""
     nearest = predicted.clip(lower=runs["low"], upper=runs["high"])
     return (predicted / nearest).transform(np.log2).groupby(runs["task"], sort=False).mean()
@@ -162,7 +162,7 @@ class Advice:
 
     statistic: str
     factor: float
-    errors: pandas.DataFrame
+    errors: DataFrame
     undecided: tuple[str, ...]
 
     @property

@@ -17,7 +17,7 @@ from lora_lab.system.wording import shortened
 from lora_lab.train import TrainConfig
 
 if TYPE_CHECKING:
-    import pandas
+    from pandas import DataFrame
 
 # Columns of the table: losses, how a trial went, and where it ran; all others describe the trial.
 LOSSES = ("train_loss", "validation_loss", "off_domain_loss", "gap", "test_loss")
@@ -169,7 +169,7 @@ def _rows(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield {**fixed, "step": row["step"], **losses, "seconds": seconds, **at_end}
 
 
-def last_rows(frame: pandas.DataFrame) -> pandas.DataFrame:
+def last_rows(frame: DataFrame) -> DataFrame:
     """Return one row for each trial: its last evaluation, its failure, or its first row if it was stopped."""
     first = (frame["outcome"] == STOPPED) & ~(frame["step"] > 0)  # of a stopped trial its settings count, no loss
     return frame[(frame["outcome"] == "failed") | first | (frame["step"] == frame["steps"])]

@@ -36,7 +36,7 @@ from lora_lab.tasks.instruction import PairTask
 from lora_lab.train import batch_losses
 
 if TYPE_CHECKING:
-    import pandas
+    from pandas import DataFrame
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -79,7 +79,7 @@ class BlockLosses:
         return [statistics.fmean(right[start : start + self.block]) for start in range(0, len(right), self.block)]
 
 
-def losses_by_seed(rows: pandas.DataFrame, by: str, part: str) -> dict[Any, np.ndarray]:
+def losses_by_seed(rows: DataFrame, by: str, part: str) -> dict[Any, np.ndarray]:
     """Return the losses of trials with a result for every seed, as :func:`block_losses_of` gives them.
 
     Args:
@@ -176,7 +176,7 @@ def interval(samples: np.ndarray) -> tuple[float, float]:
     return float(lower), float(upper)
 
 
-def rank_correlations(runs: pandas.DataFrame, target: str, predictors: Sequence[str]) -> pandas.DataFrame:
+def rank_correlations(runs: DataFrame, target: str, predictors: Sequence[str]) -> DataFrame:
     """Return how well each predictor orders the runs as the target does: Spearman's correlation, with intervals.
 
     Runs of one setup differ by their seeds alone, so they count as one observation: the two-sided 95 % intervals are
@@ -223,7 +223,7 @@ def rank_correlations(runs: pandas.DataFrame, target: str, predictors: Sequence[
 # The best learning rate
 
 
-def losses_by_rate(frame: pandas.DataFrame) -> dict[float, np.ndarray]:
+def losses_by_rate(frame: DataFrame) -> dict[float, np.ndarray]:
     """Return rate -> the validation losses of one setup's trials after the last step, (seeds, blocks of examples).
 
     There are several blocks if the trials were judged by :class:`lora_lab.ablation.stats.BlockLosses`. Only rates that
