@@ -421,7 +421,7 @@ def _attempt(job: _Job, task: Task, trials: Sequence[Trial], together: bool) -> 
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Return whether memory ran out, of which torch says nothing but the message of a RuntimeError on the CPU."""
+    """Return whether an error means that memory ran out; on the CPU torch raises a plain RuntimeError."""
     on_cpu = "DefaultCPUAllocator: can't allocate" in str(error)
     return on_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
