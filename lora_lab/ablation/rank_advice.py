@@ -132,7 +132,7 @@ def _fit_factor(ratios: Series, tasks: Series) -> tuple[float, float]:
         ratios: enough rank / statistic of each run, (runs,).
         tasks: of the runs, (runs,).
     """
-    of_tasks = np.log2(ratios).groupby(tasks).mean()  # (tasks,)
+    of_tasks = ratios.transform(np.log2).groupby(tasks).mean()  # (tasks,)
     middle = of_tasks.median()
     return float(2**middle), (of_tasks - middle).abs().mean()
 

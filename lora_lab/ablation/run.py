@@ -288,7 +288,8 @@ def _count_fitting(model: nn.Module, task: Task, trials: Sequence[Trial], worker
 def _run_jobs(jobs: Sequence[_Job], n_jobs: int | None, timeout_s: float | None) -> Generator[_File]:
     """Yield the trials' results as they end."""
     # One job at a time: joblib would batch quick ones, and a killed worker would lose more than it is running.
-    parallel: Any = joblib.Parallel(n_jobs, return_as="generator_unordered", batch_size=1, timeout=timeout_s)
+    options = {"return_as": "generator_unordered", "batch_size": 1, "timeout": timeout_s}
+    parallel: Any = joblib.Parallel(n_jobs, **options)
     try:
         with closing(parallel(joblib.delayed(_run)(job) for job in jobs)) as ended:
             for results in ended:
