@@ -31,6 +31,8 @@ from lora_lab.tasks.named import TASKS, check_name
 from lora_lab.train import fit
 from lora_lab.variants import LORA_METHODS
 
+_small_net = partial(DigitsMLP, dtype=torch.float64)
+
 
 class Defaults(NamedTuple):
     """Rates to try, steps, batch, and a difference of losses that does not matter (in the task's unit)."""
@@ -69,7 +71,7 @@ def study(
             raise ValueError(f"The study {name!r} trains a small net of its own, not {model!r}; leave the model out.")
         if name == "digits":
             return pretrained_digits(), tasks.digits()
-        return DigitsMLP(dtype=torch.float64), tasks.planted(DigitsMLP(dtype=torch.float64))
+        return _small_net(), tasks.planted(_small_net())
     check_study(name)
     if seq_len < 2:
         raise ValueError(f"seq_len is {seq_len}, but an example needs at least 2 tokens.")
@@ -130,9 +132,9 @@ def pretrained_digits(n_train: int = 500) -> nn.Module:
 
 @cache
 def _pretrained_digits(n_train: int) -> nn.Module:
-    model, task = DigitsMLP(dtype=torch.float64), tasks.digits("pretrain", n_train=n_train)
+    model, task = _small_net(), tasks.digits("pretrain", n_train=n_train)
     fit(model, task, FullFineTuning(), steps=300, lr=3e-3, batch_size=32, progress=False)
-    fresh = DigitsMLP(dtype=torch.float64)
+    fresh = _small_net()
     fresh.load_state_dict(model.state_dict())  # without the mark of the method that trained it
     return fresh
 
