@@ -45,11 +45,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import numpy as np
 from pydantic import Field
-from torch import nn
 
 from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.results import OUT_OF_MEMORY, OUTCOME, PROVENANCE, SCORE, STOPPED, last_rows
-from lora_lab.ablation.run import ablate
+from lora_lab.ablation.run import ModelOrFactory, TaskOrFactory, ablate
 from lora_lab.ablation.stats import (
     CONFIDENCE,
     BlockLosses,
@@ -58,13 +57,11 @@ from lora_lab.ablation.stats import (
     outer_bounds,
     t_bounds,
 )
-from lora_lab.costs.fake import Factory
 from lora_lab.system.schema import NotNegative, Positive, Size, check
 from lora_lab.system.wording import count_noun
-from lora_lab.task import Task
 
 if TYPE_CHECKING:
-    import pandas
+    from pandas import DataFrame
 
 Grids = Mapping[str, Sequence[float]]  # setup -> its rates
 
@@ -123,7 +120,7 @@ class Choice:
     diverged: float | None = None
 
 
-def _losses_of_trials(frame: pandas.DataFrame, best: bool) -> pandas.DataFrame:
+def _losses_of_trials(frame: DataFrame, best: bool) -> DataFrame:
     """Return one row for each trial, with the ``loss`` that counts (:func:`choose_rates`); NaN if there is none."""
     if not best:
         rows = last_rows(frame)
@@ -134,12 +131,12 @@ def _losses_of_trials(frame: pandas.DataFrame, best: bool) -> pandas.DataFrame:
     return frame.assign(loss=losses, reason=frame.get("reason", "")).drop_duplicates(trial)
 
 
-def trial_columns(frame: pandas.DataFrame) -> list[str]:
+def trial_columns(frame: DataFrame) -> list[str]:
     """Return the columns that identify a trial of a table: ``n_train`` if there is one, ``setup``, ``lr``, ``seed``."""
     return [name for name in ("n_train", "setup", "lr", "seed") if name in frame]
 
 
-def _choose(trials: pandas.DataFrame, seeds: Sequence[int], slack: float = 0.0) -> list[Choice]:
+def _choose(trials: DataFrame, seeds: Sequence[int], slack: float = 0.0) -> list[Choice]:
     """Return the best rate of one setup, or with a ``slack`` all that are at most so much worse, ascending.
 
     Args:
@@ -162,12 +159,12 @@ def _choose(trials: pandas.DataFrame, seeds: Sequence[int], slack: float = 0.0) 
     if not means:
         return [Choice(None, None, ", ".join(notes))]
     known, lowest, highest = sorted({*means, *stopped, *diverged}), min(means), max(means)
-    best = min(means, key=lambda lr: (means[lr], lr))
+    best = min(means, key=lambda lr: means[lr])  # of equal means, the smaller rate
     for lr, name, last in ((trials["lr"].min(), "smallest", lowest), (trials["lr"].max(), "largest", highest)):
         if lr in stopped and best == last:
             notes.append(f"lr {lr:g}, the {name} tried, was stopped early")
     choices = []
-    for lr in sorted(lr for lr in means if means[lr] <= means[best] + slack) if slack else [best]:
+    for lr in [lr for lr in means if means[lr] <= means[best] + slack] if slack else [best]:
         edge = "only" if len(known) == 1 else {known[0]: "smallest", known[-1]: "largest"}.get(lr, "")
         above = [each for each in diverged if each > lr == highest]
         below = [each for each in diverged if each < lr == lowest]
@@ -176,7 +173,7 @@ def _choose(trials: pandas.DataFrame, seeds: Sequence[int], slack: float = 0.0) 
     return choices
 
 
-def best_rates(frame: pandas.DataFrame, slack: float = 0.0) -> pandas.DataFrame:
+def best_rates(frame: DataFrame, slack: float = 0.0) -> DataFrame:
     """Return each setup's best rate, and those that tie with it, by the mean loss over the seeds that its rates share.
 
     The loss is the lowest of each trial. On a few seeds rates that nearly tie are indistinguishable, and what is
@@ -206,7 +203,7 @@ def best_rates(frame: pandas.DataFrame, slack: float = 0.0) -> pandas.DataFrame:
 
 
 def _choose_each(
-    frame: pandas.DataFrame, best: bool, seeds: Sequence[int] | None = None, slack: float = 0.0
+    frame: DataFrame, best: bool, seeds: Sequence[int] | None = None, slack: float = 0.0
 ) -> Iterator[tuple[dict[str, Any], list[Choice]]]:
     """Yield each setup (at each size), and its choices by the seeds, or by those that its rates share."""
     names = [name for name in trial_columns(frame) if name not in ("lr", "seed")]
@@ -215,16 +212,14 @@ def _choose_each(
         if counted is None:
             stopped = of_setup.loc[of_setup["outcome"] == STOPPED, "lr"]
             left = of_setup[(of_setup["outcome"] == "done") & ~of_setup["lr"].isin(stopped)]
-            of_rates = [set(of_rate["seed"]) for _, of_rate in left.groupby("lr")]
+            of_rates = [*left.groupby("lr")["seed"].agg(set)]
             counted = sorted(set.intersection(*of_rates)) if of_rates else sorted(set(of_setup["seed"]))
             if not counted:
                 raise ValueError(f"The rates of {values} have no seed in common; run each of them with one at least.")
         yield dict(zip(names, values, strict=True)), _choose(of_setup, counted, slack)
 
 
-def choose_rates(
-    frame: pandas.DataFrame, seeds: Sequence[int] | None = None, *, best: bool = False
-) -> dict[Any, Choice]:
+def choose_rates(frame: DataFrame, seeds: Sequence[int] | None = None, *, best: bool = False) -> dict[Any, Choice]:
     """Return the choice of each setup.
 
     Args:
@@ -246,21 +241,19 @@ def _next_rate(choice: Choice, grid: Sequence[float], beyond: int) -> float | No
     below = grid.index(choice.lr)
     above = len(grid) - 1 - below
     if choice.diverged is not None:
-        rate = _round_rate(math.sqrt(choice.lr * choice.diverged))
+        rate = math.sqrt(choice.lr * choice.diverged)
     elif choice.edge == "smallest" or below < beyond:
-        rate = _round_rate(grid[0] ** 2 / grid[1])
+        rate = grid[0] ** 2 / grid[1]
     elif choice.edge == "largest" or above < beyond:
-        rate = _round_rate(grid[-1] ** 2 / grid[-2])
+        rate = grid[-1] ** 2 / grid[-2]
     else:
         return None
+    rate = _round_rate(rate)
     return None if rate in grid else rate
 
 
 def _widen(
-    run: Callable[[Grids], tuple[Any, Mapping[str, Choice]]],
-    lrs: Grids,
-    widen: int,
-    beyond: int = 1,
+    run: Callable[[Grids], tuple[Any, Mapping[str, Choice]]], lrs: Grids, widen: int, beyond: int = 1
 ) -> tuple[Any, Mapping[str, Choice]]:
     """Run setups at their rates, and at rates beyond while the best of one is at the edge of its grid.
 
@@ -280,8 +273,8 @@ def _widen(
 
 
 def tune(
-    model_factory: nn.Module | Factory,
-    task: Task | Callable[[], Task],
+    model_factory: ModelOrFactory,
+    task: TaskOrFactory,
     setups: Mapping[str, Trial],
     lrs: Grids,
     seeds: Sequence[int],
@@ -290,10 +283,11 @@ def tune(
     widen: int = 4,
     beyond: int = 1,
     **options: Any,
-) -> pandas.DataFrame:
+) -> DataFrame:
     """Train each setup at its rates, and at rates beyond as long as the best is at the edge.
 
-    Between the best rate and one beyond it that diverged another is added, halfway by factors.
+    A rate at the edge of its grid says only that the best may lie further out, so no verdict can rest on it. Between
+    the best rate and one beyond it that diverged another is added, halfway by factors.
 
     Args:
         model_factory, task, folder, **options: as for :func:`lora_lab.ablation.ablate`.
@@ -311,26 +305,27 @@ def tune(
     Raises:
         ValueError: as ablate.
     """
-
-    def run(grids: Grids) -> tuple[pandas.DataFrame, dict[str, Choice]]:
-        trials = {
-            setup: [replace(template, lr=lr, seed=seed) for lr in grids[setup] for seed in seeds]
-            for setup, template in setups.items()
-        }
-        frame = ablate_setups(model_factory, task, trials, place, **options)
-        return frame, choose_rates(frame, seeds)
-
     with nullcontext(folder) if folder is not None else TemporaryDirectory() as place:
-        return _widen(run, {setup: lrs[setup] for setup in setups}, widen, beyond)[0]
+
+        def run(grids: Grids) -> tuple[DataFrame, dict[str, Choice]]:
+            trials = {
+                setup: [replace(template, lr=lr, seed=seed) for lr in grids[setup] for seed in seeds]
+                for setup, template in setups.items()
+            }
+            frame = ablate_setups(model_factory, task, trials, place, **options)
+            return frame, choose_rates(frame, seeds)
+
+        frame, _ = _widen(run, lrs, widen, beyond)
+    return frame
 
 
 def ablate_setups(
-    model_factory: nn.Module | Factory,
-    task: Task | Callable[[], Task],
+    model_factory: ModelOrFactory,
+    task: TaskOrFactory,
     trials: Mapping[str, Sequence[Trial]],
     folder: str | Path | None = None,
     **options: Any,
-) -> pandas.DataFrame:
+) -> DataFrame:
     """Return the table of :func:`ablate` for the trials of several setups, with a column ``setup``, setup after setup.
 
     Trials that two setups share are there twice.
@@ -338,19 +333,15 @@ def ablate_setups(
     import pandas
 
     table = ablate(model_factory, task, [*chain(*trials.values())], folder, **options)
-    identity = {"task": table["task"].iloc[0], "model": table["model"].iloc[0]}
+    identity = dict(table[["task", "model"]].iloc[0])
     keys = {setup: [replace(trial, **identity).key for trial in of_setup] for setup, of_setup in trials.items()}
     parts = [table[table["key"].isin(of_setup)].assign(setup=setup) for setup, of_setup in keys.items()]
     return pandas.concat(parts, ignore_index=True)
 
 
 def tune_by_seed(
-    run: Callable[[int, Grids], pandas.DataFrame],
-    lrs: Grids,
-    seeds: Sequence[int],
-    widen: int,
-    best: bool,
-) -> tuple[list[pandas.DataFrame], dict[str, Choice]]:
+    run: Callable[[int, Grids], DataFrame], lrs: Grids, seeds: Sequence[int], widen: int, best: bool
+) -> tuple[list[DataFrame], dict[str, Choice]]:
     """Choose each setup's learning rate on seeds that have a task, or a model, of their own.
 
     Rates that were stopped on one seed (:class:`lora_lab.ablation.Halving`) are not tried on the next.
@@ -368,11 +359,12 @@ def tune_by_seed(
     """
     import pandas
 
-    def run_seeds(grids: Grids) -> tuple[list[pandas.DataFrame], dict[str, Choice]]:
+    def run_seeds(grids: Grids) -> tuple[list[DataFrame], dict[str, Choice]]:
         frames, left = [], grids
         for seed in seeds:
-            frames.append(run(seed, left))
-            rows = frames[-1][frames[-1]["outcome"] == STOPPED]
+            frame = run(seed, left)
+            frames.append(frame)
+            rows = frame[frame["outcome"] == STOPPED]
             stopped = set(zip(rows["setup"], rows["lr"], strict=True))
             left = {setup: [lr for lr in rates if (setup, lr) not in stopped] for setup, rates in left.items()}
         return frames, choose_rates(pandas.concat(frames, ignore_index=True), best=best)
@@ -382,14 +374,14 @@ def tune_by_seed(
 
 
 def by_size(
-    model_factory: nn.Module | Factory,
-    task_of: Callable[[int, int], Task | Callable[[], Task]],
+    model_factory: ModelOrFactory,
+    task_of: Callable[[int, int], TaskOrFactory],
     trial_of: Callable[[str, float, int, int], Trial],
     lrs: Grids,
     sizes: Sequence[int],
     seeds: Sequence[int],
     **options: Any,
-) -> Iterator[pandas.DataFrame]:
+) -> Iterator[DataFrame]:
     """Train each setup at each of its rates on each seed, for each size of the training set.
 
     Args:
@@ -408,8 +400,10 @@ def by_size(
             yield ablate_setups(model_factory, task_of(size, seed), trials, **options).assign(n_train=size)
 
 
-def at_rates(rates: pandas.DataFrame, **options: Any) -> pandas.DataFrame:
+def at_rates(rates: DataFrame, **options: Any) -> DataFrame:
     """Return the frames of :func:`by_size`, together, with each setup at its own rates at each size.
+
+    So rates that tie are trained on seeds that did not choose them.
 
     Args:
         rates: columns ``n_train``, ``setup``, ``lr``, such as the :func:`best_rates` of seeds that chose.
@@ -428,8 +422,8 @@ def at_rates(rates: pandas.DataFrame, **options: Any) -> pandas.DataFrame:
 
 
 def compare_tuned(
-    model_factory: nn.Module | Factory,
-    task: Task | Callable[[], Task],
+    model_factory: ModelOrFactory,
+    task: TaskOrFactory,
     setups: Mapping[str, Trial],
     lrs: Grids,
     folder: str | Path,
@@ -443,7 +437,7 @@ def compare_tuned(
     beyond: int = 1,
     answered: bool = False,
     **options: Any,
-) -> Iterator[pandas.DataFrame]:
+) -> Iterator[DataFrame]:
     """Choose each setup's rate, then train all at their rates on the judging seeds.
 
     Args:
@@ -491,9 +485,7 @@ def compare_tuned(
 # Comparisons in pairs
 
 
-def compare_losses(
-    frame: pandas.DataFrame, reference: str, part: str = "test", margin: float = 0.0
-) -> pandas.DataFrame:
+def compare_losses(frame: DataFrame, reference: str, part: str = "test", margin: float = 0.0) -> DataFrame:
     """Compare each setup's loss with the reference's, after the last step of the judging trials.
 
     The interval is that of :func:`lora_lab.ablation.stats.outer_bounds`. It does not include the uncertainty in the
@@ -536,7 +528,7 @@ def compare_losses(
     return pandas.DataFrame(table)[["setup", "lr", "loss", "difference", "lower", "upper", "seeds", "verdict", "why"]]
 
 
-def compare_by_seed(best: pandas.DataFrame, column: str, reference: str = "full") -> pandas.DataFrame:
+def compare_by_seed(best: DataFrame, column: str, reference: str = "full") -> DataFrame:
     """Compare each setup's mean of a column with the reference's, in pairs by seed, with one-sided 95 % bounds.
 
     Args:
@@ -572,7 +564,7 @@ def compare_by_seed(best: pandas.DataFrame, column: str, reference: str = "full"
     return pandas.DataFrame(rows)
 
 
-def each_size(frame: pandas.DataFrame) -> Iterator[tuple[dict[str, Any], pandas.DataFrame]]:
+def each_size(frame: DataFrame) -> Iterator[tuple[dict[str, Any], DataFrame]]:
     """Yield the rows of each size of the training set, with its column; all rows if there is no column ``n_train``."""
     if "n_train" not in frame:
         yield {}, frame
@@ -636,12 +628,12 @@ class RankVerdict:
         """rank -> mean test loss at its chosen rate; ranks that could not be judged are left out."""
         return {one.rank: one.test_loss for one in self.ranks if one.test_loss is not None}
 
-    def frame(self) -> pandas.DataFrame:
+    def frame(self) -> DataFrame:
         """Return a row for each rank: rate, test loss, difference from the largest rank, bounds and status."""
         import pandas
 
         columns = ["rank", "lr", "test_loss", "difference", "lower", "upper", "status"]
-        return pandas.DataFrame([{name: getattr(one, name) for name in columns} for one in self.ranks])
+        return pandas.DataFrame([*self.ranks])[columns]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the verdict and each rank's numbers, in values of JSON."""
@@ -660,7 +652,7 @@ class RankVerdict:
         )
 
 
-def smallest_sufficient_rank(frame: pandas.DataFrame, margin: float = 0.01) -> RankVerdict:
+def smallest_sufficient_rank(frame: DataFrame, margin: float = 0.01) -> RankVerdict:
     """Return the smallest rank whose loss is at most ``margin`` above the largest rank's, as far as the seeds can tell.
 
     A rank is enough if the upper bound of its difference lies below the margin, and too small if the lower bound lies
@@ -677,30 +669,43 @@ def smallest_sufficient_rank(frame: pandas.DataFrame, margin: float = 0.01) -> R
     """
     margin = check(margin, Positive, "margin")
     trials = last_rows(frame[frame["rank"].notna()])
-    if trials["rank"].nunique() < 2:
-        raise ValueError(f"The frame has the ranks {trials['rank'].unique()}, but it takes two to compare them.")
+    tried = sorted(map(int, trials["rank"].unique()))
+    if len(tried) < 2:
+        raise ValueError(f"The frame has the ranks {tried}, but it takes two to compare them.")
     _check_comparable(trials)
-    seeds = tuple(sorted(int(seed) for seed in trials["seed"].unique()))
-    choices = choose_rates(trials.assign(setup=trials["rank"].astype(int)).sort_values("rank"), seeds)
-    of_rate = trials.sort_values("seed").groupby(["rank", "lr"])["test_loss"]
-    losses = {rank: of_rate.get_group((rank, one.lr)).to_numpy() for rank, one in choices.items() if one.lr is not None}
-    ranks = tuple(_judge_rank(rank, choice, losses, max(choices), margin) for rank, choice in choices.items())
+    seeds = tuple(sorted(map(int, trials["seed"].unique())))
+    choices, losses = {}, {}
+    for rank in tried:
+        of_rank = trials[trials["rank"] == rank]
+        (choice,) = _choose(_losses_of_trials(of_rank, best=False), seeds)
+        choices[rank] = choice
+        if choice.lr is not None:
+            chosen = of_rank[of_rank["lr"] == choice.lr].sort_values("seed")
+            losses[rank] = chosen["test_loss"].to_numpy()
+    ranks = tuple(_judge_rank(rank, choice, losses, tried[-1], margin) for rank, choice in choices.items())
     rank, reason = _answer(ranks, len(seeds), margin)
-    notes = [f"rank {each}: {choice.note}." for each, choice in choices.items() if choice.note and choice.lr]
+    notes = tuple(_notes(choices, ranks, margin))
+    return RankVerdict(rank, reason, str(trials["method"].iloc[0]), margin, seeds, ranks, notes)
+
+
+def _notes(choices: Mapping[int, Choice], ranks: Sequence[RankResult], margin: float) -> Iterator[str]:
+    """Yield a sentence for each thing that weakens the answer: incomplete rates, a bad reference, an edge."""
+    for rank, choice in choices.items():
+        if choice.note and choice.lr:
+            yield f"rank {rank}: {choice.note}."
     if better := [str(one.rank) for one in ranks if one.upper is not None and one.upper < -margin]:
-        notes.append(
+        yield (
             f"rank {', '.join(better)}: better than the largest by more than the margin, which is then not a fair "
             "reference; try more learning rates."
         )
     for edge, name in {"smallest": "smallest", "largest": "largest", "only": "only one"}.items():
-        if at := [str(each) for each, choice in choices.items() if choice.edge == edge]:
+        if at := [str(rank) for rank, choice in choices.items() if choice.edge == edge]:
             *others, last = at
             which = f"ranks {', '.join(others)} and {last}" if others else f"rank {last}"
-            notes.append(f"the best learning rate of {which} is the {name} tried, so a better one may lie beyond.")
-    return RankVerdict(rank, reason, str(trials["method"].iloc[0]), margin, seeds, ranks, tuple(notes))
+            yield f"the best learning rate of {which} is the {name} tried, so a better one may lie beyond."
 
 
-def _check_comparable(rows: pandas.DataFrame) -> None:
+def _check_comparable(rows: DataFrame) -> None:
     """Raise ValueError if the trials, a row each, cannot be compared with each other."""
     settings = [(name, rows) for name in map(str, rows) if name not in _MAY_VARY and not name.startswith(SCORE)]
     settings += [("alpha", of_rank) for _, of_rank in rows.groupby("rank") if "alpha" in rows]

@@ -8,7 +8,6 @@ A :class:`Grid` is a product of ranks, learning rates, seeds and methods; a list
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -140,14 +139,19 @@ class Grid(list[Trial]):
         if (count := math.prod(map(len, (ranks, lrs, seeds, methods)))) > _MOST:
             raise ValueError(f"These are {count} trials, but a grid has at most {_MOST}; try fewer values.")
 
-        def at_rank(template: Method, rank: int) -> Method:
-            if not isinstance(template, LoRA):
-                return template
-            fixed = template.alpha if alpha is None else alpha
-            return replace(template, rank=rank, alpha=fixed if alpha_per_rank is None else alpha_per_rank * rank)
+        def alpha_of(template: LoRA, rank: int) -> float:
+            if alpha_per_rank is not None:
+                return alpha_per_rank * rank
+            return template.alpha if alpha is None else alpha
 
-        tried = [at_rank(each, rank) for each in methods for rank in (ranks if isinstance(each, LoRA) else [0])]
-        super().__init__(dict.fromkeys(Trial(*each, **options) for each in itertools.product(tried, lrs, seeds)))
+        tried = []
+        for method in methods:
+            if isinstance(method, LoRA):
+                tried += [replace(method, rank=rank, alpha=alpha_of(method, rank)) for rank in ranks]
+            else:
+                tried.append(method)
+        trials = (Trial(method, lr, seed, **options) for method in tried for lr in lrs for seed in seeds)
+        super().__init__(dict.fromkeys(trials))
 
     def __repr__(self) -> str:
         return f"Grid of {len(self)} trials"

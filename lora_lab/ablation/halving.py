@@ -175,12 +175,13 @@ def next_round(
     due = {}
     stopped = {}
     for group in _groups(trials):
-        curves = {}
+        curves, outcomes = {}, {}
         for trial in group:
-            history = results.get(trial.key, {}).get("history") or {"rows": []}
+            result = results.get(trial.key, {})
+            outcomes[trial] = result.get("outcome")
+            history = result.get("history") or {"rows": []}
             evaluated = [row for row in history["rows"] if row["validation_loss"] is not None]
             curves.setdefault(trial.lr, {})[trial.seed] = {row["step"]: row["validation_loss"] for row in evaluated}
-        outcomes = {trial: results.get(trial.key, {}).get("outcome") for trial in group}
         failed = {trial.lr for trial in group if outcomes[trial] == "failed"}
         ruled_out, until = halving.decide(curves, group[0], failed)
         for trial in group:

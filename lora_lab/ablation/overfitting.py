@@ -32,14 +32,14 @@ from lora_lab.ablation.results import SCORE
 from lora_lab.system.schema import Share, check
 
 if TYPE_CHECKING:
-    import pandas
+    from pandas import DataFrame
 
 
 _WORDS = {"lower": "less", "higher": "more", "equal": "open", "open": "open"}  # how much a setup overfits or forgets
 _PLACES = (0.5, 0.0, 1.0)  # where in its steps a mean training loss may lie
 
 
-def summarise_trials(frame: pandas.DataFrame) -> pandas.DataFrame:
+def summarise_trials(frame: DataFrame) -> DataFrame:
     """Return one row for each trial that ended well.
 
     Columns: those of the trial (``n_train`` if there is one, ``setup``, ``lr``, ``seed``); ``best_step``, the step
@@ -75,7 +75,7 @@ def summarise_trials(frame: pandas.DataFrame) -> pandas.DataFrame:
     return pandas.DataFrame(rows)
 
 
-def at_equal_learning(frame: pandas.DataFrame, best: pandas.DataFrame, share: float = 1.0) -> pandas.DataFrame:
+def at_equal_learning(frame: DataFrame, best: DataFrame, share: float = 1.0) -> DataFrame:
     """Return what each method had forgotten when all had learned as much: the price of the same gain.
 
     For each seed the amount is what the method that learned least had learned at its best. Each curve is followed from
@@ -87,7 +87,7 @@ def at_equal_learning(frame: pandas.DataFrame, best: pandas.DataFrame, share: fl
 
     Args:
         frame: as for :func:`summarise_trials`.
-        best: the trials to compare, at each setup's best rate.
+        best: the trials to compare: rows of :func:`summarise_trials` at each setup's best rate.
         share: of the amount, above 0 and at most 1.
 
     Returns:
@@ -116,12 +116,12 @@ def at_equal_learning(frame: pandas.DataFrame, best: pandas.DataFrame, share: fl
 
 
 def compare_over_rates(
-    frame: pandas.DataFrame,
+    frame: DataFrame,
     column: str,
     reference: str = "full",
     share: float | None = None,
     train_loss: float | None = None,
-) -> pandas.DataFrame:
+) -> DataFrame:
     """Compare each method with one over all pairs of their rates: does a difference depend on the rate chosen?
 
     Args:
@@ -146,7 +146,7 @@ def compare_over_rates(
     if reference not in set(trials["setup"]):
         raise ValueError(f"There is no method {reference!r} to compare with; there are {sorted(set(trials['setup']))}.")
 
-    def compared(pair: pandas.DataFrame) -> list[pandas.DataFrame]:
+    def compared(pair: DataFrame) -> list[DataFrame]:
         """Return what two setups at one rate each are compared by."""
         if share is not None:
             return [at_equal_learning(frame, pair, share)]
@@ -156,7 +156,7 @@ def compare_over_rates(
 
     for size, of_size in each_size(trials):
         rates = {
-            setup: [rate for _, rate in rows.groupby("lr")] for setup, rows in of_size.groupby("setup", sort=False)
+            setup: [rate for _, rate in tried.groupby("lr")] for setup, tried in of_size.groupby("setup", sort=False)
         }
         for setup, others in rates.items():
             pairs = [*product(rates.get(reference, []), others)]
@@ -173,7 +173,7 @@ def compare_over_rates(
     return pandas.DataFrame(rows)
 
 
-def by_stopping_point(frame: pandas.DataFrame, column: str = "overfit", reference: str = "full") -> pandas.DataFrame:
+def by_stopping_point(frame: DataFrame, column: str = "overfit", reference: str = "full") -> DataFrame:
     """Compare each method with one as if training had stopped at each evaluation: does the last step decide?
 
     The first evaluation after the start is left out: no loss has risen there, unless training did nothing but harm.
@@ -199,7 +199,7 @@ def by_stopping_point(frame: pandas.DataFrame, column: str = "overfit", referenc
     return _add_verdicts(parts, reference)
 
 
-def training_losses(curve: pandas.DataFrame, place: float = 0.5) -> np.ndarray:
+def training_losses(curve: DataFrame, place: float = 0.5) -> np.ndarray:
     """Return a trial's training loss at each of its evaluations, NaN where it is not known: (evaluations,).
 
     A history has the mean over the steps since the evaluation before (the validation loss minus the gap). Where in
@@ -219,7 +219,7 @@ def training_losses(curve: pandas.DataFrame, place: float = 0.5) -> np.ndarray:
     return np.interp(steps, places[known], means[known], left=math.nan, right=math.nan)
 
 
-def at_training_loss(frame: pandas.DataFrame, losses: Sequence[float], place: float = 0.5) -> pandas.DataFrame:
+def at_training_loss(frame: DataFrame, losses: Sequence[float], place: float = 0.5) -> DataFrame:
     """Return the validation loss of each trial where its training loss first comes down to given values.
 
     Between evaluations a straight line is followed.
@@ -246,7 +246,7 @@ def at_training_loss(frame: pandas.DataFrame, losses: Sequence[float], place: fl
     return pandas.DataFrame(rows, columns=[*trial_columns(frame), "train_loss", "validation_loss"])
 
 
-def by_training_loss(frame: pandas.DataFrame, losses: Sequence[float], reference: str = "full") -> pandas.DataFrame:
+def by_training_loss(frame: DataFrame, losses: Sequence[float], reference: str = "full") -> DataFrame:
     """Compare the validation loss of each method with one's at equal training losses.
 
     A higher validation loss at the same training loss is a larger generalisation gap, wherever training stops. It is
@@ -264,7 +264,7 @@ def by_training_loss(frame: pandas.DataFrame, losses: Sequence[float], reference
         :func:`by_stopping_point`. The difference is that of the middle, the bounds are the outermost of the three.
 
     Raises:
-        ValueError: a setup has several rates, or no method can be compared at any of the losses; or `compare_by_seed`.
+        ValueError: a setup has several rates, or no method can be compared at a loss; or as `compare_by_seed`.
     """
     import pandas
 
@@ -283,7 +283,7 @@ def by_training_loss(frame: pandas.DataFrame, losses: Sequence[float], reference
     return _add_verdicts([table.assign(**bounds)[judged].drop(columns="place")], reference)
 
 
-def _add_verdicts(parts: Sequence[pandas.DataFrame], reference: str) -> pandas.DataFrame:
+def _add_verdicts(parts: Sequence[DataFrame], reference: str) -> DataFrame:
     """Return comparisons with one method, together, without that method's own rows and with a verdict for each."""
     import pandas
 
@@ -291,11 +291,11 @@ def _add_verdicts(parts: Sequence[pandas.DataFrame], reference: str) -> pandas.D
     table = table[table["setup"] != reference].reset_index(drop=True)
     if table.empty or table["lower"].isna().any():
         raise ValueError(f"Each setup needs two seeds in common with {reference!r} to be compared; train more seeds.")
-    bounds = zip(table["lower"], table["upper"], strict=True)
+    bounds = table[["lower", "upper"]].to_numpy()
     return table.assign(verdict=[_WORDS[judge(*of_setup)] for of_setup in bounds])
 
 
-def bounds_table(compared: pandas.DataFrame, digits: int = 2) -> pandas.DataFrame:
+def bounds_table(compared: DataFrame, digits: int = 2) -> DataFrame:
     """Return bounds and verdicts for reading: a row for each setup, a column for each size of the training set.
 
     Args:
@@ -325,7 +325,7 @@ def interpolate_at(learned: Sequence[float], lost: Sequence[float], amount: floa
     return lost[before] + share * (lost[after] - lost[before])
 
 
-def _each_curve(frame: pandas.DataFrame) -> Iterator[tuple[dict[str, Any], pandas.DataFrame]]:
+def _each_curve(frame: DataFrame) -> Iterator[tuple[dict[str, Any], DataFrame]]:
     """Yield each trial, as the columns that identify it, and its rows by step."""
     by = trial_columns(frame)
     for values, curve in frame.groupby(by, sort=False):

@@ -24,9 +24,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -116,8 +115,7 @@ def fit_packed(model: nn.Module, task: Task, trials: Sequence[Trial]) -> list[Pa
         gradient_checkpointing_method(model)()
     with own_randomness(next(model.parameters()).device, 0):
         adapters = [_new_adapter(model, trial) for trial in trials]
-        pairs = zip(trials, adapters, strict=True)
-        results = [PackedResult(_new_history(model, task, *pair)) for pair in pairs]
+        results = [PackedResult(_new_history(model, task, *pair)) for pair in zip(trials, adapters, strict=True)]
         model.requires_grad_(False)
         if config.lean is not None:
             for name, layer in adapters[0].items():  # it looks at the adapters: those of one trial stand for all
@@ -189,10 +187,13 @@ def _take_step(
     for group in step.optimizer.param_groups:
         group["lr"] = group["peak"] * factor
     losses, norms = step(*to_device(batch, step.model))  # (20,), (20,)
-    columns = {"train_loss": losses.tolist(), "grad_norm": norms.tolist()}  # waits for the device
-    columns["tokens"] = counts.tolist() if task.unit == "tokens" else [config.batch_size] * len(rows)
-    columns["lr"] = [trial.lr * factor for trial in trials]
-    return columns | {"seconds": [(time.perf_counter() - started) / len(trials)] * len(trials)}
+    return {
+        "train_loss": losses.tolist(),  # waits for the device
+        "grad_norm": norms.tolist(),
+        "tokens": counts.tolist() if task.unit == "tokens" else [config.batch_size] * len(trials),
+        "lr": [trial.lr * factor for trial in trials],
+        "seconds": [(time.perf_counter() - started) / len(trials)] * len(trials),
+    }
 
 
 def lora_of(trial: Trial) -> LoRA:
@@ -208,14 +209,14 @@ def _new_adapter(model: nn.Module, trial: Trial) -> dict[str, LoRALinear]:
     return {name: layer(base, method.rank, method.alpha, generator=generator) for name, base in layers}
 
 
-def _factors(adapter: Mapping[str, LoRALinear]) -> list[Tensor]:
-    """Return A (r, in) and B (out, r) of each layer in turn."""
-    return [factor for layer in adapter.values() for factor in (layer.lora_A, layer.lora_B)]
+def _factors(layers: Iterable[LoRALinear | PackedLinear]) -> list[Tensor]:
+    """Return A and B of each layer in turn."""
+    return [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
 
 
 def _new_history(model: nn.Module, task: Task, trial: Trial, adapter: Mapping[str, LoRALinear]) -> History:
     """Return the history of a trial, with the sizes that it would have alone."""
-    history, factors = new_history(task, trial.method, trial, model), _factors(adapter)
+    history, factors = new_history(task, trial.method, trial, model), _factors(adapter.values())
     history.trainable_parameters = sum(factor.numel() for factor in factors)
     history.total_parameters = count_parameters(model) + history.trainable_parameters
     history.optimizer_bytes = sum(2 * factor.nbytes + 4 for factor in factors)  # two moments, and a count of steps
@@ -239,30 +240,43 @@ class PackedStep:
     def __init__(
         self, model: nn.Module, loss: Loss, adapters: Sequence[Mapping[str, LoRALinear]], trials: Sequence[Trial]
     ) -> None:
-        config, layers, rank = trials[0], adapters[0], max(lora_of(trial).rank for trial in trials)
-        sides = [(layer.base.in_features, layer.base.out_features) for layer in layers.values()]
-        self.shapes = [shape for inputs, outputs in sides for shape in ((rank, inputs), (outputs, rank))]
-        self.model, self.adapters, self.trials = model, adapters, len(adapters)
-        self.trial_losses, self.clip = TRIAL_LOSSES[loss], config.clip
-        size = sum(map(math.prod, self.shapes))  # N
-        self.values = _factors(layers)[0].new_zeros(self.trials, size)  # (20, N)
-        self.gradient = torch.zeros_like(self.values)  # (20, N)
+        self.model, self.adapters, self.trials = model, adapters, len(trials)
+        self.trial_losses, self.clip = TRIAL_LOSSES[loss], trials[0].clip
+        self.values, self.factors = self._pack_layers(max(lora_of(trial).rank for trial in trials))
         for k in range(self.trials):
             for factor, place in self._places(k):
                 place.copy_(factor)
-        views, self.factors = self._split(self.values), []
-        for (name, layer), A, B in zip(layers.items(), views[::2], views[1::2], strict=True):
-            scaling = A.new_tensor([adapter[name].scaling for adapter in adapters])  # (20,)
-            packed = PackedLinear(cast(nn.Linear, layer.base), A, B, scaling)
-            replace(model, name, packed)
-            self.factors += [packed.lora_A, packed.lora_B]
-        runs = [(lr, len([*same])) for lr, same in itertools.groupby(trial.lr for trial in trials)]
-        sizes, groups = [size for _, size in runs], []
-        for (lr, _), values, gradient in zip(runs, self.values.split(sizes), self.gradient.split(sizes), strict=True):
-            parameter = nn.Parameter(values)  # (4, N)
-            parameter.grad = gradient  # (4, N)
-            groups.append({"params": [parameter], "lr": lr, "peak": lr, "weight_decay": config.weight_decay})
-        self.optimizer = make_adamw(groups)
+        self.gradient = torch.zeros_like(self.values)  # (20, N)
+        self.optimizer = make_adamw(self._group_rows(trials))
+
+    def _pack_layers(self, rank: int) -> tuple[Tensor, list[Tensor]]:
+        """Put a packed layer with factors of zero in place of each adapted one.
+
+        Returns:
+            All factors as one tensor, (20, N); and its views: A and B of each layer in turn, padded to the rank.
+        """
+        layers, factors = self.adapters[0], []
+        sizes = [rank * (layer.base.in_features + layer.base.out_features) for layer in layers.values()]
+        values = _factors(layers.values())[0].new_zeros(self.trials, sum(sizes))  # (20, N)
+        for (name, layer), part in zip(layers.items(), values.split(sizes, dim=1), strict=True):
+            base = cast(nn.Linear, layer.base)
+            A, B = part.tensor_split([rank * base.in_features], dim=1)  # (20, 1024), (20, 2048)
+            scaling = A.new_tensor([adapter[name].scaling for adapter in self.adapters])  # (20,)
+            packed = PackedLinear(base, A.unflatten(1, (rank, -1)), B.unflatten(1, (-1, rank)), scaling)
+            replace(self.model, name, packed)
+            factors += [packed.lora_A, packed.lora_B]  # (20, 16, 64), (20, 128, 16)
+        return values, factors
+
+    def _group_rows(self, trials: Sequence[Trial]) -> list[dict[str, Any]]:
+        """Return a parameter group for each run of neighbouring trials of one learning rate: their rows."""
+        groups, start = [], 0
+        for lr, same in itertools.groupby(trial.lr for trial in trials):
+            stop = start + len([*same])
+            parameter = nn.Parameter(self.values[start:stop])  # (4, N)
+            parameter.grad = self.gradient[start:stop]  # (4, N)
+            groups.append({"params": [parameter], "lr": lr, "peak": lr, "weight_decay": trials[0].weight_decay})
+            start = stop
+        return groups
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Take one step of every trial: forward, backward, clip, update.
@@ -292,15 +306,10 @@ class PackedStep:
         """Return each trial's mean loss on one batch that all of them are given: (trials,)."""
         return self.batch_loss(torch.cat([inputs] * self.trials), torch.cat([targets] * self.trials))  # (20,)
 
-    def _split(self, values: Tensor) -> list[Tensor]:
-        """Return views of (..., N) in the padded factors' shapes, (..., R, in) and (..., out, R) in turn."""
-        parts = values.split([*map(math.prod, self.shapes)], -1)
-        return [part.unflatten(-1, shape) for part, shape in zip(parts, self.shapes, strict=True)]
-
     def _places(self, k: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the factors of trial k's own adapter, and the place of each in ``values``."""
-        for factor, view in zip(_factors(self.adapters[k]), self._split(self.values[k]), strict=True):
-            yield factor.detach(), view[: len(factor), : factor.shape[1]]
+        """Yield the factors of trial k's own adapter, and the place of each in the packed ones."""
+        for factor, packed in zip(_factors(self.adapters[k].values()), self.factors, strict=True):
+            yield factor.detach(), packed.detach()[k, : len(factor), : factor.shape[1]]
 
     def adapter(self, k: int) -> dict[str, Tensor]:
         """Put trial k's adapter alone into the model, and return its state."""
@@ -330,9 +339,11 @@ def _check_independence(step: PackedStep, task: Task, rows: Tensor) -> None:
     def losses_on(rows: Tensor) -> Tensor:
         return step.batch_loss(*to_device(uncut[rows.flatten()], step.model))  # (20,)
 
+    Bs = step.factors[1::2]
+
     @torch.no_grad()
     def fill(trials: Tensor, value: float) -> None:
-        for B in step.factors[1::2]:
+        for B in Bs:
             B[trials] = value  # (19, 128, 16)
 
     def state() -> list[Tensor]:
@@ -340,21 +351,23 @@ def _check_independence(step: PackedStep, task: Task, rows: Tensor) -> None:
         return [torch.get_rng_state(), *on_gpu, *(buffer.clone() for buffer in step.model.buffers())]
 
     before, losses = state(), losses_on(rows).detach()  # (20,)
-    alone = all(map(torch.equal, before, state()))
+    if not all(map(torch.equal, before, state())):
+        raise PackingError(
+            "The model draws at random or changes a buffer in training, which trials would share; use fit."
+        )
     for k in {0, len(losses) - 1}:
         others = torch.arange(len(losses)) != k  # (20,)
         fill(others, 1.0)
         loss = losses_on(torch.where(others[:, None], (rows + 1) % len(task.train), rows))[k]  # ()
-        gradients = torch.autograd.grad(loss, step.factors, allow_unused=True)
+        gradients = torch.autograd.grad(loss, Bs, allow_unused=True)
         fill(others, 0.0)
-        alone &= bool(loss == losses[k]) or not bool(losses[k].isfinite())
-        for gradient in gradients:  # infinite ones are of a trial that diverges
-            alone &= gradient is not None and not bool(gradient[others].nan_to_num(0.0, 0.0, 0.0).any())
-    if not alone:
-        raise PackingError(
-            "In this model the trials of a pack would not be independent: it draws at random, changes a buffer, leaves "
-            "out an adapted layer, or mixes examples; use fit."
-        )
+        for name, gradient in zip(step.adapters[0], gradients, strict=True):
+            if gradient is None:
+                raise PackingError(f"Layer {name!r} takes no part in the loss; leave it out of targets.")
+            if gradient[others].nan_to_num(0.0, 0.0, 0.0).any():  # infinite ones are of a trial that diverges
+                raise PackingError(f"In layer {name!r} the examples of one trial reach another's loss; use fit.")
+        if losses[k].isfinite() and loss != losses[k]:
+            raise PackingError("The loss of a trial changes with the examples of the others; use fit.")
 
 
 def _check_pack(model: nn.Module, task: Task, trials: Sequence[Trial]) -> None:
@@ -441,15 +454,11 @@ class PackedLinear(JointLinear):
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
         """Return the output for ``silu(gate) * up``, which is not saved: the backward pass computes it again."""
-        return self.project([self], gate, up)[0]  # 2 x (8, 64, 1536) -> (8, 64, 576)
+        return _GatedPackedLinear.apply(gate, up, self, *_factors([self]))  # 2 x (8, 64, 1536) -> (8, 64, 576)
 
-    def project(self, layers: Sequence[PackedLinear], x: Tensor, up: Tensor | None = None) -> Sequence[Tensor]:
-        """Return the outputs of several packed layers of one input: x, or silu(x) * up."""
-        trials = len(self.scaling)
-        if len(x) % trials:
-            raise PackingError(f"A layer was given {len(x)} rows, not the examples of {trials} trials; use fit.")
-        factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
-        return _PackedLinears.apply(x, up, layers, *factors)  # (640, 64) -> a tuple of (640, 128)
+    def project(self, layers: Sequence[PackedLinear], x: Tensor) -> Sequence[Tensor]:
+        """Return the outputs of several packed layers of one input."""
+        return _PackedLinears.apply(x, layers, *_factors(layers))  # (640, 64) -> a tuple of (640, 128)
 
     @property
     def weight(self) -> Tensor:
@@ -458,7 +467,10 @@ class PackedLinear(JointLinear):
         Raises:
             PackingError: always; some modules read the weight of a layer inside them and never call the layer.
         """
-        raise PackingError("The model reads the weight of an adapted layer, but a pack has many; use fit.")
+        raise PackingError(
+            "The model reads the weight of an adapted layer instead of calling the layer, but in a pack each trial has "
+            "a weight of its own; train the trials one by one, with fit."
+        )
 
 
 def _split_trials(rows: Tensor, factor: Tensor) -> Tensor:
@@ -466,62 +478,112 @@ def _split_trials(rows: Tensor, factor: Tensor) -> Tensor:
     return rows.reshape(len(factor), -1, rows.shape[-1]).to(factor.dtype)
 
 
+def _forward(x: Tensor, layers: Sequence[PackedLinear]) -> tuple[list[Tensor], Tensor]:
+    """Return h_k = W0 x_k + scaling_k * B_k A_k x_k of each layer, and scaling_k * A_k x_k of all layers.
+
+    Raises:
+        PackingError: the rows of x are not those of all trials.
+    """
+    trials = len(layers[0].scaling)
+    if len(x) % trials:
+        raise PackingError(f"A layer was given {len(x)} rows, not the examples of {trials} trials; use fit.")
+    per_trial = _split_trials(x, layers[0].lora_A)  # (20, 32, 64)
+    narrow = torch.bmm(_join([layer.lora_A for layer in layers]), per_trial.mT)  # (20, 16, 64) @ (20, 64, 32)
+    outputs = []
+    for layer, Ax in zip(layers, narrow.chunk(len(layers), 1), strict=True):
+        Ax.mul_(layer.scaling)  # (20, 16, 32)
+        y = call_in_weight_dtype(layer.base, x).contiguous()  # (640, 64) -> (640, 128), one product for all trials
+        _add_product(y.view(*per_trial.shape[:2], -1), Ax.mT, layer.lora_B.mT)  # (20, 32, 16) @ (20, 16, 128)
+        outputs.append(y)
+    return outputs, narrow
+
+
+def _factor_gradients(
+    gs: Sequence[Tensor], x: Tensor, narrow: Tensor, layers: Sequence[PackedLinear]
+) -> tuple[list[Tensor], Tensor]:
+    """Return the gradients of A and B of each layer in turn, and scaling_k * B_k^T g_k of all layers.
+
+    Args:
+        gs: gradients of the outputs, (640, 128) each.
+        x: the input, (640, 64).
+        narrow: scaling_k * A_k x_k of all layers, (20, 16, 32).
+    """
+    A = layers[0].lora_A  # (20, 16, 64)
+    per_trial = [_split_trials(g, A) for g in gs]  # (20, 32, 128) each
+    narrow_gs = _join(
+        [
+            torch.bmm(layer.lora_B.mT, g.mT).mul_(layer.scaling)  # (20, 16, 128) @ (20, 128, 32) -> (20, 16, 32)
+            for layer, g in zip(layers, per_trial, strict=True)
+        ]
+    )
+    dAs = torch.bmm(narrow_gs, _split_trials(x, A)).chunk(len(gs), 1)  # (20, 16, 32) @ (20, 32, 64) -> (20, 16, 64)
+    gradients = []
+    for dA, Ax, g in zip(dAs, narrow.chunk(len(gs), 1), per_trial, strict=True):
+        dB = torch.bmm(Ax, g).mT  # (20, 16, 32) @ (20, 32, 128) -> (20, 128, 16)
+        gradients += [dA, dB]
+    return gradients, narrow_gs
+
+
+def _input_gradient(gs: Sequence[Tensor], narrow_gs: Tensor, layers: Sequence[PackedLinear]) -> Tensor:
+    """Return the sum of (W0 + scaling_k * B_k A_k)^T g_k over the layers: (rows, in).
+
+    Args:
+        gs: gradients of the outputs, (640, 128) each.
+        narrow_gs: scaling_k * B_k^T g_k of all layers, (20, 16, 32).
+    """
+    dx = None
+    for g, layer in zip(gs, layers, strict=True):  # (640, 128) @ (128, 64) -> (640, 64), one product again
+        flat, weight = g.flatten(0, -2), layer.base.weight
+        dx = cast_matmul(flat, weight) if dx is None else cast_addmm_(dx, flat, weight)  # (640, 64)
+    dx = cast(Tensor, dx)
+    As = _join([layer.lora_A for layer in layers])  # (20, 16, 64)
+    _add_product(dx.view(len(As), -1, dx.shape[-1]), narrow_gs.mT, As)  # (20, 32, 16) @ (20, 16, 64)
+    return dx
+
+
 class _PackedLinears(torch.autograd.Function):
-    """Several packed layers of one x, or of silu(x) * up, of which only x and up are saved.
+    """Several packed layers of one input, with gradients by hand.
 
     Autograd would give the same gradients. By hand the narrow products have their short side first, which takes half
     the time, and updates are added in place.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, up: Tensor | None, layers: Sequence[PackedLinear], *factors: Tensor):
-        As, Bs = factors[::2], factors[1::2]
-        inputs = x if up is None else F.silu(x).mul_(up)  # (640, 64)
-        per_trial = _split_trials(inputs, As[0])  # (20, 32, 64)
-        narrow = torch.bmm(_join(As), per_trial.mT)  # (20, 16, 64) @ (20, 64, 32) -> (20, 16, 32)
-        outputs = []
-        for layer, part, B in zip(layers, narrow.split([A.shape[1] for A in As], 1), Bs, strict=True):
-            part.mul_(layer.scaling)  # (20, 16, 32)
-            # W0 x_k, one product for all trials
-            y = call_in_weight_dtype(layer.base, inputs).contiguous()  # (640, 64) -> (640, 128)
-            _add_product(y.view(*per_trial.shape[:2], -1), part.mT, B.mT)  # (20, 32, 128)
-            outputs.append(y)
-        ctx.save_for_backward(x, up, narrow, *factors)
+    def forward(ctx, x: Tensor, layers: Sequence[PackedLinear], *factors: Tensor):
+        outputs, narrow = _forward(x, layers)
+        ctx.save_for_backward(x, narrow)
         ctx.layers = layers
         return tuple(outputs)  # (640, 128) each
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gs: Tensor):
-        x, up, narrow, *factors = ctx.saved_tensors
-        As, Bs, ranks = factors[::2], factors[1::2], [A.shape[1] for A in factors[::2]]
-        activated = x if up is None else F.silu(x)  # (640, 64)
-        inputs = _split_trials(x if up is None else activated * up, As[0])  # (20, 32, 64)
-        per_trial = [_split_trials(g, As[0]) for g in gs]  # (640, 128) -> (20, 32, 128)
-        narrowed = _join(
-            [
-                torch.bmm(B.mT, g.mT).mul_(layer.scaling)  # (20, 16, 128) @ (20, 128, 32) -> (20, 16, 32)
-                for B, g, layer in zip(Bs, per_trial, ctx.layers, strict=True)
-            ]
-        )
-        dBs = [
-            torch.bmm(part, g).mT  # (20, 16, 32) @ (20, 32, 128) -> (20, 128, 16)
-            for part, g in zip(narrow.split(ranks, 1), per_trial, strict=True)
-        ]
-        dAs = torch.bmm(narrowed, inputs).split(ranks, 1)  # (20, 16, 32) @ (20, 32, 64) -> (20, 16, 64)
-        gradients = [gradient for pair in zip(dAs, dBs, strict=True) for gradient in pair]
-        if not any(ctx.needs_input_grad[:2]):
-            return None, None, None, *gradients
-        dx = None
-        for g, layer in zip(gs, ctx.layers, strict=True):  # (640, 128) @ (128, 64) -> (640, 64), one product again
-            flat, weight = g.reshape(-1, g.shape[-1]), layer.base.weight
-            dx = cast_matmul(flat, weight) if dx is None else cast_addmm_(dx, flat, weight)  # (640, 64)
-        dx = cast(Tensor, dx).view(x.shape)
-        _add_product(dx.view(inputs.shape), narrowed.mT, _join(As))  # (20, 32, 64)
-        if up is None:
-            return dx, None, None, *gradients
-        d_up = activated.mul_(dx)  # (640, 64)
-        return torch.ops.aten.silu_backward(dx.mul_(up), x), d_up, None, *gradients  # (640, 64)
+        x, narrow = ctx.saved_tensors
+        gradients, narrow_gs = _factor_gradients(gs, x, narrow, ctx.layers)
+        dx = _input_gradient(gs, narrow_gs, ctx.layers).view(x.shape) if ctx.needs_input_grad[0] else None
+        return dx, None, *gradients
+
+
+class _GatedPackedLinear(torch.autograd.Function):
+    """A packed layer of silu(gate) * up, which the backward pass computes again."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor, layer: PackedLinear, *factors: Tensor) -> Tensor:
+        (y,), narrow = _forward(F.silu(gate).mul_(up), [layer])
+        ctx.save_for_backward(gate, up, narrow)
+        ctx.layer = layer
+        return y  # (8, 64, 576)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor):
+        gate, up, narrow = ctx.saved_tensors
+        activated = F.silu(gate)  # (8, 64, 1536)
+        gradients, narrow_g = _factor_gradients([g], activated * up, narrow, [ctx.layer])
+        d_gated = _input_gradient([g], narrow_g, [ctx.layer]).view(gate.shape)  # (8, 64, 1536)
+        d_up = activated.mul_(d_gated)  # (8, 64, 1536)
+        d_gate = torch.ops.aten.silu_backward(d_gated.mul_(up), gate)  # (8, 64, 1536)
+        return d_gate, d_up, None, *gradients
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:

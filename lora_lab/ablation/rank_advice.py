@@ -36,7 +36,7 @@ from lora_lab.task import Task
 from lora_lab.train import evaluate
 
 if TYPE_CHECKING:
-    import pandas
+    from pandas import DataFrame, Series
 
 SPECTRAL = {f"energy_rank_{share}": partial(energy_rank, share=share / 100) for share in (50, 80, 90, 95, 99)}
 SPECTRAL |= {"effective_rank": effective_rank, "stable_rank": stable_rank}
@@ -81,7 +81,7 @@ def truncation_rank(losses: Mapping[int, float], margin: float) -> int:
     return min(rank for rank in losses if rank > max(too_small, default=0))
 
 
-def ranks_left(frame: pandas.DataFrame, margin: float) -> tuple[int, int] | None:
+def ranks_left(frame: DataFrame, margin: float) -> tuple[int, int] | None:
     """Return the ranks between which the smallest that is enough may lie, as far as a sweep tells.
 
     A rank is too small if the lower bound of its loss less that of the largest rank
@@ -100,7 +100,7 @@ def ranks_left(frame: pandas.DataFrame, margin: float) -> tuple[int, int] | None
     """
     ranks = frame.drop_duplicates("setup").set_index("setup")["rank"].astype(int)
     table = compare_losses(frame, str(ranks.idxmax()), margin=margin).set_index("setup").assign(rank=ranks)
-    judged = table[table["why"] == ""]
+    judged = table[table["why"] == ""]  # nothing forbids a verdict
     if judged.empty:
         return None
     enough = min(judged.loc[judged["upper"] < margin, "rank"], default=ranks.max())
@@ -112,26 +112,38 @@ def ranks_left(frame: pandas.DataFrame, margin: float) -> tuple[int, int] | None
 # (:func:`ranks_left`), and a column for each statistic in :data:`SPECTRAL`, and for :data:`TRUNCATION`.
 
 
-def choose_rule(runs: pandas.DataFrame) -> tuple[str, float]:
+def choose_rule(runs: DataFrame) -> tuple[str, float]:
     """Return the statistic, and its factor, whose mean absolute error on these runs is the smallest.
 
     A statistic's factor is the median of (enough rank / statistic), taken over the tasks on a logarithmic scale, so
     that each task counts once. The enough rank is the smallest rank that the sweep shows to be enough.
     """
-    doublings = runs[[*SPECTRAL, TRUNCATION]].rdiv(runs["high"], axis=0).apply(np.log2)  # (runs, statistics)
-    of_tasks = doublings.groupby(runs["task"]).mean()  # (tasks, statistics)
-    middle = of_tasks.median()  # (statistics,)
-    statistic = str((of_tasks - middle).abs().mean().idxmin())
-    return statistic, float(2 ** middle[statistic])
+    factors, errors = {}, {}
+    for statistic in (*SPECTRAL, TRUNCATION):
+        factors[statistic], errors[statistic] = _fit_factor(runs["high"] / runs[statistic], runs["task"])
+    best = min(errors, key=lambda statistic: errors[statistic])
+    return best, factors[best]
 
 
-def predict_ranks(runs: pandas.DataFrame, statistic: str, factor: float) -> pandas.Series:
+def _fit_factor(ratios: Series, tasks: Series) -> tuple[float, float]:
+    """Return the factor that suits most tasks, and the mean absolute error that it leaves, in doublings.
+
+    Args:
+        ratios: enough rank / statistic of each run, (runs,).
+        tasks: of the runs, (runs,).
+    """
+    of_tasks = ratios.transform(np.log2).groupby(tasks).mean()  # (tasks,)
+    middle = of_tasks.median()
+    return float(2**middle), (of_tasks - middle).abs().mean()
+
+
+def predict_ranks(runs: DataFrame, statistic: str, factor: float) -> Series:
     """Return the power of two nearest to the factor times the statistic of each run, at most the run's rank."""
     doublings = np.log2(factor * runs[statistic]).round()
     return 2.0 ** doublings.clip(lower=0, upper=np.log2(runs["rank"]).round())
 
 
-def measure_errors(runs: pandas.DataFrame, predicted: pandas.Series) -> pandas.Series:
+def measure_errors(runs: DataFrame, predicted: Series) -> Series:
     """Return task -> mean over its runs of log2(predicted / nearest of the ranks left), in doublings."""
     nearest = predicted.clip(lower=runs["low"], upper=runs["high"])
     return (predicted / nearest).transform(np.log2).groupby(runs["task"], sort=False).mean()
@@ -150,7 +162,7 @@ class Advice:
 
     statistic: str
     factor: float
-    errors: pandas.DataFrame
+    errors: DataFrame
     undecided: tuple[str, ...]
 
     @property
@@ -176,7 +188,7 @@ def assess(rows: Iterable[Mapping[str, Any]]) -> Advice:
     """
     import pandas
 
-    frame, found, undecided = pandas.DataFrame([*map(dict, rows)]), [], []
+    frame, found, undecided = pandas.DataFrame([*rows]), [], []
     for task, of_task in frame.groupby("data", sort=False):
         at_high_rank = of_task["stage"] == "high rank"
         margin = float(of_task.loc[at_high_rank, "margin"].max())
@@ -194,6 +206,8 @@ def assess(rows: Iterable[Mapping[str, Any]]) -> Advice:
         raise ValueError("The sweeps decide no planted task, so no rule can be chosen; run more seeds of those.")
     rule, judged = choose_rule(runs[planted]), runs[~planted]
     constant = pandas.Series(GUESS, judged.index)
-    errors = {"error": predict_ranks(judged, *rule), "constant_error": constant}
-    table = pandas.DataFrame({name: measure_errors(judged, predicted) for name, predicted in errors.items()})
-    return Advice(*rule, table, tuple(undecided))
+    errors = {
+        "error": measure_errors(judged, predict_ranks(judged, *rule)),
+        "constant_error": measure_errors(judged, constant),
+    }
+    return Advice(*rule, pandas.DataFrame(errors), tuple(undecided))

@@ -17,7 +17,7 @@ from lora_lab.system.wording import shortened
 from lora_lab.train import TrainConfig
 
 if TYPE_CHECKING:
-    import pandas
+    from pandas import DataFrame
 
 # Columns of the table: losses, how a trial went, and where it ran; all others describe the trial.
 LOSSES = ("train_loss", "validation_loss", "off_domain_loss", "gap", "test_loss")
@@ -158,6 +158,7 @@ def _rows(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield fixed
         return
     history, seconds = History(**result["history"]), 0.0
+    fixed["trainable_parameters"] = history.trainable_parameters
     gaps = dict(zip(*history.curve("gap"), strict=True))
     last = {"test_loss": result["test_loss"]} | {f"{SCORE}{k}": v for k, v in (result["scores"] or {}).items()}
     for row in history.rows:
@@ -165,12 +166,10 @@ def _rows(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if row["validation_loss"] is not None:
             losses = {name: row[name] for name in LOSSES[:3]} | {"gap": gaps.get(row["step"])}
             at_end = last if row is history.rows[-1] else {}
-            yield {**fixed, "step": row["step"], **losses, "seconds": seconds, **at_end} | {
-                "trainable_parameters": history.trainable_parameters,
-            }
+            yield {**fixed, "step": row["step"], **losses, "seconds": seconds, **at_end}
 
 
-def last_rows(frame: pandas.DataFrame) -> pandas.DataFrame:
+def last_rows(frame: DataFrame) -> DataFrame:
     """Return one row for each trial: its last evaluation, its failure, or its first row if it was stopped."""
     first = (frame["outcome"] == STOPPED) & ~(frame["step"] > 0)  # of a stopped trial its settings count, no loss
     return frame[(frame["outcome"] == "failed") | first | (frame["step"] == frame["steps"])]

@@ -52,6 +52,8 @@ from lora_lab.task import Task
 from lora_lab.train import evaluate, fit, in_autocast, make_step
 
 Judge = Callable[[nn.Module, Task], Mapping[str, float | str]]
+ModelOrFactory = nn.Module | Factory
+TaskOrFactory = Task | Callable[[], Task]
 _File = dict[str, Any]  # the content of a trial's file
 _IN_THREADS = "in threads of one process, which share torch's random generators; use processes"
 _BUSY = threading.Lock()  # held while this process runs a trial
@@ -63,8 +65,8 @@ _commit = functools.cache(commit)  # asked once: the code that runs does not cha
 
 
 def ablate(
-    model_factory: nn.Module | Factory,
-    task: Task | Callable[[], Task],
+    model_factory: ModelOrFactory,
+    task: TaskOrFactory,
     trials: Sequence[Trial],
     folder: str | Path | None = None,
     *,
@@ -193,7 +195,7 @@ def plan(
             part, or as for :func:`_check_steps`.
     """
     _check_steps(model, task, trials)
-    for limit in dict.fromkeys(trial.eval_examples for trial in trials):
+    for limit in {trial.eval_examples for trial in trials}:
         task.require_targets("test", limit)  # of which each trial's result is; fit checks the other parts
     if engine == "separate":
         return [([trial], False) for trial in trials]
@@ -333,7 +335,7 @@ class _Job:
     """
 
     make: Factory
-    task: Task | Callable[[], Task]
+    task: TaskOrFactory
     trials: Sequence[Trial]
     together: bool  # as a pack
     engine: str
@@ -352,7 +354,7 @@ def _call_factory(factory: Callable[[], Task]) -> Task:
     return factory()
 
 
-def _task(task: Task | Callable[[], Task]) -> Task:
+def _task(task: TaskOrFactory) -> Task:
     return task if isinstance(task, Task) else _call_factory(task)
 
 
@@ -406,19 +408,23 @@ def _attempt(job: _Job, task: Task, trials: Sequence[Trial], together: bool) -> 
             raise
         parts, together = [[trial] for trial in trials], False
     except Exception as error:
-        # On the CPU torch raises a plain RuntimeError.
-        on_cpu = "DefaultCPUAllocator: can't allocate" in str(error)
-        if not (on_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)):
+        if not _is_out_of_memory(error):
             raise
-        ended = [_file(trials[0], model, "failed", reason=f"{OUT_OF_MEMORY}: {error}")]
         if half := len(trials) // 2:
             parts = [trials[:half], trials[half:]]
+        else:
+            ended = [_file(trials[0], model, "failed", reason=f"{OUT_OF_MEMORY}: {error}")]
     if not parts:
-        for each in ended:
-            each["provenance"]["engine"] = f"pack of {len(trials)}" if together else "separate"
-        return ended
+        engine = f"pack of {len(trials)}" if together else "separate"
+        return [result | {"provenance": result["provenance"] | {"engine": engine}} for result in ended]
     del model  # the error is gone too, with the tensors that its frames held
     return [result for part in parts for result in _attempt(job, task, part, together)]
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error means that memory ran out; on the CPU torch raises a plain RuntimeError."""
+    on_cpu = "DefaultCPUAllocator: can't allocate" in str(error)
+    return on_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def _train_pack(job: _Job, model: nn.Module, task: Task, trials: Sequence[Trial]) -> list[_File]:

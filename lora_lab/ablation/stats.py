@@ -36,7 +36,7 @@ from lora_lab.tasks.instruction import PairTask
 from lora_lab.train import batch_losses
 
 if TYPE_CHECKING:
-    import pandas
+    from pandas import DataFrame
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -63,21 +63,23 @@ class BlockLosses:
     answered: bool = False
 
     def __call__(self, model: nn.Module, task: Task) -> dict[str, str]:
-        scores = {
-            part: [loss.item() for loss, _ in batch_losses(model, task, part, self.block, limit)]
-            for part, limit in self.examples.items()
-        }
+        """Return a score for each part, and perhaps the accuracy: the numbers of its blocks, rounded, as a text."""
+        scores = {}
+        for part, limit in self.examples.items():
+            scores[part] = [loss.item() for loss, _ in batch_losses(model, task, part, self.block, limit)]
         if self.answered:
-            limit = self.examples.get("test")
-            pairs = cast(PairTask, task).pairs["test"][:limit]
-            predictions = answers(model, cast(PairTask, task), limit=limit)
-            right = [a == pair.answer for a, pair in zip(predictions, pairs, strict=True)]
-            blocks = [right[start : start + self.block] for start in range(0, len(right), self.block)]
-            scores["accuracy"] = [*map(statistics.fmean, blocks)]
+            scores["accuracy"] = self._accuracies(model, cast(PairTask, task))
         return {name: json.dumps([round(each, _DIGITS) for each in by_block]) for name, by_block in scores.items()}
 
+    def _accuracies(self, model: nn.Module, task: PairTask) -> list[float]:
+        """Return the share of right answers in each block of the test part."""
+        limit = self.examples.get("test")
+        predictions = answers(model, task, limit=limit)
+        right = [a == pair.answer for a, pair in zip(predictions, task.pairs["test"][:limit], strict=True)]
+        return [statistics.fmean(right[start : start + self.block]) for start in range(0, len(right), self.block)]
 
-def losses_by_seed(rows: pandas.DataFrame, by: str, part: str) -> dict[Any, np.ndarray]:
+
+def losses_by_seed(rows: DataFrame, by: str, part: str) -> dict[Any, np.ndarray]:
     """Return the losses of trials with a result for every seed, as :func:`block_losses_of` gives them.
 
     Args:
@@ -109,7 +111,7 @@ def block_losses_of(row: Mapping[Any, Any], part: str) -> list[float]:
 
 
 def t_bounds(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:
-    """Return the mean of the values, and its one-sided bounds by Student's t; NaN for a single value.
+    """Return the mean of the values, and its one-sided lower and upper bounds by Student's t; NaN for a single value.
 
     Args:
         values: such as a difference for each seed.
@@ -174,7 +176,7 @@ def interval(samples: np.ndarray) -> tuple[float, float]:
     return float(lower), float(upper)
 
 
-def rank_correlations(runs: pandas.DataFrame, target: str, predictors: Sequence[str]) -> pandas.DataFrame:
+def rank_correlations(runs: DataFrame, target: str, predictors: Sequence[str]) -> DataFrame:
     """Return how well each predictor orders the runs as the target does: Spearman's correlation, with intervals.
 
     Runs of one setup differ by their seeds alone, so they count as one observation: the two-sided 95 % intervals are
@@ -221,7 +223,7 @@ def rank_correlations(runs: pandas.DataFrame, target: str, predictors: Sequence[
 # The best learning rate
 
 
-def losses_by_rate(frame: pandas.DataFrame) -> dict[float, np.ndarray]:
+def losses_by_rate(frame: DataFrame) -> dict[float, np.ndarray]:
     """Return rate -> the validation losses of one setup's trials after the last step, (seeds, blocks of examples).
 
     There are several blocks if the trials were judged by :class:`lora_lab.ablation.stats.BlockLosses`. Only rates that
@@ -275,6 +277,9 @@ def best_rate(losses: Mapping[float, np.ndarray]) -> BestRate:
 
     Args:
         losses: rate -> losses (seeds, blocks), the same seeds and examples for all rates.
+
+    Raises:
+        ValueError: the losses of two rates differ in shape, or there is no rate.
     """
     rates, values = _stack(losses)
     means = values.mean(axis=(1, 2))  # (rates,)

@@ -12,7 +12,7 @@ not depend on the processor: in float32 the order in which it sums decides, at h
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple, cast
 
@@ -21,6 +21,7 @@ from torch import nn
 
 from lora_lab import tasks
 from lora_lab.ablation.grid import Grid
+from lora_lab.ablation.run import ModelOrFactory, TaskOrFactory
 from lora_lab.methods import FullFineTuning
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
@@ -29,6 +30,8 @@ from lora_lab.task import Task
 from lora_lab.tasks.named import TASKS, check_name
 from lora_lab.train import fit
 from lora_lab.variants import LORA_METHODS
+
+_small_net = partial(DigitsMLP, dtype=torch.float64)
 
 
 class Defaults(NamedTuple):
@@ -49,11 +52,11 @@ DEFAULTS = {
 
 def study(
     name: str, seq_len: int = 64, device: torch.device | None = None, model: str = SMOLLM2
-) -> tuple[nn.Module | Callable[[], nn.Module], Task | Callable[[], Task]]:
+) -> tuple[ModelOrFactory, TaskOrFactory]:
     """Return the model (or what makes it) and the task (or what makes it) of a study.
 
     Args:
-        name: in :data:`DEFAULTS`; or a task for a language model, by name or from a file, as for
+        name: "planted", "digits" or "docs"; or a task for a language model, by name or from a file, as for
             :func:`lora_lab.tasks.task_of`.
         seq_len: tokens an example, for "docs".
         device: where the language model is put; None takes the best there is. The small nets stay on the CPU.
@@ -68,12 +71,17 @@ def study(
             raise ValueError(f"The study {name!r} trains a small net of its own, not {model!r}; leave the model out.")
         if name == "digits":
             return pretrained_digits(), tasks.digits()
-        return DigitsMLP(dtype=torch.float64), tasks.planted(DigitsMLP(dtype=torch.float64))
-    check_name(name, "study", dict.fromkeys([*DEFAULTS, *TASKS]))
+        return _small_net(), tasks.planted(_small_net())
+    check_study(name)
     if seq_len < 2:
         raise ValueError(f"seq_len is {seq_len}, but an example needs at least 2 tokens.")
     task = partial(docs_task, seq_len, model=model) if name == "docs" else partial(_named_task, name, model)
     return partial(language_model, device, model), task
+
+
+def check_study(name: str) -> None:
+    """Raise ValueError or FileNotFoundError if :func:`study` has no study of that name."""
+    check_name(name, "study", DEFAULTS | TASKS)
 
 
 def defaults_of(name: str) -> Defaults:
@@ -82,25 +90,35 @@ def defaults_of(name: str) -> Defaults:
 
 
 def grid(
-    name: str, method: str, ranks: Sequence[int], lrs: Sequence[float] | None, seeds: Sequence[int], **options: Any
+    name: str,
+    method: str,
+    ranks: Sequence[int],
+    lrs: Sequence[float] | None,
+    seeds: Sequence[int],
+    *,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    **options: Any,
 ) -> Grid:
-    """Return trials for a study; rates, steps and batch size are the study's own where they are None or not given.
+    """Return trials for a study; rates, steps and batch size are the study's own where they are None.
 
     Args:
         name: of the study.
         method: a LoRA method's name, such as "lora" or "dora".
-        ranks, lrs, seeds, **options: as for :class:`lora_lab.ablation.grid.Grid`.
+        ranks, lrs, seeds, steps, batch_size, **options: as for :class:`lora_lab.ablation.grid.Grid`.
 
     Raises:
-        ValueError: the method is unknown, or as for Grid.
+        ValueError: the study or the method is unknown, or as for Grid.
+        FileNotFoundError: the study is a file that is not there.
     """
+    check_study(name)
     if method not in LORA_METHODS:
         raise ValueError(f"There is no method {method!r} with ranks; there are {', '.join(LORA_METHODS)}.")
     defaults = defaults_of(name)
-    for option in ("steps", "batch_size"):
-        if options.get(option) is None:
-            options[option] = getattr(defaults, option)
-    return Grid(ranks, defaults.lrs if lrs is None else lrs, seeds, [LORA_METHODS[method]()], **options)
+    lrs = defaults.lrs if lrs is None else lrs
+    steps = defaults.steps if steps is None else steps
+    batch_size = defaults.batch_size if batch_size is None else batch_size
+    return Grid(ranks, lrs, seeds, [LORA_METHODS[method]()], steps=steps, batch_size=batch_size, **options)
 
 
 def pretrained_digits(n_train: int = 500) -> nn.Module:
@@ -114,9 +132,9 @@ def pretrained_digits(n_train: int = 500) -> nn.Module:
 
 @cache
 def _pretrained_digits(n_train: int) -> nn.Module:
-    model, task = DigitsMLP(dtype=torch.float64), tasks.digits("pretrain", n_train=n_train)
+    model, task = _small_net(), tasks.digits("pretrain", n_train=n_train)
     fit(model, task, FullFineTuning(), steps=300, lr=3e-3, batch_size=32, progress=False)
-    fresh = DigitsMLP(dtype=torch.float64)
+    fresh = _small_net()
     fresh.load_state_dict(model.state_dict())  # without the mark of the method that trained it
     return fresh
 
