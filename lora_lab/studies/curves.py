@@ -34,8 +34,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
+import pandas
 import torch
 from torch import nn
 
@@ -64,9 +65,6 @@ from lora_lab.studies.recorder import (
 from lora_lab.task import Task
 from lora_lab.tasks.arrays import CHANGES
 from lora_lab.train import evaluate, fit
-
-if TYPE_CHECKING:
-    import pandas
 
 # Overfitting
 
@@ -233,8 +231,6 @@ def update_norm(base: nn.Module, tuned: nn.Module) -> float:
 
 def add_strengths(frame: pandas.DataFrame) -> pandas.DataFrame:
     """Return the rows, and for adapters of rank 8 that were scaled a curve over their strengths, from the base on."""
-    import pandas
-
     frame = frame.assign(rank=frame["rank"].fillna(FULL_RANK))
     parts, frames = ("validation", "off_domain"), [frame]
     adapters = frame[(frame["setup"] == "LoRA r=8") & (frame["outcome"] == "done")]

@@ -139,8 +139,7 @@ def _block_losses(rows: pandas.DataFrame, part: str) -> np.ndarray:
 def as_good_as_full(record: Record) -> Result:
     """Each rank after each number of steps, where "as good" allows for the margin."""
     every = gaps(record)
-    result = decide_cases(_list_gaps(every), ("the rank", "the number of steps"))
-    return _explain_gaps(result, every.values())
+    return _explain_gaps(decide_cases(_list_gaps(every), ("the rank", "the number of steps")), every)
 
 
 @decides("low-ranks-run-out-of-capacity", record="quality")
@@ -155,23 +154,22 @@ def runs_out_of_capacity(record: Record) -> Result:
         turns = {*combinations(answers, 2)}  # (early, late)
         turned = False if (False, True) in turns else True if (True, False) in turns else None
         cases.append((turned, ", ".join(texts)))
-    return _explain_gaps(decide_cases(cases, "the rank"), every.values())
+    return _explain_gaps(decide_cases(cases, "the rank"), every)
 
 
 def _list_gaps(every: Mapping[tuple[int, int], Gap]) -> Cases:
     """Yield whether LoRA is as good in each case, the case in words, its rank and its number of steps."""
     for (rank, steps), gap in every.items():
         lower, upper = gap.bounds
-        test, validation = gap.values.mean(), gap.beside.mean()
-        words = f"{test:+.3f} ({lower:+.3f} to {upper:+.3f}; validation {validation:+.3f})"
+        words = f"{gap.values.mean():+.3f} ({lower:+.3f} to {upper:+.3f}; validation {gap.beside.mean():+.3f})"
         yield gap.as_good, f"rank {rank}, {steps} steps{gap.mark}: {words}", rank, steps
 
 
-def _explain_gaps(result: Result, every: Collection[Gap]) -> Result:
+def _explain_gaps(result: Result, every: Mapping[Any, Gap]) -> Result:
     """Return the result with what was compared, on how many seeds and with which margin."""
-    seeds = " or ".join(map(str, sorted({len(gap.values) for gap in every})))
+    seeds = " or ".join(map(str, sorted({len(gap.values) for gap in every.values()})))
     text = f"LoRA's test loss minus full fine-tuning's in nats, {seeds} seeds, margin {MARGIN:g}"
-    return _explain(result, text, every, "the validation loss points the other way")
+    return _explain(result, text, every.values(), "the validation loss points the other way")
 
 
 # Fine-tuning beside training from scratch
@@ -369,7 +367,7 @@ def better_at_equal_fit(record: Record) -> Result:
 def _list_at_equal_fit(curves: pandas.DataFrame, doubts: Doubts) -> tuple[list[str], str]:
     """Return the verdicts where both methods have equal training losses, and the same in words."""
     fits = overfitting.by_training_loss(curves, [3.0, 2.0, 1.5, 1.0, 0.6])
-    fits = fits.assign(verdict=fits["verdict"].where(fits["seeds"] >= MIN_SEEDS, OPEN))
+    fits.loc[fits["seeds"] < MIN_SEEDS, "verdict"] = OPEN
     verdicts, text = _list_verdicts(fits, "train_loss", doubts)
     words = "LoRA's validation loss beside full fine-tuning's, where both have a training loss in nats"
     return verdicts, f"{words}: {text}"
@@ -377,11 +375,11 @@ def _list_at_equal_fit(curves: pandas.DataFrame, doubts: Doubts) -> tuple[list[s
 
 def _decide_verdicts(verdicts: Sequence[str], text: str, on: str, doubts: Doubts) -> Result:
     """Return the result from the verdicts of comparisons, in words; it is open if no pair may be judged."""
-    reasons = [doubt for doubt in doubts.values() if doubt]
-    if len(reasons) == len(doubts):
-        return Result(OPEN, f"{'; '.join(reasons)}. At these rates: {text}")
+    if all(doubts.values()):
+        return Result(OPEN, f"{'; '.join(doubts.values())}. At these rates: {text}")
     result = decide_cases([(LESS.get(verdict), "") for verdict in verdicts], on)
-    return replace(result, measured="; ".join([text, *(f"not judged: {reason}" for reason in reasons)]))
+    left_out = [f"not judged: {doubt}" for doubt in doubts.values() if doubt]
+    return replace(result, measured="; ".join([text, *left_out]))
 
 
 # Forgetting
@@ -449,17 +447,12 @@ def replay_helps(record: Record) -> Cases:
     """Forgetting with replies of the base among the examples, against none and against as much other text."""
     quarter, half, other = "own replies, a quarter", "own replies, half", "other text, a quarter"
     for replay, reference in ((quarter, REFERENCE), (half, REFERENCE), (quarter, other)):
-        change = _change_in_per_cent(record, replay, reference)
+        frame = _frame(record, replay, reference)
+        equal = overfitting.at_equal_learning(frame, overfitting.summarise_trials(frame), SHARES[-1])
+        forgotten = equal.groupby("setup")["forgotten"].mean()
+        change = 100 * (forgotten[replay] / forgotten[reference] - 1)
         for answer, words in _at_equal_learning(record, replay, reference):
             yield answer, f"{words} against {reference}, {change:+.0f} %"
-
-
-def _change_in_per_cent(record: Record, setup: str, reference: str) -> float:
-    """Return by how many per cent a setup has forgotten more, in the mean, where both have learned as much."""
-    frame = _frame(record, setup, reference)
-    equal = overfitting.at_equal_learning(frame, overfitting.summarise_trials(frame), SHARES[-1])
-    means = equal.groupby("setup")["forgotten"].mean()
-    return float(100 * (means[setup] / means[reference] - 1))
 
 
 @decides("final-checkpoint-overshoots", record="remedies", on="the rate")
@@ -483,9 +476,8 @@ def inverse_to_the_loss(record: Record) -> Answer:
     plain = [name for name in set(_frame(record)["setup"]) if name.startswith(("LoRA", "full"))]
     trials = overfitting.summarise_trials(_frame(record, *plain))
     row = rank_correlations(trials, "forgotten_at_last", ["last_loss"]).iloc[0]
-    correlation, lower, upper = row["correlation"], row["lower"], row["upper"]
-    text = f"rank correlation of forgetting with the loss {correlation:+.2f} ({lower:+.2f} to {upper:+.2f})"
-    return below(lower, upper, 0), f"{text}, {len(plain)} setups"
+    words = f"{row['correlation']:+.2f} ({row['lower']:+.2f} to {row['upper']:+.2f}), {len(plain)} setups"
+    return below(row["lower"], row["upper"], 0), f"rank correlation of forgetting with the loss {words}"
 
 
 @decides("off-domain-rise-is-the-methods", record="ablation", on="the rank", always=True)

@@ -126,13 +126,9 @@ def read_claims(path: Path = SHIPPED) -> Mapping[str, Claim]:
             typed verdict) or one that does not conform; or two claims have one id.
         FileNotFoundError: there is no such file.
     """
-    try:
-        entries = tomllib.loads(path.read_text(encoding="utf-8"))["claim"]
-        claims = pydantic.TypeAdapter(list[Claim]).validate_python(entries)
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{path} does not list claims as it must ({error}); correct it.") from None
+    stored = tomllib.loads(path.read_text(encoding="utf-8"))
     every = {}
-    for claim in claims:
+    for claim in pydantic.TypeAdapter(list[Claim]).validate_python(stored.get("claim")):
         if claim.id in every:
             raise ValueError(f"{path} has two claims with the id {claim.id!r}; give each an id of its own.")
         every[claim.id] = claim

@@ -77,8 +77,8 @@ def memory_as_parameters(claim: Claim, record: Record) -> Answer:
     savings = [100 * (1 - 1 / ratio) for ratio, _ in _memory_ratios(record, pairs)]
     if not savings:
         return None, "the record has no pair of full fine-tuning and LoRA"
-    least, most = min(savings), max(savings)
-    return least >= 0.9 * claim.stated, f"saves {least:.0f} to {most:.0f} % in {len(savings)} cases"
+    text = f"saves {min(savings):.0f} to {max(savings):.0f} % in {len(savings)} cases"
+    return min(savings) >= 0.9 * claim.stated, text
 
 
 _GRADIENTS = ("the model", "the tokens in a step", "the precision", "checkpointing")
@@ -420,23 +420,21 @@ def spectrum_predicts_rank(record: Record) -> Answer:
 # Translation
 
 
-def right_by_kind(record: Record, data: str, setup: str) -> list[dict[str, Any]]:
-    """Return the share of exact answers in a record of translations, for each kind of examples.
+def right_by_kind(record: Record, data: str, setup: str) -> Iterator[dict[str, Any]]:
+    """Yield the share of exact answers in a record of translations, for each kind of examples.
 
-    Returns:
+    Yields:
         ``kind``, ``share``, ``lower`` and ``upper`` (the two-sided 95 % interval of a bootstrap over seeds and
         examples), ``examples``, ``seeds``, and ``edge`` of the rate's grid.
     """
     judged = select(record, data=data, stage="judging", setup=setup)
     done = judged[judged["outcome"] == "done"]
     right = np.array([block_losses_of(row, "accuracy") for row in done.to_dict("records")])  # (seeds, examples)
-    table = []
     for kind, rows in select(record, data=data, stage="example").groupby("kind"):
         of_kind = right[:, rows["position"].astype(int)]
         lower, upper = interval(resampled_means(of_kind))
         row = {"kind": kind, "share": of_kind.mean(), "lower": lower, "upper": upper, "examples": len(rows)}
-        table.append(row | {"seeds": len(done), "edge": judged["edge"].iloc[0]})
-    return table
+        yield row | {"seeds": len(done), "edge": judged["edge"].iloc[0]}
 
 
 @decides("135m-learns-to-translate", record="translation", on="the method")

@@ -201,7 +201,7 @@ REFUSED = [  # (what is replaced, by what, what must be named)
     ("values = [10000]", 'verdict = "stands"', "verdict"),
     ('id = "a-claim"', "id = ", "line 3"),
     ('id = "a-claim"', "", r"0\.id"),
-    ("[[claim]]", "[[claims]]", "claims.toml does not list claims"),
+    ("[[claim]]", "[[claims]]", "valid list"),
 ]
 
 
