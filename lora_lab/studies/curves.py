@@ -51,7 +51,7 @@ from lora_lab.inject import lora_layers
 from lora_lab.methods import FullFineTuning, LoRA, PartialFineTuning
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.models.pretrained import SMOLLM2
-from lora_lab.studies.claims.compared import DOCS, FINE_TUNED, FROM_SCRATCH, LONGER, SIZES
+from lora_lab.studies.claims.compared import DOCS, FINE_TUNED, FROM_SCRATCH, LONGER, PARTS, SIZES
 from lora_lab.studies.recorder import (
     BF16_BASE,
     BFLOAT16,
@@ -213,7 +213,7 @@ class DistanceFromBase:
         scores = {"divergence": divergence, "size": update_norm(base, model)}
         for factor in self.strengths if lora_layers(model) else ():
             with strength(model, factor):
-                for part in ("validation", "off_domain"):
+                for part in PARTS:
                     scores[f"{part}_{factor:g}"] = evaluate(model, task, part, limit=self.limit)
         return scores
 
@@ -232,14 +232,14 @@ def update_norm(base: nn.Module, tuned: nn.Module) -> float:
 def add_strengths(frame: pandas.DataFrame) -> pandas.DataFrame:
     """Return the rows, and for adapters of rank 8 that were scaled a curve over their strengths, from the base on."""
     frame = frame.assign(rank=frame["rank"].fillna(FULL_RANK))
-    parts, frames = ("validation", "off_domain"), [frame]
+    frames = [frame]
     adapters = frame[(frame["setup"] == "LoRA r=8") & (frame["outcome"] == "done")]
     for _, curve in adapters.groupby("key", sort=False):
         first, last = cast(list[dict[str, Any]], curve.iloc[[0, -1]].to_dict("records"))
         losses = {0: first, 100: last}
         for factor in STRENGTHS:
-            losses[round(100 * factor)] = {f"{part}_loss": last[f"{SCORE}{part}_{factor:g}"] for part in parts}
-        scaled = pandas.DataFrame.from_dict(losses, "index")[[f"{part}_loss" for part in parts]].sort_index()
+            losses[round(100 * factor)] = {f"{part}_loss": last[f"{SCORE}{part}_{factor:g}"] for part in PARTS}
+        scaled = pandas.DataFrame.from_dict(losses, "index")[[f"{part}_loss" for part in PARTS]].sort_index()
         same = {name: last[name] for name in last if not name.startswith(SCORE) and not name.endswith(("loss", "gap"))}
         frames.append(scaled.assign(**same | {"setup": "LoRA r=8, scaled", "step": scaled.index}))
     return pandas.concat(frames, ignore_index=True)

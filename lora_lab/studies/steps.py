@@ -62,11 +62,6 @@ class Case:
         return {"model": self.model, "batch": self.batch_size, "length": self.seq_len}
 
     @property
-    def label(self) -> str:
-        """The labels of the setups together."""
-        return " and ".join(self.setups)
-
-    @property
     def setup(self) -> Setup:
         """The setup of a case that has one alone."""
         (setup,) = self.setups.values()
@@ -97,7 +92,7 @@ def measure_cases(
             try:
                 yield from measure(case)
             except (MemoryError, torch.OutOfMemoryError):
-                what = f"{case.label} on {case.model}, {case.batch_size} x {case.seq_len}"
+                what = f"{' and '.join(case.setups)} on {case.model}, {case.batch_size} x {case.seq_len}"
                 tqdm.write(f"skipped, because it does not fit into memory: {what}", file=sys.stderr)
             gc.collect()
             bar.update()
@@ -168,6 +163,7 @@ def measure_case(case: Case, device: str) -> Row:
 
     The process takes its two steps unobserved, before the one that is measured.
     """
+    (label,) = case.setups
     target = torch.device(device)
     factory = partial(random_model, case.model)
     predicted = predict(factory, case.setup, case.batch_size, case.seq_len, device=target)
@@ -178,7 +174,7 @@ def measure_case(case: Case, device: str) -> Row:
     measured = measure(factory, case.setup, batch, device=target)
     return {
         **case.key,
-        "setup": case.label,
+        "setup": label,
         "predicted_bytes": predicted.peak_bytes,
         "measured_bytes": measured.peak_bytes,
         "saved_bytes": measured.saved_bytes,

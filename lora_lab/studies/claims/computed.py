@@ -362,17 +362,15 @@ def b_zero() -> Answer:
     layer = adapted_linear(16, 4, 8.0)
     optimizer = torch.optim.SGD([layer.lora_A, layer.lora_B], lr=0.5)
     first, second, *_, last = _descend(layer, optimizer, steps=10)
-    text = f"first step: gradient of A {first.gradient_A:g}, of B {first.gradient_B:.2g}; "
-    text += f"second step: A {second.gradient_A:.2g}; "
-    text += f"the loss falls from {first.loss:.3f} to {last.loss:.3f} in ten steps"
-    learned = first.gradient_A == 0 and first.gradient_B > 0 and last.loss < first.loss
-    return not learned, text
+    text = f"first step: gradient of A {first.grad_A:g}, of B {first.grad_B:.2g}; second step: A {second.grad_A:.2g}"
+    learned = first.grad_A == 0 and first.grad_B > 0 and last.loss < first.loss
+    return not learned, f"{text}; the loss falls from {first.loss:.3f} to {last.loss:.3f} in ten steps"
 
 
 class _Step(NamedTuple):
     loss: float
-    gradient_A: float  # the magnitude of its largest entry
-    gradient_B: float
+    grad_A: float  # the magnitude of its largest entry
+    grad_B: float
 
 
 def _descend(layer: LoRALinear, optimizer: Optimizer, steps: int) -> Iterator[_Step]:
