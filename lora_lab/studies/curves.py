@@ -120,8 +120,7 @@ def _set_up(size: int, device: torch.device) -> Setups:
     for (end, schedule), of_size in zip(schedules.items(), epochs(device), strict=True):
         if size in of_size:
             methods = {name + end: METHODS[name] for name in (METHODS if device.type == "cuda" else ON_TWO_CORES)}
-            steps = epoch * of_size[size]
-            setups |= plan_setups(methods, steps, SIZE, lean=BF16_BASE, **options, **schedule)
+            setups |= plan_setups(methods, epoch * of_size[size], SIZE, lean=BF16_BASE, **options, **schedule)
     return setups
 
 

@@ -168,7 +168,7 @@ def measure_case(case: Case, device: str) -> Row:
     factory = partial(random_model, case.model)
     predicted = predict(factory, case.setup, case.batch_size, case.seq_len, device=target)
     gc.collect()
-    process = process_bytes(factory, case, target) if target.type == "cpu" else None
+    process = process_bytes(factory, case, target)
     gc.collect()
     batch = batch_for(nn.Linear(1, 1, device=target), case.batch_size, case.seq_len)
     measured = measure(factory, case.setup, batch, device=target)
@@ -185,11 +185,12 @@ def measure_case(case: Case, device: str) -> Row:
 
 
 def process_bytes(factory: Callable[[], Llama], case: Case, device: torch.device) -> int | None:
-    """Return the peak of the process in two steps, less its memory before the model was built; None if not on Linux.
+    """Return the peak of the process in two steps, less its memory before the model was built.
 
-    The process grows by more than tensors: by holes in the heap, and by what libraries allocate for themselves.
+    It is None on a GPU, and on other systems than Linux. The process grows by more than tensors: by holes in the heap,
+    and by what libraries allocate for themselves.
     """
-    if not os.access(_REFERENCES, os.W_OK):
+    if device.type != "cpu" or not os.access(_REFERENCES, os.W_OK):
         return None
     _load_code()
     before = psutil.Process().memory_info().rss

@@ -252,8 +252,8 @@ def beats_scratch(claim: Claim, record: Record) -> Result:
     return _decide_gains([(gap.as_good, gap, *case) for case, gap in every.items()], always)
 
 
-def _on_digits(every: Mapping[Case, Gap]) -> dict[Case, Gap]:
-    return _bound_all({case: gap for case, gap in every.items() if case[0] != DOCS})
+def _on_digits(record: Record) -> dict[Case, Gap]:
+    return _bound_all({case: gap for case, gap in gains(record).items() if case[0] != DOCS})
 
 
 @decides("head-start-shrinks-with-data", record="head_start")
@@ -262,7 +262,7 @@ def shrinks_with_data(record: Record) -> Result:
 
     Gains are those in test loss, by which the rates were chosen.
     """
-    every, (fewest, *_, most) = _on_digits(gains(record)), SIZES
+    every, (fewest, *_, most) = _on_digits(record), SIZES
     few = _bound_all({case[:2]: gap for case, gap in every.items() if case[2] == fewest and not gap.contradicted})
     shrunk, cases = {}, []
     for name, gap in few.items():
@@ -287,7 +287,7 @@ def fewer_steps(record: Record) -> Result:
 
     Steps of pre-training are not counted: they are paid once.
     """
-    as_long, longer = _on_digits(gains(record)), gains(record, LONGER)
+    as_long, longer = _on_digits(record), gains(record, LONGER)
     cases = []
     for case in as_long | longer:
         short, long = (replace(every[case], cases=len(as_long) + len(longer)) for every in (as_long, longer))

@@ -499,8 +499,7 @@ def check_record(path: str | Path) -> Record:
     """
     path, record = Path(path), records.load(path)
     if record.what not in KINDS:
-        names = ", ".join(KINDS)
-        raise ValueError(f"{path} is of the kind {record.what!r}, but it must be one of {names}; measure one of these.")
+        raise ValueError(f"{path} is of the kind {record.what!r}, but must be one of {', '.join(KINDS)}; measure one.")
     if path.name != f"{record.name}.json":
         raise ValueError(f"{path} is not named {record.name}.json, after its device and kind; rename it.")
     for fault in _find_faults(record):
@@ -521,11 +520,10 @@ def _find_faults(record: Record) -> Iterator[str]:
         yield f"was made by {record.command!r}, which does not measure every case; leave out all but --device"
     if absent := _find_setups_without_rows(record):
         yield f"has no row of {', '.join(absent)}, which its settings name; do not edit it by hand"
-    every = read_claims()
     for claim_id, decider in DECIDERS.items():
         if decider.record == record.what:
             try:
-                decider.decide(every[claim_id], record)
+                decider.decide(read_claims()[claim_id], record)
             except (KeyError, TypeError, ValueError) as error:
                 reason = f"{type(error).__name__}: {str(error).removesuffix('.')}"
                 yield f"lacks what decides the claim {claim_id!r} ({reason}); update lora_lab"

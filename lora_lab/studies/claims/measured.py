@@ -201,8 +201,7 @@ def _decide_outside_too(cases: Cases, names: tuple[str, ...], measured: str) -> 
 @decides("lora-trains-faster", record="speed")
 def trains_faster(record: Record) -> Result:
     """What the record says of LoRA's time in units of full fine-tuning's."""
-    timed = _timed(record, "LoRA r=(1|8|64|256)")
-    cases = [(row["faster"], row["words"], *row["case"]) for row in timed]
+    cases = [(row["faster"], row["words"], *row["case"]) for row in _timed(record, "LoRA r=(1|8|64|256)")]
     answers = [answer for answer, *_ in cases]
     counts = f"faster in {answers.count(True)}, slower in {answers.count(False)}, undecided in {answers.count(None)}"
     slower = "; ".join(words for answer, words, *_ in cases if answer is False) or "none"
