@@ -34,8 +34,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
+import pandas
 import torch
 from torch import nn
 
@@ -50,7 +51,7 @@ from lora_lab.inject import lora_layers
 from lora_lab.methods import FullFineTuning, LoRA, PartialFineTuning
 from lora_lab.models.digits import DigitsMLP, DigitsTransformer
 from lora_lab.models.pretrained import SMOLLM2
-from lora_lab.studies.claims.compared import DOCS, FINE_TUNED, FROM_SCRATCH, LONGER, SIZES
+from lora_lab.studies.claims.compared import DOCS, FINE_TUNED, FROM_SCRATCH, LONGER, PARTS, SIZES
 from lora_lab.studies.recorder import (
     BF16_BASE,
     BFLOAT16,
@@ -64,9 +65,6 @@ from lora_lab.studies.recorder import (
 from lora_lab.task import Task
 from lora_lab.tasks.arrays import CHANGES
 from lora_lab.train import evaluate, fit
-
-if TYPE_CHECKING:
-    import pandas
 
 # Overfitting
 
@@ -122,8 +120,7 @@ def _set_up(size: int, device: torch.device) -> Setups:
     for (end, schedule), of_size in zip(schedules.items(), epochs(device), strict=True):
         if size in of_size:
             methods = {name + end: METHODS[name] for name in (METHODS if device.type == "cuda" else ON_TWO_CORES)}
-            steps = epoch * of_size[size]
-            setups |= plan_setups(methods, steps, SIZE, lean=BF16_BASE, **options, **schedule)
+            setups |= plan_setups(methods, epoch * of_size[size], SIZE, lean=BF16_BASE, **options, **schedule)
     return setups
 
 
@@ -215,7 +212,7 @@ class DistanceFromBase:
         scores = {"divergence": divergence, "size": update_norm(base, model)}
         for factor in self.strengths if lora_layers(model) else ():
             with strength(model, factor):
-                for part in ("validation", "off_domain"):
+                for part in PARTS:
                     scores[f"{part}_{factor:g}"] = evaluate(model, task, part, limit=self.limit)
         return scores
 
@@ -233,17 +230,15 @@ def update_norm(base: nn.Module, tuned: nn.Module) -> float:
 
 def add_strengths(frame: pandas.DataFrame) -> pandas.DataFrame:
     """Return the rows, and for adapters of rank 8 that were scaled a curve over their strengths, from the base on."""
-    import pandas
-
     frame = frame.assign(rank=frame["rank"].fillna(FULL_RANK))
-    parts, frames = ("validation", "off_domain"), [frame]
+    frames = [frame]
     adapters = frame[(frame["setup"] == "LoRA r=8") & (frame["outcome"] == "done")]
     for _, curve in adapters.groupby("key", sort=False):
         first, last = cast(list[dict[str, Any]], curve.iloc[[0, -1]].to_dict("records"))
         losses = {0: first, 100: last}
         for factor in STRENGTHS:
-            losses[round(100 * factor)] = {f"{part}_loss": last[f"{SCORE}{part}_{factor:g}"] for part in parts}
-        scaled = pandas.DataFrame.from_dict(losses, "index")[[f"{part}_loss" for part in parts]].sort_index()
+            losses[round(100 * factor)] = {f"{part}_loss": last[f"{SCORE}{part}_{factor:g}"] for part in PARTS}
+        scaled = pandas.DataFrame.from_dict(losses, "index")[[f"{part}_loss" for part in PARTS]].sort_index()
         same = {name: last[name] for name in last if not name.startswith(SCORE) and not name.endswith(("loss", "gap"))}
         frames.append(scaled.assign(**same | {"setup": "LoRA r=8, scaled", "step": scaled.index}))
     return pandas.concat(frames, ignore_index=True)

@@ -158,14 +158,17 @@ def new(
 
 
 def write(record: Record, folder: str | Path) -> Path:
-    """Write a record, replacing an older one of the same name, and return its path."""
+    """Write a record atomically, replacing an older one of the same name, and return its path."""
     path = Path(folder) / f"{record.name}.json"
     write_json(path, asdict(record))
     return path
 
 
 def destination() -> Path:
-    """Return the folder for new records: in the checkout or, without one, in the working directory."""
+    """Return the folder for new records: in the checkout or, without one, in the working directory.
+
+    Commands do not write into an installed package.
+    """
     return Path("records") if _packaged().is_dir() else checkout() / "records"
 
 
@@ -194,7 +197,9 @@ def load_all(what: str | None = None, folder: str | Path | None = None) -> dict[
     Raises:
         ValueError: as :func:`load`.
     """
-    paths = sorted((shipped() if folder is None else Path(folder)).glob("[!.]*.json"))  # a killed write leaves .*
+    folder = shipped() if folder is None else Path(folder)
+    # A write that was killed leaves a hidden file, which is no record.
+    paths = sorted(folder.glob("[!.]*.json"))
     records = {path.stem: load(path) for path in paths}
     return {name: record for name, record in records.items() if what in (None, record.what)}
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -59,6 +60,12 @@ class Case:
     def key(self) -> Row:
         """The columns of a record that the setups share."""
         return {"model": self.model, "batch": self.batch_size, "length": self.seq_len}
+
+    @property
+    def setup(self) -> Setup:
+        """The setup of a case that has one alone."""
+        (setup,) = self.setups.values()
+        return setup
 
 
 def measure_cases(
@@ -138,26 +145,33 @@ def memory_setups() -> dict[str, Setup]:
 def memory_cases(device: torch.device) -> list[Case]:
     """Return all setups on a small model, many on SmolLM2, the main ones over growing contexts; larger on a GPU."""
     setups = memory_setups()
-    compared = [((SMALL, 4, 128), [*setups]), ((SMOLLM2, 2, 128), _ON_SMOLLM2)]
-    compared += [((SMOLLM2, 1, length), MAIN) for length in CONTEXTS]
+    cases = [Case(SMALL, 4, 128, {label: setup}) for label, setup in setups.items()]
+    cases += [Case(SMOLLM2, 2, 128, {label: setups[label]}) for label in _ON_SMOLLM2]
+    for length in CONTEXTS:
+        cases += [Case(SMOLLM2, 1, length, {label: setups[label]}) for label in MAIN]
     if device.type == "cuda":
-        large = [label for label, setup in setups.items() if setup.dtype == BF16]
-        large += ["LoRA r=8, lean, bf16 base", "QLoRA r=8, bf16"]
-        setups["QLoRA r=8, bf16"] = replace(setups["LoRA r=8, NF4 base"], dtype=BF16)
-        compared += [((model, 1, 1024), large) for model in ("llama-3.2-1b", "llama-3-8b")]
-    return [Case(*size, setups={label: setups[label]}) for size, labels in compared for label in labels]
+        large = {label: setup for label, setup in setups.items() if setup.dtype == BF16}
+        large["LoRA r=8, lean, bf16 base"] = setups["LoRA r=8, lean, bf16 base"]
+        large["QLoRA r=8, bf16"] = replace(setups["LoRA r=8, NF4 base"], dtype=BF16)
+        for model in ("llama-3.2-1b", "llama-3-8b"):
+            cases += [Case(model, 1, 1024, {label: setup}) for label, setup in large.items()]
+    return cases
 
 
 def measure_case(case: Case, device: str) -> Row:
-    """Predict, then take two steps unobserved for the memory of the whole process, then measure one step."""
-    ((label, setup),), target = case.setups.items(), torch.device(device)
+    """Return the row of a case with one setup: its peak as predicted, as the process has it, and as measured by part.
+
+    The process takes its two steps unobserved, before the one that is measured.
+    """
+    (label,) = case.setups
+    target = torch.device(device)
     factory = partial(random_model, case.model)
-    predicted = predict(factory, setup, case.batch_size, case.seq_len, device=target)
+    predicted = predict(factory, case.setup, case.batch_size, case.seq_len, device=target)
     gc.collect()
-    process = process_bytes(factory, case, target) if target.type == "cpu" else None
+    process = process_bytes(factory, case, target)
     gc.collect()
     batch = batch_for(nn.Linear(1, 1, device=target), case.batch_size, case.seq_len)
-    measured = measure(factory, setup, batch, device=target)
+    measured = measure(factory, case.setup, batch, device=target)
     return {
         **case.key,
         "setup": label,
@@ -171,16 +185,17 @@ def measure_case(case: Case, device: str) -> Row:
 
 
 def process_bytes(factory: Callable[[], Llama], case: Case, device: torch.device) -> int | None:
-    """Return the peak of the process in two steps, less its memory before the model was built; None if not on Linux.
+    """Return the peak of the process in two steps, less its memory before the model was built.
 
-    The process grows by more than tensors: by holes in the heap, and by what libraries allocate for themselves.
+    It is None on a GPU, and on other systems than Linux. The process grows by more than tensors: by holes in the heap,
+    and by what libraries allocate for themselves.
     """
-    if platform.system() != "Linux" or not os.access(_REFERENCES, os.W_OK):
+    if device.type != "cpu" or not os.access(_REFERENCES, os.W_OK):
         return None
     _load_code()
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    before = int(status.partition("VmRSS:")[2].split()[0]) * 1024
-    model, (setup,) = factory(), case.setups.values()
+    before = psutil.Process().memory_info().rss
+    model = factory()
+    setup = case.setup
     step = setup.step(model if setup.dtype is None else model.to(setup.dtype))
     parts, weights = setup.batches(batch_for(model, case.batch_size, case.seq_len))
     gc.collect()

@@ -436,13 +436,12 @@ class Merges:
         judge = BlockLosses({"test": self.examples}, BlockSweep.block)
         scores = {}
         for form in forms_of(self.base):
-            unmerged = form.startswith("unmerged")
             under = W if "float32" in form else V
             blocks = next((kind for kind in (NF4, Q4_1) if form.endswith(kind)), None)
             for name, layer in layers.items():
                 dense = under[name] + layer.delta() if form.startswith("merged") else under[name]  # (192, 576)
                 layer.base.weight.data.copy_(_quantise(dense, blocks))  # (192, 576)
-            with nullcontext() if unmerged else off(model):
+            with nullcontext() if form.startswith("unmerged") else off(model):
                 scores[form] = judge(model, task)["test"]
         return scores
 

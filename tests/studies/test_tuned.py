@@ -267,6 +267,6 @@ def test_examples_are_marked_by_what_no_baseline_gets_right_and_by_what_training
     by_none = [pair.answer.endswith("é") for pair in studies._named_task(tuned.NAMES, "").pairs["test"]]
     assert 0 < sum(by_none) < len(names)
     assert (names["kind"] == tuned.BY_NONE).tolist() == by_none
-    table = right_by_kind(translated, "sentences-fr", "LoRA r=8")
+    table = [*right_by_kind(translated, "sentences-fr", "LoRA r=8")]
     assert {row["kind"]: row["examples"] for row in table} == {COMBINATION: 100, WORD: 60}
     assert all(row["share"] == 0 for row in table)  # of an untrained model

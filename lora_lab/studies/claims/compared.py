@@ -76,10 +76,10 @@ class Gap:
         the test loss is not as good, but the second measure is. The bounds of the second measure are those of this
         case alone: doubt needs less evidence than a decision.
         """
-        lower, upper = bound_together(self.beside, 1) if self.beside.size else (0.0, 0.0)
         as_good = below(*self.bounds, self.margin)
-        if as_good is None:
+        if as_good is None or not self.beside.size:
             return False
+        lower, upper = bound_together(self.beside, 1)
         return lower > 0 and upper >= self.margin if as_good else upper < self.margin
 
     @property
@@ -113,7 +113,7 @@ def _explain(result: Result, what: str, shown: Collection[Gap], doubt: str) -> R
 
 
 def gaps(record: Record) -> dict[tuple[int, int], Gap]:
-    """Return (rank, steps) -> by how much LoRA's test loss is above full fine-tuning's; beside it the validation loss.
+    """Return LoRA's gap to full fine-tuning in test loss by (rank, steps), beside it that in validation loss.
 
     Raises:
         ValueError: a case has fewer than three seeds with a result for both methods.
@@ -135,33 +135,41 @@ def _block_losses(rows: pandas.DataFrame, part: str) -> np.ndarray:
     return np.array([block_losses_of(row, part) for row in rows.to_dict("records")])  # (seeds, blocks)
 
 
-@decides("lora-equals-full-fine-tuning", "low-ranks-run-out-of-capacity", record="quality")
-def as_good_as_full(claim: Claim, record: Record) -> Result:
-    """Each rank after each number of steps, where "as good" allows for the margin; or whether more steps turn that."""
-    every, cases = gaps(record), []
-    for (rank, steps), gap in every.items():
-        words = "{:+.3f} ({:+.3f} to {:+.3f}; validation {:+.3f})"
-        words = words.format(gap.values.mean(), *gap.bounds, gap.beside.mean())
-        cases.append((gap.as_good, f"rank {rank}, {steps} steps{gap.mark}: {words}", rank, steps))
-    if claim.id == "lora-equals-full-fine-tuning":
-        result = decide_cases(cases, ("the rank", "the number of steps"))
-    else:
-        result = decide_cases(_find_turns(cases), "the rank")
-    seeds = " or ".join(map(str, sorted({len(gap.values) for gap in every.values()})))
-    text = f"LoRA's test loss minus full fine-tuning's in nats, {seeds} seeds, margin {MARGIN:g}"
-    return _explain(result, text, every.values(), "the validation loss points the other way")
+@decides("lora-equals-full-fine-tuning", record="quality")
+def as_good_as_full(record: Record) -> Result:
+    """Each rank after each number of steps, where "as good" allows for the margin."""
+    every = gaps(record)
+    return _explain_gaps(decide_cases(_list_gaps(every), ("the rank", "the number of steps")), every)
 
 
-def _find_turns(cases: Cases) -> Cases:
-    """Yield whether each rank is as good after few steps and not after more: it follows, and then falls behind.
+@decides("low-ranks-run-out-of-capacity", record="quality")
+def runs_out_of_capacity(record: Record) -> Result:
+    """A rank follows, and then falls behind, if it is as good after few steps and not after more.
 
     A rank that is behind, or as good, after each number of steps that decides shows neither.
     """
-    for _, of_rank in groupby(cases, lambda case: case[2]):
+    every, cases = gaps(record), []
+    for _, of_rank in groupby(_list_gaps(every), lambda case: case[2]):
         answers, texts, *_ = zip(*of_rank, strict=True)
         turns = {*combinations(answers, 2)}  # (early, late)
         turned = False if (False, True) in turns else True if (True, False) in turns else None
-        yield turned, ", ".join(texts)
+        cases.append((turned, ", ".join(texts)))
+    return _explain_gaps(decide_cases(cases, "the rank"), every)
+
+
+def _list_gaps(every: Mapping[tuple[int, int], Gap]) -> Cases:
+    """Yield whether LoRA is as good in each case, the case in words, its rank and its number of steps."""
+    for (rank, steps), gap in every.items():
+        lower, upper = gap.bounds
+        words = f"{gap.values.mean():+.3f} ({lower:+.3f} to {upper:+.3f}; validation {gap.beside.mean():+.3f})"
+        yield gap.as_good, f"rank {rank}, {steps} steps{gap.mark}: {words}", rank, steps
+
+
+def _explain_gaps(result: Result, every: Mapping[Any, Gap]) -> Result:
+    """Return the result with what was compared, on how many seeds and with which margin."""
+    seeds = " or ".join(map(str, sorted({len(gap.values) for gap in every.values()})))
+    text = f"LoRA's test loss minus full fine-tuning's in nats, {seeds} seeds, margin {MARGIN:g}"
+    return _explain(result, text, every.values(), "the validation loss points the other way")
 
 
 # Fine-tuning beside training from scratch
@@ -244,8 +252,8 @@ def beats_scratch(claim: Claim, record: Record) -> Result:
     return _decide_gains([(gap.as_good, gap, *case) for case, gap in every.items()], always)
 
 
-def _on_digits(every: Mapping[Case, Gap]) -> dict[Case, Gap]:
-    return _bound_all({case: gap for case, gap in every.items() if case[0] != DOCS})
+def _on_digits(record: Record) -> dict[Case, Gap]:
+    return _bound_all({case: gap for case, gap in gains(record).items() if case[0] != DOCS})
 
 
 @decides("head-start-shrinks-with-data", record="head_start")
@@ -254,7 +262,7 @@ def shrinks_with_data(record: Record) -> Result:
 
     Gains are those in test loss, by which the rates were chosen.
     """
-    every, (fewest, *_, most) = _on_digits(gains(record)), SIZES
+    every, (fewest, *_, most) = _on_digits(record), SIZES
     few = _bound_all({case[:2]: gap for case, gap in every.items() if case[2] == fewest and not gap.contradicted})
     shrunk, cases = {}, []
     for name, gap in few.items():
@@ -279,7 +287,7 @@ def fewer_steps(record: Record) -> Result:
 
     Steps of pre-training are not counted: they are paid once.
     """
-    as_long, longer = _on_digits(gains(record)), gains(record, LONGER)
+    as_long, longer = _on_digits(record), gains(record, LONGER)
     cases = []
     for case in as_long | longer:
         short, long = (replace(every[case], cases=len(as_long) + len(longer)) for every in (as_long, longer))
@@ -330,40 +338,54 @@ def _list_verdicts(table: pandas.DataFrame, column: str, doubts: Doubts) -> tupl
     return words, ". ".join(texts)
 
 
-@decides("lora-overfits-less", "better-at-equal-fit", record="overfitting")
-def overfits_less(claim: Claim, record: Record) -> Result:
-    """The validation loss where both methods fit the training set equally well; for the first claim that is one half.
+@decides("lora-overfits-less", record="overfitting")
+def overfits_less(record: Record) -> Result:
+    """The rise of the validation loss since its lowest, LoRA's beside full fine-tuning's, at every stopping point.
 
-    The other half is the rise of the validation loss since its lowest, LoRA's beside full fine-tuning's, at every
-    stopping point. A method that is merely slower has risen less after equally many steps.
+    A method that is merely slower has risen less after equally many steps. So the validation loss where both fit the
+    training set equally well counts, too.
     """
     curves, doubts = select_inner_rates(record)
+    rises = overfitting.by_stopping_point(curves)
+    rises = rises[(rises["lower"] != 0) | (rises["upper"] != 0)]  # otherwise no loss has risen yet
+    at_stops, text = _list_verdicts(rises, "step", doubts)
+    at_equal_fit, beside = _list_at_equal_fit(curves, doubts)
+    text = f"rise of LoRA's validation loss beside full fine-tuning's, if both stop after a step: {text}. {beside}"
+    on = "whether steps or training losses are equal"
+    if "more" in at_stops or "less" in at_equal_fit:
+        on = f"the stopping point, rank and size, and {on}"
+    return _decide_verdicts([*at_stops, *at_equal_fit], text, on, doubts)
+
+
+@decides("better-at-equal-fit", record="overfitting")
+def better_at_equal_fit(record: Record) -> Result:
+    """The validation loss where both methods fit the training set equally well."""
+    curves, doubts = select_inner_rates(record)
+    return _decide_verdicts(*_list_at_equal_fit(curves, doubts), "the training loss", doubts)
+
+
+def _list_at_equal_fit(curves: pandas.DataFrame, doubts: Doubts) -> tuple[list[str], str]:
+    """Return the verdicts where both methods have equal training losses, and the same in words."""
     fits = overfitting.by_training_loss(curves, [3.0, 2.0, 1.5, 1.0, 0.6])
-    fits = fits.assign(verdict=fits["verdict"].where(fits["seeds"] >= MIN_SEEDS, OPEN))
-    words, text = _list_verdicts(fits, "train_loss", doubts)
-    text = f"LoRA's validation loss beside full fine-tuning's, where both have a training loss in nats: {text}"
-    on = "the training loss"
-    if claim.id == "lora-overfits-less":
-        rises = overfitting.by_stopping_point(curves)
-        rises = rises[(rises["lower"] != 0) | (rises["upper"] != 0)]  # otherwise no loss has risen yet
-        stops, text_of_stops = _list_verdicts(rises, "step", doubts)
-        on = "whether steps or training losses are equal"
-        if "more" in stops or "less" in words:
-            on = f"the stopping point, rank and size, and {on}"
-        rise = "rise of LoRA's validation loss beside full fine-tuning's, if both stop after a step"
-        words, text = [*stops, *words], f"{rise}: {text_of_stops}. {text}"
-    reasons = [doubt for doubt in doubts.values() if doubt]
-    if len(reasons) == len(doubts):
-        return Result(OPEN, f"{'; '.join(reasons)}. At these rates: {text}")
-    result = decide_cases([(LESS.get(word), "") for word in words], on)
-    return replace(result, measured="; ".join([text, *(f"not judged: {reason}" for reason in reasons)]))
+    fits.loc[fits["seeds"] < MIN_SEEDS, "verdict"] = OPEN
+    verdicts, text = _list_verdicts(fits, "train_loss", doubts)
+    words = "LoRA's validation loss beside full fine-tuning's, where both have a training loss in nats"
+    return verdicts, f"{words}: {text}"
+
+
+def _decide_verdicts(verdicts: Sequence[str], text: str, on: str, doubts: Doubts) -> Result:
+    """Return the result from the verdicts of comparisons, in words; it is open if no pair may be judged."""
+    if all(doubts.values()):
+        return Result(OPEN, f"{'; '.join(doubts.values())}. At these rates: {text}")
+    result = decide_cases([(LESS.get(verdict), "") for verdict in verdicts], on)
+    left_out = [f"not judged: {doubt}" for doubt in doubts.values() if doubt]
+    return replace(result, measured="; ".join([text, *left_out]))
 
 
 # Forgetting
 
 SHARES = (0.5, 0.8, 0.95)
 REFERENCE = "LoRA r=8"  # of the remedies
-REPLAYS = ("own replies, a quarter", "own replies, half")
 AS_TRAINED = 100  # the strength of an adapter in per cent
 
 
@@ -423,14 +445,14 @@ def divergence_predicts(record: Record) -> Cases:
 @decides("replay-cuts-forgetting-by-80", record="remedies", on="the control and how much is learned")
 def replay_helps(record: Record) -> Cases:
     """Forgetting with replies of the base among the examples, against none and against as much other text."""
-    other = "other text, a quarter"
-    for setup, reference in (*((replay, REFERENCE) for replay in REPLAYS), (REPLAYS[0], other)):
-        frame = _frame(record, setup, reference)
+    quarter, half, other = "own replies, a quarter", "own replies, half", "other text, a quarter"
+    for replay, reference in ((quarter, REFERENCE), (half, REFERENCE), (quarter, other)):
+        frame = _frame(record, replay, reference)
         equal = overfitting.at_equal_learning(frame, overfitting.summarise_trials(frame), SHARES[-1])
-        means = equal.groupby("setup")["forgotten"].mean()
-        change = f"against {reference}, {100 * (means[setup] / means[reference] - 1):+.0f} %"
-        for answer, words in _at_equal_learning(record, setup, reference):
-            yield answer, f"{words} {change}"
+        forgotten = equal.groupby("setup")["forgotten"].mean()
+        change = 100 * (forgotten[replay] / forgotten[reference] - 1)
+        for answer, words in _at_equal_learning(record, replay, reference):
+            yield answer, f"{words} against {reference}, {change:+.0f} %"
 
 
 @decides("final-checkpoint-overshoots", record="remedies", on="the rate")
@@ -450,13 +472,12 @@ def overshoots(record: Record) -> Cases:
 
 @decides("forgetting-linear-in-loss", record="remedies")
 def inverse_to_the_loss(record: Record) -> Answer:
-    """Whether the setups without a remedy that have the lower validation loss have forgotten more: the sign alone."""
+    """Whether setups without a remedy have forgotten the more, the lower their validation loss is: the sign alone."""
     plain = [name for name in set(_frame(record)["setup"]) if name.startswith(("LoRA", "full"))]
     trials = overfitting.summarise_trials(_frame(record, *plain))
-    (row,) = rank_correlations(trials, "forgotten_at_last", ["last_loss"]).to_dict("records")
-    words = "{correlation:+.2f} ({lower:+.2f} to {upper:+.2f})".format_map(row)
-    text = f"rank correlation of forgetting with the loss {words}, {len(plain)} setups"
-    return above(-row["upper"], -row["lower"]), text
+    row = rank_correlations(trials, "forgotten_at_last", ["last_loss"]).iloc[0]
+    words = f"{row['correlation']:+.2f} ({row['lower']:+.2f} to {row['upper']:+.2f}), {len(plain)} setups"
+    return below(row["lower"], row["upper"], 0), f"rank correlation of forgetting with the loss {words}"
 
 
 @decides("off-domain-rise-is-the-methods", record="ablation", on="the rank", always=True)

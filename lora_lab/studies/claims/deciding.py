@@ -37,6 +37,7 @@ from functools import cache
 from inspect import signature
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -101,7 +102,13 @@ class Claim:
 
     @property
     def stated(self) -> float:
-        """The first of the claim's numbers."""
+        """The first of the claim's numbers.
+
+        Raises:
+            ValueError: the claim has none.
+        """
+        if not self.values:
+            raise ValueError(f"The claim {self.id!r} has no values to compare with; add them to its entry.")
         return self.values[0]
 
     @property
@@ -111,15 +118,21 @@ class Claim:
 
 
 @cache
-def read_claims(path: Path = SHIPPED) -> dict[str, Claim]:
+def read_claims(path: Path = SHIPPED) -> Mapping[str, Claim]:
     """Read all claims by id, in the order of the file.
 
     Raises:
-        ValueError: the file is no TOML, or a claim lacks an entry, or has an unknown one (such as
-            a typed verdict) or one that does not conform.
+        ValueError: the file is no TOML or lists no claims; a claim lacks an entry, or has an unknown one (such as a
+            typed verdict) or one that does not conform; or two claims have one id.
+        FileNotFoundError: there is no such file.
     """
-    entries = tomllib.loads(path.read_text(encoding="utf-8"))["claim"]
-    return {entry["id"]: Claim(**entry) for entry in entries}
+    stored = tomllib.loads(path.read_text(encoding="utf-8"))
+    every = {}
+    for claim in pydantic.TypeAdapter(list[Claim]).validate_python(stored.get("claim")):
+        if claim.id in every:
+            raise ValueError(f"{path} has two claims with the id {claim.id!r}; give each an id of its own.")
+        every[claim.id] = claim
+    return MappingProxyType(every)  # it cannot be changed, because all callers share it
 
 
 STANDS, FALLS, DEPENDS, OPEN, UNTESTABLE = "stands", "falls", "depends", "open", "untestable"
@@ -228,11 +241,21 @@ class Entry:
     def to_dict(self) -> dict[str, Any]:
         """Return the entry in values of JSON; ``shown_by`` ends with our number."""
         claim, result = self.claim, self.result
-        on = f" depends on {result.on}:" if result.on else ""
-        keys = ("id", "sentence", "number", "interval", "source", "kind", "fair")
-        stated = {key: getattr(claim, key) for key in keys} | {"source": claim.cited}
-        decided = {key: getattr(result, key) for key in ("verdict", "on", "shown_by", "date", "machine")}
-        return stated | decided | {"shown_by": f"{result.shown_by}:{on} {result.measured}"}
+        measured = f"depends on {result.on}: {result.measured}" if result.on else result.measured
+        return {
+            "id": claim.id,
+            "sentence": claim.sentence,
+            "number": claim.number,
+            "interval": claim.interval,
+            "source": claim.cited,
+            "kind": claim.kind,
+            "fair": claim.fair,
+            "verdict": result.verdict,
+            "on": result.on,
+            "shown_by": f"{result.shown_by}: {measured}",
+            "date": result.date,
+            "machine": result.machine,
+        }
 
     def explained(self) -> str:
         """Return all about the claim: its source, their number beside ours, what shows it, how fair it is and why."""
@@ -310,7 +333,7 @@ def _read_lesson(claim: Claim, folder: Path) -> Result:
 
 
 def judge_record(claim: Claim, record: Record, *beside: Record) -> Result:
-    """Return the verdict of one record on a claim that its kind decides, beside those of a second kind.
+    """Return the verdict of one record on a claim, beside those of a second kind where the claim asks for one.
 
     A record that lacks what is needed, such as a setup or a column, decides nothing: that is a KeyError, or the
     ValueError that functions of tables raise. Any other error of the function that decides is raised.
@@ -476,8 +499,7 @@ def check_record(path: str | Path) -> Record:
     """
     path, record = Path(path), records.load(path)
     if record.what not in KINDS:
-        names = ", ".join(KINDS)
-        raise ValueError(f"{path} is of the kind {record.what!r}, but it must be one of {names}; measure one of these.")
+        raise ValueError(f"{path} is of the kind {record.what!r}, but must be one of {', '.join(KINDS)}; measure one.")
     if path.name != f"{record.name}.json":
         raise ValueError(f"{path} is not named {record.name}.json, after its device and kind; rename it.")
     for fault in _find_faults(record):
@@ -498,11 +520,10 @@ def _find_faults(record: Record) -> Iterator[str]:
         yield f"was made by {record.command!r}, which does not measure every case; leave out all but --device"
     if absent := _find_setups_without_rows(record):
         yield f"has no row of {', '.join(absent)}, which its settings name; do not edit it by hand"
-    every = read_claims()
     for claim_id, decider in DECIDERS.items():
         if decider.record == record.what:
             try:
-                decider.decide(every[claim_id], record)
+                decider.decide(read_claims()[claim_id], record)
             except (KeyError, TypeError, ValueError) as error:
                 reason = f"{type(error).__name__}: {str(error).removesuffix('.')}"
                 yield f"lacks what decides the claim {claim_id!r} ({reason}); update lora_lab"

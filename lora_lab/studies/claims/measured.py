@@ -13,7 +13,7 @@ import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby, pairwise, product
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,8 @@ def memory_as_parameters(claim: Claim, record: Record) -> Answer:
     """The memory that LoRA saves, in per cent of full fine-tuning's peak."""
     pairs = [*FULL_AND_LORA, ("full", "LoRA r=1")]
     savings = [100 * (1 - 1 / ratio) for ratio, _ in _memory_ratios(record, pairs)]
+    if not savings:
+        return None, "the record has no pair of full fine-tuning and LoRA"
     text = f"saves {min(savings):.0f} to {max(savings):.0f} % in {len(savings)} cases"
     return min(savings) >= 0.9 * claim.stated, text
 
@@ -108,16 +110,18 @@ def less_memory(record: Record) -> Cases:
 
 @decides("memory-gap-closes", record="memory", on="the model")
 def memory_and_context(record: Record) -> Cases:
-    """LoRA's peak in units of full fine-tuning's, along the lengths of one sequence."""
-    for model, cells in groupby(sorted(_bytes(record).items()), lambda cell: cell[0][0]):
-        ratios, words = [], []
-        for (_, batch, length), setups in cells:
-            if batch == 1 and {"LoRA r=8", "full"} <= setups.keys():
-                lora, full = setups["LoRA r=8"], setups["full"]
-                ratios.append(lora / full)
-                words.append(f"{lora / full:.2f} at {length} ({(full - lora) / MIB:,.0f} MiB less)")
+    """Whether LoRA's peak, in units of full fine-tuning's, rises with every length of one sequence."""
+    peaks = {}  # model -> [(ratio, words)], by length
+    for (model, batch, length), setups in sorted(_bytes(record).items()):
+        if batch == 1 and {"LoRA r=8", "full"} <= setups.keys():
+            lora, full = setups["LoRA r=8"], setups["full"]
+            words = f"{lora / full:.2f} at {length} ({(full - lora) / MIB:,.0f} MiB less)"
+            peaks.setdefault(model, []).append((lora / full, words))
+    for model, of_model in peaks.items():
+        ratios, texts = zip(*of_model, strict=True)
         if len(ratios) >= 3:
-            yield ratios == sorted({*ratios}), f"{model}: {', '.join(words)}"
+            rises = all(shorter < longer for shorter, longer in pairwise(ratios))
+            yield rises, f"{model}: {', '.join(texts)}"
 
 
 @decides("memory-a-third", record="memory", on="the tokens in a step and checkpointing")
@@ -197,8 +201,7 @@ def _decide_outside_too(cases: Cases, names: tuple[str, ...], measured: str) -> 
 @decides("lora-trains-faster", record="speed")
 def trains_faster(record: Record) -> Result:
     """What the record says of LoRA's time in units of full fine-tuning's."""
-    timed = _timed(record, "LoRA r=(1|8|64|256)")
-    cases = [(row["faster"], row["words"], *row["case"]) for row in timed]
+    cases = [(row["faster"], row["words"], *row["case"]) for row in _timed(record, "LoRA r=(1|8|64|256)")]
     answers = [answer for answer, *_ in cases]
     counts = f"faster in {answers.count(True)}, slower in {answers.count(False)}, undecided in {answers.count(None)}"
     slower = "; ".join(words for answer, words, *_ in cases if answer is False) or "none"
@@ -283,9 +286,7 @@ def _results(record: Record, task: str, *setups: str) -> list[dict[str, Any]]:
 
 
 def _accuracy_above(record: Record, rows: Sequence[dict[str, Any]], reference: float) -> Answer:
-    """Return whether the accuracy of the seeds on sentiment is above a reference's, and by how much.
-
-    That is None if the bounds hold zero.
+    """Return whether the accuracy on sentiment is above a reference's (None: the bounds hold zero), and by how much.
 
     The one-sided 95 % bounds hold two errors: that of the seeds, by Student's t, and that of so few test texts, by the
     normal approximation of the binomial distribution, on both sides. The record does not pair the answers to a text,
@@ -313,7 +314,7 @@ def beats_asking(record: Record, *asked: Record) -> Cases:
     floor = max([*floors, *map(_best_asking, asked)])
     for setup in ("full", "LoRA r=8"):
         if not (rows := _results(record, "sentiment", setup)):
-            raise KeyError(setup)
+            raise ValueError(f"there is no result of {setup!r}")
         answer, words = _accuracy_above(record, rows, floor)
         yield answer, f"{setup} {words}"
 
@@ -322,7 +323,7 @@ def _best_asking(record: Record) -> float:
     """Return the mean accuracy on sentiment of the prompt (examples and calibration) that is best on validation."""
     rows = pandas.DataFrame(_results(record, "sentiment", "zero-shot", "few-shot"))
     prompts = rows[~rows["control"]].groupby(["k", "calibration"], sort=False)[["validation", "accuracy"]].mean()
-    return float(prompts["accuracy"].to_numpy()[prompts["validation"].argmax()])
+    return float(prompts["accuracy"].iloc[prompts["validation"].argmax()])
 
 
 @decides("chrf-40-means-translation", record="downstream", on="the run")
@@ -418,23 +419,21 @@ def spectrum_predicts_rank(record: Record) -> Answer:
 # Translation
 
 
-def right_by_kind(record: Record, data: str, setup: str) -> list[dict[str, Any]]:
-    """Return the share of exact answers in a record of translations, for each kind of examples.
+def right_by_kind(record: Record, data: str, setup: str) -> Iterator[dict[str, Any]]:
+    """Yield the share of exact answers in a record of translations, for each kind of examples.
 
-    Returns:
+    Yields:
         ``kind``, ``share``, ``lower`` and ``upper`` (the two-sided 95 % interval of a bootstrap over seeds and
         examples), ``examples``, ``seeds``, and ``edge`` of the rate's grid.
     """
     judged = select(record, data=data, stage="judging", setup=setup)
     done = judged[judged["outcome"] == "done"]
     right = np.array([block_losses_of(row, "accuracy") for row in done.to_dict("records")])  # (seeds, examples)
-    table = []
     for kind, rows in select(record, data=data, stage="example").groupby("kind"):
         of_kind = right[:, rows["position"].astype(int)]
         lower, upper = interval(resampled_means(of_kind))
         row = {"kind": kind, "share": of_kind.mean(), "lower": lower, "upper": upper, "examples": len(rows)}
-        table.append(row | {"seeds": len(done), "edge": judged["edge"].iloc[0]})
-    return table
+        yield row | {"seeds": len(done), "edge": judged["edge"].iloc[0]}
 
 
 @decides("135m-learns-to-translate", record="translation", on="the method")

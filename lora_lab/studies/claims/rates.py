@@ -48,7 +48,7 @@ def rank_is_enough(claim: Claim, record: Record, *wider: Record) -> Answer:
     if rank not in results or rank == largest:
         return None, f"the record does not compare rank {rank} with a larger one"
     result, seeds = results[rank], len(verdict.seeds)
-    if result.difference is None or result.lower is None or result.upper is None:
+    if result.lower is None:
         return None, f"rank {rank} is not judged: {result.note}"
     text = f"test loss {result.difference:+.3f} nats ({result.lower:+.3f} to {result.upper:+.3f}) beside rank {largest}"
     text += f", margin {MARGIN:g}, {seeds} seeds"

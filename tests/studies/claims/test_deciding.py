@@ -200,6 +200,8 @@ REFUSED = [  # (what is replaced, by what, what must be named)
     ("values = [10000]", 'colour = "red"', "colour"),
     ("values = [10000]", 'verdict = "stands"', "verdict"),
     ('id = "a-claim"', "id = ", "line 3"),
+    ('id = "a-claim"', "", r"0\.id"),
+    ("[[claim]]", "[[claims]]", "valid list"),
 ]
 
 
@@ -208,6 +210,16 @@ def test_what_does_not_conform_is_refused_and_named(read, before, after, named):
     assert before in GOOD
     with pytest.raises(ValueError, match=named):
         read(GOOD.replace(before, after))
+
+
+def test_two_claims_with_one_id_are_refused(read):
+    with pytest.raises(ValueError, match="two claims with the id 'a-claim'"):
+        read(GOOD + GOOD)
+
+
+def test_a_claim_without_a_number_states_none():
+    with pytest.raises(ValueError, match="'for-a-test' has no values"):
+        _ = CLAIM.stated
 
 
 # From a lesson

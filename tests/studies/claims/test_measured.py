@@ -282,9 +282,8 @@ def test_translating_is_what_no_baseline_gets_right(claim_id, shares, options, v
 
 
 def test_the_share_of_right_answers_is_counted_by_kind():
-    table = right_by_kind(
-        make("translation", translation({"sentences-fr": (0.75, 0.25, 1)})), "sentences-fr", "LoRA r=8"
-    )
+    record = make("translation", translation({"sentences-fr": (0.75, 0.25, 1)}))
+    table = [*right_by_kind(record, "sentences-fr", "LoRA r=8")]
     assert {row["kind"]: row["share"] for row in table} == dict(zip(KINDS, (0.75, 0.25, 1), strict=True))
     assert all(row["examples"] == 40 for row in table)
     assert table[1]["lower"] < 0.25 < table[1]["upper"] < 0.5
