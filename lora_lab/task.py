@@ -112,10 +112,12 @@ def accepts(model: nn.Module, argument: str) -> bool:
     unwrap = getattr(model, "get_base_model", None)
     inner = uncompiled(model) if unwrap is None else unwrap()
     forward = getattr(inner, "forward", inner)
-    # Anything else may hold a model, which no cache is to keep.
-    function = getattr(forward, "__func__", None)
+    method = getattr(forward, "__func__", None)
     try:
-        return argument in (inspect.signature(forward).parameters if function is None else _parameters(function))
+        if method is not None:
+            return argument in _parameters(method)  # from a cache
+        # A function, unlike a method, may hold the model, which a cache would keep in memory.
+        return argument in inspect.signature(forward).parameters
     except ValueError:  # a traced module has no signature
         return False
 

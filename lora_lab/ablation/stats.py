@@ -30,6 +30,7 @@ import numpy as np
 from torch import nn
 
 from lora_lab.ablation.results import SCORE, last_rows
+from lora_lab.system.distributed import ALONE
 from lora_lab.task import Task
 from lora_lab.tasks.generate import answers
 from lora_lab.tasks.instruction import PairTask
@@ -63,10 +64,10 @@ class BlockLosses:
     answered: bool = False
 
     def __call__(self, model: nn.Module, task: Task) -> dict[str, str]:
-        scores = {
-            part: [loss.item() for loss, _ in batch_losses(model, task, part, self.block, limit)]
-            for part, limit in self.examples.items()
-        }
+        scores = {}
+        for part, limit in self.examples.items():
+            losses = batch_losses(model, task, part, self.block, limit, by_length=False, processes=ALONE)
+            scores[part] = [loss.item() for loss, _ in losses]
         if self.answered:
             limit = self.examples.get("test")
             pairs = cast(PairTask, task).pairs["test"][:limit]

@@ -69,7 +69,7 @@ def study(
         if name == "digits":
             return pretrained_digits(), tasks.digits()
         return DigitsMLP(dtype=torch.float64), tasks.planted(DigitsMLP(dtype=torch.float64))
-    check_name(name, "study", dict.fromkeys([*DEFAULTS, *TASKS]))
+    check_name(name, dict.fromkeys([*DEFAULTS, *TASKS]))
     if seq_len < 2:
         raise ValueError(f"seq_len is {seq_len}, but an example needs at least 2 tokens.")
     task = partial(docs_task, seq_len, model=model) if name == "docs" else partial(_named_task, name, model)

@@ -71,9 +71,9 @@ REFUSED_ENTRIES = [
     ({"content": "x"}, "'content'"),
     ({"prompt": "a"}, "'prompt'.*prompt and completion"),
     ({"prompt": "a", "answer": None}, "answer is None"),
-    ({"prompt": "a", "answer": " "}, "answer has an empty text"),
+    ({"prompt": "a", "answer": " "}, "answer is ' '"),
     ({"instruction": " ", "output": "a", "input": "b"}, "instruction"),
-    ({"text": ""}, "text has an empty text"),
+    ({"text": ""}, "text is ''"),
     ({"prompt": "a", "answer": "b", "group": 3}, "group is 3"),
     ({"prompt": "a", "answer": "b", "part": "dev"}, "part is 'dev'"),
     ({"messages": "hello"}, "messages is 'hello'"),
@@ -81,7 +81,7 @@ REFUSED_ENTRIES = [
     ({"messages": [{"role": "user", "content": ["x"]}]}, "content is .'x'."),
     ({"conversations": [{"from": 3, "value": "x"}]}, "from is 3"),
     ({"messages": chat([("tool", "x"), ASSISTANT])}, "role is 'tool'"),
-    ({"messages": chat([("user", " "), ASSISTANT])}, "messages has an empty text"),
+    ({"messages": chat([("user", " "), ASSISTANT])}, "messages: 0.content is ' '"),
     ({"conversations": sharegpt([USER])}, "are of user,"),
     *(
         ({"messages": chat(turns)}, f"are of {', '.join(role for role, _ in turns) or 'nobody'}, but")
@@ -296,7 +296,7 @@ def test_columns_may_decide_groups_and_the_split(chatter):
 def test_an_empty_cell_is_named_by_its_row(chatter, empty, dtype):
     frame = FRAME.astype({"label": dtype})
     frame.loc[4, "label"] = empty
-    with pytest.raises(ValueError, match="table has 1 malformed row: row 5: answer has an empty text"):
+    with pytest.raises(ValueError, match="table has 1 malformed row: row 5: answer is '"):
         from_table(chatter, frame, **COLUMNS)
 
 
