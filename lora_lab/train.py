@@ -511,7 +511,7 @@ def micro_batches(
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Return the size of the optimiser's state, in bytes."""
     tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def evaluate(

@@ -354,7 +354,7 @@ READERS = {
 
 
 def check_name(name: str, names: Iterable[str] = TASKS) -> None:
-    """Check that a name is one of these, or that of a file that may be read as a task, before a model is loaded.
+    """Check that a name is one of ``names``, or that of a file to read as a task, before a model is loaded.
 
     Raises:
         ValueError: it is neither.
