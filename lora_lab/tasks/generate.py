@@ -134,7 +134,7 @@ def _greedy_continuations(scores: Tensor, reader: Reader, max_new_tokens: int, s
     token = scores.argmax(-1)  # (16,)
     done = token == stop  # (16,)
     tokens = [token.where(~done, -1)]  # of each step, -1 where the turn has ended
-    while len(tokens) < max_new_tokens and not bool(done.all()):
+    while len(tokens) < max_new_tokens and not done.all():
         logits = reader.read(token[:, None])  # (16, 1, vocabulary)
         token = logits[:, 0].argmax(-1)  # (16,)
         done |= token == stop

@@ -96,12 +96,12 @@ def parse(entry: Any) -> StoredExample:
     check(entry, dict[str, Any], "the line")
     form = _find_form(entry)
     known = _select_entries(form, entry)
-    group, part = known.get("group") or "", known.get("part") or ""
+    part = known.get("part") or ""
     ignored = frozenset(entry.keys() - known.keys())
     if form == ["text"]:
         return StoredExample(known["text"], part, ignored)
     *before, (_, prompt), (_, answer) = _turns(form, known)
-    return StoredExample(Pair(prompt, answer, group, tuple(before)), part, ignored)
+    return StoredExample(Pair(prompt, answer, known.get("group") or "", tuple(before)), part, ignored)
 
 
 def _from_json(line: str) -> Any:
@@ -297,7 +297,10 @@ def _make_task(
         raise ValueError(f"{name} has {len(texts)} texts and {len(stored) - len(texts)} conversations; split them.")
     if texts:
         train = [text for i, text in enumerate(texts) if i % 10 < 8]
-        return text_task(tokenizer, {"train": train, "validation": texts[8::10], "test": texts[9::10]}, **options)
+        try:
+            return text_task(tokenizer, {"train": train, "validation": texts[8::10], "test": texts[9::10]}, **options)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
     pairs: Any = [example.content for example in stored]
     parts = [example.part for example in stored]
     if named := len(parts) - parts.count(""):
