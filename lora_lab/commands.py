@@ -101,23 +101,10 @@ def finetune(
         if isinstance(data, ll.tasks.PairTask):
             print(data.preview(3))
         return None
-    result = finetune.run(
-        task,
-        chosen,
-        out,
-        steps=steps,
-        lr=lr,
-        model=model,
-        device=device,
-        checkpoint_every=checkpoint_every,
-        allow_special=allow_special,
-        overwrite=overwrite,
-        batch_size=batch,
-        batches="by_length" if by_length else "random",
-        seed=seed,
-        eval_examples=eval_examples,
-    )
-    return {"folder": out, **result}
+    options: Any = {"steps": steps, "batch_size": batch, "seed": seed, "eval_examples": eval_examples}
+    options |= {"lr": lr, "batches": "by_length" if by_length else "random", "overwrite": overwrite}
+    options |= {"model": model, "device": device, "allow_special": allow_special, "checkpoint_every": checkpoint_every}
+    return {"folder": out, **finetune.run(task, chosen, out, **options)}
 
 
 # Use

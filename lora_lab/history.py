@@ -159,7 +159,7 @@ class History:
             ValueError: an entry is missing, unknown or of the wrong type, or the rows are not those of steps
                 0, 1, 2, ...
         """
-        check(content, dict[str, Any], "The history")
+        check(content, dict, "The history")
         if mismatched := content.keys() ^ {entry.name for entry in fields(cls)}:
             raise ValueError(f"The history has missing or unknown entries: {short_repr(sorted(mismatched))}.")
         history = cls(**content)

@@ -187,7 +187,7 @@ def from_pairs(
     """
     max_tokens, seed = check(max_tokens, Size, "max_tokens"), check(seed, Seed, "seed")
     check(metric, Metric, "metric")
-    split: dict[str, list[Pair]]
+    split: dict[Any, list[Pair]]
     if isinstance(pairs, Mapping):
         split = {part: list(map(_as_pair, own)) for part, own in pairs.items()}
     else:

@@ -93,7 +93,7 @@ def parse(entry: Any) -> StoredExample:
     """
     if isinstance(entry, str):
         entry = _from_json(entry)
-    check(entry, dict[str, Any], "the line")
+    check(entry, dict, "the line")
     form = _find_form(entry)
     known = _select_entries(form, entry)
     part = known.get("part") or ""
@@ -111,7 +111,7 @@ def _from_json(line: str) -> Any:
         raise ValueError(f"not JSON ({error})") from None
 
 
-def _find_form(entry: dict[str, Any]) -> list[str]:
+def _find_form(entry: dict[str, Any]) -> Sequence[str]:
     """Return the keys of the first form of which an entry has all keys."""
     for form in _KEYS:
         if entry.keys() >= {*form}:
