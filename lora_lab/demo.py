@@ -78,8 +78,17 @@ def train(label: str, method: Method, lr: float, steps: int, seed: int, device: 
     model, tokenizer = load_pretrained(device=device)
     task = docs(tokenizer, seq_len=SEQ_LEN)
     before = evaluate(model, task, "train", BATCH_SIZE, EVAL_EXAMPLES)
-    options: Any = {"batch_size": BATCH_SIZE, "eval_every": max(1, steps // 4)}
-    history = fit(model, task, method, steps=steps, lr=lr, seed=seed, eval_examples=EVAL_EXAMPLES, **options)
+    history = fit(
+        model,
+        task,
+        method,
+        steps=steps,
+        lr=lr,
+        seed=seed,
+        batch_size=BATCH_SIZE,
+        eval_every=max(1, steps // 4),
+        eval_examples=EVAL_EXAMPLES,
+    )
     peak = peak_bytes(next(model.parameters()).device)  # now, because what follows is not part of training
     bill = predict(model, AsItIs(), BATCH_SIZE, SEQ_LEN)  # fit has prepared the model already
     memory = {**bill.parts, REST: max(0, peak - bill.peak_bytes)}

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, with_config
 from torch import nn
 from typing_extensions import TypedDict  # typing's own suits pydantic from Python 3.12 on
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
+@with_config(ConfigDict(extra="forbid"))
 class Row(TypedDict):
     """One step. A loss that was not evaluated is None, and so is what a row 0, before training, cannot have."""
 
@@ -100,9 +101,13 @@ class History:
         The gap is the validation loss minus the mean training loss over the steps since the previous evaluation. The
         training losses are those of earlier, worse weights, so the gap is too small; 0 does not mean no overfitting.
         """
-        if column != "gap":
-            points = [(row["step"], row[column]) for row in self.rows if row[column] is not None]
-            return [step for step, _ in points], [value for _, value in points]
+        if column == "gap":
+            return self._gaps()
+        rows = [row for row in self.rows if row[column] is not None]
+        return [row["step"] for row in rows], [row[column] for row in rows]
+
+    def _gaps(self) -> tuple[list[int], list[float]]:
+        """Return the steps at which the validation loss was evaluated, and the gap at each of them."""
         steps, gaps, losses = [], [], []
         for row in self.rows[1:]:
             losses.append(row["train_loss"])
@@ -144,7 +149,7 @@ class History:
         try:
             return cls.from_dict(stored)
         except ValueError as error:
-            raise ValueError(f"{path} holds no History: {error}") from None
+            raise ValueError(f"{path} holds no History: {error} Give a file that History.save wrote.") from None
 
     @classmethod
     def from_dict(cls, content: Any) -> History:
@@ -154,16 +159,23 @@ class History:
             ValueError: an entry is missing, unknown or of the wrong type, or the rows are not those of steps
                 0, 1, 2, ...
         """
-        names = [entry.name for entry in fields(cls)]
-        if not isinstance(content, dict) or content.keys() != set(names):
-            raise ValueError(f"The content must be an object with the entries {', '.join(names)} and no others.")
+        check(content, dict, "The history")
+        if mismatched := content.keys() ^ {entry.name for entry in fields(cls)}:
+            raise ValueError(f"The history has missing or unknown entries: {short_repr(sorted(mismatched))}.")
         history = cls(**content)
         for step, row in enumerate(history.rows):
-            check(row, Row, f"Row {step}")
-            missing = step > 0 and None in (row["train_loss"], row["lr"], row["grad_norm"])
-            if missing or row["step"] != step or len(row) > len(COLUMNS):
-                raise ValueError(f"Row {step} is {short_repr(row)}, but it must be that of step {step}.")
+            _check_row(row, step)
         return history
+
+
+def _check_row(row: Any, step: int) -> None:
+    """Check that a row is that of its step; only row 0, before training, may lack what training gives."""
+    check(row, Row, f"Row {step}")
+    if row["step"] != step:
+        raise ValueError(f"Row {step} is of step {row['step']}, but the rows must be those of steps 0, 1, 2 and so on.")
+    for name in ("train_loss", "lr", "grad_norm"):
+        if step > 0 and row[name] is None:
+            raise ValueError(f"Row {step} has no {name}, which only row 0 may lack.")
 
 
 def stop_if_diverged(what: str, loss: float, row: dict[str, Any]) -> None:
@@ -177,8 +189,8 @@ def stop_if_diverged(what: str, loss: float, row: dict[str, Any]) -> None:
         return
     if row["step"] == 0:
         raise DivergedError(
-            f"The {what} is {loss} at step 0 (before training), so no learning rate can help; look for such numbers in "
-            "weights and inputs, or load the model in float32."
+            f"The {what} is {loss} at step 0 (before training), so no learning rate can help; look for "
+            "NaN and infinite numbers in weights and inputs, or load the model in float32."
         )
     raise DivergedError(
         f"The {what} is {loss} at step {row['step']} (learning rate {row['lr'] or 0:.2g}), so training stops; "

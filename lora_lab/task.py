@@ -112,10 +112,12 @@ def accepts(model: nn.Module, argument: str) -> bool:
     unwrap = getattr(model, "get_base_model", None)
     inner = uncompiled(model) if unwrap is None else unwrap()
     forward = getattr(inner, "forward", inner)
-    # Anything else may hold a model, which no cache is to keep.
-    function = getattr(forward, "__func__", None)
+    method = getattr(forward, "__func__", None)
     try:
-        return argument in (inspect.signature(forward).parameters if function is None else _parameters(function))
+        if method is not None:
+            return argument in _parameters(method)  # from a cache
+        # Anything but a method, such as a partial, may hold a model, which a cache would keep in memory.
+        return argument in inspect.signature(forward).parameters
     except ValueError:  # a traced module has no signature
         return False
 
@@ -336,9 +338,7 @@ def draw_rows(task: Task, n_train: int, seed: int | None = None) -> Tensor:
         ValueError: ``n_train`` is below 1 or above the number of training examples, or the seed is none.
     """
     if not 1 <= n_train <= len(task.train):
-        raise ValueError(
-            f"n_train is {n_train}, but it must be from 1 to {len(task.train)}, the training examples there are."
-        )
+        raise ValueError(f"n_train is {n_train}, but it must be from 1 to {len(task.train)}, the training examples.")
     if seed is None:
         return torch.arange(n_train)  # (n_train,)
     return torch.randperm(len(task.train), generator=torch.Generator().manual_seed(seed))[:n_train]  # (n_train,)

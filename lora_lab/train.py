@@ -94,8 +94,10 @@ class TrainConfig:
             raise ValueError(f"warmup is {self.warmup}, but it must be at most steps, {self.steps}.")
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate is {self.accumulate}, but it must be at most batch_size, {self.batch_size}.")
-        if self.lean is not None and (self.gradient_checkpointing or self.autocast is not None):
-            raise ValueError("lean excludes gradient_checkpointing and autocast; use Lean(torch.bfloat16, True).")
+        if self.lean is not None and self.gradient_checkpointing:
+            raise ValueError("gradient_checkpointing is True, but lean has its own; use Lean(checkpoint=True).")
+        if self.lean is not None and self.autocast is not None:
+            raise ValueError(f"autocast is {self.autocast}, but lean has its own; use Lean(base_dtype=torch.bfloat16).")
 
     @property
     def by_length(self) -> bool:
@@ -309,7 +311,7 @@ def fit(
         OSError: ``checkpoint_dir`` cannot be written to.
         DivergedError: the loss became NaN or infinite. One that only rises stops nothing.
     """
-    check_options("fit", options, [option.name for option in fields(TrainConfig)])
+    check_options(options)
     config = TrainConfig(**options) if config is None else replace(config, **options)
     check_run(model, task, method, config)
     order, processes, device = data_order(task, config), current_processes(), next(model.parameters()).device
@@ -352,13 +354,14 @@ def warn_if_complete(complete: bool) -> Iterator[None]:
         warnings.warn(f"The run is complete, but its last checkpoint is missing: {error}", stacklevel=3)
 
 
-def check_options(caller: str, options: Collection[str], known: Sequence[str]) -> None:
-    """Raise TypeError for an unknown option, suggesting the closest match."""
+def check_options(options: Collection[str]) -> None:
+    """Raise TypeError for an option of fit that is no field of TrainConfig, suggesting the closest match."""
+    known = [option.name for option in fields(TrainConfig)]
     for name in options:
         if name not in known:
             near = get_close_matches(name, known, 1)
             advice = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}."
-            raise TypeError(f"{caller} has no option {name!r}; {advice}")
+            raise TypeError(f"fit has no option {name!r}; {advice}")
 
 
 def check_run(model: nn.Module, task: Task, method: Method, config: TrainConfig) -> None:
@@ -392,12 +395,17 @@ def check_checkpoints(folder: str | Path | None, every: int | None, model: nn.Mo
 
 
 def new_history(task: Task, method: Method, config: TrainConfig, model: nn.Module) -> History:
-    """Return the history of a run whose model is not prepared yet, so that its parameters are not counted."""
-    about = {"name": task.name, "fingerprint": task.fingerprint, "unit": task.unit}
-    history = History(about, method.settings(), config.settings())
+    """Return the history of a run before its first step, without the sizes that only a prepared model has.
+
+    Args:
+        task, method, config: of the run.
+        model: as it was loaded. If its adapters are to be trained further, their hash belongs to the method's settings.
+    """
+    settings = method.settings()
     if isinstance(method, ContinueLoRA) and lora_layers(model):
-        history.method["start"] = checkpoint.hash_tensors(adapter_state(model))
-    return history
+        settings["start"] = checkpoint.hash_tensors(adapter_state(model))
+    about = {"name": task.name, "fingerprint": task.fingerprint, "unit": task.unit}
+    return History(task=about, method=settings, settings=config.settings())
 
 
 def take_step(step: TrainingStep, task: Task, order: DataOrder, config: TrainConfig, number: int) -> dict[str, float]:
@@ -419,7 +427,7 @@ def evaluate_parts(step: TrainingStep, task: Task, config: TrainConfig, history:
     task = replace(task, loss=step.loss)
     sizes = config.batch_size, config.eval_examples, config.by_length
     for part in EVALUATED:
-        history.add_evaluation(part, mean_loss(step.model, task, part, *sizes, processes=step.processes).item())
+        history.add_evaluation(part, mean_loss(step.model, task, part, *sizes, step.processes).item())
     # Here, since AdamW makes its state in its first step.
     history.optimizer_bytes = state_bytes(step.optimizer)
 
@@ -495,15 +503,15 @@ def micro_batches(
     batch = task.train[order.rows((step - 1) * config.batch_size, config.batch_size)]
     size = math.ceil(len(batch) / (config.accumulate * threads * processes.world_size))
     cuts = [batch] if size == len(batch) else [batch[slice(i, i + size)] for i in range(0, len(batch), size)]
-    pairs = [(cut, count) for cut in cuts if (count := task.count_targets(cut))]  # a mean over no target would be NaN
-    whole, mine = sum(count for _, count in pairs), pairs[processes.rank :: processes.world_size]
+    filled = [(cut, count) for cut in cuts if (count := task.count_targets(cut))]  # a mean over no target would be NaN
+    whole, mine = sum(count for _, count in filled), filled[processes.rank :: processes.world_size]
     return [cut for cut, _ in mine], [count / whole for _, count in mine], task.size(batch)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Return the size of the optimiser's state, in bytes."""
     tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def evaluate(
@@ -527,39 +535,34 @@ def evaluate(
     """
     task.check_model(model)
     task.require_targets(part, check(limit, Size | None, "limit"))
-    return mean_loss(model, task, part, batch_size, limit, by_length).item()
+    return mean_loss(model, task, part, batch_size, limit, by_length, ALONE).item()
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, task: Task, part: str, *sizes: Any, processes: Processes = ALONE) -> Tensor:
+def mean_loss(
+    model: nn.Module, task: Task, part: str, batch_size: int, limit: int | None, by_length: bool, processes: Processes
+) -> Tensor:
     """Return the loss of a part, on the CPU in float64, in the shape of the task's loss.
 
     That is (), or (trials,) in ``lora_lab.ablation.packed``, which trains several runs at once.
 
     Args:
-        model, task, part: as for :func:`evaluate`.
-        sizes: the batch_size, limit and by_length of :func:`evaluate`.
+        model, task, part, batch_size, limit, by_length: as for :func:`evaluate`.
         processes: they share the batches, and all of them get the mean.
     """
-    total, count = torch.zeros((), dtype=torch.float64, device="cpu"), 0
-    for loss, targets in batch_losses(model, task, part, *sizes, processes=processes):
-        total, count = total + loss * targets, count + targets
+    total, targets = torch.zeros((), dtype=torch.float64, device="cpu"), 0  # summed over the batches
+    for loss, count in batch_losses(model, task, part, batch_size, limit, by_length, processes):
+        total, targets = total + loss * count, targets + count
     if processes.world_size > 1:
-        sums = torch.stack([total, torch.full_like(total, count)]).to(next(model.parameters()).device)
+        sums = torch.stack([total, torch.full_like(total, targets)]).to(next(model.parameters()).device)
         processes.sum([sums])
-        total, count = sums.cpu()
-    return total / count  # NaN if no target counts
+        total, targets = sums.cpu()
+    return total / targets  # NaN if no target counts
 
 
 @torch.no_grad()
 def batch_losses(
-    model: nn.Module,
-    task: Task,
-    part: str,
-    batch_size: int,
-    limit: int | None = None,
-    by_length: bool = False,
-    processes: Processes = ALONE,
+    model: nn.Module, task: Task, part: str, batch_size: int, limit: int | None, by_length: bool, processes: Processes
 ) -> Iterator[tuple[Tensor, int]]:
     """Yield each batch's mean loss and the number of targets in that mean, for one part, without dropout.
 
@@ -601,7 +604,9 @@ def data_order(task: Task, config: TrainConfig) -> DataOrder:
         order = LengthOrder(task.train.lengths, config.seed, config.batch_size)
     counts = task.train.target_counts  # (n,)
     empty = int((counts == 0).sum())
-    for step in range(1, config.steps + 1 if empty else 1):
+    if not empty:
+        return order
+    for step in range(1, config.steps + 1):
         if not counts[order.rows((step - 1) * config.batch_size, config.batch_size)].any():
             raise ValueError(
                 f"No target of the batch at step {step} (seed {config.seed}) counts in the loss; remove the training "

@@ -76,7 +76,7 @@ def stored(**changes):
 
 
 REFUSED = [  # the content, what must be named
-    ([], "object"),
+    ([], r"The history is \[\]"),
     ({}, "total_parameters"),
     (stored(colour=1), "entries"),
     (stored(task="digits"), "task is 'digits'"),

@@ -47,6 +47,7 @@ from lora_lab.methods import LoRA, require_unmarked
 from lora_lab.models.llama import Llama
 from lora_lab.models.quantize import BlockLinear
 from lora_lab.system.device import own_randomness
+from lora_lab.system.distributed import ALONE
 from lora_lab.system.provenance import describe_value
 from lora_lab.system.schema import Size, check
 from lora_lab.task import IGNORE, Examples, Loss, Task, cross_entropy, logits, mean_squared_error
@@ -171,7 +172,7 @@ def _train(
 def _evaluate(model: nn.Module, task: Task, config: Trial, trials: int) -> dict[str, list[float]]:
     """Return the losses of each part by trial; one that is the same for all is repeated."""
     sizes = config.batch_size, config.eval_examples, config.by_length
-    return {part: mean_loss(model, task, part, *sizes).expand(trials).tolist() for part in EVALUATED}
+    return {part: mean_loss(model, task, part, *sizes, ALONE).expand(trials).tolist() for part in EVALUATED}
 
 
 def _take_step(

@@ -30,6 +30,7 @@ import numpy as np
 from torch import nn
 
 from lora_lab.ablation.results import SCORE, last_rows
+from lora_lab.system.distributed import ALONE
 from lora_lab.task import Task
 from lora_lab.tasks.generate import answers
 from lora_lab.tasks.instruction import PairTask
@@ -66,7 +67,8 @@ class BlockLosses:
         """Return a score for each part, and perhaps the accuracy: the numbers of its blocks, rounded, as a text."""
         scores = {}
         for part, limit in self.examples.items():
-            scores[part] = [loss.item() for loss, _ in batch_losses(model, task, part, self.block, limit)]
+            losses = batch_losses(model, task, part, self.block, limit, by_length=False, processes=ALONE)
+            scores[part] = [loss.item() for loss, _ in losses]
         if self.answered:
             scores["accuracy"] = self._accuracies(model, cast(PairTask, task))
         return {name: json.dumps([round(each, _DIGITS) for each in by_block]) for name, by_block in scores.items()}

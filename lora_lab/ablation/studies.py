@@ -81,7 +81,7 @@ def study(
 
 def check_study(name: str) -> None:
     """Raise ValueError or FileNotFoundError if :func:`study` has no study of that name."""
-    check_name(name, "study", DEFAULTS | TASKS)
+    check_name(name, DEFAULTS | TASKS)
 
 
 def defaults_of(name: str) -> Defaults:

@@ -10,9 +10,9 @@ import json
 import re
 import sysconfig
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system.schema import check
@@ -22,25 +22,23 @@ LANGUAGES = {"fr": "French", "de": "German", "es": "Spanish"}
 _SENTIMENT_PROMPT = "Is the feeling of this text negative, neutral or positive? Answer with one word.\n\n"
 _DATA = Path(__file__).parent / "data"
 _NOT_DOCUMENTED = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data"}
-
-
-def _task(tokenizer: Tokenizer, pairs: Sequence[Pair], max_tokens: int, **options: Any) -> PairTask:
-    """Return the task of these pairs, without those that are too long."""
-    return from_pairs(tokenizer, pairs, max_tokens=max_tokens, skip_long=True, **options)
+_from_pairs_that_fit = partial(from_pairs, skip_long=True)  # a pair of more than max_tokens is left out
 
 
 def summarise(tokenizer: Tokenizer) -> PairTask:
     """Return a task of docstrings of Python's standard library: the prompt is the body, the answer is the first line.
 
     Docstrings are parsed from the source files; nothing is imported. Each top-level module or package is a group, so
-    the test part comes from modules that do not occur in training.
+    the test part comes from modules that do not occur in training. Pairs of more than 192 tokens are left out.
     """
     pairs = [
         Pair(f"Summarise this documentation in one sentence.\n\n{body}", summary, module)
         for module, summary, body in _docstrings()
     ]
     about = "docstrings of Python's standard library, body to first line"
-    return _task(tokenizer, pairs, 192, name="summarise", metric="summary", licence="PSF-2.0", about=about)
+    return _from_pairs_that_fit(
+        tokenizer, pairs, max_tokens=192, name="summarise", metric="summary", licence="PSF-2.0", about=about
+    )
 
 
 @cache
@@ -82,7 +80,7 @@ def translate(tokenizer: Tokenizer, language: str = "fr") -> PairTask:
     """Return a task of names of territories, languages and currencies in English and another language (CLDR, by Babel).
 
     Names that differ only in capitals, or not at all, are left out, because copying is not translating. If one name
-    contains another ("Samoa", "American Samoa"), both are in one group.
+    contains another ("Samoa", "American Samoa"), both are in one group. Pairs of more than 96 tokens are left out.
 
     Args:
         tokenizer: of the model.
@@ -91,12 +89,17 @@ def translate(tokenizer: Tokenizer, language: str = "fr") -> PairTask:
     Raises:
         ValueError: ``language`` is none of these.
     """
-    check(language, Literal["fr", "de", "es"], "language")
-    names, name, goal = cldr_names(language), f"translate-{language}", LANGUAGES[language]
-    groups = _families(list(names))
-    pairs = [Pair(f"Translate into {goal}: {each}", foreign, groups[each]) for each, foreign in names.items()]
+    if language not in LANGUAGES:
+        raise ValueError(f"language is {language!r}, but it must be one of {', '.join(LANGUAGES)}.")
+    goal = LANGUAGES[language]
+    translations = cldr_names(language)
+    groups = _families(list(translations))
+    pairs = [Pair(f"Translate into {goal}: {each}", translations[each], groups[each]) for each in translations]
+    name = f"translate-{language}"
     about = f"names of territories, languages and currencies, English to {goal} (CLDR, by Babel)"
-    return _task(tokenizer, pairs, 96, name=name, metric="translation", licence="Unicode-3.0", about=about)
+    return _from_pairs_that_fit(
+        tokenizer, pairs, max_tokens=96, name=name, metric="translation", licence="Unicode-3.0", about=about
+    )
 
 
 @cache
@@ -130,16 +133,20 @@ def _families(names: Sequence[str]) -> dict[str, str]:
 def sentiment(tokenizer: Tokenizer) -> PairTask:
     """Return a task of short texts whose writer is pleased, displeased or neither; written for this project (CC0).
 
-    Variants of one text form a group.
+    Variants of one text form a group. Pairs of more than 128 tokens are left out.
     """
     rows = _read("sentiment.jsonl")
     pairs = [Pair(_SENTIMENT_PROMPT + row["text"], row["label"], row["group"]) for row in rows]
     about = "short texts in varied domains, with negation, irony and mixed feelings, written for this project"
-    return _task(tokenizer, pairs, 128, name="sentiment", metric="classification", licence="CC0-1.0", about=about)
+    return _from_pairs_that_fit(
+        tokenizer, pairs, max_tokens=128, name="sentiment", metric="classification", licence="CC0-1.0", about=about
+    )
 
 
 def style(tokenizer: Tokenizer, variant: str = "log") -> PairTask:
     """Return a task of very short stories: a lighthouse keeper's log, or plain; written for this project (CC0).
+
+    Pairs of more than 224 tokens are left out.
 
     Args:
         tokenizer: of the model.
@@ -149,12 +156,14 @@ def style(tokenizer: Tokenizer, variant: str = "log") -> PairTask:
         ValueError: ``variant`` is neither "log" nor "plain".
     """
     check(variant, Literal["log", "plain"], "variant")
-    name, key, told = ("style", "story", "as a lighthouse keeper's log")
+    name, key, manner = "style", "story", "as a lighthouse keeper's log"
     if variant == "plain":
-        name, key, told = ("style-plain", "plain", "in plain style")
+        name, key, manner = "style-plain", "plain", "in plain style"
     pairs = [Pair(row["instruction"], row[key], row["group"]) for row in _read("style.jsonl")]
-    about = f"very short stories {told}"
-    return _task(tokenizer, pairs, 224, name=name, metric="style", licence="CC0-1.0", about=about)
+    about = f"very short stories {manner}"
+    return _from_pairs_that_fit(
+        tokenizer, pairs, max_tokens=224, name=name, metric="style", licence="CC0-1.0", about=about
+    )
 
 
 @cache

@@ -47,14 +47,13 @@ def few_shot(task: PairTask, k: int, seed: int = 0, *, random_answers: bool = Fa
     "Rethinking the Role of Demonstrations", section 4.
     """
     if any(pair.before for pairs in task.pairs.values() for pair in pairs):
-        raise ValueError(f"Task {task.name!r} has turns before its prompts; give one of single prompts.")
+        raise ValueError(f"Task {task.name!r} has turns before its prompts, where examples would go; give one without.")
     examples = task.limited(k, seed).pairs["train"]
     others = task.limited(2 * k, seed).pairs["train"][k:] if random_answers else examples
-    before = tuple(
-        turn
-        for example, other in zip(examples, others, strict=True)
-        for turn in (("user", example.prompt), ("assistant", other.answer))
-    )
+    turns = []
+    for example, other in zip(examples, others, strict=True):
+        turns += [("user", example.prompt), ("assistant", other.answer)]
+    before = tuple(turns)
     prompted = {part: [replace(pair, before=before) for pair in task.pairs[part]] for part in ("validation", "test")}
     return replace(task, pairs={**task.pairs, **prompted})
 

@@ -130,18 +130,16 @@ def _greedy_continuations(scores: Tensor, reader: Reader, max_new_tokens: int, s
         reader: has read the prompts.
         max_new_tokens, stop: as for :meth:`lora_lab.Llama.generate`.
     """
-    tokens = []
-    done = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)  # (16,)
-    while True:
-        token = scores.argmax(-1)  # (16,)
+    stop = -1 if stop is None else stop  # which is no token
+    token = scores.argmax(-1)  # (16,)
+    done = token == stop  # (16,)
+    tokens = [token.where(~done, -1)]  # of each step, -1 where the turn has ended
+    while len(tokens) < max_new_tokens and not done.all():
+        logits = reader.read(token[:, None])  # (16, 1, vocabulary)
+        token = logits[:, 0].argmax(-1)  # (16,)
         done |= token == stop
-        if bool(done.all()):
-            break
         tokens.append(token.where(~done, -1))
-        if len(tokens) == max_new_tokens:
-            break
-        scores = reader.read(token[:, None])[:, 0]  # (16, vocabulary)
-    rows = torch.stack(tokens, 1).tolist() if tokens else [[]] * len(scores)
+    rows = torch.stack(tokens, 1).tolist()
     return [[token for token in row if token >= 0] for row in rows]
 
 
@@ -157,22 +155,33 @@ def log_likelihoods(model: nn.Module, task: PairTask, pairs: Sequence[Pair], lab
     Raises:
         ValueError: as for :func:`answers`.
     """
-    encoded = [encode(task.tokenizer, Pair(pairs[0].prompt, label))[1] for label in labels]
-    tokens = [[token for token in targets if token != IGNORE] for targets in encoded]  # at least one token each
+    tokens = {}  # of each label, at least one
+    for label in labels:
+        _, targets = encode(task.tokenizer, Pair(pairs[0].prompt, label))
+        tokens[label] = [token for token in targets if token != IGNORE]
     rows = []
     with restore_modes(model):
         model.eval()
-        for first, reader in _read_batches(model, task, pairs, max(map(len, tokens))):
-            scores = []
-            for answer in tokens:
-                logits = first[:, None]  # (16, 1, vocabulary)
-                if len(answer) > 1:
-                    inputs = torch.tensor(answer[:-1], device=first.device).expand(len(first), -1)  # (16, n - 1)
-                    logits = torch.cat([logits, reader.branch().read(inputs, each=True)], 1)  # (16, n, vocabulary)
-                log_probabilities = logits.float().log_softmax(-1)  # (16, n, vocabulary)
-                scores.append(log_probabilities[:, range(len(answer)), answer].sum(1))  # (16,)
+        for first, reader in _read_batches(model, task, pairs, max(map(len, tokens.values()))):
+            scores = [_log_likelihood(tokens[label], first, reader) for label in labels]  # (16,) each
             rows.append(torch.stack(scores, 1).cpu())  # (16, labels)
     return torch.cat(rows)
+
+
+def _log_likelihood(answer: Sequence[int], first: Tensor, reader: Reader) -> Tensor:
+    """Return the log-likelihood of one answer, n tokens, after each prompt of a batch, in nats: (batch,).
+
+    Args:
+        answer: its tokens, at least one.
+        first: the logits after the prompts, (batch, vocabulary), which score the first token.
+        reader: has read the prompts; what it has read stays the same.
+    """
+    logits = first[:, None]  # (16, 1, vocabulary)
+    if len(answer) > 1:
+        inputs = torch.tensor(answer[:-1], device=first.device).expand(len(first), -1)  # (16, n - 1)
+        logits = torch.cat([logits, reader.branch().read(inputs, each=True)], 1)  # (16, n, vocabulary)
+    log_probabilities = logits.float().log_softmax(-1)  # (16, n, vocabulary)
+    return log_probabilities[:, range(len(answer)), answer].sum(1)  # (16,)
 
 
 @torch.no_grad()
@@ -185,7 +194,7 @@ def last_states(model: nn.Module, task: PairTask, pairs: Sequence[Pair]) -> Tens
         pairs: whose prompts are read.
     """
     read = {}  # what the head got last
-    head = cast(nn.Module, cast(Llama, model).get_output_embeddings())  # transformers' models have it too
+    head = cast(Any, model).get_output_embeddings()  # of our Llama, and of the models of transformers
     hook = head.register_forward_pre_hook(lambda _, inputs: read.update(hidden=inputs[0][:, -1]))
     try:
         with restore_modes(model):

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -187,10 +187,9 @@ def from_pairs(
     """
     max_tokens, seed = check(max_tokens, Size, "max_tokens"), check(seed, Seed, "seed")
     check(metric, Metric, "metric")
-    split: dict[str, list[Pair]]
+    split: dict[Any, list[Pair]]
     if isinstance(pairs, Mapping):
-        by_part = cast("Mapping[str, Iterable[Any]]", pairs)
-        split = {part: list(map(_as_pair, own)) for part, own in by_part.items()}
+        split = {part: list(map(_as_pair, own)) for part, own in pairs.items()}
     else:
         split = _split(list(map(_as_pair, pairs)), seed)
     if set(split) != set(PARTS) or not all(split.values()):
@@ -373,7 +372,7 @@ def _encode_part(
     tokenizer: Tokenizer, part: str, pairs: Sequence[Pair], max_tokens: int, skip_long: bool
 ) -> tuple[list[Pair], Padded]:
     """Return the pairs of a part that are short enough, and their examples, padded to the longest of them."""
-    short: list[tuple[Pair, Tensor, Tensor]] = []  # pairs with their inputs and targets, (length,) each
+    short: list[Any] = []  # pairs with their inputs and targets, (length,) each
     for pair in pairs:
         if not pair.prompt.strip() or not pair.answer.strip():
             raise ValueError(f"{pair!r:.120} has an empty text; give both prompt and answer.")
@@ -387,5 +386,5 @@ def _encode_part(
             raise ValueError(f"{what} has more than {max_tokens} tokens; shorten it, or raise max_tokens.")
     if not short:
         raise ValueError(f"All pairs of the {part} part have more than {max_tokens} tokens; raise max_tokens.")
-    examples = pad([ids for _, ids, _ in short], [targets for _, _, targets in short], tokenizer.pad_id or 0)
-    return [pair for pair, _, _ in short], examples
+    kept, inputs, targets = zip(*short, strict=True)
+    return list(kept), pad(inputs, targets, tokenizer.pad_id or 0)

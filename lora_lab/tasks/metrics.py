@@ -11,8 +11,9 @@ chrF, Popovic 2015), "classification" (accuracy and macro F1), "style" (see :cla
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
+from statistics import fmean, mode
 
 from lora_lab.tasks.instruction import Pair, PairTask
 
@@ -49,13 +50,16 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> dict[str, 
 
 
 def translation(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Return exact matches, ignoring case, and chrF from 0 to 100 (Popovic 2015), by the package sacrebleu."""
+    """Return exact matches, ignoring case, and chrF from 0 to 100 (Popovic 2015), by the package sacrebleu.
+
+    Raises:
+        ValueError: there are no texts, or not as many predictions as references.
+    """
     from sacrebleu.metrics.chrf import CHRF
 
     pairs = zip(predictions, references, strict=True)
-    matches = sum(prediction.strip().casefold() == reference.casefold() for prediction, reference in pairs)
-    chrf = CHRF().corpus_score(list(predictions), [list(references)]).score
-    return {"exact": matches / len(references), "chrf": chrf}
+    exact = fmean(prediction.strip().casefold() == reference.casefold() for prediction, reference in pairs)
+    return {"exact": exact, "chrf": CHRF().corpus_score(predictions, [references]).score}
 
 
 def classification(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -89,14 +93,16 @@ def trivial(task: PairTask, part: str = "test") -> list[str]:
     """
     pairs = task.pairs_of(part)
     if task.metric == "classification":
-        majority_class = Counter(pair.answer for pair in task.pairs["train"]).most_common(1)[0][0]
+        majority_class = mode(pair.answer for pair in task.pairs["train"])
         return [majority_class] * len(pairs)
     if task.metric == "summary":
         return [re.split(r"(?<=[.!?])\s", text_of(pair))[0] for pair in pairs]
     if task.metric == "translation":
         dictionary = _dictionary(task.pairs["train"])
         return [" ".join(dictionary.get(word.casefold(), word) for word in text_of(pair).split()) for pair in pairs]
-    raise ValueError(f"Task {task.name!r} has the metric {task.metric!r}, which has no trivial baseline.")
+    raise ValueError(
+        f"Task {task.name!r} has the metric {task.metric!r}, but only {', '.join(METRICS)} have a baseline."
+    )
 
 
 def text_of(pair: Pair) -> str:
@@ -108,14 +114,14 @@ def text_of(pair: Pair) -> str:
 
 
 def _dictionary(pairs: Sequence[Pair]) -> dict[str, str]:
-    """Return word -> its most frequent translation, from the pairs that have as many words in both languages."""
-    translations = {}
+    """Return the most frequent translation of each word, from the pairs that have as many words in both languages."""
+    translations = defaultdict(list)  # of each word, in every pair that has it
     for pair in pairs:
         source, target = text_of(pair).split(), pair.answer.split()
         if len(source) == len(target):
             for word, translated in zip(source, target, strict=True):
-                translations.setdefault(word.casefold(), Counter())[translated] += 1
-    return {word: counts.most_common(1)[0][0] for word, counts in translations.items()}
+                translations[word.casefold()].append(translated)
+    return {word: mode(found) for word, found in translations.items()}
 
 
 class StyleJudge:

@@ -18,8 +18,10 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
 
+from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
 from lora_lab.models.tokenizer import Tokenizer
@@ -29,7 +31,7 @@ from lora_lab.system.wording import count_noun, short_repr, shortened
 from lora_lab.task import Task
 from lora_lab.tasks.datasets import LANGUAGES, sentiment, style, summarise, translate
 from lora_lab.tasks.instruction import PARTS, Pair, PairTask, Turn, from_pairs
-from lora_lab.tasks.python_docs import docs, off_domain_texts, windows
+from lora_lab.tasks.python_docs import docs, text_task
 from lora_lab.tasks.sentences import PROMPTS, sentences
 
 if TYPE_CHECKING:
@@ -37,21 +39,29 @@ if TYPE_CHECKING:
 
 # Examples in JSON
 
+
+def _require_content(text: str) -> str:
+    if not text.strip():
+        raise PydanticCustomError("empty", "it must not be empty")
+    return text
+
+
 # The keys of each; an entry has the first form whose keys it has.
 _FORMS = (
     "messages; conversations; instruction and output; prompt and answer; prompt and completion; prompt and response; "
     "question and answer; text"
 )
 _KEYS = [form.split(" and ") for form in _FORMS.split("; ")]
+_Text = Annotated[str, AfterValidator(_require_content)]
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # ShareGPT's names
 
 
 class _Message(TypedDict):
     role: Literal["system", "user", "assistant"]
-    content: str
+    content: _Text
 
 
-_Said = TypedDict("_Said", {"from": Literal["system", "user", "assistant", "human", "gpt", "chatgpt"], "value": str})
+_Said = TypedDict("_Said", {"from": Literal["system", "user", "assistant", "human", "gpt", "chatgpt"], "value": _Text})
 _SCHEMAS = {  # of the keys whose value is no text
     "messages": list[_Message],
     "conversations": list[_Said],
@@ -81,31 +91,44 @@ def parse(entry: Any) -> StoredExample:
     Raises:
         ValueError: what is wrong with it, in a few words.
     """
+    if isinstance(entry, str):
+        entry = _from_json(entry)
+    check(entry, dict, "the line")
+    form = _find_form(entry)
+    known = _select_entries(form, entry)
+    part = known.get("part") or ""
+    ignored = frozenset(entry.keys() - known.keys())
+    if form == ["text"]:
+        return StoredExample(known["text"], part, ignored)
+    *before, (_, prompt), (_, answer) = _turns(form, known)
+    return StoredExample(Pair(prompt, answer, known.get("group") or "", tuple(before)), part, ignored)
+
+
+def _from_json(line: str) -> Any:
     try:
-        entry = check(json.loads(entry) if isinstance(entry, str) else entry, dict[str, Any], "the line")
+        return json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not JSON ({error})") from None
-    form = next((keys for keys in _KEYS if entry.keys() >= {*keys}), None)
-    if form is None:
-        raise ValueError(f"has the keys {shortened(str(sorted(entry)), 80)}, but must have those of a form: {_FORMS}")
-    more = ("input",) if form[0] == "instruction" else ()
-    own = {key: entry[key] for key in (*form, *more, "group", "part") if key in entry}
-    for key, value in own.items():
-        check(value, _SCHEMAS.get(key, str), key)
-    turns = _turns(form, own)
-    for key in form:
-        texts = [own[key]] if isinstance(own[key], str) else [text for _, text in turns]
-        if not all(text.strip() for text in texts):
-            raise ValueError(f"{key} has an empty text")
-    content = own["text"] if not turns else Pair(turns[-2][1], turns[-1][1], own.get("group") or "", turns[:-2])
-    return StoredExample(content, own.get("part") or "", frozenset(entry.keys() - own.keys()))
+
+
+def _find_form(entry: dict[str, Any]) -> Sequence[str]:
+    """Return the keys of the first form of which an entry has all keys."""
+    for form in _KEYS:
+        if entry.keys() >= {*form}:
+            return form
+    raise ValueError(f"has the keys {shortened(str(sorted(entry)), 80)}, but must have those of a form: {_FORMS}")
+
+
+def _select_entries(form: Sequence[str], entry: dict[str, Any]) -> dict[str, Any]:
+    """Return what an entry has of its form and of the keys that may stand beside it, if their values are right."""
+    beside = ("input", "group", "part") if "instruction" in form else ("group", "part")
+    keys = [key for key in (*form, *beside) if key in entry]
+    return {key: check(entry[key], _SCHEMAS.get(key, _Text), key) for key in keys}
 
 
 def _turns(form: Sequence[str], entry: dict[str, Any]) -> tuple[Turn, ...]:
     """Return the turns of an entry: perhaps a system turn, then user and assistant in turn, the assistant last."""
     match form:
-        case ["text"]:
-            return ()
         case ["messages"]:
             turns: list[Turn] = [(turn["role"], turn["content"]) for turn in entry["messages"]]
         case ["conversations"]:
@@ -255,6 +278,8 @@ def _make_task(
 ) -> Task:
     """Return the task of what stands in a file or table: of its texts, or of its prompts and answers.
 
+    Texts stay whole: of every ten, the ninth goes to validation, the tenth to test.
+
     Args:
         name: the path of the file, or "table".
         unit: "line", "row" or "paragraph".
@@ -271,7 +296,11 @@ def _make_task(
     if 0 < len(texts) < len(stored):
         raise ValueError(f"{name} has {len(texts)} texts and {len(stored) - len(texts)} conversations; split them.")
     if texts:
-        return _task_of_texts(tokenizer, texts, f"{name} has {count_noun(len(texts), unit)}", **options)
+        train = [text for i, text in enumerate(texts) if i % 10 < 8]
+        try:
+            return text_task(tokenizer, {"train": train, "validation": texts[8::10], "test": texts[9::10]}, **options)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
     pairs: Any = [example.content for example in stored]
     parts = [example.part for example in stored]
     if named := len(parts) - parts.count(""):
@@ -308,20 +337,6 @@ def _read(
     return stored
 
 
-def _task_of_texts(
-    tokenizer: Tokenizer, texts: Sequence[str], counted: str, name: str, about: str, seq_len: int = 128
-) -> Task:
-    """Return the task of texts that stay whole: of every ten, the ninth goes to validation, the tenth to test."""
-    train = [text for i, text in enumerate(texts) if i % 10 < 8]
-    split = {"validation": texts[8::10], "test": texts[9::10], "train": train}
-    parts: Any = {part: windows(tokenizer, own, seq_len) for part, own in split.items()}
-    for part, examples in parts.items():
-        if len(examples) == 0:
-            raise ValueError(f"{counted}, too few for a {part} part of {seq_len} tokens each; lower seq_len.")
-    about += "; off-domain: scikit-learn's descriptions of data sets"
-    return Task(name, **parts, off_domain=windows(tokenizer, off_domain_texts(), seq_len), unit="tokens", about=about)
-
-
 # Names
 
 TASKS = {
@@ -341,8 +356,8 @@ READERS = {
 }
 
 
-def check_name(name: str, what: str = "task", names: Iterable[str] = TASKS) -> None:
-    """Check that a name is one of these, or that of a file that may be read as a task, before a model is loaded.
+def check_name(name: str, names: Iterable[str] = TASKS) -> None:
+    """Check that a name is one of ``names``, or that of a file to read as a task, before a model is loaded.
 
     Raises:
         ValueError: it is neither.
@@ -351,8 +366,10 @@ def check_name(name: str, what: str = "task", names: Iterable[str] = TASKS) -> N
     if name in names:
         return
     if Path(name).suffix not in READERS:
-        files = f"a file whose name ends in one of {', '.join(READERS)}"
-        raise ValueError(f"{what} is {name!r}, but it must be one of {', '.join(names)}, or {files}.")
+        raise ValueError(
+            f"task is {name!r}, but it must be one of {', '.join(names)}, or a file whose name ends in one of "
+            f"{', '.join(READERS)}."
+        )
     check_file(name, "your examples")
 
 

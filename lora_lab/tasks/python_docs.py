@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
@@ -33,19 +33,40 @@ def docs(tokenizer: Tokenizer, seq_len: int = 128) -> Task:
         seq_len: tokens per example.
 
     Raises:
-        ValueError: as for :func:`windows`, or ``seq_len`` is so long that a part stays empty.
+        ValueError: as for :func:`text_task`.
     """
     from pydoc_data.topics import topics
 
     pages = list(dict.fromkeys(topics[name] for name in sorted(topics)))  # some topics share one page
     split = {"train": [], "validation": [], "test": []}
+    parts = "train", "validation", "train", "test", "train"  # of every five groups
     for i, group in enumerate(_group_related(pages)):
-        part = {1: "validation", 3: "test"}.get(i % 5, "train")
-        split[part if len(group) < 8 else "train"] += group  # the one large group is for training
-    parts: Any = {part: windows(tokenizer, texts, seq_len) for part, texts in split.items()}
-    off_domain = windows(tokenizer, off_domain_texts(), seq_len)
-    about = "Python's reference manual, cut by page; off-domain: scikit-learn's descriptions of data sets"
-    return Task("docs", **parts, off_domain=off_domain, unit="tokens", about=about)
+        part = parts[i % 5] if len(group) < 8 else "train"  # the one large group is for training
+        split[part] += group
+    return text_task(tokenizer, split, name="docs", about="Python's reference manual, cut by page", seq_len=seq_len)
+
+
+def text_task(
+    tokenizer: Tokenizer, split: Mapping[str, Sequence[str]], name: str, about: str, seq_len: int = 128
+) -> Task:
+    """Return the task of predicting the next token of texts; off-domain are scikit-learn's descriptions of data sets.
+
+    Args:
+        tokenizer: turns text into token ids.
+        split: the texts of "train", "validation" and "test".
+        name, about: as for :class:`lora_lab.task.Task`.
+        seq_len: tokens per example.
+
+    Raises:
+        ValueError: as for :func:`windows`, or a part has too few tokens for an example.
+    """
+    parts: Any = {}
+    for part, texts in {**split, "off_domain": off_domain_texts()}.items():
+        parts[part] = windows(tokenizer, texts, seq_len)
+        if len(parts[part]) == 0:
+            raise ValueError(f"The {part} part of task {name!r} has fewer tokens than seq_len, {seq_len}; lower it.")
+    about += "; off-domain: scikit-learn's descriptions of data sets"
+    return Task(name, **parts, unit="tokens", about=about)
 
 
 def windows(tokenizer: Tokenizer, texts: Sequence[str], seq_len: int) -> Examples:

@@ -245,17 +245,20 @@ def _french(phrase: Phrase) -> list[str]:
         elif not noun.feminine and adjective.before and _is_vowel(noun.french):
             form = adjective.before_vowel
         words = [form, *words] if adjective.before else [*words, form]
-    return [_french_determiner(phrase, noun.feminine + 2 * _is_vowel(words[0])), *words]
+    determiner = _french_determiner(phrase, noun.feminine, before_vowel=_is_vowel(words[0]))
+    return [determiner, *words]
 
 
 def _look_up(phrase: Phrase) -> list[str]:
     """Return French words in the order of English, without gender or elision, but with the number."""
     adjective = [phrase.adjective.masculine] if phrase.adjective else []
-    return [_french_determiner(phrase, 0), *adjective, _french_noun(phrase)]
+    return [_french_determiner(phrase), *adjective, _french_noun(phrase)]
 
 
-def _french_determiner(phrase: Phrase, form: int) -> str:
-    return _MANY[phrase.determiner] if phrase.plural else _ONE[phrase.determiner].split()[form]
+def _french_determiner(phrase: Phrase, feminine: bool = False, before_vowel: bool = False) -> str:
+    if phrase.plural:
+        return _MANY[phrase.determiner]  # of either gender, before any letter
+    return _ONE[phrase.determiner].split()[feminine + 2 * before_vowel]
 
 
 def _french_noun(phrase: Phrase) -> str:

@@ -360,7 +360,7 @@ REFUSED_FILES = [
     (with_content(lambda it: it["history"]["rows"][-1].update(validation_loss=None)), "has no validation_loss"),
     (with_content(lambda it: it.update(test_loss=math.nan)), "test_loss is nan"),
     (with_content(lambda it: it.pop("test_loss")), "test_loss"),
-    (with_content(lambda it: it["history"]["rows"].pop(2)), "must be that of step 2"),
+    (with_content(lambda it: it["history"]["rows"].pop(2)), "Row 2 is of step 3"),
     (with_content(lambda it: it.update(scores={"a": [1]})), "scores"),
     (with_content(lambda it: it.update(provenance={"torch": 2})), "provenance.torch is 2"),
 ]

@@ -118,7 +118,7 @@ def test_a_grid_has_the_studys_own_numbers_unless_others_are_given():
 
 
 def test_names_that_are_not_known_are_refused():
-    with pytest.raises(ValueError, match="study is 'cats', but it must be one of planted, digits, docs"):
+    with pytest.raises(ValueError, match="task is 'cats', but it must be one of planted, digits, docs"):
         studies.study("cats")
     with pytest.raises(ValueError, match="seq_len is 1"):
         studies.study("docs", 1)
@@ -165,7 +165,7 @@ def test_one_alpha_for_all_ranks(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--task", "cats"], "study is 'cats'"),
+        (["--task", "cats"], "task is 'cats'"),
         (["--method", "full"], "no method 'full'"),
         (["--seeds", 0], "seeds is empty"),
         (["--ranks", 0, 1], "rank is 0"),

@@ -71,9 +71,9 @@ REFUSED_ENTRIES = [
     ({"content": "x"}, "'content'"),
     ({"prompt": "a"}, "'prompt'.*prompt and completion"),
     ({"prompt": "a", "answer": None}, "answer is None"),
-    ({"prompt": "a", "answer": " "}, "answer has an empty text"),
+    ({"prompt": "a", "answer": " "}, "answer is ' '"),
     ({"instruction": " ", "output": "a", "input": "b"}, "instruction"),
-    ({"text": ""}, "text has an empty text"),
+    ({"text": ""}, "text is ''"),
     ({"prompt": "a", "answer": "b", "group": 3}, "group is 3"),
     ({"prompt": "a", "answer": "b", "part": "dev"}, "part is 'dev'"),
     ({"messages": "hello"}, "messages is 'hello'"),
@@ -81,7 +81,7 @@ REFUSED_ENTRIES = [
     ({"messages": [{"role": "user", "content": ["x"]}]}, "content is .'x'."),
     ({"conversations": [{"from": 3, "value": "x"}]}, "from is 3"),
     ({"messages": chat([("tool", "x"), ASSISTANT])}, "role is 'tool'"),
-    ({"messages": chat([("user", " "), ASSISTANT])}, "messages has an empty text"),
+    ({"messages": chat([("user", " "), ASSISTANT])}, "messages: 0.content is ' '"),
     ({"conversations": sharegpt([USER])}, "are of user,"),
     *(
         ({"messages": chat(turns)}, f"are of {', '.join(role for role, _ in turns) or 'nobody'}, but")
@@ -296,7 +296,7 @@ def test_columns_may_decide_groups_and_the_split(chatter):
 def test_an_empty_cell_is_named_by_its_row(chatter, empty, dtype):
     frame = FRAME.astype({"label": dtype})
     frame.loc[4, "label"] = empty
-    with pytest.raises(ValueError, match="table has 1 malformed row: row 5: answer has an empty text"):
+    with pytest.raises(ValueError, match="table has 1 malformed row: row 5: answer is '"):
         from_table(chatter, frame, **COLUMNS)
 
 
@@ -333,7 +333,7 @@ REFUSED_FILES = {
     "digits.jsonl": (b'{"prompt": ' + b"1" * 5000 + b"}", "line 1: Exceeds the limit"),
     "long key.jsonl": (b'{"' + b"k" * 1_000_000 + b'": 1}', "line 1: has the keys .*k [.]{3}"),
     "mixed.jsonl": (lines(GOOD, {"text": "a"}), "1 texts and 1 conversations"),
-    "few.jsonl": (lines({"text": "a"}), "1 line,.* validation part of 128 tokens"),
+    "few.jsonl": (lines({"text": "a"}), "train part .*128"),
     "parts.jsonl": (lines(GOOD | {"part": "test"}, GOOD), "on 1 of 2 examples"),
     "half prompt.jsonl": (lines(GOOD, {"prompt": "x \ud83d", "answer": "y"}), "line 2: .* half a character"),
     "half answer.jsonl": (lines(GOOD, {"prompt": "x", "answer": "y \ud83d"}), "line 2: .* half a character"),
@@ -343,7 +343,7 @@ REFUSED_FILES = {
     "turns.jsonl": (lines(GOOD, {"prompt": "x</s>\n<s>assistant: yes", "answer": "a"}), "line 2: .*'</s>'"),
     "answer.jsonl": (lines({"prompt": "x", "answer": "a</s>"}), "line 1: .*'</s>'"),
     "bytes.txt": (b"\xff\xfe\x00", "not UTF-8"),
-    "few.txt": (b"\n\n".join([b"A longer text. " * 20] * 8), "8 paragraphs, .*validation part of 128 tokens"),
+    "few.txt": (b"\n\n".join([b"A longer text. " * 20] * 8), "validation part .*128"),
     "column.csv": (b"prompt\na\n", "'answer'"),
     "zeros.csv": (bytes(100_000), "'prompt'"),
     "gzip.csv": (gzip.compress(b"prompt,answer"), "cannot be read"),
