@@ -443,12 +443,7 @@ def ablate(
 
 
 def record(
-    what: str,
-    /,
-    device: str | None = None,
-    models: tuple[str, ...] = (),
-    out: str | None = None,
-    check: bool = False,
+    what: str, /, device: str | None = None, models: tuple[str, ...] = (), out: str | None = None, check: bool = False
 ) -> dict[str, Any] | None:
     """Measure on this machine what the lessons show, and save it in records/.
 
@@ -538,12 +533,7 @@ def claims(id: str | None = None, /, records: str | None = None, lessons: str | 
 
 
 def course(
-    folder: str,
-    /,
-    only: tuple[str, ...] = (),
-    solved: bool = False,
-    add: tuple[str, ...] = (),
-    grading: bool = False,
+    folder: str, /, only: tuple[str, ...] = (), solved: bool = False, add: tuple[str, ...] = (), grading: bool = False
 ) -> None:
     """Copy the lessons into a folder of yours, with the exercises open; nothing that you have changed is overwritten.
 

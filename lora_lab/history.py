@@ -91,9 +91,8 @@ class History:
         """Return a pandas DataFrame with one row per step and the columns ``COLUMNS``."""
         import pandas
 
-        return pandas.DataFrame(self.rows, columns=list(COLUMNS)).astype(
-            {name: float for name in COLUMNS if name not in ("step", "tokens")}
-        )
+        decimals = [name for name in COLUMNS if name not in ("step", "tokens")]
+        return pandas.DataFrame(self.rows, columns=list(COLUMNS)).astype(dict.fromkeys(decimals, float))
 
     def curve(self, column: str) -> tuple[list[int], list[float]]:
         """Return steps and values of a column where it is not None; or of "gap", the generalisation gap.

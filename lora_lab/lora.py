@@ -58,12 +58,7 @@ class LoRALayer(nn.Module):
     base: Any  # a module with a weight; its class depends on the kind of layer
 
     def __init__(
-        self,
-        base: nn.Module,
-        rank: int,
-        alpha: float,
-        dropout: float = 0.0,
-        generator: torch.Generator | None = None,
+        self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0, generator: torch.Generator | None = None
     ) -> None:
         super().__init__()
         rank = check(rank, Size, "rank")

@@ -421,13 +421,10 @@ def _spectrum(S: Tensor) -> Tensor:
     """Return S in the dtype to compute in.
 
     Raises:
-        ValueError: S is no tensor of floating-point numbers (..., k), is on the meta device, or has an entry that is no
-            singular value.
+        ValueError: S holds no floating-point numbers (..., k), or one of them is no singular value.
     """
-    if not isinstance(S, Tensor) or S.is_meta:
-        raise ValueError(f"S is {S!r:.99}, but it must be a tensor that stores values, such as svd(W).S.")
-    if not (S.is_floating_point() and S.ndim and S.numel()):
-        raise ValueError(f"S is {tuple(S.shape)} of {S.dtype}, but it must be singular values (..., k), as svd(W).S.")
+    if S.is_meta or not (S.is_floating_point() and S.ndim and S.numel()):
+        raise ValueError(f"S is {tuple(S.shape)} of {S.dtype} on {S.device}; it must be singular values, as svd(W).S.")
     if not (S.isfinite() & (S >= 0)).all():
         raise ValueError("S has entries that are negative, NaN or infinite, so they are no singular values.")
     return S.to(_work_dtype(S))

@@ -49,14 +49,7 @@ from pydantic import Field
 from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.results import OUT_OF_MEMORY, OUTCOME, PROVENANCE, SCORE, STOPPED, last_rows
 from lora_lab.ablation.run import ModelOrFactory, TaskOrFactory, ablate
-from lora_lab.ablation.stats import (
-    CONFIDENCE,
-    BlockLosses,
-    block_losses_of,
-    losses_by_seed,
-    outer_bounds,
-    t_bounds,
-)
+from lora_lab.ablation.stats import CONFIDENCE, BlockLosses, block_losses_of, losses_by_seed, outer_bounds, t_bounds
 from lora_lab.system.schema import NotNegative, Positive, Size, check
 from lora_lab.system.wording import count_noun
 

@@ -116,11 +116,7 @@ def at_equal_learning(frame: DataFrame, best: DataFrame, share: float = 1.0) -> 
 
 
 def compare_over_rates(
-    frame: DataFrame,
-    column: str,
-    reference: str = "full",
-    share: float | None = None,
-    train_loss: float | None = None,
+    frame: DataFrame, column: str, reference: str = "full", share: float | None = None, train_loss: float | None = None
 ) -> DataFrame:
     """Compare each method with one over all pairs of their rates: does a difference depend on the rate chosen?
 

@@ -120,12 +120,7 @@ def _dequantise_once(log: StorageLog) -> None:
 
 
 def measure(
-    model: Source,
-    method: Method | Setup,
-    batch: Batch,
-    *,
-    device: torch.device | str | None = None,
-    **options: Any,
+    model: Source, method: Method | Setup, batch: Batch, *, device: torch.device | str | None = None, **options: Any
 ) -> Bill:
     """Return the bill of a training step that is really taken, with a peak from the allocator itself.
 

@@ -230,12 +230,7 @@ class Trunk(nn.Module):
         self.frequencies = {torch.device("cpu"): rotary_frequencies(config)}  # (32,)
         self.gradient_checkpointing = False
 
-    def forward(
-        self,
-        ids: Tensor,
-        attention_mask: Tensor | None = None,
-        cache: KeyValueCache | None = None,
-    ) -> Tensor:
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         past = cache.length if cache else 0
         new = ids.shape[1]
         x = self.embed_tokens(ids)  # (4, 128) -> (4, 128, 576)
@@ -281,12 +276,7 @@ class Llama(nn.Module):
         if not self.lm_head.weight.is_meta:
             self._initialise(seed)
 
-    def forward(
-        self,
-        ids: Tensor,
-        attention_mask: Tensor | None = None,
-        cache: KeyValueCache | None = None,
-    ) -> Tensor:
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """Return logits (batch, length, vocabulary).
 
         Args:

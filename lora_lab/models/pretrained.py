@@ -455,12 +455,7 @@ def _load_by_transformers(folder: Path, dtype: torch.dtype, device: torch.device
         raise ValueError(f"{folder} holds an adapter, which transformers would put on the model; move it elsewhere.")
     with _explain_failure(f"{folder} cannot be loaded by transformers"):
         model, report = kind.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
+            folder, config=config, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{folder} lacks tensors ({len(missing)}, such as {missing[0]}); copy or make it anew.")

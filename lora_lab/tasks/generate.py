@@ -44,12 +44,7 @@ def reply(model: nn.Module, tokenizer: Tokenizer, prompt: str, *, max_new_tokens
 
 @torch.no_grad()
 def answers(
-    model: nn.Module,
-    task: PairTask,
-    part: str = "test",
-    *,
-    limit: int | None = None,
-    max_new_tokens: int | None = None,
+    model: nn.Module, task: PairTask, part: str = "test", *, limit: int | None = None, max_new_tokens: int | None = None
 ) -> list[str]:
     """Return the model's answers to the prompts of a part, decoded greedily, many prompts at once.
 

@@ -73,11 +73,7 @@ def classification(predictions: Sequence[str], references: Sequence[str]) -> dic
     }
 
 
-METRICS = {
-    "summary": rouge_l,
-    "translation": translation,
-    "classification": classification,
-}
+METRICS = {"summary": rouge_l, "translation": translation, "classification": classification}
 
 
 # Baselines without a model

@@ -179,12 +179,7 @@ def from_jsonl(tokenizer: Tokenizer, path: str | Path, *, allow_special: bool = 
 
 
 def from_table(
-    tokenizer: Tokenizer,
-    table: Any,
-    *,
-    prompt: str = "prompt",
-    answer: str = "answer",
-    **options: Any,
+    tokenizer: Tokenizer, table: Any, *, prompt: str = "prompt", answer: str = "answer", **options: Any
 ) -> PairTask:
     """Return a task of prompts and answers from two columns of a table.
 
@@ -349,11 +344,7 @@ TASKS = {
     "style-plain": partial(style, variant="plain"),
 }
 TABLES = (".csv", ".tsv", ".parquet")  # files that from_table reads
-READERS = {
-    ".jsonl": from_jsonl,
-    ".txt": from_text,
-    **dict.fromkeys(TABLES, from_table),
-}
+READERS = {".jsonl": from_jsonl, ".txt": from_text, **dict.fromkeys(TABLES, from_table)}
 
 
 def check_name(name: str, names: Iterable[str] = TASKS) -> None:
