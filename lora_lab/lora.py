@@ -54,7 +54,7 @@ class LoRALayer(nn.Module):
     """
 
     parts: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")  # names of the tensors that make up an adapter
-    fixed: ClassVar[tuple[str, ...]] = ()  # those of them that are parameters, but are not trained
+    fixed: ClassVar[tuple[str, ...]] = ()  # parameters that are not trained: the seed gives them anew
     base: Any  # a module with a weight; its class depends on the kind of layer
 
     def __init__(

@@ -348,7 +348,7 @@ def gaussian_factors(
     """Return noise in the form of an adapter: Gaussian B (out, r) and A (r, in), scaled so that ||B A||_F is ``norm``.
 
     Raises:
-        ValueError: the rank is 0: as for :func:`product_svd`.
+        ValueError: the rank is 0, for which there are no factors.
     """
     B = torch.randn(shape[0], rank, generator=generator, dtype=torch.float64)  # (192, 8)
     A = torch.randn(rank, shape[1], generator=generator, dtype=torch.float64)  # (8, 576)

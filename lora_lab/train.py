@@ -603,9 +603,9 @@ def data_order(task: Task, config: TrainConfig) -> DataOrder:
     else:
         order = LengthOrder(task.train.lengths, config.seed, config.batch_size)
     counts = task.train.target_counts  # (n,)
-    empty = int((counts == 0).sum())
-    steps = config.steps if empty else 0  # of which a batch may hold no target that counts
-    for step in range(1, steps + 1):
+    if (empty := int((counts == 0).sum())) == 0:
+        return order
+    for step in range(1, config.steps + 1):
         if not counts[order.rows((step - 1) * config.batch_size, config.batch_size)].any():
             raise ValueError(
                 f"No target of the batch at step {step} (seed {config.seed}) counts in the loss; remove the training "

@@ -12,9 +12,13 @@ r"""Variants of LoRA: each changes a few lines of LoRALinear, and has a method b
 To add one, write two classes below; commands and files of PEFT find it by its name:
 
     a layer, of LoRALinear   override ``scaling``, ``init_factors``, or ``forward`` with ``_delta``, which merging uses;
-                             list further tensors in ``parts``, and those that are not trained in ``fixed``
+                             make further tensors after ``super().__init__``, on the base's device, a buffer if it is
+                             not trained, and list them in ``parts``; of A and B list in ``fixed`` what is not trained
     a method, of LoRA        its ``name`` and ``layer``; ``groups`` for other rates; ``peft`` if PEFT has a setting for
-                             it, else it is saved as plain LoRA, as suits a layer that computes W0 x + scaling * B A x
+                             it, whose further tensors ``adapters.peft_format`` must name
+
+Without ``peft``, ``save_adapter`` refuses a layer whose ``forward``, ``_delta`` or ``scaling`` is its own: store its
+``adapter_state``, or merge it. ``diagnose`` looks at A and B alone.
 
 Shapes in the comments are those of ``lora_lab.lora``: a batch of 32, in = 64, out = 48, rank = 4.
 """

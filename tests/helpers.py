@@ -16,6 +16,7 @@ import torch
 
 from lora_lab import cli
 from lora_lab.costs.bill import MIB, Bill, Moment
+from lora_lab.lora import LoRALinear
 from lora_lab.tasks import Examples, Pair, Task, from_pairs
 
 ROOT = Path(__file__).parents[1]  # the repository
@@ -26,6 +27,22 @@ PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
 
 
 # Models and adapters
+
+
+class BetweenLinear(LoRALinear):
+    """A variant of somebody else's: h = W0 x + scaling * B R A x, with a matrix R between the factors."""
+
+    parts = (*LoRALinear.parts, "lora_R")
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.lora_R = torch.nn.Parameter(torch.eye(self.rank).flip(0))
+
+    def forward(self, x):
+        return self.base(x) + x @ self._delta().T
+
+    def _delta(self):
+        return self.scaling * (self.lora_B @ self.lora_R @ self.lora_A)
 
 
 def saved_bytes(forward, model):

@@ -228,7 +228,7 @@ def choose_rates(frame: DataFrame, seeds: Sequence[int] | None = None, *, best: 
 
 
 def _next_rate(choice: Choice, grid: Sequence[float], beyond: int) -> float | None:
-    """Return the rate to try next if too few lie on a side of the best; None if they do, or it was tried already."""
+    """Return the rate to try next, if too few lie above or below the best one; None if enough do, or it was tried."""
     if choice.lr is None or len(grid) < 2:
         return None
     below = grid.index(choice.lr)

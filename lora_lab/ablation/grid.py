@@ -17,7 +17,7 @@ from typing import Any
 
 from lora_lab.lean.step import Lean
 from lora_lab.methods import LoRA, Method
-from lora_lab.system.schema import Positive, Seed, as_number
+from lora_lab.system.schema import Positive, Seed, to_python
 from lora_lab.train import TrainConfig
 
 # Entries of a trial's content that are there only if in use.
@@ -159,7 +159,7 @@ class Grid(list[Trial]):
 
 def _plain(value: Any) -> Any:
     """Return a value in JSON's types, and equal values in one form: 16.0 is 16, -0.0 is 0, a tuple is a list."""
-    value = as_number(value)
+    value = to_python(value)
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, Mapping):

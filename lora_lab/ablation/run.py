@@ -46,7 +46,7 @@ from lora_lab.costs.memory import Part, predict
 from lora_lab.history import DivergedError, History
 from lora_lab.system.files import as_path, check_writable, write_json
 from lora_lab.system.provenance import bytes_of, commit, device_name, machine_info, version
-from lora_lab.system.schema import Size, as_number, check
+from lora_lab.system.schema import Size, check, to_python
 from lora_lab.system.wording import progress_bar
 from lora_lab.task import Task
 from lora_lab.train import evaluate, fit, in_autocast, make_step
@@ -471,6 +471,6 @@ def _judge(job: _Job, trial: Trial, model: nn.Module, task: Task, history: Histo
         return _file(trial, model, "failed", reason=f"The test loss is {loss} after the last step.")
     if job.judge is None:
         return _file(trial, model, "done", history, test_loss=loss)
-    scores = {name: as_number(value) for name, value in job.judge(model, task).items()}  # JSON cannot hold numpy's
+    scores = {name: to_python(value) for name, value in job.judge(model, task).items()}  # JSON cannot hold numpy's
     scores = check(scores, Scores, "what the judge gave")
     return _file(trial, model, "done", history, test_loss=loss, scores=scores)

@@ -15,7 +15,7 @@ from lora_lab.layers import LoRAConv1D, lora_class
 from lora_lab.lora import LoRALayer
 from lora_lab.rank import product_svd, svd, truncate
 from lora_lab.system.schema import Number, Positive, Size, check, check_finite
-from lora_lab.variants import DoRALinear, PiSSALinear
+from lora_lab.variants import DoRALinear
 
 # Adapters without their model
 
@@ -287,7 +287,7 @@ def resize(model: nn.Module, rank: int) -> dict[str, float]:
     layers = lora_layers(model, required=True)
     check_finite(adapter_state(model).items())
     why = "whose update is more than scaling * B A; merge it, and extract(base, merged, rank)."
-    _refuse(layers, PiSSALinear | DoRALinear, why)
+    _refuse(layers, tuple(type(layer) for layer in layers.values() if layer.parts != LoRALayer.parts), why)
     errors = dict.fromkeys(layers, 0.0)
     for name, layer in layers.items():
         if layer.rank > rank:

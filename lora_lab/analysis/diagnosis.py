@@ -111,14 +111,18 @@ def diagnose(
         ValueError: the optimizer or the base is something else, such as a path.
         TypeError: load_report has no ``missing_keys``.
     """
-    if not isinstance(optimizer, Optimizer | None):
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
         raise ValueError(f"optimizer is {short_repr(optimizer)}, but it must be the optimizer that trains the model.")
     if not isinstance(base, nn.Module | Mapping | None):
         raise ValueError(f"base is {short_repr(base)}, but it must be the pre-trained model or its state dict.")
     layers = lora_layers(model)
     our_names = {f"{name}.{part}" for name, layer in layers.items() for part in layer.parts}
     parameters = dict(model.named_parameters())
-    adapter_parameters = {name: p for name, p in parameters.items() if name in our_names or _PARTS & {*name.split(".")}}
+    adapter_parameters = {
+        name: parameter
+        for name, parameter in parameters.items()
+        if name in our_names or not _PARTS.isdisjoint(name.split("."))
+    }
     adapters = _pair_factors(adapter_parameters)
     base_prefix = {adapter.layer: "base_layer." for adapter in adapters} | dict.fromkeys(layers, "base.")
     results = {

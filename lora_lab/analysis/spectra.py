@@ -41,7 +41,7 @@ from lora_lab.lora import LoRALayer
 from lora_lab.rank import SVD, Band, by_chance, gaussian, gaussian_factors, product_svd, singular_values, svd
 from lora_lab.system.wording import progress_bar
 from lora_lab.task import IGNORE, Task, logits, mean_cross_entropy
-from lora_lab.variants import DoRALinear, PiSSALinear
+from lora_lab.variants import PiSSALinear
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -199,7 +199,7 @@ def _random_directions(out_features: int, in_features: int, count: int) -> tuple
 
 @cache
 def null_bands(shape: tuple[int, ...], rank: int | None = None) -> dict[str, Band]:
-    """Return the band for noise of each of :data:`STATISTICS`, for an adapter of this rank, or for a matrix."""
+    """Return the band for noise of each of :data:`STATISTICS`, for an adapter of this rank, or (None) a matrix."""
 
     def draw(generator: torch.Generator) -> Tensor:
         if rank is not None:
@@ -332,15 +332,15 @@ def _read_adapter(source: Weights | str | Path) -> dict[str, _Factors | Update]:
 
 
 def _update_of(layer: LoRALayer) -> _Factors | Update:
-    """Return a layer's update: scaling * B A as its factors; DoRA's, which has full rank, decomposed."""
+    """Return a layer's update: scaling * B A as its factors; another kind's, such as DoRA's, decomposed."""
     before = layer.base.weight.flatten(1)  # (192, 576)
-    if isinstance(layer, DoRALinear):  # the row norms change too, so the update has full rank
-        return Update(svd(layer.weight - before), None, before)
     if isinstance(layer, LoRAEmbedding | LoRAConv1D):  # these store their weight as (in, out)
         before = before.T
     A, B = layer.lora_A, layer.lora_B  # (8, 576), (192, 8)
     if isinstance(layer, PiSSALinear):  # B A starts as a part of the weight, and the update is B A - B0 A0
         A, B = layer.plain_factors(A, B, layer.start_A, layer.start_B)  # (16, 576), (192, 16)
+    elif layer.parts != LoRALayer.parts:  # such as DoRA, whose row norms change too
+        return Update(svd(layer.weight - before), None, before)
     return _Factors(B.flatten(1), A.flatten(1), layer.scaling, before)
 
 

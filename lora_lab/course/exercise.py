@@ -174,7 +174,8 @@ class Exercise:
         """Return the solution with an edit.
 
         Args:
-            edit: old and new text, in turns; or one text, which replaces the whole body.
+            edit: old and new text, in turns; or one text, which replaces the whole body. Old texts are those of
+                ``ast.unparse``, with single quotes and a line for each statement; every occurrence is replaced.
 
         Raises:
             ValueError: an old text is not in the solution.
@@ -187,7 +188,7 @@ class Exercise:
                 if old not in source:
                     raise ValueError(f"{old!r} is not in the solution of {self.name!r}, which is:\n{source}")
                 source = source.replace(old, new)
-        names = dict(self.properties[0].holds.__globals__)  # the imports and helpers of the lesson's file
+        names = dict(self.properties[0].holds.__globals__)  # of the file in exercises/, not of the lesson
         names |= {EXERCISES[name].stated.function: EXERCISES[name].solution for name in self.uses}
         exec(compile(source, f"<{self.name}>", "exec"), names)
         return names[self.stated.function]

@@ -426,6 +426,6 @@ def reader_of(model: nn.Module, mask: Tensor | None = None) -> Reader:
     if can_generate is None or not can_generate() or is_encoder_decoder(model):
         raise ValueError(
             f"Only a causal language model can continue a text, but this is a {type(model).__name__}; use a "
-            "lora_lab.Llama, or one of transformers."
+            "lora_lab.Llama or a causal model of transformers, or generate with the model's own library."
         )
-    return Reader(model, mask)
+    return Reader(model, mask)  # for a model of transformers

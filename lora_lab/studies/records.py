@@ -30,6 +30,7 @@ class Kind(NamedTuple):
     question: str
 
 
+# The file has its recorder under the kind's name in capitals.
 KINDS = {
     "memory": Kind("steps", "half an hour", "memory of training steps, predicted and measured"),
     "speed": Kind("steps", "half an hour", "times of training steps, predicted and measured"),

@@ -41,7 +41,7 @@ def pick_device(device: str | torch.device | None = None) -> tuple[torch.device,
     if requested is not None:
         try:
             available = torch.device(requested)
-            torch.empty(1, device=available).item()
+            torch.empty(1, device=available).item()  # on "meta" there is no value to read
         except (RuntimeError, AssertionError, TypeError, ValueError) as error:
             raise ValueError(
                 f"Device {shortened(str(requested))!r} cannot be used here ({shortened(str(error).splitlines()[0])}); "

@@ -59,7 +59,7 @@ def check(content: Any, schema: Any, where: str = "") -> Any:
     Raises:
         ValueError: an entry is missing, is of another type, or is out of its range. The message names the first one.
     """
-    content = as_number(content)
+    content = to_python(content)
     try:
         _validator(schema).validate_python(content, strict=True)
     except ValidationError as error:
@@ -75,7 +75,7 @@ def check_fields(instance: Any) -> None:
     Raises:
         ValueError: as for :func:`check`.
     """
-    content = {field.name: as_number(getattr(instance, field.name)) for field in fields(instance)}
+    content = {field.name: to_python(getattr(instance, field.name)) for field in fields(instance)}
     check(content, _fields_of(type(instance)))
     for name, value in content.items():
         object.__setattr__(instance, name, value)  # which a frozen instance allows
@@ -87,7 +87,7 @@ def check_bfloat16(dtype: Any, name: str) -> None:
         raise ValueError(f"{name} is {short_repr(dtype)}, but it must be torch.bfloat16 or None.")
 
 
-def as_number(value: Any) -> Any:
+def to_python(value: Any) -> Any:
     """Return a number of numpy or torch as Python's, for JSON; anything else as it is."""
     return value.item() if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0 else value
 

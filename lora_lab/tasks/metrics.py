@@ -40,13 +40,17 @@ def score(task: PairTask, predictions: Sequence[str], part: str = "test") -> dic
 
 
 def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Return the mean F1 of the longest common subsequence of words (Lin 2004), by the package rouge-score."""
+    """Return the mean F1 of the longest common subsequence of words (Lin 2004), by the package rouge-score.
+
+    Raises:
+        ValueError: as for :func:`translation`.
+    """
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     pairs = zip(references, predictions, strict=True)
     f1 = [scorer.score(reference, prediction)["rougeL"].fmeasure for reference, prediction in pairs]
-    return {"rouge_l": sum(f1) / len(f1)}
+    return {"rouge_l": fmean(f1)}
 
 
 def translation(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:

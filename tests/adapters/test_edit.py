@@ -18,7 +18,7 @@ from lora_lab.layers import LoRAConv2d, LoRAEmbedding
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
-from tests.helpers import PIXELS, logits, randomise, snapshot
+from tests.helpers import PIXELS, BetweenLinear, logits, randomise, snapshot
 from tests.tiny_models import Pictures, pictures
 
 
@@ -506,13 +506,17 @@ STATES = [
     *((STATE | {"head.alpha": torch.tensor(alpha)}, "head.alpha") for alpha in (torch.nan, -1.0)),
     *((STATE | {"head.scaling": scaling}, "head.scaling") for scaling in (torch.ones(2), torch.zeros(()))),
 ]
+MORE_THAN_BA = PiSSALinear, DoRALinear, BetweenLinear
 REFUSED = [  # a model, what is done with it, and what must be named
     (DigitsMLP, lambda base: extract(base, tuned(base), 0), "rank is 0"),
     (DigitsMLP, lambda base: extract(base, copy.deepcopy(base), 4), "nothing to extract"),
     (DigitsMLP, lambda base: extract(base, DigitsMLP(32), 4), "hidden1.weight"),
     (DigitsMLP, lambda base: extract(base, {}, 4), "hidden1.weight"),
     (adapted, lambda base: extract(base, pictures(), 4), "already has adapters"),
-    *((partial(of, kind), lambda model: resize(model, 1), kind.__name__) for kind in (PiSSALinear, DoRALinear)),
+    *(
+        (partial(of, kind), lambda model: resize(model, 1), kind.__name__)
+        for kind in (PiSSALinear, DoRALinear, BetweenLinear)
+    ),
     (DigitsMLP, lambda model: resize(model, 2), "no adapters"),
     (adapted, lambda model: resize(model, 0), "rank is 0"),
     *((adapted, partial(switch, state=state), named) for state, named in STATES),

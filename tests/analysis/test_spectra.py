@@ -36,7 +36,7 @@ from lora_lab.models.llama import Llama
 from lora_lab.task import IGNORE
 from lora_lab.tasks import digits
 from lora_lab.variants import DoRALinear, LoRAFALinear, PiSSALinear, RsLoRALinear
-from tests.helpers import PNG, perturbed, printed_json, randomise
+from tests.helpers import PNG, BetweenLinear, perturbed, printed_json, randomise
 
 
 def trained(model, kind=None, r=3):
@@ -177,11 +177,9 @@ def test_the_band_of_amplification_is_that_of_random_directions():
         assert outside < 0.15
 
 
-def test_dora_is_reported_with_its_lengths():
-    model = trained(DigitsMLP(), DoRALinear)
-    with torch.no_grad():
-        for layer in lora_layers(model).values():
-            layer.lora_magnitude_vector.mul_(1.5)
+@pytest.mark.parametrize("kind", [DoRALinear, BetweenLinear])
+def test_a_variant_is_reported_with_all_that_it_changes(kind):
+    model = trained(DigitsMLP(), kind)
     frame = spectra.report(None, model).set_index("layer")
     layer = model.hidden1
     expected = (layer.merged().weight - layer.base.weight).detach()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -148,12 +149,13 @@ def runs_out_of_capacity(record: Record) -> Result:
 
     A rank that is behind, or as good, after each number of steps that decides shows neither.
     """
-    every, cases = gaps(record), []
-    for _, of_rank in groupby(_list_gaps(every), lambda case: case[2]):
-        answers, texts, *_ = zip(*of_rank, strict=True)
-        turns = {*combinations(answers, 2)}  # (early, late)
+    every, of_ranks, cases = gaps(record), defaultdict(list), []
+    for as_good, words, rank, _ in _list_gaps(every):
+        of_ranks[rank].append((as_good, words))
+    for of_rank in of_ranks.values():  # from few steps to many
+        turns = {(early, late) for (early, _), (late, _) in combinations(of_rank, 2)}
         turned = False if (False, True) in turns else True if (True, False) in turns else None
-        cases.append((turned, ", ".join(texts)))
+        cases.append((turned, ", ".join(words for _, words in of_rank)))
     return _explain_gaps(decide_cases(cases, "the rank"), every)
 
 

@@ -102,7 +102,7 @@ class Claim:
 
     @property
     def stated(self) -> float:
-        """The first of the claim's numbers.
+        """The number that the claim is about, which its entry lists first.
 
         Raises:
             ValueError: the claim has none.
