@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import pickle
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import peft
@@ -77,6 +78,16 @@ def test_partial_fine_tuning_trains_no_module_that_is_not_named_through_a_shared
     untied = Llama(dataclasses.replace(tiny_config, tie_word_embeddings=False))
     PartialFineTuning(["lm_head"]).prepare(untied, seed=0)
     assert trainable(untied) == {"lm_head.weight"}
+
+
+@pytest.mark.parametrize(
+    ("modules", "named"), [("head", "'head'"), ([1], r"\[1\]"), (["idle"], "'idle'"), (["absent"], "'absent'")]
+)
+def test_partial_fine_tuning_names_what_it_cannot_train(modules, named):
+    model = nn.Sequential(OrderedDict(head=nn.Linear(3, 2), idle=nn.Tanh()))
+    with pytest.raises(ValueError, match=rf"{named}.*(must be a list|no parameter|top level)"):
+        PartialFineTuning(modules).prepare(model, seed=0)
+    assert trainable(model) == {"head.weight", "head.bias"}
 
 
 def test_a_module_with_two_names_is_one_module():

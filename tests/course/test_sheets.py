@@ -31,6 +31,16 @@ def marks(notebook):
     return {cell.id: cell.metadata.nbgrader for cell in notebook.cells if "nbgrader" in cell.metadata}
 
 
+def test_a_lesson_that_no_sheet_can_be_made_of_is_refused():
+    with pytest.raises(ValueError, match="99_none needs an exercise and a reflection"):
+        sheet(lesson("01_low_rank"), "99_none", 3)
+    bare = lesson("01_low_rank")
+    for cell in bare.cells:
+        cell.source = cell.source.replace("### Exercise", "### Something")
+    with pytest.raises(ValueError, match=r"'### Exercise'.*'largest_saving_rank'"):
+        sheet(bare, "01_low_rank", 3)
+
+
 @each_lesson
 def test_a_sheet_has_each_exercise_with_its_text_its_answer_and_its_tests(name):
     notebook = sheet(lesson(name), name, 3)
