@@ -79,7 +79,7 @@ def test_one_block_of_each_kind_by_hand():
     numbers = [-128, -1, 0, 1, 127, *range(27)]
     block = torch.tensor([[*half(0.25), *(n % 256 for n in numbers)]], dtype=torch.uint8)
     assert dequantize(block, "Q8_0").tolist() == [[0.25 * n for n in numbers]]
-    with pytest.raises(ValueError, match="33 bytes .*Q8_0 blocks of 34"):
+    with pytest.raises(ValueError, match=r"33 bytes .*Q8_0 blocks of 34"):
         dequantize(block[:, :-1], "Q8_0")
 
 
