@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @with_config(ConfigDict(extra="forbid"))
 class Row(TypedDict):
-    """One step. A loss that was not evaluated is None, and so is what a row 0, before training, cannot have."""
+    """One step. None: a loss that was not evaluated; and in row 0, before training, what only a step has."""
 
     step: Count
     train_loss: Number | None

@@ -89,7 +89,7 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int = 0, layer: type[LoRA
 
     Args:
         config: the settings; or a method, such as ``DoRA(rank=8)``, whose class of adapters is then the default.
-        seed: of the generator that every A is drawn from, in the model's order.
+        seed: of the generator that random factors are drawn from, in the model's order.
         layer: the class of the adapters (a class, not an instance), such as ``lora_lab.variants.DoRALinear``; by
             default the class that ``lora_lab.layers`` has registered for each kind of layer.
 
@@ -98,8 +98,8 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int = 0, layer: type[LoRA
 
     Raises:
         ValueError: the model already has adapters, nothing matches, a target matches nothing or a module that cannot be
-            adapted, a name in ``exclude`` matches nothing, a matched weight is shared by two modules, or the rank is
-            far above that of any matched weight. The model is then left unchanged.
+            adapted, a name in ``exclude`` matches no layer, a matched weight is shared by two modules, or the rank is
+            above 1,024 and above every side of the matched weights. The model is then left unchanged.
 
     Warns of a rank that is above the shorter side of every matched weight.
     """
@@ -118,18 +118,18 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int = 0, layer: type[LoRA
         for parameter in trainable:
             parameter.requires_grad_(True)
         raise
-    model.requires_grad_(False)
+    model.requires_grad_(False)  # the adapters are not in it yet
     for name, adapter in adapters.items():
         replace(model, name, adapter)
     return list(adapters)
 
 
 def _check_rank(rank: int, shapes: Sequence[tuple[int, ...]]) -> None:
-    """Refuse a rank far above the longest side of all weights, and warn of one that no update of them can have."""
+    """Refuse a rank above 1,024 and above every side of the weights; warn of one that no update of them can have."""
     longest = max(map(max, shapes))
     if rank > (most := max(longest, _ALWAYS_ALLOWED_RANK)):
         raise ValueError(f"rank is {rank}, but at most {most} here, where no weight has a side longer than {longest}.")
-    useful = max(min(out, math.prod(rest)) for out, *rest in shapes)  # the shorter side of the widest matrix
+    useful = max(min(out, math.prod(rest)) for out, *rest in shapes)  # the highest rank that an update can have
     if rank > useful:
         warnings.warn(f"rank is {rank}, but a rank of {useful} can already express any update.", stacklevel=3)
 
@@ -162,8 +162,8 @@ def merge(model: nn.Module, into: str = "dequantised", base: nn.Module | None = 
 
     Raises:
         ValueError: the model has no adapters, ``into`` is unknown, ``base`` is missing or superfluous or does not have
-            the model's layers in full precision, no adapted layer is quantised, or a number of an adapter or of a
-            merged weight is NaN or infinite. The model is then left unchanged.
+            the model's layers in full precision, or a number of an adapter or of a merged weight is NaN or infinite.
+            The model is then left unchanged.
     """
     layers = lora_layers(model, required=True)
     check_finite(adapter_state(model).items())
@@ -196,11 +196,11 @@ def _merge_into(base: nn.Module, model: nn.Module, layers: dict[str, LoRALayer])
     Adapters keep what they took from the quantised base, such as DoRA's lengths and PiSSA's start.
     """
     quantised = [name for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
-    outer = [name for name in quantised if name.removesuffix(".base") not in layers]
+    unadapted = [name for name in quantised if name.removesuffix(".base") not in layers]
     full_layers = dict(base.named_modules(remove_duplicate=False))
-    copies = {}  # so that layers that share a matrix in base share its copy
+    copies = {}  # deepcopy's memo: layers that share a matrix in base share its copy
     merged = {}
-    for name in (*layers, *outer):
+    for name in (*layers, *unadapted):
         layer: Any = model.get_submodule(name)
         full: Any = full_layers.get(name)
         if not _can_replace(full, layer):
@@ -251,8 +251,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 def output_head(model: nn.Module) -> nn.Module | None:
     """Return ``model.get_output_embeddings()``, as transformers calls the head; None without such a method."""
-    method = getattr(model, "get_output_embeddings", None)
-    return None if method is None else method()
+    return getattr(model, "get_output_embeddings", lambda: None)()
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -279,7 +278,7 @@ def match_layers(
 
     Raises:
         ValueError: nothing matches, a target matches nothing or a module that cannot be adapted, a name in ``exclude``
-            matches nothing, or a matched weight is shared by two modules.
+            matches no layer, or a matched weight is shared by two modules.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     left_out = find_excluded(modules, exclude)
@@ -301,16 +300,17 @@ def match_layers(
     return {name: classes[name] for name in names}
 
 
-def find_excluded(names: Collection[str], exclude: Sequence[str]) -> set[str]:
-    """Return those of the names that are in ``exclude``, or end in a dot and an entry of it.
+def find_excluded(modules: Mapping[str, nn.Module], exclude: Sequence[str]) -> set[str]:
+    """Return the names of the layers that are in ``exclude``, or end in a dot and an entry of it.
 
     Raises:
-        ValueError: an entry matches none of the names.
+        ValueError: an entry matches no layer; one that matches only a block of layers would leave nothing out.
     """
+    names = [name for name, module in modules.items() if module._parameters or module._buffers]
     for ending in exclude:
         if not any(name_matches(name, ending) for name in names):
             endings = shortened(", ".join(sorted({name.rpartition(".")[2] for name in names})))
-            raise ValueError(f"exclude has {ending!r}, which matches no module; names here end in {endings}.")
+            raise ValueError(f"exclude has {ending!r}, which matches no layer; names here end in {endings}.")
     return {name for name in names if any(name_matches(name, ending) for ending in exclude)}
 
 

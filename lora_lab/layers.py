@@ -1,8 +1,8 @@
 """LoRA for layers that are not ``nn.Linear``: embeddings, convolutions, GPT-2's Conv1D, attention's output.
 
-Each class defines the initial factors and the forward pass; everything else is inherited from
-``lora_lab.lora``. ``register(layer_class, lora_class)`` adds a kind of layer. A kind whose weight is stored in fewer
-bits derives from :class:`QuantizedLayer`, so that ``merge`` can quantise its merged weight again.
+Each class defines the initial factors, the forward pass, and ``_delta`` if its weight is not (out, in); all else is
+inherited from ``lora_lab.lora``. ``register(layer_class, lora_class)`` adds a kind of layer. A kind whose weight is
+stored in fewer bits derives from :class:`QuantizedLayer`, so that ``merge`` can quantise its merged weight again.
 
 Shapes in the comments: a vocabulary of 1000 tokens, width 64; a convolution from 3 to 16 channels
 with a 5 x 5 kernel on 8 images of 32 x 32; rank = 4.

@@ -37,9 +37,9 @@ from lora_lab.system.schema import Dropout, Positive, Size, check
 class LoRALayer(nn.Module):
     """A frozen layer plus the trainable update ``scaling * B @ A``.
 
-    A subclass for a kind of layer defines two methods: :meth:`init_factors`, which makes the initial A and B, and
-    ``forward``, which applies them to the input. Start with :class:`LoRALinear` below; ``lora_lab.layers`` has the
-    other kinds of layer.
+    A subclass for a kind of layer defines :meth:`init_factors`, which makes the initial A and B, ``forward``, which
+    applies them to the input, and ``_delta`` if its weight is not (out, in). Start with :class:`LoRALinear` below;
+    ``lora_lab.layers`` has the other kinds of layer.
 
     Args:
         base: the layer to adapt. It is stored as ``base`` and frozen.
@@ -54,7 +54,7 @@ class LoRALayer(nn.Module):
     """
 
     parts: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")  # names of the tensors that make up an adapter
-    fixed: ClassVar[tuple[str, ...]] = ()  # parameters that are not trained: the seed gives them anew
+    fixed: ClassVar[tuple[str, ...]] = ()  # parameters that are not trained; checkpoints leave them out
     base: Any  # a module with a weight; its class depends on the kind of layer
 
     def __init__(
@@ -135,7 +135,7 @@ class LoRALinear(LoRALayer):
 
     def init_factors(self, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Return the factors A (rank, in), uniform, and B (out, rank), zero."""
-        dtype = getattr(self.base, "dtype", None) or self.base.weight.dtype  # a base in blocks need not be dequantised
+        dtype = getattr(self.base, "dtype", None) or self.base.weight.dtype  # a quantised base need not be dequantised
         A = uniform(rank, self.base.in_features, dtype, generator)  # (4, 64)
         return A, torch.zeros(self.base.out_features, rank, dtype=A.dtype)  # (48, 4)
 

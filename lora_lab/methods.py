@@ -1,7 +1,7 @@
 """Training methods: full fine-tuning, LoRA, ... ``fit`` is the same for all; only the method differs.
 
-A method is a frozen dataclass with a ``name``, ``prepare(model, seed)``, which decides what is trainable,
-and ``groups(model)``, which returns the trainable parameters as groups for the optimiser.
+A method is a frozen dataclass with a ``name``, ``prepare(model, seed)``, which decides what is trainable (a subclass
+writes ``_prepare``), and ``groups(model)``, which returns the trainable parameters as groups for the optimiser.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 from lora_lab.inject import LoRAConfig, check_names, inject, lora_layers, require_no_adapters
 
-# The attribute of a model whose own weights a method trains: that method's name.
+# Set on a model whose own weights are trained: the name of the method that does so.
 MARK = "_lora_lab_method"
 
 
@@ -174,7 +174,7 @@ class LoRA(LoRAConfig, Method):
     """
 
     name: ClassVar[str] = "lora"
-    peft: ClassVar[str | None] = None  # PEFT's setting, such as "use_dora"; None: saved as plain LoRA
+    peft: ClassVar[str | None] = None  # PEFT's setting, such as "use_dora"; None: saved as plain LoRA, or refused
     by_name: ClassVar[dict[str, type[LoRA]]] = {}  # LoRA and its variants, which register themselves
 
     def __init_subclass__(cls) -> None:
@@ -183,7 +183,7 @@ class LoRA(LoRAConfig, Method):
             LoRA.by_name[cls.name] = cls
 
     def _prepare(self, model: nn.Module, seed: int) -> None:
-        inject(model, self, seed)
+        inject(model, self, seed)  # it is a LoRAConfig too
 
 
 LoRA.by_name[LoRA.name] = LoRA

@@ -6,8 +6,8 @@
     intruder_dimensions(before, after)             # Shuttleworth et al. 2024
     by_chance(lambda g: stable_rank(singular_values(gaussian((192, 576), generator=g))))
 
-All functions take and return tensors. Matrices of one shape may be stacked, (..., out, in), and are then processed as
-a batch. Half precision is computed in float32, other dtypes in their own precision. In place of a matrix its
+Matrices of one shape may be stacked, (..., out, in), and are then processed as a batch. Half precision is computed in
+float32, other dtypes in their own precision, :func:`singular_values` in float64. In place of a matrix its
 decomposition (U, S, Vh) may be passed, as ``torch.linalg.svd(W, full_matrices=False)`` returns it, to avoid computing
 it again.
 
@@ -67,8 +67,8 @@ def product_svd(B: Tensor, A: Tensor, scaling: float | Tensor = 1.0) -> SVD:
     Raises:
         ValueError: the shapes do not match, a factor has entries that are not finite, or the scaling is not positive.
     """
-    _check(B, "B")
-    _check(A, "A")
+    _check_matrix(B, "B")
+    _check_matrix(A, "A")
     if B.mT.shape[:-1] != A.shape[:-1]:  # (..., rank) of both
         raise ValueError(f"B is {tuple(B.shape)}, A {tuple(A.shape)}; they must be (..., out, rank), (..., rank, in).")
     scaling = torch.as_tensor(scaling, dtype=torch.float64)  # ()
@@ -78,7 +78,7 @@ def product_svd(B: Tensor, A: Tensor, scaling: float | Tensor = 1.0) -> SVD:
     Q_B, R_B = torch.linalg.qr(B.to(dtype))  # (192, 8), (8, 8)
     Q_A, R_A = torch.linalg.qr(A.mT.to(dtype))  # (576, 8), (8, 8)
     small = R_B @ R_A.mT * scaling[..., None, None].to(R_B)  # (8, 8)
-    _check(small, "scaling * B A")
+    _check_matrix(small, "scaling * B A")
     U, S, Vh = torch.linalg.svd(small, full_matrices=False)  # (8, 8), (8,), (8, 8)
     return SVD(Q_B @ U, S, Vh @ Q_A.mT)  # (192, 8), (8,), (8, 576)
 
@@ -92,23 +92,22 @@ def svd(W: Matrix) -> SVD:
     """
     if isinstance(W, tuple):
         return _check_decomposition(W)
-    _check(W, "W")
+    _check_matrix(W, "W")
     return SVD(*torch.linalg.svd(W.to(_work_dtype(W)), full_matrices=False))  # (192, 192), (192,), (192, 576)
 
 
 def singular_values(W: Matrix) -> Tensor:
-    r"""Return the singular values (..., k) alone, in float64, from the eigenvalues of the smaller of W W^T and W^T W.
+    r"""Return the singular values (..., k) alone, from the eigenvalues of the smaller of W W^T and W^T W, in float64.
 
     Several times as fast as :func:`svd`. Squaring halves the number of correct digits: values below about 1e-8 of the
-    largest are noise. So W W^T and its eigenvalues are computed in float64 (in float32, values below 3e-4 would be
-    noise).
+    largest are noise (in float32 it would be 3e-4). Those of a decomposition are its S as it is.
 
     Raises:
         ValueError: as for :func:`svd`.
     """
     if isinstance(W, tuple):
         return _check_decomposition(W).S
-    _check(W, "W")
+    _check_matrix(W, "W")
     wide = W.double()  # (192, 576)
     if wide.shape[-2] > wide.shape[-1]:
         wide = wide.mT
@@ -268,7 +267,7 @@ def _size_and_projection(delta: Matrix, W: Matrix, rank: int) -> tuple[Tensor, T
     if isinstance(W, tuple):
         U_of_W, S_of_W, Vh_of_W = _check_decomposition(W)
         W = (U_of_W * S_of_W[..., None, :]) @ Vh_of_W  # (192, 576)
-    _check(W, "W")
+    _check_matrix(W, "W")
     if W.shape != update.shape:
         raise ValueError(f"The weight is {tuple(W.shape)}, but the update {tuple(update.shape)}; they must be equal.")
     W = W.to(torch.promote_types(_work_dtype(W), update.S.dtype))
@@ -282,8 +281,8 @@ class Intruders(NamedTuple):
 
     ``cosines`` has one entry for each leading direction of the tuned weight, the strongest first: its cosine with the
     most similar direction of the old weight. ``count`` of them are below epsilon, and ``energy_share`` is the share of
-    the tuned weight's energy in those directions. ``floor`` is the average cosine of a random direction: unless epsilon
-    is well above it, the count means nothing. A direction that is spread evenly over the old ones counts as an
+    the tuned weight's energy in those directions. ``floor`` is that cosine of a random direction, on average: unless
+    epsilon is well above it, the count means nothing. A direction that is spread evenly over the old ones counts as an
     intruder, although it lies in their span.
     """
 
@@ -297,7 +296,7 @@ def intruder_dimensions(before: Matrix, after: Matrix, top: int = 10, epsilon: f
     """Return which leading left singular vectors are similar to none of the old weight (Shuttleworth et al. 2024).
 
     Args:
-        before: the weight (..., out, in) before training, or its full SVD.
+        before: the weight (..., out, in) before training, or its SVD, not truncated.
         after: the weight after training, update included, or its SVD.
         top: number of leading directions to examine.
         epsilon: a direction is an intruder if all its cosines are below this.
@@ -321,7 +320,7 @@ def intruder_dimensions(before: Matrix, after: Matrix, top: int = 10, epsilon: f
 def random_cosine(width: int, directions: int | None = None) -> float:
     """Return the largest cosine between a random direction and the vectors of an orthonormal basis, on average.
 
-    About sqrt(2 ln(n) / n) for a basis of n vectors in n dimensions: 0.137 for n = 576, 0.328 for n = 64.
+    A little less than sqrt(2 ln(n) / n) for a basis of n vectors in n dimensions: 0.137 for n = 576, 0.328 for n = 64.
 
     Args:
         width: dimensions of the space.
@@ -402,7 +401,7 @@ def _ratio(part: Tensor, whole: Tensor) -> Tensor:
     return torch.where(whole > 0, part / torch.where(whole > 0, whole, 1), 0)
 
 
-def _check(W: Tensor, name: str) -> None:
+def _check_matrix(W: Tensor, name: str) -> None:
     if not W.is_floating_point() or W.ndim < 2 or W.numel() == 0 or W.is_meta:
         raise ValueError(f"{name} is {tuple(W.shape)} of {W.dtype} on {W.device}; it must hold floats (..., out, in).")
     if not all(bound.isfinite() for bound in W.aminmax()):  # one pass; NaN propagates
@@ -438,7 +437,7 @@ def _check_rank(rank: int, largest: int, name: str = "rank") -> None:
 def _checked_bases(V1: Tensor, V2: Tensor) -> tuple[Tensor, Tensor]:
     """Return both in the dtype to compute in, after checks."""
     for V, name in ((V1, "V1"), (V2, "V2")):
-        _check(V, name)
+        _check_matrix(V, name)
         wide = V.to(_work_dtype(V))  # (576, 8)
         deviation = (wide.mT @ wide - torch.eye(V.shape[-1], dtype=wide.dtype, device=V.device)).abs().max()
         # Rounding unit columns to half precision changes their products by eps at most.

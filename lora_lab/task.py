@@ -43,7 +43,7 @@ class Examples:
 
     @property
     def lengths(self) -> Tensor | None:
-        """The length of each example, (n,); None if all have the same."""
+        """The length of each example, (n,), in a subclass that pads them; None if all have the same."""
         return None
 
     @property
@@ -54,7 +54,7 @@ class Examples:
         """
         if self.targets.is_floating_point():
             return torch.ones(len(self), dtype=torch.long)
-        return (self.targets != IGNORE)[:, None].flatten(1).sum(1)
+        return (self.targets != IGNORE)[:, None].flatten(1).sum(1)  # of targets (n,) or (n, length)
 
     def __getitem__(self, rows: Tensor | slice) -> Examples:
         return Examples(self.inputs[rows], self.targets[rows])
@@ -149,7 +149,7 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def padding_id(model: nn.Module) -> int | None:
-    """Return the token that pads the rows of a model in which tokens attend to later ones; None if it needs no mask.
+    """Return the padding token of a model that must mask it, or None.
 
     Those are the encoders and encoder-decoders of transformers whose config has a ``pad_token_id``. In a causal model
     no token attends to the padding on its right, so a mask would change no loss and cost time.

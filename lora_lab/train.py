@@ -52,8 +52,8 @@ class TrainConfig:
             epoch still has each example once, and its batches are in random order. Evaluations go by length too.
         schedule: after the warm-up, "cosine" (decaying towards 0) or "constant".
         warmup: steps of linear warm-up; default: a tenth of ``steps``.
-        accumulate: number of micro-batches per batch; saves memory, and changes the result by rounding alone, without
-            dropout and batch normalisation.
+        accumulate: number of micro-batches per batch; saves memory, and changes the result by rounding alone in a
+            model without dropout and batch norms.
         eval_every: steps between evaluations; default: a tenth of ``steps``. Step 0 and the last are always evaluated.
         eval_examples: examples of each part to evaluate on; default: all.
         gradient_checkpointing: save only the input of each block, and compute the block again in the backward pass:
@@ -115,7 +115,7 @@ class TrainConfig:
         return max(1, self.steps // 10) if self.eval_every is None else self.eval_every
 
     def rate_factor(self, step: int) -> float:
-        """Return the rate of step 1 .. ``steps`` over the peak: a linear rise, then constant or half a cosine."""
+        """Return the rate of step 1 .. ``steps``, as a share of the peak: a linear rise, then flat or half a cosine."""
         warmup = self.warmup_steps
         if step <= warmup:
             return step / warmup
@@ -225,7 +225,7 @@ def make_step(model: nn.Module, loss: Loss, method: Method, config: TrainConfig)
     """
     if config.lean is not None:
         return config.lean.make_step(model, loss, method, config)
-    # Looked up first, because a model may have no such method, and prepared first, because that may be refused too.
+    # Looked up before the model is prepared, because it may have no such method.
     enable = gradient_checkpointing_method(model) if config.gradient_checkpointing else None
     method.prepare(model, config.seed)
     if enable is not None:
@@ -248,13 +248,13 @@ def gradient_checkpointing_method(model: nn.Module, to: Literal["enable", "disab
     """Return the model's method that lets it save only the input of each block, and compute the block again; or not.
 
     Raises:
-        ValueError: it has none.
+        ValueError: it has none, or says that it does not support it.
     """
     # transformers 5 has renamed the methods, and warns of the old names.
     for name in (f"activation_checkpointing_{to}", f"gradient_checkpointing_{to}"):
-        if hasattr(model, name):
+        if hasattr(model, name) and getattr(model, "supports_gradient_checkpointing", True):
             return getattr(model, name)
-    raise ValueError(f"A {type(model).__name__} has no method {name}; leave gradient_checkpointing out.")
+    raise ValueError(f"A {type(model).__name__} has no method {name} that works; leave gradient_checkpointing out.")
 
 
 def parameter_groups(model: nn.Module, method: Method, config: TrainConfig) -> list[dict[str, Any]]:
@@ -288,12 +288,12 @@ def fit(
 
         fit(model, task, LoRA(rank=8), steps=40, lr=2e-3, batch_size=4)
 
-    All randomness (adapter weights, data order, dropout) comes from ``seed``. Modules end in the modes that they had.
-    A ValueError about options, task, method or an unreadable checkpoint leaves the model unchanged. Two checks come
-    after preparation (does the checkpoint fit; do all processes agree): after those, and after any other error, load
-    the model again. With the same ``checkpoint_dir``, and the model loaded again, the run goes on from its last
-    checkpoint, bit for bit; one that had ended returns its history. Several processes train together if torch's process
-    group is initialised (docs/costs.md).
+    All randomness (adapter weights, data order, dropout) comes from ``seed``. Modules end in the modes that they had,
+    and without gradients. A ValueError about options, task, method or an unreadable checkpoint leaves the model's
+    weights unchanged. Two checks come after preparation (does the checkpoint fit; do all processes agree): after those,
+    and after any other error, load the model again. With the same ``checkpoint_dir``, and the model loaded again, the
+    run goes on from its last checkpoint, bit for bit; one that had ended returns its history. Several processes train
+    together if torch's process group is initialised (docs/costs.md).
 
     Args:
         model: a freshly loaded model, on the device to train on.
@@ -309,6 +309,7 @@ def fit(
     Raises:
         ValueError: the arguments do not fit together, the model is prepared already, or the checkpoint another run's.
         OSError: ``checkpoint_dir`` cannot be written to.
+        TypeError: an option is no field of TrainConfig.
         DivergedError: the loss became NaN or infinite. One that only rises stops nothing.
     """
     check_options(options)
@@ -456,9 +457,9 @@ def restore_switches(model: nn.Module) -> Iterator[None]:
 
 
 def set_training_mode(model: nn.Module) -> None:
-    """Put a prepared model into training mode, except what would change the running statistics of a frozen layer.
+    """Put a prepared model into training mode, but keep frozen batch norms from changing their running statistics.
 
-    That is a batch norm without trainable parameters, unless the whole model is trained.
+    If the whole model is trained, those without parameters are trained with it.
     """
     model.train()
     if all(parameter.requires_grad for parameter in model.parameters()):
@@ -492,7 +493,7 @@ def check_alike(processes: Processes, model: nn.Module, history: History, done: 
 
 
 def micro_batches(
-    task: Task, order: DataOrder, step: int, config: TrainConfig, threads: int, processes: Processes
+    task: Task, order: DataOrder, number: int, config: TrainConfig, threads: int, processes: Processes
 ) -> tuple[list[Examples], list[float], int]:
     """Return the micro-batches of a step for this process: ``accumulate`` for each thread of each process, or fewer.
 
@@ -500,9 +501,9 @@ def micro_batches(
         The micro-batches, the weight of each in the loss of the whole batch, and the size of the whole batch in the
         task's unit.
     """
-    batch = task.train[order.rows((step - 1) * config.batch_size, config.batch_size)]
+    batch = task.train[order.rows((number - 1) * config.batch_size, config.batch_size)]
     size = math.ceil(len(batch) / (config.accumulate * threads * processes.world_size))
-    cuts = [batch] if size == len(batch) else [batch[slice(i, i + size)] for i in range(0, len(batch), size)]
+    cuts = [batch[i : i + size] for i in range(0, len(batch), size)]
     filled = [(cut, count) for cut in cuts if (count := task.count_targets(cut))]  # a mean over no target would be NaN
     whole, mine = sum(count for _, count in filled), filled[processes.rank :: processes.world_size]
     return [cut for cut, _ in mine], [count / whole for _, count in mine], task.size(batch)
@@ -526,7 +527,7 @@ def evaluate(
 
     Args:
         part: "train", "validation", "test" or "off_domain".
-        limit: use only the first ``limit`` examples, which are in random order.
+        limit: use only the first ``limit`` examples.
         by_length: let examples of similar length share a batch: the same mean, up to rounding, in less time.
 
     Raises:

@@ -9,16 +9,16 @@ r"""Variants of LoRA: each changes a few lines of LoRALinear, and has a method b
     LoRA+     a higher learning rate for B than for A                   Hayou et al. 2024, arXiv 2402.12354
               (the same layer with other optimiser groups)
 
-To add one, write two classes below; commands and files of PEFT find it by its name:
+To add one, write two classes below:
 
     a layer, of LoRALinear   override ``scaling``, ``init_factors``, or ``forward`` with ``_delta``, which merging uses;
                              make further tensors after ``super().__init__``, on the base's device, a buffer if it is
                              not trained, and list them in ``parts``; of A and B list in ``fixed`` what is not trained
-    a method, of LoRA        its ``name`` and ``layer``; ``groups`` for other rates; ``peft`` if PEFT has a setting for
-                             it, whose further tensors ``adapters.peft_format`` must name
+    a method, of LoRA        its ``layer``; its ``name``, for commands; ``groups`` for other rates; ``peft`` if PEFT has
+                             a setting for it, whose further tensors ``adapters.peft_format`` must name
 
-Without ``peft``, ``save_adapter`` refuses a layer whose ``forward``, ``_delta`` or ``scaling`` is its own: store its
-``adapter_state``, or merge it. ``diagnose`` looks at A and B alone.
+Without ``peft``, ``save_adapter`` refuses a layer whose ``forward``, ``_delta`` or ``scaling`` is its own (PiSSA's
+becomes plain LoRA of twice the rank): store its ``adapter_state``, or merge it. ``diagnose`` looks at A and B alone.
 
 Shapes in the comments are those of ``lora_lab.lora``: a batch of 32, in = 64, out = 48, rank = 4.
 """
@@ -222,5 +222,5 @@ class LoRAPlus(LoRA):
         ]
 
 
-# Imported from here, it has LoRA and all the variants above, which have registered.
+# Import it from here: by then all variants above have registered.
 LORA_METHODS = LoRA.by_name

@@ -452,6 +452,7 @@ REFUSED = [  # of inject: the model, the config's values, what must be named
     (EveryKind, {"targets": ["norm"]}, "norm"),
     (EveryKind, {"targets": ["linear"], "exclude": ["linear"]}, "linear"),
     (EveryKind, {"exclude": ["words", "lineer"]}, "'lineer'.*image"),
+    (with_third(nn.Sequential(nn.Linear(3, 3))), {"exclude": ["third"]}, "'third'"),  # which would leave nothing out
     (lambda: nn.Sequential(nn.ReLU()), {}, "Sequential"),
     (lambda: DigitsMLP(width=16), {"rank": 10**6}, "1000000.* 1024 .*64"),
     (with_third(nn.Embedding(5, 3, max_norm=1.0)), THIRD, "max_norm"),

@@ -568,9 +568,12 @@ def checkpointing(model):
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
-def test_a_refused_step_leaves_the_model_as_it_was(tiny_config):
+def test_a_refused_step_leaves_the_model_as_it_was(tiny_config, tiny_hf):
     config = TrainConfig(lr=1e-3, steps=1, gradient_checkpointing=True)
+    without = tiny_hf()
+    without.supports_gradient_checkpointing = False  # as some models of transformers say of themselves
     for model, method, says in (
+        (without, LoRA(rank=2), "no method gradient_checkpointing_enable"),
         (Llama(tiny_config), PartialFineTuning(["nowhere"]), "no module 'nowhere'"),
         (DigitsMLP(), LoRA(rank=2), "no method gradient_checkpointing_enable"),
     ):

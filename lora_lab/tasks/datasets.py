@@ -91,12 +91,12 @@ def translate(tokenizer: Tokenizer, language: str = "fr") -> PairTask:
     """
     if language not in LANGUAGES:
         raise ValueError(f"language is {language!r}, but it must be one of {', '.join(LANGUAGES)}.")
-    goal = LANGUAGES[language]
     translations = cldr_names(language)
     groups = _families(list(translations))
-    pairs = [Pair(f"Translate into {goal}: {each}", translations[each], groups[each]) for each in translations]
+    prompt = f"Translate into {LANGUAGES[language]}: "
+    pairs = [Pair(prompt + english, foreign, groups[english]) for english, foreign in translations.items()]
     name = f"translate-{language}"
-    about = f"names of territories, languages and currencies, English to {goal} (CLDR, by Babel)"
+    about = f"names of territories, languages and currencies, English to {LANGUAGES[language]} (CLDR, by Babel)"
     return _from_pairs_that_fit(
         tokenizer, pairs, max_tokens=96, name=name, metric="translation", licence="Unicode-3.0", about=about
     )
