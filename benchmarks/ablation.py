@@ -32,7 +32,7 @@ import torch
 
 import lora_lab as ll
 from lora_lab import records
-from lora_lab.ablation import Trial, ablate, fit_packed, smallest_sufficient_rank, studies
+from lora_lab.ablation import Trial, ablate, fit_packed, materials, smallest_sufficient_rank
 from lora_lab.costs.fake import copy_sharing_weights
 from lora_lab.costs.setup import Setup
 from lora_lab.models import shapes
@@ -66,8 +66,8 @@ def sweep(*arguments: object, **options: object) -> None:
 
 def digits(rounds: int, steps: int) -> None:
     """Twenty adapters of a small net."""
-    model, task = studies.study("digits")
-    trials = studies.grid("digits", "lora", RANKS, [1e-2], range(SEEDS), steps=steps, alpha_per_rank=2)
+    model, task = materials.get("digits")
+    trials = materials.grid("digits", "lora", RANKS, [1e-2], range(SEEDS), steps=steps, alpha_per_rank=2)
     torch.set_num_threads(1)
     print(f"\ndigits: {len(trials)} trials, {steps} steps of {trials[0].batch_size}")
     calls = {
@@ -90,8 +90,8 @@ def study(rounds: int) -> None:
     planned = recorded.plan(device)
     fewer = {"seeds": 1, "steps": planned["steps"] // 10, "eval_examples": planned["eval_examples"] // 10}
     trials = partial(list_trials, planned | fewer)
-    model, task = studies.study("docs", planned["seq_len"], device)
-    jobs = studies.processes(device)
+    model, task = materials.get("docs", planned["seq_len"], device)
+    jobs = materials.processes(device)
     print(f"\nstudy on {device}: {len(trials(None))} trials, {fewer['steps']} steps, {jobs} processes")
     calls = {
         "not lean*": lambda: sweep(model, task, trials(None), n_jobs=jobs),
@@ -105,8 +105,8 @@ def verdicts(folder: str = "runs/ablation-bf16") -> None:
     """The whole recorded study over a base in bfloat16, beside the record."""
     device = torch.device("cpu")
     planned = recorded.plan(device)
-    model, task = studies.study("docs", planned["seq_len"], device)
-    jobs = studies.processes(device)
+    model, task = materials.get("docs", planned["seq_len"], device)
+    jobs = materials.processes(device)
     trials = list_trials(planned, ll.Lean(torch.bfloat16))
     print(f"\nverdicts: {len(trials)} trials over a base in bfloat16 (about half an hour on two cores)", flush=True)
     over_bf16 = ablate(model, task, trials, folder, n_jobs=jobs)

@@ -23,7 +23,7 @@ import common
 import pandas
 
 from lora_lab import records
-from lora_lab.ablation import Halving, RankVerdict, Trial, ablate, smallest_sufficient_rank, studies
+from lora_lab.ablation import Halving, RankVerdict, Trial, ablate, materials, smallest_sufficient_rank
 from lora_lab.ablation.halving import PAUSED, next_round
 from lora_lab.studies import spectra
 from lora_lab.system.device import pick_device
@@ -83,9 +83,9 @@ def rules(margin: float) -> dict[str, Halving]:
 def of_studies() -> None:
     """Small nets, in full and replayed."""
     for draw, study, schedule in itertools.product(DRAWS, ("digits", "planted"), ("cosine", "constant")):
-        model, task = studies.study(study)
-        margin, (ranks, seeds) = studies.defaults_of(study).margin, DRAWS[draw]
-        trials = studies.grid(study, "lora", ranks, None, seeds, alpha_per_rank=2, schedule=schedule)
+        model, task = materials.get(study)
+        margin, (ranks, seeds) = materials.defaults_of(study).margin, DRAWS[draw]
+        trials = materials.grid(study, "lora", ranks, None, seeds, alpha_per_rank=2, schedule=schedule)
         frame = ablate(model, task, trials, engine="packed", progress=False)
         whole = smallest_sufficient_rank(frame, margin)
         print(f"\n{study}, {schedule}, {draw} draw: {len(trials)} trials of {trials[0].steps} steps: {whole.answer}")
@@ -96,14 +96,14 @@ def of_studies() -> None:
 
 def of_ablation(folder: Path) -> None:
     """The rates of the record of ranks, chosen again on its first seed."""
-    device, margin = pick_device()[0], studies.defaults_of("docs").margin
+    device, margin = pick_device()[0], materials.defaults_of("docs").margin
     planned, whole = spectra.plan(device), records.load_all("ablation")["amd-epyc-2-cores-ablation"].frame()
     options = {name: planned[name] for name in ("steps", "batch_size", "eval_examples")}
     options |= {"alpha_per_rank": 2, "eval_every": planned["steps"] // 10}
-    model, task = studies.study("docs", planned["seq_len"], device)
-    grids = [studies.grid("docs", "lora", [int(rank)], lrs, [0], **options) for rank, lrs in planned["lrs"].items()]
+    model, task = materials.get("docs", planned["seq_len"], device)
+    grids = [materials.grid("docs", "lora", [int(rank)], lrs, [0], **options) for rank, lrs in planned["lrs"].items()]
     trials = list(itertools.chain.from_iterable(grids))
-    frame = ablate(model, task, trials, folder, n_jobs=studies.processes(device), halving=Halving(slack=margin))
+    frame = ablate(model, task, trials, folder, n_jobs=materials.processes(device), halving=Halving(slack=margin))
     chosen = frame[frame["outcome"] == "done"][["rank", "lr"]].drop_duplicates().assign(left=True)
     left = whole.merge(chosen, "left", ["rank", "lr"])["left"].notna()
     out = whole[~left & (whole["step"] == 0)].assign(outcome="stopped")

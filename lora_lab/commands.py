@@ -423,11 +423,11 @@ def ablate(
     folder = Path(out)
     options = {"steps": steps, "batch_size": batch, "eval_examples": eval_examples}
     options |= {"alpha": alpha} if alpha is not None else {"alpha_per_rank": 2.0}
-    grid = ablation.studies.grid(task, method, list(ranks), list(lrs) or None, range(seeds), **options)
+    grid = ablation.materials.grid(task, method, list(ranks), list(lrs) or None, range(seeds), **options)
     system.files.check_writable(folder)
     system.files.check_replaceable(folder / "table.csv", ("key", "method", "lr", "outcome"))
     print(f"{len(grid)} trials; results in {folder / 'trials'}, from which a run that was stopped continues")
-    net, data = ablation.studies.study(task, seq, model=model)
+    net, data = ablation.materials.get(task, seq, model=model)
     frame = ablation.ablate(net, data, grid, folder / "trials", n_jobs=jobs)
     _write(partial(frame.to_csv, index=False), folder / "table.csv")
     ll.plots.use_style()
@@ -435,7 +435,7 @@ def ablate(
     _draw(ll.plots.learning_and_forgetting(frame), folder / "forgetting.png")
     verdict = None
     if len(set(ranks)) > 1:
-        verdict = ablation.smallest_sufficient_rank(frame, margin or ablation.studies.defaults_of(task).margin)
+        verdict = ablation.smallest_sufficient_rank(frame, margin or ablation.materials.defaults_of(task).margin)
         _draw(ll.plots.rank_verdict(verdict), folder / "verdict.png")
         print(f"\n{verdict}")
         verdict = verdict.to_dict()

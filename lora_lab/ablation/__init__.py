@@ -8,7 +8,7 @@ In reading order:
     stats          losses by blocks of examples; bounds, intervals, the best rate between those tried
     halving        stop trials that validation rules out
     run            run trials here, in processes or on a cluster, in packs that fit; stop and go on
-    studies        models and tasks to begin with
+    materials      models and tasks to begin with
     compare        choose each setup's rate, compare in pairs with bounds, judge; which rank is enough
     rank_advice    the rank that is enough, predicted from one run at a high rank
     overfitting    what was learned, overfitted and forgotten, read off the curves
@@ -35,4 +35,4 @@ __all__ = [
 ]
 
 # The other files are loaded already.
-__getattr__, _, _ = lazy_loader.attach(__name__, ["overfitting", "rank_advice", "stats", "studies"])
+__getattr__, _, _ = lazy_loader.attach(__name__, ["materials", "overfitting", "rank_advice", "stats"])

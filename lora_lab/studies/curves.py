@@ -41,7 +41,7 @@ import torch
 from torch import nn
 
 from lora_lab import tasks
-from lora_lab.ablation import studies
+from lora_lab.ablation import materials
 from lora_lab.ablation.compare import rates_around
 from lora_lab.ablation.halving import Halving
 from lora_lab.ablation.results import SCORE
@@ -126,7 +126,7 @@ def _set_up(size: int, device: torch.device) -> Setups:
 
 def draw_examples(size: int, judging: Sequence[int], seed: int) -> Task:
     """Return the task of a seed. Those that choose are evaluated on few replies of the base, which choose nothing."""
-    task = on_base_text(studies.docs_task(SEQ_LEN, size, seed))
+    task = on_base_text(materials.docs_task(SEQ_LEN, size, seed))
     return replace(task, off_domain=task.off_domain[slice(0, None, 2) if seed in judging else slice(4)])
 
 
@@ -186,7 +186,7 @@ def plan_remedies(device: torch.device) -> Iterator[CurveSweep]:
 
 def make_task(change: str | None) -> Task:
     """Return the manual, changed or not, and the base's replies to measure forgetting on."""
-    task = studies.docs_task(LENGTH)
+    task = materials.docs_task(LENGTH)
     return on_base_text(CHANGED[change](task) if change else task, prompts=JUDGED)
 
 
@@ -207,7 +207,7 @@ class DistanceFromBase:
     strengths: Sequence[float] = ()
 
     def __call__(self, model: nn.Module, task: Task) -> dict[str, float]:
-        base = studies.language_model(next(model.parameters()).device)
+        base = materials.language_model(next(model.parameters()).device)
         divergence = mean_divergence(base, model, task, "validation", limit=self.limit // 2)
         scores = {"divergence": divergence, "size": update_norm(base, model)}
         for factor in self.strengths if lora_layers(model) else ():
@@ -293,12 +293,12 @@ def plan_head_start(device: torch.device) -> Iterator[CurveSweep]:
         *(range(2), plan_seeds(device, 2)),
         about={"data": DOCS, "model": SMOLLM2, "n_train": steps * size},
         task=partial(_draw_text, steps * size),
-        starts={FROM_SCRATCH: lambda seed: partial(studies.random_init, device, seed)},
+        starts={FROM_SCRATCH: lambda seed: partial(materials.random_init, device, seed)},
     )
 
 
 def _draw_text(n_train: int, seed: int) -> Task:
-    task = studies.docs_task(TEXT_LENGTH, n_train, seed)
+    task = materials.docs_task(TEXT_LENGTH, n_train, seed)
     return replace(task, off_domain=task.off_domain[:OFF_DOMAIN])
 
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lora_lab.ablation import studies
+from lora_lab.ablation import materials
 from lora_lab.ablation.compare import last_rows
 from lora_lab.ablation.results import SCORE
 from lora_lab.ablation.stats import interval
@@ -75,7 +75,7 @@ def plan_sweep(task: str, planned: Row, device: torch.device) -> CurveSweep:
         *(range(1), range(1, planned["seeds"])),
         about={"task": task},
         task=partial(load_task, task),
-        starts={SCRATCH: lambda seed: partial(studies.random_init, device, 0)},
+        starts={SCRATCH: lambda seed: partial(materials.random_init, device, 0)},
         widen=0,
         options={"judge": judge},
         shared=True,
@@ -116,7 +116,7 @@ def record_downstream(device: torch.device) -> Iterator[Row]:
         result = {"about": "result", "task": name}
         if task.metric in METRICS:
             yield {**result, "setup": "trivial", **scores(task, trivial(task))}
-        model, result = studies.language_model(device), {**result, "setup": "zero-shot"}
+        model, result = materials.language_model(device), {**result, "setup": "zero-shot"}
         yield from _split(result | evaluate_parts(model, task, planned) | judge(model, task), task, answered=True)
         del model
         for frame in plan_sweep(name, planned, device).frames(device, Path("runs/record-downstream")):
@@ -166,7 +166,7 @@ def record_elicitation(device: torch.device) -> Iterator[Row]:
     ``seed`` draws the examples, or is that of the trial whose training examples the probe sees, and ``control`` is true
     where the answers of the examples are random, or the labels shuffled.
     """
-    model = studies.language_model(device)
+    model = materials.language_model(device)
     for name in SHOTS:
         task = load_task(name)
         yield describe_task(task, name)

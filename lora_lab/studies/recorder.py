@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from lora_lab.ablation import studies
+from lora_lab.ablation import materials
 from lora_lab.ablation.compare import Grids, ablate_setups, compare_tuned, last_rows, rates_around, tune_by_seed
 from lora_lab.ablation.grid import Trial
 from lora_lab.ablation.results import SCORE
@@ -135,8 +135,8 @@ class BlockSweep(Sweep):
 
     Args:
         data: its name, such as "docs"; the first column of all rows.
-        source: makes the model and the task on a device; None makes those of the study of that name
-            (:func:`lora_lab.ablation.studies.study`), up to a comma.
+        source: makes the model and the task on a device; None makes those of that name
+            (:func:`lora_lab.ablation.materials.get`), up to a comma.
         rerun: another judge, for which the last setup's judging trials train once more, and the rows that it makes.
         chosen_on, judged_on, block, beyond, answered: as for :func:`lora_lab.ablation.compare.compare_tuned`.
         seq_len: tokens an example; None for a small net, whose trials take seconds.
@@ -164,9 +164,9 @@ class BlockSweep(Sweep):
     def rows(self, device: torch.device, folder: Path) -> Iterator[Row]:
         """Yield the last row of each trial, and what is made of those that are trained again."""
         trials = {setup: trial for setup, (trial, _) in self.setups.items()}
-        source = self.source or partial(studies.study, self.data.partition(",")[0], self.seq_len or 64)
+        source = self.source or partial(materials.get, self.data.partition(",")[0], self.seq_len or 64)
         model, task = source(device)
-        options: Any = {"n_jobs": studies.processes(device) if self.seq_len else 1}
+        options: Any = {"n_jobs": materials.processes(device) if self.seq_len else 1}
         folder = folder / self.data
         row = {}
         for frame in compare_tuned(model, task, trials, self.lrs, folder, **self.study(), **options):
@@ -262,8 +262,8 @@ class CurveSweep(Sweep):
                 for setup, rates in lrs.items()
                 if self.starts.get(setup) is start
             }
-            options = {"n_jobs": studies.processes(device), **self.options}
-            model = start(seeds[0]) if start else partial(studies.language_model, device)
+            options = {"n_jobs": materials.processes(device), **self.options}
+            model = start(seeds[0]) if start else partial(materials.language_model, device)
             task = self.task if self.shared else partial(self.task, seeds[0])
             frames.append(ablate_setups(model, task, trials, folder, **options))
         return pandas.concat(frames, ignore_index=True)

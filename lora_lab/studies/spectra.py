@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_lab.ablation import studies
+from lora_lab.ablation import materials
 from lora_lab.adapters.edit import extract, resize
 from lora_lab.analysis import spectra
 from lora_lab.analysis.spectra import Update
@@ -63,7 +63,7 @@ def plan_ablation(planned: Row, lean: Lean | None) -> CurveSweep:
     return CurveSweep(
         plan_setups(methods, lean=lean, **options),
         *((), range(planned["seeds"])),
-        task=partial(studies.docs_task, planned["seq_len"]),
+        task=partial(materials.docs_task, planned["seq_len"]),
         shared=True,
         show=lambda frame: frame.drop(columns="setup"),  # the rank tells it
     )
@@ -99,7 +99,7 @@ def record_spectra(device: torch.device) -> Iterator[Row]:
     the side of the inputs and of the outputs (by chance, 1 over the layer's width).
     """
     planned = plan(device)
-    base, task = studies.language_model(device), studies.docs_task(planned["seq_len"])
+    base, task = materials.language_model(device), materials.docs_task(planned["seq_len"])
     yield {"about": "run", "run": "base", **evaluate_parts(base, task, planned)}
     updates = {}
     steps, batch = planned["steps"], planned["batch_size"]

@@ -60,7 +60,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab import tasks
-from lora_lab.ablation import studies
+from lora_lab.ablation import materials
 from lora_lab.ablation.rank_advice import UpdateRanks
 from lora_lab.ablation.results import SCORE
 from lora_lab.ablation.stats import BlockLosses
@@ -250,7 +250,7 @@ def imitate(rank: int, device: torch.device) -> Source:
 
 def read_moved_digits(count: int, device: torch.device) -> Source:
     """Return a small net that reads digits, and the task of reading them moved down, from so many pictures."""
-    return studies.pretrained_digits(count), tasks.digits(n_train=count)
+    return materials.pretrained_digits(count), tasks.digits(n_train=count)
 
 
 def advise(trial: Row) -> Iterator[Row]:
@@ -334,7 +334,7 @@ def list_examples(device: torch.device) -> Iterator[Row]:
     :data:`BY_NONE`, and other sentences of their own kinds.
     """
     for data in SIZES:
-        _, made = studies.study(data, device=device)
+        _, made = materials.get(data, device=device)
         task = cast(PairTask, made() if callable(made) else made)
         by_prompt = {} if data == NAMES else kinds(data.removeprefix("sentences-"))
         for i, (pair, looked_up) in enumerate(zip(task.pairs["test"], trivial(task), strict=True)):
@@ -375,14 +375,14 @@ def plan_quantised(device: torch.device) -> Iterator[BlockSweep]:
 
 def load_source(base: str, device: torch.device) -> Source:
     """Return what makes the model and the task."""
-    return partial(load_base, base, device), partial(studies.docs_task, 64)
+    return partial(load_base, base, device), partial(materials.docs_task, 64)
 
 
 def load_base(base: str, device: torch.device) -> nn.Module:
     """Return the language model over that base; in bfloat16 it is the lean step that casts it."""
     if base == "Q4_1":
         return load_pretrained(SMOLLM2, device=device, keep_blocks=True)[0]
-    model = studies.language_model(device)
+    model = materials.language_model(device)
     if base == "NF4":
         quantize_nf4(model)
     return model
@@ -427,7 +427,7 @@ class Merges:
     @torch.no_grad()
     def __call__(self, model: nn.Module, task: Task) -> dict[str, str]:
         state, device = adapter_state(model), next(model.parameters()).device
-        model = studies.language_model(device)
+        model = materials.language_model(device)
         inject(model, METHOD)
         switch(model, state)
         layers = lora_layers(model)

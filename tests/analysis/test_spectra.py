@@ -28,7 +28,7 @@ from lora_lab import (
     save_model,
     spectra,
 )
-from lora_lab.ablation.studies import pretrained_digits
+from lora_lab.ablation.materials import pretrained_digits
 from lora_lab.analysis.spectra import DrawnLabels
 from lora_lab.layers import LoRAConv2d, LoRAEmbedding
 from lora_lab.models.digits import DigitsMLP

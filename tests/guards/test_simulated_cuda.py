@@ -17,7 +17,7 @@ import torch
 import lora_lab as ll
 import tests.simulated_cuda as simulation
 from lora_lab import Lean, memory, rank, speed
-from lora_lab.ablation import Grid, Trial, fit_packed, studies
+from lora_lab.ablation import Grid, Trial, fit_packed, materials
 from lora_lab.costs import fake, setup, timing
 from lora_lab.costs.setup import Setup
 from lora_lab.models import quantize, shapes
@@ -545,7 +545,7 @@ def test_the_lesson_on_ranks_trains_there(lesson):
     stand_ins = {"Grid": lambda ranks, lrs, seeds, **options: Grid(ranks[:2], lrs[:1], seeds, **{**options, **few})}
     names = lesson("06", {"cell-02": stand_ins, "cell-03": {}, "cell-05": {}, "cell-07": {}, "cell-26": {}})
     assert next(names["net"].parameters()).is_cuda
-    assert next(studies.pretrained_digits().parameters()).device.type == "cpu"  # the lesson's reader is its own
+    assert next(materials.pretrained_digits().parameters()).device.type == "cpu"  # the lesson's reader is its own
 
 
 def test_the_lesson_on_spectra_trains_and_decomposes_there(lesson):

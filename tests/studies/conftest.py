@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from lora_lab.ablation import run, studies
+from lora_lab.ablation import materials, run
 from lora_lab.models.llama import Llama
 from lora_lab.studies import spectra, steps
 from lora_lab.tasks import Examples, Task
@@ -20,7 +20,7 @@ def small_world(tmp_path_factory):
     """
     before = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(studies, "processes", lambda device: 1)
+        patch.setattr(materials, "processes", lambda device: 1)
         patch.setattr(run, "_commit", lambda: COMMIT)
         patch.setattr(run, "_count_fitting", lambda *_: 4)  # to foresee how many fit takes a second each time
         patch.setattr(run, "_check_steps", lambda *_: None)  # of no trial here that could not train
@@ -71,11 +71,11 @@ def counting_on(seq_len, n_train=None, seed=None):
 def small_study(monkeypatch, tiny_config, tmp_path):
     """The study is of a tiny Llama, trained for a moment in this process; trials are kept in a folder of the test's."""
     study = partial(Llama, tiny_config, seed=3), partial(sentences, tiny_config.vocab_size)
-    monkeypatch.setattr(studies, "language_model", lambda device, model=None: study[0]())
-    monkeypatch.setattr(studies, "docs_task", lambda seq_len, model=None: study[1]())
+    monkeypatch.setattr(materials, "language_model", lambda device, model=None: study[0]())
+    monkeypatch.setattr(materials, "docs_task", lambda seq_len, model=None: study[1]())
     plan = {"lrs": {"1": [1e-3, 1e-2], "4": [1e-3, 1e-2]}, "seeds": 2, "steps": 4, "batch_size": 4, "seq_len": 8}
     plan["eval_examples"] = 5
     monkeypatch.setattr(spectra, "plan", lambda device: plan)
-    monkeypatch.setattr(studies, "processes", lambda device: 1)
+    monkeypatch.setattr(materials, "processes", lambda device: 1)
     monkeypatch.chdir(tmp_path)
     return study

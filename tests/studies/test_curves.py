@@ -27,7 +27,7 @@ from lora_lab import (
     records,
     tasks,
 )
-from lora_lab.ablation import studies
+from lora_lab.ablation import materials
 from lora_lab.ablation.halving import Halving
 from lora_lab.ablation.overfitting import compare_over_rates, summarise_trials
 from lora_lab.ablation.stats import rank_correlations
@@ -63,8 +63,8 @@ def make(small_world, tiny_config, tmp_path_factory):
     path = tmp_path_factory.mktemp("replies") / "replies.json"
     path.write_text(json.dumps({"temperature": 1.0, "replies": replies}))
     small_world.setattr(divergence, "REPLIES", path)
-    small_world.setattr(studies, "language_model", make)
-    small_world.setattr(studies, "docs_task", counting_on)
+    small_world.setattr(materials, "language_model", make)
+    small_world.setattr(materials, "docs_task", counting_on)
     return make
 
 
@@ -349,7 +349,7 @@ def test_a_failed_trial_has_no_strengths(tiny, monkeypatch, tmp_path):
 
 # Head start
 
-REAL_PLAN, REAL_TEXTS = curves.plan_head_start, studies.docs_task
+REAL_PLAN, REAL_TEXTS = curves.plan_head_start, materials.docs_task
 
 
 def few(device):
@@ -392,7 +392,7 @@ def test_rates_are_chosen_by_the_loss_after_the_last_step_which_may_be_above_tha
 @pytest.fixture(scope="module")
 def head_start(make, small_world, tiny_config):
     """One run of the command, in which the real model is a tiny one and its text counts on."""
-    small_world.setattr(studies, "random_init", lambda device=None, seed=0: Llama(tiny_config, seed=100 + seed))
+    small_world.setattr(materials, "random_init", lambda device=None, seed=0: Llama(tiny_config, seed=100 + seed))
     small_world.setattr(curves, "TEXT_LENGTH", 9)
     small_world.setattr(curves, "HEAD_START", recorder.record_sweeps("head_start", few))
     record, printed = record_of("head_start")
@@ -467,6 +467,6 @@ def test_the_plan_compares_equal_steps_on_other_seeds_than_those_that_choose(dev
 
 
 def test_a_head_start_on_texts_evaluates_few_off_domain_texts(monkeypatch):
-    monkeypatch.setattr(studies, "docs_task", REAL_TEXTS)
+    monkeypatch.setattr(materials, "docs_task", REAL_TEXTS)
     *_, texts = curves.plan_head_start(torch.device("cpu"))
     assert len(texts.task(0).off_domain) == 4  # each evaluation of 128 would take as long as many steps

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lora_lab import FullFineTuning, LoRA, cli, evaluate, fit, records
-from lora_lab.ablation import studies
+from lora_lab.ablation import materials
 from lora_lab.models.llama import Llama
 from lora_lab.studies import downstream
 from lora_lab.studies.recorder import tell_row
@@ -54,7 +54,7 @@ def tiny(small_world, tiny_config, chatter):
         return enlarge(Llama(config, seed=4), 5)
 
     small = {"sentiment": cache(sentiment), "translate-fr": cache(french), "style": cache(stories)}
-    small_world.setattr(studies, "language_model", make)
+    small_world.setattr(materials, "language_model", make)
     small_world.setattr(downstream, "TASKS", small)
     small_world.setattr(downstream, "style", small["style"])
     small_world.setattr(downstream, "load_pretrained", lambda name: (None, chatter))

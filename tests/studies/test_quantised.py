@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lora_lab import LoRA, fit, merge, quantize_nf4
-from lora_lab.ablation import studies
+from lora_lab.ablation import materials
 from lora_lab.ablation.compare import compare_losses
 from lora_lab.ablation.stats import BlockLosses
 from lora_lab.adapters.edit import off
@@ -34,8 +34,8 @@ def load(config, base):
 @pytest.fixture(scope="module")
 def rows(small_world, tiny_config):
     task = sentences(tiny_config.vocab_size)
-    small_world.setattr(studies, "language_model", lambda device, model=None: Llama(tiny_config, seed=3))
-    small_world.setattr(studies, "docs_task", lambda seq_len: task)
+    small_world.setattr(materials, "language_model", lambda device, model=None: Llama(tiny_config, seed=3))
+    small_world.setattr(materials, "docs_task", lambda seq_len: task)
     small_world.setattr(tuned, "load_base", lambda base, device: load(tiny_config, base))
     for module in (tuned, recorder):
         small_world.setattr(module, "ON_TEST", {"validation": 5, "test": 6})
@@ -99,7 +99,7 @@ def test_each_base_has_its_own_step():
 @pytest.fixture(scope="module")
 def trained(small_world, tiny_config):
     """base -> a model with a trained adapter over it, and the task."""
-    small_world.setattr(studies, "language_model", lambda device, model=None: Llama(tiny_config, seed=3))
+    small_world.setattr(materials, "language_model", lambda device, model=None: Llama(tiny_config, seed=3))
     task, models = sentences(tiny_config.vocab_size), {}
     for base in ("float32", "NF4"):
         models[base] = load(tiny_config, base)

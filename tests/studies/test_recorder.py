@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lora_lab import FullFineTuning, LoRA, fit, records
-from lora_lab.ablation import studies
+from lora_lab.ablation import materials
 from lora_lab.ablation.compare import compare_losses
 from lora_lab.ablation.stats import BlockLosses, best_rate, block_losses_of, losses_by_rate
 from lora_lab.models.digits import DigitsMLP
@@ -66,8 +66,8 @@ def plan(device):
 @pytest.fixture(scope="module")
 def tiny(small_world, tiny_config):
     """The language model is tiny, and `lora-lab record rates` runs the plan above."""
-    small_world.setattr(studies, "language_model", lambda device, model=None: Llama(tiny_config, seed=3))
-    small_world.setattr(studies, "docs_task", lambda seq_len, model=None: sentences(tiny_config.vocab_size))
+    small_world.setattr(materials, "language_model", lambda device, model=None: Llama(tiny_config, seed=3))
+    small_world.setattr(materials, "docs_task", lambda seq_len, model=None: sentences(tiny_config.vocab_size))
     small_world.setattr(tuned, "RATES", recorder.record_sweeps("rates", plan))
     return tuned.RATES
 
@@ -103,7 +103,7 @@ def test_a_record_can_be_judged_as_the_table_itself(record):
 def test_a_row_is_what_fit_and_the_judge_give(record):
     frame = record.frame()
     row = frame[(frame["data"] == "digits") & (frame["setup"] == "r=1") & (frame["seed"] == 3)].iloc[0]
-    model, task = studies.pretrained_digits(), digits()
+    model, task = materials.pretrained_digits(), digits()
     fit(model, task, LoRA(1, 32), lr=row["lr"], seed=3, steps=6, batch_size=16, progress=False)
     expected, untrained = (
         {"score_test": BlockLosses({"test": 6}, 4)(each, task)["test"]} for each in (model, DigitsMLP())

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lora_lab import FullFineTuning, Llama, LoRA, evaluate, fit, inject, records
-from lora_lab.ablation import studies
+from lora_lab.ablation import materials
 from lora_lab.ablation.compare import compare_losses
 from lora_lab.ablation.rank_advice import SPECTRAL, UpdateRanks, assess
 from lora_lab.models.shapes import config
@@ -177,8 +177,8 @@ class Costs:
 @pytest.fixture(scope="module")
 def tiny(small_world, tiny_config):
     """The language model is tiny. Returns what makes any plan short and records it by the command."""
-    small_world.setattr(studies, "language_model", lambda device, model=None: Llama(tiny_config, seed=3))
-    small_world.setattr(studies, "docs_task", lambda seq_len, model=None: random_ids(tiny_config.vocab_size))
+    small_world.setattr(materials, "language_model", lambda device, model=None: Llama(tiny_config, seed=3))
+    small_world.setattr(materials, "docs_task", lambda seq_len, model=None: random_ids(tiny_config.vocab_size))
     small_world.setattr(steps, "random_model", lambda name: Llama(tiny_config, seed=3))
     small_world.setattr(tuned, "cost_model", lambda device: Costs())
 
@@ -192,7 +192,7 @@ def tiny(small_world, tiny_config):
                 own = {"choosing": [0], "judging": judging, "chosen_on": 3, "judged_on": judged_on(sweep.data)}
                 yield replace(sweep, setups=setups, widen=0, seq_len=8, **own)
 
-        small_world.setattr(studies, "_named_task", lambda name, model: tasks[name])
+        small_world.setattr(materials, "_named_task", lambda name, model: tasks[name])
         small_world.setattr(tuned, f"plan_{name}", plan)
         small_world.setattr(tuned, name.upper(), record_sweeps(name, plan, after=after))
         assert command("record", name, "--device", "cpu", "--out", "records") == 0
@@ -264,7 +264,7 @@ def test_each_judged_trial_has_an_answer_for_each_example_of_the_record(translat
 def test_examples_are_marked_by_what_no_baseline_gets_right_and_by_what_training_shows(translated):
     frame = translated.frame()
     names = frame[(frame["stage"] == "example") & (frame["data"] == tuned.NAMES)]
-    by_none = [pair.answer.endswith("é") for pair in studies._named_task(tuned.NAMES, "").pairs["test"]]
+    by_none = [pair.answer.endswith("é") for pair in materials._named_task(tuned.NAMES, "").pairs["test"]]
     assert 0 < sum(by_none) < len(names)
     assert (names["kind"] == tuned.BY_NONE).tolist() == by_none
     table = [*right_by_kind(translated, "sentences-fr", "LoRA r=8")]

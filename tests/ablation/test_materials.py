@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lora_lab import DoRA, LoRA, evaluate, fit, plots
-from lora_lab.ablation import load, smallest_sufficient_rank, studies
+from lora_lab.ablation import load, materials, smallest_sufficient_rank
 from lora_lab.models.llama import Llama
 from lora_lab.tasks import Task, digits, docs
 from tests.helpers import ByteTokenizer, command, printed_json
@@ -21,23 +21,23 @@ def ablate(*arguments):
 
 
 def test_the_reader_knows_the_digits_as_they_are_and_half_of_those_moved():
-    model, task = studies.study("digits")
+    model, task = materials.get("digits")
     assert isinstance(task, Task)
     pretrained, moved = (evaluate(model, task, part) for part in ("off_domain", "test"))
     assert pretrained < 0.3 < moved
-    again, _ = studies.study("digits")
+    again, _ = materials.get("digits")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     again.to(torch.bfloat16)  # in place, as a move to a GPU is
-    assert next(studies.pretrained_digits().parameters()).dtype == torch.float64
+    assert next(materials.pretrained_digits().parameters()).dtype == torch.float64
 
 
 # Prints two losses after training at a high rate, in full precision.
 _AT_A_HIGH_RATE = """
-from lora_lab.ablation import studies
+from lora_lab.ablation import materials
 from lora_lab.methods import LoRA
 from lora_lab.train import evaluate, fit
 for name in ("digits", "planted"):
-    model, task = studies.study(name)
+    model, task = materials.get(name)
     fit(model, task, LoRA(8, 16), steps=60, lr=0.06, batch_size=32, progress=False)
     print(evaluate(model, task, "validation").hex())
 """
@@ -57,7 +57,7 @@ def test_results_of_the_small_nets_do_not_depend_on_the_processors_instructions(
 
 
 def test_a_reader_of_another_split_has_learned_that_splits_pictures_as_they_are():
-    net, again, other = (studies.pretrained_digits(n) for n in (1024, 1024, 500))
+    net, again, other = (materials.pretrained_digits(n) for n in (1024, 1024, 500))
     task = digits("adapt", n_train=1024)
     pretrained, moved = (evaluate(net, task, part) for part in ("off_domain", "test"))
     assert pretrained < 0.6 < moved
@@ -67,22 +67,24 @@ def test_a_reader_of_another_split_has_learned_that_splits_pictures_as_they_are(
 
 
 def test_the_manual_is_whole_unless_so_many_examples_are_drawn_by_a_seed(monkeypatch):
-    monkeypatch.setattr(studies, "load_tokenizer", lambda name: ByteTokenizer())
+    monkeypatch.setattr(materials, "load_tokenizer", lambda name: ByteTokenizer())
     whole = docs(ByteTokenizer(), 64)
-    assert studies.docs_task(64).fingerprint == whole.fingerprint
-    drawn = studies.docs_task(64, 16, 3)
+    assert materials.docs_task(64).fingerprint == whole.fingerprint
+    drawn = materials.docs_task(64, 16, 3)
     rows = torch.randperm(len(whole.train), generator=torch.Generator().manual_seed(3))[:16]
     assert torch.equal(drawn.train.inputs, whole.train.inputs[rows])
     assert torch.equal(drawn.train.targets, whole.train.targets[rows])
     assert all(torch.equal(drawn.parts[part].inputs, whole.parts[part].inputs) for part in ("validation", "test"))
-    prints = {task.fingerprint for task in (whole, drawn, studies.docs_task(64, 16, 4), studies.docs_task(64, 17, 3))}
+    prints = {
+        task.fingerprint for task in (whole, drawn, materials.docs_task(64, 16, 4), materials.docs_task(64, 17, 3))
+    }
     assert len(prints) == 4
-    assert studies.docs_task(64, 16, 3).fingerprint == drawn.fingerprint
-    assert torch.equal(studies.docs_task(64, 16).train.inputs, whole.train.inputs[:16])
+    assert materials.docs_task(64, 16, 3).fingerprint == drawn.fingerprint
+    assert torch.equal(materials.docs_task(64, 16).train.inputs, whole.train.inputs[:16])
 
 
 def test_the_planted_task_is_of_the_model_that_comes_with_it():
-    model, task = studies.study("planted")
+    model, task = materials.get("planted")
     assert task.name == "planted-rank4"
     with torch.no_grad():
         torch.testing.assert_close(model(task.off_domain.inputs), task.off_domain.targets)
@@ -90,42 +92,42 @@ def test_the_planted_task_is_of_the_model_that_comes_with_it():
 
 def test_the_language_model_is_put_where_it_was_asked_for(monkeypatch):
     asked = []
-    monkeypatch.setattr(studies, "load_pretrained", lambda name, device: asked.append(device) or ("a model", None))
+    monkeypatch.setattr(materials, "load_pretrained", lambda name, device: asked.append(device) or ("a model", None))
     for device in (torch.device("cpu"), torch.device("meta"), None):
-        make, _ = studies.study("docs", 32, device)
+        make, _ = materials.get("docs", 32, device)
         assert make() == "a model"
         assert asked.pop() == device
 
 
 def test_a_newborn_model_has_the_language_models_shape_and_learned_nothing(monkeypatch, tiny_config):
     learned, untrained = Llama(tiny_config, seed=3), Llama(tiny_config, seed=0).state_dict()
-    monkeypatch.setattr(studies, "load_pretrained", lambda name, device: (learned, None))
-    for name, value in studies.random_init().state_dict().items():
+    monkeypatch.setattr(materials, "load_pretrained", lambda name, device: (learned, None))
+    for name, value in materials.random_init().state_dict().items():
         assert torch.equal(value, untrained[name])
         assert torch.equal(value, learned.state_dict()[name]) == ("norm" in name)
 
 
 def test_a_grid_has_the_studys_own_numbers_unless_others_are_given():
-    lrs, steps, batch, _ = studies.DEFAULTS["digits"]
-    own = studies.grid("digits", "lora", [1, 2], None, range(2), alpha_per_rank=2)
+    lrs, steps, batch, _ = materials.DEFAULTS["digits"]
+    own = materials.grid("digits", "lora", [1, 2], None, range(2), alpha_per_rank=2)
     assert len(own) == 2 * len(lrs) * 2
     assert {trial.lr for trial in own} == set(lrs)
     assert {(trial.steps, trial.batch_size) for trial in own} == {(steps, batch)}
     assert {trial.method for trial in own} == {LoRA(1, 2), LoRA(2, 4)}
-    other = studies.grid("docs", "dora", [4], [1e-3], [7], steps=9, batch_size=2, alpha=8)
+    other = materials.grid("docs", "dora", [4], [1e-3], [7], steps=9, batch_size=2, alpha=8)
     (trial,) = other
     assert (trial.method, trial.lr, trial.seed, trial.steps, trial.batch_size) == (DoRA(4, 8), 1e-3, 7, 9, 2)
 
 
 def test_names_that_are_not_known_are_refused():
     with pytest.raises(ValueError, match="task is 'cats', but it must be one of planted, digits, docs"):
-        studies.study("cats")
+        materials.get("cats")
     with pytest.raises(ValueError, match="seq_len is 1"):
-        studies.study("docs", 1)
+        materials.get("docs", 1)
     with pytest.raises(FileNotFoundError, match=r"mine\.csv"):
-        studies.study("mine.csv")
+        materials.get("mine.csv")
     with pytest.raises(ValueError, match="no method 'full' with ranks"):
-        studies.grid("digits", "full", [1], None, [0])
+        materials.grid("digits", "full", [1], None, [0])
 
 
 def test_ablate_as_json_has_the_verdict_and_every_evaluation(tmp_path, capsys):
@@ -143,7 +145,7 @@ def test_ablate_as_json_has_the_verdict_and_every_evaluation(tmp_path, capsys):
         entry = done[row.rank, row.lr, row.seed, row.step]
         assert entry["validation_loss"] == row.validation_loss
         assert entry["test_loss"] == (row.test_loss if row.step == 20 else None)  # judged at the last step alone
-    verdict = smallest_sufficient_rank(frame, studies.DEFAULTS["planted"].margin)
+    verdict = smallest_sufficient_rank(frame, materials.DEFAULTS["planted"].margin)
     stated = document["verdict"]
     for name in ("rank", "reason", "method", "margin", "answer"):
         assert stated[name] == getattr(verdict, name)

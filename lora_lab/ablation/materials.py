@@ -1,6 +1,6 @@
 """Ready-made material for ablations: a model to start from, and a task.
 
-    model, task = study("digits")
+    model, task = get("digits")
     frame = ablate(model, task, grid("digits", "lora", [1, 2, 4], None, range(5), alpha_per_rank=2), "runs/ranks")
 
 "planted" is a small net that imitates itself plus a hidden update of rank 4, so that the answer is known; "digits" is
@@ -50,10 +50,10 @@ DEFAULTS = {
 }
 
 
-def study(
+def get(
     name: str, seq_len: int = 64, device: torch.device | None = None, model: str = SMOLLM2
 ) -> tuple[ModelOrFactory, TaskOrFactory]:
-    """Return the model (or what makes it) and the task (or what makes it) of a study.
+    """Return a model (or what makes it) and a task (or what makes it), by name.
 
     Args:
         name: "planted", "digits" or "docs"; or a task for a language model, by name or from a file, as for
@@ -63,29 +63,29 @@ def study(
         model: the language model, as for :func:`lora_lab.load_pretrained`.
 
     Raises:
-        ValueError: another name, seq_len is below 2, or a model for a study of small nets.
+        ValueError: another name, seq_len is below 2, or a model for a small net's task.
         FileNotFoundError: there is no such file.
     """
     if name in ("planted", "digits"):
         if model != SMOLLM2:
-            raise ValueError(f"The study {name!r} trains a small net of its own, not {model!r}; leave the model out.")
+            raise ValueError(f"{name!r} trains a small net of its own, not {model!r}; leave the model out.")
         if name == "digits":
             return pretrained_digits(), tasks.digits()
         return _small_net(), tasks.planted(_small_net())
-    check_study(name)
+    check_known(name)
     if seq_len < 2:
         raise ValueError(f"seq_len is {seq_len}, but an example needs at least 2 tokens.")
     task = partial(docs_task, seq_len, model=model) if name == "docs" else partial(_named_task, name, model)
     return partial(language_model, device, model), task
 
 
-def check_study(name: str) -> None:
-    """Raise ValueError or FileNotFoundError if :func:`study` has no study of that name."""
+def check_known(name: str) -> None:
+    """Raise ValueError or FileNotFoundError if :func:`get` has nothing of that name."""
     check_name(name, DEFAULTS | TASKS)
 
 
 def defaults_of(name: str) -> Defaults:
-    """Return a study's defaults; those of "docs" for all tasks of language models."""
+    """Return the defaults for a name of :func:`get`; those of "docs" for all tasks of language models."""
     return DEFAULTS.get(name, DEFAULTS["docs"])
 
 
@@ -100,18 +100,18 @@ def grid(
     batch_size: int | None = None,
     **options: Any,
 ) -> Grid:
-    """Return trials for a study; rates, steps and batch size are the study's own where they are None.
+    """Return trials; rates, steps and batch size are the defaults of the name where they are None.
 
     Args:
-        name: of the study.
+        name: as for :func:`get`.
         method: a LoRA method's name, such as "lora" or "dora".
         ranks, lrs, seeds, steps, batch_size, **options: as for :class:`lora_lab.ablation.grid.Grid`.
 
     Raises:
-        ValueError: the study or the method is unknown, or as for Grid.
-        FileNotFoundError: the study is a file that is not there.
+        ValueError: the name or the method is unknown, or as for Grid.
+        FileNotFoundError: the name is that of a file that is not there.
     """
-    check_study(name)
+    check_known(name)
     if method not in LORA_METHODS:
         raise ValueError(f"There is no method {method!r} with ranks; there are {', '.join(LORA_METHODS)}.")
     defaults = defaults_of(name)
