@@ -51,13 +51,10 @@ ON_TEST = {"validation": 128, "test": 140}
 # What a record holds of the table of trials, as far as it is there.
 _COLUMNS = (
     *("stage", "setup", "method", "rank", "alpha", "lr", "edge", "seed", "steps", "outcome", "reason", "step"),
-    *("validation_loss", "test_loss", "score_accuracy", "trainable_parameters", "commit"),
+    *("schedule", "weight_decay", "validation_loss", "test_loss", "score_accuracy", "trainable_parameters", "commit"),
 )
 _OF_BLOCKS = ("data", *_COLUMNS, "score_validation", "score_test")
-_OF_CURVES = (
-    *_COLUMNS,
-    *("schedule", "weight_decay", "train_loss", "off_domain_loss", "gap", "score_divergence", "score_size"),
-)
+_OF_CURVES = (*_COLUMNS, "train_loss", "off_domain_loss", "gap", "score_divergence", "score_size")
 
 
 def tell_row(row: Row) -> str | None:
