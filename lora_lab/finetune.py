@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from lora_lab import checkpoint
-from lora_lab.adapters.peft_format import CARD, CONFIG, WEIGHTS, is_free, save_adapter
+from lora_lab.adapters.peft_format import CARD, CONFIG, WEIGHTS, find_variant, is_free, save_adapter
 from lora_lab.history import History
 from lora_lab.inject import lora_layers
-from lora_lab.methods import AsItIs, FullFineTuning, Method, PartialFineTuning
+from lora_lab.methods import ContinueLoRA, FullFineTuning, LoRA, Method
 from lora_lab.models.pretrained import FILES, SMOLLM2, check_separate, load_pretrained, save_model
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system import files
@@ -49,8 +49,7 @@ def make_method(name: str, rank: int, alpha: float | None = None) -> Method:
     if name == FullFineTuning.name:
         return FullFineTuning()
     if name not in LORA_METHODS:
-        names = ", ".join((FullFineTuning.name, *LORA_METHODS))
-        raise ValueError(f"method is {name!r}, but it must be one of {names}.")
+        raise ValueError(f"method is {name!r}, but it must be one of {FullFineTuning.name}, {', '.join(LORA_METHODS)}.")
     return LORA_METHODS[name](rank, 2 * rank if alpha is None else alpha)
 
 
@@ -109,8 +108,9 @@ def run(
         result |= {"machine": machine_info(chosen)} | losses
         print(f"\n{make_table(result)}")
         if current_processes().rank == 0:
-            saved = net, tokenizer, history, name_base(model), result
-            files.save_or_rescue(lambda folder: save_run(folder, *saved), out)
+            files.save_or_rescue(
+                lambda folder: save_run(folder, net, tokenizer, history, name_base(model), result), out
+            )
             checkpoint.remove(checkpoints)
     print(f"\nSaved in {out}")
     return result
@@ -160,8 +160,9 @@ def _hold(out: Path, model: str, method: Method, overwrite: bool) -> Iterator[No
                 f"{out} holds {saved[0]} already; name another folder (--out), or pass --overwrite to replace what an "
                 "earlier run saved there."
             )
-        of_whole_model = isinstance(method, FullFineTuning | PartialFineTuning | AsItIs)
-        check_separate(out, "model" if of_whole_model else "adapter")
+        check_separate(out, "adapter" if isinstance(method, LoRA | ContinueLoRA) else "model")
+        if isinstance(method, LoRA) and method.layer:
+            find_variant(method.name, method.layer(nn.Linear(1, 1), 1, 1.0))
         yield
 
 

@@ -17,8 +17,9 @@ To add one, write two classes below:
     a method, of LoRA        its ``layer``; its ``name``, for commands; ``groups`` for other rates; ``peft`` if PEFT has
                              a setting for it, whose further tensors ``adapters.peft_format`` must name
 
-Without ``peft``, ``save_adapter`` refuses a layer whose ``forward``, ``_delta`` or ``scaling`` is its own (PiSSA's
-becomes plain LoRA of twice the rank): store its ``adapter_state``, or merge it. ``diagnose`` looks at A and B alone.
+Without ``peft``, ``save_adapter`` and ``finetune`` refuse a layer whose ``forward``, ``_delta`` or ``scaling`` is its
+own (PiSSA's becomes plain LoRA of twice the rank): store its ``adapter_state``, or merge it. ``diagnose`` looks at A
+and B alone.
 
 Shapes in the comments are those of ``lora_lab.lora``: a batch of 32, in = 64, out = 48, rank = 4.
 """

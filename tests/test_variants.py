@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from lora_lab import LoRAConfig, LoRALinear, adapter_state, inject, load_adapter, lora_layers, save_adapter
+from lora_lab import LoRAConfig, LoRALinear, adapter_state, finetune, inject, load_adapter, lora_layers, save_adapter
 from lora_lab.adapters.edit import switch
 from lora_lab.adapters.peft_format import WEIGHTS
 from lora_lab.methods import LoRA
@@ -334,7 +334,7 @@ def test_a_state_of_pissa_holds_its_start_so_that_it_means_the_same_update_on_an
 # One class adds a variant
 
 
-def test_a_variant_that_somebody_defines_is_known_to_commands_and_trains(monkeypatch):
+def test_a_variant_that_somebody_defines_is_known_to_commands_and_trains(monkeypatch, tmp_path):
     monkeypatch.setattr(LoRA, "by_name", dict(LoRA.by_name))
 
     class LouderLinear(LoRALinear):
@@ -349,6 +349,9 @@ def test_a_variant_that_somebody_defines_is_known_to_commands_and_trains(monkeyp
         layer = LouderLinear
 
     assert LoRA.by_name["louder"] is Louder
+    # The format of PEFT has no name for it: finetune says so before a model is loaded.
+    with pytest.raises(ValueError, match=r"'louder' is a LouderLinear"):
+        finetune.run("docs", Louder(rank=2), tmp_path / "loud", model="nowhere")
     assert Louder(rank=2).settings() == LoRA(rank=2).settings() | {"name": "louder"}
     model = Net()
     Louder(rank=2, alpha=4).prepare(model, seed=0)
