@@ -448,7 +448,8 @@ def adapted_in_part():
 
 THIRD = {"targets": ["first", "third"]}
 REFUSED = [  # of inject: the model, the config's values, what must be named
-    (EveryKind, {"targets": ["lineer"]}, "lineer"),
+    (EveryKind, {"targets": ["lineer"]}, "'lineer'"),
+    (EveryKind, {"targets": ["linear", "lineer"]}, "'lineer'"),
     (EveryKind, {"targets": ["norm"]}, "norm"),
     (EveryKind, {"targets": ["linear"], "exclude": ["linear"]}, "linear"),
     (EveryKind, {"exclude": ["words", "lineer"]}, "'lineer'.*image"),
