@@ -104,14 +104,14 @@ class Page:
         """The picture that a cell shows, as the address of its bytes."""
         return cell.locator(".jp-Cell-outputWrapper img").first.get_attribute("src")
 
-    def run(self, cell, seconds=60):
+    def run(self, cell, seconds=120):
         number = cell.locator(".jp-InputPrompt").first.inner_text()
         cell.locator(".cm-content").click()
         self.page.keyboard.press("Control+Enter")
         prompt = cell.locator(".jp-InputPrompt").first
         self.wait_for(lambda: (text := prompt.inner_text()) != number and "*" not in text, seconds)
 
-    def type_and_run(self, cell, source, seconds=60):
+    def type_and_run(self, cell, source, seconds=120):
         """Replace a cell's source by typing, and run it."""
         cell.locator(".cm-content").click()
         self.page.keyboard.press("Control+A")

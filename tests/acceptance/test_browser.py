@@ -99,7 +99,7 @@ def test_the_first_look(opened, course, screenshots):
     cell = page.cell("lessons.explore(")
     at_one = page.output(cell)
     page.move_slider(cell, "ArrowLeft", times=4)
-    page.wait_for_output(cell, lambda text: text != at_one, seconds=60)
+    page.wait_for_output(cell, lambda text: text != at_one, seconds=120)
     page.screenshot(screenshots / "00_dial.png", scroll_to=cell)
     asked = page.cell("lessons.predict(")
     asked.get_by_role("button", name="1 MB").click()
@@ -126,7 +126,7 @@ def test_lora_from_scratch(opened, screenshots):
     cell = page.cell("lessons.explore(")
     before = page.picture(cell)
     page.move_slider(cell, "ArrowRight", times=1)
-    page.wait_for(lambda: page.picture(cell) != before, seconds=30)
+    page.wait_for(lambda: page.picture(cell) != before, seconds=60)
     line = 'def forward(x, W, A, B, alpha):\n    return {}\n\ncheck("forward", forward)'
     wrong_then_right(
         page,
@@ -150,18 +150,18 @@ def test_a_conversation(opened, talker, screenshots):
         return cell.locator(".widget-html-content").all_inner_texts()
 
     def ended():
-        page.wait_for(stop.is_disabled, seconds=60)
+        page.wait_for(stop.is_disabled, seconds=120)
         return messages()[-1]
 
     field.click()
     page.page.keyboard.type("What is <b>2</b> + 2?")  # without a pause, so that Enter comes before the kernel has it
     page.page.keyboard.press("Enter")
-    page.wait_for(lambda: len(messages()) == 2 and messages()[1] != "one", seconds=60)
+    page.wait_for(lambda: len(messages()) == 2 and messages()[1] != "one", seconds=120)
     first = messages()
     assert first[0] == "you\nWhat is <b>2</b> + 2?"
     assert send.is_disabled() and menu.is_disabled() and not stop.is_disabled()  # noqa: PT018
     page.page.keyboard.type("Written ")
-    page.wait_for(lambda: messages()[1] != first[1], seconds=60)
+    page.wait_for(lambda: messages()[1] != first[1], seconds=120)
     page.page.keyboard.type("meanwhile")
     answer = ended()
     assert answer.startswith("one\n")
@@ -170,9 +170,9 @@ def test_a_conversation(opened, talker, screenshots):
 
     menu.select_option("two")
     page.move_slider(cell, "ArrowLeft", times=10)
-    page.wait_for_output(cell, lambda text: "0.50" in text, seconds=30)
+    page.wait_for_output(cell, lambda text: "0.50" in text, seconds=60)
     send.click()
-    page.wait_for(lambda: len(messages()) == 4 and not stop.is_disabled(), seconds=60)
+    page.wait_for(lambda: len(messages()) == 4 and not stop.is_disabled(), seconds=120)
     stop.click()
     answer = ended()
     assert answer.startswith("two × 0.5\n")  # noqa: RUF001
@@ -181,7 +181,7 @@ def test_a_conversation(opened, talker, screenshots):
 
     field.fill("Is </s> a token?")
     field.press("Enter")
-    page.wait_for(lambda: "A text holds '</s>'" in messages()[-1], seconds=60)
+    page.wait_for(lambda: "A text holds '</s>'" in messages()[-1], seconds=120)
     ended()
     assert field.input_value() == "Is </s> a token?"
     page.screenshot(screenshots / "chat.png", height=900)
@@ -189,9 +189,9 @@ def test_a_conversation(opened, talker, screenshots):
     assert window["y"] + window["height"] <= field.bounding_box()["y"]  # the last message is in sight
 
     cell.get_by_role("button", name="New conversation").click()
-    page.wait_for(lambda: messages() == [], seconds=30)
+    page.wait_for(lambda: messages() == [], seconds=60)
     menu.select_option("(base model)")
     field.fill("Hello")
     send.click()
-    page.wait_for(lambda: len(messages()) == 2, seconds=60)
+    page.wait_for(lambda: len(messages()) == 2, seconds=120)
     assert ended().startswith("(base model)\n")
