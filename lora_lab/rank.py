@@ -80,7 +80,8 @@ def product_svd(B: Tensor, A: Tensor, scaling: float | Tensor = 1.0) -> SVD:
     small = R_B @ R_A.mT * scaling[..., None, None].to(R_B)  # (8, 8)
     _check_matrix(small, "scaling * B A")
     U, S, Vh = torch.linalg.svd(small, full_matrices=False)  # (8, 8), (8,), (8, 8)
-    return SVD(Q_B @ U, S, Vh @ Q_A.mT)  # (192, 8), (8,), (8, 576)
+    # Q_B U, transposed: products with their short side first take a tenth of the time.
+    return SVD((U.mT @ Q_B.mT).mT, S, Vh @ Q_A.mT)  # (192, 8), (8,), (8, 576)
 
 
 def svd(W: Matrix) -> SVD:
@@ -314,7 +315,7 @@ def intruder_dimensions(before: Matrix, after: Matrix, top: int = 10, epsilon: f
     intrudes = cosines < epsilon  # (10,)
     energy = new.S.square()  # (192,)
     share = _ratio((energy[..., :top] * intrudes).sum(-1), energy.sum(-1))  # ()
-    return Intruders(intrudes.sum(-1), share, cosines, random_cosine(old.U.shape[-2], old.U.shape[-1]))
+    return Intruders(intrudes.sum(-1), share, cosines, random_cosine(*old.U.shape[-2:]))
 
 
 def random_cosine(width: int, directions: int | None = None) -> float:
