@@ -80,7 +80,7 @@ def product_svd(B: Tensor, A: Tensor, scaling: float | Tensor = 1.0) -> SVD:
     small = R_B @ R_A.mT * scaling[..., None, None].to(R_B)  # (8, 8)
     _check_matrix(small, "scaling * B A")
     U, S, Vh = torch.linalg.svd(small, full_matrices=False)  # (8, 8), (8,), (8, 8)
-    # Q_B U, transposed: products with their short side first take a tenth of the time.
+    # Q_B U, transposed: with its short side first the product takes less time.
     return SVD((U.mT @ Q_B.mT).mT, S, Vh @ Q_A.mT)  # (192, 8), (8,), (8, 576)
 
 

@@ -88,6 +88,11 @@ def test_a_record_has_every_trial_of_both_stages(record):
     assert set(frame["data"]) == {"digits", "docs"}
     assert set(frame["setup"]) == {"full", "r=1", "again"}
     assert set(frame["commit"]) == {COMMIT}
+    for (data, setup), rows in frame.groupby(["data", "setup"]):
+        stated = record.settings[data]["setups"][setup]  # a study may be about one of these
+        assert [set(rows[name]) for name in ("schedule", "weight_decay")] == [
+            {stated[name]} for name in ("schedule", "weight_decay")
+        ]
 
 
 def test_a_record_can_be_judged_as_the_table_itself(record):
