@@ -13,6 +13,7 @@ import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+import lora_lab as ll
 from lora_lab.models import pretrained
 from lora_lab.models.llama import Llama, LlamaConfig
 from lora_lab.models.pretrained import fetch_smollm2, load_pretrained, save_model
@@ -63,6 +64,22 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def quantiles_once():
+    """Answers that try one number of seeds after another ask for thousands of quantiles, and scipy is slow."""
+    from scipy.stats import t
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t, "ppf", functools.cache(t.ppf))
+        yield
+
+
+@pytest.fixture(scope="session")
+def ledger():
+    """All claims with their verdicts; it takes seconds."""
+    return ll.claims.load()
 
 
 @pytest.fixture(scope="session")

@@ -93,9 +93,9 @@ def losses_by_seed(rows: DataFrame, by: str, part: str) -> dict[Any, np.ndarray]
         Each value of that column, ascending -> (seeds, blocks).
     """
     seeds = sorted(rows["seed"].unique())
-    done = rows[rows["outcome"] == "done"].sort_values("seed")
+    done, columns = rows[rows["outcome"] == "done"].sort_values("seed"), [SCORE + part, f"{part}_loss"]
     return {
-        value: np.array([block_losses_of(row, part) for row in of_value.to_dict("records")])
+        value: np.array([block_losses_of(row, part) for row in of_value.filter(columns).to_dict("records")])
         for value, of_value in done.groupby(by)
         if of_value["seed"].tolist() == seeds
     }
@@ -236,7 +236,7 @@ def losses_by_rate(frame: DataFrame) -> dict[float, np.ndarray]:
     """
     if "setup" in frame and frame["setup"].nunique() > 1:
         raise ValueError(f"The frame has the setups {[*frame['setup'].unique()]}, but must have one; select its rows.")
-    losses = {float(lr): values for lr, values in losses_by_seed(last_rows(frame), "lr", "validation").items()}
+    losses = losses_by_seed(last_rows(frame), "lr", "validation")
     if not losses:
         raise ValueError("No learning rate has a result for every seed; run the trials that are missing.")
     return losses

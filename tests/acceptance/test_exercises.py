@@ -9,22 +9,14 @@ import json
 from pathlib import Path
 
 import pytest
-import scipy.stats
 
 from lora_lab.course import check
 from lora_lab.course.exercise import EXERCISES as REGISTERED
 
 LESSONS = json.loads(Path(__file__).with_name("exercises.json").read_text(encoding="utf-8"))
 EXERCISES = {name: lesson for lesson, stored in LESSONS.items() for name in stored["exercises"]}
+pytestmark = pytest.mark.usefixtures("quantiles_once")
 each_exercise = pytest.mark.parametrize("name", EXERCISES)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quantiles_once():
-    """Answers that try one number of seeds after another ask for thousands of quantiles, and scipy is slow."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scipy.stats.t, "ppf", functools.cache(scipy.stats.t.ppf))
-        yield
 
 
 @functools.cache

@@ -4,20 +4,19 @@ An exercise that is added to lora_lab/course/exercises is tested here without a 
 """
 
 import ast
-import functools
 import inspect
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import t
 
 from lora_lab.course.exercise import EXERCISES, REFLECTIONS
 from lora_lab.course.judge import call, judge, untouched
 from lora_lab.course.sheets import points
 from tests.helpers import ROOT
 
+pytestmark = pytest.mark.usefixtures("quantiles_once")
 SAMPLES = 150  # of the inputs, to estimate how often two answers agree
 SEEDS = (1, 2, 3)  # of hidden tests
 LESSONS = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
@@ -38,13 +37,9 @@ each_mistake = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quantiles_once():
-    """Answers that try one number of seeds after another ask for thousands of quantiles, and scipy is slow."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(t, "ppf", functools.cache(t.ppf))
-        patch.setattr("lora_lab.course.judge.SECONDS", 20.0)  # other tests run on the same cores
-        yield
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    monkeypatch.setattr("lora_lab.course.judge.SECONDS", 20.0)  # other tests run on the same cores
 
 
 @each_exercise

@@ -286,11 +286,6 @@ KEYS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def entries():
-    return claims.load()
-
-
 def test_the_shipped_claims_are_many_of_every_kind_and_each_is_decided_in_one_way():
     every = read_claims()
     assert {claim.kind for claim in every.values()} == {"arithmetic", "mechanism", "small-scale", "at scale"}
@@ -335,38 +330,38 @@ def test_the_time_of_every_record_is_known_and_as_the_records_page_has_it(reques
     assert {name: kind.hours for name, kind in KINDS.items()} == {name: hours.get(name) for name in KINDS}
 
 
-def test_the_table_fits_100_columns_and_counts(entries):
-    lines = claims.table(entries).splitlines()
+def test_the_table_fits_100_columns_and_counts(ledger):
+    lines = claims.table(ledger).splitlines()
     assert max(map(len, lines)) <= 100
-    assert len(lines) == len(entries) + 4
-    for line, entry in zip(lines[1:], entries.values(), strict=False):
+    assert len(lines) == len(ledger) + 4
+    for line, entry in zip(lines[1:], ledger.values(), strict=False):
         assert line.startswith(entry.claim.id + " ")
         assert entry.result.verdict in line
-    stand = sum(entry.result.verdict == "stands" for entry in entries.values())
+    stand = sum(entry.result.verdict == "stands" for entry in ledger.values())
     waiting = sum(" waits: " in line for line in lines)
-    assert re.match(rf"{len(entries)} claims: {stand} stands,.* open \({waiting} wait for a record\)", lines[-2])
-    cited = sum(entry.result.verdict == "falls" and entry.claim.read != "lesson" for entry in entries.values())
+    assert re.match(rf"{len(ledger)} claims: {stand} stands,.* open \({waiting} wait for a record\)", lines[-2])
+    cited = sum(entry.result.verdict == "falls" and entry.claim.read != "lesson" for entry in ledger.values())
     assert lines[-1].startswith(f"{cited} of those that fall have a source, ")
 
 
 @pytest.mark.parametrize(("columns", "width"), [(80, 100), (250, 250)])  # the table needs 100
-def test_the_command_prints_the_table_and_wide_lines_cut_no_sentence(entries, monkeypatch, capsys, columns, width):
+def test_the_command_prints_the_table_and_wide_lines_cut_no_sentence(ledger, monkeypatch, capsys, columns, width):
     monkeypatch.setenv("COLUMNS", str(columns))
-    monkeypatch.setattr(claims, "load", lambda *_: entries)  # which takes seconds
+    monkeypatch.setattr(claims, "load", lambda *_: ledger)  # which takes seconds
     assert command("claims") == 0
     printed = capsys.readouterr().out
-    assert printed == claims.table(entries, width) + "\n"
+    assert printed == claims.table(ledger, width) + "\n"
     assert ("..." in printed) == (width == 100)
-    assert width == 100 or all(entry.claim.sentence in printed for entry in entries.values())
+    assert width == 100 or all(entry.claim.sentence in printed for entry in ledger.values())
 
 
-def test_json_has_exactly_these_keys(entries, capsys):
+def test_json_has_exactly_these_keys(ledger, capsys):
     assert command("claims", "--json") == 0
     printed = printed_json(capsys)[0]
-    assert [entry["id"] for entry in printed] == list(entries)
+    assert [entry["id"] for entry in printed] == list(ledger)
     assert all(list(entry) == KEYS for entry in printed)
     assert all(bool(entry["on"]) == (entry["verdict"] == "depends") for entry in printed)
-    assert printed == json.loads(json.dumps([entry.to_dict() for entry in entries.values()]))
+    assert printed == json.loads(json.dumps([entry.to_dict() for entry in ledger.values()]))
     assert command("claims", "two-real-knobs", "--json") == 0
     assert printed_json(capsys)[0] == [each for each in printed if each["id"] == "two-real-knobs"]
 
@@ -382,13 +377,13 @@ SHOWN = [  # claim, how it is run again
 
 
 @pytest.mark.parametrize(("name", "again"), SHOWN)
-def test_the_command_explains_one(entries, capsys, name, again):
+def test_the_command_explains_one(ledger, capsys, name, again):
     assert command("claims", name) == 0
     printed = capsys.readouterr().out
     *explained, empty, last = printed.splitlines()
     assert (empty, again in last) == ("", True)
     assert max(map(len, explained)) <= 100
-    claim, result = entries[name].claim, entries[name].result
+    claim, result = ledger[name].claim, ledger[name].result
     stated = (claim.sentence, claim.source, claim.why, claim.changes, claim.number)
     for text in (*stated, result.verdict, result.shown_by, result.measured):
         assert " ".join(text.split()) in " ".join(printed.split())
@@ -419,7 +414,7 @@ def test_the_records_that_are_here_are_whole_and_as_a_command_wrote_them(path, t
 
 
 def save(folder, changes, name=MEMORY.name):
-    """The file of the memory record with some entries changed."""
+    """The file of the memory record with some ledger changed."""
     stored = json.loads(MEMORY.read_text(encoding="utf-8"))
     path = folder / name
     path.write_text(json.dumps(stored | changes), encoding="utf-8")
