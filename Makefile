@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check quick timed test slow hostile coverage lab lab-gpu notebooks site slides lint clean
+.PHONY: help demo check quick timed test slow hostile coverage lab lab-gpu notebooks playground site slides lint clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -69,6 +69,9 @@ lab-gpu: $(VENV)/.ready-test ## run every lesson at full effort on a GPU; assert
 
 notebooks: $(VENV)/.ready-test ## run the lessons again and store their outputs in place
 	$(BIN)/python notebooks/execute.py $(ARGS)
+
+playground: $(VENV)/.ready ## write the page in which LoRA is trained live: build/playground.html
+	$(BIN)/lora-lab playground build/playground.html --write
 
 site: $(VENV)/.ready-docs ## build the site from the stored lessons, in about a minute: build/site/html/index.html
 	$(BIN)/python docs/site/build.py $(ARGS)

@@ -568,6 +568,27 @@ def course(
     print(f"Open the first one: jupyter lab {quoted}")
 
 
+def playground(out: str = "playground.html", /, write: bool = False) -> None:
+    """Open a page in the browser that trains LoRA beside full fine-tuning, live; it needs no network.
+
+        lora-lab playground
+        lora-lab playground class/playground.html --write         # to hand out: one file, which needs nothing else
+
+    Args:
+        out: the file to write
+        write: only write it
+    """
+    import webbrowser
+
+    from lora_lab.course.playground import build
+
+    with system.files.atomic_file(out) as temporary:
+        temporary.write_text(build(), encoding="utf-8")
+    print(f"Written: {out}")
+    if not write and not webbrowser.open(Path(out).resolve().as_uri()):
+        print("No browser was found here: open the file in one.")
+
+
 def doctor() -> dict[str, Any]:
     """Show the software and hardware of this machine, and which device is used, and why.
 

@@ -26,12 +26,13 @@ from sphinx.cmd.build import build_main
 
 import lora_lab
 from lora_lab import claims, records
-from lora_lab.course import copies
+from lora_lab.course import copies, playground
 from lora_lab.studies.claims.deciding import ANY_MACHINE, DECIDERS, NONE_GIVEN, VERDICTS
 
 ROOT = Path(__file__).resolve().parents[2]  # links are resolved, too
 REPOSITORY_PAGES = ["CONTRIBUTING.md", "SECURITY.md", "records/README.md"]
 ROWS_SHOWN = 50
+PLAYGROUND = re.compile(r"\[([^]]+)\]\((?:docs/playground|playground|playground\.html)(#[^)]*)?\)")
 ENTRY = re.compile(r"^ *(\w+)/? {2,}\S", re.MULTILINE)  # a file in the docstring of a package
 FRONT_DOOR = re.compile(r"^from \.(\S*) import (\w+) as \w+$", re.MULTILINE)
 SHOWING_SOLUTIONS = {"exercise", "exercises", "copies"}  # modules of lora_lab.course
@@ -66,6 +67,7 @@ def main(folder: Path) -> int:
     write(source / "index.md", "\n\n".join([adapted(readme.read_text(encoding="utf-8"), readme, source), *contents]))
     print(f"{len(lessons)} lessons, {len(pages)} guides, {record_pages} records, {reference} pages of reference")
     options = ["--fail-on-warning", "--quiet", "--conf-dir", str(Path(__file__).parent)]
+    write(folder / "html" / playground.NAME, playground.build())
     return build_main([*options, "--doctree-dir", str(folder / "doctrees"), str(source), str(folder / "html")])
 
 
@@ -79,6 +81,8 @@ def write(path: Path, text: str) -> None:
 
 def adapted(text: str, path: Path, source: Path) -> str:
     """A page's text for the site: links to modules lead to their reference, and other linked files come along."""
+    up = "../" * (len(path.relative_to(ROOT).parents) - 1)
+    text = PLAYGROUND.sub(rf'<a href="{up}{playground.NAME}\2">\1</a>', text)
 
     def link(match: re.Match) -> str:
         target, anchor = match[1], match[2] or ""
@@ -88,7 +92,6 @@ def adapted(text: str, path: Path, source: Path) -> str:
             return f"]({anchor.lower()})"
         file = (path.parent / target).resolve().relative_to(ROOT)
         if file.suffix == ".py" and file.parts[0] == "lora_lab":
-            up = "../" * (len(path.relative_to(ROOT).parents) - 1)
             page = "index" if file == Path("lora_lab/__init__.py") else file.with_suffix("").parts[1]
             return f"]({up}reference/{page}.rst)"
         if file.suffix not in (".md", ".ipynb"):

@@ -6,6 +6,7 @@ exercises/  the exercises, one file for each lesson: inputs, wrong answers, prop
 judge       right, a known mistake, or what else is wrong, without a trace of the code that is judged
 learner     check, hint, progress: what is shown, and what is remembered
 figures     what one lesson draws; all other figures are in lora_lab.plots
+playground  LoRA trained live in a browser, as one page
 copies      the lessons in a folder of the learner's, with or without the solutions
 sheets      sheets for nbgrader with hidden tests, the properties; for teachers, so not among the names below
 """
@@ -14,6 +15,6 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    ["copies", "exercise", "exercises", "figures", "judge", "learner", "lessons"],
+    ["copies", "exercise", "exercises", "figures", "judge", "learner", "lessons", "playground"],
     {"learner": ["check", "hint", "progress"]},
 )

@@ -25,6 +25,7 @@ import nbformat
 from nbformat import NotebookNode
 from typing_extensions import TypedDict
 
+from lora_lab.course import playground
 from lora_lab.course.learner import MANIFEST
 from lora_lab.system.files import as_path, atomic_file, atomic_files, atomic_folder, read_json, write_json
 from lora_lab.system.provenance import shipped_folder
@@ -100,8 +101,8 @@ def copy_lessons(folder: str | Path, solved: bool = False, only: Sequence[str] =
     """Copy lessons into a folder, without ever overwriting a file that was changed since it was written.
 
     A lesson that was not changed is replaced by a newer version. If it was changed, the newer version is written once
-    to a file beside it, ``NAME.new.ipynb``. A link to a lesson that is not in the folder becomes plain text. The
-    folder's file :data:`MANIFEST` holds what was written.
+    to a file beside it, ``NAME.new.ipynb``. A link to a lesson that is not in the folder becomes plain text. The page
+    of the playground, to which lessons link, is written too. The folder's file :data:`MANIFEST` holds what was written.
 
     Args:
         folder: is made if it does not exist.
@@ -145,6 +146,13 @@ def copy_lessons(folder: str | Path, solved: bool = False, only: Sequence[str] =
                     (temporary / name).write_bytes(content)
                     done.append(f"{'Written' if untouched else BESIDE}: {name}")
                 hashes[name], versions[lesson.name] = digest, version
+        if _digest(folder / playground.NAME) in (
+            None,
+            hashes.get(playground.NAME),
+        ):  # beside the lessons that link to it
+            page = playground.build().encode()
+            (temporary / playground.NAME).write_bytes(page)
+            hashes[playground.NAME] = hashlib.sha256(page).hexdigest()
         write_json(temporary / MANIFEST, {"solved": solved, "written": hashes, "versions": versions})
     unchanged = len(lessons) - len(done)
     return done + [f"Already there: {count_noun(unchanged, 'lesson')}"] * (unchanged > 0)

@@ -94,7 +94,7 @@ def checkout() -> Path:
 
 def shipped_folder(name: str) -> Path:
     """Return a folder that comes with lora_lab, from the installed package or from the checkout."""
-    packaged = Path(__file__).parents[1] / name  # pyproject.toml copies the checkout's folder there
+    packaged = Path(__file__).parents[1] / Path(name).name  # pyproject.toml copies the checkout's folder there
     return packaged if packaged.is_dir() else checkout() / name
 
 

@@ -15,7 +15,7 @@ import lora_lab as ll
 from tests.acceptance import ROOT
 
 COMMANDS = ["demo", "finetune", "chat", "export", "memory", "speed", "analyze", "ablate", "record"]
-COMMANDS += ["claims", "course", "doctor", "fetch"]
+COMMANDS += ["claims", "course", "playground", "doctor", "fetch"]
 WITH_JSON = ["memory", "speed", "analyze", "ablate", "finetune", "record", "claims", "doctor"]
 CONFIGS = ROOT / "tests" / "data" / "configs"
 

@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from lora_lab.course import copies
+from lora_lab.course import copies, playground
 from lora_lab.course.copies import CONFIG, MANIFEST, copy_lessons, student
 from lora_lab.system.provenance import shipped_folder
 from tests.helpers import command, error_line, names
@@ -208,7 +208,7 @@ def test_a_touched_lesson_stays_and_the_newer_is_offered_beside_it_once_which_ma
     assert beside(copy_lessons(mine)) == ["00_first.new.ipynb"]
     (mine / "00_first.new.ipynb").unlink()  # declined
     assert beside(copy_lessons(mine)) == []
-    assert names(mine) == [MANIFEST, "00_first.ipynb", "01_second.ipynb"]
+    assert names(mine) == [MANIFEST, "00_first.ipynb", "01_second.ipynb", playground.NAME]
     change(lessons / "00_first.ipynb", "newer")
     assert beside(copy_lessons(mine)) == ["00_first.new.ipynb"]
     assert (mine / "00_first.ipynb").read_bytes() == mine_of_old
@@ -233,7 +233,7 @@ def test_a_lesson_of_the_same_name_that_somebody_else_wrote_stays(lessons, tmp_p
 
 def test_a_choice_of_lessons_is_copied_and_others_can_follow(lessons, tmp_path):
     assert written(copy_lessons(tmp_path / "mine", only=["01"])) == ["01_second.ipynb"]
-    assert names(tmp_path / "mine") == [MANIFEST, "01_second.ipynb"]
+    assert names(tmp_path / "mine") == [MANIFEST, "01_second.ipynb", playground.NAME]
     work = change(tmp_path / "mine" / "01_second.ipynb")
     assert written(copy_lessons(tmp_path / "mine", only=["00", "01_sec"])) == ["00_first.ipynb"]
     assert (tmp_path / "mine" / "01_second.ipynb").read_bytes() == work
@@ -336,12 +336,25 @@ def test_a_damaged_manifest_is_one_sentence_and_without_it_what_was_changed_stay
     assert (mine / "00_first.ipynb").read_bytes() == work
 
 
+def test_the_playground_lies_beside_them_and_one_that_was_changed_stays(lessons, tmp_path):
+    page = tmp_path / "mine" / playground.NAME
+    copy_lessons(tmp_path / "mine")
+    assert page.read_text(encoding="utf-8") == playground.build()
+    page.write_text("mine", encoding="utf-8")
+    copy_lessons(tmp_path / "mine")
+    assert page.read_text(encoding="utf-8") == "mine"
+    page.unlink()
+    copy_lessons(tmp_path / "mine")
+    assert page.read_text(encoding="utf-8") == playground.build()
+
+
 # The commands
 
 
 def test_the_commands_take_a_choice_of_lessons(tmp_path, capsys):
     assert command("course", tmp_path / "my class", "--only", "03", "01") == 0
-    assert names(tmp_path / "my class") == [MANIFEST, "01_low_rank.ipynb", "03_lora_from_scratch.ipynb"]
+    lessons = ["01_low_rank.ipynb", "03_lora_from_scratch.ipynb"]
+    assert names(tmp_path / "my class") == [MANIFEST, *lessons, playground.NAME]
     # A path with a space is printed as a shell needs it.
     assert f"jupyter lab '{tmp_path / 'my class' / '01_low_rank.ipynb'}'" in capsys.readouterr().out
 

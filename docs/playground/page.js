@@ -1,0 +1,352 @@
+// The page: what is set, what runs, what is shown. The network is in lora.js, the worlds in worlds.js.
+"use strict";
+
+const $ = (id) => document.getElementById(id);
+const SPEED = 60; // steps a second, where the machine can
+const still = matchMedia("(prefers-reduced-motion: reduce)");
+const bytes = (count) => (count * 4 < 1000 ? `${count * 4} bytes` : `${((count * 4) / 1000).toFixed(1)} kB`);
+const share = (part, all) => `${((100 * part) / all).toFixed(part < all / 10 ? 1 : 0)} %`;
+const frame = () => new Promise((done) => requestAnimationFrame(done));
+
+const page = { settings: { ...START }, scenario: null, act: 0, seed: 0, experiment: null, run: 0, bases: new Map(), kept: [] };
+const act = () => page.scenario && SCENARIOS[page.scenario].acts[page.act];
+
+// What runs
+
+// The network that knows the old world; the first time it is seen to learn it.
+async function baseOf(name) {
+  const key = `${name} ${page.seed}`, world = WORLDS[name];
+  if (!page.bases.has(key)) {
+    const change = Object.keys(world.changes)[0], data = world.make({ ...START, change, stain: pixelsOf(START.stain) });
+    say("The network learns the old world …");
+    for (const network of pretrain(world, data, page.seed)) {
+      page.bases.set(key, network);
+      draw("before", network, data.beforeHeldOut);
+      await frame();
+    }
+    say("");
+  }
+  return page.bases.get(key);
+}
+
+// Begin an experiment with what is set.
+async function restart() {
+  const run = ++page.run, base = await baseOf(page.settings.world);
+  if (run !== page.run) return; // another was begun meanwhile
+  $("train").textContent = "▶ Train";
+  page.experiment = new Experiment(page.settings, base, page.seed);
+  $("dial").value = 1;
+  showSettings();
+  show();
+}
+
+// Train so many steps, as fast as they can be watched; true if nothing stopped it.
+async function train(steps) {
+  if (page.experiment.merged) merge();
+  if (page.experiment.lora.layers[0].dial !== 1) turnDial(1); // training is at full strength
+  const run = ++page.run;
+  $("train").textContent = "❚❚ Pause";
+  for (let left = steps, last = performance.now(), frames = 0; left > 0; frames++) {
+    const now = await frame(), due = still.matches ? 20 : Math.round(((now - last) * SPEED) / 1000);
+    if (run !== page.run) return false;
+    last = now;
+    const count = Math.min(left, Math.max(1, Math.min(12, due)));
+    page.experiment.train(count);
+    left -= count;
+    if (!still.matches || frames % 5 === 0) showStep(frames);
+  }
+  pause();
+  return true;
+}
+
+function pause() {
+  page.run++;
+  $("train").textContent = "▶ Train";
+  show();
+}
+
+function turnDial(strength) {
+  if (page.experiment.merged) merge();
+  $("dial").value = strength;
+  page.experiment.turn(Number(strength), $("follow").checked && !$("follows").hidden);
+  show();
+}
+
+function merge() {
+  const { experiment } = page;
+  if (experiment.merged) {
+    experiment.merged = experiment.measured = null;
+    say("Taken out again: W was never changed.");
+  } else {
+    const apart = experiment.merge();
+    say(`W + s B A is one matrix now, and the network as fast as before: the outputs differ by at most ${apart.toExponential(0)}.`);
+  }
+  $("merge").textContent = experiment.merged ? "take out" : "merge";
+  show();
+}
+
+// The shelf: adapters on one base
+
+function keep() {
+  const { settings, experiment } = page, { name } = WORLDS[settings.world].changes[settings.change];
+  const turned = settings.world === "points" && settings.change === "turned" ? ` by ${settings.amount}°` : "";
+  const adapters = experiment.lora.layers.map(({ adapter }) => adapter && { ...adapter, A: adapter.A.copy(), B: adapter.B.copy() });
+  page.kept.push({ name: `${name}${turned}, rank ${settings.rank}`, settings: { ...settings }, adapters, size: experiment.lora.size() });
+  showShelf();
+}
+
+async function take(kept) {
+  page.settings = { ...kept.settings };
+  await restart();
+  page.experiment.lora.layers.forEach((layer, i) => { layer.adapter = kept.adapters[i] && { ...kept.adapters[i] }; });
+  page.experiment.measured = null;
+  say(`The old numbers stay; the adapter is now “${kept.name}”, ${bytes(kept.size)}. Full fine-tuning would need another ${bytes(page.experiment.full.size())}.`);
+  show();
+}
+
+function showShelf() {
+  const here = page.kept.filter(({ settings }) => settings.world === page.settings.world);
+  $("shelf").replaceChildren(...here.map((kept) => button(`${kept.name} (${bytes(kept.size)})`, () => take(kept))));
+}
+
+// Experiments with a question
+
+async function open(scenario, number = 0) {
+  Object.assign(page, { scenario, act: number });
+  const { settings, goesOn } = act();
+  if (!goesOn) {
+    page.settings = { ...START, ...settings };
+    $("follow").checked = false;
+    await restart();
+  } else if (page.experiment.full.steps === 0) return open(scenario, number - 1); // what it goes on from was not run
+  ask();
+}
+
+function ask() {
+  const { question, options } = act();
+  $("question").textContent = question;
+  $("options").replaceChildren(...options.map((option, i) => button(option, () => predict(i))));
+  $("next").hidden = true;
+  say("");
+  for (const each of $("scenarios").children) each.setAttribute("aria-pressed", each.value === page.scenario);
+  writeAddress();
+}
+
+// A prediction was made: run, and show what is so.
+async function predict(chosen) {
+  const asked = act();
+  [...$("options").children].forEach((option, i) => {
+    option.disabled = true;
+    option.setAttribute("aria-pressed", i === chosen);
+  });
+  say("Let us see …");
+  if (asked.steps && !(await train(asked.steps))) {
+    if (asked === act()) say("Stopped. Press “Start again” for the question.");
+    return;
+  }
+  if (asked.dial) await halve(asked.dial);
+  if (asked !== act()) return;
+  if (asked.bars !== undefined) $("shown").value = asked.bars;
+  show();
+  const measured = page.experiment.measure(), bars = barsOf(page.experiment, Number($("shown").value));
+  $("options").children[asked.right].classList.add("right");
+  const mark = chosen === asked.right ? "✓ Yes." : "✗ No.";
+  say(asked.holds(measured, bars) ? `${mark} ${asked.shows(measured, bars)}` : "It came out otherwise here: look at the numbers below.");
+  const { acts } = SCENARIOS[page.scenario], names = Object.keys(SCENARIOS), after = names[names.indexOf(page.scenario) + 1];
+  $("next").hidden = page.act + 1 === acts.length && !after;
+  $("next").textContent = page.act + 1 < acts.length ? "Next question" : `Next: ${after && SCENARIOS[after].title}`;
+  $("next").onclick = () => (page.act + 1 < acts.length ? open(page.scenario, page.act + 1) : open(after));
+}
+
+// Turn the dial down before one's eyes, and the world with it.
+async function halve(end) {
+  $("follow").checked = true;
+  for (let strength = 1; strength > end && !still.matches; strength -= 0.02) {
+    turnDial(strength.toFixed(2));
+    await frame();
+  }
+  turnDial(end);
+}
+
+const barsOf = (experiment, layer) => ({ full: experiment.singularValues("full", layer), lora: experiment.singularValues("lora", layer) });
+
+// What is shown
+
+const say = (text) => { $("answer").textContent = text; };
+
+function button(text, onclick) {
+  return Object.assign(document.createElement("button"), { textContent: text, onclick });
+}
+
+function draw(id, network, data) {
+  (data.points ? drawPlane : drawDigits)($(id).querySelector("canvas"), network, data);
+}
+
+// While it trains, one picture a frame, and the rest now and then.
+function showStep(frames) {
+  const { experiment } = page, id = frames % 2 ? "full" : "lora";
+  draw(id, experiment[id], experiment.data.afterHeldOut);
+  $("steps").textContent = experiment.full.steps;
+  if (frames % 10 === 0) drawCurves($("curves"), experiment.curves);
+  if (frames % 30 === 0) showNumbers();
+}
+
+function show() {
+  const { experiment } = page;
+  if (!experiment) return;
+  for (const [id, network] of [["before", experiment.base], ["full", experiment.full], ["lora", experiment.merged ?? experiment.lora]])
+    draw(id, network, experiment.data.afterHeldOut);
+  showNumbers();
+  drawCurves($("curves"), experiment.curves);
+  drawBars($("bars"), barsOf(experiment, Number($("shown").value)));
+}
+
+function showNumbers() {
+  const { experiment } = page, measured = experiment.measure(), all = measured.full.size;
+  $("steps").textContent = experiment.full.steps;
+  for (const id of ["before", "full", "lora"]) {
+    const { right, old, size } = measured[id], at = (name) => $(id).querySelector(name);
+    at(".right").textContent = `${Math.round(100 * right)} %`;
+    at(".old").textContent = `${Math.round(100 * old)} %`;
+    const trained = id === "lora" ? ` (${share(size, all)})` : "";
+    at(".size").textContent = id === "before" ? `${numbers(all)} numbers` : `${numbers(size)} trained numbers${trained}, ${bytes(size)}`;
+    at("canvas").setAttribute("aria-label", `${Math.round(100 * right)} % of the new world right, ${Math.round(100 * old)} % of the old`);
+  }
+  $("rank-shown").textContent = page.settings.rank;
+  $("dial-shown").textContent = Number($("dial").value).toFixed(2);
+}
+
+// Controls
+
+const SLIDERS = ["rank", "alpha", "loraRate", "fullRate"];
+
+function showSettings() {
+  const { settings } = page, world = WORLDS[settings.world];
+  $("learned").textContent = world.learned;
+  $("world").value = settings.world;
+  $("change").replaceChildren(...Object.entries(world.changes).map(([key, { name }]) => new Option(name, key)));
+  $("change").value = settings.change;
+  const turns = settings.world === "points" && settings.change === "turned";
+  $("amount-row").hidden = $("follows").hidden = !turns;
+  $("amount").value = settings.amount;
+  $("amount-shown").textContent = `${settings.amount}°`;
+  $("optimiser").value = settings.optimiser;
+  for (const name of SLIDERS) {
+    $(name).value = CHOICES[name].indexOf(settings[name]);
+    $(name).setAttribute("aria-valuetext", settings[name]);
+    $(`${name}-out`).textContent = settings[name];
+  }
+  for (const box of document.querySelectorAll(".layers input")) box.checked = settings.layers.includes(box.value);
+  $("lens").hidden = settings.change !== "stained";
+  showLens();
+  showShelf();
+}
+
+// Something was set by hand: the question is over, and the experiment begins anew.
+function set(change) {
+  Object.assign(page, { settings: { ...page.settings, ...change }, scenario: null });
+  $("question").textContent = "An experiment of your own";
+  $("options").replaceChildren();
+  $("next").hidden = true;
+  say("Press Train.");
+  for (const each of $("scenarios").children) each.setAttribute("aria-pressed", false);
+  writeAddress();
+  return restart();
+}
+
+function setWorld(world) {
+  const change = Object.keys(WORLDS[world].changes)[0];
+  return set(world === "digits" ? { ...START, ...digit, change } : { ...START, change });
+}
+
+// The lens
+
+let cursor = null, ink = null;
+const showLens = () => drawLens($("pad"), pixelsOf(page.settings.stain), cursor);
+
+function dab(i, value) {
+  const pixels = pixelsOf(page.settings.stain);
+  page.settings.stain = stainOf(pixels.slice(0, i) + value + pixels.slice(i + 1));
+  showLens();
+}
+
+function under({ clientX, clientY }) {
+  const box = $("pad").getBoundingClientRect(), place = (v, length) => Math.min(7, Math.max(0, Math.floor((8 * v) / length)));
+  return 8 * place(clientY - box.top, box.height) + place(clientX - box.left, box.width);
+}
+
+const toggled = (i) => (pixelsOf(page.settings.stain)[i] === "1" ? "0" : "1");
+$("pad").onpointerdown = (event) => {
+  $("pad").setPointerCapture(event.pointerId);
+  ink = toggled(under(event));
+  dab(under(event), ink);
+};
+$("pad").onpointermove = (event) => { if (ink !== null) dab(under(event), ink); };
+$("pad").onpointerup = () => { ink = null; set({}); };
+$("pad").onkeydown = (event) => {
+  const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -8, ArrowDown: 8 }[event.key];
+  if (step) cursor = Math.min(63, Math.max(0, (cursor ?? 0) + step));
+  else if (event.key === " ") { dab(cursor ?? 0, toggled(cursor ?? 0)); set({}); }
+  else return;
+  event.preventDefault();
+  showLens();
+};
+$("pad").onblur = () => { cursor = null; showLens(); };
+
+// The address: an experiment by name, or what differs from the start
+
+function writeAddress() {
+  const { settings, scenario } = page, different = Object.entries(settings).filter(([name, value]) => value !== START[name]);
+  const parts = scenario ? { scenario, ...(page.act && { act: page.act + 1 }) } : Object.fromEntries(different);
+  history.replaceState(null, "", `#${new URLSearchParams(parts)}`);
+}
+
+// What an address holds; of a value that no control offers nothing is taken.
+function readAddress() {
+  const given = new URLSearchParams(location.hash.slice(1)), settings = { ...START };
+  if (Object.hasOwn(SCENARIOS, given.get("scenario"))) {
+    const act = Math.min(SCENARIOS[given.get("scenario")].acts.length, Math.max(1, parseInt(given.get("act")) || 1));
+    return open(given.get("scenario"), act - 1);
+  }
+  if (![...given.keys()].some((name) => name in START)) return open("few");
+  for (const [name, choices] of Object.entries(CHOICES))
+    settings[name] = choices.find((choice) => String(choice) === given.get(name)) ?? settings[name];
+  const { changes } = WORLDS[settings.world], change = given.get("change") ?? START.change;
+  settings.change = Object.hasOwn(changes, change) ? change : Object.keys(changes)[0];
+  const amount = Number(given.get("amount") ?? START.amount);
+  if (amount >= 0 && amount <= 180) settings.amount = amount;
+  if (/^[0-9a-f]{16}$/.test(given.get("stain"))) settings.stain = given.get("stain");
+  return set(settings);
+}
+
+// Everything is wired once.
+
+for (const [name, { title }] of Object.entries(SCENARIOS))
+  $("scenarios").append(Object.assign(button(title, () => open(name)), { value: name }));
+$("train").onclick = () => ($("train").textContent.startsWith("▶") ? train(Infinity) : pause());
+$("ten").onclick = () => { pause(); page.experiment.train(10); show(); };
+$("restart").onclick = () => { pause(); (page.scenario ? open(page.scenario, page.act) : restart()); };
+$("dial").oninput = (event) => { if ($("train").textContent.startsWith("❚")) pause(); turnDial(event.target.value); };
+$("follow").onchange = () => turnDial($("dial").value);
+$("off").onclick = () => turnDial(0);
+$("on").onclick = () => turnDial(1);
+$("merge").onclick = merge;
+$("keep").onclick = keep;
+$("shown").onchange = show;
+$("wipe").onclick = () => set({ stain: "0".repeat(16) });
+$("world").onchange = (event) => setWorld(event.target.value);
+$("change").onchange = (event) => set({ change: event.target.value });
+$("amount").onchange = (event) => set({ amount: Number(event.target.value) });
+$("optimiser").onchange = (event) => set(event.target.value === "Adam" ? { optimiser: "Adam", loraRate: 0.01, fullRate: 0.01 } : { optimiser: event.target.value, loraRate: 0.1, fullRate: 0.1 });
+for (const name of SLIDERS) {
+  Object.assign($(name), { min: 0, max: CHOICES[name].length - 1 });
+  $(name).onchange = (event) => {
+    const value = CHOICES[name][event.target.value];
+    set(name === "rank" ? { rank: value, alpha: value } : { [name]: value }); // the scaling stays 1
+  };
+}
+for (const box of document.querySelectorAll(".layers input"))
+  box.onchange = () => set({ layers: [..."123"].filter((layer) => document.querySelector(`.layers [value="${layer}"]`).checked).join("") || box.value });
+addEventListener("hashchange", readAddress);
+matchMedia("(prefers-color-scheme: dark)").onchange = show;
+readAddress();
