@@ -568,18 +568,26 @@ def course(
     print(f"Open the first one: jupyter lab {quoted}")
 
 
-def playground(out: str = "playground.html", /, write: bool = False) -> None:
+def playground(
+    out: str = "playground.html", /, write: bool = False, talk: str | None = None, host: str = "127.0.0.1"
+) -> None:
     """Open a page in the browser that trains LoRA beside full fine-tuning, live; it needs no network.
 
         lora-lab playground
         lora-lab playground class/playground.html --write         # to hand out: one file, which needs nothing else
+        lora-lab playground --talk somewhere/node_modules         # SmolLM2 and the dial of a real adapter
 
     Args:
         out: the file to write
         write: only write it
+        talk: instead serve a page in which SmolLM2 answers, by wllama in this folder of npm
+        host: address to serve that page at; 0.0.0.0 is for a class
     """
     import webbrowser
 
+    if talk is not None:
+        _serve_talk(talk, host)
+        return
     from lora_lab.course.playground import build
 
     with system.files.atomic_file(out) as temporary:
@@ -587,6 +595,18 @@ def playground(out: str = "playground.html", /, write: bool = False) -> None:
     print(f"Written: {out}")
     if not write and not webbrowser.open(Path(out).resolve().as_uri()):
         print("No browser was found here: open the file in one.")
+
+
+def _serve_talk(modules: str, host: str) -> None:
+    import tempfile
+
+    from lora_lab.course.talk import gather, make_server
+
+    with tempfile.TemporaryDirectory() as folder:
+        gather(modules, Path(folder))
+        with make_server(Path(folder), host, 8000) as server:
+            print(f"Open http://{'localhost' if host == '127.0.0.1' else host}:{server.server_port}; Ctrl-C stops it.")
+            server.serve_forever()
 
 
 def doctor() -> dict[str, Any]:

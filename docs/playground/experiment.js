@@ -28,11 +28,13 @@ class Experiment {
     this.draw = random(11 + seed);
     this.curves = { steps: [], full: [], lora: [], fullRight: [], loraRight: [] };
     this.merged = null;
+    this.spectra = new Map();
     this.note();
   }
 
   // See the world changed by another amount; what is trained on stays.
   look(amount) {
+    this.amount = amount;
     this.data = this.world.make({ ...this.settings, stain: pixelsOf(this.settings.stain), amount });
     this.measured = null;
   }
@@ -46,6 +48,7 @@ class Experiment {
       if (this.full.steps % EVERY === 0) this.note();
     }
     this.measured = null;
+    this.spectra.clear();
   }
 
   // Turn the adapter's strength; `follow` turns the world as far.
@@ -93,7 +96,9 @@ class Experiment {
   }
 
   singularValues(method, layer) {
-    return singularValues(this[method].layers[layer].update(this.base.layers[layer]));
+    const key = method + layer;
+    if (!this.spectra.has(key)) this.spectra.set(key, singularValues(this[method].layers[layer].update(this.base.layers[layer])));
+    return this.spectra.get(key);
   }
 }
 

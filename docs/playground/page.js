@@ -3,12 +3,13 @@
 
 const $ = (id) => document.getElementById(id);
 const SPEED = 60; // steps a second, where the machine can
+const LENGTH = 400; // steps of an experiment of one's own, each time
 const still = matchMedia("(prefers-reduced-motion: reduce)");
-const bytes = (count) => (count * 4 < 1000 ? `${count * 4} bytes` : `${((count * 4) / 1000).toFixed(1)} kB`);
+const bytes = (count) => (count * 4 < 1000 ? `${count * 4}\u00a0bytes` : `${((count * 4) / 1000).toFixed(1)}\u00a0kB`);
 const share = (part, all) => `${((100 * part) / all).toFixed(part < all / 10 ? 1 : 0)} %`;
 const frame = () => new Promise((done) => requestAnimationFrame(done));
 
-const page = { settings: { ...START }, scenario: null, act: 0, seed: 0, experiment: null, run: 0, bases: new Map(), kept: [] };
+const page = { settings: { ...START }, scenario: null, act: 0, seed: 0, experiment: null, predicted: null, run: 0, bases: new Map(), kept: [] };
 const act = () => page.scenario && SCENARIOS[page.scenario].acts[page.act];
 
 // What runs
@@ -19,11 +20,13 @@ async function baseOf(name) {
   if (!page.bases.has(key)) {
     const change = Object.keys(world.changes)[0], data = world.make({ ...START, change, stain: pixelsOf(START.stain) });
     say("The network learns the old world …");
+    document.querySelector("main").inert = true;
     for (const network of pretrain(world, data, page.seed)) {
       page.bases.set(key, network);
       draw("before", network, data.beforeHeldOut);
       await frame();
     }
+    document.querySelector("main").inert = false;
     say("");
   }
   return page.bases.get(key);
@@ -36,6 +39,8 @@ async function restart() {
   $("train").textContent = "▶ Train";
   page.experiment = new Experiment(page.settings, base, page.seed);
   $("dial").value = 1;
+  $("merge").textContent = "merge";
+  note("");
   showSettings();
   show();
 }
@@ -76,10 +81,10 @@ function merge() {
   const { experiment } = page;
   if (experiment.merged) {
     experiment.merged = experiment.measured = null;
-    say("Taken out again: W was never changed.");
+    note("Taken out again: W was never changed.");
   } else {
     const apart = experiment.merge();
-    say(`W + s B A is one matrix now, and the network as fast as before: the outputs differ by at most ${apart.toExponential(0)}.`);
+    note(`W + s B A is one table now, and the network as fast as before. The outputs differ by rounding, at most ${apart.toExponential(0)}.`);
   }
   $("merge").textContent = experiment.merged ? "take out" : "merge";
   show();
@@ -87,20 +92,22 @@ function merge() {
 
 // The shelf: adapters on one base
 
+const copyOf = (adapter) => adapter && { ...adapter, A: adapter.A.copy(), B: adapter.B.copy() };
+
 function keep() {
   const { settings, experiment } = page, { name } = WORLDS[settings.world].changes[settings.change];
   const turned = settings.world === "points" && settings.change === "turned" ? ` by ${settings.amount}°` : "";
-  const adapters = experiment.lora.layers.map(({ adapter }) => adapter && { ...adapter, A: adapter.A.copy(), B: adapter.B.copy() });
-  page.kept.push({ name: `${name}${turned}, rank ${settings.rank}`, settings: { ...settings }, adapters, size: experiment.lora.size() });
+  const adapters = experiment.lora.layers.map(({ adapter }) => copyOf(adapter));
+  page.kept.push({ name: `${name}${turned}, rank ${settings.rank}, ${experiment.lora.steps} steps`, settings: { ...settings }, adapters, size: experiment.lora.size() });
   showShelf();
 }
 
 async function take(kept) {
   page.settings = { ...kept.settings };
   await restart();
-  page.experiment.lora.layers.forEach((layer, i) => { layer.adapter = kept.adapters[i] && { ...kept.adapters[i] }; });
+  page.experiment.lora.layers.forEach((layer, i) => { layer.adapter = copyOf(kept.adapters[i]); });
   page.experiment.measured = null;
-  say(`The old numbers stay; the adapter is now “${kept.name}”, ${bytes(kept.size)}. Full fine-tuning would need another ${bytes(page.experiment.full.size())}.`);
+  note(`The old numbers stay; the adapter is now “${kept.name}”, ${bytes(kept.size)}. Full fine-tuning would need another ${bytes(page.experiment.full.size())}.`);
   show();
 }
 
@@ -117,14 +124,18 @@ async function open(scenario, number = 0) {
   if (!goesOn) {
     page.settings = { ...START, ...settings };
     $("follow").checked = false;
+    page.predicted = null;
     await restart();
-  } else if (page.experiment.full.steps === 0) return open(scenario, number - 1); // what it goes on from was not run
+  } else if (!page.experiment?.full.steps) return open(scenario, number - 1); // what it goes on from was not run
   ask();
 }
 
 function ask() {
   const { question, options } = act();
+  $("place").textContent = `${page.act + 1} of ${SCENARIOS[page.scenario].acts.length}`;
   $("question").textContent = question;
+  $("question").focus({ preventScroll: true }); // so that it is read out
+  $("train").disabled = true; // first the prediction
   $("options").replaceChildren(...options.map((option, i) => button(option, () => predict(i))));
   $("next").hidden = true;
   say("");
@@ -133,37 +144,47 @@ function ask() {
 }
 
 // A prediction was made: run, and show what is so.
-async function predict(chosen) {
-  const asked = act();
+function predict(chosen) {
   [...$("options").children].forEach((option, i) => {
     option.disabled = true;
     option.setAttribute("aria-pressed", i === chosen);
   });
+  $("train").disabled = false;
+  page.predicted = chosen;
+  return answer();
+}
+
+async function answer() {
+  const asked = act(), chosen = page.predicted;
   say("Let us see …");
-  if (asked.steps && !(await train(asked.steps))) {
-    if (asked === act()) say("Stopped. Press “Start again” for the question.");
+  if (asked.steps && !(await train(asked.steps - page.experiment.full.steps))) {
+    if (asked === act()) say("Paused.");
     return;
   }
   if (asked.dial) await halve(asked.dial);
   if (asked !== act()) return;
+  page.predicted = null;
   if (asked.bars !== undefined) $("shown").value = asked.bars;
   show();
   const measured = page.experiment.measure(), bars = barsOf(page.experiment, Number($("shown").value));
   $("options").children[asked.right].classList.add("right");
-  const mark = chosen === asked.right ? "✓ Yes." : "✗ No.";
+  const mark = chosen === asked.right ? "✓ As you said:" : "✗ Otherwise:";
   say(asked.holds(measured, bars) ? `${mark} ${asked.shows(measured, bars)}` : "It came out otherwise here: look at the numbers below.");
   const { acts } = SCENARIOS[page.scenario], names = Object.keys(SCENARIOS), after = names[names.indexOf(page.scenario) + 1];
   $("next").hidden = page.act + 1 === acts.length && !after;
   $("next").textContent = page.act + 1 < acts.length ? "Next question" : `Next: ${after && SCENARIOS[after].title}`;
+  $("next").focus({ preventScroll: true });
   $("next").onclick = () => (page.act + 1 < acts.length ? open(page.scenario, page.act + 1) : open(after));
 }
 
 // Turn the dial down before one's eyes, and the world with it.
 async function halve(end) {
+  const { run } = page;
   $("follow").checked = true;
   for (let strength = 1; strength > end && !still.matches; strength -= 0.02) {
     turnDial(strength.toFixed(2));
     await frame();
+    if (run !== page.run) return; // another experiment was begun
   }
   turnDial(end);
 }
@@ -173,6 +194,8 @@ const barsOf = (experiment, layer) => ({ full: experiment.singularValues("full",
 // What is shown
 
 const say = (text) => { $("answer").textContent = text; };
+const note = (text) => { $("note").textContent = text; };
+const percent = (part) => `${Math.round(100 * part)} %`;
 
 function button(text, onclick) {
   return Object.assign(document.createElement("button"), { textContent: text, onclick });
@@ -187,8 +210,9 @@ function showStep(frames) {
   const { experiment } = page, id = frames % 2 ? "full" : "lora";
   draw(id, experiment[id], experiment.data.afterHeldOut);
   $("steps").textContent = experiment.full.steps;
+  for (const name of ["full", "lora"]) $(name).querySelector(".right").textContent = percent(experiment.curves[`${name}Right`].at(-1));
   if (frames % 10 === 0) drawCurves($("curves"), experiment.curves);
-  if (frames % 30 === 0) showNumbers();
+  if (frames % 100 === 99) drawBars($("bars"), barsOf(experiment, Number($("shown").value)));
 }
 
 function show() {
@@ -202,17 +226,21 @@ function show() {
 }
 
 function showNumbers() {
-  const { experiment } = page, measured = experiment.measure(), all = measured.full.size;
+  const { experiment } = page, { amount } = experiment, measured = experiment.measure(), all = measured.full.size;
   $("steps").textContent = experiment.full.steps;
   for (const id of ["before", "full", "lora"]) {
     const { right, old, size } = measured[id], at = (name) => $(id).querySelector(name);
-    at(".right").textContent = `${Math.round(100 * right)} %`;
-    at(".old").textContent = `${Math.round(100 * old)} %`;
+    at(".right").textContent = percent(right);
+    at(".where").textContent = amount === page.settings.amount ? "in the new world" : `turned by ${Math.round(amount)}°`;
+    at(".old").textContent = percent(old);
     const trained = id === "lora" ? ` (${share(size, all)})` : "";
     at(".size").textContent = id === "before" ? `${numbers(all)} numbers` : `${numbers(size)} trained numbers${trained}, ${bytes(size)}`;
-    at("canvas").setAttribute("aria-label", `${Math.round(100 * right)} % of the new world right, ${Math.round(100 * old)} % of the old`);
+    at("canvas").setAttribute("aria-label", `${percent(right)} of the new world right, ${percent(old)} of the old`);
   }
+  $("off").setAttribute("aria-pressed", $("dial").value === "0");
+  $("on").setAttribute("aria-pressed", $("dial").value === "1");
   $("rank-shown").textContent = page.settings.rank;
+  $("layers-shown").textContent = `layer${page.settings.layers.length > 1 ? "s" : ""} ${[...page.settings.layers].join(", ")}`;
   $("dial-shown").textContent = Number($("dial").value).toFixed(2);
 }
 
@@ -223,6 +251,7 @@ const SLIDERS = ["rank", "alpha", "loraRate", "fullRate"];
 function showSettings() {
   const { settings } = page, world = WORLDS[settings.world];
   $("learned").textContent = world.learned;
+  $("legend").textContent = world.legend;
   $("world").value = settings.world;
   $("change").replaceChildren(...Object.entries(world.changes).map(([key, { name }]) => new Option(name, key)));
   $("change").value = settings.change;
@@ -245,7 +274,9 @@ function showSettings() {
 // Something was set by hand: the question is over, and the experiment begins anew.
 function set(change) {
   Object.assign(page, { settings: { ...page.settings, ...change }, scenario: null });
+  $("place").textContent = "";
   $("question").textContent = "An experiment of your own";
+  $("train").disabled = false;
   $("options").replaceChildren();
   $("next").hidden = true;
   say("Press Train.");
@@ -323,8 +354,14 @@ function readAddress() {
 
 for (const [name, { title }] of Object.entries(SCENARIOS))
   $("scenarios").append(Object.assign(button(title, () => open(name)), { value: name }));
-$("train").onclick = () => ($("train").textContent.startsWith("▶") ? train(Infinity) : pause());
-$("ten").onclick = () => { pause(); page.experiment.train(10); show(); };
+$("train").onclick = async () => {
+  if (!$("train").textContent.startsWith("▶")) return pause();
+  if (typeof page.predicted === "number") return answer(); // it was paused
+  if (!page.scenario) say("");
+  if (!(await train(LENGTH)) || page.scenario) return;
+  const { full, lora } = page.experiment.measure();
+  say(`After ${page.experiment.full.steps} steps: LoRA ${hundred(lora.right)}, full fine-tuning ${hundred(full.right)}.`);
+};
 $("restart").onclick = () => { pause(); (page.scenario ? open(page.scenario, page.act) : restart()); };
 $("dial").oninput = (event) => { if ($("train").textContent.startsWith("❚")) pause(); turnDial(event.target.value); };
 $("follow").onchange = () => turnDial($("dial").value);

@@ -34,7 +34,8 @@ function turn([x, y], degrees) {
 const POINTS = {
   sizes: [64, 64, 64, 3],
   pretraining: 600,
-  learned: "the colour of each point in a plane",
+  learned: "the colour of each place on a map",
+  legend: "Each dot has the colour that is right; the background has the colour that the network answers.",
   changes: {
     turned: { name: "turned", to: (point, label, { amount }) => [turn(point, amount), label] },
     mirrored: { name: "mirrored", to: ([x, y], label) => [[-x, y], label] },
@@ -67,7 +68,8 @@ const POINTS = {
 const DIGITS = {
   sizes: [64, 64, 64, 10],
   pretraining: 500,
-  learned: "to read digits of 8 × 8 pixels",
+  learned: "to read handwritten digits",
+  legend: "What each network reads is written above each digit; green is right.",
   changes: {
     stained: { name: "seen through a stained lens", to: (ink, i, { stain }) => ink[i] + Number(stain[i]) },
     moved: { name: "moved down by a pixel", to: (ink, i) => (i < 8 ? 0 : ink[i - 8]) },

@@ -7,6 +7,7 @@ judge       right, a known mistake, or what else is wrong, without a trace of th
 learner     check, hint, progress: what is shown, and what is remembered
 figures     what one lesson draws; all other figures are in lora_lab.plots
 playground  LoRA trained live in a browser, as one page
+talk        its second page: a language model and its adapter's dial in a browser, served from here
 copies      the lessons in a folder of the learner's, with or without the solutions
 sheets      sheets for nbgrader with hidden tests, the properties; for teachers, so not among the names below
 """
@@ -15,6 +16,6 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    ["copies", "exercise", "exercises", "figures", "judge", "learner", "lessons", "playground"],
+    ["copies", "exercise", "exercises", "figures", "judge", "learner", "lessons", "playground", "talk"],
     {"learner": ["check", "hint", "progress"]},
 )
