@@ -588,8 +588,10 @@ def playground(
     if talk is not None:
         _serve_talk(talk, host)
         return
-    from lora_lab.course.playground import build
+    from lora_lab.course.playground import build, is_page
 
+    if Path(out).exists() and not is_page(Path(out)):
+        raise ValueError(f"{out} is not a playground, and would be replaced; name another file.")
     with system.files.atomic_file(out) as temporary:
         temporary.write_text(build(), encoding="utf-8")
     print(f"Written: {out}")
@@ -604,8 +606,10 @@ def _serve_talk(modules: str, host: str) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         gather(modules, Path(folder))
-        with make_server(Path(folder), host, 8000) as server:
-            print(f"Open http://{'localhost' if host == '127.0.0.1' else host}:{server.server_port}; Ctrl-C stops it.")
+        with make_server(Path(folder), host) as server:
+            print(f"Open http://localhost:{server.server_port}; Ctrl-C stops it.")
+            if host != "127.0.0.1":
+                print("Other machines write this machine's name in place of localhost.")
             server.serve_forever()
 
 

@@ -9,27 +9,29 @@ const bytes = (count) => (count * 4 < 1000 ? `${count * 4}\u00a0bytes` : `${((co
 const share = (part, all) => `${((100 * part) / all).toFixed(part < all / 10 ? 1 : 0)} %`;
 const frame = () => new Promise((done) => requestAnimationFrame(done));
 
-const page = { settings: { ...START }, scenario: null, act: 0, seed: 0, experiment: null, predicted: null, run: 0, bases: new Map(), kept: [] };
+const page = { settings: { ...START }, scenario: null, act: 0, experiment: null, answered: null, predicted: null, run: 0, bases: new Map(), kept: [] };
 const act = () => page.scenario && SCENARIOS[page.scenario].acts[page.act];
 
 // What runs
 
 // The network that knows the old world; the first time it is seen to learn it.
-async function baseOf(name) {
-  const key = `${name} ${page.seed}`, world = WORLDS[name];
-  if (!page.bases.has(key)) {
-    const change = Object.keys(world.changes)[0], data = world.make({ ...START, change, stain: pixelsOf(START.stain) });
+function baseOf(name) {
+  if (!page.bases.has(name)) page.bases.set(name, learn(WORLDS[name])); // the promise, so that nobody gets it half-trained
+  return page.bases.get(name);
+}
+
+async function learn(world) {
+  const change = Object.keys(world.changes)[0], data = world.make({ ...START, change, stain: pixelsOf(START.stain) });
+  let known;
+  document.querySelector("main").inert = true;
+  for (known of pretrain(world, data)) {
     say("The network learns the old world …");
-    document.querySelector("main").inert = true;
-    for (const network of pretrain(world, data, page.seed)) {
-      page.bases.set(key, network);
-      draw("before", network, data.beforeHeldOut);
-      await frame();
-    }
-    document.querySelector("main").inert = false;
-    say("");
+    draw("before", known, data.beforeHeldOut);
+    await frame();
   }
-  return page.bases.get(key);
+  document.querySelector("main").inert = false;
+  say("");
+  return known;
 }
 
 // Begin an experiment with what is set.
@@ -37,7 +39,8 @@ async function restart() {
   const run = ++page.run, base = await baseOf(page.settings.world);
   if (run !== page.run) return; // another was begun meanwhile
   $("train").textContent = "▶ Train";
-  page.experiment = new Experiment(page.settings, base, page.seed);
+  page.experiment = new Experiment(page.settings, base);
+  page.answered = null;
   $("dial").value = 1;
   $("merge").textContent = "merge";
   note("");
@@ -126,7 +129,7 @@ async function open(scenario, number = 0) {
     $("follow").checked = false;
     page.predicted = null;
     await restart();
-  } else if (!page.experiment?.full.steps) return open(scenario, number - 1); // what it goes on from was not run
+  } else if (page.answered !== scenario) return open(scenario, number - 1); // what it goes on from was not run
   ask();
 }
 
@@ -163,7 +166,7 @@ async function answer() {
   }
   if (asked.dial) await halve(asked.dial);
   if (asked !== act()) return;
-  page.predicted = null;
+  Object.assign(page, { predicted: null, answered: page.scenario });
   if (asked.bars !== undefined) $("shown").value = asked.bars;
   show();
   const measured = page.experiment.measure(), bars = barsOf(page.experiment, Number($("shown").value));

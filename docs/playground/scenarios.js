@@ -160,7 +160,7 @@ const SCENARIOS = {
         question: "And rank 16?",
         options: ["the same", "nearly as far as full fine-tuning"],
         right: 1,
-        shows: ({ full, lora }) => `${hundred(lora.right)}, full fine-tuning ${hundred(full.right)}. More directions bring it nearer, each by less: no small rank is exactly enough. (On a network this small rank 16 trains 59 % of its numbers. On a large one that is a few per cent.)`,
+        shows: ({ full, lora }) => `${hundred(lora.right)}, full fine-tuning ${hundred(full.right)}. More directions bring it nearer, each by less: no small rank is exactly enough. (On a network this small rank 16 trains 59 % of its numbers. On SmolLM2 it is 3.6 %.)`,
         holds: ({ full, lora }) => lora.right > full.right - 0.06,
       },
     ],

@@ -146,10 +146,8 @@ def copy_lessons(folder: str | Path, solved: bool = False, only: Sequence[str] =
                     (temporary / name).write_bytes(content)
                     done.append(f"{'Written' if untouched else BESIDE}: {name}")
                 hashes[name], versions[lesson.name] = digest, version
-        if _digest(folder / playground.NAME) in (
-            None,
-            hashes.get(playground.NAME),
-        ):  # beside the lessons that link to it
+        there = _digest(folder / playground.NAME)
+        if there in (None, hashes.get(playground.NAME)):
             page = playground.build().encode()
             (temporary / playground.NAME).write_bytes(page)
             hashes[playground.NAME] = hashlib.sha256(page).hexdigest()

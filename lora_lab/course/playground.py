@@ -6,6 +6,7 @@ Its sources are in docs/playground; scikit-learn's digits are written into the p
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from lora_lab.system.provenance import shipped_folder
 
@@ -23,6 +24,11 @@ def build() -> str:
     page = read("index.html")
     page = re.sub(r'<link rel="stylesheet" href="(.+)">', lambda link: f"<style>\n{read(link[1])}</style>", page)
     return re.sub(r'<script src="(.+)"></script>', lambda link: f"<script>\n{read(link[1])}</script>", page)
+
+
+def is_page(path: Path) -> bool:
+    """Return whether a file is such a page, of this version or another."""
+    return path.is_file() and b"<title>LoRA playground</title>" in path.read_bytes()
 
 
 def _digits() -> str:

@@ -51,6 +51,6 @@ class _Handler(SimpleHTTPRequestHandler):
         """Print no line for each request."""
 
 
-def make_server(folder: Path, host: str = "127.0.0.1", port: int = 0) -> ThreadingHTTPServer:
-    """Return a server of a folder; port 0 takes a free one."""
-    return ThreadingHTTPServer((host, port), partial(_Handler, directory=str(folder)))
+def make_server(folder: Path, host: str = "127.0.0.1") -> ThreadingHTTPServer:
+    """Return a server of a folder, at a free port."""
+    return ThreadingHTTPServer((host, 0), partial(_Handler, directory=str(folder)))

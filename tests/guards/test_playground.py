@@ -61,6 +61,12 @@ def test_the_command_writes_it(tmp_path):
     command = [sys.executable, "-m", "lora_lab", "playground", str(target), "--write"]
     subprocess.run(command, check=True, capture_output=True)
     assert target.read_text(encoding="utf-8") == playground.build()
+    subprocess.run(command, check=True, capture_output=True)  # its own page it may replace
+    target.write_text("mine", encoding="utf-8")
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert str(target) in refused.stderr
+    assert target.read_text(encoding="utf-8") == "mine"
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +253,7 @@ def test_a_person_predicts_and_sees_by_keyboard(visit, name):
     page = visit(f"#scenario={name}")
     for act in range(page.evaluate("name => SCENARIOS[name].acts.length", name)):
         page.wait_for_function(READY)
+        assert page.locator("#train").is_disabled()  # first the prediction
         page.locator("#options button").first.focus()
         page.keyboard.press("Enter")
         page.wait_for_function(DONE, timeout=120_000)
@@ -360,6 +367,46 @@ def test_adapters_are_kept_on_one_base_and_switched(visit):
     page.click("#shelf button >> nth=0")
     page.wait_for_function("document.querySelector('#note').textContent.includes('The old numbers stay')")
     assert page.evaluate("[page.settings.change, page.experiment.measure().lora.right > 0.9]") == ["mirrored", True]
+    kept = page.evaluate("[...page.kept[0].adapters[0].B.values]")
+    before, after = page.evaluate("""() => {
+      const first = barsOf(page.experiment, 0).lora[0];
+      page.experiment.train(20);
+      return [first, barsOf(page.experiment, 0).lora[0]];
+    }""")
+    assert before != after  # it was trained further, and the bars follow
+    assert page.evaluate("[...page.kept[0].adapters[0].B.values]") == kept
+
+
+@in_a_browser
+def test_who_chooses_while_the_network_still_learns_gets_one_that_has_learned(visit):
+    page = visit()
+    page.reload()
+    page.click("#scenarios button >> nth=1")
+    page.click("#scenarios button >> nth=2")
+    page.wait_for_function(READY)
+    assert page.evaluate("[page.scenario, page.experiment.settings.rank]") == ["rank", 1]
+    assert page.evaluate("page.experiment.measure().before.old") > 0.95
+
+
+@in_a_browser
+def test_a_run_that_was_paused_goes_on_to_its_answer_and_another_choice_ends_it(visit):
+    page = visit("#scenario=stain")
+    page.click("#options button >> nth=0")
+    page.wait_for_function("page.experiment.full.steps > 10")
+    page.click("#train")
+    assert page.locator("#answer").inner_text() == "Paused."
+    page.click("#train")
+    page.wait_for_function("!document.querySelector('#next').hidden", timeout=120_000)
+    assert page.evaluate("page.experiment.full.steps") == 200
+    page.click("#scenarios button >> nth=1")
+    page.wait_for_function(READY)
+    page.click("#options button >> nth=0")
+    page.wait_for_function("page.experiment.lora.layers[0].dial < 0.95", timeout=120_000)  # the dial is turned down
+    page.click("#scenarios button >> nth=2")
+    page.wait_for_function("page.experiment.settings.rank === 1")
+    page.wait_for_timeout(500)
+    assert page.evaluate("[page.experiment.full.steps, page.experiment.lora.layers[0].dial]") == [0, 1]
+    assert page.locator("#answer").inner_text() == ""
 
 
 @in_a_browser
