@@ -65,13 +65,12 @@ class Experiment {
   }
 
   note() {
-    const full = this.full.judge(this.data.afterHeldOut), lora = this.lora.judge(this.data.afterHeldOut);
-    const { curves } = this;
-    curves.steps.push(this.full.steps);
-    curves.full.push(full.loss);
-    curves.lora.push(lora.loss);
-    curves.fullRight.push(full.right);
-    curves.loraRight.push(lora.right);
+    this.curves.steps.push(this.full.steps);
+    for (const name of ["full", "lora"]) {
+      const { loss, right } = this[name].judge(this.data.afterHeldOut);
+      this.curves[name].push(loss);
+      this.curves[`${name}Right`].push(right);
+    }
   }
 
   // What the page shows, and what the texts of an experiment are written from.

@@ -3,7 +3,7 @@
 
 const $ = (id) => document.getElementById(id);
 const SPEED = 60; // steps a second, where the machine can
-const LENGTH = 400; // steps of an experiment of one's own, each time
+const LENGTH = 400; // steps of an experiment, if it does not say
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 const bytes = (count) => (count * 4 < 1000 ? `${count * 4}\u00a0bytes` : `${((count * 4) / 1000).toFixed(1)}\u00a0kB`);
 const share = (part, all) => `${((100 * part) / all).toFixed(part < all / 10 ? 1 : 0)} %`;
@@ -42,7 +42,6 @@ async function restart() {
   page.experiment = new Experiment(page.settings, base);
   page.answered = null;
   $("dial").value = 1;
-  $("merge").textContent = "merge";
   note("");
   showSettings();
   show();
@@ -89,7 +88,6 @@ function merge() {
     const apart = experiment.merge();
     note(`W + s B A is one table now, and the network as fast as before. The outputs differ by rounding, at most ${apart.toExponential(0)}.`);
   }
-  $("merge").textContent = experiment.merged ? "take out" : "merge";
   show();
 }
 
@@ -135,13 +133,17 @@ async function open(scenario, number = 0) {
 
 function ask() {
   const { question, options } = act();
-  $("place").textContent = `${page.act + 1} of ${SCENARIOS[page.scenario].acts.length}`;
-  $("question").textContent = question;
+  pose(`${page.act + 1} of ${SCENARIOS[page.scenario].acts.length}`, question, options, "");
   $("question").focus({ preventScroll: true }); // so that it is read out
-  $("train").disabled = true; // first the prediction
+}
+
+function pose(place, question, options, said) {
+  $("place").textContent = place;
+  $("question").textContent = question;
   $("options").replaceChildren(...options.map((option, i) => button(option, () => predict(i))));
+  $("train").disabled = options.length > 0; // first the prediction
   $("next").hidden = true;
-  say("");
+  say(said);
   for (const each of $("scenarios").children) each.setAttribute("aria-pressed", each.value === page.scenario);
   writeAddress();
 }
@@ -160,7 +162,7 @@ function predict(chosen) {
 async function answer() {
   const asked = act(), chosen = page.predicted;
   say("Let us see …");
-  if (asked.steps && !(await train(asked.steps - page.experiment.full.steps))) {
+  if (!asked.goesOn && !(await train((asked.steps ?? LENGTH) - page.experiment.full.steps))) {
     if (asked === act()) say("Paused.");
     return;
   }
@@ -240,6 +242,7 @@ function showNumbers() {
     at(".size").textContent = id === "before" ? `${numbers(all)} numbers` : `${numbers(size)} trained numbers${trained}, ${bytes(size)}`;
     at("canvas").setAttribute("aria-label", `${percent(right)} of the new world right, ${percent(old)} of the old`);
   }
+  $("merge").textContent = experiment.merged ? "take out" : "merge";
   $("off").setAttribute("aria-pressed", $("dial").value === "0");
   $("on").setAttribute("aria-pressed", $("dial").value === "1");
   $("rank-shown").textContent = page.settings.rank;
@@ -277,14 +280,7 @@ function showSettings() {
 // Something was set by hand: the question is over, and the experiment begins anew.
 function set(change) {
   Object.assign(page, { settings: { ...page.settings, ...change }, scenario: null });
-  $("place").textContent = "";
-  $("question").textContent = "An experiment of your own";
-  $("train").disabled = false;
-  $("options").replaceChildren();
-  $("next").hidden = true;
-  say("Press Train.");
-  for (const each of $("scenarios").children) each.setAttribute("aria-pressed", false);
-  writeAddress();
+  pose("", "An experiment of your own", [], "Press Train.");
   return restart();
 }
 

@@ -28,7 +28,7 @@ REQUIRED = os.environ.get("LORA_LAB_BROWSER") == "required"
 missing = [name for name, there in (("playwright", sync_playwright), ("Chromium", lab.CHROMIUM)) if not there]
 in_a_browser = pytest.mark.skipif(bool(missing) and not REQUIRED, reason=f"needs {' and '.join(missing)}")
 SOURCES = ROOT / "docs" / "playground"
-SCENARIOS = re.findall(r"^  (\w+): \{$", (SOURCES / "scenarios.js").read_text(encoding="utf-8"), re.MULTILINE)
+SCENARIOS = re.findall(r"^  (\w+): \{ title", (SOURCES / "scenarios.js").read_text(encoding="utf-8"), re.MULTILINE)
 READY = "page.experiment !== null && !document.querySelector('#answer').textContent.includes('learns')"
 DONE = "!/^(Let us see|$)/.test(document.querySelector('#answer').textContent)"
 # A network that knows the old world, for each world and seed; then an experiment's runs without the page.
@@ -234,7 +234,7 @@ def test_each_sentence_holds_for_eight_seeds(laboratory, name):
           globalThis.running ??= {};
           if (!act.goesOn) {
             running[seed] = begin(act.settings, seed);
-            running[seed].train(act.steps);
+            running[seed].train(act.steps ?? LENGTH);
             if (act.dial) running[seed].turn(act.dial, true);
           }
           const experiment = running[seed], measured = experiment.measure(), bars = barsOf(experiment, act.bars ?? 0);
