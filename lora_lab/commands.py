@@ -463,6 +463,7 @@ def record(
     """
     from lora_lab.studies import records
     from lora_lab.studies.recorder import find_recorder, tell_row
+    from lora_lab.studies.records import Record
 
     if check:
         from lora_lab.studies.claims.deciding import check_record
@@ -488,12 +489,22 @@ def record(
     folder = Path(out) if out else records.destination()
     system.files.check_writable(folder)
     rows = []
-    for row in chosen.rows(where, list(models) or None) if what in records.OF_MODELS else chosen.rows(where):
+
+    def save() -> tuple[Path, Record]:
+        # Of a record that grows, what is measured so far.
+        measured = {data: each for data, each in settings.items() if data in {row.get("data") for row in rows}}
+        stated = measured if records.KINDS[what].grows else settings
+        made = records.new(what, rows, stated, command, where, commit)
+        return system.files.save_or_rescue(lambda path: records.write(made, path), folder), made
+
+    more = [list(models) or None] if what in records.OF_MODELS else [lambda: rows and save()] if records.KINDS[what].grows else []
+    for row in chosen.rows(where, *more):
         rows.append(row)
         if text := tell_row(row):
             print(text, flush=True)
-    made = records.new(what, rows, settings, command, where, commit)
-    path = system.files.save_or_rescue(lambda path: records.write(made, path), folder)
+    if not rows:
+        raise ValueError(f"The records of other machines hold all of {what!r}; move them away to measure it here.")
+    path, made = save()
     print(f"Written: {path}\nWhat it decides: lora-lab claims --records {folder}")
     return {"path": path, **asdict(made)}
 

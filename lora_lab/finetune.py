@@ -19,7 +19,7 @@ from lora_lab.adapters.peft_format import CARD, CONFIG, WEIGHTS, find_variant, i
 from lora_lab.history import History
 from lora_lab.inject import lora_layers
 from lora_lab.methods import ContinueLoRA, FullFineTuning, LoRA, Method
-from lora_lab.models.pretrained import FILES, SMOLLM2, check_separate, load_pretrained, save_model
+from lora_lab.models.pretrained import FILES, NAMES, SMOLLM2, check_separate, load_pretrained, save_model
 from lora_lab.models.tokenizer import Tokenizer
 from lora_lab.system import files
 from lora_lab.system.device import pick_device
@@ -194,7 +194,7 @@ def _describe_start(why: str, data: Task) -> str:
 
 def name_base(model: str) -> str:
     """Return what an adapter's config says of its base: the absolute path of a folder or a file, or else the name."""
-    return str(Path(model).resolve()) if model != SMOLLM2 and Path(model).exists() else model
+    return str(Path(model).resolve()) if model not in NAMES and Path(model).exists() else model
 
 
 def _evaluate(net: nn.Module, data: Task, limit: int | None) -> dict[str, Any]:

@@ -100,6 +100,7 @@ function keep() {
   const turned = settings.world === "points" && settings.change === "turned" ? ` by ${settings.amount}°` : "";
   const adapters = experiment.lora.layers.map(({ adapter }) => copyOf(adapter));
   page.kept.push({ name: `${name}${turned}, rank ${settings.rank}, ${experiment.lora.steps} steps`, settings: { ...settings }, adapters, size: experiment.lora.size() });
+  note("Kept: it is on the shelf below.");
   showShelf();
 }
 
@@ -108,6 +109,7 @@ async function take(kept) {
   await restart();
   page.experiment.lora.layers.forEach((layer, i) => { layer.adapter = copyOf(kept.adapters[i]); });
   page.experiment.measured = null;
+  page.experiment.spectra.clear();
   note(`The old numbers stay; the adapter is now “${kept.name}”, ${bytes(kept.size)}. Full fine-tuning would need another ${bytes(page.experiment.full.size())}.`);
   show();
 }
@@ -125,6 +127,7 @@ async function open(scenario, number = 0) {
   if (!goesOn) {
     page.settings = { ...START, ...settings };
     $("follow").checked = false;
+    $("shown").value = 0;
     page.predicted = null;
     await restart();
   } else if (page.answered !== scenario) return open(scenario, number - 1); // what it goes on from was not run
@@ -166,14 +169,14 @@ async function answer() {
     if (asked === act()) say("Paused.");
     return;
   }
-  if (asked.dial) await halve(asked.dial);
+  if ("dial" in asked) await turnDown(asked.dial, !asked.goesOn);
   if (asked !== act()) return;
   Object.assign(page, { predicted: null, answered: page.scenario });
   if (asked.bars !== undefined) $("shown").value = asked.bars;
   show();
   const measured = page.experiment.measure(), bars = barsOf(page.experiment, Number($("shown").value));
   $("options").children[asked.right].classList.add("right");
-  const mark = chosen === asked.right ? "✓ As you said:" : "✗ Otherwise:";
+  const mark = chosen === asked.right ? "✓ As you said:" : "✗ Not so:";
   say(asked.holds(measured, bars) ? `${mark} ${asked.shows(measured, bars)}` : "It came out otherwise here: look at the numbers below.");
   const { acts } = SCENARIOS[page.scenario], names = Object.keys(SCENARIOS), after = names[names.indexOf(page.scenario) + 1];
   $("next").hidden = page.act + 1 === acts.length && !after;
@@ -182,10 +185,10 @@ async function answer() {
   $("next").onclick = () => (page.act + 1 < acts.length ? open(page.scenario, page.act + 1) : open(after));
 }
 
-// Turn the dial down before one's eyes, and the world with it.
-async function halve(end) {
+// Turn the dial down before one's eyes, and perhaps the world with it.
+async function turnDown(end, follow) {
   const { run } = page;
-  $("follow").checked = true;
+  $("follow").checked = follow;
   for (let strength = 1; strength > end && !still.matches; strength -= 0.02) {
     turnDial(strength.toFixed(2));
     await frame();
@@ -217,6 +220,7 @@ function showStep(frames) {
   $("steps").textContent = experiment.full.steps;
   for (const name of ["full", "lora"]) $(name).querySelector(".right").textContent = percent(experiment.curves[`${name}Right`].at(-1));
   if (frames % 10 === 0) drawCurves($("curves"), experiment.curves);
+  if (frames % 20 === 0) showNumbers();
   if (frames % 100 === 99) drawBars($("bars"), barsOf(experiment, Number($("shown").value)));
 }
 
@@ -266,6 +270,7 @@ function showSettings() {
   $("amount").value = settings.amount;
   $("amount-shown").textContent = `${settings.amount}°`;
   $("optimiser").value = settings.optimiser;
+  $("how").textContent = `of ${settings.optimiser}, learning rate ${settings.fullRate} in full, ${settings.loraRate} for LoRA`;
   for (const name of SLIDERS) {
     $(name).value = CHOICES[name].indexOf(settings[name]);
     $(name).setAttribute("aria-valuetext", settings[name]);

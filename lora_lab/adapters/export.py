@@ -37,7 +37,7 @@ def find_base(folder: str | Path) -> str:
         FileNotFoundError: the folder is not there, or its base is neither a folder nor a .gguf file here.
     """
     base = read_config(folder).get("base_model_name_or_path") or pretrained.SMOLLM2
-    if base != pretrained.SMOLLM2 and not Path(base).exists():
+    if base not in pretrained.NAMES and not Path(base).exists():
         raise FileNotFoundError(
             f"{folder} adapts {base!r} (base_model_name_or_path in its {CONFIG}), which is neither a folder nor a "
             ".gguf file here; write its path there, or pass a loaded model."
@@ -192,6 +192,6 @@ def _load_base_without_weights(folder: str | Path) -> nn.Module:
     """Return the base of an adapter on torch's meta device, where that is possible."""
     base = find_base(folder)
     if base != pretrained.SMOLLM2 and not Path(base).is_dir():
-        return pretrained.load_pretrained(base, device="cpu")[0]  # a GGUF file
+        return pretrained.load_pretrained(base, device="cpu")[0]  # a GGUF file, as the small models are
     with torch.device("meta"):
         return pretrained.architecture(base)()

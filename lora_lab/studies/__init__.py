@@ -4,6 +4,7 @@ A study is data: ``records.KINDS`` says which file makes which record, for ``lor
 
 records      measured runs with their provenance, and the kinds of them
 recorder     how a record is made: sweeps of two kinds
+bases        the small language models that are shipped, made from nothing
 claims/      what is claimed about LoRA, and what holds: a ledger whose verdicts are computed
 steps        memory and times of training steps, predicted and measured
 tuned        setups at their best rates: quality, targets, variants, rates, rank advice, courses, translation, bits

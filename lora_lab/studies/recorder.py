@@ -28,7 +28,8 @@ from lora_lab.ablation.stats import block_losses_of
 from lora_lab.costs.fake import Factory
 from lora_lab.lean import Lean
 from lora_lab.methods import LoRA, Method
-from lora_lab.studies.records import KINDS
+from lora_lab.studies.records import KINDS, destination, load_all
+from lora_lab.system.provenance import device_name, slug
 from lora_lab.system.schema import plain
 from lora_lab.task import Task
 from lora_lab.train import evaluate
@@ -82,7 +83,8 @@ class Recorder:
     Args:
         settings: how the rows are made on a device, as the record states it.
         rows: makes the rows on a device, and yields each as soon as it is measured. Those of
-            :data:`lora_lab.studies.records.OF_MODELS` also take the names of models, and measure only these.
+            :data:`lora_lab.studies.records.OF_MODELS` also take the names of models, and measure only these; those of
+            a record that grows take what is to be called after each sweep.
     """
 
     settings: Callable[[torch.device], dict[str, Any]]
@@ -326,9 +328,21 @@ def record_sweeps(
         blocks = {sweep.data: sweep.settings() for sweep in sweeps if isinstance(sweep, BlockSweep)}
         return plain((blocks or {"cases": [sweep.settings() for sweep in sweeps]}) | dict(stated or {}))
 
-    def rows(device: torch.device) -> Iterator[Row]:
+    def rows(device: torch.device, save: Callable[[], Any] = lambda: None) -> Iterator[Row]:
         for sweep in plan(device):
-            yield from sweep.rows(device, Path("runs") / f"record-{name}")
+            held = _find_held(name, cast(BlockSweep, sweep), device) if KINDS[name].grows else None
+            yield from sweep.rows(device, Path("runs") / f"record-{name}") if held is None else held
+            save()
         yield from after(device) if after else ()
 
     return Recorder(settings, rows)
+
+
+def _find_held(name: str, sweep: BlockSweep, device: torch.device) -> list[Row] | None:
+    """Return the rows of a sweep that this machine's record holds; none if another's does; None if no record does."""
+    held = None
+    for record in load_all(name, destination()).values():
+        if record.settings.get(sweep.data) == plain(sweep.settings()):
+            here = slug(record.device) == slug(device_name(device))
+            held = [row for row in record.rows if here and row["data"] == sweep.data] or held or []
+    return held

@@ -28,6 +28,7 @@ class Kind(NamedTuple):
     module: str
     hours: str  # on two cores
     question: str
+    grows: bool = False  # sweep by sweep: what a record holds is not measured again
 
 
 # The file has its recorder under the kind's name in capitals.
@@ -42,6 +43,7 @@ KINDS = {
     "taught": Kind("tuned", "at most five hours", "what courses print, as taught and then tuned"),
     "quantised": Kind("tuned", "an hour and a half", "what a base in fewer bits and its merges cost"),
     "rank_advice": Kind("tuned", "two hours", "does one run at a high rank tell which rank is enough?"),
+    "tiny_rank": Kind("tiny", "four hours", "which rank is enough, on small language models of our own", grows=True),
     "spectra": Kind("spectra", "half an hour", "what training writes into the weights"),
     "overfitting": Kind("curves", "six hours", "which method overfits, and which forgets"),
     "remedies": Kind("curves", "two hours", "what eases forgetting, and what predicts it"),

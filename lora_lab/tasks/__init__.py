@@ -10,6 +10,7 @@ modules in reading order:
 
     arrays       for small nets: digits, planted ranks, from_arrays for numbers of your own
     python_docs  docs: next tokens of Python's manual
+    pages        next tokens of docstrings and READMEs, with pages as what a result must hold for
     instruction  prompts and answers: from_pairs
     datasets     prompts and answers that exist already: summarise, translate, sentiment, style
     sentences    sentences to translate, from a grammar, with combinations and words that training lacks
@@ -58,5 +59,5 @@ __all__ = [
 ]
 
 __getattr__, _, _ = lazy_loader.attach(
-    __name__, ["elicitation", "generate", "metrics"]
+    __name__, ["elicitation", "generate", "metrics", "pages"]
 )  # the other files are loaded already

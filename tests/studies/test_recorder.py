@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -144,3 +145,69 @@ def test_where_full_fine_tuning_is_compared_all_methods_multiply_in_bfloat16():
     assert {type(trial.method) for trial in trials} == {FullFineTuning, LoRA}
     for trial in trials:
         assert (trial.autocast or trial.lean.base_dtype) is torch.bfloat16, trial.method
+
+
+# A record that grows
+
+
+@pytest.fixture
+def growing(record, monkeypatch, tmp_path):
+    """What `lora-lab record rates` does with a record that grows, kept in "records" of a folder of its own."""
+    monkeypatch.setitem(KINDS, "rates", KINDS["rates"]._replace(grows=True))
+    monkeypatch.setattr(recorder, "destination", lambda: tmp_path)
+    return lambda: command("record", "rates", "--device", "cpu", "--out", str(tmp_path))
+
+
+def stop_at(data, monkeypatch):
+    rows = BlockSweep.rows
+    calls = []
+
+    def stop(sweep, *where):
+        calls.append(sweep.data)
+        if sweep.data == data:
+            raise KeyboardInterrupt
+        yield from rows(sweep, *where)
+
+    monkeypatch.setattr(BlockSweep, "rows", stop)
+    return calls
+
+
+def test_a_record_that_grows_holds_the_sweeps_that_have_ended(growing, record, monkeypatch, tmp_path):
+    stop_at("docs", monkeypatch)
+    assert growing() != 0
+    (part,) = records.load_all("rates", tmp_path).values()
+    assert part.settings == {"digits": record.settings["digits"]}
+    assert [*part.frame()["data"].unique()] == ["digits"]
+
+
+def test_a_record_that_grows_is_completed_and_no_sweep_is_measured_again(growing, record, monkeypatch, tmp_path):
+    half = [row for row in record.rows if row["data"] == "digits"]
+    marked = [row | {"reason": "as stored"} for row in half]
+    records.write(replace(record, rows=marked, settings={"digits": record.settings["digits"]}), tmp_path)
+    calls = stop_at("", monkeypatch)
+    assert growing() == 0
+    (whole,) = records.load_all("rates", tmp_path).values()
+    assert calls == ["docs"]
+    assert whole.settings == record.settings
+    assert [row for row in whole.rows if row["data"] == "digits"] == marked
+    assert len(whole.rows) == len(record.rows)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_what_another_machine_has_measured_in_the_same_way_is_left_to_its_record(
+    growing, record, monkeypatch, tmp_path, same
+):
+    settings = {"digits": record.settings["digits"] | ({} if same else {"widen": 7})}
+    half = [row for row in record.rows if row["data"] == "digits"]
+    records.write(replace(record, device="another", rows=half, settings=settings), tmp_path)
+    calls = stop_at("", monkeypatch)
+    assert growing() == 0
+    (ours,) = (each for each in records.load_all("rates", tmp_path).values() if each.device != "another")
+    assert calls == (["docs"] if same else ["digits", "docs"])
+    assert {*ours.frame()["data"]} == {*calls}
+
+
+def test_where_other_machines_have_measured_all_of_it_a_command_says_so(growing, record, tmp_path, capsys):
+    records.write(replace(record, device="another"), tmp_path)
+    assert growing() == 1
+    assert "The records of other machines hold all of 'rates'; move them away" in capsys.readouterr().err
