@@ -164,7 +164,7 @@ def as_good_as_full(record: Record, *others: Record) -> Result:
 def _at_fixed_alpha(rates: Record) -> str:
     """Return what LoRA of the highest rank loses with alpha = 32 on the machine of a record "rates", in words."""
     docs = select(rates, data="docs")
-    setup = docs.loc[docs["rank"].idxmax(), "setup"].partition(",")[0] + ", alpha = 32"
+    setup = f"r={docs['rank'].max():g}, alpha = 32"
     lora, full = (min(losses_by_rate(docs[docs["setup"] == name]).values(), key=np.mean) for name in (setup, "full"))
     lower, upper = bound_together(lora - full, 1)
     words = f"{(lora - full).mean():+.3f} ({lower:+.3f} to {upper:+.3f})"
@@ -271,7 +271,7 @@ def gains(record: Record, reference: str = FROM_SCRATCH) -> dict[Case, Gap]:
             raise ValueError(f"{data}, {model}, {n_train} examples: fewer than {MIN_SEEDS} seeds")
         wrong = (right[reference] - right[FINE_TUNED])[higher.index].dropna()
         at_edge = bool(case["edge"].fillna("").any())
-        untrained = bool(loss[reference].mean() >= GUESS.get(data, math.inf))
+        untrained = bool(loss[reference].mean() >= GUESS.get(str(data), math.inf))
         every[data, model, n_train] = Gap(higher.to_numpy(float), wrong.to_numpy(float), at_edge, untrained=untrained)
     return _bound_all(every)
 
@@ -471,10 +471,11 @@ def forgets_less_at_equal_learning(record: Record) -> Result:
     tables = [table.set_index(["n_train", "setup"]) for table in tables]
     judged, cases = pandas.DataFrame([_judge_together(table) for table in tables]), []
     for pair in [pair for pair, doubt in doubts.items() if not doubt]:
-        (word,) = set(judged[pair]) if judged[pair].nunique() == 1 else (OPEN,)
-        lower, upper = tables[-1].loc[pair, ["lower", "upper"]]
+        words = set(judged[pair])
+        lower, upper = (float(cast(float, tables[-1].loc[pair, end])) for end in ("lower", "upper"))
         ends = f"({lower:+.3f} to {upper:+.3f} at {100 * SHARES[-1]:.0f} %, that case alone)"
-        cases.append((LESS.get(word), f"{pair[0]} examples, {pair[1]}: {(lower + upper) / 2:+.3f} {ends}"))
+        answer = LESS.get(words.pop()) if len(words) == 1 else None
+        cases.append((answer, f"{pair[0]} examples, {pair[1]}: {(lower + upper) / 2:+.3f} {ends}"))
     result = decide_cases(cases, "the rank and the number of examples")
     words = f"KL from the base, LoRA's less full fine-tuning's, with {len(record.settings['judging'])} seeds"
     return replace(result, measured="; ".join([f"{words}. {result.measured}", *filter(None, doubts.values())]))

@@ -322,7 +322,7 @@ def judge(claim: Claim, folder: Folder = None, lessons: Folder = None, every: Re
         result = _read_lesson(claim, shipped_folder("notebooks") if lessons is None else Path(lessons))
         again = f"python notebooks/execute.py {claim.lesson}.ipynb runs the lesson anew; --lessons takes yours."
         return Entry(claim, result, f"lesson {claim.lesson.partition('_')[0]}", again)
-    if kind := decider.record if decider else "":
+    if decider and (kind := decider.record):
         result = _judge_records(claim, decider, records.load_all(folder=folder) if every is None else every)
         again = "makes the record anew" if result.date else "will make the record"
         again = f"lora-lab record {kind} {again}, in {KINDS[kind].hours} on two cores."

@@ -197,7 +197,7 @@ def falls_with_steps(record: Record) -> Cases:
     chosen = select(record, stage="choosing")
     chosen = chosen.assign(method=chosen["setup"].str.partition(",")[0])
     for method, of_method in chosen.groupby("method", sort=False):
-        losses = {int(steps): losses_by_rate(rows) for steps, rows in of_method.groupby("steps")}
+        losses = {int(cast(int, steps)): losses_by_rate(rows) for steps, rows in of_method.groupby("steps")}
         for few, more in pairwise(losses):
             samples = [sample_vertices(losses[steps]) for steps in (more, few)]
             lower, upper = ratio_interval(*samples)
