@@ -154,6 +154,7 @@ def ledger(entries: dict[str, claims.Entry]) -> str:
 
 def claim_text(entry: claims.Entry) -> str:
     claim, result = entry.claim, entry.result
+    verdict = entry.verdict[0].upper() + entry.verdict[1:]
     theirs = claim.number if claim.interval == NONE_GIVEN else f"{claim.number} ({claim.interval})"
     measured = [result.date, result.machine] if result.machine and result.machine != ANY_MACHINE else []
     facts = {
@@ -166,8 +167,7 @@ def claim_text(entry: claims.Entry) -> str:
     return "\n\n".join(
         [
             f"(claim-{claim.id})=\n### {escaped(claim.sentence)}",
-            f"**{escaped(entry.verdict.capitalize())}{escaped(str(result).removeprefix(result.verdict))}.** "
-            + escaped(result.measured),
+            f"**{escaped(verdict)}{escaped(str(result).removeprefix(result.verdict))}.** {escaped(result.measured)}",
             ", ".join([f"Shown by {shown_by(result.shown_by)}", *map(escaped, measured)]) + ".",
             "<details><summary>Their number, and how fair the test is</summary>",
             "\n".join(f"- {name}: {escaped(text)}" for name, text in facts.items()),
