@@ -18,8 +18,8 @@ assert package != Path(__file__).resolve().parent.parent / "lora_lab", "this is 
 assert all(getattr(ll, name) is not None for name in ll.__all__)
 assert (package / "py.typed").is_file()
 assert records.load_all("memory"), "the records did not come along"
-assert ll.claims.verdict("adapters-are-small").result.date, "the claims did not come along"
-assert ll.claims.verdict("higher-rank-never-hurts").result.date, "the lessons did not come along, or were not run"
+assert ll.claims.verdict("attention-256-mlp-128").result.date, "the claims did not come along"
+assert ll.claims.verdict("more-training-higher-rank").result.date, "the lessons did not come along, or were not run"
 assert (resources.files(tasks) / "data" / "style.jsonl").is_file()
 
 with tempfile.TemporaryDirectory() as folder:

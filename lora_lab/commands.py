@@ -522,8 +522,9 @@ def claims(id: str | None = None, /, records: str | None = None, lessons: str | 
 
     Returns:
         A list with one object a claim: ``id``, ``sentence``, ``number`` and ``interval`` that its authors give,
-        ``source``, ``kind`` ("arithmetic", "mechanism", "small-scale", "at scale"), ``fair`` ("yes", "sign only",
-        "no"), ``verdict`` ("stands", "falls", "depends", "open", "untestable"), ``on``, what it depends on,
+        ``source``, ``own``, whether the question is our own, ``kind`` ("arithmetic", "mechanism", "small-scale", "at
+        scale"), ``fair`` ("yes", "sign only", "no"), ``verdict`` ("stands", "falls", "depends", "open", "untestable"),
+        ``on``, what it depends on, ``scale``, what the evidence is of, ``weaker``, which rule it does not meet,
         ``shown_by``, which ends with our number, ``date`` and ``machine`` of that measurement.
     """
     from lora_lab.studies import claims

@@ -446,7 +446,7 @@ def by_rank(lines: Mapping[str, Mapping[int, float]], ylabel: str) -> Axes:
 
 
 def best_rates(lines: Mapping[str, Mapping[int, BestRate]], full: BestRate | None = None, power: float = 0) -> Axes:
-    """Best learning rates against the rank, both logarithmic, with 95 % intervals; a line for each label.
+    """Best learning rates against the rank, both logarithmic, with resampled intervals; a line for each label.
 
     The end of a bar has no cap where the grid does not bound it, and a best rate at the edge of its grid no mark.
 
@@ -479,7 +479,7 @@ def best_rates(lines: Mapping[str, Mapping[int, BestRate]], full: BestRate | Non
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter("{x:g}")
     rank_axis(ax, every)
-    ax.set_ylabel("best peak learning rate (bars: 95 %)")
+    ax.set_ylabel("best peak learning rate (bars: resampled)")
     return legend_beside(ax)
 
 

@@ -54,10 +54,6 @@ class Board:
         readers = {key: (decider.record, decider.published) for key, decider in DECIDERS.items()}
         return [key for key in self.entries if readers.get(key) == (record, published)]
 
-    def waiting(self, kind: str) -> list[str]:
-        """The ids of the claims that wait for a record."""
-        return [key for key, entry in self.entries.items() if entry.where == f"waits: {kind}"]
-
     def verdicts(self, record: Record) -> dict[str, Result]:
         """id -> what this record alone shows of the claim."""
         return {key: judge_record(self.entries[key].claim, record) for key in self.decided(record=record.what)}
@@ -130,7 +126,7 @@ def overview(board: Board, missing: list[str]) -> str:
         link = f"[{len(source.rows):,}](published/{name}.md)"
         rows.append([f"{name}, published", *counts(results), escaped(", ".join(cards)), source.date, link])
     for kind in missing:
-        rows.append([in_study(kind), *counts([OPEN] * len(board.waiting(kind))), "not recorded yet", "", ""])
+        rows.append([in_study(kind), *counts([OPEN] * len(board.decided(record=kind))), "not recorded yet", "", ""])
     return table(["Study", *map(str.capitalize, COUNTED), "Machine", "Date", "Rows"], rows, sortable=True)
 
 
@@ -162,7 +158,7 @@ def study(board: Board, kind: str) -> list[str]:
 
 def unrecorded(board: Board, kind: str) -> str:
     """A study that has no record: what makes one, and how many claims it will decide."""
-    count = len(board.waiting(kind))
+    count = len(board.decided(record=kind))
     waits = {0: "no claim waits", 1: "one claim waits"}.get(count, f"{count} claims wait")
     command = f"`lora-lab record {kind}`, {KINDS[kind].hours} on two cores"
     return f"(study-{kind})=\n**{kind}**: {KINDS[kind].question} ({command}; {waits} for it)"

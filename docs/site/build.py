@@ -27,7 +27,7 @@ from sphinx.cmd.build import build_main
 import lora_lab
 from lora_lab import claims, records
 from lora_lab.course import copies, playground
-from lora_lab.studies.claims.deciding import ANY_MACHINE, DECIDERS, NONE_GIVEN, VERDICTS
+from lora_lab.studies.claims.deciding import ANY_MACHINE, DECIDERS, NONE_GIVEN, VERDICTS, WEAKER
 
 ROOT = Path(__file__).resolve().parents[2]  # links are resolved, too
 REPOSITORY_PAGES = ["CONTRIBUTING.md", "SECURITY.md", "records/README.md"]
@@ -138,11 +138,13 @@ def write_lesson(path: Path, source: Path) -> None:
 def ledger(entries: dict[str, claims.Entry]) -> str:
     """The page of all claims, by verdict."""
     counts = Counter(entry.result.verdict for entry in entries.values())
+    own = sum(entry.claim.own for entry in entries.values())
     total = ", ".join(f"{counts[verdict]} [{verdict}](#{verdict})" for verdict in VERDICTS)
     lines = [
         "# Which claims about LoRA are true?",
-        f"{len(entries)} claims from papers, courses, issues and our lessons. Each verdict is computed from a count, a "
-        f"record, a lesson or published numbers: {total}. [How verdicts are made](docs/claims.md).",
+        f"{len(entries)} claims: {len(entries) - own} from papers, courses and issues, and {own} questions of our own. "
+        f"Each verdict is computed from a count, a record, a lesson or published numbers: {total}. {WEAKER}: a weaker "
+        "rule decided. [How verdicts are made](docs/claims.md).",
     ]
     for verdict in VERDICTS:
         lines.append(f"({verdict})=\n## {verdict.capitalize()}")
@@ -152,19 +154,20 @@ def ledger(entries: dict[str, claims.Entry]) -> str:
 
 def claim_text(entry: claims.Entry) -> str:
     claim, result = entry.claim, entry.result
+    verdict = entry.verdict[0].upper() + entry.verdict[1:]
     theirs = claim.number if claim.interval == NONE_GIVEN else f"{claim.number} ({claim.interval})"
     measured = [result.date, result.machine] if result.machine and result.machine != ANY_MACHINE else []
     facts = {
         "Source": f"{claim.source} (read: {claim.read})",
         "Their number": theirs,
         "Fair test": f"{claim.fair}: {claim.why}",
+        **({f"Weaker rule {WEAKER}": claim.weaker} if claim.weaker else {}),
         "What would change the verdict": claim.changes,
     }
     return "\n\n".join(
         [
             f"(claim-{claim.id})=\n### {escaped(claim.sentence)}",
-            f"**{result.verdict.capitalize()}{escaped(str(result).removeprefix(result.verdict))}.** "
-            + escaped(result.measured),
+            f"**{escaped(verdict)}{escaped(str(result).removeprefix(result.verdict))}.** {escaped(result.measured)}",
             ", ".join([f"Shown by {shown_by(result.shown_by)}", *map(escaped, measured)]) + ".",
             "<details><summary>Their number, and how fair the test is</summary>",
             "\n".join(f"- {name}: {escaped(text)}" for name, text in facts.items()),

@@ -185,14 +185,6 @@ def spectra(record: Record) -> Picture:
     return below(ax, "The ranks of updates, by depth"), f"Stable ranks of updates by block; medians: {words}"
 
 
-def remedies(record: Record) -> Picture:
-    frame = record.frame()
-    trials = overfitting.summarise_trials(frame[~frame["setup"].str.endswith("scaled")])
-    points = by_seed(trials, "forgotten_at_last", "last_loss")
-    ax = trade_off(points, f"rise of the off-domain loss ({NATS})", f"validation loss ({NATS})")
-    return below(ax, ""), f"Forgetting and learning after the last step. {in_both(points)}"
-
-
 def scores(record: Record) -> Picture:
     """Of the tasks of "downstream" and "elicitation", without the controls of the latter."""
     frame = record.frame().query("about == 'result' and setup != 'trivial'")
@@ -236,11 +228,10 @@ OF_EACH: dict[str, Callable[[Record], Picture]] = {
     "ablation": ablation,
     "spectra": spectra,
     "overfitting": overfitted,
-    "remedies": remedies,
     "head_start": head_start,
     "downstream": scores,
     "elicitation": scores,
-    **dict.fromkeys(("quality", "targets", "variants", "taught", "quantised", "rank_advice", "translation"), losses),
+    **dict.fromkeys(("quality", "targets", "variants", "quantised", "rank_advice"), losses),
 }
 
 

@@ -249,8 +249,9 @@ class BestRate:
     Args:
         tried: the rate of the lowest mean loss among those tried.
         vertex: of the parabola; None if ``tried`` is at an edge.
-        lower, upper: the two-sided 95 % interval of the vertex; None where it reaches beyond the rates tried, and if
-            there is only one loss a rate, so that there is no interval.
+        lower, upper: the middle 95 % of the vertices of the samples; :func:`resampled_means` states how often such an
+            interval holds the true value. None where it reaches beyond the rates tried, and if there is only one loss
+            a rate, so that there is no interval.
         edge: "smallest" or "largest" where ``tried`` is that of the rates that count, else "".
         seeds, blocks: how many were resampled.
     """
@@ -271,7 +272,7 @@ class BestRate:
         lower = "below all tried" if self.lower is None else f"{self.lower:.3g}"
         upper = "above all tried" if self.upper is None else f"{self.upper:.3g}"
         seeds = f"{self.seeds} seed{'s' * (self.seeds > 1)}"
-        return f"{self.vertex:.3g} ({CONFIDENCE:.0%}, {seeds}: {lower} to {upper}; best rate tried: {self.tried:.3g})"
+        return f"{self.vertex:.3g} (resampled, {seeds}: {lower} to {upper}; best rate tried: {self.tried:.3g})"
 
 
 def best_rate(losses: Mapping[float, np.ndarray]) -> BestRate:

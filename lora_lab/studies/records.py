@@ -40,17 +40,14 @@ KINDS = {
     "ablation": Kind("spectra", "an hour", "which rank is enough"),
     "targets": Kind("tuned", "an hour", "which layers should have adapters"),
     "variants": Kind("tuned", "three hours", "do variants of LoRA learn more?"),
-    "taught": Kind("tuned", "at most five hours", "what courses print, as taught and then tuned"),
     "quantised": Kind("tuned", "an hour and a half", "what a base in fewer bits and its merges cost"),
     "rank_advice": Kind("tuned", "two hours", "does one run at a high rank tell which rank is enough?"),
     "tiny_rank": Kind("tiny", "four hours", "which rank is enough, on small language models of our own", grows=True),
     "spectra": Kind("spectra", "half an hour", "what training writes into the weights"),
     "overfitting": Kind("curves", "six hours", "which method overfits, and which forgets"),
-    "remedies": Kind("curves", "two hours", "what eases forgetting, and what predicts it"),
     "head_start": Kind("curves", "an hour", "is fine-tuning better than training from scratch?"),
     "downstream": Kind("downstream", "three hours", "can the model learn a downstream task?"),
     "elicitation": Kind("downstream", "half an hour", "how much of that can it do untrained, asked well?"),
-    "translation": Kind("tuned", "three hours", "can the real model learn to translate?"),
 }
 OF_MODELS = ("memory", "speed")  # measure several models; all others are about SmolLM2-135M
 

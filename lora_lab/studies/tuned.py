@@ -18,24 +18,6 @@ rank_advice  On each task a sweep over ranks, each at its own learning rate, say
              which it is judged: digits from few and from many pictures, Python's manual, translation and summaries. The
              trials on Python's manual are those of ``lora-lab record rates``: copy them from
              ``runs/record-rates/docs/choosing-128-4`` into the folder of the same name here, to run them only once.
-taught       Do the results on LoRA and full fine-tuning that courses print survive tuned rates? One course trains a
-             sentiment classifier with LoRA of rank 4 and with full fine-tuning, both at full fine-tuning's rate, and
-             LoRA with alpha = 1. There LoRA is much worse. A public repository reports that LoRA of rank 4 has a far
-             lower perplexity, and takes minutes where full fine-tuning takes hours. Both comparisons are repeated here
-             as they are taught, on SmolLM2-135M and this project's data. Then only the learning rates change: each
-             method gets its best one. Steps of both methods are timed in turn. The first source is homework 1 of CMU
-             CS11-711, Advanced NLP, Fall 2025: README, run_llama.py and lora.py, read in copies. Changed are the model
-             (SmolLM2-135M-Instruct in place of a 42M Llama), the data (552 texts of this project in place of SST-5 and
-             CFIMDB), the head (the language model's in place of a new one of classes with dropout before it) and the
-             size (as in the setups, in place of 5 epochs in batches of 80 and 10); the last step counts, not the best
-             epoch. The second is README and notebook of a public SmolLM-135M LoRA repository. Changed are the model
-             (SmolLM2-135M-Instruct in place of SmolLM-135M), the data (Python's manual in place of Dolly's
-             instructions, and the test part in place of five openings of a few words) and the size (as in the setups,
-             in place of 300 steps of 8); the rate is constant, as theirs is for 200 steps, and full fine-tuning has
-             LoRA's, since the repository has no run of it. In both LoRA trains over a base in bfloat16.
-translation  Can 135 million parameters learn to translate, and what can they not? Names from English into French, and
-             sentences of a small grammar in both directions, with combinations or with words that training never
-             shows. A translation counts if it is exact and no baseline gets it right: copying, a dictionary, rules.
 quantised    What does a base in fewer bits cost in loss and time, and what do its merges lose? LoRA over four bases:
              float32, bfloat16, NF4 (QLoRA), and the blocks of Q4_1 in which the model is shipped. The float32 base is
              what those blocks hold, so the two differ in time alone, and the loss of NF4 is that of a second
@@ -54,7 +36,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -66,12 +47,12 @@ from lora_lab.ablation.results import SCORE
 from lora_lab.ablation.stats import BlockLosses
 from lora_lab.adapters.edit import off, switch
 from lora_lab.costs.setup import Setup
-from lora_lab.costs.timing import cost_model, step_time
+from lora_lab.costs.timing import step_time
 from lora_lab.inject import adapter_state, inject, lora_layers
 from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA
 from lora_lab.models.digits import DigitsMLP
-from lora_lab.models.pretrained import load_pretrained
+from lora_lab.models.pretrained import SMOLLM2, load_pretrained
 from lora_lab.models.quantize import quantize_nf4, round_matrix
 from lora_lab.studies.recorder import (
     BF16_BASE,
@@ -87,11 +68,8 @@ from lora_lab.studies.recorder import (
     read_loss,
     record_sweeps,
 )
-from lora_lab.studies.steps import ATTENTION, SMOLLM2, Case, compare_times
+from lora_lab.studies.steps import ATTENTION
 from lora_lab.task import Task
-from lora_lab.tasks.instruction import PairTask
-from lora_lab.tasks.metrics import trivial
-from lora_lab.tasks.sentences import kinds
 from lora_lab.variants import DoRA, LoRAPlus, PiSSA, RsLoRA
 
 # Quality
@@ -262,96 +240,6 @@ def advise(trial: Row) -> Iterator[Row]:
 
 
 RANK_ADVICE = record_sweeps("rank_advice", plan_rank_advice)
-
-
-# Taught
-
-# LoRA as it is taught; the rate of both methods there; and the middle of the rates that are tried for LoRA.
-LORA = {
-    "sentiment": (LoRA(4, 1, targets=ATTENTION), 2e-5, 8e-3),
-    "docs": (LoRA(4, 8, dropout=0.3, targets=("q_proj", "k_proj", "v_proj")), 1e-4, 4e-3),
-}
-# The sources' training: constant rates without warm-up, and no clipping; three rates are tried first.
-AS_TAUGHT = {"count": 3, "schedule": "constant", "warmup": 0, "clip": None, **BFLOAT16}
-
-
-def plan_taught(device: torch.device) -> Iterator[BlockSweep]:
-    """Yield what two cores can do in an evening, or a GPU at the sources' own numbers of steps."""
-    choosing, size = (3, (276, 10)) if device.type == "cuda" else (2, (100, 4))
-    seeds = range(choosing), plan_seeds(device, choosing)
-    sentiment = plan_setups(_list_taught("sentiment"), *size, **AS_TAUGHT)
-    on = {"judged_on": {"validation": 69, "test": 69}, "answered": True, "seq_len": 76}
-    yield BlockSweep(sentiment, *seeds, data="sentiment", chosen_on=69, **on)
-    docs = plan_setups(_list_taught("docs"), *plan_size(device), weight_decay=0.01, **AS_TAUGHT)
-    yield BlockSweep(docs, *seeds, data="docs")
-
-
-def _list_taught(data: str) -> Methods:
-    """Return both methods at the rate that is taught, and with the middles of the rates that are tried."""
-    full, (lora, rate, tuned) = FullFineTuning(), LORA[data]
-    taught = {"full, as taught": (full, (rate,)), "LoRA, as taught": (lora, (rate,))}
-    return taught | {"full, tuned": (full, 1.25e-4), "LoRA, tuned": (lora, tuned)}
-
-
-def time_methods(device: torch.device) -> Iterator[Row]:
-    """Yield rows of the record of speed, of both methods on a batch of each size."""
-    costs = cost_model(device)
-    for sweep in plan_taught(device):
-        batch_size, seq_len = sweep.setups["full, as taught"][0].batch_size, sweep.seq_len or 64
-        timed = {"full": Setup(FullFineTuning(), clip=None), "LoRA r=4": Setup(LORA[sweep.data][0], clip=None)}
-        for row in compare_times(Case(SMOLLM2, batch_size, seq_len, timed, rounds=9), costs, device):
-            yield row | {"data": sweep.data, "stage": "time"}
-
-
-TAUGHT = record_sweeps("taught", plan_taught, after=time_methods)
-
-
-# Translation
-
-NAMES, FRENCH, ENGLISH = "translate-fr", "sentences-fr", "sentences-en"
-BY_A_BASELINE, BY_NONE = "right by a baseline", "right by no baseline"
-# Data -> tokens of an example, prompt and chat template included, and its test part.
-SIZES = {NAMES: (56, 92), FRENCH: (64, 160), ENGLISH: (64, 160)}
-
-
-def plan_translation(device: torch.device) -> Iterator[BlockSweep]:
-    """Yield what two cores can do in an evening, with LoRA alone; on a GPU full fine-tuning, too, and more steps."""
-    gpu = device.type == "cuda"
-    methods = {"LoRA r=8": (LoRA(8, 16), 4e-3)}
-    methods |= {"full": (FullFineTuning(), 2e-4)} if gpu else {}
-    setups = plan_setups(methods, 600 if gpu else 150, 8, count=3, lean=BF16_BASE)
-    for data, (seq_len, size) in SIZES.items():
-        # The score "accuracy" of a trial is 1 or 0 for each example.
-        on = {"judged_on": {"test": size}, "block": 1, "answered": True, "seq_len": seq_len}
-        yield BlockSweep(setups, range(2), plan_seeds(device, 2), data=data, **on)
-
-
-def list_examples(device: torch.device) -> Iterator[Row]:
-    """Yield a row for each example of the test parts, in its order, with its kind.
-
-    The kind is :data:`BY_A_BASELINE` if the source as it is or in lower case, the dictionary of
-    :func:`lora_lab.tasks.metrics.trivial` or, for names, the rules of lesson 09 get it right. Other names are
-    :data:`BY_NONE`, and other sentences of their own kinds.
-    """
-    for data in SIZES:
-        _, made = materials.get(data, device=device)
-        task = cast(PairTask, made() if callable(made) else made)
-        by_prompt = {} if data == NAMES else kinds(data.removeprefix("sentences-"))
-        for i, (pair, looked_up) in enumerate(zip(task.pairs["test"], trivial(task), strict=True)):
-            source = pair.prompt.partition(": ")[2]
-            guess = guess_french(source) if data == NAMES else source
-            by_rule = pair.answer in {source, source.lower(), looked_up, guess}
-            kind = BY_A_BASELINE if by_rule else by_prompt.get(pair.prompt, BY_NONE)
-            yield {"data": data, "stage": "example", "position": i, "kind": kind}
-
-
-def guess_french(name: str) -> str:
-    """Guess a French name from an English one, knowing hardly a word: lower case, two endings, adjective last."""
-    words = name.lower().replace("ian", "ien").replace("islands", "îles").split()
-    return " ".join(reversed(words)) if len(words) == 2 else " ".join(words)
-
-
-TRANSLATION = record_sweeps("translation", plan_translation, after=list_examples)
 
 
 # Quantised

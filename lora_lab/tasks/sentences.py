@@ -12,7 +12,7 @@ The test part separates what can be remembered from what must be put together: i
 object that training never shows together ("new combination"), or an object that training never shows ("new word"). And
 it holds only sentences that a dictionary which knows all words and verb forms gets wrong, so that copying, looking up
 and repeating what was learned have an exact score of zero. (Word by word with the most frequent translations of the
-training part, one or two of 160 are right by luck: ``lora-lab record translation`` marks them.)
+training part, one or two of 160 are right by luck.)
 """
 
 from __future__ import annotations

@@ -258,7 +258,7 @@ def test_one_loss_a_rate_has_no_interval():
     result = best_rate({lr: losses[:1, :1] for lr, losses in parabola(1.1e-3).items()})
     assert (result.lower, result.upper) == (None, None)
     assert "one loss per rate, so no interval; best rate tried: 0.001" in str(result)
-    assert "95%, 3 seeds:" in str(best_rate(parabola(1.1e-3)))
+    assert "resampled, 3 seeds:" in str(best_rate(parabola(1.1e-3)))
 
 
 def test_only_rates_with_every_seed_have_losses():

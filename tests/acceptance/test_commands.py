@@ -194,10 +194,10 @@ def test_check_record_reads_a_record(lora_lab):
 
 
 def test_claims_explains_one(lora_lab):
-    printed = lora_lab("claims", "adapters-are-small")
-    for text in ("An adapter is small", "depends", "shown by"):
+    printed = lora_lab("claims", "attention-256-mlp-128")
+    for text in ("attention alone at rank 256", "depends", "shown by"):
         assert text in printed
-    (entry,) = json.loads(lora_lab("claims", "adapters-are-small", "--json"))
+    (entry,) = json.loads(lora_lab("claims", "attention-256-mlp-128", "--json"))
     assert entry["verdict"] == "depends"
     assert entry["date"]
 

@@ -39,7 +39,7 @@ def stored(tmp_path_factory):
 def page(source):
     """The page from a folder of records, without the claims that no record decides."""
     decided = {name for name, decider in DECIDERS.items() if decider.record or decider.published}
-    every = {name: claim for name, claim in read_claims().items() if name in decided or claim.record}
+    every = {name: claim for name, claim in read_claims().items() if name in decided}
     stored = records.load_all(folder=source)
     entries = {name: judge(claim, source, every=stored) for name, claim in every.items()}
     return board.page(source, entries, source.parent / "page")

@@ -1,6 +1,5 @@
-"""What `lora-lab record overfitting`, `remedies` and `head_start` run, on tiny models, and what they write and plan."""
+"""What `lora-lab record overfitting` and `head_start` run, on tiny models, and what they write and plan."""
 
-import copy
 import dataclasses
 import io
 import json
@@ -22,22 +21,17 @@ from lora_lab import (
     cli,
     evaluate,
     fit,
-    lora_layers,
-    merge,
     records,
     tasks,
 )
 from lora_lab.ablation import materials
 from lora_lab.ablation.halving import Halving
-from lora_lab.ablation.overfitting import compare_over_rates, summarise_trials
-from lora_lab.ablation.stats import rank_correlations
 from lora_lab.analysis import divergence
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
 from lora_lab.models.shapes import config
 from lora_lab.studies import curves, recorder
 from lora_lab.studies.claims.compared import DOCS, FINE_TUNED, FROM_SCRATCH, LONGER
-from lora_lab.studies.curves import DistanceFromBase, make_task, update_norm
 from tests.helpers import COMMIT
 from tests.studies.conftest import counting_on
 
@@ -213,140 +207,6 @@ def test_settings_that_no_record_can_hold_are_refused_before_anything_is_run(mon
     assert begun == []
 
 
-# Remedies
-
-PLAIN = {
-    "LoRA r=8": (LoRA(8, 16), (1e-2, 2e-2)),
-    "LoRA r=1": (LoRA(1, 2), (2e-2,)),
-    "full": (FullFineTuning(), (1e-3, 3e-3)),
-}
-DECAYS = {"weight decay": 10.0}
-REAL = {"own replies": "own replies, half", "other text": "other text, a quarter", "KL penalty": "KL penalty 1"}
-CHANGED = {name: curves.CHANGED[real] for name, real in REAL.items()}
-SETUPS = PLAIN | {name: (LoRA(8, 16), (2e-2,)) for name in (*DECAYS, *CHANGED)}
-
-
-@pytest.fixture(scope="module")
-def tiny(make):
-    few = {"PLAIN": PLAIN, "DECAYS": DECAYS, "CHANGED": CHANGED, "RATE": 2e-2, "LENGTH": 9, "EXAMPLES": 6}
-    few |= {"plan_size": lambda device: (10, 4), "plan_seeds": lambda device, first=0: range(first, 5 if first else 2)}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in few.items():
-            patch.setattr(curves, name, value)
-        yield make
-
-
-@pytest.fixture(scope="module")
-def whole(tiny):
-    return record_of("remedies")
-
-
-def test_a_record_has_a_curve_for_each_setup_rate_and_seed_and_for_each_strength_of_the_adapter(whole):
-    frame = whole[0].frame()
-    expected = {(name, lr, seed) for name, (_, lrs) in SETUPS.items() for lr in lrs for seed in (0, 1)}
-    expected |= {("LoRA r=8, scaled", lr, seed) for lr in (1e-2, 2e-2) for seed in (0, 1)}
-    curves = dict([*frame.groupby(["setup", "lr", "seed"])])
-    assert set(curves) == expected
-    for (name, *_), curve in curves.items():
-        steps = [0, 25, 50, 75, 100, 120] if name.endswith("scaled") else [*range(11)]
-        assert curve["step"].tolist() == steps
-        assert curve["score_divergence"].notna().tolist() == [step == 10 for step in steps]
-    assert set(frame["commit"]) == {COMMIT}
-    assert frame.loc[frame["setup"] == "full", "rank"].unique() == [576]
-    assert whole[1].count("off_domain_loss") == len(expected) - 4
-
-
-def test_a_row_is_what_fit_gives_on_the_changed_task(tiny, whole):
-    frame = whole[0].frame()
-    for name in ("own replies", "other text", "KL penalty", "weight decay", "full"):
-        (method, (lr, *_)), options = SETUPS[name], {"steps": 10, "batch_size": 4, "schedule": "constant"}
-        own = frame[(frame["setup"] == name) & (frame["seed"] == 1) & (frame["lr"] == lr)].set_index("step")
-        options |= {"lr": lr, "seed": 1, "weight_decay": DECAYS.get(name, 0.0), "eval_examples": 6}
-        history = fit(tiny(), make_task(name if name in CHANGED else None), method, progress=False, **options)
-        table = history.frame().set_index("step")
-        tolerance = 1e-4 if name == "full" else 3e-2  # over a base in bfloat16
-        for loss in ("train_loss", "validation_loss", "off_domain_loss"):
-            assert own[loss].tolist() == pytest.approx(table[loss].tolist(), rel=tolerance, nan_ok=True)
-    ends = frame[(frame["step"] == 10) & (frame["lr"] == 2e-2)].groupby("setup")["off_domain_loss"].mean()
-    assert len(set(ends)) == len(ends)
-
-
-def test_replayed_replies_and_those_that_judge_have_no_prompt_in_common(tiny):
-    task = make_task("own replies")
-    replayed = {int(row[0]) for row in task.train.inputs[24:]}
-    assert replayed == set(range(16, 28))  # of the 24 that are as many as the windows
-    assert {int(row[0]) for row in task.off_domain.inputs} == set(range(16))
-
-
-def test_scaling_goes_from_the_base_to_the_adapter_and_beyond(tiny, whole):
-    frame = whole[0].frame()
-    own = frame[(frame["lr"] == 2e-2) & (frame["seed"] == 0)]
-    curve = own[own["setup"] == "LoRA r=8, scaled"].set_index("step")
-    trained = own[own["setup"] == "LoRA r=8"].set_index("step")
-    for loss in ("validation_loss", "off_domain_loss"):
-        assert (curve.loc[0, loss], curve.loc[100, loss]) == (trained.loc[0, loss], trained.loc[10, loss])
-        assert curve[loss].nunique() == 6
-    model = tiny()
-    fit(
-        model,
-        make_task(None),
-        LoRA(8, 16),
-        steps=10,
-        lr=2e-2,
-        batch_size=4,
-        schedule="constant",
-        progress=False,
-    )
-    for layer in lora_layers(model).values():
-        layer.alpha *= 0.5
-    merge(model)
-    expected = evaluate(model, make_task(None), "validation", limit=6)
-    assert curve.loc[50, "validation_loss"] == pytest.approx(expected, rel=3e-2)
-
-
-def test_what_a_judge_measures(tiny):
-    base, task = tiny(), make_task(None)
-    model = copy.deepcopy(base)
-    fit(model, task, FullFineTuning(), steps=3, lr=1e-3, batch_size=4, progress=False)
-    scores = DistanceFromBase(6, (0.5,))(model, task)
-    assert scores.keys() == {"divergence", "size"}  # no adapter, no strengths
-    flat = [torch.cat([p.flatten() for p in each.parameters()]) for each in (model, base)]
-    assert scores["size"] == pytest.approx(float((flat[0] - flat[1]).detach().norm()), rel=1e-5)
-    assert scores["divergence"] > 0
-    still = DistanceFromBase(6)(copy.deepcopy(base), task)
-    assert still == pytest.approx({"divergence": 0, "size": 0}, abs=1e-5)
-
-
-def test_the_size_of_an_adapters_update_is_that_of_the_merged_model(tiny):
-    base, model = tiny(), tiny()
-    fit(model, make_task(None), LoRA(2, 8), steps=3, lr=1e-2, batch_size=4, progress=False)
-    size = update_norm(base, model)
-    merge(model)
-    assert size == pytest.approx(update_norm(base, model), rel=1e-4)
-    assert size > 0.1
-
-
-def test_a_record_can_be_compared_at_equal_learning_and_asked_what_predicts_forgetting(whole):
-    frame = whole[0].frame()
-    table = compare_over_rates(frame[frame["setup"] != "full"], "forgotten", "LoRA r=8", share=0.5).set_index("setup")
-    assert set(table.index) == {*SETUPS, "LoRA r=8, scaled"} - {"LoRA r=8", "full"}
-    assert table.loc["own replies", "pairs"] == 2
-    trials = summarise_trials(frame[~frame["setup"].str.endswith("scaled")])
-    trials = trials.merge(frame[["setup", "rank"]].drop_duplicates())
-    predicted = rank_correlations(trials, "forgotten_at_last", ["score_divergence", "score_size", "rank", "lr"])
-    assert predicted["correlation"].notna().all()
-
-
-def test_a_failed_trial_has_no_strengths(tiny, monkeypatch, tmp_path):
-    few = {"PLAIN": {"LoRA r=8": (LoRA(8, 16), (1e30,))}, "DECAYS": {}, "CHANGED": {}}
-    for name, value in (few | {"plan_seeds": lambda device: (0,)}).items():
-        monkeypatch.setattr(curves, name, value)
-    monkeypatch.chdir(tmp_path)
-    (row,) = curves.REMEDIES.rows(CPU)
-    assert row["outcome"] == "failed"
-    assert pandas.isna(row["step"])
-
-
 # Head start
 
 REAL_PLAN, REAL_TEXTS = curves.plan_head_start, materials.docs_task
@@ -434,7 +294,7 @@ def test_a_row_is_what_fit_gives_for_its_start_pictures_rate_and_seed(head_start
 
 
 def test_the_ledger_reads_the_record(head_start):
-    for claim in ("fine-tuning-beats-scratch", "never-train-from-scratch", "fine-tuning-needs-fewer-steps"):
+    for claim in ("fine-tuning-beats-scratch", "fine-tuning-needs-fewer-steps"):
         result = claims.verdict(claim, "records").result
         assert "docs" in result.measured or claim.endswith("steps")
         assert "inverted, MLP, 40" in result.measured

@@ -13,7 +13,7 @@ from lora_lab.ablation.compare import compare_losses
 from lora_lab.ablation.stats import BlockLosses, best_rate, block_losses_of, losses_by_rate
 from lora_lab.models.digits import DigitsMLP
 from lora_lab.models.llama import Llama
-from lora_lab.studies import curves, recorder, tuned
+from lora_lab.studies import recorder, tuned
 from lora_lab.studies.recorder import BlockSweep, find_recorder, plan_setups, tell_row
 from lora_lab.studies.records import KINDS
 from lora_lab.tasks import digits
@@ -140,7 +140,7 @@ def test_a_stopped_record_goes_on_where_it_was(record, tiny, no_trial_runs):
 
 
 def test_where_full_fine_tuning_is_compared_all_methods_multiply_in_bfloat16():
-    sweeps = [*tuned.plan_quality(CPU), *tuned.plan_taught(CPU), *curves.plan_remedies(CPU)]
+    sweeps = tuned.plan_quality(CPU)
     trials = [trial for sweep in sweeps for trial, _ in sweep.setups.values()]
     assert {type(trial.method) for trial in trials} == {FullFineTuning, LoRA}
     for trial in trials:

@@ -1,16 +1,17 @@
-"""Verdicts from losses that are compared by seed: the records "quality", "head_start", "overfitting" and "remedies".
+"""Verdicts from losses that are compared by seed: the records "quality", "head_start", "overfitting" and "ablation".
 
 In "quality" and "head_start" a case is one net, one number of examples or steps, and so on. Many cases are looked at,
 of which some would seem decided by chance alone, so the bounds of all cases of a claim hold together with 95 %
 certainty (Bonferroni: each at 1 - 0.05 / cases). What the test loss decides counts only if a second measure does not
 point the other way: the validation loss, whose pages of the manual are others, or the right answers.
 
-Forgetting is KL(base || tuned) on text that the base wrote. Where methods or remedies are compared, it is read where
-both have learned as much, at several shares of what the lesser one learned, over all pairs of their rates.
+Forgetting is KL(base || tuned) on text that the base wrote. It is compared after equally many steps, and where both
+have learned as much, at several shares of what the lesser one learned.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections import defaultdict
@@ -22,12 +23,20 @@ from typing import Any, cast
 
 import numpy as np
 import pandas
+from scipy.stats import t
 
 from lora_lab.ablation import overfitting
-from lora_lab.ablation.compare import compare_by_seed, judge, last_rows
-from lora_lab.ablation.stats import CONFIDENCE, block_losses_of, outer_bounds, rank_correlations, t_bounds
+from lora_lab.ablation.compare import last_rows
+from lora_lab.ablation.stats import (
+    CONFIDENCE,
+    best_rate,
+    block_losses_of,
+    losses_by_rate,
+    outer_bounds,
+    t_bounds,
+)
 from lora_lab.studies.claims import deciding
-from lora_lab.studies.claims.deciding import OPEN, Answer, Cases, Claim, Result, above, below, decide_cases, decides
+from lora_lab.studies.claims.deciding import OPEN, Cases, Result, below, decide_cases, decides
 from lora_lab.studies.claims.measured import MARGIN, MIN_SEEDS, PARTS, select
 from lora_lab.studies.records import Record
 
@@ -42,6 +51,7 @@ class Gap:
         at_edge: a learning rate is at the edge of its grid, so that a better one may lie beyond.
         margin: by how much a loss may be higher and yet as good.
         cases: of how many cases the bounds hold together.
+        untrained: the second way's mean loss is no lower than a guess's, so that it is no reference.
     """
 
     values: np.ndarray
@@ -49,6 +59,7 @@ class Gap:
     at_edge: bool
     margin: float = 0.0
     cases: int = 1
+    untrained: bool = False
 
     @cached_property
     def bounds(self) -> tuple[float, float]:
@@ -65,9 +76,11 @@ class Gap:
     def as_good(self) -> bool | None:
         """Whether the first way is as good or better; None if it is undecided.
 
-        That is so if the bounds hold the margin, a rate is at an edge, or the second measure points the other way.
+        That is so if the bounds hold the margin, a rate is at an edge, the second measure points the other way, or the
+        second way has learned nothing.
         """
-        return None if self.at_edge or self.contradicted else below(*self.bounds, self.margin)
+        doubtful = self.at_edge or self.contradicted or self.untrained
+        return None if doubtful else below(*self.bounds, self.margin)
 
     @cached_property
     def contradicted(self) -> bool:
@@ -86,7 +99,7 @@ class Gap:
     @property
     def mark(self) -> str:
         """The marks that :func:`_explain` explains."""
-        return "*" * self.at_edge + "**" * self.contradicted
+        return "*" * self.at_edge + "**" * self.contradicted + "***" * self.untrained
 
 
 def bound_together(values: np.ndarray, cases: int) -> tuple[float, float]:
@@ -107,10 +120,13 @@ def _explain(result: Result, what: str, shown: Collection[Gap], doubt: str) -> R
     """Return the result with what was compared, and what the marks of its cases mean."""
     notes = ". *: a rate is at the edge of its grid" if any(gap.at_edge for gap in shown) else ""
     notes += f". **: {doubt}" if any(gap.contradicted for gap in shown) else ""
+    notes += ". ***: from scratch it is no better than a guess" if any(gap.untrained for gap in shown) else ""
     return replace(result, measured=f"{what}. {result.measured}{notes}")
 
 
 # LoRA beside full fine-tuning, each at its own learning rate
+
+TOKENS_A_STEP = 512  # of the record "quality", at most: 4 x 64, or 8 x 64 on a GPU
 
 
 def gaps(record: Record) -> dict[tuple[int, int], Gap]:
@@ -136,26 +152,44 @@ def _block_losses(rows: pandas.DataFrame, part: str) -> np.ndarray:
     return np.array([block_losses_of(row, part) for row in rows.to_dict("records")])  # (seeds, blocks)
 
 
-@decides("lora-equals-full-fine-tuning", record="quality")
-def as_good_as_full(record: Record) -> Result:
-    """Each rank after each number of steps, where "as good" allows for the margin."""
+@decides("lora-equals-full-fine-tuning", record="quality", beside="rates")
+def as_good_as_full(record: Record, *others: Record) -> Result:
+    """Each rank after each number of steps, where "as good" allows for the margin; beside it what "rates" has."""
     every = gaps(record)
-    return _explain_gaps(decide_cases(_list_gaps(every), ("the rank", "the number of steps")), every)
+    result = _explain_gaps(decide_cases(_list_gaps(every), ("the rank", "the number of steps")), every)
+    beside = "".join(f". {_at_fixed_alpha(other)}" for other in others)
+    return replace(result, measured=f"{result.measured}{beside}")
+
+
+def _at_fixed_alpha(rates: Record) -> str:
+    """Return what LoRA of the highest rank loses with alpha = 32 on the machine of a record "rates", in words."""
+    docs = select(rates, data="docs")
+    setup = f"r={docs['rank'].max():g}, alpha = 32"
+    lora, full = (min(losses_by_rate(docs[docs["setup"] == name]).values(), key=np.mean) for name in (setup, "full"))
+    lower, upper = bound_together(lora - full, 1)
+    words = f"{(lora - full).mean():+.3f} ({lower:+.3f} to {upper:+.3f})"
+    return f"Beside it, not judged, on the {rates.device}, validation, {setup}: {words}"
 
 
 @decides("low-ranks-run-out-of-capacity", record="quality")
 def runs_out_of_capacity(record: Record) -> Result:
     """A rank follows, and then falls behind, if it is as good after few steps and not after more.
 
-    A rank that is behind, or as good, after each number of steps that decides shows neither.
+    One that is behind after the fewest steps, when it trains more numbers than it has read tokens, is not behind for
+    lack of capacity. A rank that is as good after each number of steps that decides shows neither.
     """
     every, of_ranks, cases = gaps(record), defaultdict(list), []
-    for as_good, words, rank, _ in _list_gaps(every):
-        of_ranks[rank].append((as_good, words))
-    for of_rank in of_ranks.values():  # from few steps to many
-        turns = {(early, late) for (early, _), (late, _) in combinations(of_rank, 2)}
-        turned = False if (False, True) in turns else True if (True, False) in turns else None
-        cases.append((turned, ", ".join(words for _, words in of_rank)))
+    trained = record.frame().groupby("rank")["trainable_parameters"].first()
+    for as_good, words, rank, steps in _list_gaps(every):
+        of_ranks[rank].append((as_good, words, steps))
+    for rank, of_rank in of_ranks.items():  # from few steps to many
+        turns = {(early[0], late[0]) for early, late in combinations(of_rank, 2)}
+        first, _, steps = of_rank[0]
+        behind_with_room = first is False and trained[rank] > steps * TOKENS_A_STEP
+        turned = False if (False, True) in turns or behind_with_room else (True, False) in turns or None
+        words = ", ".join(words for _, words, _ in of_rank)
+        room = f"trains {trained[rank]:,.0f} numbers, and has read at most {steps * TOKENS_A_STEP:,} tokens at first"
+        cases.append((turned, f"{words} ({room})"))
     return _explain_gaps(decide_cases(cases, "the rank"), every)
 
 
@@ -164,6 +198,7 @@ def _list_gaps(every: Mapping[tuple[int, int], Gap]) -> Cases:
     for (rank, steps), gap in every.items():
         lower, upper = gap.bounds
         words = f"{gap.values.mean():+.3f} ({lower:+.3f} to {upper:+.3f}; validation {gap.beside.mean():+.3f})"
+        words += ", better" * (upper < 0 and gap.as_good is True)
         yield gap.as_good, f"rank {rank}, {steps} steps{gap.mark}: {words}", rank, steps
 
 
@@ -174,12 +209,40 @@ def _explain_gaps(result: Result, every: Mapping[Any, Gap]) -> Result:
     return _explain(result, text, every.values(), "the validation loss points the other way")
 
 
+TRIAL = ["rank", "alpha", "lr", "seed", "steps"]  # what tells trials of LoRA apart
+
+
+@decides("same-loss-on-another-machine", record="rates", beside="quality", on="the learning rate")
+def repeats_elsewhere(record: Record, *others: Record) -> Cases:
+    """The validation losses of trials of LoRA that both records have, on the examples of both; by the rate.
+
+    A rate counts as high from the best one of its rank on.
+    """
+    ours, best = select(record, data="docs"), {}
+    ours = ours[ours["setup"].str.endswith("alpha = 2r")]
+    for rank, of_rank in ours.groupby("rank"):
+        best[rank] = best_rate(losses_by_rate(of_rank)).tried
+    for other in others:
+        both = ours.merge(other.frame(), on=TRIAL, suffixes=("_here", "_there")).dropna(subset="rank")
+        differences = {True: [], False: []}  # whether the rate is high
+        for row in both.to_dict("records"):
+            here, there = (json.loads(row[f"score_validation_{where}"]) for where in ("here", "there"))
+            size = min(len(here), len(there))
+            difference = abs(statistics.fmean(there[:size]) - statistics.fmean(here[:size]))
+            differences[row["lr"] >= best[row["rank"]]].append(difference)
+        for high, words in ((False, "below the best rate"), (True, "from the best rate on")):
+            if found := differences[high]:
+                same = sum(difference <= MARGIN for difference in found)
+                yield same == len(found), f"{words} {same} of {len(found)} are, the largest difference {max(found):.3f}"
+
+
 # Fine-tuning beside training from scratch
 
 # As the setups, the language model's data and the numbers of pictures are named in the record.
 FINE_TUNED, FROM_SCRATCH, LONGER = "fine-tuned", "from scratch", "from scratch, longer"
 DOCS, SIZES = "docs", (10, 40, 160, 500)
 FEW = 240  # examples at most, of "few examples"
+GUESS = {"moved": math.log(10), "inverted": math.log(10), "other digits": math.log(5)}  # a guess's loss, by classes
 CONDITIONS = ("the change of the data", "the net", "the number of examples")
 Case = tuple[str, str, int]  # of these
 
@@ -208,7 +271,8 @@ def gains(record: Record, reference: str = FROM_SCRATCH) -> dict[Case, Gap]:
             raise ValueError(f"{data}, {model}, {n_train} examples: fewer than {MIN_SEEDS} seeds")
         wrong = (right[reference] - right[FINE_TUNED])[higher.index].dropna()
         at_edge = bool(case["edge"].fillna("").any())
-        every[data, model, n_train] = Gap(higher.to_numpy(float), wrong.to_numpy(float), at_edge)
+        untrained = bool(loss[reference].mean() >= GUESS.get(str(data), math.inf))
+        every[data, model, n_train] = Gap(higher.to_numpy(float), wrong.to_numpy(float), at_edge, untrained=untrained)
     return _bound_all(every)
 
 
@@ -239,19 +303,18 @@ def _describe(cases: Cases) -> Cases:
         yield answers[0], f"{data}, {model}, {numbers} examples: {mean} nats {bounds}"
 
 
-def _decide_gains(cases: Sequence[tuple[Any, ...]], always: bool = False) -> Result:
+def _decide_gains(cases: Sequence[tuple[Any, ...]]) -> Result:
     """Return the verdict from cases: the answer, the gap and its conditions."""
     on = deciding.find_turning_conditions(cases, CONDITIONS)
-    result, shown = decide_cases(_describe(cases), on, always), [gap for _, gap, *_ in cases]
+    result, shown = decide_cases(_describe(cases), on), [gap for _, gap, *_ in cases]
     return _explain(result, "gain of fine-tuning in test loss", shown, "the right answers differ the other way")
 
 
-@decides("fine-tuning-beats-scratch", "never-train-from-scratch", record="head_start")
-def beats_scratch(claim: Claim, record: Record) -> Result:
-    """Test losses after equally many steps, where there are few examples; or never, which one case refutes."""
-    always = claim.id == "never-train-from-scratch"
-    every = _bound_all({case: gap for case, gap in gains(record).items() if always or case[2] <= FEW})
-    return _decide_gains([(gap.as_good, gap, *case) for case, gap in every.items()], always)
+@decides("fine-tuning-beats-scratch", record="head_start")
+def beats_scratch(record: Record) -> Result:
+    """Test losses after equally many steps, where there are few examples."""
+    every = _bound_all({case: gap for case, gap in gains(record).items() if case[2] <= FEW})
+    return _decide_gains([(gap.as_good, gap, *case) for case, gap in every.items()])
 
 
 def _on_digits(record: Record) -> dict[Case, Gap]:
@@ -386,100 +449,45 @@ def _decide_verdicts(verdicts: Sequence[str], text: str, on: str, doubts: Doubts
 
 # Forgetting
 
-SHARES = (0.5, 0.8, 0.95)
-REFERENCE = "LoRA r=8"  # of the remedies
-AS_TRAINED = 100  # the strength of an adapter in per cent
+SHARES = (0.5, 0.8, 0.95)  # of what the lesser one learned
 
 
-def _frame(record: Record, *setups: str) -> pandas.DataFrame:
-    """Return the rows of these setups, or of all but the scaled adapters.
-
-    Raises:
-        ValueError: there are too few seeds, or a setup is missing.
-    """
-    frame = record.frame()
-    if missing := sorted(set(setups) - set(frame["setup"])):
-        raise ValueError(f"there is no setup {missing[0]!r}")
-    if frame["seed"].nunique() < MIN_SEEDS:
-        raise ValueError(f"fewer than {MIN_SEEDS} seeds")
-    return frame[frame["setup"].isin(setups) if setups else ~frame["setup"].str.endswith(", scaled")]
+@decides("learns-less-forgets-less", record="overfitting")
+def forgets_less(record: Record) -> Result:
+    """What LoRA has forgotten less what full fine-tuning has, after equally many steps, wherever training stops."""
+    curves, doubts = select_inner_rates(record)
+    table = overfitting.by_stopping_point(curves, "forgotten_at_last")
+    table["verdict"] = _judge_together(table)
+    verdicts, text = _list_verdicts(table, "step", doubts)
+    words = f"KL from the base beside full fine-tuning's, if both stop after a step: {text}"
+    return _decide_verdicts(verdicts, words, "the number of examples, with which the rates differ", doubts)
 
 
-def _at_equal_learning(record: Record, setup: str, reference: str) -> Cases:
-    """Yield whether a setup forgets less than the reference where both have learned as much, for each share."""
-    for share in SHARES:
-        frame = _frame(record, setup, reference)
-        row = overfitting.compare_over_rates(frame, "forgotten", reference, share=share).iloc[0]
-        yield LESS.get(row["verdict"]), f"{setup} at {100 * share:.0f} %: {row['lower']:+.3f} to {row['upper']:+.3f}"
+@decides("forgets-less-at-equal-learning", record="overfitting")
+def forgets_less_at_equal_learning(record: Record) -> Result:
+    """The same where both have learned as much: a case is decided if all shares say the same."""
+    curves, doubts = select_inner_rates(record)
+    tables = [overfitting.compare_over_rates(curves, "forgotten", share=share) for share in SHARES]
+    tables = [table.set_index(["n_train", "setup"]) for table in tables]
+    judged, cases = pandas.DataFrame([_judge_together(table) for table in tables]), []
+    for pair in [pair for pair, doubt in doubts.items() if not doubt]:
+        words = set(judged[pair])
+        lower, upper = (float(cast(float, tables[-1].loc[pair, end])) for end in ("lower", "upper"))
+        ends = f"({lower:+.3f} to {upper:+.3f} at {100 * SHARES[-1]:.0f} %, that case alone)"
+        answer = LESS.get(words.pop()) if len(words) == 1 else None
+        cases.append((answer, f"{pair[0]} examples, {pair[1]}: {(lower + upper) / 2:+.3f} {ends}"))
+    result = decide_cases(cases, "the rank and the number of examples")
+    words = f"KL from the base, LoRA's less full fine-tuning's, with {len(record.settings['judging'])} seeds"
+    return replace(result, measured="; ".join([f"{words}. {result.measured}", *filter(None, doubts.values())]))
 
 
-@decides("learns-less-forgets-less", record="remedies", on="rank, rates and how much is learned")
-def forgets_less(record: Record) -> Cases:
-    """What LoRA of each rank has forgotten, less what full fine-tuning has, where both have learned as much."""
-    for rank in (1, 8, 64):
-        yield from _at_equal_learning(record, f"LoRA r={rank}", "full")
-
-
-@decides("lora-forgets-more-at-defaults", record="remedies")
-def forgets_more_at_defaults(record: Record) -> Answer:
-    """What both have forgotten after the last step, at the rates of PEFT's benchmark; at equal learning beside it."""
-    lora, full = "LoRA r=32, PEFT's rate", "full, PEFT's rate"
-    trials = overfitting.summarise_trials(_frame(record, lora, full))
-    row = compare_by_seed(trials, "forgotten_at_last", full).set_index("setup").to_dict("index")[lora]
-    text = f"after the last step {row['difference']:+.4f} ({row['lower']:+.4f} to {row['upper']:+.4f}) nats"
-    beside = "; ".join(words for _, words in _at_equal_learning(record, lora, full))
-    return above(row["lower"], row["upper"]), f"{text}; at equal learning: {beside}"
-
-
-@decides("kl-predicts-forgetting", record="remedies", on="what KL is compared with")
-def divergence_predicts(record: Record) -> Cases:
-    """Rank correlations of forgetting with KL on the new task, size of the update, rank and rate, over all setups."""
-    names = {"score_divergence": "KL on the new task", "score_size": "size of the update", "rank": "rank", "lr": "rate"}
-    frame = _frame(record)
-    trials = overfitting.summarise_trials(frame).merge(frame[["setup", "rank"]].drop_duplicates())
-    for row in rank_correlations(trials, "forgotten_at_last", [*names]).to_dict("records"):
-        # KL's own correlation is judged; of the others it is how far they stay behind KL's.
-        prefix = "" if row["predictor"] == "score_divergence" else "difference_"
-        answer = above(row[f"{prefix}lower"], row[f"{prefix}upper"])
-        yield answer, names[row["predictor"]] + " {correlation:+.2f} ({lower:+.2f} to {upper:+.2f})".format_map(row)
-
-
-@decides("replay-cuts-forgetting-by-80", record="remedies", on="the control and how much is learned")
-def replay_helps(record: Record) -> Cases:
-    """Forgetting with replies of the base among the examples, against none and against as much other text."""
-    quarter, half, other = "own replies, a quarter", "own replies, half", "other text, a quarter"
-    for replay, reference in ((quarter, REFERENCE), (half, REFERENCE), (quarter, other)):
-        frame = _frame(record, replay, reference)
-        equal = overfitting.at_equal_learning(frame, overfitting.summarise_trials(frame), SHARES[-1])
-        forgotten = equal.groupby("setup")["forgotten"].mean()
-        change = 100 * (forgotten[replay] / forgotten[reference] - 1)
-        for answer, words in _at_equal_learning(record, replay, reference):
-            yield answer, f"{words} against {reference}, {change:+.0f} %"
-
-
-@decides("final-checkpoint-overshoots", record="remedies", on="the rate")
-def overshoots(record: Record) -> Cases:
-    """Both losses of adapters that are scaled down, less those at the strength that was trained, for each rate."""
-    for lr, of_rate in _frame(record, f"{REFERENCE}, scaled").groupby("lr"):
-        losses = [of_rate.pivot(index="seed", columns="step", values=f"{part}_loss") for part in PARTS]
-        answers, texts = [], []
-        for strength in sorted(step for step in set(of_rate["step"].tolist()) if 0 < step < AS_TRAINED):
-            bounds = [t_bounds((of_part[strength] - of_part[AS_TRAINED]).tolist()) for of_part in losses]
-            changes = {judge(lower, upper) for _, lower, upper in bounds}
-            answers.append(True if changes == {"lower"} else False if "higher" in changes else None)
-            texts.append(f"{strength:.0f} % " + " and ".join(f"{mean:+.3f}" for mean, *_ in bounds))
-        some = True if True in answers else None if None in answers else False
-        yield some, f"rate {lr:g}: {', '.join(texts)}"
-
-
-@decides("forgetting-linear-in-loss", record="remedies")
-def inverse_to_the_loss(record: Record) -> Answer:
-    """Whether setups without a remedy have forgotten the more, the lower their validation loss is: the sign alone."""
-    plain = [name for name in set(_frame(record)["setup"]) if name.startswith(("LoRA", "full"))]
-    trials = overfitting.summarise_trials(_frame(record, *plain))
-    row = rank_correlations(trials, "forgotten_at_last", ["last_loss"]).iloc[0]
-    words = f"{row['correlation']:+.2f} ({row['lower']:+.2f} to {row['upper']:+.2f}), {len(plain)} setups"
-    return below(row["lower"], row["upper"], 0), f"rank correlation of forgetting with the loss {words}"
+def _judge_together(table: pandas.DataFrame) -> pandas.Series:
+    """Return "less", "more" or "open" by bounds that hold for all rows together, from the bounds of single rows."""
+    freedom = table["seeds"].min() - 1 if "seeds" in table else MIN_SEEDS - 1
+    single, joint = (t.ppf(each, freedom) for each in (CONFIDENCE, 1 - (1 - CONFIDENCE) / len(table)))
+    middle, half = (table["lower"] + table["upper"]) / 2, (table["upper"] - table["lower"]) / 2 * joint / single
+    words = np.where(middle + half < 0, "less", np.where(middle - half > 0, "more", OPEN))
+    return pandas.Series(words, index=table.index)
 
 
 @decides("off-domain-rise-is-the-methods", record="ablation", on="the rank", always=True)

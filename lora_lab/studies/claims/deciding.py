@@ -5,8 +5,8 @@ can review. It never holds a verdict that something here can decide. A claim tha
 entries instead: ``lesson``, which lesson measures it, ``open``, what is missing, or ``untestable``, what cannot be had
 here.
 
-    @decides("params-2-percent")                                       # counted or computed here, in seconds
-    def params(claim): ...
+    @decides("checkpoint-size")                                        # counted or computed here, in seconds
+    def size(claim): ...
 
     @decides("rank-one-is-enough", record="ablation", on="the rank")   # from each record of that kind
     def rank_one(record): ...
@@ -30,7 +30,7 @@ import re
 import textwrap
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -54,6 +54,7 @@ from lora_lab.system.schema import check
 NONE_GIVEN = "none given"
 SHIPPED = Path(__file__).with_name("claims.toml")
 WIDTH = 100  # of the ledger's lines
+WAITS = "waits for a study"
 # Of records or lessons; None is that of those that come with lora_lab.
 Folder = str | Path | None
 Records = Mapping[str, Record]  # by name
@@ -67,7 +68,8 @@ class Claim:
         id: lower-case words with hyphens.
         sentence: the claim, in one sentence.
         source: author, year and section or table, or where it is published.
-        read: how the source was read; the last two are not the source's own words.
+        read: how the source was read; the last two are not the source's own words. A question that no source is known
+            to answer is our own.
         kind: what kind of statement it is.
         fair: whether our test is fair to the claim.
         why: why it is fair, or what it cannot show.
@@ -75,9 +77,10 @@ class Claim:
         number: the number that its authors give.
         interval: the interval, seeds or noise that they give with it.
         values: the numbers of ``number`` that the verdict's function compares with, in its order.
-        record: the kind of record that the claim waits for, if it is open.
+        scale: what our evidence is of, such as "digits"; none if there is none yet.
+        weaker: by which weaker rule than those of docs/claims.md a verdict is made; none if it meets them.
         lesson: the lesson whose stored outputs decide it, such as "06_which_rank".
-        open: why nothing here decides it yet.
+        open: what would decide it, if nothing here does yet.
         untestable: why nothing here can decide it.
 
     Raises:
@@ -87,7 +90,9 @@ class Claim:
     id: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
     sentence: Annotated[str, Field(pattern=r"\.$")]
     source: Text
-    read: Literal["full text", "abstract", "repository", "issue", "page", "lesson", "second-hand", "from memory"]
+    read: Literal[
+        "full text", "abstract", "repository", "issue", "page", "second-hand", "from memory", "our own question"
+    ]
     kind: Literal["arithmetic", "mechanism", "small-scale", "at scale"]
     fair: Literal["yes", "sign only", "no"]
     why: Text
@@ -95,7 +100,8 @@ class Claim:
     number: str = NONE_GIVEN
     interval: str = NONE_GIVEN
     values: Sequence[float] = ()
-    record: str = ""
+    scale: str = ""
+    weaker: str = ""
     lesson: str = ""
     open: str = ""
     untestable: str = ""
@@ -115,6 +121,19 @@ class Claim:
     def cited(self) -> str:
         """The source, and in brackets how it was read if not in its own words."""
         return f"{self.source} [{self.read}]" if self.read in ("second-hand", "from memory") else self.source
+
+    @property
+    def own(self) -> bool:
+        """Whether the question is our own: no source is named that states the sentence."""
+        return self.read == "our own question"
+
+    @property
+    def whose(self) -> str:
+        """Who states it, in a few words: the beginning of the source, up to the year; or that it is our own."""
+        if self.own:
+            return self.read
+        found = re.match(r"[^;,(]+(, issues? \d+)|[^;(]{,40}?\b20\d\d\b|[^,;(]+", self.source)
+        return found[0].strip() if found else self.source
 
 
 @cache
@@ -137,6 +156,7 @@ def read_claims(path: Path = SHIPPED) -> Mapping[str, Claim]:
 
 STANDS, FALLS, DEPENDS, OPEN, UNTESTABLE = "stands", "falls", "depends", "open", "untestable"
 VERDICTS = (STANDS, FALLS, DEPENDS, OPEN, UNTESTABLE)
+WEAKER = "\N{DAGGER}"  # marks what a weaker rule decided
 ANY_MACHINE = "any"
 # The metadata of a lesson's output in which lora_lab.course.lessons.claims stores what it shows.
 IN_OUTPUT = "claims"
@@ -238,6 +258,13 @@ class Entry:
     where: str
     again: str
 
+    @property
+    def verdict(self) -> str:
+        """The verdict, a mark if a weaker rule decided it, and the scale of its evidence: "stands†: digits"."""
+        if self.result.verdict in (OPEN, UNTESTABLE):
+            return self.result.verdict
+        return f"{self.result.verdict}{WEAKER * bool(self.claim.weaker)}: {self.claim.scale}"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the entry in values of JSON; ``shown_by`` ends with our number."""
         claim, result = self.claim, self.result
@@ -248,10 +275,13 @@ class Entry:
             "number": claim.number,
             "interval": claim.interval,
             "source": claim.cited,
+            "own": claim.own,
             "kind": claim.kind,
             "fair": claim.fair,
             "verdict": result.verdict,
             "on": result.on,
+            "scale": claim.scale,
+            "weaker": claim.weaker,
             "shown_by": f"{result.shown_by}: {measured}",
             "date": result.date,
             "machine": result.machine,
@@ -267,6 +297,8 @@ class Entry:
             "kind": claim.kind,
             "their number": theirs,
             "verdict": str(result),
+            "scale": claim.scale or "no evidence yet",
+            **({f"weaker rule {WEAKER}": claim.weaker} if claim.weaker else {}),
             "our number" if claim.lesson or claim.id in DECIDERS else "why": result.measured,
             "shown by": result.shown_by,
             "measured": f"{result.date}, {result.machine}" if result.date else "not yet",
@@ -290,19 +322,16 @@ def judge(claim: Claim, folder: Folder = None, lessons: Folder = None, every: Re
         result = _read_lesson(claim, shipped_folder("notebooks") if lessons is None else Path(lessons))
         again = f"python notebooks/execute.py {claim.lesson}.ipynb runs the lesson anew; --lessons takes yours."
         return Entry(claim, result, f"lesson {claim.lesson.partition('_')[0]}", again)
-    if kind := decider.record if decider else claim.record:
-        if decider:
-            result = _judge_records(claim, decider, records.load_all(folder=folder) if every is None else every)
-        else:
-            result = Result(OPEN, claim.open, shown_by=f"waits for the record {kind!r}")
+    if decider and (kind := decider.record):
+        result = _judge_records(claim, decider, records.load_all(folder=folder) if every is None else every)
         again = "makes the record anew" if result.date else "will make the record"
         again = f"lora-lab record {kind} {again}, in {KINDS[kind].hours} on two cores."
-        return Entry(claim, result, f"{'record' if result.date else 'waits:'} {kind}", again)
+        return Entry(claim, result, f"record {kind}" if result.date else WAITS, again)
     if decider is None:
         again = f"Nothing here measures it: {claim.open or claim.untestable}."
         if claim.untestable:
-            return Entry(claim, Result(UNTESTABLE, claim.untestable, shown_by="nothing here"), "-", again)
-        return Entry(claim, Result(OPEN, claim.open, shown_by="no study is planned"), "no study", again)
+            return Entry(claim, Result(UNTESTABLE, claim.untestable, shown_by="nothing here"), "nothing here", again)
+        return Entry(claim, Result(OPEN, claim.open, shown_by="nothing yet"), WAITS, again)
     if decider.published:
         source = records.published(decider.published)
         shown_by, machine = f"records/published/{decider.published}.json", f"theirs: {source.what}"
@@ -464,26 +493,29 @@ def verdict(claim_id: str, folder: Folder = None, lessons: Folder = None) -> Ent
 
 
 def table(entries: Mapping[str, Entry], width: int = WIDTH) -> str:
-    """Return the claims as lines: id, sentence, verdict and where it comes from.
+    """Return the claims: id and sentence, and below the verdict with its scale, whose it is, and what decides it.
 
     Args:
         entries: by id.
         width: columns of a line, at least 100. Long sentences are cut; the wider the lines, the fewer.
     """
-    room = min(width - 60, 1 + max((len(entry.claim.sentence) for entry in entries.values()), default=40))
-    lines = [f"{'id':<31}{'claim':<{room}}{'verdict':<11}from"]
+    lines = []
     for name, entry in entries.items():
-        sentence = entry.claim.sentence
-        sentence = sentence if len(sentence) < room else f"{sentence[: room - 4].rstrip()}..."
-        lines.append(f"{name:<31}{sentence:<{room}}{entry.result.verdict:<11}{entry.where}")
-    counts = Counter(entry.result.verdict for entry in entries.values())
-    waiting = sum(entry.where.startswith("waits: ") for entry in entries.values())
-    of_others = sum(entry.result.verdict == FALLS and entry.claim.read != "lesson" for entry in entries.values())
-    notes = {OPEN: f" ({waiting} wait for a record)"}
-    total = ", ".join(f"{counts[word]} {word}{notes.get(word, '')}" for word in VERDICTS)
-    last = f"{len(entries)} claims: {total}."
-    authors = f"{of_others} of those that fall have a source, the others are beliefs."
-    return "\n".join([*lines, "", last, f"{authors} More on one: lora-lab claims ID"])
+        lines.append(f"{name:<31}{textwrap.shorten(entry.claim.sentence, width - 31, placeholder=' ...')}")
+        lines.append(f"{'':<29}{entry.verdict:<31}{entry.claim.whose:<21.20}{entry.where}")
+    weaker = sum(WEAKER in entry.verdict for entry in entries.values())
+    waiting = sum(entry.where == WAITS for entry in entries.values())
+    lines += ["", f"{len(entries)} claims: {_count(entries.values())}; {waiting} open ones wait for a study."]
+    for own, words in ((False, "Stated by others"), (True, "Our own questions")):
+        of_kind = [entry for entry in entries.values() if entry.claim.own == own]
+        lines.append(f"{words}: {len(of_kind)}, of which {_count(of_kind)}.")
+    lines.append(f"{WEAKER}: a weaker rule decided, as {weaker} times. Why, and more on one: lora-lab claims ID")
+    return "\n".join(lines)
+
+
+def _count(entries: Collection[Entry]) -> str:
+    counts = Counter(entry.result.verdict for entry in entries)
+    return ", ".join(f"{counts[word]} {word}" for word in VERDICTS)
 
 
 # Whether a record that somebody hands in is whole: ``lora-lab record FILE --check``

@@ -21,12 +21,12 @@ import pandas
 
 from lora_lab.ablation import rank_advice
 from lora_lab.ablation.compare import compare_losses
-from lora_lab.ablation.stats import CONFIDENCE, block_losses_of, interval, resampled_means, t_bounds
+from lora_lab.ablation.stats import CONFIDENCE, t_bounds
 from lora_lab.costs.bill import MIB
 from lora_lab.models import shapes
 from lora_lab.studies.claims import deciding
 from lora_lab.studies.claims.computed import rank_of_equal_memory
-from lora_lab.studies.claims.deciding import Answer, Cases, Claim, Result, below, decide_cases, decides, near, within
+from lora_lab.studies.claims.deciding import Answer, Cases, Claim, Result, decide_cases, decides, near, within
 from lora_lab.studies.records import Published, Record
 from lora_lab.system.wording import count_noun
 
@@ -70,17 +70,6 @@ ALSO = ("", ", checkpointing")
 FULL_AND_LORA = [(f"full{also}", f"LoRA r=8{also}") for also in ALSO]
 
 
-@decides("memory-as-few-as-parameters", record="memory")
-def memory_as_parameters(claim: Claim, record: Record) -> Answer:
-    """The memory that LoRA saves, in per cent of full fine-tuning's peak."""
-    pairs = [*FULL_AND_LORA, ("full", "LoRA r=1")]
-    savings = [100 * (1 - 1 / ratio) for ratio, _ in _memory_ratios(record, pairs)]
-    if not savings:
-        return None, "the record has no pair of full fine-tuning and LoRA"
-    text = f"saves {min(savings):.0f} to {max(savings):.0f} % in {len(savings)} cases"
-    return min(savings) >= 0.9 * claim.stated, text
-
-
 _GRADIENTS = ("the model", "the tokens in a step", "the precision", "checkpointing")
 
 
@@ -96,16 +85,17 @@ def gradients_at_the_peak(record: Record) -> Cases:
 
 
 @decides("lora-needs-less-memory", record="memory", on="the rank and the tokens in a step")
-def less_memory(record: Record) -> Cases:
-    """Measured peaks of full fine-tuning in units of LoRA's of several ranks, all in float32; and a rank too high."""
+def less_memory(record: Record) -> Result:
+    """Measured peaks of full fine-tuning in units of LoRA's of several ranks, all in float32; a count stands beside."""
     cases = []
     for also, rank in product(ALSO, (1, 8, 64)):
         ratios = _memory_ratios(record, [(f"full{also}", f"LoRA r={rank}{also}")])
         cases += [(ratio > 1, f"rank {rank} {words}") for ratio, words in ratios]
+    result = decide_cases(cases, "the rank and the tokens in a step")
     without, with_gradients = (rank_of_equal_memory(shapes.config("smollm2-135m"), held) for held in (False, True))
-    text = f"counting SmolLM2-135M's weights and Adam's moments alone, from rank {without} upwards; with gradients, "
-    text += f"which the peak holds with few tokens, from {with_gradients}"
-    return [*cases, (False, text)] if cases else []
+    text = f"counted on SmolLM2-135M, LoRA's weights and Adam's moments are more from rank {without} on; with "
+    text += f"gradients, which the peak holds with few tokens, from {with_gradients} on"
+    return replace(result, measured=f"full fine-tuning's peak divided by LoRA's. {result.measured}. Not judged: {text}")
 
 
 @decides("memory-gap-closes", record="memory", on="the model")
@@ -147,10 +137,12 @@ def lora_fa(record: Record) -> Result:
     return replace(result, measured=f"LoRA's peak divided by LoRA-FA's. {result.measured}")
 
 
-@decides("lora-fa-saves-up-to-1-4-times", record="memory", on="the precision of base and adapters")
-def lora_fa_saves(claim: Claim, record: Record) -> Cases:
-    """LoRA's peak in units of LoRA-FA's."""
-    return [(near(ratio, claim.stated), words) for ratio, words in _memory_ratios(record, LORA_FA)]
+@decides("lora-fa-saves-up-to-1-4-times", record="memory")
+def lora_fa_saves(claim: Claim, record: Record) -> Answer:
+    """The largest of LoRA's peaks in units of LoRA-FA's: "up to" a number is near the largest."""
+    ratios = [*_memory_ratios(record, LORA_FA)]
+    largest, _ = max(ratios)
+    return near(largest, claim.stated), f"largest first: {', '.join(words for _, words in sorted(ratios)[::-1])}"
 
 
 @decides("dora-costs-little-memory", record="memory")
@@ -200,26 +192,28 @@ def _decide_outside_too(cases: Cases, names: tuple[str, ...], measured: str) -> 
 
 @decides("lora-trains-faster", record="speed")
 def trains_faster(record: Record) -> Result:
-    """What the record says of LoRA's time in units of full fine-tuning's."""
+    """What the record says of LoRA's time in units of full fine-tuning's, by rank."""
     cases = [(row["faster"], row["words"], *row["case"]) for row in _timed(record, "LoRA r=(1|8|64|256)")]
-    answers = [answer for answer, *_ in cases]
-    counts = f"faster in {answers.count(True)}, slower in {answers.count(False)}, undecided in {answers.count(None)}"
+    of_rank = {}
+    for answer, _, rank, *_ in cases:
+        of_rank.setdefault(rank, []).append(answer)
+    names = {True: "faster", None: "undecided", False: "slower"}
+    counts = [
+        f"{rank.removeprefix('LoRA ')} "
+        + ", ".join(f"{word} in {answers.count(which)}" for which, word in names.items() if which in answers)
+        for rank, answers in of_rank.items()
+    ]
     slower = "; ".join(words for answer, words, *_ in cases if answer is False) or "none"
-    return _decide_outside_too(cases, SPEED, f"{counts} of {len(cases)} cases. Slower: {slower}")
+    return _decide_outside_too(cases, SPEED, f"{'; '.join(counts)} cases. Slower: {slower}")
 
 
 @decides("smollm2-2-to-3-times-faster", record="speed", on="the tokens in a step")
-@decides("smollm-minutes-not-hours", record="taught", on="the tokens in a step and the targets")
 def times_as_fast(claim: Claim, record: Record) -> Cases | Result:
-    """Whether the interval of LoRA's time on SmolLM2-135M lies within what is stated: a range, or at least so much.
-
-    The record "taught" has their rank and targets. A claim at scale is of a GPU, so that a CPU cannot tell.
-    """
-    least = 1 / claim.values[1] if len(claim.values) > 1 else 0.0
-    setup = {"speed": "LoRA r=8", "taught": "LoRA r=4"}[record.what]
-    timed = [row for row in _timed(record, setup) if row["model"] == "smollm2-135m"]
-    cases = [(within(row["low"], row["high"], least, 1 / claim.stated), row["words"]) for row in timed]
-    if claim.kind == "at scale" and record.facts["device"] == "cpu":
+    """Whether the interval of LoRA's time on SmolLM2-135M lies within what is stated of a GPU; a CPU cannot tell."""
+    timed = [row for row in _timed(record, "LoRA r=8") if row["model"] == "smollm2-135m"]
+    least, most = (1 / times for times in reversed(claim.values))
+    cases = [(within(row["low"], row["high"], least, most), row["words"]) for row in timed]
+    if record.facts["device"] == "cpu":
         measured = decide_cases(cases, always=True).measured
         return Result(deciding.OPEN, f"only on a CPU, which cannot tell. {measured}")
     return cases
@@ -242,13 +236,16 @@ def _flops_of_full(record: Record) -> dict[tuple[str, int], int]:
     return {(row["model"], row["tokens"]): row["flops"] for row in record.rows if row["setup"] == "full"}
 
 
+PREDICTIONS = ("the cost model", "FLOPs alone")
+
+
 @decides("time-can-be-predicted", record="speed")
 def time_predicted(record: Record) -> Result:
     """Whether the cost model, and FLOPs alone, say which is faster, in the cases whose interval excludes 1."""
     full = _flops_of_full(record)
     decided = [row for row in _timed(record, "(?!full$).*") if row["faster"] is not None]
     cases, texts = [], []
-    for name in ("the cost model", "FLOPs alone"):
+    for name in PREDICTIONS:
         wrong = []
         for row in decided:
             flops = row["flops"] / full[row["model"], row["tokens"]]
@@ -258,7 +255,14 @@ def time_predicted(record: Record) -> Result:
             cases.append((right, "", name, *row["case"]))
         text = f"{name}: right in {len(decided) - len(wrong)} of {len(decided)} decided cases"
         texts.append(f"{text}. Wrong: {'; '.join(wrong)}" if wrong else text)
-    return _decide_outside_too(cases, ("the prediction", *SPEED), ". ".join(texts))
+    texts.append("So which is faster, counting FLOPs tells as well" if _is_flops_enough(cases) else "")
+    return _decide_outside_too(cases, ("the prediction", *SPEED), ". ".join(filter(None, texts)))
+
+
+def _is_flops_enough(cases: Sequence[tuple[Any, ...]]) -> bool:
+    """Return whether FLOPs alone are right at least as often as the cost model."""
+    model, flops = ([right for right, _, name, *_ in cases if name == which] for which in PREDICTIONS)
+    return sum(flops) >= sum(model)
 
 
 @decides("fewer-blocks-shorter-steps", record="speed", on="the model, the tokens in a step and the numbers of blocks")
@@ -319,20 +323,19 @@ def beats_asking(record: Record, *asked: Record) -> Cases:
         yield answer, f"{setup} {words}"
 
 
+@decides("full-collapses-below-300m", record="downstream")
+def collapses(record: Record) -> Answer:
+    """Whether full fine-tuning, at its tuned rate, ends below zero-shot on sentiment."""
+    (zero_shot,) = _results(record, "sentiment", "zero-shot")
+    above, words = _accuracy_above(record, _results(record, "sentiment", "full"), zero_shot["accuracy"])
+    return None if above is None else not above, f"full fine-tuning less zero-shot: {words}"
+
+
 def _best_asking(record: Record) -> float:
     """Return the mean accuracy on sentiment of the prompt (examples and calibration) that is best on validation."""
     rows = pandas.DataFrame(_results(record, "sentiment", "zero-shot", "few-shot"))
     prompts = rows[~rows["control"]].groupby(["k", "calibration"], sort=False)[["validation", "accuracy"]].mean()
     return float(prompts["accuracy"].iloc[prompts["validation"].argmax()])
-
-
-@decides("chrf-40-means-translation", record="downstream", on="the run")
-def chrf_forty(claim: Claim, record: Record) -> Cases:
-    """Runs with such a score, and how many of their translations are exactly right."""
-    for row in sorted(_results(record, "translate-fr"), key=lambda row: row["setup"]):
-        if row.get("seed") is not None and row["chrf"] >= claim.stated:
-            words = f"{row['setup']}, seed {row['seed']:g}: chrF {row['chrf']:.0f}, {100 * row['exact']:.0f} % exact"
-            yield row["exact"] >= 0.5, words
 
 
 # Losses of two setups, each at its own rate
@@ -376,34 +379,6 @@ def _difference(row: Row, reference: Row) -> str:
     return f"{row['setup']} less {reference['setup']}: {row['difference']:+.4f} nats {ends}{edge}"
 
 
-TAUGHT_AND_TUNED = [(f"LoRA, {rates}", f"full, {rates}") for rates in ("as taught", "tuned")]
-
-
-def _rates(lora: Row, full: Row) -> str:
-    """Return the rates of a course, or tuned ones, in words."""
-    rates = lora["setup"].removeprefix("LoRA, ")
-    return f"{rates} (rates {full['lr']:.3g} and {lora['lr']:.3g}, {lora['seeds']} seeds)"
-
-
-@decides("cmu-lora-much-worse", record="taught", on="the learning rates")
-def much_worse(claim: Claim, record: Record) -> Cases:
-    """Whether LoRA's accuracy on sentiment is lower by at least what they print, as taught and with tuned rates."""
-    for lora, full in _compare(record, ["sentiment"], TAUGHT_AND_TUNED, "accuracy"):
-        answer = None if lora["why"] else below(lora["lower"], lora["upper"], -claim.stated)
-        text = f"{lora['loss']:.3f} against {full['loss']:.3f}, by {lora['difference']:+.3f}"
-        text += f" ({lora['lower']:+.3f} to {lora['upper']:+.3f})"
-        yield answer, f"{_rates(lora, full)}: accuracy {text}"
-
-
-@decides("smollm-lora-far-better", record="taught", on="the learning rates")
-def far_better(record: Record) -> Cases:
-    """Whether LoRA's test loss is lower by more than a margin, as taught and with tuned rates."""
-    for lora, full in _compare(record, ["docs"], TAUGHT_AND_TUNED):
-        text = f"loss by {lora['difference']:+.3f} ({lora['lower']:+.3f} to {lora['upper']:+.3f})"
-        perplexities = f"{math.exp(lora['loss']):.2f} against {math.exp(full['loss']):.2f}"
-        yield _answer(lora, "lower"), f"{_rates(lora, full)}: perplexity {perplexities}, {text}"
-
-
 @decides("spectrum-predicts-rank", record="rank_advice")
 def spectrum_predicts_rank(record: Record) -> Answer:
     """The error of a rule that was chosen on planted ranks, on other tasks, beside that of a constant."""
@@ -414,42 +389,6 @@ def spectrum_predicts_rank(record: Record) -> Answer:
     )
     text += f"; not decided by the sweep: {', '.join(advice.undecided)}" if advice.undecided else ""
     return advice.works, text
-
-
-# Translation
-
-
-def right_by_kind(record: Record, data: str, setup: str) -> Iterator[dict[str, Any]]:
-    """Yield the share of exact answers in a record of translations, for each kind of examples.
-
-    Yields:
-        ``kind``, ``share``, ``lower`` and ``upper`` (the two-sided 95 % interval of a bootstrap over seeds and
-        examples), ``examples``, ``seeds``, and ``edge`` of the rate's grid.
-    """
-    judged = select(record, data=data, stage="judging", setup=setup)
-    done = judged[judged["outcome"] == "done"]
-    right = np.array([block_losses_of(row, "accuracy") for row in done.to_dict("records")])  # (seeds, examples)
-    for kind, rows in select(record, data=data, stage="example").groupby("kind"):
-        of_kind = right[:, rows["position"].astype(int)]
-        lower, upper = interval(resampled_means(of_kind))
-        row = {"kind": kind, "share": of_kind.mean(), "lower": lower, "upper": upper, "examples": len(rows)}
-        yield row | {"seeds": len(done), "edge": judged["edge"].iloc[0]}
-
-
-@decides("135m-learns-to-translate", record="translation", on="the method")
-@decides("135m-learns-a-grammar", record="translation", on="the direction, and on whether training shows every word")
-def translates(claim: Claim, record: Record) -> Cases:
-    """Whether half of the translations that no baseline gets right are exact, by data, setup and kind."""
-    data = ("sentences-en", "sentences-fr") if claim.id.endswith("grammar") else ("translate-fr",)
-    for name, setup in product(data, sorted({row["setup"] for row in record.rows if row["stage"] == "judging"})):
-        for row in right_by_kind(record, name, setup):
-            if row["kind"] == "right by a baseline":
-                continue
-            judged = row["seeds"] >= MIN_SEEDS and not row["edge"]
-            text = f"{name}, {setup}, {row['kind']}: {100 * row['share']:.0f} % ({100 * row['lower']:.0f} to "
-            text += f"{100 * row['upper']:.0f}) of {row['examples']} exact, {row['seeds']} seeds"
-            text += ", rate at the edge of its grid" if row["edge"] else ""
-            yield deciding.above(row["lower"], row["upper"], 0.5) if judged else None, text
 
 
 # What training wrote

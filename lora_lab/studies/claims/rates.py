@@ -9,7 +9,7 @@ falls if it lies outside, and is open otherwise.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import cast
 
@@ -19,7 +19,18 @@ import pandas
 from lora_lab.ablation.compare import smallest_sufficient_rank
 from lora_lab.ablation.stats import best_rate, losses_by_rate, powers, ratio_interval, sample_vertices, slope
 from lora_lab.studies.claims.compared import bound_together
-from lora_lab.studies.claims.deciding import FALLS, STANDS, Answer, Claim, above, below, decide_cases, decides, within
+from lora_lab.studies.claims.deciding import (
+    FALLS,
+    STANDS,
+    Answer,
+    Cases,
+    Claim,
+    above,
+    below,
+    decide_cases,
+    decides,
+    within,
+)
 from lora_lab.studies.claims.measured import MARGIN, MIN_SEEDS, select
 from lora_lab.studies.records import Record
 
@@ -28,6 +39,7 @@ FULL = "full"
 SAME_SCALING, FIXED_ALPHA = "alpha = 2r", "alpha = 32"
 DATA = {"docs": "SmolLM2-135M", "digits": "not judged, the digits net"}
 FACTOR = 1.5  # margin of a rate or of a ratio of rates
+TELLS = math.sqrt(15 / 10)  # margin that tells the source's 15 times from its 10
 POWER = 0.25  # margin of a power: nearer to -1/2 than to 0 or -1
 SMOLLM2_WIDTH = 576
 SHORT_RUNS = 100  # steps, below which Schulman et al. state another ratio
@@ -120,25 +132,78 @@ def times_full(claim: Claim, frame: pandas.DataFrame) -> Answer:
     words = f"{ratio:.1f} times ({lower:.1f} to {upper:.1f}) after {steps} steps; "
     words += f"best rates tried: full {best_rate(full).tried:g}, {each}"
     meant = (steps < SHORT_RUNS) == claim.id.endswith("early")
-    return within(lower, upper, claim.stated / FACTOR, claim.stated * FACTOR) if meant else None, words
+    return within(lower, upper, claim.stated / TELLS, claim.stated * TELLS) if meant else None, words
 
 
 @decides_by_rates("best-rate-independent-of-rank")
 def independent_of_rank(claim: Claim, frame: pandas.DataFrame) -> Answer:
-    """The ratio of the best rates of the ranks from 4 on, as the source states it, under alpha = 32.
-
-    It stands if the largest of all samples' ratios is below the claimed factor, and falls if the highest and the lowest
-    of the ranks differ by more: noise alone makes the ratio of the extremes larger than 1.
-    """
+    """The ratio of the best rates of the ranks from 4 on, as the source states it, under alpha = 32."""
     samples = {rank: sample_vertices(of_rank) for rank, of_rank in best_by_rank(frame, FIXED_ALPHA).items()}
+    answer, words = _compare_extremes(samples, claim.stated)
+    return answer, f"{words}; over all ranks rate ~ r^p, p = {_power(*slope(samples))}"
+
+
+def _compare_extremes(samples: Mapping[int, np.ndarray], limit: float) -> Answer:
+    """Return whether the best rates of the ranks from 4 on vary by less than a factor.
+
+    They do if the largest of all samples' ratios is below it, and do not if the highest and the lowest of the ranks
+    differ by more: noise alone makes the ratio of the extremes larger than 1.
+    """
     counted = {rank: of_rank for rank, of_rank in samples.items() if rank >= 4}
     highest, lowest = (extreme(counted, key=lambda rank: np.median(counted[rank])) for extreme in (max, min))
     lower, _ = ratio_interval(counted[highest], counted[lowest])
     every = np.array([*counted.values()])  # (ranks, resamples)
     _, upper = ratio_interval(every.max(axis=0), every.min(axis=0))
     words = f"from rank 4 on the highest best rate is {max(lower, 1.0):.2f} to {upper:.2f} times the lowest (ranks "
-    words += f"{highest} and {lowest}); over all ranks rate ~ r^p, p = {_power(*slope(samples))}"
-    return below(lower, upper, claim.stated), words
+    return below(lower, upper, limit), f"{words}{highest} and {lowest})"
+
+
+@decides("one-rate-for-all-ranks", record="rates", on="the rule for alpha")
+def one_rate_for_all(claim: Claim, record: Record) -> Cases:
+    """Under either rule for alpha: one rate is fair if the best rates of the ranks hardly differ."""
+    for rule in (FIXED_ALPHA, SAME_SCALING):
+        losses = best_by_rank(select(record, data="docs"), rule)
+        answer, words = _compare_extremes({rank: sample_vertices(each) for rank, each in losses.items()}, claim.stated)
+        yield answer, f"{rule}: {words}, best rates tried {min(_tried(losses)):g} to {max(_tried(losses)):g}"
+
+
+def _tried(losses: Mapping[int, Mapping[float, np.ndarray]]) -> list[float]:
+    return [best_rate(of_rank).tried for rank, of_rank in losses.items() if rank >= 4]
+
+
+@decides("high-rank-wants-high-alpha", record="rates")
+def wants_high_alpha(record: Record) -> Answer:
+    """The loss of the highest rank with alpha = 2r less that with 32, each at its best rate.
+
+    The bounds hold for all ranks together at which the two rules differ.
+    """
+    of_rule = [best_by_rank(select(record, data="docs"), rule) for rule in (SAME_SCALING, FIXED_ALPHA)]
+    gaps = {}
+    for rank in (rank for rank in of_rule[0] if 2 * rank != 32):
+        best = [best_rate(losses[rank]) for losses in of_rule]
+        if any(each.edge for each in best):
+            return None, f"a best rate of rank {rank} is at an edge"
+        doubled, fixed = (losses[rank][each.tried] for losses, each in zip(of_rule, best, strict=True))
+        gaps[rank] = doubled - fixed
+    bounds = {rank: bound_together(gap, len(gaps)) for rank, gap in gaps.items()}
+    each = [f"rank {rank} {gaps[rank].mean():+.4f} ({{:+.4f}} to {{:+.4f}})".format(*bounds[rank]) for rank in gaps]
+    words = f"validation loss with alpha = 2r less that with 32, each at its best rate: {', '.join(each)}"
+    return below(*bounds[max(bounds)], 0), words
+
+
+@decides("longer-training-lower-rate", record="quality", on="the number of steps, the last of which repeat the data")
+def falls_with_steps(record: Record) -> Cases:
+    """The best rate of each method after more steps in units of that after fewer, by the seeds that chose."""
+    chosen = select(record, stage="choosing")
+    chosen = chosen.assign(method=chosen["setup"].str.partition(",")[0])
+    for method, of_method in chosen.groupby("method", sort=False):
+        losses = {int(cast(int, steps)): losses_by_rate(rows) for steps, rows in of_method.groupby("steps")}
+        for few, more in pairwise(losses):
+            samples = [sample_vertices(losses[steps]) for steps in (more, few)]
+            lower, upper = ratio_interval(*samples)
+            ends = f"{lower:.2f} to {upper:.2f}" if upper < math.inf else f"{lower:.2f} to unbounded"
+            words = f"{method}, {few} to {more} steps: {best_rate(losses[few]).tried:.2g} to "
+            yield below(lower, upper, 1 / FACTOR), f"{words}{best_rate(losses[more]).tried:.2g}, ratio {ends}"
 
 
 @decides_by_rates("rate-falls-as-root-of-rank")

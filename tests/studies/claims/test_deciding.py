@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from collections import Counter
 
 import nbformat
 import pytest
@@ -147,9 +148,8 @@ def test_machines_that_disagree_are_what_it_depends_on(register, tmp_path, score
 
 
 def test_what_nothing_decides_is_open_or_untestable_with_its_reason():
-    waiting = dataclasses.replace(CLAIM, open="no data", record="rates")
-    assert judge(waiting).result == Result("open", "no data", shown_by="waits for the record 'rates'")
-    assert judge(dataclasses.replace(CLAIM, open="no data")).result.shown_by == "no study is planned"
+    waiting = judge(dataclasses.replace(CLAIM, open="a study"))
+    assert (waiting.result, waiting.where) == (Result("open", "a study", shown_by="nothing yet"), "waits for a study")
     assert judge(dataclasses.replace(CLAIM, untestable="no GPU")).result.verdict == "untestable"
 
 
@@ -281,8 +281,8 @@ def test_what_cases_differ_in_is_stated():
 # The ledger
 
 KEYS = [
-    *("id", "sentence", "number", "interval", "source", "kind", "fair"),
-    *("verdict", "on", "shown_by", "date", "machine"),
+    *("id", "sentence", "number", "interval", "source", "own", "kind", "fair"),
+    *("verdict", "on", "scale", "weaker", "shown_by", "date", "machine"),
 ]
 
 
@@ -297,7 +297,8 @@ def test_the_shipped_claims_are_many_of_every_kind_and_each_is_decided_in_one_wa
     assert DECIDERS.keys() <= every.keys()
     for name, claim in every.items():
         assert (name in DECIDERS) + sum(map(bool, (claim.lesson, claim.open, claim.untestable))) == 1, name
-        assert claim.open or not claim.record, name
+        assert bool(claim.scale) == (not claim.untestable and judge(claim).where != "waits for a study"), name
+        assert not claim.weaker or claim.scale, name
         assert all(f"{each:g}" in claim.number.replace(",", "") for each in claim.values), name
 
 
@@ -316,14 +317,16 @@ def test_each_record_is_read_once(monkeypatch):
 
 
 def test_no_claim_waits_for_a_record_that_is_there():
-    """When a record arrives, what waited for it needs a function."""
-    waiting = {claim.record for claim in read_claims().values() if claim.record}
-    assert waiting
-    assert waiting & {record.what for record in records.load_all().values()} == set()
+    """When a record arrives, what waited for it needs a function, or other words."""
+    there = {record.what for record in records.load_all().values()}
+    for claim in read_claims().values():
+        named = set(re.findall(r"the record '(\w+)'(?! of another machine)", f"{claim.changes} {claim.open}"))
+        assert not named & there, claim.id
+        assert "the record" not in claim.changes.replace("the record '", "") or claim.id in DECIDERS, claim.id
 
 
 def test_the_time_of_every_record_is_known_and_as_the_records_page_has_it(request):
-    named = {claim.record for claim in read_claims().values()} | {each.record for each in DECIDERS.values()}
+    named = {each.record for each in DECIDERS.values()}
     assert named - {""} <= set(KINDS)
     page = (request.config.rootpath / "records/README.md").read_text(encoding="utf-8")
     hours = dict(re.findall(r"^\| `(\w+)` \|.*\| ([^,|]*?)(?:, planned|, estimated)? \|$", page, re.MULTILINE))
@@ -333,15 +336,44 @@ def test_the_time_of_every_record_is_known_and_as_the_records_page_has_it(reques
 def test_the_table_fits_100_columns_and_counts(ledger):
     lines = claims.table(ledger).splitlines()
     assert max(map(len, lines)) <= 100
-    assert len(lines) == len(ledger) + 4
-    for line, entry in zip(lines[1:], ledger.values(), strict=False):
-        assert line.startswith(entry.claim.id + " ")
-        assert entry.result.verdict in line
-    stand = sum(entry.result.verdict == "stands" for entry in ledger.values())
-    waiting = sum(" waits: " in line for line in lines)
-    assert re.match(rf"{len(ledger)} claims: {stand} stands,.* open \({waiting} wait for a record\)", lines[-2])
-    cited = sum(entry.result.verdict == "falls" and entry.claim.read != "lesson" for entry in ledger.values())
-    assert lines[-1].startswith(f"{cited} of those that fall have a source, ")
+    assert len(lines) == 2 * len(ledger) + 5
+    for first, second, entry in zip(lines[::2], lines[1::2], ledger.values(), strict=False):
+        name, _, sentence = first.partition(" ")
+        assert name == entry.claim.id
+        assert entry.claim.sentence.startswith(sentence.strip().removesuffix(" ..."))
+        assert second.split()[0].rstrip("†:") == entry.result.verdict
+        assert ("†" in second) == bool(entry.claim.weaker and entry.result.verdict not in ("open", "untestable"))
+    every, others, own, _ = lines[-4:]
+    of_verdict = Counter((entry.result.verdict, entry.claim.own) for entry in ledger.values())
+    waiting = sum("waits for a study" in line for line in lines)
+    stand = of_verdict["stands", True] + of_verdict["stands", False]
+    assert re.match(rf"{len(ledger)} claims: {stand} stands,.*; {waiting} open ones wait for a study", every)
+    assert f"{of_verdict['falls', False]} falls" in others
+    assert f"{of_verdict['falls', True]} falls" in own
+
+
+@pytest.mark.parametrize(
+    ("source", "reading", "whose"),
+    [
+        ("Chen, Villar and Hayou 2026, arXiv 1", "abstract", "Chen, Villar and Hayou 2026"),
+        ("peft, issue 12, of 2024", "issue", "peft, issue 12"),
+        ("The course (a copy), of 2024", "page", "The course"),
+        ("A paper, section 1", "our own question", "our own question"),
+    ],
+)
+def test_a_claim_says_whose_it_is(source, reading, whose):
+    claim = dataclasses.replace(CLAIM, source=source, read=reading)
+    assert (claim.whose, claim.own) == (whose, reading == "our own question")
+
+
+def test_a_decided_claim_shows_its_scale_and_a_weaker_rule(register):
+    register(lambda claim: (True, "so"))
+    assert judge(dataclasses.replace(CLAIM, scale="digits")).verdict == "stands: digits"
+    weaker = judge(dataclasses.replace(CLAIM, scale="digits", weaker="three seeds"))
+    assert weaker.verdict == "stands†: digits"
+    assert "three seeds" in weaker.explained()
+    register(lambda claim: (None, "so"))
+    assert judge(dataclasses.replace(CLAIM, scale="digits", weaker="three seeds")).verdict == "open"
 
 
 @pytest.mark.parametrize(("columns", "width"), [(80, 100), (250, 250)])  # the table needs 100
@@ -369,9 +401,10 @@ def test_json_has_exactly_these_keys(ledger, capsys):
 SHOWN = [  # claim, how it is run again
     ("two-real-knobs", "It was computed again just now, on this machine."),
     ("memory-a-third", "lora-lab record memory makes the record anew, in half an hour on two cores."),
-    ("all-linear-gains-little", "lora-lab record targets will make the record, in an hour on two cores."),
+    ("all-linear-gains-little", "Nothing here measures it: a study of which layers"),
+    ("qlora-matches-16-bits", "lora-lab record quantised will make the record, in an hour and a half on two cores."),
     ("qlora-takes-more-time", "Its numbers are published ones"),
-    ("higher-rank-never-hurts", "python notebooks/execute.py 06_which_rank.ipynb runs the lesson anew"),
+    ("more-training-higher-rank", "python notebooks/execute.py 06_which_rank.ipynb runs the lesson anew"),
     ("rank-one-enough-for-rl", "Nothing here measures it: it needs a model that reasons"),
 ]
 
@@ -394,7 +427,7 @@ def test_records_of_another_folder_decide(tmp_path, capsys):
     (entry,) = printed_json(capsys)[0]
     assert (entry["verdict"], entry["date"], entry["machine"]) == ("open", None, None)
     waiting = claims.verdict("memory-a-third", tmp_path)
-    assert (claims.verdict("memory-a-third").where, waiting.where) == ("record memory", "waits: memory")
+    assert (claims.verdict("memory-a-third").where, waiting.where) == ("record memory", "waits for a study")
     assert "will make the record" in waiting.again
     # What others published does not change with the machine.
     assert claims.verdict("qlora-takes-more-time", tmp_path).result.verdict == "stands"

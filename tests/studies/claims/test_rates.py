@@ -1,6 +1,7 @@
 """Verdicts on ranks, and on learning rates from made-up records whose best rates are planted."""
 
 import dataclasses
+import itertools
 import json
 import math
 
@@ -67,16 +68,26 @@ SEEDS, BLOCKS = 3, 8
 
 
 def rows(
-    full=1e-4, fixed=lambda rank: 1e-3, same=lambda rank: 4e-3 / rank**0.5, gain=lambda rate: 0.0, noise=0.002, steps=60
+    full=1e-4,
+    fixed=lambda rank: 1e-3,
+    same=lambda rank: 4e-3 / rank**0.5,
+    gain=lambda rate: 0.0,
+    noise=0.002,
+    steps=60,
+    more_alpha=0.0,
 ):
-    """Rows of the record: best rates by rank under alpha = 32 and alpha = 2r, and what a doubling of the rank gains."""
+    """Rows of the record: best rates by rank under alpha = 32 and alpha = 2r, and what a doubling of the rank gains.
+
+    ``more_alpha`` is what ranks above 16 gain by alpha = 2r.
+    """
     random = np.random.default_rng(0)
     hard = random.normal(0, 0.3, BLOCKS)  # examples differ, for all trials alike
     setups = {"full": (None, None, full, lambda rate: 0.0)}
     for rank in RANKS:
         less = lambda rate, rank=rank: math.log2(rank) * gain(rate)  # noqa: E731
         setups[f"r={rank}, alpha = 32"] = rank, 32, fixed(rank), less
-        setups[f"r={rank}, alpha = 2r"] = rank, 2 * rank, same(rank), less
+        by_alpha = lambda rate, rank=rank: math.log2(rank) * gain(rate) + more_alpha * (rank > 16)  # noqa: E731
+        setups[f"r={rank}, alpha = 2r"] = rank, 2 * rank, same(rank), by_alpha
     for data in ("digits", "docs"):
         for setup, (rank, alpha, best, less) in setups.items():
             for rate in rates_around(best * 1.3):
@@ -94,22 +105,32 @@ def rows(
 TEN, FIFTEEN, LEVEL = "lora-rate-ten-times-full", "lora-rate-15-times-full-early", "best-rate-independent-of-rank"
 ROOT, OF_ALPHA = "rate-falls-as-root-of-rank", "rate-falls-as-root-of-alpha"
 WIDTH, GAINS = "rate-law-of-width", "rank-gains-at-high-rates"
+ONE_RATE, WANTS = "one-rate-for-all-ranks", "high-rank-wants-high-alpha"
 HINTED = (1, 4, 16, 64)
 LAW = {"fixed": lambda rank: 1e-3, "same": lambda rank: 1e-3 * (32 / (2 * rank)) ** 0.5}
 PLANTED = [  # claim, what is planted, verdict, words
     (TEN, {"fixed": lambda rank: 1e-3 if rank >= 4 else 3e-3, "steps": 100}, "stands", "SmolLM2-135M: 10."),
     (TEN, {"full": 3e-5, "steps": 100}, "falls", ""),
     (TEN, {"full": 1e-3, "steps": 100}, "falls", ""),
-    (TEN, {"full": 6e-5, "noise": 0.02, "steps": 100}, "open", ""),
+    (TEN, {"full": 1e-3 / 11.6, "noise": 0.005, "steps": 100}, "open", ""),  # the margin tells it from 15
     (TEN, {"steps": 60}, "open", "after 60 steps"),  # runs too short for this claim
     (FIFTEEN, {"full": 1e-3 / 15}, "stands", ""),
     (FIFTEEN, {"full": 1e-3 / 40}, "falls", ""),
+    (FIFTEEN, {"full": 1e-3 / 10}, "falls", ""),
     (FIFTEEN, {"full": 1e-3 / 15, "steps": 100}, "open", ""),  # and too long for this
     (LEVEL, {}, "stands", ""),
     (LEVEL, {"fixed": lambda rank: 1e-3 if rank > 2 else 8e-3}, "stands", ""),  # the claim begins at rank 4
     (LEVEL, {"fixed": lambda rank: 8e-3 / rank}, "falls", "times the lowest (ranks 4 and 64)"),
     (LEVEL, {"fixed": lambda rank: 8e-3 / rank}, "falls", "p = -1.0"),
     (LEVEL, {"fixed": lambda rank: 1e-3 * rank**0.25}, "open", ""),
+    (ONE_RATE, {}, "depends", "yes: alpha = 32: from rank 4 on the highest best rate is 1.0"),
+    (ONE_RATE, {"same": lambda rank: 1e-3}, "stands", ""),
+    (ONE_RATE, {"fixed": lambda rank: 8e-3 / rank}, "falls", ""),
+    (ONE_RATE, {"fixed": lambda rank: 1e-3 * rank**0.25, "same": lambda rank: 1e-3}, "open", ""),
+    (WANTS, {}, "open", ""),
+    (WANTS, {"more_alpha": 0.05}, "stands", "rank 64 -0.05"),
+    (WANTS, {"more_alpha": -0.05}, "falls", ""),
+    (WANTS, {"more_alpha": 0.05, "noise": 0.1}, "open", ""),
     (ROOT, {}, "stands", ""),
     (ROOT, {"same": lambda rank: 4e-3}, "falls", ""),
     (ROOT, {"same": lambda rank: 4e-3 / rank}, "falls", ""),
@@ -140,6 +161,40 @@ def test_best_rates(claim_id, planted, verdict, words):
     assert (result.verdict, words in result.measured) == (verdict, True), result.measured
 
 
-@pytest.mark.parametrize("claim_id", [LEVEL, ROOT, WIDTH, GAINS])
+# Steps
+
+LONGER = "longer-training-lower-rate"
+
+
+def chosen(*bests, seeds=2, noise=0.0005):
+    """Rows of seeds that chose the rates of two methods after 60, 240 and 960 steps, with these best rates."""
+    random = np.random.default_rng(0)
+    hard = random.normal(0, 0.3, BLOCKS)
+    for method, (steps, best) in itertools.product(("full", "r=8"), zip((60, 240, 960), bests, strict=True)):
+        for rate, seed in itertools.product(rates_around(best * 1.3), range(seeds)):
+            blocks = 3 + 0.05 * math.log(rate / best) ** 2 + hard + noise * random.normal(size=BLOCKS)
+            yield {
+                **{"stage": "choosing", "setup": f"{method}, {steps} steps", "lr": rate, "seed": seed},
+                **{"steps": steps, "step": steps, "outcome": "done"},
+                "score_validation": json.dumps(blocks.tolist()),
+                "validation_loss": blocks.mean(),
+            }
+
+
+STEPS = [  # best rates, options, verdict
+    ((1e-3, 1e-3, 2e-4), {}, "depends"),
+    ((4e-3, 2e-3, 1e-3), {}, "stands"),
+    ((1e-3, 1e-3, 2e-3), {}, "falls"),
+    ((1e-3, 1e-3, 2e-4), {"noise": 1.0}, "open"),
+]
+
+
+@pytest.mark.parametrize(("bests", "options", "verdict"), STEPS)
+def test_best_rates_by_the_number_of_steps(bests, options, verdict):
+    result = decide(LONGER, "quality", chosen(*bests, **options))
+    assert result.verdict == verdict, result.measured
+
+
+@pytest.mark.parametrize("claim_id", [LEVEL, ROOT, WIDTH, GAINS, ONE_RATE, WANTS])
 def test_without_the_language_model_nothing_is_decided(claim_id):
     assert decide(claim_id, "rates", [row for row in rows() if row["data"] == "digits"]).verdict == "open"
