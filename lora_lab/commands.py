@@ -497,7 +497,9 @@ def record(
         made = records.new(what, rows, stated, command, where, commit)
         return system.files.save_or_rescue(lambda path: records.write(made, path), folder), made
 
-    more = [list(models) or None] if what in records.OF_MODELS else [lambda: rows and save()] if records.KINDS[what].grows else []
+    more: list[Any] = [list(models) or None] if what in records.OF_MODELS else []
+    if records.KINDS[what].grows:
+        more.append(lambda: rows and save())  # after each sweep
     for row in chosen.rows(where, *more):
         rows.append(row)
         if text := tell_row(row):

@@ -55,7 +55,7 @@ def make_task(tokenizer: Tokenizer, pages: Sequence[Page]) -> Task:
     parts = {"validation": "known", "test": "numpy", "off_domain": "manual"}
     cuts = {part: cut_pages(tokenizer, corpora()[kind], SEQ_LEN, 4, 64) for part, kind in parts.items()}
     train = windows(tokenizer, [page.text for page in pages], SEQ_LEN)
-    return Task("docstrings", train, **cuts, unit="tokens", about=f"docstrings of {', '.join(READ)}")
+    return Task("docstrings", train=train, **cuts, unit="tokens", about=f"docstrings of {', '.join(READ)}")
 
 
 def make_base(name: str, folder: Path) -> Path:
