@@ -8,6 +8,7 @@ bases        the small language models that are shipped, made from nothing
 claims/      what is claimed about LoRA, and what holds: a ledger whose verdicts are computed
 steps        memory and times of training steps, predicted and measured
 tuned        setups at their best rates: quality, targets, variants, rates, rank advice, bits
+tiny         studies on small bases: many seeds, several bases, seconds a run
 spectra      which rank is enough, and what training writes into the weights
 curves       which method overfits, which forgets, and what eases it; is fine-tuning better than training from scratch?
 downstream   can the model learn a downstream task, and how much of it can it do untrained?

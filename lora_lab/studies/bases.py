@@ -27,7 +27,7 @@ from lora_lab.models.llama import Llama, LlamaConfig
 from lora_lab.models.pretrained import save_model
 from lora_lab.models.tokenizer import PRE_TOKENIZERS, Tokenizer
 from lora_lab.system import files
-from lora_lab.task import Task
+from lora_lab.task import Examples, Task
 from lora_lab.tasks.pages import READ, Page, corpora, cut_pages, read_pages
 from lora_lab.tasks.python_docs import windows
 from lora_lab.train import fit
@@ -52,10 +52,19 @@ def train_tokenizer(pages: Sequence[Page]) -> Tokenizer:
 
 def make_task(tokenizer: Tokenizer, pages: Sequence[Page]) -> Task:
     """Return the task of reading these pages; it is tested on numpy's docstrings, and off-domain is the manual."""
-    parts = {"validation": "known", "test": "numpy", "off_domain": "manual"}
-    cuts = {part: cut_pages(tokenizer, corpora()[kind], SEQ_LEN, 4, 64) for part, kind in parts.items()}
-    train = windows(tokenizer, [page.text for page in pages], SEQ_LEN)
-    return Task("docstrings", train=train, **cuts, unit="tokens", about=f"docstrings of {', '.join(READ)}")
+
+    def cut(kind: str) -> Examples:
+        return cut_pages(tokenizer, corpora()[kind], SEQ_LEN, 4, 64)
+
+    return Task(
+        "docstrings",
+        train=windows(tokenizer, [page.text for page in pages], SEQ_LEN),
+        validation=cut("known"),
+        test=cut("numpy"),
+        off_domain=cut("manual"),
+        unit="tokens",
+        about=f"docstrings of {', '.join(READ)}",
+    )
 
 
 def make_base(name: str, folder: Path) -> Path:

@@ -141,8 +141,8 @@ def test_such_a_name_would_be_found():
 
 def test_nothing_that_is_made_is_tracked():
     suffixes = {".safetensors", ".gguf", ".pyc", ".whl", ".pt", ".bin", ".pkl"}
-    # Trained adapters, which are installed with the package.
-    shipped = {ROOT / "lora_lab" / "adapters" / "data"}
+    # Trained adapters and small models, which are installed with the package.
+    shipped = {ROOT / "lora_lab" / wing / "data" for wing in ("adapters", "models")}
     files = tracked()
     made = [path for path in files if path.suffix in suffixes or "__pycache__" in path.parts]
     assert [path for path in made if shipped.isdisjoint(path.parents)] == []
