@@ -1,8 +1,11 @@
 """Records of the small language models that are shipped: many seeds, several bases, seconds a run.
 
-tiny_rank   Which rank is enough, and when does a rank run out of capacity? Full fine-tuning, full fine-tuning of the
-            blocks alone (the embedding, which LoRA leaves frozen, stays as it is) and LoRA of three ranks, after 60,
-            240 and 960 steps on text that is never read twice, each at the rate that is best for it.
+tiny_rank      Which rank is enough, and when does a rank run out of capacity? Full fine-tuning, full fine-tuning of the
+               blocks alone (the embedding, which LoRA leaves frozen, stays as it is) and LoRA of three ranks, after 60,
+               240 and 960 steps on text that is never read twice, each at the rate that is best for it.
+tiny_layers    Which layers should have adapters, at equal numbers of trained parameters? Queries and values, attention,
+               the MLP, or all, after 240 steps.
+tiny_variants  Does a variant of LoRA learn more at rank 16? LoRA, rsLoRA, LoRA+, LoRA-FA, DoRA and PiSSA, 240 steps.
 
 A small base shows signs, mechanisms and trends with the width, not the numbers of a real model.
 
@@ -25,15 +28,18 @@ from lora_lab.ablation import materials
 from lora_lab.methods import FullFineTuning, LoRA, PartialFineTuning
 from lora_lab.models.pretrained import load_tokenizer
 from lora_lab.studies.recorder import BlockSweep, Methods, Source, plan_setups, record_sweeps
+from lora_lab.studies.steps import ATTENTION
 from lora_lab.task import Task
 from lora_lab.tasks.pages import corpora, paged_task
+from lora_lab.variants import DoRA, LoRAFA, LoRAPlus, PiSSA, RsLoRA
 
+BASES = ("tiny-64-0", "tiny-64-1", "tiny-128-0", "tiny-128-1")
 PER_PAGE = 8  # windows of a page
 HELD_OUT = {"numpy": 128, "readmes": 40}  # pages of validation, and as many of test
 SEQ_LEN, BATCH = 64, 8
 BLOCKS = PartialFineTuning(("model.layers",))
 # By width, the middles of the first rates: full fine-tuning, the blocks alone, LoRA with alpha = 32.
-CENTRES = {64: (2e-3, 2e-3, 6e-3), 128: (1e-3, 1e-3, 4e-3), 256: (5e-4, 5e-4, 2e-3)}
+CENTRES = {64: (2e-3, 2e-3, 6e-3), 128: (1e-3, 1e-3, 4e-3)}
 
 
 def make_task(corpus: str, base: str) -> Task:
@@ -80,12 +86,49 @@ RANKS = (1, 8, 64)
 
 
 def plan_tiny_rank(device: torch.device) -> Iterator[BlockSweep]:
-    """Yield what two cores can do in four hours: the small bases first, which take a tenth of the largest."""
-    for base in ("tiny-64-0", "tiny-64-1", "tiny-128-0", "tiny-128-1", "tiny-256-0"):
+    """Yield what two cores can do in three hours."""
+    for base in BASES:
         full, blocks, lora = CENTRES[width_of(base)]
         methods: Methods = {"full": (FullFineTuning(), full), "blocks": (BLOCKS, blocks)}
         methods |= {f"r={rank}": (LoRA(rank, 32), lora) for rank in RANKS}
-        yield plan_tiny(methods, "numpy", base, (60, 240, 960) if width_of(base) < 256 else (60, 240))
+        yield plan_tiny(methods, "numpy", base, (60, 240, 960))
 
 
 TINY_RANK = record_sweeps("tiny_rank", plan_tiny_rank)
+
+
+# Layers, and variants
+
+MLP = ("gate_proj", "up_proj", "down_proj")
+# The ranks with which each trains 120 d numbers a block, where d is the width and the MLP is three times as wide.
+TARGETS_OF = {"q, v": (30, ("q_proj", "v_proj")), "attention": (15, ATTENTION), "MLP": (10, MLP)}
+TARGETS_OF |= {"all": (6, (*ATTENTION, *MLP))}
+# A method, given its rank and alpha, and by how much its best rate is thought to be another than LoRA's.
+VARIANTS_OF = {
+    "LoRA": (LoRA, 1),
+    "rsLoRA": (RsLoRA, 1 / 2),
+    "LoRA+": (partial(LoRAPlus, ratio=16), 1 / 8),
+    "LoRA-FA": (LoRAFA, 2),
+    "DoRA": (DoRA, 1),
+    "PiSSA": (PiSSA, 1 / 4),
+}
+
+
+def plan_tiny_layers(device: torch.device) -> Iterator[BlockSweep]:
+    """Yield what two cores can do in an hour."""
+    for base in BASES:
+        *_, lora = CENTRES[width_of(base)]
+        methods = {name: (LoRA(rank, 32, targets=targets), lora) for name, (rank, targets) in TARGETS_OF.items()}
+        yield plan_tiny(methods, "numpy", base, (240,))
+
+
+def plan_tiny_variants(device: torch.device) -> Iterator[BlockSweep]:
+    """Yield what two cores can do in an hour and a half."""
+    for base in BASES:
+        *_, lora = CENTRES[width_of(base)]
+        methods = {name: (variant(16, 32), lora * factor) for name, (variant, factor) in VARIANTS_OF.items()}
+        yield plan_tiny(methods, "numpy", base, (240,))
+
+
+TINY_LAYERS = record_sweeps("tiny_layers", plan_tiny_layers)
+TINY_VARIANTS = record_sweeps("tiny_variants", plan_tiny_variants)

@@ -6,7 +6,7 @@ inside. The data beside them is frozen: what is changed on purpose is changed th
 in its message.
 
     exercises.json  45 right answers and 495 wrong ones as source text, each with the sentence that it gets
-    claims.json     111 claims, each with its verdict and what shows it
+    claims.json     114 claims, each with its verdict and what shows it
     losses.json     the losses of fixed-seed runs of each method
 """
 

@@ -142,13 +142,13 @@ def gaps(record: Record) -> dict[tuple[int, int], Gap]:
         if lora["seed"].tolist() != full["seed"].tolist() or len(lora) < MIN_SEEDS:
             setup = lora["setup"].iloc[0]
             raise ValueError(f"{setup}: fewer than {MIN_SEEDS} seeds have a result for it and for full fine-tuning")
-        test, validation = (_block_losses(lora, part) - _block_losses(full, part) for part in ("test", "validation"))
+        test, validation = (block_losses(lora, part) - block_losses(full, part) for part in ("test", "validation"))
         at_edge = bool(pandas.concat([lora, full])["edge"].fillna("").any())
         every[int(cast(float, rank)), int(cast(float, steps))] = Gap(test, validation, at_edge, MARGIN)
     return _bound_all(every)
 
 
-def _block_losses(rows: pandas.DataFrame, part: str) -> np.ndarray:
+def block_losses(rows: pandas.DataFrame, part: str) -> np.ndarray:
     return np.array([block_losses_of(row, part) for row in rows.to_dict("records")])  # (seeds, blocks)
 
 
@@ -156,7 +156,7 @@ def _block_losses(rows: pandas.DataFrame, part: str) -> np.ndarray:
 def as_good_as_full(record: Record, *others: Record) -> Result:
     """Each rank after each number of steps, where "as good" allows for the margin; beside it what "rates" has."""
     every = gaps(record)
-    result = _explain_gaps(decide_cases(_list_gaps(every), ("the rank", "the number of steps")), every)
+    result = _explain_gaps(decide_cases(list_gaps(every), ("the rank", "the number of steps")), every)
     beside = "".join(f". {_at_fixed_alpha(other)}" for other in others)
     return replace(result, measured=f"{result.measured}{beside}")
 
@@ -180,7 +180,7 @@ def runs_out_of_capacity(record: Record) -> Result:
     """
     every, of_ranks, cases = gaps(record), defaultdict(list), []
     trained = record.frame().groupby("rank")["trainable_parameters"].first()
-    for as_good, words, rank, steps in _list_gaps(every):
+    for as_good, words, rank, steps in list_gaps(every):
         of_ranks[rank].append((as_good, words, steps))
     for rank, of_rank in of_ranks.items():  # from few steps to many
         turns = {(early[0], late[0]) for early, late in combinations(of_rank, 2)}
@@ -193,7 +193,7 @@ def runs_out_of_capacity(record: Record) -> Result:
     return _explain_gaps(decide_cases(cases, "the rank"), every)
 
 
-def _list_gaps(every: Mapping[tuple[int, int], Gap]) -> Cases:
+def list_gaps(every: Mapping[tuple[int, int], Gap]) -> Cases:
     """Yield whether LoRA is as good in each case, the case in words, its rank and its number of steps."""
     for (rank, steps), gap in every.items():
         lower, upper = gap.bounds

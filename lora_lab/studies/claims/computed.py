@@ -326,6 +326,3 @@ def _codes(blocks: Tensor) -> Tensor:
     """The codes of 4 bits of blocks in NF4: (blocks, 64)."""
     packed = blocks[:, FORMATS["NF4"].scale_bytes :]
     return torch.cat((packed >> 4, packed & 15), dim=1)
-
-
-# Losses

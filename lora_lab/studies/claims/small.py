@@ -1,0 +1,76 @@
+"""Verdicts from the records of small bases, by the rules of :mod:`lora_lab.studies.tiny`: each base is a case.
+
+Losses are those of pages, so the bounds resample pages and seeds; on each base they hold for all that is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pandas
+
+from lora_lab.studies.claims.compared import Gap, block_losses, list_gaps
+from lora_lab.studies.claims.deciding import Cases, above, decides
+from lora_lab.studies.claims.measured import MARGIN, select
+from lora_lab.studies.records import Record
+
+SEEDS = 8  # that judge, at least
+
+
+def gaps_on(record: Record, reference: str) -> Iterator[tuple[str, dict[tuple[int, int], Gap]]]:
+    """Yield each base with LoRA's gaps to a reference there, by (rank, steps).
+
+    Args:
+        record: of a study of small bases.
+        reference: the setup's name up to its number of steps, such as "blocks".
+
+    Raises:
+        ValueError: a case has fewer than eight seeds with a result for both.
+    """
+    judged = select(record, stage="judging", outcome="done").sort_values("seed")
+    for data, rows in judged.groupby("data"):
+        every = {}
+        for (rank, steps), lora in rows[rows["rank"].notna()].groupby(["rank", "steps"]):
+            other = rows[rows["setup"] == f"{reference}, {steps:g} steps"]
+            if lora["seed"].tolist() != other["seed"].tolist() or len(lora) < SEEDS:
+                raise ValueError(f"{data}, rank {rank:g}, {steps:g} steps: fewer than {SEEDS} seeds have both results")
+            test, validation = (block_losses(lora, part) - block_losses(other, part) for part in ("test", "validation"))
+            at_edge = bool(pandas.concat([lora, other])["edge"].fillna("").any())
+            every[int(rank), int(steps)] = Gap(test, validation, at_edge, MARGIN)
+        yield str(data), {case: replace(gap, cases=len(every)) for case, gap in every.items()}
+
+
+def list_on(record: Record, reference: str) -> Cases:
+    """Yield whether LoRA is as good as the reference in each case, the case in words, base, rank and steps."""
+    for data, every in gaps_on(record, reference):
+        for as_good, words, rank, steps in list_gaps(every):
+            yield as_good, f"{data}: {words}", data, rank, steps
+
+
+@decides("small-lora-equals-full", record="tiny_rank", on=("the base", "the rank", "the number of steps"))
+def as_good_as_full(record: Record) -> Cases:
+    """Each rank after each number of steps, on each base, where "as good" allows for the margin."""
+    return list_on(record, "full")
+
+
+@decides("small-lora-equals-full-of-blocks", record="tiny_rank", on=("the base", "the rank", "the number of steps"))
+def as_good_as_full_of_blocks(record: Record) -> Cases:
+    """The same beside full fine-tuning of the blocks that LoRA adapts, without the embedding."""
+    return list_on(record, "blocks")
+
+
+@decides("small-low-ranks-fall-behind", record="tiny_rank", on=("the base", "the rank"))
+def falls_behind(record: Record) -> Cases:
+    """By how much a lower rank's gap to the blocks grows from the fewest steps to the most, all on fresh text."""
+    for data, every in gaps_on(record, "blocks"):
+        highest = max(rank for rank, _ in every)
+        low, high = min(steps for _, steps in every), max(steps for _, steps in every)
+        for rank in sorted({rank for rank, _ in every if rank < highest}):
+            first, last = every[rank, low], every[rank, high]
+            at_edge = first.at_edge or last.at_edge
+            growth = Gap(last.values - first.values, last.beside - first.beside, at_edge, cases=2 * len(every))
+            lower, upper = growth.bounds
+            numbers = f"{growth.values.mean():+.3f} ({lower:+.3f} to {upper:+.3f})"
+            words = f"{data}: rank {rank}, {low} to {high} steps: {numbers}"
+            yield None if growth.at_edge else above(lower, upper), words, data, rank
