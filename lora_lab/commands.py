@@ -442,6 +442,62 @@ def ablate(
     return {"folder": out, "trials": len(grid), "evaluations": system.schema.rows_of(frame), "verdict": verdict}
 
 
+def rank(
+    task: str,
+    /,
+    model: str = "smollm2-135m",
+    ranks: tuple[int, ...] = (1, 4, 16, 64),
+    margin: float = 0.01,
+    seeds: int = 5,
+    steps: int = 60,
+    batch: int = 4,
+    lr: float = 2e-3,
+    seq: int = 64,
+    jobs: int = 1,
+    out: str = "runs/rank",
+) -> dict[str, Any]:
+    """Find which rank is enough for a task of yours: a short sweep, its time said first; continues if it was stopped.
+
+        lora-lab rank my_prompts.jsonl --model my_model
+
+    Args:
+        task: a file of your own, or a name, as for finetune or ablate
+        model: a model's folder or .gguf file; not for the small nets
+        ranks: ranks to try; the others are held against the highest
+        margin: difference in loss that does not matter
+        seeds: number of seeds that judge; two more choose the learning rates
+        steps: training steps of each run
+        batch: examples per step
+        lr: middle of the learning rates that are tried first, with alpha = 32
+        seq: tokens per example, for docs
+        jobs: number of processes
+        out: folder of results; finished trials are not run again
+
+    Returns:
+        ``answer``, ``rank`` (null if undecided), ``reason``, ``method``, ``margin``, ``seeds``, ``notes`` and
+        ``ranks``, as ``verdict`` of ablate; and ``folder``.
+    """
+    from tqdm import tqdm
+
+    from lora_lab import ablation
+    from lora_lab.ablation.rank_search import count_runs, find_rank, time_run
+
+    if len(set(ranks)) < 2:
+        raise ValueError(f"--ranks has {[*ranks]}, but it takes two ranks to compare them.")
+    system.files.check_writable(Path(out))
+    net, made = ablation.materials.get(task, seq, model=model)
+    data = made() if callable(made) else made
+    count, seconds = count_runs(ranks, seeds), time_run(net, data, ranks, steps, batch)
+    total = tqdm.format_interval(count * seconds / jobs)
+    print(f"{count} runs of about {seconds:.1f} s: {total}, more where a learning rate is to be sought further out.")
+    options = {"lr": lr, "steps": steps, "batch_size": batch, "margin": margin, "seeds": seeds, "n_jobs": jobs}
+    verdict = find_rank(net, made, ranks, folder=Path(out), **options)
+    ll.plots.use_style()
+    _draw(ll.plots.rank_verdict(verdict), Path(out) / "verdict.png")
+    print(f"\n{verdict}")
+    return {"folder": out, **verdict.to_dict()}
+
+
 def record(
     what: str, /, device: str | None = None, models: tuple[str, ...] = (), out: str | None = None, check: bool = False
 ) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ In reading order:
     run            run trials here, in processes or on a cluster, in packs that fit; stop and go on
     materials      models and tasks to begin with
     compare        choose each setup's rate, compare in pairs with bounds, judge; which rank is enough
+    rank_search    which rank is enough for a task of yours, by a short sweep
     rank_advice    the rank that is enough, predicted from one run at a high rank
     overfitting    what was learned, overfitted and forgotten, read off the curves
 """
@@ -35,4 +36,4 @@ __all__ = [
 ]
 
 # The other files are loaded already.
-__getattr__, _, _ = lazy_loader.attach(__name__, ["materials", "overfitting", "rank_advice", "stats"])
+__getattr__, _, _ = lazy_loader.attach(__name__, ["materials", "overfitting", "rank_advice", "rank_search", "stats"])

@@ -681,6 +681,47 @@ def smallest_sufficient_rank(frame: DataFrame, margin: float = 0.01) -> RankVerd
     return RankVerdict(rank, reason, str(trials["method"].iloc[0]), margin, seeds, ranks, notes)
 
 
+def judge_ranks(frame: DataFrame, margin: float) -> RankVerdict:
+    """Return the smallest rank whose loss is at most ``margin`` above the highest's, where other seeds chose the rates.
+
+    The one-sided 95 % bounds are those of :func:`lora_lab.ablation.stats.outer_bounds`, over seeds and examples.
+
+    Args:
+        frame: what :func:`compare_tuned` yields, together; each setup has a rank of its own.
+        margin: the difference of losses that does not matter, in the task's unit; positive.
+
+    Raises:
+        ValueError: the margin is not positive, or the highest rank has no results for all seeds.
+    """
+    margin = check(margin, Positive, "margin")
+    trials = last_rows(frame)
+    judging = trials[trials["stage"] == "judging"]
+    ranks_of = {str(setup): int(rank) for setup, rank in trials.groupby("setup")["rank"].first().sort_values().items()}
+    highest, table = [*ranks_of][-1], losses_by_seed(judging, "setup", "test")
+    compared = compare_losses(frame, highest).set_index("setup")
+    results = []
+    for setup, rank in ranks_of.items():
+        row = compared.loc[setup]
+        known, why = {"lr": float(row["lr"]), "test_loss": float(row["loss"])}, row["why"]
+        if why == "failed":
+            results.append(RankResult(rank, "not judged", note="it has no result for each seed"))
+        elif why == "reference":
+            results.append(RankResult(rank, why, **known))
+        else:
+            lower, upper = outer_bounds(table[setup] - table[highest])
+            status = "open" if why else _STATUS[judge(max(lower, -margin), upper, margin)]
+            note = (
+                "its best learning rate, or that of the highest rank, is at the edge of the rates tried" if why else ""
+            )
+            known |= {"difference": float(row["difference"]), "lower": lower, "upper": upper, "note": note}
+            results.append(RankResult(rank, status, **known))
+    seeds = tuple(sorted(map(int, judging["seed"].unique())))
+    rank, reason = _answer(results, len(seeds), margin)
+    maybe = [str(one.rank) for one in results if one.status == "open" and rank is not None and one.rank < rank]
+    notes = (f"rank {', '.join(maybe)} may be enough, too; more seeds would tell.",) if maybe else ()
+    return RankVerdict(rank, reason, str(trials["method"].iloc[0]), margin, seeds, tuple(results), notes)
+
+
 def _notes(choices: Mapping[int, Choice], ranks: Sequence[RankResult], margin: float) -> Iterator[str]:
     """Yield a sentence for each thing that weakens the answer: incomplete rates, a bad reference, an edge."""
     for rank, choice in choices.items():

@@ -2,7 +2,7 @@
 
 tiny_rank      Which rank is enough, and when does a rank run out of capacity? Full fine-tuning, full fine-tuning of the
                blocks alone (the embedding, which LoRA leaves frozen, stays as it is) and LoRA of three ranks, after 60,
-               240 and 960 steps on text that is never read twice, each at the rate that is best for it.
+               240 and 720 steps on text that is never read twice, each at the rate that is best for it.
 tiny_layers    Which layers should have adapters, at equal numbers of trained parameters? Queries and values, attention,
                the MLP, or all, after 240 steps.
 tiny_variants  Does a variant of LoRA learn more at rank 16? LoRA, rsLoRA, LoRA+, LoRA-FA, DoRA and PiSSA, 240 steps.
@@ -91,7 +91,7 @@ def plan_tiny_rank(device: torch.device) -> Iterator[BlockSweep]:
         full, blocks, lora = CENTRES[width_of(base)]
         methods: Methods = {"full": (FullFineTuning(), full), "blocks": (BLOCKS, blocks)}
         methods |= {f"r={rank}": (LoRA(rank, 32), lora) for rank in RANKS}
-        yield plan_tiny(methods, "numpy", base, (60, 240, 960))
+        yield plan_tiny(methods, "numpy", base, (60, 240, 720))
 
 
 TINY_RANK = record_sweeps("tiny_rank", plan_tiny_rank)

@@ -131,6 +131,12 @@ def _plain(paragraph: str) -> str:
     return re.sub(r"[\W\d_]+", " ", paragraph.lower()).strip()
 
 
+def _sentences(text: str) -> set[str]:
+    """Return the sentences of 40 letters and more, as far as full stops, colons and semicolons tell."""
+    plain = (_plain(sentence) for sentence in re.split(r"[.:;]\s", text))
+    return {sentence for sentence in plain if len(sentence) >= 40}
+
+
 def _fraction(name: str) -> float:
     """Return a number from 0 to 1 that looks random and is always the same for a name."""
     return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 16**8
@@ -153,6 +159,8 @@ def paged_task(
 ) -> Task:
     """Return the task of predicting the next token of pages, of which ``held_out`` validate and as many test.
 
+    Paragraphs that share a sentence with one of those are left out of training.
+
     Args:
         tokenizer: turns text into token ids.
         pages: of which no two share a paragraph.
@@ -170,7 +178,9 @@ def paged_task(
     if len(long) < 2 * held_out:
         raise ValueError(f"{name!r} has {len(long)} pages of {seq_len * per_page} tokens; lower held_out or per_page.")
     test, validation = long[:held_out], long[held_out : 2 * held_out]
-    learned = [page.text for page in drawn if page not in test and page not in validation]
+    held = set().union(*(_sentences(page.text) for page in (*test, *validation)))
+    rest = (page for page in drawn if page not in test and page not in validation)
+    learned = ["\n\n".join(each for each in _paragraphs(page.text) if not _sentences(each) & held) for page in rest]
     return Task(
         name,
         train=windows(tokenizer, learned, seq_len),

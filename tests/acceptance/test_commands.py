@@ -14,9 +14,9 @@ import transformers
 import lora_lab as ll
 from tests.acceptance import ROOT
 
-COMMANDS = ["demo", "finetune", "chat", "export", "memory", "speed", "analyze", "ablate", "record"]
+COMMANDS = ["demo", "finetune", "chat", "export", "memory", "speed", "analyze", "ablate", "rank", "record"]
 COMMANDS += ["claims", "course", "playground", "doctor", "fetch"]
-WITH_JSON = ["memory", "speed", "analyze", "ablate", "finetune", "record", "claims", "doctor"]
+WITH_JSON = ["memory", "speed", "analyze", "ablate", "rank", "finetune", "record", "claims", "doctor"]
 CONFIGS = ROOT / "tests" / "data" / "configs"
 
 

@@ -8,7 +8,7 @@ import pytest
 from lora_lab.studies.claims.small import gaps_on
 from tests.studies.claims import decide, make
 
-BASES, RANKS, STEPS = ("tiny-64-0, numpy", "tiny-128-0, numpy"), (1, 8, 64), (60, 240, 960)
+BASES, RANKS, STEPS = ("tiny-64-0, numpy", "tiny-128-0, numpy"), (1, 8, 64), (60, 240, 720)
 
 
 def rows(gap, seeds=8, noise=0.002, edge="", blocks=0.05):
