@@ -486,12 +486,12 @@ def rank(
         raise ValueError(f"--ranks has {[*ranks]}, but it takes two ranks to compare them.")
     system.files.check_writable(Path(out))
     net, made = ablation.materials.get(task, seq, model=model)
-    data = made() if callable(made) else made
+    data: Any = made() if callable(made) else made
     count, seconds = count_runs(ranks, seeds), time_run(net, data, ranks, steps, batch)
     total = tqdm.format_interval(count * seconds / jobs)
     print(f"{count} runs of about {seconds:.1f} s: {total}, more where a learning rate is to be sought further out.")
     options = {"lr": lr, "steps": steps, "batch_size": batch, "margin": margin, "seeds": seeds, "n_jobs": jobs}
-    verdict = find_rank(net, made, ranks, folder=Path(out), **options)
+    verdict = find_rank(net, data, ranks, folder=Path(out), **options)
     ll.plots.use_style()
     _draw(ll.plots.rank_verdict(verdict), Path(out) / "verdict.png")
     print(f"\n{verdict}")

@@ -698,11 +698,12 @@ def judge_ranks(frame: DataFrame, margin: float) -> RankVerdict:
     judging = trials[trials["stage"] == "judging"]
     ranks_of = {str(setup): int(rank) for setup, rank in trials.groupby("setup")["rank"].first().sort_values().items()}
     highest, table = [*ranks_of][-1], losses_by_seed(judging, "setup", "test")
-    compared = compare_losses(frame, highest).set_index("setup")
+    compared = {row["setup"]: row for row in compare_losses(frame, highest).to_dict("records")}
     results = []
     for setup, rank in ranks_of.items():
-        row = compared.loc[setup]
-        known, why = {"lr": float(row["lr"]), "test_loss": float(row["loss"])}, row["why"]
+        row: Any = compared[setup]
+        known: Any = {"lr": row["lr"], "test_loss": row["loss"]}
+        why = row["why"]
         if why == "failed":
             results.append(RankResult(rank, "not judged", note="it has no result for each seed"))
         elif why == "reference":
@@ -713,7 +714,7 @@ def judge_ranks(frame: DataFrame, margin: float) -> RankVerdict:
             note = (
                 "its best learning rate, or that of the highest rank, is at the edge of the rates tried" if why else ""
             )
-            known |= {"difference": float(row["difference"]), "lower": lower, "upper": upper, "note": note}
+            known |= {"difference": row["difference"], "lower": lower, "upper": upper, "note": note}
             results.append(RankResult(rank, status, **known))
     seeds = tuple(sorted(map(int, judging["seed"].unique())))
     rank, reason = _answer(results, len(seeds), margin)

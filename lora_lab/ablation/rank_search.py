@@ -44,7 +44,7 @@ def plan_ranks(ranks: Sequence[int], lr: float, steps: int, batch_size: int) -> 
         lr: the middle of the rates from rank 4 on; half of it below.
         steps, batch_size: of each run.
     """
-    options = {"steps": steps, "batch_size": batch_size, "eval_every": steps, "eval_examples": 4}
+    options: Any = {"steps": steps, "batch_size": batch_size, "eval_every": steps, "eval_examples": 4}
     setups = {}
     for rank in sorted(set(ranks)):
         lrs = rates_around(lr if rank >= 4 else lr / 2, count=COUNT)
@@ -94,11 +94,12 @@ def find_rank(
     import pandas
 
     setups = plan_ranks(ranks, lr, steps, batch_size)
-    trials, lrs = ({setup: each[i] for setup, each in setups.items()} for i in (0, 1))
+    trials = {setup: trial for setup, (trial, _) in setups.items()}
+    lrs = {setup: rates for setup, (_, rates) in setups.items()}
     data = task if not callable(task) else task()
     sizes = {part: min(EXAMPLES, len(data.parts[part])) for part in ("validation", "test")}
     first = len(CHOOSING)
-    study = {"choosing": CHOOSING, "judging": range(first, first + seeds)}
+    study: Any = {"choosing": CHOOSING, "judging": range(first, first + seeds)}
     study |= {"chosen_on": sizes["validation"], "judged_on": {"test": sizes["test"]}}
     frames = [*compare_tuned(model_factory, task, trials, lrs, folder, **study, **options)]
     return judge_ranks(pandas.concat(frames, ignore_index=True), margin)

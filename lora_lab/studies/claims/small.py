@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import cast
 
 import pandas
 
@@ -37,7 +38,7 @@ def gaps_on(record: Record, reference: str) -> Iterator[tuple[str, dict[tuple[in
                 raise ValueError(f"{data}, rank {rank:g}, {steps:g} steps: fewer than {SEEDS} seeds have both results")
             test, validation = (block_losses(lora, part) - block_losses(other, part) for part in ("test", "validation"))
             at_edge = bool(pandas.concat([lora, other])["edge"].fillna("").any())
-            every[int(rank), int(steps)] = Gap(test, validation, at_edge, MARGIN)
+            every[int(cast(float, rank)), int(cast(float, steps))] = Gap(test, validation, at_edge, MARGIN)
         yield str(data), {case: replace(gap, cases=len(every)) for case, gap in every.items()}
 
 
