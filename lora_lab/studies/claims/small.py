@@ -55,7 +55,7 @@ def as_good_as_full(record: Record) -> Cases:
     return list_on(record, "full")
 
 
-@decides("small-lora-equals-full-of-blocks", record="tiny_rank", on=("the base", "the rank", "the number of steps"))
+@decides("small-lora-equals-full-blocks", record="tiny_rank", on=("the base", "the rank", "the number of steps"))
 def as_good_as_full_of_blocks(record: Record) -> Cases:
     """The same beside full fine-tuning of the blocks that LoRA adapts, without the embedding."""
     return list_on(record, "blocks")

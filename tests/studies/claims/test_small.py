@@ -49,14 +49,14 @@ def level(base, rank, steps):
     ],
 )
 def test_lora_is_as_good_as_the_blocks_where_its_gap_is_within_the_margin(gap, expected):
-    found = verdict("small-lora-equals-full-of-blocks", gap)
+    found = verdict("small-lora-equals-full-blocks", gap)
     assert found.verdict == expected
     assert verdict("small-lora-equals-full", gap).verdict == "falls"  # which trains the embedding, too
 
 
 def test_what_it_depends_on_is_said():
-    assert verdict("small-lora-equals-full-of-blocks", lambda base, rank, steps: 0.1 * (rank == 1)).on == "the rank"
-    assert verdict("small-lora-equals-full-of-blocks", lambda base, rank, steps: 0.1 * (steps == 60)).on == (
+    assert verdict("small-lora-equals-full-blocks", lambda base, rank, steps: 0.1 * (rank == 1)).on == "the rank"
+    assert verdict("small-lora-equals-full-blocks", lambda base, rank, steps: 0.1 * (steps == 60)).on == (
         "the number of steps"
     )
 
@@ -74,7 +74,7 @@ def test_a_rank_falls_behind_if_its_gap_grows_with_the_text(gap, expected):
     assert verdict("small-low-ranks-fall-behind", gap).verdict == expected
 
 
-@pytest.mark.parametrize("claim", ["small-lora-equals-full-of-blocks", "small-low-ranks-fall-behind"])
+@pytest.mark.parametrize("claim", ["small-lora-equals-full-blocks", "small-low-ranks-fall-behind"])
 def test_a_rate_at_an_edge_decides_nothing(claim):
     assert verdict(claim, lambda base, rank, steps: 0.1 + steps / 5000, edge="largest").verdict == "open"
 
