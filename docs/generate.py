@@ -1,4 +1,4 @@
-"""Write commands.md, and what pages quote from records and lessons, between marks like ``<!-- numbers: memory -->``.
+"""Write answers.md, commands.md and what pages quote from records and lessons between ``<!-- numbers: memory -->``.
 
     python docs/generate.py    # after a new record or option, or another title or other minutes of a lesson
 
@@ -17,6 +17,7 @@ import nbformat
 from lora_lab import records
 from lora_lab.ablation.stats import best_rate, losses_by_rate, ratio_interval, sample_vertices
 from lora_lab.cli import COMMANDS, add_options
+from lora_lab.studies import answers
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- numbers: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -196,11 +197,82 @@ are in bytes, times in seconds, losses in nats or in the unit of the task's loss
 asked for, or not a finite number. The exit status is 0, 1 after an error, 2 for wrong options, and 130 after Ctrl-C."""
 
 
+def write_answers() -> str:
+    """Return the page of answers.
+
+    Raises:
+        ValueError: a row of the ledger has another verdict than the one that an answer was written for.
+    """
+    parts = [ANSWERS_INTRODUCTION]
+    for name, found in answers.load().items():
+        if found.faults:
+            raise ValueError(f"Read the answer {name!r} in answers.toml again: {'; '.join(found.faults)}.")
+        answer, rows = found.answer, "; ".join(f"`{row}` {entry.verdict}" for row, entry in found.rows.items())
+        path = Path(answer.link)
+        shown = f"[lesson {path.stem[:2]}](../{path})" if path.suffix == ".ipynb" else ""
+        shown = shown or f"[{path.stem}]({answer.link.removeprefix('docs/')})"
+        parts.append(f"## {answer.question}\n\n**{answer.answer}** {found.dots}")
+        lines = [found.number, f"{answer.do} More: {shown}.", f"({rows})"]
+        parts += [wrap(line, 120, break_on_hyphens=False, break_long_words=False) for line in lines]
+    return "\n\n".join([*parts, ANSWERS_END])
+
+
+ANSWERS_INTRODUCTION = """# Which rank, which rate, and is it worth it? Fifteen answers
+
+Each is one sentence, one number, what to do, and the rows of the ledger that carry it. `lora-lab answers rank` prints
+one, `lora-lab claims ID` explains a row. "Here" is SmolLM2-135M on Python's manual, on two CPU cores.
+
+| dots | where it was seen |
+|---|---|
+| ●○○ | small nets, small matrices or a count; or published, and not measured here |
+| ●●○ | SmolLM2-135M; or small nets or a count, and published at scale |
+| ●●● | SmolLM2-135M, and published at scale |
+| ○○○ | not settled here |
+
+In brackets are 95 % bounds; those of best rates are too narrow, with three seeds. †: a weaker rule decided ([which
+rules](claims.md))."""
+
+ANSWERS_END = """## Why is LoRA not much faster?
+
+The frozen weights still take part in every step. Every token passes through them, and its gradient passes back through
+them to the lowest adapter. LoRA skips the gradients of the frozen weights, up to a third of the arithmetic, and most of
+the optimiser's work. [Lesson 05](../notebooks/05_speed.ipynb) counts and measures it.
+
+## Why does LoRA not save more memory?
+
+Gradients and AdamW's state belong to trained parameters, so LoRA saves nearly all of both. The weights stay, and so do
+the activations and logits of a step, since a frozen layer still keeps the input that its adapter reads. [Lesson
+04](../notebooks/04_memory.ipynb) breaks a step's memory down into its parts.
+
+## Why does B start at zero, and A at random?
+
+So that the adapted model starts as the pre-trained one and can still learn: in the first step only B has a gradient,
+from the second on A has one too. If both were zero, neither would. [Lesson
+03](../notebooks/03_lora_from_scratch.ipynb).
+
+## Why is the update divided by the rank?
+
+So that the first steps go equally far at every rank while alpha stays. [Lesson
+03](../notebooks/03_lora_from_scratch.ipynb) derives it, and [lesson 12](../notebooks/12_which_rate.ipynb) measures how
+the best rate moves with alpha.
+
+## Can I take a merged adapter out again?
+
+Not by subtracting it: because of rounding, the weights differ from those before. Keep the base, and switch adapters
+instead; a switch leaves no trace. [Lesson 09](../notebooks/09_many_tasks.ipynb).
+
+## My adapter does nothing. Why?
+
+`ll.diagnose(model)` lists what is wrong with an adapted model. [Lesson 03](../notebooks/03_lora_from_scratch.ipynb) has
+the usual mistakes as an exercise, and [the guide to the package](package.md) the rest.
+"""
+
+
 def rewritten() -> dict[Path, str]:
     """Return the text that each page should have."""
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     texts = {path: rewrite(path.read_text(encoding="utf-8")) for path in pages}
-    return texts | {ROOT / "docs" / "commands.md": write_commands()}
+    return texts | {ROOT / "docs" / "commands.md": write_commands(), ROOT / "docs" / "answers.md": write_answers()}
 
 
 if __name__ == "__main__":

@@ -599,6 +599,27 @@ def claims(id: str | None = None, /, records: str | None = None, lessons: str | 
     return [entry.to_dict()]
 
 
+def answers(ask: str | None = None, /) -> list[dict[str, Any]]:
+    """Answer fifteen practical questions about LoRA, each in one sentence with one number.
+
+        lora-lab answers
+        lora-lab answers rank
+
+    Args:
+        ask: one question, such as rank: its number, how far it was seen, what to do, its rows (default: list all)
+
+    Returns:
+        A list with one object a question: ``ask``, ``question``, ``answer``, ``number``, ``strength`` (0, not settled
+        here, to 3), ``seen_on``, ``do``, ``rows`` (of the ledger, with their verdicts), ``link``, and ``read_again``,
+        what has changed since the sentence was written.
+    """
+    from lora_lab.studies import answers
+
+    found = answers.load(ask)
+    print(answers.table(found) if ask is None else found[ask].explained())
+    return [each.to_dict() for each in found.values()]
+
+
 # Learn and set up
 
 

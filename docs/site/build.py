@@ -55,7 +55,7 @@ def main(folder: Path) -> int:
     write(source / "ledger.md", ledger(entries))
     record_pages = write_records(source / "records", entries)
     reference = write_reference(source / "reference")
-    answers = ["docs/questions", "docs/errors", "ledger", "docs/claims", "records/index", "docs/glossary"]
+    answers = ["docs/answers", "docs/errors", "ledger", "docs/claims", "records/index", "docs/glossary"]
     guides = [name for path in pages if (name := f"docs/{path.stem}") not in answers]
     contents = [
         toctree([f"notebooks/{path.stem}" for path in lessons], ":caption: Lessons"),

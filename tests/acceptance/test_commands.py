@@ -15,8 +15,8 @@ import lora_lab as ll
 from tests.acceptance import ROOT
 
 COMMANDS = ["demo", "finetune", "chat", "export", "memory", "speed", "analyze", "ablate", "rank", "record"]
-COMMANDS += ["claims", "course", "playground", "doctor", "fetch"]
-WITH_JSON = ["memory", "speed", "analyze", "ablate", "rank", "finetune", "record", "claims", "doctor"]
+COMMANDS += ["answers", "claims", "course", "playground", "doctor", "fetch"]
+WITH_JSON = ["memory", "speed", "analyze", "ablate", "rank", "finetune", "record", "answers", "claims", "doctor"]
 CONFIGS = ROOT / "tests" / "data" / "configs"
 
 
@@ -200,6 +200,16 @@ def test_claims_explains_one(lora_lab):
     (entry,) = json.loads(lora_lab("claims", "attention-256-mlp-128", "--json"))
     assert entry["verdict"] == "depends"
     assert entry["date"]
+
+
+def test_answers_lists_fifteen_and_explains_one(lora_lab):
+    every = json.loads(lora_lab("answers", "--json"))
+    assert len(every) == 15
+    (rank,) = json.loads(lora_lab("answers", "rank", "--json"))
+    assert rank in every
+    assert rank["rows"]["rank-one-suffices"].startswith("falls")
+    printed = " ".join(lora_lab("answers", "rank").split())
+    assert all(rank[name] in printed for name in ("question", "answer", "number", "do", "link"))
 
 
 # Lessons, the machine, the model

@@ -1,0 +1,206 @@
+"""Fifteen answers: each rests on rows whose verdicts it was written for, and what is computed follows them."""
+
+import dataclasses
+import json
+import re
+import sys
+
+import pytest
+
+from lora_lab.studies import answers
+from lora_lab.studies.claims.deciding import Entry, Result, read_claims
+from tests.helpers import ROOT, command, error_line, printed_json
+
+sys.path.insert(0, str(ROOT / "docs"))  # a script, which is no package
+import generate
+
+FROZEN = json.loads((ROOT / "tests/acceptance/claims.json").read_text(encoding="utf-8"))
+ASKED = ["rank", "rate", "alpha", "layers", "full", "faster", "memory", "fit", "data", "overfitting", "forgetting"]
+ASKED += ["variants", "bits", "merge", "batch"]
+
+
+@pytest.fixture(scope="module")
+def found():
+    return answers.load()
+
+
+def with_row(answer, name, **result):
+    """The same answer with another result of one of its rows."""
+    entry = answer.rows[name]
+    changed = dataclasses.replace(entry, result=dataclasses.replace(entry.result, **result))
+    return dataclasses.replace(answer, rows={**answer.rows, name: changed})
+
+
+# What a person wrote
+
+
+def test_there_are_fifteen_and_each_says_what_its_rows_say_today(found):
+    assert list(found) == ASKED
+    assert {name: answer.faults for name, answer in found.items() if answer.faults} == {}
+    for answer in found.values():
+        assert {name: FROZEN[name]["verdict"] for name in answer.rows} == answer.answer.rows
+        assert (ROOT / answer.answer.link.partition("#")[0]).is_file()
+
+
+SENTENCE = "Start with 16: rank 1 is too small here, and 64 hardly better than 16."
+REFUSED = [
+    (SENTENCE, f"{' '.join(['Word'] * 20)} more.", "it has 21 words"),
+    ("each rank at its own rate.", f"{'word ' * 20}end.", "at most 40 are read"),
+    (SENTENCE, "start with 16.", "answer"),
+    ('question = "Which rank should I use?"', 'question = "Which rank."', "question"),
+    ('rank-one-suffices = "falls"', 'rank-one-suffices = "true"', "rows"),
+    ('rank-one-suffices = "falls", loss-flat-from-rank-16 = "open", more-training-higher-rank = "stands"', "", "rows"),
+    ('ask = "rank"', 'ask = "rank"\nverdict = "stands"', "verdict"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "says"), REFUSED, ids=[says for *_, says in REFUSED])
+def test_what_is_too_long_unknown_or_of_another_form_is_refused(tmp_path, old, new, says):
+    text, path = answers.SHIPPED.read_text(encoding="utf-8"), tmp_path / "answers.toml"
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    with pytest.raises(ValueError, match=says):
+        answers.read_answers(path)
+
+
+def test_a_sentence_of_20_words_is_accepted(tmp_path):
+    text, path = answers.SHIPPED.read_text(encoding="utf-8"), tmp_path / "answers.toml"
+    path.write_text(text.replace(SENTENCE, f"{'Word ' * 19}end."), encoding="utf-8")
+    assert answers.read_answers(path)["rank"].answer == f"{'Word ' * 19}end."
+
+
+# What is computed
+
+
+def test_a_changed_verdict_asks_for_the_sentence_to_be_read_again_and_stops_the_page(found, monkeypatch):
+    changed = with_row(found["rank"], "rank-one-suffices", verdict="stands")
+    assert changed.faults == ["rank-one-suffices was falls, and now stands"]
+    assert "read again: rank-one-suffices was falls" in " ".join(changed.explained().split())
+    assert "(read again: rank-one-suffices was falls, and now stands)" in answers.table({"rank": changed})
+    monkeypatch.setattr(answers, "load", lambda: {**found, "rank": changed})
+    with pytest.raises(ValueError, match=r"Read the answer 'rank' .* again: rank-one-suffices was falls"):
+        generate.write_answers()
+
+
+def test_what_rests_on_open_rows_must_say_that_it_is_not_settled_and_nothing_else_may(found):
+    for name, answer in found.items():
+        undecided = all(FROZEN[row]["verdict"] in ("open", "untestable") for row in answer.rows)
+        assert answer.answer.answer.startswith("Not settled here: ") == undecided == (answer.dots == "○○○"), name
+    opened = with_row(found["fit"], "quiz-8b-in-6-gb", verdict="open")
+    opened = with_row(opened, "qlora-65b-in-48-gb", verdict="open")
+    decided = with_row(found["batch"], "large-batches-hurt-lora", verdict="falls")
+    for answer in (opened, decided):
+        assert "it must begin with 'Not settled here: ' if, and only if" in answer.faults[-1]
+
+
+OWN = "our own question"
+
+
+@pytest.mark.parametrize(
+    ("rows", "dots"),  # scale, verdict, how the source was read
+    [
+        ([("SmolLM2-135M", "open", "full text")], "○○○"),
+        ([("", "untestable", "full text")], "○○○"),
+        ([("digits", "falls", OWN)], "●○○"),
+        ([("small bases, three", "stands", OWN)], "●○○"),
+        ([("counted", "falls", "full text")], "●○○"),
+        ([("counted", "stands", "full text")], "●●○"),
+        ([("SmolLM2-135M", "depends", "full text")], "●●○"),
+        ([("two models, CPU", "stands", OWN)], "●●○"),
+        ([("SmolLM2-135M", "stands", "second-hand")], "●●○"),
+        ([("SmolLM2-135M", "stands", "full text")], "●●●"),
+        ([("digits", "falls", OWN), ("SmolLM2-135M", "falls", OWN)], "●●○"),
+        ([("SmolLM2-135M", "falls", OWN), ("published, GPUs", "depends", OWN)], "●●●"),
+        ([("SmolLM2-135M", "falls", OWN), ("published, GPUs", "open", OWN)], "●●○"),
+        ([("published, GPUs", "falls", OWN)], "●○○"),
+    ],
+)
+def test_dots_follow_the_scales_of_the_rows_that_are_decided(found, rows, dots):
+    claim = read_claims()["two-real-knobs"]
+    entries = {
+        str(i): Entry(dataclasses.replace(claim, scale=scale, read=read), Result(verdict, "so"), "", "")
+        for i, (scale, verdict, read) in enumerate(rows)
+    }
+    assert dataclasses.replace(found["rank"], rows=entries).dots == dots
+
+
+def test_numbers_are_those_of_the_rows(found):
+    seen = 0
+    for name, answer in found.items():
+        assert re.search(r"\d", answer.number), name
+        assert not set("{}") & set(answer.number), name
+        if of := answer.answer.of:
+            said = FROZEN[of]["shown_by"] + read_claims()[of].number
+            values = re.findall(r"[+-]?\d+\.\d+", answer.number)
+            assert all(value in said for value in values), name
+            seen += len(values)
+    assert seen > 15
+
+
+def test_a_number_follows_its_row_and_is_missed_where_the_row_says_it_in_other_words(found):
+    rank = found["rank"]
+    measured = rank.rows["rank-one-suffices"].result.measured
+    for words, number in ((measured.replace("+0.040", "+0.123"), "+0.123 nats of test loss"), ("no words", "")):
+        changed = with_row(rank, "rank-one-suffices", measured=words)
+        said = answers._say_number(rank.answer, changed.rows, {})
+        assert number in said
+        assert bool(said) == bool(number)
+        faults = dataclasses.replace(changed, number=said).faults
+        assert faults == ([] if number else ["its number is not where it was"])
+    assert answers._say_number(found["data"].answer, found["data"].rows, {}) == ""
+
+
+def test_epochs_and_the_loss_at_equal_fit_are_the_records(found):
+    (path,) = (ROOT / "records").glob("*-overfitting.json")
+    record, curves = json.loads(path.read_text(encoding="utf-8")), {}
+    for row in record["rows"]:
+        if (row["stage"], row["schedule"], row["setup"]) == ("judging", "constant", "LoRA r=8"):
+            curves.setdefault((row["n_train"], row["seed"]), []).append((row["validation_loss"], row["step"]))
+    epochs = {}
+    for (size, _), curve in curves.items():
+        epochs.setdefault(size, set()).add(min(curve)[1] * record["settings"]["batch_size"] / size)
+    words = [" to ".join(f"{each:g}" for each in sorted(epochs[size])) for size in (64, 256, 1024)]
+    assert (
+        "after {} epochs of 64 short examples, {} of 256, and {} of 1,024 (where runs ended after 2)".format(*words)
+        in found["data"].number
+    )
+    assert "256 examples, LoRA r=8: more at 2." in FROZEN["better-at-equal-fit"]["shown_by"]
+    difference, lower, upper = map(float, re.findall(r"[+-]\d+\.\d+", found["overfitting"].number))
+    assert 0 < lower < difference < upper
+
+
+# The command and the page
+
+
+def test_the_command_lists_all_and_explains_one(found, capsys):
+    assert command("answers") == 0
+    printed = capsys.readouterr().out
+    for answer in found.values():
+        assert f"{answer.dots} {answer.answer.question}\n{16 * ' '} {answer.answer.answer}" in printed
+    assert command("answers", "faster") == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100
+    flat, faster = " ".join(printed.split()), found["faster"]
+    for text in (faster.answer.answer, faster.number, faster.dots, faster.answer.do, faster.answer.link):
+        assert text in flat
+    assert all(f"{name} ({entry.verdict})" in flat for name, entry in faster.rows.items())
+    assert command("answers", "faster", "--json") == 0
+    (document,) = printed_json(capsys)[0]
+    assert document == json.loads(json.dumps(faster.to_dict()))
+    assert (document["strength"], document["read_again"]) == (faster.dots.count("●"), [])
+    assert command("answers", "quicker") == 1
+    assert "'quicker'; there are rank, rate" in error_line(capsys)
+
+
+def test_the_page_has_each_answer_in_bold_with_its_number_and_rows(found):
+    page = " ".join((ROOT / "docs" / "answers.md").read_text(encoding="utf-8").split())
+    for answer in found.values():
+        assert (
+            f"## {answer.answer.question} **{answer.answer.answer}** {answer.dots} {answer.number} {answer.answer.do}"
+            in page
+        )
+        assert all(f"`{name}` {entry.verdict}" in page for name, entry in answer.rows.items())
+
+
+def test_there_are_at_most_eleven_guides_beside_the_generated_pages():
+    assert len({path.name for path in (ROOT / "docs").glob("*.md")} - {"answers.md", "commands.md"}) <= 11
