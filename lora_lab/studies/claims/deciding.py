@@ -373,18 +373,29 @@ def judge_record(claim: Claim, record: Record, *beside: Record) -> Result:
         return Result(OPEN, f"this record lacks what is needed ({type(error).__name__}: {error})")
 
 
+def _pool(parts: Sequence[Record]) -> Record:
+    """Return records of one kind as one, with the rows of all, dated as the newest."""
+    newest = max(parts, key=lambda part: part.date)
+    settings = {data: each for part in parts for data, each in part.settings.items()}
+    device = " and ".join(dict.fromkeys(part.device for part in parts))
+    return replace(newest, rows=[row for part in parts for row in part.rows], settings=settings, device=device)
+
+
 def _judge_records(claim: Claim, decider: Decider, every: Records) -> Result:
     """Return the verdict of all records of a kind: what is decided counts, not what one of them leaves open.
 
-    Where several machines have a record and disagree, it depends on the machine.
+    Where several machines have a record and disagree, it depends on the machine. Those of a kind that grows sweep by
+    sweep are parts of one.
     """
     beside = {name: record for name, record in every.items() if record.what == decider.beside}
+    chosen = {name: record for name, record in every.items() if record.what == decider.record}
+    if len(chosen) > 1 and KINDS[decider.record].grows:
+        chosen = {" and record ".join(chosen): _pool([*chosen.values()])}
     results = []
-    for name, record in every.items():
-        if record.what == decider.record:
-            result = judge_record(claim, record, *beside.values())
-            shown_by = " and ".join(f"record {each}" for each in (name, *beside))
-            results.append(replace(result, shown_by=shown_by, date=record.date, machine=record.device))
+    for name, record in chosen.items():
+        result = judge_record(claim, record, *beside.values())
+        shown_by = " and ".join(f"record {each}" for each in (name, *beside))
+        results.append(replace(result, shown_by=shown_by, date=record.date, machine=record.device))
     if not results:
         return Result(OPEN, f"there is no record {decider.record!r}", shown_by=f"no record {decider.record!r}")
     decided = [result for result in results if result.verdict != OPEN] or results

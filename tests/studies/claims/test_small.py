@@ -5,6 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from lora_lab.studies import records
+from lora_lab.studies.claims.deciding import verdict as verdict_of
 from lora_lab.studies.claims.small import gaps_on
 from tests.studies.claims import decide, make
 
@@ -90,3 +92,13 @@ def test_one_page_that_differs_widens_the_bounds():
     assert one.as_good is True
     odd = replace(one, values=one.values + 0.3 * np.eye(12)[0])
     assert odd.as_good is None
+
+
+def test_machines_that_measured_a_base_each_are_judged_together(tmp_path):
+    every = rows(lambda base, rank, steps: 0.1 * (base == BASES[0]))
+    for base, device in zip(BASES, ("One CPU", "Another CPU"), strict=True):
+        part = replace(make("tiny_rank", [row for row in every if row["data"] == base]), device=device)
+        records.write(part, tmp_path)
+    found = verdict_of("small-lora-equals-full-blocks", tmp_path)
+    assert (found.result.verdict, found.result.on) == ("depends", "the base")
+    assert found.result.machine == "Another CPU and One CPU"
