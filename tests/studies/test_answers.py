@@ -42,7 +42,7 @@ def test_there_are_fifteen_and_each_says_what_its_rows_say_today(found):
         assert (ROOT / answer.answer.link.partition("#")[0]).is_file()
 
 
-SENTENCE = "Start with 16: rank 1 is too small here, and 64 hardly better than 16."
+SENTENCE = answers.read_answers()["rank"].answer
 REFUSED = [
     (SENTENCE, f"{' '.join(['Word'] * 20)} more.", "it has 21 words"),
     ("each rank at its own rate.", f"{'word ' * 20}end.", "at most 40 are read"),

@@ -129,26 +129,31 @@ def _explain(result: Result, what: str, shown: Collection[Gap], doubt: str) -> R
 TOKENS_A_STEP = 512  # of the record "quality", at most: 4 x 64, or 8 x 64 on a GPU
 
 
-def gaps(record: Record) -> dict[tuple[int, int], Gap]:
-    """Return LoRA's gap to full fine-tuning in test loss by (rank, steps), beside it that in validation loss.
+def gaps(record: Record, reference: str = "full", seeds: int = MIN_SEEDS) -> dict[tuple[int, int], Gap]:
+    """Return LoRA's gap to a reference in test loss by (rank, steps), beside it that in validation loss.
+
+    Args:
+        record: of one model and text.
+        reference: the setup's name up to its number of steps.
+        seeds: that judge, at least.
 
     Raises:
-        ValueError: a case has fewer than three seeds with a result for both methods.
+        ValueError: a case has fewer seeds with a result for both.
     """
     judged = select(record, stage="judging", outcome="done").sort_values("seed")
     every = {}
     for (rank, steps), lora in judged.groupby(["rank", "steps"]):  # full fine-tuning has no rank
-        full = judged[judged["setup"] == f"full, {steps:g} steps"]
-        if lora["seed"].tolist() != full["seed"].tolist() or len(lora) < MIN_SEEDS:
+        full = judged[judged["setup"] == f"{reference}, {steps:g} steps"]
+        if lora["seed"].tolist() != full["seed"].tolist() or len(lora) < seeds:
             setup = lora["setup"].iloc[0]
-            raise ValueError(f"{setup}: fewer than {MIN_SEEDS} seeds have a result for it and for full fine-tuning")
-        test, validation = (block_losses(lora, part) - block_losses(full, part) for part in ("test", "validation"))
+            raise ValueError(f"{setup}: fewer than {seeds} seeds have a result for it and for {reference!r}")
+        test, validation = (_block_losses(lora, part) - _block_losses(full, part) for part in ("test", "validation"))
         at_edge = bool(pandas.concat([lora, full])["edge"].fillna("").any())
         every[int(cast(float, rank)), int(cast(float, steps))] = Gap(test, validation, at_edge, MARGIN)
     return _bound_all(every)
 
 
-def block_losses(rows: pandas.DataFrame, part: str) -> np.ndarray:
+def _block_losses(rows: pandas.DataFrame, part: str) -> np.ndarray:
     return np.array([block_losses_of(row, part) for row in rows.to_dict("records")])  # (seeds, blocks)
 
 

@@ -7,13 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import cast
 
-import pandas
-
-from lora_lab.studies.claims.compared import Gap, block_losses, list_gaps
+from lora_lab.studies.claims.compared import Gap, gaps, list_gaps
 from lora_lab.studies.claims.deciding import Cases, above, decides
-from lora_lab.studies.claims.measured import MARGIN, select
 from lora_lab.studies.records import Record
 
 SEEDS = 8  # that judge, at least
@@ -29,17 +25,9 @@ def gaps_on(record: Record, reference: str) -> Iterator[tuple[str, dict[tuple[in
     Raises:
         ValueError: a case has fewer than eight seeds with a result for both.
     """
-    judged = select(record, stage="judging", outcome="done").sort_values("seed")
-    for data, rows in judged.groupby("data"):
-        every = {}
-        for (rank, steps), lora in rows[rows["rank"].notna()].groupby(["rank", "steps"]):
-            other = rows[rows["setup"] == f"{reference}, {steps:g} steps"]
-            if lora["seed"].tolist() != other["seed"].tolist() or len(lora) < SEEDS:
-                raise ValueError(f"{data}, rank {rank:g}, {steps:g} steps: fewer than {SEEDS} seeds have both results")
-            test, validation = (block_losses(lora, part) - block_losses(other, part) for part in ("test", "validation"))
-            at_edge = bool(pandas.concat([lora, other])["edge"].fillna("").any())
-            every[int(cast(float, rank)), int(cast(float, steps))] = Gap(test, validation, at_edge, MARGIN)
-        yield str(data), {case: replace(gap, cases=len(every)) for case, gap in every.items()}
+    for data in dict.fromkeys(row["data"] for row in record.rows):
+        rows = [row for row in record.rows if row["data"] == data]
+        yield data, gaps(replace(record, rows=rows), reference, SEEDS)
 
 
 def list_on(record: Record, reference: str) -> Cases:
