@@ -5,7 +5,8 @@ tiny_rank      Which rank is enough, and when does a rank run out of capacity? F
                240 and 720 steps on text that is never read twice, each at the rate that is best for it.
 tiny_layers    Which layers should have adapters, at equal numbers of trained parameters? Queries and values, attention,
                the MLP, or all, after 240 steps.
-tiny_variants  Does a variant of LoRA learn more at rank 16? LoRA, rsLoRA, LoRA+, LoRA-FA, DoRA and PiSSA, 240 steps.
+tiny_variants  Does a variant of LoRA learn more? LoRA, rsLoRA, LoRA+, LoRA-FA, DoRA and PiSSA of rank 16, DoRA of half
+               that rank, and LoRA and rsLoRA of four times that, after 240 steps.
 
 A small base shows signs, mechanisms and trends with the width, not the numbers of a real model.
 
@@ -103,14 +104,17 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 # The ranks with which each trains 120 d numbers a block, where d is the width and the MLP is three times as wide.
 TARGETS_OF = {"q, v": (30, ("q_proj", "v_proj")), "attention": (15, ATTENTION), "MLP": (10, MLP)}
 TARGETS_OF |= {"all": (6, (*ATTENTION, *MLP))}
-# A method, given its rank and alpha, and by how much its best rate is thought to be another than LoRA's.
+# A method, and by how much its best rate is thought to be another than LoRA's.
 VARIANTS_OF = {
-    "LoRA": (LoRA, 1),
-    "rsLoRA": (RsLoRA, 1 / 2),
-    "LoRA+": (partial(LoRAPlus, ratio=16), 1 / 8),
-    "LoRA-FA": (LoRAFA, 2),
-    "DoRA": (DoRA, 1),
-    "PiSSA": (PiSSA, 1 / 4),
+    "LoRA": (LoRA(16, 32), 1),
+    "rsLoRA": (RsLoRA(16, 32), 1 / 2),
+    "LoRA+": (LoRAPlus(16, 32, ratio=16), 1 / 8),
+    "LoRA-FA": (LoRAFA(16, 32), 2),
+    "DoRA": (DoRA(16, 32), 1),
+    "PiSSA": (PiSSA(16, 32), 1 / 4),
+    "DoRA r=8": (DoRA(8, 32), 1),
+    "LoRA r=64": (LoRA(64, 32), 1),
+    "rsLoRA r=64": (RsLoRA(64, 32), 1 / 4),
 }
 
 
@@ -126,7 +130,7 @@ def plan_tiny_variants(device: torch.device) -> Iterator[BlockSweep]:
     """Yield what two cores can do in an hour and a half."""
     for base in BASES:
         *_, lora = CENTRES[width_of(base)]
-        methods = {name: (variant(16, 32), lora * factor) for name, (variant, factor) in VARIANTS_OF.items()}
+        methods = {name: (method, lora * factor) for name, (method, factor) in VARIANTS_OF.items()}
         yield plan_tiny(methods, "numpy", base, (240,))
 
 
