@@ -224,8 +224,8 @@ one, `lora-lab claims ID` explains a row. "Here" is SmolLM2-135M on Python's man
 
 | dots | where it was seen |
 |---|---|
-| ●○○ | small nets, small matrices or a count; or published, and not measured here |
-| ●●○ | SmolLM2-135M; or small nets or a count, and published at scale |
+| ●○○ | small models, small matrices or a count; or published, and not measured here |
+| ●●○ | SmolLM2-135M; or small models or a count, and published at scale |
 | ●●● | SmolLM2-135M, and published at scale |
 | ○○○ | not settled here |
 

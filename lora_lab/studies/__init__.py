@@ -8,8 +8,10 @@ bases        the small language models that are shipped, made from nothing
 claims/      what is claimed about LoRA, and what holds: a ledger whose verdicts are computed
 answers      fifteen questions that people type, each with a sentence that rests on rows of the ledger
 steps        memory and times of training steps, predicted and measured
-tuned        setups at their best rates: quality, targets, variants, rates, rank advice, bits
-tiny         studies on small bases: many seeds, several bases, seconds a run
+tuned        setups at their best rates: quality, rates, rank advice
+paged        studies judged by pages, on small bases and SmolLM2: rank, batch, repetition, layers, variants
+versions     the same of other versions of a base: four bits, merges, one that was trained on
+front        who forgets less at equal learning
 spectra      which rank is enough, and what training writes into the weights
 curves       which method overfits, which forgets, and what eases it; is fine-tuning better than training from scratch?
 downstream   can the model learn a downstream task, and how much of it can it do untrained?

@@ -31,7 +31,7 @@ from lora_lab.studies.records import Record, Text
 
 SHIPPED = Path(__file__).with_name("answers.toml")
 NOT_SETTLED = "Not settled here: "
-SMALL, SMOLLM2, PUBLISHED = "small nets or a count", "SmolLM2", "published at scale"
+SMALL, SMOLLM2, PUBLISHED = "small models or a count", "SmolLM2", "published at scale"
 READ = ("full text", "abstract", "page", "repository")  # a source whose own words were read
 
 
@@ -87,13 +87,13 @@ class Found:
 
     @property
     def seen_on(self) -> list[str]:
-        """Where the rows that are decided were seen: small nets, SmolLM2, published at scale; none if none is."""
+        """Where the rows that are decided were seen: small models, SmolLM2, published at scale; none if none is."""
         seen = set().union(*map(_seen_on, self.rows.values()))
         return [each for each in (SMALL, SMOLLM2, PUBLISHED) if each in seen]
 
     @property
     def dots(self) -> str:
-        """One for small nets or a count, two for SmolLM2, and one more if it is published at scale, too."""
+        """One for small models or a count, two for SmolLM2, and one more if it is published at scale, too."""
         count = (2 if SMOLLM2 in self.seen_on else SMALL in self.seen_on) + (PUBLISHED in self.seen_on)
         return "●" * count + "○" * (3 - count)
 

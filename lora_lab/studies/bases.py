@@ -1,4 +1,4 @@
-"""``make bases``: the small language models that are shipped, each made from nothing in minutes of two cores.
+"""The small language models that are shipped, each made from nothing in minutes of two cores.
 
 A Llama of 4 blocks and width 64, 128 or 256 reads the docstrings of Python's standard library and of the packages that
 lora_lab depends on, once, in an order that the seed draws. Left out, for fine-tuning, are numpy's docstrings, the

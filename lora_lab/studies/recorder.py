@@ -197,22 +197,26 @@ class CurveSweep(Sweep):
 
     Args:
         about: columns of all rows.
+        data: its name in a record that grows, which ``about`` has, too.
         task: (seed) -> what is learned; of ``shared`` seeds without an argument.
         starts: (seed) -> the model with which a setup begins; the language model, where it is not named.
         best: which loss chooses, as for :func:`lora_lab.ablation.compare.choose_rates`.
         judged: options of the trials that are judged, where they differ.
         options: more for :func:`lora_lab.ablation.ablate`.
         show: makes the rows from the table of one seed (:meth:`frames`).
+        columns: of the rows, where they hold few and no empty ones.
         shared: the seeds have the same model and task, so that those that judge train together.
     """
 
     about: Mapping[str, Any] = field(default_factory=dict)
+    data: str = ""
     task: Callable[..., Task]
     starts: Mapping[str, Callable[[int], Model]] = field(default_factory=dict)
     best: bool = False
     judged: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     show: Callable[[pandas.DataFrame], pandas.DataFrame] = last_rows
+    columns: Sequence[str] = ()
     shared: bool = False
 
     def settings(self) -> dict[str, Any]:
@@ -226,7 +230,8 @@ class CurveSweep(Sweep):
     def rows(self, device: torch.device, folder: Path) -> Iterator[Row]:
         """Yield the rows of the record."""
         for frame in self.frames(device, folder):
-            yield from read_rows(self.show(frame), [*self.about, *_OF_CURVES])
+            for row in read_rows(self.show(frame), [*self.about, *(self.columns or _OF_CURVES)]):
+                yield {name: value for name, value in row.items() if value is not None} if self.columns else row
 
     def frames(self, device: torch.device, folder: Path) -> Iterator[pandas.DataFrame]:
         """Yield the table of each seed, or of several, with ``about``, ``setup``, ``stage``, ``edge`` and ``chosen``.
@@ -325,12 +330,12 @@ def record_sweeps(
 
     def settings(device: torch.device) -> dict[str, Any]:
         sweeps = [*plan(device)]
-        blocks = {sweep.data: sweep.settings() for sweep in sweeps if isinstance(sweep, BlockSweep)}
-        return plain((blocks or {"cases": [sweep.settings() for sweep in sweeps]}) | dict(stated or {}))
+        named = {sweep.data: sweep.settings() for sweep in sweeps if sweep.data}
+        return plain((named or {"cases": [sweep.settings() for sweep in sweeps]}) | dict(stated or {}))
 
     def rows(device: torch.device, save: Callable[[], Any] = lambda: None) -> Iterator[Row]:
         for sweep in plan(device):
-            held = _find_held(name, cast(BlockSweep, sweep), device) if KINDS[name].grows else None
+            held = _find_held(name, sweep, device) if KINDS[name].grows else None
             yield from sweep.rows(device, Path("runs") / f"record-{name}") if held is None else held
             save()
         yield from after(device) if after else ()
@@ -338,11 +343,12 @@ def record_sweeps(
     return Recorder(settings, rows)
 
 
-def _find_held(name: str, sweep: BlockSweep, device: torch.device) -> list[Row] | None:
+def _find_held(name: str, sweep: BlockSweep | CurveSweep, device: torch.device) -> list[Row] | None:
     """Return the rows of a sweep that this machine's record holds; none if another's does; None if no record does."""
     held = None
     for record in load_all(name, destination()).values():
         if record.settings.get(sweep.data) == plain(sweep.settings()):
             here = slug(record.device) == slug(device_name(device))
-            held = [row for row in record.rows if here and row["data"] == sweep.data] or held or []
+            of_sweep = [row for row in record.rows if f"{row['data']}, ".startswith(f"{sweep.data}, ")]
+            held = of_sweep if here else held or []
     return held

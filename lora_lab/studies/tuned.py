@@ -3,12 +3,6 @@
 quality      Is LoRA as good as full fine-tuning, and up to how many steps does each rank keep up? Full fine-tuning and
              LoRA of three ranks, after several numbers of steps, each with the rate that is best for that number. All
              of them multiply by the model's weights in bfloat16; what they train is in float32.
-targets      Which layers should have adapters, at an equal number of trained parameters? Queries and values (the
-             original paper's choice), attention, the MLP, and all linear layers, with ranks that make each about three
-             million.
-variants     Do LoRA's variants learn more? LoRA, rsLoRA, LoRA+ (ratio 16), PiSSA and DoRA of two ranks. Alpha is twice
-             the rank, so rsLoRA differs from LoRA by a factor sqrt(rank) of the scaling alone. The base is in float32,
-             because DoRA and PiSSA have no lean step.
 rates        How does the best learning rate depend on the rank, and how far is it from full's? Full fine-tuning and
              LoRA of seven ranks, each under two rules for alpha (twice the rank: the scaling alpha / r is the same for
              all ranks; and 32: it falls as 1 / r), on the digits net and on the real model.
@@ -18,13 +12,6 @@ rank_advice  On each task a sweep over ranks, each at its own learning rate, say
              which it is judged: digits from few and from many pictures, Python's manual, translation and summaries. The
              trials on Python's manual are those of ``lora-lab record rates``: copy them from
              ``runs/record-rates/docs/choosing-128-4`` into the folder of the same name here, to run them only once.
-quantised    What does a base in fewer bits cost in loss and time, and what do its merges lose? LoRA over four bases:
-             float32, bfloat16, NF4 (QLoRA), and the blocks of Q4_1 in which the model is shipped. The float32 base is
-             what those blocks hold, so the two differ in time alone, and the loss of NF4 is that of a second
-             quantisation. Then each adapter that was trained over float32 or NF4 is merged, in every form; and the
-             steps are timed in turn. A merge into blocks rounds twice: the base, which may not lie on the grid of the
-             blocks, and the update, which may be smaller than the grid. The control shows the first alone: the base is
-             rounded, and the adapter stays unmerged beside it.
 
 Rates beside setups are the middles of the first grids, which are widened where the best rate is not inside.
 """
@@ -32,32 +19,19 @@ Rates beside setups are the middles of the first grids, which are widened where 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
-from itertools import product
 
 import torch
-from torch import Tensor, nn
 
 from lora_lab import tasks
 from lora_lab.ablation import materials
 from lora_lab.ablation.rank_advice import UpdateRanks
 from lora_lab.ablation.results import SCORE
-from lora_lab.ablation.stats import BlockLosses
-from lora_lab.adapters.edit import off, switch
-from lora_lab.costs.setup import Setup
-from lora_lab.costs.timing import step_time
-from lora_lab.inject import adapter_state, inject, lora_layers
-from lora_lab.lean import Lean
 from lora_lab.methods import FullFineTuning, LoRA
 from lora_lab.models.digits import DigitsMLP
-from lora_lab.models.pretrained import SMOLLM2, load_pretrained
-from lora_lab.models.quantize import quantize_nf4, round_matrix
 from lora_lab.studies.recorder import (
     BF16_BASE,
     BFLOAT16,
-    ON_TEST,
     BlockSweep,
     Methods,
     Row,
@@ -65,12 +39,8 @@ from lora_lab.studies.recorder import (
     plan_seeds,
     plan_setups,
     plan_size,
-    read_loss,
     record_sweeps,
 )
-from lora_lab.studies.steps import ATTENTION
-from lora_lab.task import Task
-from lora_lab.variants import DoRA, LoRAPlus, PiSSA, RsLoRA
 
 # Quality
 
@@ -101,47 +71,6 @@ def plan_quality(device: torch.device) -> Iterator[BlockSweep]:
 
 
 QUALITY = record_sweeps("quality", plan_quality)
-
-
-# Targets and variants
-
-MLP = ("gate_proj", "up_proj", "down_proj")
-TARGETS_OF = {
-    "q, v": (LoRA(53, 106, targets=("q_proj", "v_proj")), 2e-3),
-    "attention": (LoRA(26, 52, targets=ATTENTION), 2e-3),
-    "MLP": (LoRA(16, 32, targets=MLP), 2e-3),
-    "all": (LoRA(10, 20, targets=(*ATTENTION, *MLP)), 2e-3),
-}
-
-
-# A method, given its rank and alpha, and the middles of its rates by rank.
-VARIANTS_OF = {
-    "LoRA": (LoRA, {16: 2e-3, 128: 5e-4}),
-    "rsLoRA": (RsLoRA, {16: 5e-4, 128: 1.25e-4}),
-    "LoRA+": (partial(LoRAPlus, ratio=16), {16: 2.5e-4, 128: 6.25e-5}),
-    "PiSSA": (PiSSA, {16: 5e-4, 128: 2.5e-4}),
-    "DoRA": (DoRA, {16: 2e-3, 128: 5e-4}),
-}
-
-
-def plan_targets(device: torch.device) -> list[BlockSweep]:
-    """Return what two cores can do in an hour or two, or a GPU in less."""
-    setups = plan_setups(TARGETS_OF, *plan_size(device), **BFLOAT16)
-    return [BlockSweep(setups, range(2), plan_seeds(device, 2), data="docs", chosen_on=128)]
-
-
-def plan_variants(device: torch.device) -> list[BlockSweep]:
-    """Return what two cores can do in an evening, or a GPU in an hour."""
-    methods = {
-        f"{name}, r={rank}": (variant(rank, 2 * rank), centres[rank])
-        for rank, (name, (variant, centres)) in product((16, 128), VARIANTS_OF.items())
-    }
-    setups = plan_setups(methods, *plan_size(device), lean=Lean(), eval_every=10, eval_examples=16)
-    return [BlockSweep(setups, range(2), plan_seeds(device, 2), data="docs", chosen_on=128)]
-
-
-TARGETS = record_sweeps("targets", plan_targets)
-VARIANTS = record_sweeps("variants", plan_variants)
 
 
 # Rates
@@ -240,124 +169,3 @@ def advise(trial: Row) -> Iterator[Row]:
 
 
 RANK_ADVICE = record_sweeps("rank_advice", plan_rank_advice)
-
-
-# Quantised
-
-# The blocks, of which the first is QLoRA's and the second that of the model's file.
-NF4, Q4_1 = "NF4-double", "Q4_1"
-METHOD = LoRA(8, 16)
-BASES = {"float32": Lean(), "bfloat16": Lean(torch.bfloat16), "NF4": Lean(), "Q4_1": Lean()}
-BLOCKS_OF = {"float32": None, "NF4": NF4}  # of the bases whose adapters are merged
-ROUNDS = 9  # of the timing
-
-
-def plan_quantised(device: torch.device) -> Iterator[BlockSweep]:
-    """Yield what two cores can do in an hour and a half, or a GPU in less."""
-    for base, lean in BASES.items():
-        setups = plan_setups({base: (METHOD, 2e-3)}, *plan_size(device), lean=lean)
-        rerun = (Merges(base, ON_TEST["test"]), merge_rows) if base in BLOCKS_OF else None
-        source, judging = partial(load_source, base), plan_seeds(device, 2)
-        yield BlockSweep(setups, range(2), judging, data=base, source=source, rerun=rerun)
-
-
-def load_source(base: str, device: torch.device) -> Source:
-    """Return what makes the model and the task."""
-    return partial(load_base, base, device), partial(materials.docs_task, 64)
-
-
-def load_base(base: str, device: torch.device) -> nn.Module:
-    """Return the language model over that base; in bfloat16 it is the lean step that casts it."""
-    if base == "Q4_1":
-        return load_pretrained(SMOLLM2, device=device, keep_blocks=True)[0]
-    model = materials.language_model(device)
-    if base == "NF4":
-        quantize_nf4(model)
-    return model
-
-
-def forms_of(base: str) -> list[str]:
-    """Return the names of the models that are made of an adapter, in the order of :class:`Merges`."""
-    forms = ["base", "unmerged", "merged"]
-    for blocks in (NF4, Q4_1):
-        forms += [f"unmerged, base in {blocks}", f"merged, then {blocks}"]
-    if base != "float32":
-        forms += ["merged into float32", *(f"merged into float32, then {blocks}" for blocks in (NF4, Q4_1))]
-    return forms
-
-
-@dataclass(frozen=True)
-class Merges:
-    """A judge for :func:`lora_lab.ablation.ablate`: the losses of every form in which an adapter can be used.
-
-    With W the weight of the base in float32, Q the rounding to blocks, V the weight under which the adapter was trained
-    (W, or Q(W) for QLoRA) and D its update, the forms are
-
-        base                          V               without the adapter
-        unmerged                      V + D           as it was trained
-        merged                        V + D           as one dense matrix
-        unmerged, base in Q           Q(V) + D        the control: the base is rounded, the update is not
-        merged, then Q                Q(V + D)
-        merged into float32           W + D           under V = Q(W) alone, as are the next
-        merged into float32, then Q   Q(W + D)
-
-    Its scores are the losses of blocks of test examples by form, as those of
-    :class:`lora_lab.ablation.stats.BlockLosses`.
-
-    Args:
-        base: of the adapter, in :data:`BLOCKS_OF`.
-        examples: of the test part, how many.
-    """
-
-    base: str
-    examples: int
-
-    @torch.no_grad()
-    def __call__(self, model: nn.Module, task: Task) -> dict[str, str]:
-        state, device = adapter_state(model), next(model.parameters()).device
-        model = materials.language_model(device)
-        inject(model, METHOD)
-        switch(model, state)
-        layers = lora_layers(model)
-        W = {name: layer.base.weight.detach().clone() for name, layer in layers.items()}  # (192, 576)
-        V = {name: _quantise(weight, BLOCKS_OF[self.base]) for name, weight in W.items()}  # (192, 576)
-        judge = BlockLosses({"test": self.examples}, BlockSweep.block)
-        scores = {}
-        for form in forms_of(self.base):
-            under = W if "float32" in form else V
-            blocks = next((kind for kind in (NF4, Q4_1) if form.endswith(kind)), None)
-            for name, layer in layers.items():
-                dense = under[name] + layer.delta() if form.startswith("merged") else under[name]  # (192, 576)
-                layer.base.weight.data.copy_(_quantise(dense, blocks))  # (192, 576)
-            with nullcontext() if form.startswith("unmerged") else off(model):
-                scores[form] = judge(model, task)["test"]
-        return scores
-
-
-def _quantise(weight: Tensor, kind: str | None) -> Tensor:
-    return weight if kind is None else round_matrix(weight, kind)
-
-
-def merge_rows(trial: Row) -> Iterator[Row]:
-    """Yield a row of every form of an adapter, with the data "<base>, merged" and the form as its setup.
-
-    So :func:`lora_lab.ablation.compare.compare_losses` compares the forms.
-    """
-    row = {"data": f"{trial['data']}, merged", "stage": "judging"}
-    row |= {name: trial[name] for name in ("edge", "lr", "seed", "steps", "step", "outcome", "reason", "commit")}
-    for form in forms_of(trial["data"]):
-        losses = {SCORE + "test": trial.get(SCORE + form), "validation_loss": None}
-        yield row | {"setup": form} | losses | {"test_loss": read_loss(losses, "test")}
-
-
-def time_steps(device: torch.device) -> Iterator[Row]:
-    """Yield rows of the time of a step over each base, measured in turn, with the data "time"."""
-    sources = {base: partial(load_base, base, device) for base in BASES}
-    variants = {base: Setup(METHOD, lean=lean) for base, lean in BASES.items()}
-    times = step_time(sources, variants, plan_size(device)[1], 64, rounds=ROUNDS, device=device)
-    for row in times.to_dict()["variants"]:
-        setup = {"data": "time", "stage": "timing", "setup": row.pop("variant"), "rounds": ROUNDS}
-        yield setup | {**row, "disturbance": times.disturbance}
-
-
-QUANTISED = record_sweeps("quantised", plan_quantised, after=time_steps)

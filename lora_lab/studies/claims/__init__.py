@@ -9,11 +9,12 @@ In reading order:
     computed    verdicts by counting parameters, bytes and FLOPs, and by computing with small layers
     measured    verdicts from records, and from what others published
     compared    verdicts from losses that are compared by seed: quality, head start, overfitting, forgetting
-    small       verdicts from the records of small bases
+    small       verdicts from records that are judged by pages, of small bases and SmolLM2
+    fronts      verdicts on forgetting on small bases
     rates       verdicts on ranks and best learning rates
 """
 
-from lora_lab.studies.claims import compared, computed, measured, rates, small  # noqa: F401  # they register themselves
+from lora_lab.studies.claims import compared, computed, fronts, measured, rates, small  # noqa: F401  # they register themselves
 from lora_lab.studies.claims.deciding import Claim, Entry, Result, load, table, verdict
 
 __all__ = ["Claim", "Entry", "Result", "load", "table", "verdict"]

@@ -147,13 +147,14 @@ def gaps(record: Record, reference: str = "full", seeds: int = MIN_SEEDS) -> dic
         if lora["seed"].tolist() != full["seed"].tolist() or len(lora) < seeds:
             setup = lora["setup"].iloc[0]
             raise ValueError(f"{setup}: fewer than {seeds} seeds have a result for it and for {reference!r}")
-        test, validation = (_block_losses(lora, part) - _block_losses(full, part) for part in ("test", "validation"))
+        test, validation = (block_losses(lora, part) - block_losses(full, part) for part in ("test", "validation"))
         at_edge = bool(pandas.concat([lora, full])["edge"].fillna("").any())
         every[int(cast(float, rank)), int(cast(float, steps))] = Gap(test, validation, at_edge, MARGIN)
     return _bound_all(every)
 
 
-def _block_losses(rows: pandas.DataFrame, part: str) -> np.ndarray:
+def block_losses(rows: pandas.DataFrame, part: str) -> np.ndarray:
+    """Return the losses of blocks of a part, a row of the table each, (seeds, blocks)."""
     return np.array([block_losses_of(row, part) for row in rows.to_dict("records")])  # (seeds, blocks)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise, product
 from typing import Any
@@ -20,7 +20,6 @@ import numpy as np
 import pandas
 
 from lora_lab.ablation import rank_advice
-from lora_lab.ablation.compare import compare_losses
 from lora_lab.ablation.stats import CONFIDENCE, t_bounds
 from lora_lab.costs.bill import MIB
 from lora_lab.models import shapes
@@ -338,45 +337,7 @@ def _best_asking(record: Record) -> float:
     return float(prompts["accuracy"].iloc[prompts["validation"].argmax()])
 
 
-# Losses of two setups, each at its own rate
-
-Row = Mapping[Any, Any]  # of the table of compare_losses
-
-
-def _compare(record: Record, data: Sequence[str], pairs: Pairs, part: str = "test") -> Iterator[tuple[Row, Row]]:
-    """Yield the rows of :func:`compare_losses` of each setup and its reference; with too few seeds one has a reason."""
-    frame = record.frame()
-    for setup, reference in pairs:
-        table = compare_losses(frame[frame["data"].isin(data)], reference, part, MARGIN)
-        rows = table.set_index("setup", drop=False).to_dict("index")
-        few = "few seeds" if rows[setup]["seeds"] < MIN_SEEDS else ""
-        yield rows[setup] | {"why": rows[setup]["why"] or few}, rows[reference]
-
-
-def _answer(row: Row, *claimed: str) -> bool | None:
-    """Return whether the verdict on a row is one of those that are claimed; None if it supports none."""
-    return None if row["why"] or row["verdict"] == deciding.OPEN else row["verdict"] in claimed
-
-
-@decides("qlora-matches-16-bits", record="quantised", on="the base it is compared with")
-def qlora_matches(record: Record) -> Cases:
-    """LoRA's test loss over a base in NF4, less that over float32 and over bfloat16, each at its own rate."""
-    bases = ("float32", "bfloat16")
-    for nf4, base in _compare(record, [*bases, "NF4"], [("NF4", base) for base in bases]):
-        yield _answer(nf4, "lower", "equal"), _difference(nf4, base)
-
-
-@decides("merge-into-dequantised-base", record="quantised", on="the model")
-def merge_into_dequantised(record: Record) -> Cases:
-    """The test loss of QLoRA adapters merged into the float32 weights, less that in the dequantised ones."""
-    for into_float32, merged in _compare(record, ["NF4, merged"], [("merged into float32", "merged")]):
-        yield _answer(into_float32, "higher"), _difference(into_float32, merged)
-
-
-def _difference(row: Row, reference: Row) -> str:
-    ends = f"({row['lower']:+.4f} to {row['upper']:+.4f}, {row['seeds']} seeds)"
-    edge = ", a rate at the edge of its grid" if row["why"] == "edge" else ""
-    return f"{row['setup']} less {reference['setup']}: {row['difference']:+.4f} nats {ends}{edge}"
+# Rank from a spectrum
 
 
 @decides("spectrum-predicts-rank", record="rank_advice")

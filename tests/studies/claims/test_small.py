@@ -1,11 +1,15 @@
 """Verdicts from small bases, from records with planted answers, and how they turn."""
 
+import json
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from lora_lab.studies import records
+from lora_lab.studies.claims import small
+from lora_lab.studies.claims.deciding import judge_record, read_claims
 from lora_lab.studies.claims.deciding import verdict as verdict_of
 from lora_lab.studies.claims.small import gaps_on
 from tests.studies.claims import decide, make
@@ -102,3 +106,186 @@ def test_machines_that_measured_a_base_each_are_judged_together(tmp_path):
     found = verdict_of("small-lora-equals-full-blocks", tmp_path)
     assert (found.result.verdict, found.result.on) == ("depends", "the base")
     assert found.result.machine == "Another CPU and One CPU"
+
+
+# Two setups, each at its own rate
+
+NAMES = ("tiny-64-0", "tiny-128-0")
+
+
+def judged(losses, data="numpy", seeds=8, noise=0.002, edge="", steps=240, named=True):
+    """Rows of setups that judge, with losses (base, setup) -> above 3 nats."""
+    random, made = np.random.default_rng(len(data)), []
+    for base in NAMES:
+        pages = 3 + 0.3 * np.random.default_rng(0).random(12)
+        for setup, above in losses.items():
+            above = above(base) if callable(above) else above
+            row = {"stage": "judging", "data": f"{base}, {data}", "outcome": "done", "edge": edge, "lr": 1e-3}
+            row |= {"setup": f"{setup}, {steps} steps" if named else setup}
+            for seed in range(seeds):
+                blocks = (pages + above + random.normal(0, noise, 12)).tolist()
+                made.append(row | {"seed": seed, "score_test": str(blocks), "test_loss": float(np.mean(blocks))})
+    return made
+
+
+LAYERS = {"q, v": 0.05, "attention": 0.04, "MLP": 0.0, "all": 0.0}
+VARIANTS = dict.fromkeys(["rsLoRA", "LoRA+", "LoRA-FA", "DoRA", "PiSSA", "DoRA r=8", "LoRA"], 0.0)
+VARIANTS |= {"LoRA r=64": 0.0, "rsLoRA r=64": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("claim", "change", "expected"),
+    [
+        ("all-linear-gains-little", {}, "falls"),
+        ("all-linear-gains-little", {"q, v": 0.0}, "stands"),
+        ("all-linear-gains-little", {"q, v": 0.01}, "open"),
+        ("all-linear-gains-little", {"q, v": lambda base: 0.05 * (base == NAMES[0])}, "depends"),
+        ("mlp-beats-attention", {}, "stands"),
+        ("mlp-beats-attention", {"MLP": 0.03}, "falls"),  # worse than all
+        ("mlp-beats-attention", {"attention": 0.0}, "falls"),  # no better than attention
+        ("mlp-10-beats-qv-32", {}, "open"),  # it learns more; what is forgotten is not measured
+        ("mlp-10-beats-qv-32", {"q, v": 0.0}, "falls"),
+    ],
+)
+def test_which_layers(claim, change, expected):
+    assert decide(claim, "tiny_layers", judged(LAYERS | change)).verdict == expected
+
+
+@pytest.mark.parametrize(
+    ("claim", "change", "expected"),
+    [
+        ("tuned-variants-are-alike", {"PiSSA": 0.02, "DoRA": -0.02}, "stands"),
+        ("tuned-variants-are-alike", {"PiSSA": 0.1, "DoRA": 0.1}, "falls"),
+        ("tuned-variants-are-alike", {"PiSSA": 0.1}, "depends"),
+        ("tuned-variants-are-alike", {"DoRA": 2 / 100 * 3.15}, "open"),
+        ("pissa-beats-lora", {"PiSSA": -0.02}, "stands"),
+        ("pissa-beats-lora", {"PiSSA": 0.0}, "falls"),
+        ("dora-at-half-rank", {"DoRA r=8": -0.02}, "stands"),
+        ("dora-at-half-rank", {"DoRA r=8": 0.02}, "falls"),
+        ("lora-plus-2-times-faster", {"LoRA+": -0.02}, "open"),
+        ("lora-plus-2-times-faster", {"LoRA+": 0.0}, "falls"),
+        ("rslora-makes-high-ranks-pay", {"rsLoRA r=64": -0.02}, "stands"),
+        ("rslora-makes-high-ranks-pay", {"rsLoRA r=64": -0.02, "LoRA r=64": -0.02}, "falls"),
+        ("rslora-makes-high-ranks-pay", {}, "falls"),
+    ],
+)
+def test_variants(claim, change, expected):
+    assert decide(claim, "tiny_variants", judged(VARIANTS | change)).verdict == expected
+
+
+@pytest.mark.parametrize("claim", ["all-linear-gains-little", "mlp-beats-attention"])
+def test_two_setups_need_inner_rates_and_eight_seeds(claim):
+    assert decide(claim, "tiny_layers", judged(LAYERS, edge="largest")).verdict == "open"
+    with pytest.raises(ValueError, match="fewer than 8 seeds"):
+        list(small.compare("MLP", "all", make("tiny_layers", judged(LAYERS, seeds=7))))
+
+
+def test_smollm2_is_one_more_base():
+    rows = [row | {"data": "smollm2-135m, numpy"} for row in judged(LAYERS | {"q, v": 0.0}) if NAMES[0] in row["data"]]
+    with_it = judge_record(
+        read_claims()["all-linear-gains-little"], make("tiny_layers", judged(LAYERS)), make("smol_layers", rows)
+    )
+    assert (with_it.verdict, with_it.on) == ("depends", "the base")
+    assert "smollm2-135m -0.000" in with_it.measured
+
+
+# Best rates
+
+FOUR = ("tiny-64-0", "tiny-64-1", "tiny-128-0", "tiny-128-1")
+
+
+def tried(best, data="numpy", steps=240):
+    """Rows of two seeds that chose, whose losses are lowest at ``best(base, setup)``."""
+    made = []
+    for base in FOUR:
+        for setup, rate in best(base).items():
+            for lr in (rate / 2.4, rate / 1.2, rate * 1.6667):
+                for seed in range(2):
+                    loss = 3 + 0.01 * math.log(lr / rate) ** 2 + 0.001 * seed
+                    row = {"stage": "choosing", "data": f"{base}, {data}", "setup": f"{setup}, {steps} steps"}
+                    row |= {"outcome": "done", "step": steps, "steps": steps, "lr": lr, "seed": seed}
+                    row |= {"score_validation": str([loss, loss + 0.1])}
+                    made.append(row)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("ratio", "expected"),
+    [(lambda base: 10, "stands"), (lambda base: 3, "falls"), (lambda base: 3 if base == NAMES[0] else 30, "open")],
+)
+def test_how_much_lower_the_rate_of_pissa_is(ratio, expected):
+    rows = tried(lambda base: {"LoRA": 4e-3, "PiSSA": 4e-3 / ratio(base)})
+    assert decide("pissa-rate-ten-times-lower", "tiny_variants", rows).verdict == expected
+
+
+def test_a_best_rate_at_an_edge_gives_no_ratio():
+    rows = [row for row in tried(lambda base: {"LoRA": 4e-3, "PiSSA": 4e-4}) if row["lr"] < 4e-3]
+    result = decide("pissa-rate-ten-times-lower", "tiny_variants", rows)
+    assert (result.verdict, "edge" in result.measured) == ("open", True)
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(0.5, "stands"), (1.5, "falls"), (1.0, "open")])
+def test_repetition_and_the_best_rate(factor, expected):
+    wobble = dict(zip(FOUR, (0.97, 1.03, 0.98, 1.02), strict=True))
+    fresh = make("tiny_rank", tried(lambda base: {"r=8": 4e-3, "full": 1e-3}))
+    repeated = make(
+        "tiny_repeats",
+        tried(lambda base: {"r=8": 4e-3 * factor * wobble[base], "full": 1e-3 * factor * wobble[base]}, "again"),
+    )
+    result = judge_record(read_claims()["repetition-lowers-the-rate"], repeated, fresh)
+    assert result.verdict == expected
+
+
+# Batches, and other versions of a base
+
+
+@pytest.mark.parametrize(
+    ("large", "expected"),
+    [
+        (lambda base, rank: 0.1, "stands"),
+        (lambda base, rank: -0.1, "falls"),
+        (lambda base, rank: 0.1 * (rank == 1) - 0.1 * (rank == 64), "depends"),
+        (lambda base, rank: 0.0, "open"),
+    ],
+)
+def test_batches(large, expected):
+    few = make("tiny_rank", rows(lambda base, rank, steps: 0.02))
+    more = [row | {"steps": 30, "setup": row["setup"].replace("240", "30")} for row in few.rows if row["steps"] == 240]
+    for row in more:
+        if row["rank"] is not None:
+            blocks = np.array(json.loads(row["score_test"])) + large(row["data"], row["rank"])
+            row["score_test"] = str(blocks.tolist())
+    found = judge_record(read_claims()["large-batches-hurt-lora"], make("tiny_batch", more), few)
+    assert found.verdict == expected
+
+
+@pytest.mark.parametrize(("nf4", "expected"), [(0.0, "stands"), (-0.05, "stands"), (0.05, "falls"), (0.008, "open")])
+def test_a_base_in_four_bits(nf4, expected):
+    rows = judged({"float32": 0.0}, "float32", noise=0.01) + judged({"NF4": nf4}, "NF4", noise=0.01)
+    assert decide("qlora-matches-16-bits", "tiny_quantised", rows).verdict == expected
+
+
+@pytest.mark.parametrize(("into_float32", "expected"), [(0.2, "stands"), (0.0, "falls"), (-0.1, "falls")])
+def test_where_to_merge(into_float32, expected):
+    rows = judged({"merged": 0.0, "merged into float32": into_float32}, "NF4, merged", named=False)
+    rows += judged({"merged": 0.5}, "float32, merged", named=False)  # another adapter's
+    assert decide("merge-into-dequantised-base", "tiny_quantised", rows).verdict == expected
+
+
+@pytest.mark.parametrize(
+    ("kept", "expected"),
+    [
+        (lambda corpus: 0.9, "falls"),
+        (lambda corpus: 0.1, "stands"),
+        (lambda corpus: 0.9 * (corpus == "known"), "depends"),
+    ],
+)
+def test_a_copied_adapter_keeps_its_gain_or_not(kept, expected):
+    rows = []
+    for corpus in ("known", "readmes"):
+        rows += judged({corpus: 0.0}, corpus)
+        copied = {f"{corpus}, alone": 0.2, f"{corpus}, copied": 0.2 * (1 - kept(corpus))}
+        rows += judged(copied, "as it is, on others", named=False)
+    result = decide("adapters-die-with-their-base", "tiny_upgrade", rows)
+    assert result.verdict == expected
+    assert f"{100 * kept('known'):.0f} % of 0.200 nats" in result.measured
