@@ -14,7 +14,7 @@ from lora_lab.ablation.stats import best_rate, losses_by_rate
 from lora_lab.studies.claims import compared
 from lora_lab.studies.claims.measured import MARGIN, time_interval
 from lora_lab.studies.claims.rates import FIXED_ALPHA, FULL, SAME_SCALING, best_by_rank
-from lora_lab.studies.records import Record
+from lora_lab.studies.records import KINDS, Record
 
 Picture = tuple[Figure, str]
 SMOLLM2 = "smollm2-135m"
@@ -83,7 +83,7 @@ def by_setup(table: pandas.DataFrame, xlabel: str) -> Figure:
     kinds = list(table["data"].unique())
     counts = [table[table["data"] == kind]["setup"].nunique() for kind in kinds]
     size = {"figsize": (6.4, 0.35 * sum(counts) + 0.9 * len(kinds)), "squeeze": False}
-    figure, axes = plots.plt.subplots(len(kinds), 1, height_ratios=counts, **size)
+    figure, axes = plots.plt.subplots(len(kinds), 1, height_ratios=counts, layout="constrained", **size)
     for ax, kind in zip(axes[:, 0], kinds, strict=True):
         rows = table[table["data"] == kind]
         setups = list(rows["setup"].unique())
@@ -222,7 +222,19 @@ def in_both(points: Mapping[str, np.ndarray]) -> str:
     return f"Means: {each}. No other is lower in both than {', '.join(pareto_front(means))}"
 
 
+def forgotten(record: Record) -> Picture:
+    """Of the study of forgetting: both losses at the last step of the rate that learns most, means over the bases."""
+    rows = record.frame().query("step == 240 and data.str.endswith('no replay')")
+    best = rows.groupby(["data", "setup", "lr"])["validation_loss"].mean().groupby(["data", "setup"]).idxmin()
+    last = rows[[key in set(best) for key in zip(rows["data"], rows["setup"], rows["lr"], strict=True)]]
+    means = last.groupby(["setup", "seed"], sort=False)[["validation_loss", "off_domain_loss"]].mean().reset_index()
+    points = by_seed(means, "validation_loss", "off_domain_loss")
+    axes = trade_off(points, "loss on new text (nats)", "loss on old text (nats)")
+    return axes.figure, f"Losses on new and on old text. {in_both(points)}"
+
+
 OF_ALL = {"memory": memory, "speed": speed}
+LOSSES = [kind for kind in KINDS if kind.startswith(("tiny_", "smol_")) and kind != "tiny_front"]
 OF_EACH: dict[str, Callable[[Record], Picture]] = {
     "rates": rates,
     "ablation": ablation,
@@ -231,7 +243,8 @@ OF_EACH: dict[str, Callable[[Record], Picture]] = {
     "head_start": head_start,
     "downstream": scores,
     "elicitation": scores,
-    **dict.fromkeys(("quality", "targets", "variants", "quantised", "rank_advice"), losses),
+    "tiny_front": forgotten,
+    **dict.fromkeys(("quality", "rank_advice", *LOSSES), losses),
 }
 
 

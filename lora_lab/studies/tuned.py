@@ -8,17 +8,15 @@ rates        How does the best learning rate depend on the rank, and how far is 
              all ranks; and 32: it falls as 1 / r), on the digits net and on the real model.
 rank_advice  On each task a sweep over ranks, each at its own learning rate, says which rank is enough; and runs at rank
              64, at the rate chosen for it, give the statistics from which :mod:`lora_lab.ablation.rank_advice` predicts
-             it. The tasks are nets with a planted update of a known rank, on which the rule is chosen, and those on
-             which it is judged: digits from few and from many pictures, Python's manual, translation and summaries. The
-             trials on Python's manual are those of ``lora-lab record rates``: copy them from
-             ``runs/record-rates/docs/choosing-128-4`` into the folder of the same name here, to run them only once.
+             it. The tasks are nets with a planted update of a known rank, on which the rule is chosen, and digits from
+             few and from many pictures, on which it is judged.
 
 Rates beside setups are the middles of the first grids, which are widened where the best rate is not inside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -117,37 +115,22 @@ RATES = record_sweeps("rates", plan_rates)
 
 PLANTED = (1, 2, 4, 8, 16)  # ranks of the planted updates
 PICTURES = (100, 500, 1200)  # of digits to train on
-# Differences of losses that do not matter, and that of the language model.
-MARGINS, MARGIN = {"planted": 0.001, "digits": 0.03}, 0.02
-DOWNSTREAM = {"translate-fr": (50, 44), "summarise": (25, 113)}  # steps, and the mean tokens of an example
-# By rank; those of digits and docs are in CENTRES.
-PLANTED_RATES = (1.6e-2, 1.6e-2, 1.6e-2, 8e-3, 8e-3, 4e-3, 4e-3)
-DOWNSTREAM_RATES = (8e-3, 8e-3, 4e-3, 4e-3, 2e-3, 2e-3, 1e-3)
+MARGINS = {"planted": 0.001, "digits": 0.03}  # differences of losses that do not matter
+PLANTED_RATES = (1.6e-2, 1.6e-2, 1.6e-2, 8e-3, 8e-3, 4e-3, 4e-3)  # by rank; those of digits are in CENTRES
 
 
 def plan_rank_advice(device: torch.device) -> Iterator[BlockSweep]:
-    """Yield what two cores can do in two hours, or a GPU in one; there the downstream tasks have all ranks, too."""
-    gpu = device.type == "cuda"
-    high = partial(UpdateRanks, RANKS)  # the judge of the runs at rank 64, the last of the setups
+    """Yield what two cores can do in half an hour."""
     nets = {f"planted {rank}": (partial(imitate, rank), 600, PLANTED_RATES) for rank in PLANTED}
-    digits, docs = (CENTRES[data]["alpha = 2r"] for data in ("digits", "docs"))
+    digits = CENTRES["digits"]["alpha = 2r"]
     nets |= {f"digits {count}": (partial(read_moved_digits, count), 200, digits) for count in PICTURES}
     on = {"chosen_on": 200, "judged_on": {"validation": 200, "test": 256}, "seq_len": None}
     for data, (source, steps, rates) in nets.items():
-        setups = plan_setups(_list_ranks(rates), steps, 32)
-        yield BlockSweep(setups, range(3), range(3, 13), data=data, source=source, rerun=(high(200), advise), **on)
-    judging = plan_seeds(device, 5 if gpu else 3)
-    setups = plan_setups(_list_ranks(docs), *plan_size(device), **BFLOAT16)
-    yield BlockSweep(setups, plan_seeds(device), judging, data="docs", rerun=(high(128), advise), chosen_on=128)
-    ranks, count = (RANKS, 5) if gpu else (RANKS[::2], 3)
-    for data, (steps, tokens) in DOWNSTREAM.items():
-        setups = plan_setups(_list_ranks(DOWNSTREAM_RATES, ranks), steps, 8, count, **BFLOAT16)
-        yield BlockSweep(setups, range(2), judging, data=data, rerun=(high(64), advise), seq_len=tokens)
-
-
-def _list_ranks(centres: Sequence[float], ranks: Sequence[int] = RANKS) -> Methods:
-    """Return LoRA of each rank, with alpha twice the rank, and the middle of its rates."""
-    return {f"r={rank}": (LoRA(rank, 2 * rank), lr) for rank, lr in zip(RANKS, centres, strict=True) if rank in ranks}
+        methods = {f"r={rank}": (LoRA(rank, 2 * rank), lr) for rank, lr in zip(RANKS, rates, strict=True)}
+        rerun = UpdateRanks(RANKS, 200), advise  # of the runs at rank 64, the last of the setups
+        yield BlockSweep(
+            plan_setups(methods, steps, 32), range(3), range(3, 13), data=data, source=source, rerun=rerun, **on
+        )
 
 
 def imitate(rank: int, device: torch.device) -> Source:
@@ -162,7 +145,7 @@ def read_moved_digits(count: int, device: torch.device) -> Source:
 
 def advise(trial: Row) -> Iterator[Row]:
     """Yield the row of a run at rank 64: its statistics, and no losses, which are of fewer examples than others."""
-    margin = MARGINS.get(trial["data"].partition(" ")[0], MARGIN)
+    margin = MARGINS[trial["data"].partition(" ")[0]]
     names = ("data", "setup", "rank", "lr", "seed", "outcome", "reason", "commit")
     columns = {name: trial[name] for name in trial if name in names or name.startswith(SCORE)}
     yield {"stage": "high rank", "margin": margin, **columns, "validation_loss": None, "test_loss": None}

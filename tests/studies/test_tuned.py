@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -45,13 +44,13 @@ def test_seeds_that_judge_did_not_choose_and_a_gpu_does_more(plan):
             assert trial.lean is None or trial.method != FullFineTuning()
 
 
-def test_the_trials_that_choose_on_docs_are_those_of_the_record_of_rates():
-    own, theirs = (sweeps(plan)["docs"] for plan in (tuned.plan_rank_advice, tuned.plan_rates))
-    assert (own.chosen_on, own.block, list(own.choosing)) == (theirs.chosen_on, theirs.block, list(theirs.choosing))
-    for rank in tuned.RANKS:
-        (trial, lrs), (same, rates) = own.setups[f"r={rank}"], theirs.setups[f"r={rank}, alpha = 2r"]
-        assert (trial, lrs) == (same, rates)
-        assert trial != replace(same, steps=59)
+def test_ten_seeds_judge_the_advice_on_at_least_three_tasks_that_did_not_choose_it():
+    planned = sweeps(tuned.plan_rank_advice)
+    assert sum(not data.startswith("planted") for data in planned) >= 3
+    for sweep in planned.values():
+        assert len(sweep.judging) == 10
+        assert not set(sweep.choosing) & set(sweep.judging)
+        assert list(sweep.setups)[-1] == "r=64"
 
 
 # Rank advice

@@ -381,16 +381,20 @@ def _pool(parts: Sequence[Record]) -> Record:
     return replace(newest, rows=[row for part in parts for row in part.rows], settings=settings, device=device)
 
 
+def _find_records(kind: str, every: Records) -> dict[str, Record]:
+    """Return the records of a kind by name; those of one that grows sweep by sweep are parts of one."""
+    found = {name: record for name, record in every.items() if record.what == kind}
+    if len(found) > 1 and KINDS[kind].grows:
+        return {" and record ".join(found): _pool([*found.values()])}
+    return found
+
+
 def _judge_records(claim: Claim, decider: Decider, every: Records) -> Result:
     """Return the verdict of all records of a kind: what is decided counts, not what one of them leaves open.
 
-    Where several machines have a record and disagree, it depends on the machine. Those of a kind that grows sweep by
-    sweep are parts of one.
+    Where several machines have a record and disagree, it depends on the machine.
     """
-    beside = {name: record for name, record in every.items() if record.what == decider.beside}
-    chosen = {name: record for name, record in every.items() if record.what == decider.record}
-    if len(chosen) > 1 and KINDS[decider.record].grows:
-        chosen = {" and record ".join(chosen): _pool([*chosen.values()])}
+    beside, chosen = (_find_records(kind, every) for kind in (decider.beside, decider.record))
     results = []
     for name, record in chosen.items():
         result = judge_record(claim, record, *beside.values())
