@@ -220,16 +220,17 @@ def write_answers() -> str:
 ANSWERS_INTRODUCTION = """# Which rank, which rate, and is it worth it? Fifteen answers
 
 Each is one sentence, one number, what to do, and the rows of the ledger that carry it. `lora-lab answers rank` prints
-one, `lora-lab claims ID` explains a row. "Here" is SmolLM2-135M on Python's manual, on two CPU cores.
+one, `lora-lab claims ID` explains a row. "Here" is SmolLM2-135M on Python's manual, on two CPU cores, unless another
+model is named.
 
 | dots | where it was seen |
 |---|---|
 | ●○○ | small models, small matrices or a count; or published, and not measured here |
-| ●●○ | SmolLM2-135M; or small models or a count, and published at scale |
+| ●●○ | SmolLM2-135M alone; or something smaller, and published at scale |
 | ●●● | SmolLM2-135M, and published at scale |
 | ○○○ | not settled here |
 
-In brackets are 95 % bounds; those of best rates are too narrow, with three seeds. †: a weaker rule decided ([which
+In brackets are 95 % bounds; those of best learning rates are too narrow (three seeds). †: a weaker rule decided ([which
 rules](claims.md))."""
 
 ANSWERS_END = """## Why is LoRA not much faster?

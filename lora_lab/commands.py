@@ -456,15 +456,17 @@ def rank(
     jobs: int = 1,
     out: str = "runs/rank",
 ) -> dict[str, Any]:
-    """Find which rank is enough for a task of yours: a short sweep, its time said first; continues if it was stopped.
+    """Find which rank is enough for a task of yours, by 44 short runs; their time is said first, and it resumes.
 
-        lora-lab rank my_prompts.jsonl --model my_model
+        lora-lab rank my_prompts.jsonl --model my_model --steps 200
+
+    Longer training can ask for a higher rank, so set ``--steps`` near those of your real run.
 
     Args:
         task: a file of your own, or a name, as for finetune or ablate
         model: a model's folder or .gguf file; not for the small nets
-        ranks: ranks to try; the others are held against the highest
-        margin: difference in loss that does not matter
+        ranks: ranks to try; the others are compared with the highest
+        margin: difference in loss that does not matter, in nats a token for text
         seeds: number of seeds that judge; two more choose the learning rates
         steps: training steps of each run
         batch: examples per step

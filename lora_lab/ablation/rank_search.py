@@ -1,11 +1,11 @@
-"""Which rank is enough for a task of yours, by a short sweep that the law of rates plans.
+"""Which rank is enough for a task of yours: a sweep of short runs, with few learning rates because of a scaling law.
 
     print(find_rank(model, task, (1, 4, 16, 64), lr=2e-3, steps=60, batch_size=4, folder="runs/rank", margin=0.01))
 
 With alpha fixed the best learning rate hardly depends on the rank from rank 4 on, and is a little lower below (Chen,
 Villar and Hayou 2026, arXiv 2602.06204; measured in lesson 12). So three rates are tried for each rank, in factors of 2
-around one that serves all, instead of a wide grid for each; a grid whose edge is the best goes on. Two seeds choose the
-rates on validation examples, and others judge on test examples.
+around one that serves all, instead of a wide grid for each; if the best is at a grid's edge, the grid is extended. Two
+seeds choose the rates on validation examples, and others judge on test examples.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from lora_lab.studies.records import Record, Text
 
 SHIPPED = Path(__file__).with_name("answers.toml")
 NOT_SETTLED = "Not settled here: "
-SMALL, SMOLLM2, PUBLISHED = "small models or a count", "SmolLM2", "published at scale"
+SMALL, SMOLLM2, PUBLISHED = "smaller models or a count", "SmolLM2", "published at scale"
 READ = ("full text", "abstract", "page", "repository")  # a source whose own words were read
 
 
