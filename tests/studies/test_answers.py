@@ -45,7 +45,7 @@ def test_there_are_fifteen_and_each_says_what_its_rows_say_today(found):
 SENTENCE = answers.read_answers()["rank"].answer
 REFUSED = [
     (SENTENCE, f"{' '.join(['Word'] * 20)} more.", "it has 21 words"),
-    ("each rank at its own rate.", f"{'word ' * 20}end.", "at most 40 are read"),
+    ("each at its own learning rate.", f"{'word ' * 20}end.", "at most 40 are read"),
     (SENTENCE, "start with 16.", "answer"),
     ('question = "Which rank should I use?"', 'question = "Which rank."', "question"),
     ('rank-one-suffices = "falls"', 'rank-one-suffices = "true"', "rows"),
@@ -161,7 +161,7 @@ def test_epochs_and_the_loss_at_equal_fit_are_the_records(found):
         epochs.setdefault(size, set()).add(min(curve)[1] * record["settings"]["batch_size"] / size)
     words = [" to ".join(f"{each:g}" for each in sorted(epochs[size])) for size in (64, 256, 1024)]
     assert (
-        "after {} epochs of 64 short examples, {} of 256, and {} of 1,024 (where runs ended after 2)".format(*words)
+        "after {} epochs of 64 short examples, {} of 256, and {} of 1,024 (whose runs ended after 2)".format(*words)
         in found["data"].number
     )
     assert "256 examples, LoRA r=8: more at 2." in FROZEN["better-at-equal-fit"]["shown_by"]
