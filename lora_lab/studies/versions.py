@@ -1,8 +1,8 @@
 """Records of an adapter and of other versions of its base: in four bits, merged, or trained on.
 
-tiny_quantised, smol_quantised   Does a base in NF4 cost quality, and how should its adapter be merged? LoRA of rank 8
-                                 trains over each base in float32 and in NF4 (QLoRA), and is then merged in every form.
-tiny_upgrade                     Does an adapter keep its gain if it is copied to a base that was trained on?
+In tiny_quantised and smol_quantised LoRA of rank 8 trains over each base in float32 and in NF4 (QLoRA), and is then
+merged in every form: what does NF4 cost, and how should its adapter be merged? In tiny_upgrade it is copied to a base
+that was trained on: does it keep its gain?
 
 The rules of verdicts are those of :mod:`lora_lab.studies.paged`.
 """
