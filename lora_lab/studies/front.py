@@ -8,7 +8,8 @@ the adapter.
 
 How a verdict is reached, fixed before the runs: eight seeds are compared in pairs, where both methods have learned 50,
 80 and 95 % of what the lesser one learns at its best; a method forgets less if the bounds over seeds exclude zero at
-all three. Full fine-tuning with the seeds shifted by one is the control: what it shows is chance.
+all three. Full fine-tuning beside itself is the control, four seeds against the other four: if they differ, nothing is
+decided on that base.
 """
 
 from __future__ import annotations

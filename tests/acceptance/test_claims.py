@@ -41,7 +41,7 @@ def test_a_claim_is_explained_alone(ledger):
         assert text in entry.explained().lower()
     table = ll.claims.table(ledger)
     assert all(claim in table for claim in CLAIMS)
-    assert "34 open" in table
+    assert "35 open" in table
     with pytest.raises(ValueError, match="attention-256-mlp-12"):
         ll.claims.verdict("attention-256-mlp-12")
 

@@ -154,10 +154,10 @@ def test_which_layers(claim, change, expected):
 @pytest.mark.parametrize(
     ("claim", "change", "expected"),
     [
-        ("tuned-variants-are-alike", {"PiSSA": 0.02, "DoRA": -0.02}, "stands"),
-        ("tuned-variants-are-alike", {"PiSSA": 0.1, "DoRA": 0.1}, "falls"),
-        ("tuned-variants-are-alike", {"PiSSA": 0.1}, "depends"),
-        ("tuned-variants-are-alike", {"DoRA": 2 / 100 * 3.15}, "open"),
+        ("tuned-variants-are-alike", {"PiSSA": 0.004, "DoRA": -0.004}, "stands"),
+        ("tuned-variants-are-alike", {"PiSSA": 0.05, "DoRA": -0.05}, "falls"),
+        ("tuned-variants-are-alike", {"PiSSA": 0.05}, "depends"),
+        ("tuned-variants-are-alike", {"DoRA": 0.01}, "open"),
         ("pissa-beats-lora", {"PiSSA": -0.02}, "stands"),
         ("pissa-beats-lora", {"PiSSA": 0.0}, "falls"),
         ("dora-at-half-rank", {"DoRA r=8": -0.02}, "stands"),
@@ -187,6 +187,17 @@ def test_smollm2_is_one_more_base():
     )
     assert (with_it.verdict, with_it.on) == ("depends", "the base")
     assert "smollm2-135m -0.000" in with_it.measured
+
+
+def test_what_is_beside_may_be_of_several_machines_too(tmp_path):
+    few = rows(lambda base, rank, steps: 0.02)
+    more = [row | {"steps": 30, "setup": row["setup"].replace("240", "30")} for row in few if row["steps"] == 240]
+    parts = {"A CPU": few[: len(few) // 2], "B CPU": few[len(few) // 2 :]}
+    for device, part in parts.items():
+        records.write(replace(make("tiny_rank", part), device=device), tmp_path)
+    records.write(make("tiny_batch", more), tmp_path)
+    found = verdict_of("large-batches-hurt-lora", tmp_path).result
+    assert "rank 64 -0.000 (" in found.measured or "rank 64 +0.000 (" in found.measured
 
 
 # Best rates
