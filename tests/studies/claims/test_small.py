@@ -176,6 +176,8 @@ def test_variants(claim, change, expected):
 @pytest.mark.parametrize("claim", ["all-linear-gains-little", "mlp-beats-attention"])
 def test_two_setups_need_inner_rates_and_eight_seeds(claim):
     assert decide(claim, "tiny_layers", judged(LAYERS, edge="largest")).verdict == "open"
+    at_edge = judged(VARIANTS | {"PiSSA": 0.05}, edge="smallest")
+    assert decide("pissa-beats-lora", "tiny_variants", at_edge).verdict == "open"
     with pytest.raises(ValueError, match="fewer than 8 seeds"):
         list(small.compare("MLP", "all", make("tiny_layers", judged(LAYERS, seeds=7))))
 
