@@ -7,9 +7,9 @@ front. Three things may move it: windows to rehearse, which the base has read or
 the adapter.
 
 How a verdict is reached, fixed before the runs: eight seeds are compared in pairs, where both methods have learned 50,
-80 and 95 % of what the lesser one learns at its best; a method forgets less if the bounds over seeds exclude zero at
-all three. Full fine-tuning beside itself is the control, four seeds against the other four: if they differ, nothing is
-decided on that base.
+80 and 95 % of what the lesser one learns at its best; a method forgets less if the bounds over seeds lie beyond 0.01
+nats at all three. Full fine-tuning beside itself is the control, four seeds against the other four: if they differ,
+nothing is decided on that base.
 """
 
 from __future__ import annotations

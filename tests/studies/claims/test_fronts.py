@@ -136,8 +136,9 @@ def test_stopping_early_does_not_help_if_half_of_what_is_learned_has_its_price(l
     assert verdict("forgetting-linear-in-loss", lost_of=lost).verdict == expected
 
 
-def test_a_control_that_differs_leaves_all_open():
-    odd = rows(price_of(0.5))
+@pytest.mark.parametrize("lora", [0.5, 3.0])
+def test_a_control_that_differs_leaves_all_open(lora):
+    odd = rows(price_of(lora))
     for row in odd:
         if row["setup"] == "full" and row["seed"] >= 6:
             row["off_domain_loss"] += 0.3 * (3 - row["validation_loss"])
