@@ -90,7 +90,7 @@ def test_the_front_is_the_best_of_all_rates():
 
 
 def test_fewer_than_eight_seeds_compare_nothing():
-    few = [row for row in rows() if row["seed"] < 6]
+    few = [row for row in rows() if row["setup"] == "full" or row["seed"] < 6]
     with pytest.raises(ValueError, match="fewer than 8 seeds"):
         list(fronts.forgets_less(make("tiny_front", few)))
 
