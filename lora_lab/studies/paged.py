@@ -5,6 +5,7 @@ The names begin with "tiny" for the four bases that are shipped, where a run tak
 rank      Which rank is enough, and when does a rank run out of capacity? Full fine-tuning, full fine-tuning of the
           blocks alone (the embedding, which LoRA leaves frozen, stays as it is) and LoRA of several ranks, after 60 and
           240 steps and, on small bases, 720, on text that is never read twice, each at the rate that is best for it.
+readmes   The same after 60 and 240 steps on another kind of text, far from what the bases have read.
 batch     Do large batches hurt LoRA more than full fine-tuning? The same setups after 30 steps of 64 windows, which
           read as much as 240 steps of 8.
 repeats   Does repetition lower the best rate, or the number of steps? Steps as in tiny_rank, on 480 windows.
@@ -16,12 +17,12 @@ variants  Does a variant of LoRA learn more? LoRA, rsLoRA, LoRA+, LoRA-FA, DoRA 
 A small base shows signs, mechanisms and trends with the width, not the numbers of a real model.
 
 How a verdict is reached, fixed before the runs: the rate of each setup is chosen by two seeds on validation pages and
-lies inside its grid. Eight other seeds judge on 128 test pages. A difference of two setups has bounds by resampling
-seeds and pages, and by Student's t over the seeds, of which the outer one counts. It is "lower" or "higher" where the
-bounds exclude zero, "equal" where they lie within 0.01 nats, and else open; bounds for all that is compared on a base
-hold together (95 %). A sentence stands if it holds on every base, falls if it fails on every one, and depends if it
-holds on some and fails on others; it is open where that would need a comparison that is open. Where a sentence compares
-best rates, each base counts as one value, with Student's t over the bases.
+lies inside its grid. Eight other seeds judge on 128 test pages (40 of READMEs). A difference of two setups has bounds
+by resampling seeds and pages, and by Student's t over the seeds, of which the outer one counts. It is "lower" or
+"higher" where the bounds exclude zero, "equal" where they lie within 0.01 nats, and else open; bounds for all that is
+compared on a base hold together (95 %). A sentence stands if it holds on every base, falls if it fails on every one,
+and depends if it holds on some and fails on others; it is open where that would need a comparison that is open. Where a
+sentence compares best rates, each base counts as one value, with Student's t over the bases.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from lora_lab.variants import DoRA, LoRAFA, LoRAPlus, PiSSA, RsLoRA
 BASES = ("tiny-64-0", "tiny-64-1", "tiny-128-0", "tiny-128-1")
 PER_PAGE = 8  # windows of a page, on small bases; one on SmolLM2
 PAGES = 128  # of validation, and as many of test
+README_PAGES = 40
 SEQ_LEN, BATCH = 64, 8
 BLOCKS = PartialFineTuning(("model.layers",))
 # By base, the middles of the first rates: full fine-tuning, the blocks alone, LoRA with alpha = 32.
@@ -54,23 +56,25 @@ CENTRES: Mapping[str, tuple[float, float, float]] = {
 }
 
 
-def make_task(base: str, rows: int | None = None, per_page: int = PER_PAGE) -> Task:
-    """Return the task of numpy's docstrings for a base, by page; off-domain is text of what small bases have read.
+def make_task(base: str, rows: int | None = None, per_page: int = PER_PAGE, corpus: str = "numpy") -> Task:
+    """Return the task of a corpus for a base, by page; off-domain is text of what small bases have read.
 
     Args:
         rows: to train on; None takes all.
         per_page: windows of each page.
+        corpus: of :mod:`lora_lab.tasks.pages`.
     """
     pages = corpora()
-    about = "numpy's docstrings, by page; off-domain: docstrings of the kind that the small bases have read"
-    sizes = {"held_out": PAGES, "per_page": per_page, "seq_len": SEQ_LEN}
-    task = paged_task(load_tokenizer(base), pages["numpy"], pages["known"], name="numpy", about=about, **sizes)
+    about = f"{corpus}, by page; off-domain: docstrings of the kind that the small bases have read"
+    held_out = README_PAGES if corpus == "readmes" else PAGES
+    sizes = {"held_out": held_out, "per_page": per_page, "seq_len": SEQ_LEN}
+    task = paged_task(load_tokenizer(base), pages[corpus], pages["known"], name=corpus, about=about, **sizes)
     return task.limited(rows, 0) if rows else task
 
 
-def load_source(base: str, rows: int | None, per_page: int, device: torch.device) -> Source:
+def load_source(base: str, rows: int | None, per_page: int, device: torch.device, corpus: str = "numpy") -> Source:
     """Return what makes the base and its task."""
-    return partial(materials.language_model, device, base), partial(make_task, base, rows, per_page)
+    return partial(materials.language_model, device, base), partial(make_task, base, rows, per_page, corpus)
 
 
 def plan_pages(
@@ -118,6 +122,14 @@ def plan_tiny_rank(device: torch.device) -> Iterator[BlockSweep]:
         yield plan_pages(base, list_methods(base), (60, 240, 720))
 
 
+def plan_tiny_readmes(device: torch.device) -> Iterator[BlockSweep]:
+    """Yield what two cores can do in half an hour; fewer pages are long enough to judge."""
+    for base in BASES[::2]:
+        source = partial(load_source, base, None, PER_PAGE, corpus="readmes")
+        judged = {"validation": 256, "test": README_PAGES * PER_PAGE}
+        yield plan_pages(base, list_methods(base), (60, 240), data=f"{base}, readmes", source=source, judged_on=judged)
+
+
 def plan_smol_rank(device: torch.device) -> Iterator[BlockSweep]:
     """Yield what two cores can do in four hours: longer runs want a lower rate."""
     for steps, factor in {60: 1.0, 240: 0.6}.items():
@@ -144,6 +156,7 @@ def plan_tiny_repeats(device: torch.device) -> Iterator[BlockSweep]:
 
 TINY_RANK = record_sweeps("tiny_rank", plan_tiny_rank)
 SMOL_RANK = record_sweeps("smol_rank", plan_smol_rank)
+TINY_READMES = record_sweeps("tiny_readmes", plan_tiny_readmes)
 TINY_BATCH = record_sweeps("tiny_batch", plan_tiny_batch)
 TINY_REPEATS = record_sweeps("tiny_repeats", plan_tiny_repeats)
 

@@ -40,6 +40,7 @@ KINDS = {
     "ablation": Kind("spectra", "an hour", "which rank is enough"),
     "rank_advice": Kind("tuned", "half an hour", "does one run at a high rank tell which rank is enough?"),
     "tiny_rank": Kind("paged", "three hours", "which rank is enough, on four small bases", grows=True),
+    "tiny_readmes": Kind("paged", "half an hour", "does that hold on another kind of text?", grows=True),
     "tiny_batch": Kind("paged", "40 minutes", "do large batches hurt LoRA more, on the same?", grows=True),
     "tiny_repeats": Kind("paged", "an hour", "does repeated text want a lower rate, on the same?", grows=True),
     "tiny_layers": Kind("paged", "half an hour", "which layers should have adapters, on the same", grows=True),

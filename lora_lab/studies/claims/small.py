@@ -20,46 +20,47 @@ from lora_lab.studies.records import Record
 
 SEEDS = 8  # that judge, at least
 ON = "the base"
+OF_RANK = ("the base", "the text", "the rank", "the number of steps")
 
 
-def gaps_on(record: Record, reference: str) -> Iterator[tuple[str, dict[tuple[int, int], Gap]]]:
-    """Yield each base with LoRA's gaps to a reference there, by (rank, steps).
+def gaps_on(reference: str, *records: Record) -> Iterator[tuple[str, dict[tuple[int, int], Gap]]]:
+    """Yield each base and corpus with LoRA's gaps to a reference there, by (rank, steps).
 
     Args:
-        record: of a study of small bases.
         reference: the setup's name up to its number of steps, such as "blocks".
 
     Raises:
         ValueError: a case has fewer than eight seeds with a result for both.
     """
-    for data in dict.fromkeys(row["data"] for row in record.rows):
-        rows = [row for row in record.rows if row["data"] == data]
-        yield data, gaps(replace(record, rows=rows), reference, SEEDS)
+    for record in records:
+        for data in dict.fromkeys(row["data"] for row in record.rows):
+            rows = [row for row in record.rows if row["data"] == data]
+            yield data, gaps(replace(record, rows=rows), reference, SEEDS)
 
 
-def list_on(record: Record, reference: str) -> Cases:
-    """Yield whether LoRA is as good as the reference in each case, the case in words, base, rank and steps."""
-    for data, every in gaps_on(record, reference):
+def list_on(reference: str, *records: Record) -> Cases:
+    """Yield whether LoRA is as good as the reference in each case, the case in words, base, text, rank and steps."""
+    for data, every in gaps_on(reference, *records):
         for as_good, words, rank, steps in list_gaps(every):
-            yield as_good, f"{data}: {words}", data, rank, steps
+            yield as_good, f"{data}: {words}", *data.split(", "), rank, steps
 
 
-@decides("small-lora-equals-full", record="tiny_rank", on=("the base", "the rank", "the number of steps"))
-def as_good_as_full(record: Record) -> Cases:
-    """Each rank after each number of steps, on each base, where "as good" allows for the margin."""
-    return list_on(record, "full")
+@decides("small-lora-equals-full", record="tiny_rank", beside="tiny_readmes", on=OF_RANK)
+def as_good_as_full(*records: Record) -> Cases:
+    """Each rank after each number of steps, on each base and corpus, where "as good" allows for the margin."""
+    return list_on("full", *records)
 
 
-@decides("small-lora-equals-full-blocks", record="tiny_rank", on=("the base", "the rank", "the number of steps"))
-def as_good_as_full_of_blocks(record: Record) -> Cases:
+@decides("small-lora-equals-full-blocks", record="tiny_rank", beside="tiny_readmes", on=OF_RANK)
+def as_good_as_full_of_blocks(*records: Record) -> Cases:
     """The same beside full fine-tuning of the blocks that LoRA adapts, without the embedding."""
-    return list_on(record, "blocks")
+    return list_on("blocks", *records)
 
 
-@decides("small-low-ranks-fall-behind", record="tiny_rank", on=("the base", "the rank"))
-def falls_behind(record: Record) -> Cases:
+@decides("small-low-ranks-fall-behind", record="tiny_rank", beside="tiny_readmes", on=OF_RANK[:3])
+def falls_behind(*records: Record) -> Cases:
     """By how much a lower rank's gap to the blocks grows from the fewest steps to the most, all on fresh text."""
-    for data, every in gaps_on(record, "blocks"):
+    for data, every in gaps_on("blocks", *records):
         highest = max(rank for rank, _ in every)
         low, high = min(steps for _, steps in every), max(steps for _, steps in every)
         for rank in sorted({rank for rank, _ in every if rank < highest}):
@@ -69,7 +70,7 @@ def falls_behind(record: Record) -> Cases:
             lower, upper = growth.bounds
             numbers = f"{growth.values.mean():+.3f} ({lower:+.3f} to {upper:+.3f})"
             words = f"{data}: rank {rank}, {low} to {high} steps: {numbers}"
-            yield None if growth.at_edge else above(lower, upper), words, data, rank
+            yield None if growth.at_edge else above(lower, upper), words, *data.split(", "), rank
 
 
 # Two setups, each at its own rate
@@ -226,8 +227,8 @@ def compare_rates(pairs: Sequence[tuple[float | None, float | None]]) -> tuple[t
 @decides("large-batches-hurt-lora", record="tiny_batch", beside="tiny_rank", on=("the base", "the rank"))
 def batches(record: Record, few: Record) -> Cases:
     """By how much LoRA's gap to full fine-tuning of the blocks grows from batches of 8 windows to those of 64."""
-    small = dict(gaps_on(few, "blocks"))
-    for data, large in gaps_on(record, "blocks"):
+    small = dict(gaps_on("blocks", few))
+    for data, large in gaps_on("blocks", record):
         for (rank, steps), gap in large.items():
             other = small[data][rank, 8 * steps]
             at_edge = gap.at_edge or other.at_edge

@@ -87,15 +87,25 @@ def test_a_rate_at_an_edge_decides_nothing(claim):
 
 def test_fewer_than_eight_seeds_decide_nothing():
     with pytest.raises(ValueError, match="fewer than 8 seeds"):
-        dict(gaps_on(make("tiny_rank", rows(level, seeds=7)), "blocks"))
+        dict(gaps_on("blocks", make("tiny_rank", rows(level, seeds=7))))
 
 
 def test_one_page_that_differs_widens_the_bounds():
     record = make("tiny_rank", rows(level))
-    one = dict(gaps_on(record, "blocks"))[BASES[0]][8, 60]
+    one = dict(gaps_on("blocks", record))[BASES[0]][8, 60]
     assert one.as_good is True
     odd = replace(one, values=one.values + 0.3 * np.eye(12)[0])
     assert odd.as_good is None
+
+
+def test_another_kind_of_text_is_a_case_of_its_own():
+    few, claim = make("tiny_rank", rows(level)), read_claims()["small-lora-equals-full-blocks"]
+    far = [
+        row | {"data": "tiny-64-0, readmes"} for row in rows(lambda base, rank, steps: 0.1) if row["data"] == BASES[0]
+    ]
+    assert judge_record(claim, few).verdict == "stands"
+    found = judge_record(claim, few, make("tiny_readmes", far))
+    assert (found.verdict, found.on) == ("depends", "the text")
 
 
 def test_machines_that_measured_a_base_each_are_judged_together(tmp_path):
