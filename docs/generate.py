@@ -9,14 +9,17 @@ import argparse
 import inspect
 import re
 import textwrap
+from collections import Counter
 from pathlib import Path
 from textwrap import fill as wrap
+from typing import NamedTuple
 
 import nbformat
 
 from lora_lab import records
 from lora_lab.ablation.stats import best_rate, losses_by_rate, ratio_interval, sample_vertices
 from lora_lab.cli import COMMANDS, add_options
+from lora_lab.course.exercise import TIME
 from lora_lab.studies import answers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,6 +140,64 @@ def read_start(path: Path) -> dict[str, str]:
     return re.match(pattern, f"{title}\n{' '.join(rest.split())}").groupdict()
 
 
+class Reading(NamedTuple):
+    """What there is to read and to do in a lesson; ``Going deeper`` counts in ``all_words`` alone.
+
+    Attributes:
+        words: on the main path, of texts and of sentences that are computed, without exercises, tables and folds.
+        all_words: the same with what goes deeper.
+        exercise_words: of the statements of exercises.
+        printed: words that cells print, all of them.
+        figures: on the main path.
+        exercises: their minutes, on the main path.
+    """
+
+    words: int
+    all_words: int
+    exercise_words: int
+    printed: int
+    figures: int
+    exercises: int
+
+    @property
+    def minutes(self) -> int:
+        """Minutes for a reader, to the nearest five: 150 words in each, half a one for a figure, and the exercises."""
+        return 5 * max(1, round((self.words / 150 + self.figures / 2 + self.exercises) / 5))
+
+
+FOLD = re.compile(r"<details>.*?</details>", re.DOTALL)
+TABLE = re.compile(r"^\|.*$", re.MULTILINE)
+HEADING = re.compile(r"^(#+) (.+)$", re.MULTILINE)
+
+
+def read_lesson(path: Path) -> Reading:
+    """Return what there is to read and to do in a lesson."""
+    counts: Counter[str] = Counter()
+    depth = 0  # of the heading that goes deeper, while below it
+    for cell in nbformat.read(path, as_version=4).cells:
+        outputs = cell.get("outputs", [])
+        texts = [each.get("text") or each.get("data", {}).get("text/markdown", "") for each in outputs]
+        printed = sum(len(text.split()) for text in texts)
+        counts["printed"] += printed
+        counts["all_words"] += printed
+        counts["words"] += printed * (depth == 0)
+        counts["figures"] += sum("image/png" in each.get("data", {}) for each in outputs) * (depth == 0)
+        if cell.cell_type == "code":
+            continue
+        for text in re.split(r"^(?=#+ )", TABLE.sub("", FOLD.sub("", cell.source)), flags=re.MULTILINE):
+            if heading := HEADING.match(text):
+                level = len(heading[1])
+                depth = level if heading[2].startswith("Going deeper") else depth if level > depth else 0
+            words = len(text.split())
+            if minutes := TIME.search(text):
+                counts["exercise_words"] += words
+                counts["exercises"] += int(minutes[1]) * (depth == 0)
+            else:
+                counts["all_words"] += words
+                counts["words"] += words * (depth == 0)
+    return Reading(**{name: counts[name] for name in Reading._fields})
+
+
 def write_lessons() -> str:
     """Return each lesson with its question and minutes."""
     header = ["lesson", "question", "minutes for you", "minutes of computing, on 2 cores"]
@@ -209,10 +270,10 @@ def write_answers() -> str:
             raise ValueError(f"Read the answer {name!r} in answers.toml again: {'; '.join(found.faults)}.")
         answer, rows = found.answer, "; ".join(f"`{row}` {entry.verdict}" for row, entry in found.rows.items())
         path = Path(answer.link)
-        shown = f"[lesson {path.stem[:2]}](../{path})" if path.suffix == ".ipynb" else ""
+        shown = f"[lesson {path.stem.partition('_')[0]}](../{path})" if path.suffix == ".ipynb" else ""
         shown = shown or f"[{path.stem}]({answer.link.removeprefix('docs/')})"
-        parts.append(f"## {answer.question}\n\n**{answer.answer}** {found.dots}")
-        lines = [found.number, f"{answer.do} More: {shown}.", f"({rows})"]
+        parts.append(f"## {answer.question}\n\n**{answer.answer}** {found.dots}".rstrip())
+        lines = [found.number, f"{answer.do} More: {shown}.", *([f"({rows})"] if rows else [])]
         parts += [wrap(line, 120, break_on_hyphens=False, break_long_words=False) for line in lines]
     return "\n\n".join([*parts, ANSWERS_END])
 
@@ -277,5 +338,8 @@ def rewritten() -> dict[Path, str]:
 
 
 if __name__ == "__main__":
+    for path in lessons():
+        reading = read_lesson(path)
+        print(f"{path.stem:<22} {reading.minutes:>3} minutes", reading)
     for path, text in rewritten().items():
         path.write_text(text, encoding="utf-8")

@@ -602,7 +602,7 @@ def claims(id: str | None = None, /, records: str | None = None, lessons: str | 
 
 
 def answers(ask: str | None = None, /) -> list[dict[str, Any]]:
-    """Answer fifteen practical questions about LoRA, each in one sentence with one number.
+    """Answer practical questions about LoRA, each in one sentence with one number.
 
         lora-lab answers
         lora-lab answers rank

@@ -30,7 +30,7 @@ from lora_lab.course import copies
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 TAG = "slide"
-ALWAYS = ("# ", "## Question", "## Takeaways")  # how the headings begin of what needs no tag
+ALWAYS = ("# ", "## Question", "## Takeaways", "## What you take home")  # how the headings begin of what needs no tag
 DISPLAYED = ("bullet_list_open", "math_block", "ordered_list_open", "table_open")
 BOLD_SENTENCE = re.compile(r"\*\*(?:[^*]|\*(?!\*))+\*\*(?:(?<=[.?!]\*\*)|.*?[.?!](?=\s|$))", re.DOTALL)
 ANSWER = re.compile(r"</summary>(.*)</details>", re.DOTALL)
@@ -58,7 +58,7 @@ def page(notebook: NotebookNode, name: str) -> str:
     style, script = ((HERE / f"slides.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     sections = (
         f"<section>\n<div>\n{body}\n</div>\n"
-        f"<footer>lora_lab {name[:2]}: {title}<span>{i} / {len(bodies)}</span></footer>\n</section>"
+        f"<footer>lora_lab {name.partition('_')[0]}: {title}<span>{i} / {len(bodies)}</span></footer>\n</section>"
         for i, body in enumerate(bodies, start=1)
     )
     return "\n".join(
@@ -75,6 +75,7 @@ def page(notebook: NotebookNode, name: str) -> str:
 def slides(notebook: NotebookNode) -> Iterator[str]:
     """The slides of a lesson, each as HTML."""
     topic = exercise = quotation = paragraph = ""
+    notebook = copies.drop_tests(notebook)
     for cell, learners in zip(notebook.cells, copies.student(notebook).cells, strict=True):
         if cell.cell_type == "markdown":
             wanted = tagged(cell)

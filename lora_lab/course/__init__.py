@@ -5,7 +5,7 @@ exercise    what an exercise is, and all of them by name
 exercises/  the exercises, one file for each lesson: inputs, wrong answers, properties, hints
 judge       right, a known mistake, or what else is wrong, without a trace of the code that is judged
 learner     check, hint, progress: what is shown, and what is remembered
-figures     what one lesson draws; all other figures are in lora_lab.plots
+figures/    what one lesson draws, one file for each; all other figures are in lora_lab.plots
 playground  LoRA trained live in a browser, as one page
 talk        its second page: a language model and its adapter's dial in a browser, served from here
 copies      the lessons in a folder of the learner's, with or without the solutions

@@ -39,6 +39,7 @@ SOLUTION = re.compile(
 )
 NOTEBOOK_METADATA, CELL_METADATA = ("kernelspec", "language_info"), ("jupyter", "tags")  # what the learner gets of it
 BESIDE = "Newer than the lesson that you have changed, so written beside it"
+TEST = "test"  # the tag of a cell that only asserts, which no learner needs
 RAISE = 'raise NotImplementedError("your code here")'
 
 
@@ -49,8 +50,15 @@ class _Manifest(TypedDict):
     versions: dict[str, str]
 
 
+def drop_tests(notebook: NotebookNode) -> NotebookNode:
+    """Return a lesson without the cells that only assert."""
+    result = copy.deepcopy(notebook)
+    result.cells = [cell for cell in result.cells if TEST not in cell.metadata.get("tags", [])]
+    return result
+
+
 def student(notebook: NotebookNode) -> NotebookNode:
-    """The learner's version of a lesson: solutions are replaced by stubs, and no cell has been run.
+    """The learner's version of a lesson: solutions are replaced by stubs, no cell has been run, and none only asserts.
 
     Outputs go, all of them: a prediction is none if its answer is already on the page. So does metadata
     that the learner does not need, such as the state of sliders.
@@ -58,7 +66,7 @@ def student(notebook: NotebookNode) -> NotebookNode:
     Raises:
         ValueError: a marker of a solution has no partner, so that the solution would stay.
     """
-    result = copy.deepcopy(notebook)
+    result = drop_tests(notebook)
     _reduce(result.metadata, NOTEBOOK_METADATA)
     for number, cell in enumerate(result.cells, start=1):
         _reduce(cell.metadata, CELL_METADATA)

@@ -40,7 +40,8 @@ import torch
 from lora_lab.system.provenance import shipped_folder
 
 Edit = str | tuple[str, ...]
-TIME = re.compile(r"\*\*(?:Core|Deeper|Project)\*\*, about (\d+) minutes\.")  # stands in the text of each exercise
+# Stands in the text of each exercise: how hard it is, how much the rest of the course needs it, and how long it takes.
+TIME = re.compile(r"\*\*(?:Core|Deeper|Project)\*\*(?:, importance [●○]{3})?, about (\d+) minutes\.")
 # A cell with a solution: its code, and the name of the exercise and of the function that its last line checks.
 SOLVED_CELL = re.compile(r'(.*### BEGIN SOLUTION.*)^check\("(\w+)", (\w+)\)$', re.DOTALL | re.MULTILINE)
 Holds = TypeVar("Holds", bound=Callable[..., Any])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import io
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,7 +20,8 @@ from IPython.display import display
 from PIL import Image
 
 from lora_lab.plots import Figure, plt
-from lora_lab.studies.claims import Result, verdict
+from lora_lab.studies import answers
+from lora_lab.studies.claims import verdict
 from lora_lab.studies.claims.deciding import IN_OUTPUT
 from lora_lab.system.device import pick_device
 from lora_lab.system.provenance import device_name
@@ -31,9 +33,37 @@ if TYPE_CHECKING:
 MEASURED, SURPRISE, OPEN = "#009e73", "#d55e00", "#999999"  # edges of boxes; the text says the same in words
 
 
-def say(text: str) -> None:
-    """Show a text of Markdown: a sentence that a cell writes from its numbers."""
+def say(text: str, *holds: bool) -> None:
+    """Show a text of Markdown: a sentence that a cell writes from its numbers.
+
+    Args:
+        text: the sentence.
+        holds: what must be true for it to be right.
+
+    Raises:
+        AssertionError: the numbers of this run say something else.
+    """
+    assert all(holds), f"The numbers of this run do not support this sentence: {text}"
     display({"text/markdown": text, "text/plain": text}, raw=True)
+
+
+def answer(ask: str) -> None:
+    """Show the answer to a question, as ``lora-lab answers`` does: one sentence, one number, and what to do.
+
+    Args:
+        ask: the question in a word, such as "rank".
+
+    Raises:
+        ValueError: there is no such question.
+        AssertionError: a verdict that the sentence rests on has changed since it was written.
+    """
+    found = answers.load(ask)[ask]
+    assert not found.faults, f"Read the answer {ask!r} in answers.toml again: {'; '.join(found.faults)}."
+    lines = [found.answer.answer, found.number, found.answer.do]
+    texts = [re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(line, quote=False)) for line in lines]
+    page = f"<b>{texts[0]}</b> {found.dots}<br>{texts[1]}<br><b>Do:</b> {texts[2]}"
+    plain = "\n".join([f"{lines[0]} {found.dots}".rstrip(), *lines[1:]])
+    display({"text/html": _box(page, MEASURED), "text/plain": plain}, raw=True)
 
 
 def show(figure: Figure, alt: str) -> None:
@@ -52,7 +82,6 @@ def table(
     rows: DataFrame | Iterable[Mapping[str, Any]],
     caption: str = "",
     formats: Mapping[str, str] | None = None,
-    metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Show a table, numbers to the right and words to the left.
 
@@ -61,7 +90,6 @@ def table(
         caption: stands above the table.
         formats: column -> a format such as "{:.2f}"; otherwise whole numbers get commas, and other numbers three
             digits. Missing values are left empty.
-        metadata: of the output, which no page shows.
     """
     import pandas
 
@@ -86,7 +114,7 @@ def table(
     page = f"{heading}<table><thead>{row('th', texts)}</thead><tbody>{body}</tbody></table>"
     plain = pandas.DataFrame(texts).to_string(index=False)
     bundle = {"text/html": page, "text/plain": f"{caption}\n{plain}" if caption else plain}
-    display(bundle, raw=True, metadata=metadata)
+    display(bundle, raw=True)
 
 
 @dataclass(frozen=True)
@@ -109,30 +137,27 @@ class Outcome:
 
 
 def claims(*outcomes: Outcome) -> None:
-    """Show claims of the ledger, what became of them in this lesson, and the ledger's verdicts.
+    """Say in a line which claims this lesson decides.
 
-    The output also stores this lesson's verdicts as data, by which the ledger decides what only this lesson measures.
+    The output also stores the verdicts as data, from which the ledger takes them.
 
     Raises:
         ValueError: there is no such claim.
         AssertionError: the numbers of this run do not support a verdict.
     """
-    rows, results = [], {}
+    results = {}
     for outcome in outcomes:
-        entry = verdict(outcome.claim)
-        result = Result(outcome.verdict, outcome.evidence, outcome.on)
+        verdict(outcome.claim)
         assert outcome.holds, (
             f"The verdict on {outcome.claim!r} is {outcome.verdict!r}, but the numbers of this run do not support it; "
             "run all cells above anew, or correct the verdict."
         )
-        results[outcome.claim] = {"verdict": result.verdict, "measured": result.measured, "on": result.on}
-        ledger = "this lesson decides" if entry.claim.lesson else f"{entry.result} ({entry.where})"
-        claim = f"{entry.claim.sentence} [{entry.claim.cited}]"
-        rows.append({"claim": claim, "this lesson": str(result), "ledger": ledger, "evidence": outcome.evidence})
+        results[outcome.claim] = {"verdict": outcome.verdict, "measured": outcome.evidence, "on": outcome.on}
     today, machine = datetime.now(UTC).date().isoformat(), device_name(pick_device()[0])
     stored = {"date": today, "machine": machine, "results": results}
-    caption = "Claims [source]: what this lesson shows, and the ledger's verdict, which counts where they differ"
-    table(rows, caption, metadata={IN_OUTPUT: stored})
+    found = ", ".join(f"{outcome.claim} {outcome.verdict}" for outcome in outcomes)
+    text = f"The ledger takes from this lesson: {found}. `lora-lab claims ID` explains each."
+    display({"text/markdown": text, "text/plain": text}, raw=True, metadata={IN_OUTPUT: stored})
 
 
 class Shown(SimpleNamespace):

@@ -1,4 +1,4 @@
-"""Fifteen questions that people type: to each one sentence, one number, how far it was seen, and what to do.
+"""What people ask about LoRA, and lessons: to each question one sentence, one number, its evidence, and what to do.
 
 A person writes the sentence and what to do, in ``answers.toml``, beside the rows of the ledger that carry it and the
 verdict of each that it was written for. The rest is computed: the number is read out of a row's words, or out of a
@@ -21,9 +21,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
+import torch
 from pydantic import AfterValidator, ConfigDict, Field
 
 from lora_lab.ablation import overfitting
+from lora_lab.adapters.peft_format import shipped
+from lora_lab.inject import inject
+from lora_lab.methods import LoRA
+from lora_lab.models.llama import Llama
+from lora_lab.models.shapes import config
 from lora_lab.studies import records
 from lora_lab.studies.claims.compared import select_inner_rates
 from lora_lab.studies.claims.deciding import OPEN, STANDS, UNTESTABLE, WIDTH, Entry, judge, read_claims
@@ -57,7 +63,8 @@ class Answer:
         number: in words, with braces for its values, which are computed.
         do: what to do.
         link: the lesson or guide that shows it, from the root of the repository.
-        rows: the claims that carry the sentence, each with the verdict that it was written for.
+        rows: the claims that carry the sentence, each with the verdict that it was written for; none where the lesson
+            that it links to shows it by construction.
         of: the one of them whose numbers, theirs and ours, hold the values; a function of this file computes them if
             it is empty.
         pattern: a regular expression that finds them there.
@@ -72,7 +79,7 @@ class Answer:
     number: Text
     do: Annotated[str, Field(pattern=r"\.$"), _of_words(40)]
     link: Text
-    rows: Annotated[dict[str, Literal["stands", "falls", "depends", "open", "untestable"]], Field(min_length=1)]
+    rows: dict[str, Literal["stands", "falls", "depends", "open", "untestable"]]
     of: str = ""
     pattern: str = ""
 
@@ -93,7 +100,12 @@ class Found:
 
     @property
     def dots(self) -> str:
-        """One for small models or a count, two for SmolLM2, and one more if it is published at scale, too."""
+        """One for small models or a count, two for SmolLM2, and one more if it is published at scale, too.
+
+        None at all, not even empty ones, where no row carries the sentence.
+        """
+        if not self.rows:
+            return ""
         count = (2 if SMOLLM2 in self.seen_on else SMALL in self.seen_on) + (PUBLISHED in self.seen_on)
         return "●" * count + "○" * (3 - count)
 
@@ -105,7 +117,7 @@ class Found:
         faults = [
             f"{name} was {written[name]}, and now {now}" for name, now in verdicts.items() if now != written[name]
         ]
-        if self.answer.answer.startswith(NOT_SETTLED) == bool(self.seen_on):
+        if self.rows and self.answer.answer.startswith(NOT_SETTLED) == bool(self.seen_on):
             faults.append(f"it must begin with {NOT_SETTLED!r} if, and only if, none of its rows is decided")
         return faults if self.number else [*faults, "its number is not where it was"]
 
@@ -120,9 +132,10 @@ class Found:
         """The answer in lines for reading."""
         lines = {
             "number": self.number,
-            "strength": f"{self.dots} {', '.join(self.seen_on) or 'not settled here'}",
+            **({"strength": f"{self.dots} {', '.join(self.seen_on) or 'not settled here'}"} if self.rows else {}),
             "what to do": self.answer.do,
-            "rests on": "; ".join(f"{name} ({entry.verdict})" for name, entry in self.rows.items()),
+            "rests on": "; ".join(f"{name} ({entry.verdict})" for name, entry in self.rows.items())
+            or "what the lesson builds",
             "more": self.answer.link,
             **({"read again": "; ".join(self.faults)} if self.faults else {}),
         }
@@ -184,8 +197,8 @@ def table(found: Mapping[str, Found]) -> str:
 def _say_number(answer: Answer, rows: Mapping[str, Entry], every: Mapping[str, Record]) -> str:
     """Return the number of an answer in words, or "" if what holds it is not there, or says it in other words."""
     if not answer.of:
-        record = next((each for each in every.values() if each.what == "overfitting"), None)
-        return answer.number.format(*NUMBERS[answer.ask](record)) if record else ""
+        values = NUMBERS[answer.ask](every)
+        return answer.number.format(*values) if values else ""
     row = rows[answer.of]
     matches = [match.groups() for match in re.finditer(answer.pattern, f"{row.claim.number}; {row.result.measured}")]
     if not matches:
@@ -194,8 +207,14 @@ def _say_number(answer: Answer, rows: Mapping[str, Entry], every: Mapping[str, R
     return answer.number.format(*matches[0], low=low, high=high)
 
 
-def _epochs_to_the_lowest_loss(record: Record) -> list[str]:
+def _overfitting(every: Mapping[str, Record]) -> Record | None:
+    return next((each for each in every.values() if each.what == "overfitting"), None)
+
+
+def _epochs_to_the_lowest_loss(every: Mapping[str, Record]) -> list[str]:
     """Return after how many epochs LoRA of rank 8 had its lowest loss, by size; and the length of the last ones."""
+    if (record := _overfitting(every)) is None:
+        return []
     ended = overfitting.summarise_trials(select_inner_rates(record)[0]).query("setup == 'LoRA r=8'")
     epochs = ended["best_step"] * record.settings["batch_size"] / ended["n_train"]
     ranges = epochs.groupby(ended["n_train"]).agg(["min", "max"]).itertuples(index=False)
@@ -203,14 +222,45 @@ def _epochs_to_the_lowest_loss(record: Record) -> list[str]:
     return [*lowest, f"{record.settings['epochs']['1024']:g}"]
 
 
-def _validation_at_equal_fit(record: Record) -> list[str]:
+def _validation_at_equal_fit(every: Mapping[str, Record]) -> list[str]:
     """Return LoRA's validation loss less full fine-tuning's at a training loss of 2 nats, with its bounds."""
+    if (record := _overfitting(every)) is None:
+        return []
     table = overfitting.by_training_loss(select_inner_rates(record)[0], [2.0])
     (row,) = table.query("setup == 'LoRA r=8' and n_train == 256").to_dict("records")
     return [f"{row[name]:+.2f}" for name in ("difference", "lower", "upper")]
 
 
-NUMBERS: dict[str, Callable[[Record], list[str]]] = {
+def _bytes_of_the_keeper(every: Mapping[str, Record]) -> list[str]:
+    """Return the megabytes of the adapter that is shipped, and of SmolLM2's weights in float32."""
+    file = shipped("lighthouse-keeper") / "adapter_model.safetensors"
+    return [f"{file.stat().st_size / 1e6:.1f}", f"{4 * count(None) / 1e6:.0f}"]
+
+
+def _trained_by_rank_8(every: Mapping[str, Record]) -> list[str]:
+    """Return how many numbers LoRA of rank 8 trains on all linear layers of SmolLM2, and their share."""
+    trained, all_of_them = count(LoRA(8, 16)), count(None)
+    return [f"{trained:,}", f"{all_of_them:,}", f"{100 * trained / all_of_them:.1f}"]
+
+
+def _megabytes_of_rank_8(every: Mapping[str, Record]) -> list[str]:
+    """Return the megabytes of an adapter of rank 8 for all linear layers of SmolLM2, in float32, and of its weights."""
+    return [f"{4 * count(method) / 1e6:.0f}" for method in (LoRA(8, 16), None)]
+
+
+def count(method: LoRA | None) -> int:
+    """Return how many numbers a method trains on SmolLM2, or how many that has."""
+    with torch.device("meta"):
+        model = Llama(config("smollm2-135m"))
+        if method is not None:
+            inject(model, method)
+    return sum(each.numel() for each in model.parameters() if method is None or each.requires_grad)
+
+
+NUMBERS: dict[str, Callable[[Mapping[str, Record]], list[str]]] = {
     "data": _epochs_to_the_lowest_loss,
     "overfitting": _validation_at_equal_fit,
+    "adapter": _bytes_of_the_keeper,
+    "layer": _trained_by_rank_8,
+    "file": _megabytes_of_rank_8,
 }

@@ -1,5 +1,7 @@
 """What lessons show: with a kernel, on a page without one, and in a terminal."""
 
+import dataclasses
+import html
 import io
 
 import matplotlib as mpl
@@ -9,8 +11,10 @@ from PIL import Image
 
 mpl.use("Agg")
 
-from lora_lab import claims, lessons
+from lora_lab import lessons
 from lora_lab.plots import plt
+from lora_lab.studies import answers
+from lora_lab.studies.claims.deciding import IN_OUTPUT
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -52,13 +56,38 @@ def test_a_table_has_a_caption_formats_and_empty_cells(shown):
     assert '<td style="text-align: left">x</td><td style="text-align: right">0.123</td>' in shown[1]["text/html"]
 
 
-def test_an_outcome_is_beside_the_ledgers_sentence_and_verdict(shown):
-    lessons.claims(lessons.Outcome("b-zero-cannot-learn", "stands", "seen <here>", 2 < 3))
-    entry = claims.verdict("b-zero-cannot-learn")
-    assert entry.result.verdict == "falls"  # a lesson may disagree, and both are shown
-    page = shown[0]["text/html"]
-    for cell in (f"{entry.claim.sentence} [{entry.claim.source}]", "stands", "seen &lt;here&gt;", "falls (computed)"):
-        assert f">{cell}</td>" in page
+def test_what_a_lesson_decides_is_said_in_a_line_and_stored_for_the_ledger(shown, monkeypatch):
+    stored = []
+    monkeypatch.setattr(lessons, "display", lambda data, raw, metadata: stored.append((data, metadata)))
+    lessons.claims(lessons.Outcome("b-zero-cannot-learn", "depends", "seen <here>", 2 < 3, on="the rate"))
+    ((data, metadata),) = stored
+    assert "b-zero-cannot-learn depends" in data["text/plain"]
+    assert metadata[IN_OUTPUT]["results"] == {
+        "b-zero-cannot-learn": {"verdict": "depends", "measured": "seen <here>", "on": "the rate"}
+    }
+
+
+def test_an_answer_is_that_of_the_command_and_stops_where_a_verdict_has_changed(shown, monkeypatch):
+    found = answers.load("rank")["rank"]
+    lessons.answer("rank")
+    for text in (shown[0]["text/plain"], html.unescape(shown[0]["text/html"])):
+        assert found.answer.answer in text
+        assert found.number in text
+        assert found.dots in text
+    assert "<code>lora-lab rank</code>" in shown[0]["text/html"]
+    with pytest.raises(ValueError, match="no answer 'ranks'"):
+        lessons.answer("ranks")
+    monkeypatch.setattr(answers, "load", lambda ask: {ask: dataclasses.replace(found, number="")})
+    with pytest.raises(AssertionError, match=r"Read the answer 'rank' .* its number is not where it was"):
+        lessons.answer("rank")
+
+
+def test_a_sentence_is_shown_only_if_what_it_says_holds(shown):
+    lessons.say("Two is less than three.", 2 < 3, 3 > 2)
+    assert shown[0]["text/plain"] == "Two is less than three."
+    with pytest.raises(AssertionError, match=r"do not support this sentence: Three is less\."):
+        lessons.say("Three is less.", 2 < 3, 3 < 2)
+    assert len(shown) == 1
 
 
 def test_an_outcome_that_the_numbers_do_not_support_is_not_shown(shown):

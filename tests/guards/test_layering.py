@@ -16,7 +16,6 @@ ROOT = Path(lora_lab.__file__).parent
 # Of a docstring that lists files: a name, two spaces or a slash, and what it is.
 LINE = re.compile(r"^(?: {4})?(\w+/(?= )|\w+(?=  )) +\S", flags=re.MULTILINE)
 MOST_LINES = 70
-DRAWING = ("plots", "course.figures")  # the modules that import matplotlib
 FOR_TESTS = {"transformers", "peft", "pytest", "hypothesis", "huggingface_hub", "requests"}
 PICKLES = {"pickle", "cloudpickle", "dill", "shelve", "marshal"}
 READING = {"torch.load", "torch.save", "numpy.load", "np.load", "joblib.load"}
@@ -30,6 +29,7 @@ def name_of(path):
 
 
 FILES = {name_of(path): path for path in sorted(ROOT.rglob("*.py"))}
+DRAWING = {name for name in FILES if name == "plots" or name.startswith("course.figures")}  # import matplotlib
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 import nbformat
@@ -17,19 +18,26 @@ from nbval.plugin import get_sanitize_patterns
 
 import lora_lab.course.exercises  # noqa: F401  # registers them
 from lora_lab.course.exercise import EXERCISES, TIME
+from lora_lab.studies import answers
 from lora_lab.studies.claims import verdict
 from lora_lab.studies.claims.deciding import IN_OUTPUT, read_claims
 from tests.helpers import ROOT
+
+sys.path.insert(0, str(ROOT / "docs"))  # a script, which is no package
+import generate
 
 LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 IGNORED = "nbval-ignore-output"
 HIDDEN = "hide-input"
 PLAIN = "text/plain"
-KNOWN_TAGS = {IGNORED, HIDDEN, "raises-exception", "slide"}
+TEST = "test"
+KNOWN_TAGS = {IGNORED, HIDDEN, TEST, "raises-exception", "slide"}
 SANITIZE = get_sanitize_patterns((ROOT / "notebooks" / "nbval_sanitize.cfg").read_text(encoding="utf-8"))
 SETTINGS = {"LORA_LAB_DEVICE", "LORA_LAB_EFFORT"}
 
 each_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+PLAIN_ONES = [path for path in LESSONS if "lessons.answer(" in path.read_text(encoding="utf-8")]
+each_plain = pytest.mark.parametrize("path", PLAIN_ONES, ids=lambda path: path.stem)
 each_chapter = pytest.mark.parametrize("path", LESSONS[1:], ids=lambda path: path.stem)  # 00 takes ten minutes
 
 
@@ -137,10 +145,9 @@ def outcomes(notebook):
 def test_a_lessons_claims_are_the_ledgers_are_stored_and_none_is_decided_by_another_lesson(path):
     notebook, every = read(path), read_claims()
     here = outcomes(notebook)
-    assert here
     assert len(set(here)) == len(here)
     assert set(here) <= every.keys()
-    decided = {name for name in here if every[name].lesson}
+    decided = {name for name in here if every[name].lesson or path in PLAIN_ONES}
     assert decided == {name for name, claim in every.items() if claim.lesson == path.stem}
     # nbval does not compare what is stored of them.
     stored = [output.get("metadata", {}).get(IN_OUTPUT) for cell in code(notebook) for output in cell.outputs]
@@ -207,6 +214,81 @@ def test_every_figure_has_a_text_for_readers_who_cannot_see_it(path):
             if "image/png" in output.get("data", {}):
                 assert len(output.metadata["image/png"]["alt"].split()) >= 4, cell.source
                 assert output.data["text/plain"] == output.metadata["image/png"]["alt"]
+
+
+def is_silent(cell):
+    """Whether a cell only asserts: it shows nothing, and neither imports nor defines anything that a learner uses."""
+    kinds = (ast.Assert, ast.For, ast.With)
+    return not cell.outputs and all(isinstance(node, kinds) for node in ast.parse(cell.source).body)
+
+
+@each_lesson
+def test_a_cell_that_only_asserts_is_in_no_learners_copy_and_no_other_cell_needs_it(path):
+    cells, dropped = code(read(path)), set()
+    for cell in cells:
+        names = [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Name)]
+        made = {name.id for name in names if isinstance(name.ctx, ast.Store)}
+        if TEST in tags(cell):
+            assert not cell.outputs, "a learner would miss what it shows"
+            dropped |= made
+        else:
+            assert not {name.id for name in names if isinstance(name.ctx, ast.Load)} & dropped - made, cell.source
+            assert path not in PLAIN_ONES or not is_silent(cell), cell.source
+
+
+@each_plain
+def test_a_lesson_begins_and_ends_with_its_answer_and_says_what_to_take_home_and_to_try(path):
+    notebook = read(path)
+    first, *_, last = (number for number, cell in enumerate(notebook.cells) if "lessons.answer(" in cell.source)
+    assert first <= 2
+    headings = re.findall(r"^## (.+)$", text_of(notebook), re.MULTILINE)
+    assert headings[-2:] == ["What you take home", "What to try"]
+    assert not {"Explain", "Claims", "Takeaways", "Recall", "Your turn"} & set(headings)
+    home = "\n".join(cell.source for cell in notebook.cells[: last + 1])
+    assert "\n## What you take home" in f"\n{home}"
+    assert "\n## What to try" not in home
+    linked = {answers.read_answers()[ask].link for ask in re.findall(r'lessons\.answer\("(\w+)"\)', home)}
+    assert any(Path(link).stem == path.stem for link in linked)
+
+
+def sentences(text):
+    """The sentences of a Markdown text, without code, formulas, tables and folds."""
+    for pattern in (r"<details>.*?</details>", r"```.*?```", r"\$\$.*?\$\$"):
+        text = re.sub(pattern, "", text, flags=re.DOTALL)
+    for block in re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )", text):
+        if not block.lstrip().startswith(("|", "#", "<")):
+            yield from re.split(r"(?<=[.?!:])[*)_\"]*\s+(?=[*_\"(]*[A-Z])", " ".join(block.split()))
+
+
+@each_plain
+def test_there_is_little_to_read(path):
+    notebook, reading = read(path), generate.read_lesson(path)
+    assert reading.words <= 1500
+    assert reading.all_words <= 2000
+    assert reading.exercise_words <= 500
+    assert len(re.findall(", importance [●○]{3}, about", text_of(notebook))) == len(TIME.findall(text_of(notebook)))
+    for cell in notebook.cells:
+        texts = [cell.source] if cell.cell_type == "markdown" else []
+        texts += [
+            output.data["text/markdown"]
+            for output in cell.get("outputs", [])
+            if "text/markdown" in output.get("data", {})
+        ]
+        for text in texts:
+            plain = generate.TABLE.sub("", generate.FOLD.sub("", text))
+            assert len(plain.split()) <= 120, text
+            long = [each for each in sentences(text) if len(each.split()) > 40]
+            assert long == []
+    home = text_of(notebook).rpartition("## What you take home")[2].partition("## What to try")[0]
+    points = re.findall(r"^(?:\d+\.|-) (.+?)(?=\n\S|\n\n|\Z)", home, re.MULTILINE | re.DOTALL)
+    assert 1 <= len(points) <= 3
+    assert all(len(point.split()) <= 30 for point in points)
+
+
+@each_plain
+def test_the_minutes_follow_the_rule(path):
+    stated = re.search(r"about (\d+) minutes for you", text_of(read(path)))[1]
+    assert int(stated) == generate.read_lesson(path).minutes
 
 
 @pytest.fixture(scope="module")

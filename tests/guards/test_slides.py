@@ -195,7 +195,7 @@ def test_nothing_is_cut_off_on_a_screen_and_each_slide_is_a_printed_page(browser
         box = slide.bounding_box()
         assert (box["x"], box["y"], box["width"], box["height"]) == (0, 0, WIDTH, HEIGHT)  # the keys have led here
         if screenshots:
-            page.screenshot(path=Path(screenshots) / f"slides_{name[:2]}_{i:02d}.png")
+            page.screenshot(path=Path(screenshots) / f"slides_{name.partition('_')[0]}_{i:02d}.png")
         page.keyboard.press("ArrowRight")
     page.keyboard.press("Home")
     assert page.locator("section").first.bounding_box()["y"] == 0

@@ -37,7 +37,7 @@ def required(notebook):
 
 def in_order(numbers):
     """Whether each lesson comes after those that it requires."""
-    notebooks = {name[:2]: notebook for name, notebook in LESSONS.items()}
+    notebooks = {name.partition("_")[0]: notebook for name, notebook in LESSONS.items()}
     return all(required(notebooks[number]) <= {*numbers[:place]} for place, number in enumerate(numbers))
 
 
@@ -58,7 +58,7 @@ def test_the_readmes_choices_of_lessons_come_after_what_they_require():
 
 def test_the_weeks_add_up_and_come_after_what_they_require():
     weeks = re.findall(r"^\| \d \| ([\d, ]+) \| (\d+) \|", TEACH, re.MULTILINE)
-    minutes = {name[:2]: int(start(notebook)[2]) for name, notebook in LESSONS.items()}
+    minutes = {name.partition("_")[0]: int(start(notebook)[2]) for name, notebook in LESSONS.items()}
     assert len(weeks) == 4
     for lessons, total in weeks:
         assert sum(minutes[number] for number in lessons.split(", ")) == int(total) <= 180

@@ -17,6 +17,8 @@ import generate
 FROZEN = json.loads((ROOT / "tests/acceptance/claims.json").read_text(encoding="utf-8"))
 ASKED = ["rank", "rate", "alpha", "layers", "full", "faster", "memory", "fit", "data", "overfitting", "forgetting"]
 ASKED += ["variants", "bits", "merge", "batch"]
+LESSONS = ["adapter", "why", "pretrained", "layer", "file", "score", "written"]
+BUILT = ["adapter", "layer", "file"]  # by a lesson, whatever any row says
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +36,9 @@ def with_row(answer, name, **result):
 # What a person wrote
 
 
-def test_there_are_fifteen_and_each_says_what_its_rows_say_today(found):
-    assert list(found) == ASKED
+def test_there_are_fifteen_and_those_of_lessons_and_each_says_what_its_rows_say_today(found):
+    assert list(found) == ASKED + LESSONS
+    assert [name for name, answer in found.items() if not answer.rows] == BUILT
     assert {name: answer.faults for name, answer in found.items() if answer.faults} == {}
     for answer in found.values():
         assert {name: FROZEN[name]["verdict"] for name in answer.rows} == answer.answer.rows
@@ -49,7 +52,6 @@ REFUSED = [
     (SENTENCE, "start with 16.", "answer"),
     ('question = "Which rank should I use?"', 'question = "Which rank."', "question"),
     ('rank-one-suffices = "falls"', 'rank-one-suffices = "true"', "rows"),
-    ('rank-one-suffices = "falls", loss-flat-from-rank-16 = "open", more-training-higher-rank = "stands"', "", "rows"),
     ('ask = "rank"', 'ask = "rank"\nverdict = "stands"', "verdict"),
 ]
 
@@ -84,6 +86,9 @@ def test_a_changed_verdict_asks_for_the_sentence_to_be_read_again_and_stops_the_
 
 def test_what_rests_on_open_rows_must_say_that_it_is_not_settled_and_nothing_else_may(found):
     for name, answer in found.items():
+        if name in BUILT:
+            assert answer.dots == ""
+            continue
         undecided = all(FROZEN[row]["verdict"] in ("open", "untestable") for row in answer.rows)
         assert answer.answer.answer.startswith("Not settled here: ") == undecided == (answer.dots == "○○○"), name
     opened = with_row(found["fit"], "quiz-8b-in-6-gb", verdict="open")
@@ -135,6 +140,17 @@ def test_numbers_are_those_of_the_rows(found):
             assert all(value in said for value in values), name
             seen += len(values)
     assert seen > 15
+
+
+def test_what_is_counted_is_counted_on_the_models_that_are_named(found):
+    """SmolLM2: 30 blocks of (in, out) below, 576 numbers for each of 49,152 tokens, and the weights of norms."""
+    shapes = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
+    every = 49_152 * 576 + 30 * (sum(m * n for m, n in shapes) + 2 * 576) + 576
+    trained = 30 * 8 * sum(m + n for m, n in shapes)
+    assert found["layer"].number.split(" numbers")[0].endswith(f" {trained:,}")
+    assert f" {every:,}: {100 * trained / every:.1f} %" in found["layer"].number
+    assert f" {4 * trained / 1e6:.0f} MB" in found["file"].number
+    assert f" {4 * every / 1e6:.0f} MB" in found["adapter"].number
 
 
 def test_a_number_follows_its_row_and_is_missed_where_the_row_says_it_in_other_words(found):
@@ -195,10 +211,9 @@ def test_the_command_lists_all_and_explains_one(found, capsys):
 def test_the_page_has_each_answer_in_bold_with_its_number_and_rows(found):
     page = " ".join((ROOT / "docs" / "answers.md").read_text(encoding="utf-8").split())
     for answer in found.values():
-        assert (
-            f"## {answer.answer.question} **{answer.answer.answer}** {answer.dots} {answer.number} {answer.answer.do}"
-            in page
-        )
+        said = answer.answer
+        text = f"## {said.question} **{said.answer}** {answer.dots} {answer.number} {said.do}"
+        assert " ".join(text.split()) in page
         assert all(f"`{name}` {entry.verdict}" in page for name, entry in answer.rows.items())
 
 
