@@ -11,7 +11,7 @@ from torch import nn
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from lora_lab import Llama, load_pretrained
-from lora_lab.models import llama
+from lora_lab.models import llama, reading
 from lora_lab.models.llama import KeyValueCache, LlamaConfig, rotary_frequencies
 from tests.helpers import enlarge, logits, random_ids
 
@@ -400,3 +400,18 @@ def test_blocks_are_computed_again_in_training_only(tiny, monkeypatch):
 def test_a_rope_theta_that_is_a_large_whole_number_is_a_number():
     config = LlamaConfig(16, 8, 16, 1, 2, 1, 4, rope_theta=10**30)
     assert torch.isfinite(rotary_frequencies(config)).all()
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(reading.SMALL_BYTES, [2, 1, 1]), (0, [2, 2, 2])])
+def test_single_tokens_of_a_small_model_are_read_by_one_thread(tiny_config, monkeypatch, limit, expected):
+    monkeypatch.setattr(reading, "SMALL_BYTES", limit)
+    model, seen = Llama(tiny_config).eval(), []
+    model.model.layers[0].register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        model.generate(torch.tensor([1, 2, 3]), 3)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == expected
