@@ -1,4 +1,4 @@
-"""What the learner calls: ``check``, ``hint`` and ``progress``.
+"""What the learner calls: ``check``, ``hint``, ``progress`` and ``keep``.
 
 In a folder that ``lora-lab course`` has written, passed exercises are remembered in the file
 ``progress.json``; elsewhere until the kernel stops.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import difflib
 import html
+import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -131,6 +133,15 @@ def progress(lesson: str = "") -> None:
     title = f"{len(chosen) - len(left)} of {len(chosen)} exercises done."
     rest = f"The others take about {minutes} minutes." if left else ""
     display(Box(title, rest, _align(chosen, states), colour=GREY if left else GREEN))
+
+
+@cache
+def keep(name: str) -> Path:
+    """Return the path of a file or folder that stays: beside the learner's lessons, or elsewhere in a temporary folder.
+
+    So a lesson that is run in the repository leaves nothing there.
+    """
+    return Path(name).absolute() if Path(MANIFEST).is_file() else Path(tempfile.mkdtemp()) / name
 
 
 def _align(exercises: Iterable[Exercise], states: Mapping[str, str]) -> str:

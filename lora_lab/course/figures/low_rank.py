@@ -30,7 +30,7 @@ def numbers(matrices: Mapping[str, Any]) -> Figure:
     for name, ax in axes.items():
         array = arrays[name]
         ax.imshow(array, cmap="PuOr", vmin=-limit, vmax=limit)  # orange is negative
-        write_entries(ax, array, ".0f", white_above=0.7 * limit)
+        write_entries(ax, array, "z.0f", white_above=0.7 * limit)
         ax.set(xticks=range(array.shape[1]), yticks=range(array.shape[0]), xlabel="column")
     figure.axes[0].set_ylabel("row")
     return figure

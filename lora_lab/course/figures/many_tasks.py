@@ -60,7 +60,7 @@ def effect_of_adapters(changes: DataFrame, ax: Axes | None = None) -> Axes:
     ax = ax or plt.subplots(figsize=(7.2, 1.6 + 0.6 * len(changes)))[1]
     limit = 3.0  # nats per token: from there on, colours are the darkest
     picture = ax.imshow(changes, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
-    write_entries(ax, changes.to_numpy(), "+.2f", white_above=0.6 * limit)
+    write_entries(ax, changes.to_numpy(), "+z.2f", white_above=0.6 * limit)
     ax.set_xticks(range(len(changes.columns)), changes.columns)
     ax.set_yticks(range(len(changes)), changes.index)
     ax.set(xlabel="test loss of the task", ylabel="adapter")
