@@ -455,6 +455,7 @@ def rank(
     seq: int = 64,
     jobs: int = 1,
     out: str = "runs/rank",
+    plan: bool = False,
 ) -> dict[str, Any]:
     """Find which rank is enough for a task of yours, by 44 short runs; their time is said first, and it resumes.
 
@@ -474,10 +475,11 @@ def rank(
         seq: tokens per example, for docs
         jobs: number of processes
         out: folder of results; finished trials are not run again
+        plan: only say how long it will take
 
     Returns:
-        ``answer``, ``rank`` (null if undecided), ``reason``, ``method``, ``margin``, ``seeds``, ``notes`` and
-        ``ranks``, as ``verdict`` of ablate; and ``folder``.
+        ``runs`` and ``seconds``, planned; and unless that is all: ``answer``, ``rank`` (null if undecided), ``reason``,
+        ``method``, ``margin``, ``seeds``, ``notes`` and ``ranks``, as ``verdict`` of ablate; and ``folder``.
     """
     from tqdm import tqdm
 
@@ -486,18 +488,22 @@ def rank(
 
     if len(set(ranks)) < 2:
         raise ValueError(f"--ranks has {[*ranks]}, but it takes two ranks to compare them.")
-    system.files.check_writable(Path(out))
+    if not plan:
+        system.files.check_writable(Path(out))
     net, made = ablation.materials.get(task, seq, model=model)
     data: Any = made() if callable(made) else made
     count, seconds = count_runs(ranks, seeds), time_run(net, data, ranks, steps, batch)
-    total = tqdm.format_interval(count * seconds / jobs)
+    planned = {"runs": count, "seconds": count * seconds / jobs}
+    total = tqdm.format_interval(planned["seconds"])
     print(f"{count} runs of about {seconds:.1f} s: {total}, more where a learning rate is to be sought further out.")
+    if plan:
+        return planned
     options = {"lr": lr, "steps": steps, "batch_size": batch, "margin": margin, "seeds": seeds, "n_jobs": jobs}
     verdict = find_rank(net, data, ranks, folder=Path(out), **options)
     ll.plots.use_style()
     _draw(ll.plots.rank_verdict(verdict), Path(out) / "verdict.png")
     print(f"\n{verdict}")
-    return {"folder": out, **verdict.to_dict()}
+    return {**planned, "folder": out, **verdict.to_dict()}
 
 
 def record(

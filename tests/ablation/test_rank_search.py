@@ -104,5 +104,19 @@ def test_the_command_says_the_time_first_and_gives_the_verdict(tmp_path, capsys,
     printed = capsys.readouterr().out
     assert printed.index("16 runs of about") < printed.index("margin 0.01")
     assert (tmp_path / "sweep/verdict.png").is_file()
+    assert command("rank", "digits", "--lr", "8e-3", *size[:-1], "planned", "--plan") == 0
+    assert "16 runs of about" in capsys.readouterr().out
+    assert not (tmp_path / "planned").exists()
     assert command("rank", "digits", "--ranks", "2", "--out", "other") == 1
     assert "it takes two ranks" in capsys.readouterr().err
+
+
+def test_it_runs_on_a_folder_of_hugging_face_and_a_file_of_lines(tiny_hf, hf_folder, tmp_path, monkeypatch, capsys):
+    folder = hf_folder(tiny_hf())
+    rows = [{"text": f"Line {number} of a file of mine says {3 * number}."} for number in range(40)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    options = ("--ranks", "1", "2", "--steps", "4", "--batch", "2", "--seeds", "2", "--out", "sweep")
+    assert command("rank", "mine.jsonl", "--model", folder, *options) == 0
+    assert "16 runs of about" in capsys.readouterr().out
+    assert (tmp_path / "sweep/verdict.png").is_file()
