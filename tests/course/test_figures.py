@@ -14,6 +14,7 @@ from lora_lab import plots
 from lora_lab.ablation.overfitting import summarise_trials
 from lora_lab.costs.flops import Flops
 from lora_lab.course import figures
+from lora_lab.course.figures import fine_tuning
 from tests.helpers import LOSSES, PEAKED, STEP, bill, bounds, by_label, moments, points, said, sweep
 
 
@@ -92,6 +93,46 @@ def test_published_ratios_are_drawn_beside_what_flops_allow():
     (points,) = [line for line in ax.get_lines() if line.get_marker() == "o"]
     assert list(points.get_xdata()) == [0.5, 1.2]
     assert [line.get_xdata()[0] for line in ax.get_lines() if line is not points] == [2 / 3, 1]
+
+
+def test_starts_are_arrows_from_the_loss_before_training_to_the_loss_after():
+    ax = fine_tuning.from_start_to_end({"from scratch": (10.0, 7.0), "fine-tuned": (3.0, 2.5)}, vocabulary=20_000)
+    arrows = [(text.arrow_patch is not None, text.xyann, text.xy) for text in ax.texts if text.get_text() == ""]
+    assert arrows == [(True, (10.0, 0), (7.0, 0)), (True, (3.0, 1), (2.5, 1))]
+    assert [text.strip() for text in said(ax.texts) if text][:2] == ["begins at 10.0", "ends at 7.00"]
+    (above,) = [other for other in ax.figure.axes if other is not ax]
+    assert above.get_xlim() == ax.get_xlim()
+    assert above.get_xticks() == pytest.approx(np.log([1, 10, 100, 1000, 10000]))
+
+
+def test_right_answers_have_a_line_at_the_baseline_and_their_range():
+    ax = fine_tuning.right_answers(
+        {"zero-shot": [28], "bag of words": [38], "fine-tuned": [54, 55, 54]}, "bag of words", 69
+    )
+    assert said(ax.texts) == ["28", "38", "54 to 55"]
+    assert said(ax.get_yticklabels()) == ["zero-shot", "bag of words", "fine-tuned"]
+    assert [list(line.get_xdata()) for line in ax.get_lines()] == [[28], [38], [54, 55, 54], [38, 38]]
+
+
+def test_a_head_start_is_filled_in_the_winners_colour_where_the_bounds_exclude_zero():
+    rows = [("moved", "MLP", 9, 5, 14), ("moved", "small", -8, -13, -3), ("inverted", "MLP", 1, -2, 4)]
+    ax = fine_tuning.head_starts(
+        pandas.DataFrame(rows, columns=["data", "model", "points", "points_lower", "points_upper"])
+    )
+    marks = [container.lines[0] for container in ax.containers]
+    assert [mark.get_fillstyle() for mark in marks] == ["full", "full", "none"]
+    assert [mark.get_color() for mark in marks] == [
+        plots.METHOD_COLOURS[name] for name in ("full", "scratch", "chance")
+    ]
+    spans = [container.lines[2][0].get_segments()[0][:, 0].tolist() for container in ax.containers]
+    assert spans == [[5, 14], [-13, -3], [-2, 4]]
+
+
+def test_a_ring_is_around_the_rate_that_was_chosen():
+    right = {"from scratch": {1e-3: [0.1, 0.3], 3e-3: [0.5, 0.7]}, "fine-tuned": {1e-3: [0.6, 0.6], 3e-3: [0.4, 0.6]}}
+    ax = fine_tuning.by_rate(right, {"from scratch": 3e-3, "fine-tuned": 1e-3})
+    rings = [points(line)[0] for line in ax.get_lines() if line.get_markersize() == 16]
+    assert rings == [pytest.approx((3e-3, 60)), pytest.approx((1e-3, 60))]
 
 
 def test_each_seed_has_its_best_rank_marked():

@@ -2,7 +2,7 @@
 
 import copy
 
-import numpy as np  # noqa: F401  # for the solution
+import numpy as np  # for the solution
 import torch
 from torch import nn
 
@@ -31,6 +31,7 @@ def started(head_start, rng):
     pretrained = make()
     for buffer in pretrained.buffers():
         buffer.copy_(torch.as_tensor(rng.uniform(1, 9, buffer.shape)))
+    pretrained.trained_by = "full"  # training leaves a mark, and refuses a net that has one
     before = copy.deepcopy(pretrained.state_dict())
     return pretrained, before, head_start(pretrained, make)
 
@@ -38,6 +39,32 @@ def started(head_start, rng):
 def holds(net, state, names):
     """Whether a net has these entries of a state dict."""
     return all(torch.equal(net.state_dict()[name], state[name]) for name in names)
+
+
+def stops_otherwise(function, text):
+    """Whether a call does not stop with an error that says this."""
+    try:
+        function()
+    except (TypeError, AttributeError) as error:
+        return text not in str(error)
+    return True
+
+
+@head_start.must(
+    "make is a function. Call it, net = make(), and it returns a new net.",
+    ("make()", "make"),
+)
+def calls_make(head_start, rng):
+    return stops_otherwise(lambda: started(head_start, rng), "'function' object has no attribute")
+
+
+@head_start.must(
+    "load_state_dict wants a dict of tensors by name: give it pretrained.state_dict().",
+    ("pretrained.state_dict()", "pretrained"),
+    ("pretrained.state_dict()", "pretrained.parameters()"),
+)
+def loads_a_dict(head_start, rng):
+    return stops_otherwise(lambda: started(head_start, rng), "state_dict to be dict-like")
 
 
 @head_start.must(
@@ -59,6 +86,15 @@ def is_another_net(head_start, rng):
 
 
 @head_start.must(
+    "This copies the whole object, with the mark that training left on it. Fill a net from make() with its numbers.",
+    "return copy.deepcopy(pretrained)",
+    "return copy.copy(pretrained)",
+)
+def carries_no_mark(head_start, rng):
+    return not hasattr(started(head_start, rng)[2], "trained_by")
+
+
+@head_start.must(
     "The pre-trained model has changed. Copy from it into the new one, not the other way round.",
     ("net.load_state_dict(pretrained.state_dict())", "pretrained.load_state_dict(net.state_dict())"),
 )
@@ -74,7 +110,8 @@ def leaves_the_original(head_start, rng):
 def begins_at_the_pretrained_weights(head_start, rng):
     """The result is another net with the weights of the pre-trained one."""
     pretrained, before, net = started(head_start, rng)
-    return net is not pretrained and holds(net, before, dict(pretrained.named_parameters()))
+    fresh = net is not pretrained and not hasattr(net, "trained_by")
+    return fresh and holds(net, before, dict(pretrained.named_parameters()))
 
 
 @head_start.must(
@@ -88,6 +125,14 @@ def has_the_buffers_too(head_start, rng):
 
 
 @head_start.must(
+    "The new net is frozen: no training step can change it. Leave requires_grad as make() sets it.",
+    ("return net", "return net.requires_grad_(False)"),
+)
+def can_be_trained(head_start, rng):
+    return all(tensor.requires_grad for tensor in started(head_start, rng)[2].parameters())
+
+
+@head_start.must(
     "The tensors are shared: the original moved after a step of yours. Copy the numbers, not the tensors.",
     ("state_dict())", "state_dict(), assign=True)"),
 )
@@ -97,16 +142,19 @@ def leaves_the_original_alone(head_start, rng):
     with torch.no_grad():
         for tensor in net.state_dict().values():
             tensor.add_(1)  # as a training step would
-    return holds(pretrained, before, before)
+    return holds(pretrained, before, before) and all(tensor.requires_grad for tensor in net.parameters())
 
 
 # Choosing a rate
 
 
 def validation_and_test(rng):
-    """Rate -> the accuracy of each of three seeds, in validation and in the test."""
-    rates = rng.choice([1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1], 6, replace=False).tolist()
-    return tuple({rate: rng.uniform(0.5, 1, 3).tolist() for rate in rates} for _ in range(2))
+    """Rate -> the accuracy of each of three seeds, in validation and in the test; no two means are equal."""
+    rates = rng.choice([1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1], 4, replace=False).tolist()
+    right = np.zeros((2, 4, 3), int)  # (parts, rates, seeds)
+    while any(len(set(means)) < 4 for means in right.sum(-1).tolist()):
+        right = rng.integers(50, 100, right.shape)
+    return tuple(dict(zip(rates, (part / 100).tolist(), strict=True)) for part in right)
 
 
 BEST = "max(validation, key=lambda rate: np.mean(validation[rate]))"
@@ -117,15 +165,22 @@ choose = Exercise(
         "You chose on the test data, which is there to judge. Choose by the validation dict alone.": [
             ("np.mean(validation[rate])", "np.mean(test[rate])"),
             ("np.mean(validation[rate])", "np.mean([*validation[rate], *test[rate]])"),
+            ("np.mean(validation[rate])", "-abs(np.mean(validation[rate]) - np.mean(test[rate]))"),
         ],
         "One lucky seed chose. Take the mean over the seeds of each rate first.": ("np.mean(", "max("),
+        "One unlucky seed chose. Take the mean over the seeds of each rate first.": ("np.mean(", "min("),
+        "This is the best median. The mean counts every seed: np.mean(validation[rate]).": ("np.mean(", "np.median("),
         "Only the first seed chose. Take the mean over all seeds of each rate.": (
             ("np.mean(validation[rate])", "validation[rate][0]")
+        ),
+        "Only the last seed chose. Take the mean over all seeds of each rate.": (
+            ("np.mean(validation[rate])", "validation[rate][-1]")
         ),
         "This is the worst rate. Accuracy is better when it is higher; only a loss is better when it is lower.": (
             ("max(", "min(")
         ),
         "This is the highest rate. Return the one with the best accuracy.": "return max(validation)",
+        "This is the lowest rate. Return the one with the best accuracy.": "return min(validation)",
         "This is the position of the best rate in the dict. Return the rate itself.": (
             (BEST, f"[*validation].index({BEST})")
         ),
@@ -154,7 +209,7 @@ def is_best_in_validation(choose, rng):
 def does_not_ask_the_test(choose, rng):
     """The result is one of the rates, not always the largest, and other test accuracies do not change it."""
     validation, test = validation_and_test(rng)
-    mirrored = dict(zip(validation, [*validation.values()][::-1], strict=True))  # another of the six rates is best
+    mirrored = dict(zip(validation, [*validation.values()][::-1], strict=True))  # another of the four rates is best
     tests = validation, mirrored, test
     results = [{float(choose(table, each)) for each in tests} for table in (validation, mirrored)]
     return results[0] != results[1] and all(len(each) == 1 and each <= {*validation} for each in results)
@@ -192,6 +247,14 @@ def switched(only, rng, frozen=False):
 
 
 HEAD = ["head.0.bias", "head.0.weight", "head.2.bias", "head.2.weight"]
+
+
+@only.must(
+    "model.name is a layer that is called name. Take the layer with get_submodule(name).",
+    ("model.get_submodule(name)", "model.name"),
+)
+def asks_for_the_layer_by_its_name(only, rng):
+    return stops_otherwise(lambda: switched(only, rng), "has no attribute 'name'")
 
 
 @only.must(
