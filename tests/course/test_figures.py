@@ -157,13 +157,14 @@ def test_a_training_curve_is_marked_with_its_lowest_loss_its_rise_and_its_gap():
             run("full", 1e-3, 1, [4.0, 2.0, 1.5, 3.0], [2.5, 1.5, 0.25]),
         ]
     )
-    ax = figures.training_curve(rows)
+    ax = figures.training_curve(rows, 5, "bits")
     lines = by_label(ax)
-    assert points(lines["validation loss"]) == [(0, 3.5), (10, 1.5), (20, 1.5), (30, 2.5)]
-    assert points(lines["training loss"]) == [(10, 2.0), (20, 1.0), (30, 0.25)]
+    assert points(lines["validation loss"]) == [(0, 3.5), (2, 1.5), (4, 1.5), (6, 2.5)]
+    assert points(lines["training loss"]) == [(2, 2.0), (4, 1.0), (6, 0.25)]
+    assert points(lines["validation loss before training"]) == [(0, 3.5), (6, 3.5)]
     (dot,) = [line for line in ax.get_lines() if len(line.get_xdata()) == 1]
-    assert points(dot) == [(10, 1.5)]
-    assert {text.get_text() for text in ax.texts} >= {"lowest: 1.50, step 10", "rise 1.00", "gap 2.25"}
+    assert points(dot) == [(2, 1.5)]
+    assert {text.get_text() for text in ax.texts} >= {"lowest: 1.50\nepoch 2", "rise 1.00", "gap 2.25"}
 
 
 TWO_METHODS = pandas.concat(
@@ -191,44 +192,22 @@ def test_a_headline_follows_the_rates_that_were_picked():
     }
 
 
-def test_the_lowest_loss_and_the_rise_stand_beside_each_other_by_rate():
-    left, right = figures.lowest_and_rise(summarise_trials(TWO_METHODS.assign(off_domain_loss=1.0))).axes
-    assert points(by_label(left)["full"]) == [(1e-3, 1.0), (1e-2, 0.5)]
-    assert points(by_label(right)["full"]) == [(1e-3, 1.0), (1e-2, 4.0)]
-    assert points(by_label(right)["LoRA r=8"]) == [(1e-3, 0.0), (1e-2, 2.5)]
+def test_the_lowest_loss_and_the_rise_are_drawn_by_rate():
+    lines = by_label(figures.lowest_and_rise(summarise_trials(TWO_METHODS.assign(off_domain_loss=1.0))))
+    assert points(lines["full: lowest loss"]) == [(1e-3, 1.0), (1e-2, 0.5)]
+    assert points(lines["full: rise after it"]) == [(1e-3, 1.0), (1e-2, 4.0)]
+    assert points(lines["LoRA r=8: rise after it"]) == [(1e-3, 0.0), (1e-2, 2.5)]
 
 
-COMPARED = pandas.DataFrame(
-    [
-        ("LoRA r=8", 20, 2.0, -0.5, -0.75, -0.25),
-        ("LoRA r=8", 40, 1.0, 0.25, 0.0, 0.5),
-        ("LoRA r=1", 40, 1.0, 1.0, 0.5, 1.5),
-    ],
-    columns=["setup", "step", "train_loss", "difference", "lower", "upper"],
-)
-
-
-def bars_of(ax):
-    return {container.get_label(): bounds(container) for container in ax.containers}
-
-
-def test_rises_are_compared_at_each_stopping_point_beside_the_curves():
-    left, right = figures.stopping_points(TWO_METHODS[TWO_METHODS.lr == 1e-2], COMPARED, 10, "bits").axes
+def test_validation_losses_are_drawn_by_epoch_and_by_training_loss():
+    left, right = figures.two_views(TWO_METHODS[TWO_METHODS.lr == 1e-2], 10, "bits", 0.7).axes
     assert points(by_label(left)["full"]) == [(0, 3.0), (1, 0.5), (2, 4.5)]
-    assert bars_of(right) == {
-        "LoRA r=8": [(2.0, -0.5, -0.75, -0.25), (4.0, 0.25, 0.0, 0.5)],
-        "LoRA r=1": [pytest.approx((4.12, 1.0, 0.5, 1.5))],
-    }
-
-
-def test_validation_losses_are_compared_at_equal_training_loss_beside_the_curves():
-    left, right = figures.equal_training_loss(TWO_METHODS[TWO_METHODS.lr == 1e-2], COMPARED, "bits").axes
-    assert points(by_label(left)["full"]) == [(0.75, 0.5)]  # between the means 1 and 0.5; at the last there is none
-    assert points(by_label(left)["LoRA r=8"]) == [(0.625, 1.0)]
-    assert bars_of(right) == {
-        "LoRA r=8": [(2.0, -0.5, -0.75, -0.25), (1.0, 0.25, 0.0, 0.5)],
-        "LoRA r=1": [pytest.approx((1.03, 1.0, 0.5, 1.5))],
-    }
+    full, lora, _, marked = right.get_lines()
+    assert points(full)[1] == (0.75, 0.5)  # between the means 1 and 0.5; at the last there is none
+    assert points(lora)[1] == (0.625, 1.0)
+    assert np.isnan([line.get_xdata()[[0, 2]] for line in (full, lora)]).all()
+    assert marked.get_xdata() == [0.7, 0.7]
+    assert right.xaxis_inverted()
 
 
 def test_weight_decay_is_shown_in_weights_losses_and_right_answers():

@@ -20,11 +20,10 @@ from lora_lab.course.figures.low_rank import numbers, shares_by_rank
 from lora_lab.course.figures.many_tasks import copies_and_adapters, effect_of_adapters
 from lora_lab.course.figures.memory import memory_of_steps, saved_in_a_block
 from lora_lab.course.figures.overfitting import (
-    equal_training_loss,
     lowest_and_rise,
     rigged,
-    stopping_points,
     training_curve,
+    two_views,
 )
 from lora_lab.course.figures.speed import passes, published
 from lora_lab.course.figures.training_wrote import intruders_by_size, overlaps
@@ -37,7 +36,6 @@ __all__ = [
     "copies_and_adapters",
     "differences",
     "effect_of_adapters",
-    "equal_training_loss",
     "intruders_by_size",
     "lowest_and_rise",
     "memory_of_steps",
@@ -50,7 +48,7 @@ __all__ = [
     "schematic",
     "seed_by_seed",
     "shares_by_rank",
-    "stopping_points",
     "training_curve",
+    "two_views",
     "weight_decay",
 ]
