@@ -10,6 +10,7 @@ import pytest
 from lora_lab import DoRA, LoRA, LoRAFA, LoRAPlus, PiSSA, RsLoRA, records
 from lora_lab.ablation import overfitting
 from lora_lab.models.digits import DigitsMLP
+from lora_lab.studies.claims import verdict
 from lora_lab.studies.claims.deciding import IN_OUTPUT
 from tests.helpers import ROOT
 
@@ -76,16 +77,16 @@ def test_lesson_05_refutes_what_the_intervals_of_the_record_refute():
     assert verdicts_in("05_speed")["time-ratio-is-flop-ratio"] == verdict
 
 
-def test_lesson_07_decides_on_overfitting_only_what_every_stopping_point_and_training_loss_shows():
+def test_the_ledger_decides_on_overfitting_only_what_every_stopping_point_and_training_loss_shows():
     (record,) = records.load_all("overfitting").values()
     frame = record.frame().query("stage == 'judging' and schedule == 'constant'")
     by_step, by_loss = overfitting.by_stopping_point(frame), overfitting.by_training_loss(frame, [3, 2, 1.5])
     risen = by_step[(by_step.lower != 0) | (by_step.upper != 0)]
     assert frame.edge.eq("").all()
     expected = "depends" if {"less", "more"} <= {*risen.verdict, *by_loss.verdict} else "open"
-    assert verdicts_in("07_overfitting")["lora-overfits-less"] == expected
+    assert verdict("lora-overfits-less").result.verdict == expected
     fit = "depends" if {"less", "more"} <= {*by_loss.verdict} else "falls" if "more" in {*by_loss.verdict} else "open"
-    assert verdicts_in("07_overfitting")["better-at-equal-fit"] == fit
+    assert verdict("better-at-equal-fit").result.verdict == fit
 
 
 def test_lesson_10_knows_the_effective_rates_of_B():

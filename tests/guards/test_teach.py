@@ -21,17 +21,17 @@ def source(notebook, kind):
 
 
 def start(notebook):
-    """(aims, prerequisites, minutes for a person, minutes for the machine), as the first cell states them."""
+    """(prerequisites, minutes for a person, minutes for the machine), as the first cell states them."""
     text = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", words(notebook.cells[0].source))
-    aims, before, time = re.search(r"\*\*You will\*\* - (.+) \*\*Before\*\* (.+) \*\*Time\*\* (.+)", text).groups()
+    before, time = re.search(r"\*\*Before\*\* (.+) \*\*Time\*\* (.+)", text).groups()
     before = re.sub(r"^this lesson,? ", "", before).rstrip(".")
     minutes = re.match(r"about (\d+) minutes for you, about ([\d½¾]+) for the machine", time).groups()
-    return [aim.rstrip(".,;") for aim in aims.split(" - ")], before[0].upper() + before[1:], *minutes
+    return before[0].upper() + before[1:], *minutes
 
 
 def required(notebook):
     """The numbers of the lessons that must come before; not of those that help or are not required."""
-    sentences = [each for each in start(notebook)[1].split(". ") if not re.search("helps|not required", each)]
+    sentences = [each for each in start(notebook)[0].split(". ") if not re.search("helps|not required", each)]
     return set(re.findall(r"\b\d\d\b", ". ".join(sentences)))
 
 
@@ -58,7 +58,7 @@ def test_the_readmes_choices_of_lessons_come_after_what_they_require():
 
 def test_the_weeks_add_up_and_come_after_what_they_require():
     weeks = re.findall(r"^\| \d \| ([\d, ]+) \| (\d+) \|", TEACH, re.MULTILINE)
-    minutes = {name.partition("_")[0]: int(start(notebook)[2]) for name, notebook in LESSONS.items()}
+    minutes = {name.partition("_")[0]: int(start(notebook)[1]) for name, notebook in LESSONS.items()}
     assert len(weeks) == 4
     for lessons, total in weeks:
         assert sum(minutes[number] for number in lessons.split(", ")) == int(total) <= 180
