@@ -27,22 +27,22 @@ from lora_lab.course.figures.overfitting import (
     training_curve,
 )
 from lora_lab.course.figures.speed import passes, published
-from lora_lab.course.figures.training_wrote import intruders_by_size, overlaps
+from lora_lab.course.figures.training_wrote import agreement, energy_ranks
 from lora_lab.course.figures.variants import at_common_rate, differences
 from lora_lab.course.figures.which_rank import behind_full, seed_by_seed
 
 __all__ = [
+    "agreement",
     "at_common_rate",
     "behind_full",
     "copies_and_adapters",
     "differences",
     "effect_of_adapters",
+    "energy_ranks",
     "equal_training_loss",
-    "intruders_by_size",
     "lowest_and_rise",
     "memory_of_steps",
     "numbers",
-    "overlaps",
     "passes",
     "published",
     "rigged",
