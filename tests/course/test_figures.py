@@ -278,20 +278,20 @@ def test_differences_have_a_row_for_each_method_and_a_mark_for_each_rule():
     assert tuned.lines[0].get_xdata().tolist() == [3]
 
 
-def test_overlaps_are_drawn_against_j_beside_chance():
-    phi = torch.arange(96.0).reshape(8, 12) / 96
-    figure = figures.overlaps({"full": phi, "LoRA r=8": phi[:, :8]}, width=24)
-    for ax, i in zip(figure.axes, (1, 8), strict=True):
-        full, lora, chance = ax.get_lines()
-        assert full.get_ydata().tolist() == pytest.approx(phi[i - 1].tolist())
-        assert lora.get_xdata().tolist() == list(range(1, 9))
-        assert chance.get_ydata().tolist() == pytest.approx([max(i, j) / 24 for j in range(1, 13)])
+def test_energy_ranks_are_medians_with_a_bar_for_each_kind_of_labels_and_one_for_noise():
+    counts = {"full fine-tuning": [[9, 11, 10], [5, 5, 4]], "LoRA rank 8": [[3, 4, 4], [1, 1, 2]]}
+    full, lora = figures.energy_ranks(counts, ["true labels", "random labels"], [65.0, 7.0]).axes
+    assert [bar.get_width() for bar in full.patches] == [10, 5, 65]
+    assert [bar.get_width() for bar in lora.patches] == [4, 1, 7]
+    colours = [mpl.colors.to_hex(ax.patches[0].get_facecolor()) for ax in (full, lora)]
+    assert colours == [plots.METHOD_COLOURS["full"], plots.METHOD_COLOURS["lora"]]
 
 
-def test_intruders_have_a_panel_for_each_layer():
-    rows = [("first", "full", size, count) for size, count in ((0.1, 0), (1.0, 4))]
-    rows += [("second", setup, 0.2, count) for setup, count in (("full", 1), ("noise", 3))]
-    figure = figures.intruders_by_size(pandas.DataFrame(rows, columns=["layer", "setup", "size", "intruders"]))
-    first, second = figure.axes
-    assert (first.get_title(), second.get_title()) == ("first", "second")
-    assert first.get_lines()[0].get_ydata().tolist() == [0, 4]
+def test_agreement_is_drawn_against_the_number_of_directions_beside_chance():
+    lines = {"true labels": torch.linspace(1, 0.5, 6), "random labels": torch.linspace(0.2, 0.4, 6)}
+    figure = figures.agreement({"first": lines, "second": lines}, {"first": 12, "second": 24})
+    for ax, width in zip(figure.axes, (12, 24), strict=True):
+        true, random, chance = ax.get_lines()
+        assert true.get_ydata().tolist() == lines["true labels"].tolist()
+        assert random.get_xdata().tolist() == [1, 2, 3, 4, 5, 6]
+        assert chance.get_ydata().tolist() == pytest.approx([k / width for k in range(1, 7)])

@@ -49,6 +49,20 @@ def largest_formed(answer, B, A):
 
 
 @svd_of_product.must(
+    "The shapes do not fit. Take the QR of B and of A.T, both tall. U is Q_B @ (r, r), and Vh is (r, r) @ Q_A.T.",
+    ("qr(A.T)", "qr(A)"),
+    ("Vh @ Q_A.T", "Vh @ Q_A"),
+    ("Q_B @ U", "U @ Q_B"),
+)
+def multiplies_what_fits(svd_of_product, rng):
+    try:
+        svd_of_product(*factors(rng))
+    except RuntimeError as error:
+        return "shapes cannot be multiplied" not in str(error)
+    return True
+
+
+@svd_of_product.must(
     "Return three tensors: U, S and Vh.",
     (PARTS, "S"),
     (PARTS, f"tuple(part.numpy() for part in {PARTS})"),
@@ -146,6 +160,7 @@ def gives_the_product(svd_of_product, rng):
 # A band of noise
 
 START, TIMES, IF_NONE, BAND = "values = []", "range(39)", "if rank is None:", "(min(values), max(values))"
+DRAW_B = "B = torch.randn(shape[0], rank, generator=generator)"
 
 noise_band = Exercise(
     "noise_band",
@@ -251,17 +266,48 @@ def draws_39_matrices(noise_band, rng):
     return all(len(set(each)) == 39 for each in values) and all(part(noise_band, rng) for part in parts)
 
 
-def normally_distributed(matrices):
-    """Whether the entries are spread around 0, and some lie far out."""
-    entries = torch.stack(matrices)
-    return abs(entries.mean()) < 0.1 * entries.std() and abs(entries).max() > 2.5 * entries.std()
+@noise_band.must(
+    "B or A is the same in every draw. Draw both anew.",
+    (START, f"{START}\n    {DRAW_B.replace('rank', 'rank or 1')}", DRAW_B, "pass"),
+)
+def draws_both_factors_anew(noise_band, rng):
+    first, second = watched(noise_band, rng, 3)[1][:2]
+    return (
+        torch.linalg.matrix_rank(torch.cat([first, second]))
+        == torch.linalg.matrix_rank(torch.hstack([first, second]))
+        == 6
+    )
 
 
 @noise_band.must(
-    "The entries are not normally distributed around 0. Draw them with torch.randn.", ("torch.randn", "torch.rand")
+    "This is a Gaussian matrix cut to the rank, whose spectrum is too flat. Multiply two Gaussian factors.",
+    (
+        DRAW_B,
+        "U, S, Vh = torch.linalg.svd(torch.randn(*shape, generator=generator), full_matrices=False)",
+        "B @ torch.randn(rank, shape[1], generator=generator)",
+        "U[:, :rank] * S[:rank] @ Vh[:rank]",
+    ),
+)
+def draws_a_product(noise_band, rng):
+    S = torch.linalg.svdvals(torch.stack(watched(noise_band, rng, 3)[1]))
+    return (S[:, 2] / S[:, 0]).mean() < 0.55
+
+
+def normally_distributed(matrices):
+    """Whether the entries are spread around 0, and some lie far out, and no two rows or columns lean the same way."""
+    entries = torch.stack(matrices)
+    products = [(each @ each.mT).mean(0) for each in (entries, entries.mT)]
+    leaning = [(each.sum() - each.trace()) / (len(each) - 1) / each.trace() for each in products]
+    return max(map(abs, leaning)) < 0.3 and abs(entries).max() > 2.5 * entries.std()
+
+
+@noise_band.must(
+    "The entries are not normally distributed around 0. Draw them with torch.randn.",
+    ("torch.randn", "torch.rand"),
+    (DRAW_B, DRAW_B.replace("randn", "rand")),
 )
 def draws_normal_entries(noise_band, rng):
-    return normally_distributed(watched(noise_band, rng, None)[1])
+    return all(normally_distributed(watched(noise_band, rng, rank)[1]) for rank in (None, 3))
 
 
 @noise_band.must(
@@ -279,8 +325,8 @@ def has_no_generator_of_its_own(noise_band, rng):
 def draws_gaussian_noise(noise_band, rng):
     """The noise is Gaussian around 0, and the generator alone decides it."""
     bands = [band_of(noise_band, seed) for seed in (5, 5, 6)]
-    normal_entries = normally_distributed(watched(noise_band, rng, None)[1])
-    return normal_entries and close(bands[0], bands[1]) and not close(bands[0], bands[2])
+    parts = draws_both_factors_anew, draws_a_product, draws_normal_entries
+    return all(part(noise_band, rng) for part in parts) and close(*bands[:2]) and not close(*bands[1:])
 
 
 @noise_band.must(
@@ -298,7 +344,15 @@ def ends_at_the_extremes(noise_band, rng):
 
 
 def two_subspaces(rng):
-    """Two factors A, (i, n) and (j, n), which share some of their directions; i and j differ."""
+    """Two factors A, (i, n) and (j, n), which share some of their directions; i and j differ.
+
+    A quarter of them are small enough for a calculation by hand: axes, and a row between two of them.
+    """
+    if rng.integers(4) == 0:
+        axes = torch.eye(4)[rng.permutation(4)]
+        sizes = torch.from_numpy(rng.permutation([2, 3, 4])).float()
+        one, two = sizes[:2, None] * axes[:2], torch.stack([sizes[2] * axes[0], axes[1] + axes[2], 2 * axes[3]])
+        return (one, two) if rng.integers(2) else (two, one)
     n = int(rng.integers(9, 13))
     i, j = rng.permutation([2, 3, 4, 5])[:2].tolist()
     first, second = normal(rng, i, n), normal(rng, j, n)
@@ -312,6 +366,14 @@ phi = Exercise(
     "phi",
     inputs=two_subspaces,
     wrong={
+        "The shapes do not fit. Directions are rows: take the QR of first.T, (n, i), and multiply Q1.T @ Q2, (i, j).": [
+            (BASES, "(torch.linalg.qr(first)[0], torch.linalg.qr(second)[0])"),
+            ("Q1.T @ Q2", "Q1 @ Q2.T"),
+            ("Q1.T @ Q2", "Q1 @ Q2"),
+        ],
+        "torch.linalg.qr returns Q and R. Take Q alone: [0].": (
+            (BASES, "(torch.linalg.qr(first.T), torch.linalg.qr(second.T))")
+        ),
         "The rows are not orthonormal yet. Take Q of the QR decomposition of each factor transposed first.": [
             (BASES, "(first.T, second.T)"),
             (BASES, "(F.normalize(first).T, F.normalize(second).T)"),
@@ -324,6 +386,10 @@ phi = Exercise(
             (SMALLER, "(len(first) * len(second))"),
             (SMALLER, "(len(first) + len(second))"),
         ],
+        "You divided by n, the length of a row. Divide by the smaller number of directions.": (
+            SMALLER,
+            "first.shape[1]",
+        ),
         "Nothing was divided. Divide by the smaller number of directions, so that phi lies between 0 and 1.": (
             (f" / {SMALLER}", "")
         ),
@@ -374,12 +440,13 @@ def weight_and_update(rng):
     """
     out, inp = ((41, 40), (37, 36), (39, 38), (40, 44))[rng.integers(4)]
     W = normal(rng, out, inp)
+    W = float(rng.choice([0.4, 2.5])) * W / W.norm()
     U, _, Vh = torch.linalg.svd(W)
     new = normal(rng, out, 4) @ normal(rng, 4, inp)
     update = new / new.norm() + 0.5 * U[:, 15:19] @ Vh[15:19]
     if out > inp:
         update = update + U[:, -1:] @ Vh[10:11]
-    return W, float(rng.uniform(15, 25)) * update, float(rng.uniform(0.7, 1.3))
+    return W, float(rng.uniform(0.4, 0.6)) * W.norm() * update, float(rng.uniform(0.7, 1.3))
 
 
 WEIGHTS = "(W, W + update)"
@@ -406,12 +473,31 @@ intruders = Exercise(
         "You counted directions of W. Take the largest cosine of each new direction, with amax(0), and count these.": (
             ("amax(0)", "amax(1)")
         ),
-        "These are ten rows of U. A direction is a column: take U[:, :10].": ("[:, :10]", "[:10]"),
+        "These are ten rows of U. A direction is a column: take U[:, :10].": [
+            ("[:, :10]", "[:10]"),
+            ("old.T @ new[:, :10]", "old @ new[:10].T"),
+            ("old.T @ new[:, :10]", "old @ new[:10]"),
+        ],
+        "Rows of U were multiplied with columns. Directions are columns of both: U_old.T @ U_new[:, :10].": (
+            ("old.T @ new", "old @ new")
+        ),
+        "The first ten rows of the cosines are W's leading directions. The ten new ones are columns: U_new[:, :10].": [
+            ("old.T @ new[:, :10]", "(old.T @ new)[:10]"),
+            ("old.T @ new[:, :10]", "(old.T @ new)[:10]", "amax(0)", "amax(1)"),
+        ],
+        "An intruder is unlike all directions of W, not unlike one or unlike their mean: take the largest cosine.": (
+            ("amax(0)", "amin(0)")
+        ),
+        "You counted cosines. Count directions: take the largest cosine of each new one first, with amax(0).": (
+            (".amax(0)", "")
+        ),
+        "One largest cosine was taken for all. Take one for each new direction, with amax(0).": ("amax(0)", "amax()"),
+        "max(0) returns the values and their places. Take amax(0), or max(0).values.": ("amax(0)", "max(0)"),
         "You counted the directions that W has. An intruder is similar to none: its largest cosine is below 0.5.": (
             ("< 0.5", ">= 0.5")
         ),
         "These are right-singular vectors, which the weight reads. Compare the left ones, U.": (
-            (WEIGHTS, "(W.T, (W + update).T)")
+            [(WEIGHTS, "(W.T, (W + update).T)"), ("full_matrices=False)[0]", "full_matrices=False)[2]")]
         ),
     },
     hints=[

@@ -2,59 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from lora_lab.plots import (
-    METHOD_COLOURS,
-    line_styles,
-    panels,
-)
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
+from lora_lab.plots import METHOD_COLOURS, line_styles, panels
 
 
-def overlaps(similarities: Mapping[str, Any], width: int) -> Figure:
-    """How much of the 1 and the 8 leading directions of one update lies among those of another: phi(i, j) against j.
+def energy_ranks(
+    counts: Mapping[str, Sequence[Sequence[int]]], labels: Sequence[str], noise: Sequence[float]
+) -> Figure:
+    """The energy rank of updates, a panel a method, with a bar (the seeds' median) for each kind of labels, and noise.
 
     Args:
-        similarities: label -> phi (I, J), from :func:`lora_lab.rank.subspace_similarity`.
-        width: of the space in which the directions lie; phi is max(i, j) / width by chance.
+        counts: method -> for each kind of labels the energy rank of each seed.
+        labels: the kinds, first those of the task.
+        noise: for each method that of noise of the same shape and rank.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.9), sharey=True)
-    phis = {label: np.asarray(similarity, dtype=float) for label, similarity in similarities.items()}
-    styles = line_styles(phis)
-    for ax, i in zip(axes, (1, 8), strict=True):
-        for label, phi in phis.items():
-            ax.plot(np.arange(phi.shape[1]) + 1, phi[i - 1], label=label, **styles[label], markevery=[0, -1])
-        j = np.arange(max(phi.shape[1] for phi in phis.values())) + 1
-        ax.plot(j, np.maximum(i, j) / width, color=METHOD_COLOURS["chance"], linewidth=3, alpha=0.6, label="chance")
-        leading = "the leading direction" if i == 1 else f"the {i} leading directions"
-        ax.set(xlabel="j, leading directions of the other update", ylim=(0, 1.05), title=f"Of {leading}: phi({i}, j)")
-    axes[0].set_ylabel("similarity phi (no unit)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(phis) + 1)
+    figure, axes = panels(counts, figsize=(10, 2.9), sharey=True)
+    colours = [style["color"] for style in line_styles(counts).values()]
+    for (method, ax), colour, level in zip(axes.items(), colours, noise, strict=True):
+        medians = [*map(median, counts[method]), level]
+        looks = [colour, *[METHOD_COLOURS["as it is"]] * (len(labels) - 1), METHOD_COLOURS["chance"]]
+        ax.bar_label(ax.barh([*labels, "noise"], medians, color=looks, height=0.65), fmt=" %.0f")
+        ax.set(xlabel="directions that hold 90 % of the energy")
+        ax.margins(x=0.1)
+        ax.grid(visible=False, axis="y")
+    figure.axes[0].invert_yaxis()
     return figure
 
 
-def intruders_by_size(table: DataFrame) -> Figure:
-    """Intruder dimensions against the size of the update, a panel a layer, a line (or one marker) a setup.
+def agreement(overlaps: Mapping[str, Mapping[str, Sequence[Any]]], widths: Mapping[str, int]) -> Figure:
+    """How much of their k leading directions two runs share, phi(k, k) against k, beside chance; a panel a layer.
 
     Args:
-        table: columns ``layer``, ``setup``, ``size`` (norm of the update / of the weight) and ``intruders``.
+        overlaps: layer -> labels -> phi(k, k) for k = 1, 2, ...; the first labels are those of the task.
+        widths: layer -> the dimensions in which the directions lie.
     """
-    figure, axes = panels(table.layer.unique(), figsize=(9, 3.9), sharey=True)
-    styles = line_styles(table.setup.unique())
+    figure, axes = panels(overlaps, figsize=(10, 3.9), sharey=True)
     for layer, ax in axes.items():
-        for setup, rows in table[table.layer == layer].groupby("setup", sort=False):
-            style = styles[str(setup)] if len(rows) > 1 else {**styles[str(setup)], "linestyle": "none"}
-            ax.plot(rows["size"], rows.intruders, label=setup, **style)
-        ax.set(xscale="log", xlabel="size of the update / of the weight (norms)")
+        styles = line_styles(overlaps[layer])
+        for labels, phi in overlaps[layer].items():
+            k = np.arange(len(phi)) + 1
+            ax.plot(k, phi, label=labels, **styles[labels])
+        ax.plot(k, k / widths[layer], color=METHOD_COLOURS["chance"], linewidth=3, alpha=0.6, label="chance")
+        ax.set(xlabel="k, leading directions of each run", xlim=(0.5, 16.5), ylim=(0, 1.05), xticks=[1, 2, 4, 8, 16])
     first = figure.axes[0]
-    first.set_ylabel("intruders among the 10 leading directions")
-    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=len(styles))
+    first.set_ylabel("overlap phi (1: all in common)")
+    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
