@@ -31,7 +31,7 @@ def started(head_start, rng):
     pretrained = make()
     for buffer in pretrained.buffers():
         buffer.copy_(torch.as_tensor(rng.uniform(1, 9, buffer.shape)))
-    pretrained.trained_by = "full"  # training leaves a mark, and refuses a net that has one
+    vars(pretrained)["trained_by"] = "full"  # training leaves a mark, and refuses a net that has one
     before = copy.deepcopy(pretrained.state_dict())
     return pretrained, before, head_start(pretrained, make)
 

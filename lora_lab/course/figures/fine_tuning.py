@@ -63,7 +63,7 @@ def right_answers(counts: Mapping[str, Sequence[float]], baseline: str, total: i
         draw_seeds(ax, row, pandas.Series(right), style, upright=False)
         numbers = " to ".join(f"{count:g}" for count in sorted({min(right), max(right)}))
         ax.text(total, row, numbers, ha="right", va="center")
-    ax.axvline(np.mean(counts[baseline]), color=COLOURS[4], linestyle=":")
+    ax.axvline(float(np.mean(counts[baseline])), color=COLOURS[4], linestyle=":")
     _name_rows(ax, list(counts))
     ax.set(xlim=(0, total), xlabel=f"right answers, of {total} texts")
     return ax
@@ -76,12 +76,13 @@ def head_starts(cases: DataFrame) -> Axes:
         cases: from :func:`lora_lab.studies.claims.compared.table`.
     """
     ax = plt.subplots(figsize=(7.2, 3.2))[1]
-    for row, case in enumerate(cases.itertuples()):
-        winner = "fine-tuned" if case.points_lower > 0 else "from scratch" if case.points_upper < 0 else "chance"
+    gains = cases[["points", "points_lower", "points_upper"]].to_numpy(float)  # (cases, 3)
+    for row, (gain, lower, upper) in enumerate(gains.tolist()):
+        winner = "fine-tuned" if lower > 0 else "from scratch" if upper < 0 else "chance"
         (style,) = line_styles([winner]).values()
-        error = [[case.points - case.points_lower], [case.points_upper - case.points]]
+        error = [[gain - lower], [upper - gain]]
         look = {"fmt": "o", "capsize": 4, "markersize": 8, "fillstyle": "none" if winner == "chance" else "full"}
-        ax.errorbar(case.points, row, xerr=error, color=style["color"], **look)
+        ax.errorbar(gain, row, xerr=error, color=style["color"], **look)
     ax.axvline(0, color="#000000", linewidth=1)
     _name_rows(ax, [f"{case.data}, {case.model}" for case in cases.itertuples()])
     ax.set_xlabel("← from scratch reads more    percentage points    fine-tuned reads more →")

@@ -45,9 +45,9 @@ def agreement(overlaps: Mapping[str, Mapping[str, Sequence[Any]]], widths: Mappi
     figure, axes = panels(overlaps, figsize=(10, 3.9), sharey=True)
     for layer, ax in axes.items():
         styles = line_styles(overlaps[layer])
+        k = np.arange(max(map(len, overlaps[layer].values()))) + 1
         for labels, phi in overlaps[layer].items():
-            k = np.arange(len(phi)) + 1
-            ax.plot(k, phi, label=labels, **styles[labels])
+            ax.plot(k[: len(phi)], phi, label=labels, **styles[labels])
         ax.plot(k, k / widths[layer], color=METHOD_COLOURS["chance"], linewidth=3, alpha=0.6, label="chance")
         ax.set(xlabel="k, leading directions of each run", xlim=(0.5, 16.5), ylim=(0, 1.05), xticks=[1, 2, 4, 8, 16])
     first = figure.axes[0]
