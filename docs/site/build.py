@@ -104,7 +104,7 @@ def adapted(text: str, path: Path, source: Path) -> str:
 
 def write_lesson(path: Path, source: Path) -> None:
     """Write a lesson with folded solutions, and beside it the notebook that a learner starts from."""
-    notebook = nbformat.read(path, as_version=4)
+    notebook = copies.drop_tests(nbformat.read(path, as_version=4))
     start = copies.student(notebook)
     write(source / "download" / path.name, nbformat.writes(start))
     cells = []

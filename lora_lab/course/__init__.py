@@ -6,7 +6,7 @@ exercises/  the exercises, one file for each lesson: inputs, wrong answers, prop
 judge       right, a known mistake, or what else is wrong, without a trace of the code that is judged
 learner     check, hint, progress, keep: what is shown, and what is remembered
 figures/    what one lesson draws, one file for each; all other figures are in lora_lab.plots
-golf        one sentence taught to a language model, with as few trained numbers as you like
+golf        one sentence taught to a language model
 playground  LoRA trained live in a browser, as one page
 talk        its second page: a language model and its adapter's dial in a browser, served from here
 copies      the lessons in a folder of the learner's, with or without the solutions
