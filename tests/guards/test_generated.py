@@ -5,7 +5,9 @@ import json
 import re
 import sys
 
+import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from lora_lab import DoRA, LoRA, LoRAFA, LoRAPlus, PiSSA, RsLoRA, records
 from lora_lab.ablation import overfitting
@@ -33,6 +35,26 @@ def test_each_writer_writes_somewhere_and_a_changed_number_is_noticed(rewritten)
     assert set(re.findall(r"<!-- numbers: (\w+) -->", pages)) == set(generate.WRITERS)
     (costs,) = (text for path, text in rewritten.items() if path.name == "costs.md")
     assert generate.rewrite(costs.replace("| 980 |", "| 990 |")) == costs
+
+
+def test_minutes_count_words_figures_and_exercises_of_the_main_path(tmp_path):
+    figure = new_output("display_data", {"image/png": "", "text/plain": "A line."})
+    said = new_output("display_data", {"text/markdown": "word " * 50})
+    fold, rows = f"<details><summary>Why?</summary>{'fold ' * 300}</details>", "| a | b |\n| --- | --- |\n"
+    cells = [
+        new_markdown_cell(f"# {'word ' * 398}\n\n{fold}\n\n{rows}"),  # 399 words, with the sign of the heading
+        new_code_cell("1", outputs=[figure, said, figure]),
+        new_markdown_cell(f"### Exercise: One\n\n**Core**, importance ●●●, about 9 minutes. {'task ' * 200}"),
+        new_markdown_cell(f"## Going deeper\n\n{'deep ' * 700}"),
+        new_code_cell("2", outputs=[figure]),
+        new_markdown_cell("## What you take home"),  # 5 words, with the signs
+    ]
+    nbformat.write(new_notebook(cells=cells), tmp_path / "lesson.ipynb")
+    found = generate.read_lesson(tmp_path / "lesson.ipynb")
+    assert (found.words, found.printed, found.figures, found.exercises) == (399 + 50 + 5, 50, 2, 9)
+    assert found.all_words == found.words + 703
+    assert found.minutes == 15  # 3 for the words, 1 for the figures, 9 for the exercise
+    assert found._replace(exercises=29).minutes == 35
 
 
 def texts_in(path):
