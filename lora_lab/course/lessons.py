@@ -25,6 +25,7 @@ from lora_lab.studies.claims import verdict
 from lora_lab.studies.claims.deciding import IN_OUTPUT
 from lora_lab.system.device import pick_device
 from lora_lab.system.provenance import device_name
+from lora_lab.system.wording import count_noun
 
 if TYPE_CHECKING:
     import ipywidgets
@@ -61,8 +62,9 @@ def answer(ask: str) -> None:
     assert not found.faults, f"Read the answer {ask!r} in answers.toml again: {'; '.join(found.faults)}."
     lines = [found.answer.answer, found.number, found.answer.do]
     texts = [re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(line, quote=False)) for line in lines]
-    page = f"<b>{texts[0]}</b> {found.dots}<br>{texts[1]}<br><b>Do:</b> {texts[2]}"
-    plain = "\n".join([f"{lines[0]} {found.dots}".rstrip(), *lines[1:]])
+    seen = f" Seen on: {', '.join(found.seen_on)}." if found.seen_on else ""
+    page = f"<b>{texts[0]}</b><br>{texts[1]}{seen}<br><b>Do:</b> {texts[2]}"
+    plain = "\n".join([lines[0], f"{lines[1]}{seen}", lines[2]])
     display({"text/html": _box(page, MEASURED), "text/plain": plain}, raw=True)
 
 
@@ -155,8 +157,8 @@ def claims(*outcomes: Outcome) -> None:
         results[outcome.claim] = {"verdict": outcome.verdict, "measured": outcome.evidence, "on": outcome.on}
     today, machine = datetime.now(UTC).date().isoformat(), device_name(pick_device()[0])
     stored = {"date": today, "machine": machine, "results": results}
-    found = ", ".join(f"{outcome.claim} {outcome.verdict}" for outcome in outcomes)
-    text = f"The ledger takes from this lesson: {found}. `lora-lab claims ID` explains each."
+    count = count_noun(len(results), "claim")
+    text = f"This lesson decides {count} of the ledger, which `lora-lab claims` lists with all others."
     display({"text/markdown": text, "text/plain": text}, raw=True, metadata={IN_OUTPUT: stored})
 
 

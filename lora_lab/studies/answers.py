@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 import torch
 from pydantic import AfterValidator, ConfigDict, Field
+from safetensors.torch import load_file
 
 from lora_lab.ablation import overfitting
 from lora_lab.adapters.peft_format import shipped
@@ -231,10 +232,10 @@ def _validation_at_equal_fit(every: Mapping[str, Record]) -> list[str]:
     return [f"{row[name]:+.2f}" for name in ("difference", "lower", "upper")]
 
 
-def _bytes_of_the_keeper(every: Mapping[str, Record]) -> list[str]:
-    """Return the megabytes of the adapter that is shipped, and of SmolLM2's weights in float32."""
-    file = shipped("lighthouse-keeper") / "adapter_model.safetensors"
-    return [f"{file.stat().st_size / 1e6:.1f}", f"{4 * count(None) / 1e6:.0f}"]
+def _numbers_of_the_keeper(every: Mapping[str, Record]) -> list[str]:
+    """Return how many numbers the adapter that is shipped holds, and SmolLM2."""
+    kept = load_file(shipped("lighthouse-keeper") / "adapter_model.safetensors")
+    return [f"{each:,}" for each in (sum(tensor.numel() for tensor in kept.values()), count(None))]
 
 
 def _trained_by_rank_8(every: Mapping[str, Record]) -> list[str]:
@@ -260,7 +261,7 @@ def count(method: LoRA | None) -> int:
 NUMBERS: dict[str, Callable[[Mapping[str, Record]], list[str]]] = {
     "data": _epochs_to_the_lowest_loss,
     "overfitting": _validation_at_equal_fit,
-    "adapter": _bytes_of_the_keeper,
+    "adapter": _numbers_of_the_keeper,
     "layer": _trained_by_rank_8,
     "file": _megabytes_of_rank_8,
 }

@@ -61,7 +61,7 @@ def test_what_a_lesson_decides_is_said_in_a_line_and_stored_for_the_ledger(shown
     monkeypatch.setattr(lessons, "display", lambda data, raw, metadata: stored.append((data, metadata)))
     lessons.claims(lessons.Outcome("b-zero-cannot-learn", "depends", "seen <here>", 2 < 3, on="the rate"))
     ((data, metadata),) = stored
-    assert "b-zero-cannot-learn depends" in data["text/plain"]
+    assert data["text/plain"].startswith("This lesson decides 1 claim of the ledger")
     assert metadata[IN_OUTPUT]["results"] == {
         "b-zero-cannot-learn": {"verdict": "depends", "measured": "seen <here>", "on": "the rate"}
     }
@@ -73,7 +73,7 @@ def test_an_answer_is_that_of_the_command_and_stops_where_a_verdict_has_changed(
     for text in (shown[0]["text/plain"], html.unescape(shown[0]["text/html"])):
         assert found.answer.answer in text
         assert found.number in text
-        assert found.dots in text
+        assert f"Seen on: {', '.join(found.seen_on)}." in text
     assert "<code>lora-lab rank</code>" in shown[0]["text/html"]
     with pytest.raises(ValueError, match="no answer 'ranks'"):
         lessons.answer("ranks")
