@@ -25,7 +25,7 @@ MOST = [2, 3, 2, 3]  # points of each
 RIGHT = {
     "largest_saving_rank": "return (m * n - 1) // (m + n)",
     "best_rank": "U, S, Vh = np.linalg.svd(M); return U[:, :r] * S[:r] @ Vh[:r]",
-    "terms_for": "return int(np.sum(np.cumsum(S**2) / np.sum(S**2) < share)) + 1",
+    "terms_for": "e = np.cumsum(S**2); return int(np.sum(e / e[-1] < share)) + 1",
     "gradient": "return delta.T @ z",
 }
 WRONG = {

@@ -18,6 +18,24 @@ from lora_lab.course.figures import fine_tuning
 from tests.helpers import LOSSES, PEAKED, STEP, bill, bounds, by_label, moments, points, said, sweep
 
 
+def test_a_circle_becomes_an_ellipse_and_without_its_second_direction_a_line():
+    M = [[2, 3], [0, 2]]  # turns (1, 2) into 4 times (2, 1), and (2, -1) into (1, -2)
+    for to_the_ellipse, second, lengths in ((1, 0, [4, 1, 4, 0]), (0, 0.5, [1, 1, 4, 0.5])):
+        figure = figures.low_rank.ellipse(M, to_the_ellipse, second)
+        drawn = [line.get_xydata() for ax in figure.axes[1:] for line in ax.get_lines()[2:]]
+        assert [np.hypot(*points[1]) for points in drawn] == pytest.approx(lengths, abs=1e-9)
+        line = figure.axes[2].get_lines()[1].get_xydata()
+        assert np.linalg.matrix_rank(line, tol=1e-6) == (2 if second else 1)
+        assert abs(line @ [2, 1]).max() == pytest.approx(4 * 5**0.5, rel=1e-3)
+
+
+def test_a_picture_of_a_rank_is_drawn_with_its_price_its_error_and_what_is_missing():
+    figure = figures.low_rank.approximation(torch.diag(torch.tensor([8.0, 6.0, 0.0, 0.0])), 1)
+    kept, missing = (ax.images[0].get_array() for ax in figure.axes)
+    assert (kept + missing - 128).diagonal().tolist() == pytest.approx([8, 6, 0, 0])
+    assert figure.get_suptitle() == "50 % of the numbers leave an error of 60 %"
+
+
 def test_small_matrices_are_drawn_on_one_scale_with_their_entries():
     figure = figures.numbers({"M": [[3, -1, 0], [2, 6, 1]], "term": np.full((2, 3), -6.0)})
     first, _ = figure.axes

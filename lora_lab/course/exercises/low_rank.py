@@ -13,9 +13,18 @@ def matrix_and_rank(rng):
     return (left * [9.0, 6.0, 4.0, 2.5, 1.5]) @ right.T, int(rng.integers(2, 4))
 
 
+def small_or_not(rng):
+    """Such a matrix; or one of 2 x 3 whole numbers, with that of rank 1 that is closest to it in whole numbers, too."""
+    if rng.random() < 0.6:
+        return matrix_and_rank(rng)
+    large, small = rng.choice([4.0, 5.0, 6.0]), rng.choice([1.0, 2.0, 3.0])
+    M = np.array([[large + small, large - small, 0], [large - small, large + small, 0]])  # closest: large in all four
+    return M[:, rng.permutation(3)] * rng.choice([-1, 1], 3), 1
+
+
 best_rank = Exercise(
     "best_rank",
-    inputs=matrix_and_rank,
+    inputs=small_or_not,
     wrong={
         "The singular values are missing. Scale each direction by its entry of S.": (" * S[:r]", ""),
         "S is a list of numbers, not a matrix. Scale the columns with U[:, :r] * S[:r], or write np.diag(S[:r]).": (
@@ -32,6 +41,16 @@ best_rank = Exercise(
         "There is one term too many. [:r] already means r of them.": (":r]", ":r + 1]"),
         "There is one term too few. [:r] already means r of them.": (":r]", ":r - 1]"),
         "This is M itself. Cut it down to rank r.": "return M.copy()",
+        "The shapes do not fit. Keep r of everything: the columns U[:, :r], the values S[:r] and the rows Vh[:r].": [
+            ("U[:, :r]", "U[:r]"),
+            ("S[:r]", "S"),
+            (" * S[:r]", " @ np.diag(S)"),
+            ("Vh[:r]", "Vh[:r].T"),
+            "U, S, Vh = np.linalg.svd(M)\nreturn U[:r] * S[:r] @ Vh[:r]",
+        ],
+        "The shapes do not fit. svd(M) returns square U and Vh, one of them too large: write full_matrices=False.": [
+            f"U, S, Vh = np.linalg.svd(M)\nreturn {product} @ Vh" for product in ("U @ np.diag(S)", "(U * S)")
+        ],
     },
     hints=[
         "np.linalg.svd(M, full_matrices=False) returns three arrays: U, S and V transposed.",
@@ -70,9 +89,11 @@ def has_the_smallest_error(best_rank, rng):
 
 
 def spectrum_and_share(rng):
-    """Singular values, largest first, and a share of their energy; in half of the cases some terms meet it exactly."""
-    if rng.random() < 0.5:
-        return np.full(16, 2.0), int(rng.integers(3, 13)) / 16  # sums of 4, 8, 12 and so on, without rounding
+    """Four singular values or more, largest first, and a share of their energy, which some terms may meet exactly."""
+    if rng.random() < 0.4:
+        return np.full(4, 2.0), int(rng.integers(1, 4)) / 4  # sums of 4, 8 and 12, without rounding
+    if rng.random() < 0.5:  # to be redone by hand: no sum of squares is so many hundredths of all
+        return np.sort(rng.integers(1, 10, 4))[::-1].astype(float), float(rng.choice([0.83, 0.91, 0.97]))
     return np.sort(rng.uniform(0.2, 1, 12))[::-1] * np.linspace(1, 0.2, 12), float(rng.choice([0.8, 0.9, 0.95]))
 
 
@@ -109,12 +130,17 @@ def reaches_the_share(terms_for, rng):
     return k == int(k) and less < share <= more
 
 
-@terms_for.must()
+@terms_for.must(
+    "Right below a share of 1. At 1, rounding can leave the last of your shares just below 1, so that none reaches it: "
+    "divide by the last sum.",
+    ("energy[-1]", "np.sum(S**2)"),
+)
 def an_exact_share_is_enough(terms_for, rng):
-    """Where some terms hold exactly the share, these are enough."""
+    """Where some terms hold exactly the share, these are enough; for a share of 1 these are all."""
     S = rng.choice([2.0, 4.0, 0.5]) * np.ones(16)
     # 16 equal terms: no formula for the shares rounds, whether it takes squares or divides by the norm first.
-    return all(terms_for(S, k / 16) == k for k in (3, 8, 12))
+    exact = all(terms_for(S, k / 16) == k for k in (3, 8, 12))
+    return exact and all(terms_for(np.sort(rng.uniform(0.5, 1, 12))[::-1], 1.0) == 12 for _ in range(20))
 
 
 def shape_of_a_matrix(rng):
@@ -169,7 +195,7 @@ def saves_and_the_next_rank_does_not(largest_saving_rank, rng):
 def a_tie_saves_nothing(largest_saving_rank, rng):
     """Where some rank costs exactly as much as the matrix, the result is the rank below it."""
     k = int(rng.integers(2, 200))
-    return largest_saving_rank(3 * k, 6 * k) == 2 * k - 1
+    return largest_saving_rank(3 * k, 6 * k) == 2 * k - 1 and largest_saving_rank(2, 2) == 0
 
 
 def errors_and_inputs(rng):
@@ -178,14 +204,25 @@ def errors_and_inputs(rng):
     return normal(rng, tokens, out), normal(rng, tokens, inp)
 
 
+def few_or_not(rng):
+    """Such errors and inputs; or those of two tokens, in whole numbers."""
+    if rng.random() < 0.6:
+        return errors_and_inputs(rng)
+    return tuple(torch.from_numpy(rng.integers(-3, 4, (2, size))).float() for size in rng.permutation([3, 4]))
+
+
 gradient = Exercise(
     "gradient",
-    inputs=errors_and_inputs,
+    inputs=few_or_not,
     wrong={
         "The result is transposed. The gradient has the weight's shape, outputs x inputs.": "return z.T @ delta",
-        "The shapes do not fit. Both have a row for each token, and the sum is over tokens: transpose delta, not z.": (
-            "return delta @ z.T"
-        ),
+        "The shapes do not fit. Both have a row for each token, and the sum is over tokens: transpose delta, not z.": [
+            f"return {product}" for product in ("delta @ z.T", "z @ delta.T", "delta @ z", "delta.T @ z.T")
+        ],
+        "The outer product is one of two lists of numbers. Take it token by token, of delta[t] and z[t], and add.": [
+            "return torch.outer(delta, z)",
+            "return np.outer(delta, z)",
+        ],
         "The result is too small. Sum over the tokens; you divided by their number.": "return delta.T @ z / len(z)",
         "Only the last token is left. Add the outer products instead of replacing the result each time.": (
             "return np.outer(delta[-1], z[-1])"
@@ -194,9 +231,10 @@ gradient = Exercise(
         "The sum over tokens was taken too early. Multiply token by token, and then add.": (
             "return np.outer(delta.sum(axis=0), z.sum(axis=0))"
         ),
-        "Entries cannot be multiplied one by one. Each token adds an outer product of its delta and its z.": (
-            "return delta * z"
-        ),
+        "Entries cannot be multiplied one by one. Each token adds an outer product of its delta and its z.": [
+            "return delta * z",
+            "return delta.T * z",
+        ],
     },
     hints=[
         "For one token the gradient is the outer product of delta (out) and z (in): np.outer(delta[t], z[t]).",
