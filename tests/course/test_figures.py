@@ -14,7 +14,7 @@ from lora_lab import plots
 from lora_lab.ablation.overfitting import summarise_trials
 from lora_lab.costs.flops import Flops
 from lora_lab.course import figures
-from lora_lab.course.figures import fine_tuning
+from lora_lab.course.figures import files_and_rounding, fine_tuning, lora_from_scratch
 from tests.helpers import LOSSES, PEAKED, STEP, bill, bounds, by_label, moments, points, said, sweep
 
 
@@ -68,6 +68,31 @@ def test_the_schematic_states_shapes_scaling_and_the_count():
     assert ax.get_title().startswith("LoRA trains 224 parameters beside 3,072 frozen ones (7%)")
     assert "$s$ = 8 / 2 = 4" in ax.get_title()
     assert [(box.get_height(), box.get_width()) for box in ax.patches] == [(48, 64), (48, 2), (2, 64)]  # W0, B, A
+
+
+def test_the_band_of_the_schematic_is_as_high_as_the_scaling():
+    (small,), (large,) = (figures.schematic(rank=2, alpha=alpha).get_lines() for alpha in (4, 16))
+    assert large.get_linewidth() == 4 * small.get_linewidth()
+
+
+def test_a_filling_update_is_drawn_on_one_scale_below_the_losses_of_its_steps():
+    products = {0: torch.zeros(2, 3), 2: torch.tensor([[1.0, 0.0, -2.0], [0.0, 0.5, 0.0]])}
+    loss, first, last, _ = lora_from_scratch.filling([3.0, 2.0, 1.0], products).axes
+    assert [points(line) for line in loss.get_lines()[1:]] == [[(0, 3.0)], [(2, 1.0)]]
+    assert first.images[0].get_clim() == last.images[0].get_clim()
+    assert last.images[0].get_array().tolist() == products[2].tolist()
+
+
+def test_each_sentence_has_a_curve_of_its_own():
+    lines = by_label(lora_from_scratch.sentences({"the cat's": [3.0, 1.0], "yours": [4.0, 0.5]}))
+    assert [points(lines[name]) for name in ("the cat's", "yours")] == [[(0, 3.0), (1, 1.0)], [(0, 4.0), (1, 0.5)]]
+
+
+def test_what_a_merge_loses_has_a_point_for_each_layer_and_format():
+    rows = [("float32", 0.02, 1e-6), ("float32", 0.04, 5e-7), ("bfloat16", 0.02, 0.1), ("bfloat16", 0.04, 0.05)]
+    ax = files_and_rounding.lost_by_merging(pandas.DataFrame(rows, columns=["format", "size", "missing"]))
+    assert [points(line) for line in ax.get_lines()] == [[row[1:] for row in rows[:2]], [row[1:] for row in rows[2:]]]
+    assert said(ax.texts) == ["float32", "bfloat16"]
 
 
 def test_steps_are_drawn_on_one_scale_each_beside_what_is_around_its_peak():

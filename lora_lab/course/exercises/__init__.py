@@ -4,6 +4,7 @@ first_look         00 a first look
 low_rank           01 matrices of low rank
 fine_tuning        02 why one fine-tunes, and how to do it fairly
 lora_from_scratch  03 LoRA, line by line
+files_and_rounding 03b an adapter's file, and merging it
 memory             04 the memory of a training step
 speed              05 the time of a training step
 which_rank         06 which rank is enough
@@ -16,5 +17,6 @@ which_rate         12 which learning rate
 """
 
 # ruff: noqa: F401, I001  # in the order of the lessons
-from lora_lab.course.exercises import first_look, low_rank, fine_tuning, lora_from_scratch, memory, speed, which_rank
-from lora_lab.course.exercises import overfitting, forgetting, many_tasks, variants, training_wrote, which_rate
+from lora_lab.course.exercises import first_look, low_rank, fine_tuning, lora_from_scratch, files_and_rounding, memory
+from lora_lab.course.exercises import speed, which_rank, overfitting, forgetting, many_tasks, variants
+from lora_lab.course.exercises import training_wrote, which_rate

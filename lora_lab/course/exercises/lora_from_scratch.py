@@ -2,12 +2,14 @@
 
 import copy
 import math
+import re
 from functools import lru_cache
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from lora_lab import lora as ll  # noqa: F401  # what the last solution takes of the package
 from lora_lab.analysis.diagnosis import diagnose
@@ -28,10 +30,25 @@ def layer_case(rng):
     return normal(rng, n, inp), normal(rng, out, inp), normal(rng, rank, inp), normal(rng, out, rank), alpha
 
 
+def shown_case(rng):
+    """Such arguments; one in four is so small, and of whole numbers, that it can be redone by hand."""
+    if rng.random() > 0.25:
+        return layer_case(rng)
+    x, W, A, B = (torch.from_numpy(rng.integers(-2, 4, size)).float() for size in ((1, 3), (2, 3), (2, 3), (2, 2)))
+    return x, W, A, B, 6.0
+
+
+def products(function):
+    """How many multiplications and additions a function makes in products of matrices."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
 FACTOR = "alpha / A.shape[0]"
 forward = Exercise(
     "forward",
-    inputs=layer_case,
+    inputs=shown_case,
     wrong={
         "The scaling is missing. Multiply the update by alpha / r.": (f"{FACTOR} * ", ""),
         "Your update is r times too large. Divide alpha by the rank, which is A.shape[0].": (FACTOR, "alpha"),
@@ -59,6 +76,14 @@ forward = Exercise(
             "return W @ x + alpha / len(A) * (B @ A @ x)",
             "return x @ W.T + alpha / len(A) * (x @ A @ B)",
             "return x @ W.T + alpha / len(A) * (B @ (A @ x))",
+            "return x @ W.T + alpha / len(A) * x @ B @ A",
+            "return x @ W.T + alpha / len(A) * (A @ x.T).T @ B",
+        ],
+        "The two paths have different shapes: one is (out, n), the other (n, out). Write x @ W.T, not W @ x.T.": (
+            "return W @ x.T + alpha / len(A) * (x @ A.T @ B.T)"
+        ),
+        "Something stands between A and B. The path is linear: no activation.": [
+            ("F.linear(x, A)", "torch.relu(F.linear(x, A))"),
         ],
         "A and B are exchanged. x goes through A first, (n, in) -> (n, r), and then through B, (n, r) -> (n, out).": [
             "return x @ W.T + alpha / len(A) * (x @ B.T @ A.T)",
@@ -108,6 +133,29 @@ def passes_gradients_on(forward, rng):
     right = torch.autograd.grad((x @ W.T + alpha / len(A) * (x @ A.T @ B.T)).square().sum(), leaves)
     yours = torch.autograd.grad(forward(x, W, A, B, alpha).square().sum(), leaves, allow_unused=True)
     return all(one is not None and close(one, other) for one, other in zip(yours, right, strict=True))
+
+
+@forward.must(
+    "x may have more axes, as (batch, tokens, in) in a language model. F.linear(x, W) takes them; x.T does not.",
+    "return (W @ x.T + alpha / len(A) * (B @ (A @ x.T))).T",
+)
+def takes_more_axes_of_x(forward, rng):
+    """An x of shape (batch, tokens, in) does, too."""
+    x, W, A, B, alpha = layer_case(rng)
+    expected = (x @ W.T + alpha / len(A) * (x @ A.T @ B.T))[:, None]
+    return works(lambda: close(forward(x[:, None], W, A, B, alpha), expected), RuntimeError)
+
+
+@forward.must(
+    "The result is right, but you form B A, which is as large as W. Send x through A, and what comes out through B.",
+    "return F.linear(x, W + alpha / len(A) * (B @ A))",
+    "return F.linear(x, W) + alpha / len(A) * F.linear(x, B @ A)",
+)
+def never_forms_the_product(forward, rng):
+    """The product B A is never formed."""
+    x, W, A, B = (normal(rng, *shape) for shape in ((1, 40), (48, 40), (2, 40), (48, 2)))
+    few = products(lambda: forward(x, W, A, B, 6.0)) < 1.5 * products(lambda: x @ W.T)
+    return few and close(forward(x, W, A, B, 6.0), x @ W.T + 3 * (x @ A.T @ B.T))
 
 
 # The initialisation
@@ -356,12 +404,39 @@ def has_the_names(MyLoRALinear, rng):
 
 
 @layer.must(
+    "The shapes do not fit. x has its examples in rows: F.linear(v, M) is v @ M.T, and x goes through A, then B.",
+    ("F.linear(self.dropout(x), self.lora_A)", "self.dropout(x) @ self.lora_A"),
+    (UPDATE, "self.base(x) + self.scaling * (self.lora_B @ self.lora_A @ self.dropout(x))"),
+    (", self.lora_A)", ", self.lora_C)", ", self.lora_B)", ", self.lora_A)", "lora_C", "lora_B"),
+)
+def fits_the_shapes(MyLoRALinear, rng):
+    m = made(MyLoRALinear, rng, moved=False)
+    try:
+        m.layer(m.x)
+    except NotImplementedError:
+        return True
+    except RuntimeError as error:
+        return not re.search("shapes cannot be multiplied|must match", str(error))
+    return True
+
+
+@layer.must(
     "__init__ is right as far as it can be checked. forward is still open.",
     ("narrow = F.linear(self.dropout(x), self.lora_A)", "raise NotImplementedError"),
 )
 def has_forward(MyLoRALinear, rng):
     m = made(MyLoRALinear, rng, moved=False)
     return works(lambda: m.layer(m.x) is not ..., NotImplementedError)
+
+
+@layer.must(
+    "No gradient can reach A and B. Leave no_grad, detach and merged(), which is under no_grad, out of forward.",
+    ("narrow = F.linear(self.dropout(x), self.lora_A)", "return self.merged()(x)"),
+    (UPDATE, "self.base(x) + update.detach()"),
+)
+def has_a_graph_through_its_factors(MyLoRALinear, rng):
+    m = made(MyLoRALinear, rng, moved=False)
+    return m.layer(m.x).requires_grad
 
 
 @layer.must(
@@ -487,6 +562,22 @@ def passes_the_gradient_on(MyLoRALinear, rng):
 def needs_no_bias(MyLoRALinear, rng):
     """A base without a bias does, too."""
     return works(lambda: is_right(made(MyLoRALinear, rng, bias=False)), TypeError, AttributeError)
+
+
+@layer.must(
+    "Right, but forward forms B A, which is as large as W0. Send x through A, and what comes out through B.",
+    (
+        "narrow = F.linear(self.dropout(x), self.lora_A)",
+        "narrow = self.dropout(x)",
+        "(narrow, self.lora_B)",
+        "(narrow, self.lora_B @ self.lora_A)",
+    ),
+)
+def never_forms_the_update(MyLoRALinear, rng):
+    """Its forward pass never forms the product B A."""
+    base, x = nn.Linear(40, 48), normal(rng, 1, 40)
+    layer = MyLoRALinear(base, 2, ALPHA, 0.0)
+    return products(lambda: layer(x)) < 1.5 * products(lambda: base(x))
 
 
 # Its dropout
@@ -705,7 +796,7 @@ def treated(repair, rng):
         if not notes.empty and "does not require grad" not in str(error):
             raise
         return notes
-    notes.pair = are(result, 2, object)
+    notes.pair = are(result, 2, object) and isinstance(result[0], nn.Module)
     if not notes.pair:
         return notes
     model, optimizer = result
@@ -725,7 +816,11 @@ def treated(repair, rng):
     return notes
 
 
-@repair.must("Return the model and the optimiser, in this order.", ("(model, optimizer)", "model"))
+@repair.must(
+    "Return the model and the optimiser, in this order.",
+    ("(model, optimizer)", "model"),
+    ("(model, optimizer)", "(optimizer, model)"),
+)
 def returns_a_pair(repair, rng):
     return treated(repair, rng).pair
 

@@ -5,6 +5,7 @@ What can be drawn of a model, a table or a record of one's own is in ``lora_lab.
 low_rank           01 low rank
 fine_tuning        02 why fine-tune
 lora_from_scratch  03 LoRA from scratch
+files_and_rounding 03b files and rounding
 memory             04 memory
 speed              05 speed
 which_rank         06 which rank
