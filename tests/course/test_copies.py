@@ -106,7 +106,6 @@ SHOWN = {
         "return model, optimizer",
         "trainable = [p for p in model.parameters() if p.requires_grad]",
     },
-    "04_memory.ipynb": {"if rank is None:"},
     "05_speed.ipynb": {"device.synchronize()"},
 }
 

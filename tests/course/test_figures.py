@@ -12,10 +12,11 @@ mpl.use("Agg")
 
 from lora_lab import plots
 from lora_lab.ablation.overfitting import summarise_trials
+from lora_lab.costs.bill import MIB, PARTS
 from lora_lab.costs.flops import Flops
 from lora_lab.course import figures
-from lora_lab.course.figures import files_and_rounding, fine_tuning, lora_from_scratch
-from tests.helpers import LOSSES, PEAKED, STEP, bill, bounds, by_label, moments, points, said, sweep
+from lora_lab.course.figures import files_and_rounding, fine_tuning, lora_from_scratch, memory
+from tests.helpers import LOSSES, PEAKED, STEP, bill, bounds, by_label, points, said, sweep
 
 
 def test_a_circle_becomes_an_ellipse_and_without_its_second_direction_a_line():
@@ -95,25 +96,42 @@ def test_what_a_merge_loses_has_a_point_for_each_layer_and_format():
     assert said(ax.texts) == ["float32", "bfloat16"]
 
 
-def test_steps_are_drawn_on_one_scale_each_beside_what_is_around_its_peak():
-    figure = figures.memory_of_steps({"large": PEAKED, "small": bill(STEP, frozen=10, mlp=4)})
-    assert {ax.get_ylim() for ax in figure.axes} == {(0, 1.2 * 17)}
-    assert "7 of it logits" in said(figure.axes[1].texts)
+def test_every_part_of_a_bill_is_of_one_of_five_kinds():
+    kinds = memory.by_kind({part: 2**i for i, part in enumerate(PARTS)})
+    assert sum(kinds.values()) == 2 ** len(PARTS) - 1
+    assert kinds[memory.WEIGHTS] == 0b11
+    assert kinds[memory.STORED] == sum(2**i for i, part in enumerate(PARTS) if "saved" in part or "recomputed" in part)
 
 
-def test_a_step_beside_its_peak_begins_with_its_forward_pass_and_ends_with_a_named_phase():
-    rows = [("before", {"frozen": 15}), *[("forward", {"frozen": 10})] * 40, ("optimiser step", {"frozen": 20})]
-    whole, _ = figures.memory_of_steps({"a": bill(moments(*rows), frozen=20)}).axes
-    assert said(whole.texts) == ["peak 20 (see right)", "forward", "optimiser step →"]
-    assert whole.collections[0].get_paths()[0].vertices[:, 0].min() > 0
+def test_steps_are_drawn_on_one_scale_under_a_budget_that_they_fit_or_not():
+    figure = figures.memory_of_steps({"large": PEAKED, "small": bill(STEP, frozen=10, mlp=4, loss=2)}, 16 * MIB)
+    large, small = figure.axes
+    assert {ax.get_ylim() for ax in figure.axes} == {(0, 1.12 * 17)}
+    assert said(large.texts) == ["peak 17"]
+    assert figure.get_suptitle() == "16 MiB: large does not fit, small fits"
+    assert [level.get_label() for level in large.get_lines() if not level.get_label().startswith("_")] == ["budget"]
+    tops = [area.get_paths()[0].vertices[:, 1].max() for area in small.collections]
+    assert tops == [10, 10, 10, 14, 17]  # weights, state, gradients, activations, logits
+    assert said(small.get_xticklabels()) == ["forward →", "backward →"]
 
 
-def test_a_block_is_drawn_with_a_bar_for_what_each_method_saves():
-    saved = {"norm": ("input + normalised", 10, 5, 0), "add 1": ("", 0, 0, 0), "down": ("input + A x", 20, 0, 2)}
-    ax = figures.saved_in_a_block(saved)
-    bars = [bar.get_width() for container in ax.containers for bar in container]
+def test_a_block_is_drawn_with_a_bar_for_what_each_method_stores():
+    figure = figures.saved_in_a_block(
+        {"norm": ("scales", 10, 5, 0), "add": ("adds", 0, 0, 0), "down": ("a layer", 20, 0, 2)}
+    )
+    left, right = figure.axes
+    bars = [bar.get_width() for container in right.containers for bar in container]
     assert bars == [10, 0, 20, 5, 0, 0, 0, 0, 2]  # with both, with full alone, with LoRA alone
-    assert [text.strip() for text in said(ax.texts)][::2] == ["10 + 5   input + normalised", "20 + 2   input + A x"]
+    assert [text.strip() for text in said(right.texts)] == ["10 + 5", "", "20 + 2"]
+    boxes = {text.get_text(): text.get_bbox_patch() for text in left.texts}
+    edges = {name: mpl.colors.to_hex(box.get_edgecolor()) for name, box in boxes.items() if box}
+    assert [name for name in edges if edges[name] == plots.METHOD_COLOURS["lora"]] == ["down"]
+
+
+def test_peaks_are_bars_of_the_five_kinds():
+    ax = memory.peaks({"a": bill(frozen=10, mlp=4), "b": bill(frozen=10, state=3)})
+    assert said(ax.texts) == ["14", "13"]
+    assert [container.get_label() for container in ax.containers] == list(memory.LOOKS)
 
 
 def test_the_passes_of_a_step_are_as_long_as_their_flops_and_what_is_gone_is_an_empty_box():

@@ -8,8 +8,8 @@ from lora_lab.course.exercise import Exercise, Reflection
 
 
 def frozen_and_trained(rng):
-    """Numbers of frozen parameters and of trained ones."""
-    return int(rng.integers(10**6, 10**9)), int(rng.integers(10**4, 10**6))
+    """Numbers of frozen parameters and of trained ones, small enough to redo by hand."""
+    return int(rng.integers(20, 100)), int(rng.integers(2, 10))
 
 
 FOUR_NUMBERS = "4 + 4 + 8"  # a weight, a gradient and two averages
@@ -30,6 +30,9 @@ static_bytes = Exercise(
         ),
         "A trained parameter's weight is counted twice. Its 16 bytes hold it already.": (FOUR_NUMBERS, "4 + 4 + 4 + 8"),
         "A frozen parameter has no gradient. It costs the 4 bytes of its weight.": ("4 * frozen", "8 * frozen"),
+        "The two are swapped. A trained parameter costs 16 bytes, and a frozen one 4.": (
+            "return 16 * frozen + 4 * trained"
+        ),
         "These are half of the bytes. A number in float32 has 4 bytes, not 2.": "return 2 * frozen + 8 * trained",
     },
     hints=[
@@ -92,7 +95,7 @@ peak = Exercise(
         "Each operation first adds what it allocates. That is the moment to compare with the most so far.",
         "Only after that comparison, subtract what the operation releases.",
     ],
-    praise="A step that needs 1 byte more than the card at a single moment fails, however little it needs elsewhere.",
+    praise="A step that needs 1 byte too many at a single moment fails, however little it needs elsewhere.",
 )
 
 
@@ -118,86 +121,6 @@ def is_not_at_the_end(peak, rng):
     return peak([(a, 0), (b, a), (1, b)]) == a + b
 
 
-# What is saved
-
-TARGETS = [("gate",), ("up",), ("down",), ("gate", "up"), ("gate", "down"), ("up", "down"), ("gate", "up", "down")]
-
-
-def mlp_and_targets(rng):
-    """Width, inner width and rank, all different, and the layers with adapters."""
-    d, m, r = (int(rng.choice(sizes)) for sizes in ((5, 7), (11, 13), (2, 3)))
-    return d, m, r, set(TARGETS[int(rng.integers(len(TARGETS)))])
-
-
-READS_X, DOWN, A_OUT = "{'gate', 'up'} & set(targets)", " if 'down' in targets else 0", " + r * len(targets)"
-saved_values = Exercise(
-    "saved_values",
-    inputs=mlp_and_targets,
-    wrong={
-        "The input x is missing. The weights are frozen, but A reads x too, and A's gradient needs it.": ("x + 3", "3"),
-        "x is counted once for each adapter. gate and up read one tensor, which is stored once.": (
-            (f"d if {READS_X} else 0", "d * len({'gate', 'up'} & targets)")
-        ),
-        "x is counted although neither gate nor up has an adapter. A frozen weight does not need its input.": (
-            (READS_X, "True")
-        ),
-        "x is stored as soon as one of gate and up has an adapter, whichever of the two.": [
-            (READS_X, "{'gate', 'up'} <= targets"),
-            (READS_X, "'gate' in targets"),
-            (READS_X, "'up' in targets"),
-        ],
-        "m values are missing. silu's own backward pass needs its input, and the product needs both factors.": (
-            ("3 * m", "2 * m")
-        ),
-        "The activations inside are missing. silu and the product of two activations store what they multiply.": (
-            (" + 3 * m", "")
-        ),
-        "The outputs of A are missing. B's gradient needs them: r values for each adapter.": (A_OUT, ""),
-        "down's input is counted although down has no adapter. A frozen weight does not need it.": (DOWN, ""),
-        "down's input is missing where down has an adapter. Its A reads it.": (" + product", ""),
-        "The weights are counted. They are in memory in any case, and autograd stores no copy of them.": [
-            (A_OUT, f"{A_OUT} + 3 * d * m"),
-            (A_OUT, " + r * (1 + d + m) * len(targets)"),
-        ],
-    },
-    hints=[
-        "Ask of each operation: which values does its gradient need? A frozen matrix needs its weight alone.",
-        "silu stores its input, a product of two activations stores both, A's gradient needs A's input, B's needs A x.",
-        "gate, silu(gate) and up have m values each. Add d once if gate or up has an adapter, and so on for down.",
-    ],
-    praise="You have counted what autograd counts. Most of it does not depend on the rank at all.",
-    draws=128,
-)
-
-
-@saved_values.must()
-def with_an_adapter_on_down(saved_values, rng):
-    """With an adapter on down alone, what the activations need is stored, down's input, and A's output."""
-    d, m, r, _ = mlp_and_targets(rng)
-    return saved_values(d, m, r, {"down"}) == 3 * m + m + r
-
-
-@saved_values.must()
-def with_adapters_on_gate_and_up(saved_values, rng):
-    """With one on gate, on up or on both, x is stored, once for both, and down's input is not."""
-    d, m, r, _ = mlp_and_targets(rng)
-    return all(saved_values(d, m, r, {*t}) == d + 3 * m + len(t) * r for t in (["gate"], ["up"], ["gate", "up"]))
-
-
-@saved_values.must()
-def with_adapters_on_down_and_others(saved_values, rng):
-    """With adapters on all three, or on down and one of the others, x and down's input are both stored."""
-    d, m, r, _ = mlp_and_targets(rng)
-    return all(saved_values(d, m, r, {"down", *t}) == d + 4 * m + (1 + len(t)) * r for t in TARGETS if "down" not in t)
-
-
-@saved_values.must()
-def grows_with_the_rank(saved_values, rng):
-    """A rank that is higher by one adds one value for each adapter."""
-    d, m, r, _ = mlp_and_targets(rng)
-    return all(saved_values(d, m, r + 1, {*t}) - saved_values(d, m, r, {*t}) == len(t) for t in TARGETS)
-
-
 # Does it fit?
 
 
@@ -216,10 +139,12 @@ longest = Exercise(
     inputs=budget_and_costs,
     wrong={
         "A GiB is too small. It has 2**30 bytes, not 10**9.": ("2 ** 30", "10 ** 9"),
+        "The budget has another unit. It is in GiB, and a GiB has 2**30 bytes.": ("2 ** 30", "2 ** 20"),
         "The static bytes are left out. Weights and AdamW's state come first.": (" - static", ""),
         "There is one token too many. Round down, because a part of a token does not fit.": [
             ("static)", "static + per_token - 1)"),
             ("// per_token", "// per_token + 1"),
+            "return max(0, round((budget_gib * 2**30 - static) / per_token))",
         ],
         "There is one token too few where a step needs exactly the budget. It fits then.": ("static)", "static - 1)"),
         "The result is not a whole number of tokens. Round it down.": ("//", "/"),
@@ -232,7 +157,8 @@ longest = Exercise(
         "First subtract what is static. What remains is shared out among the tokens.",
         "// rounds down, and max(0, ...) takes care of a model that does not fit at all.",
     ],
-    praise="That is the question before every run, and you can answer it without a card.",
+    praise="That is the question before every run, and you can answer it without a GPU.",
+    draws=128,
 )
 
 
@@ -259,9 +185,107 @@ def nothing_fits_beside_too_much(longest, rng):
     return longest(4, 4 * 2**30 + excess, 1000) == 0 and longest(4, 4 * 2**30 - 1500, 1000) == 1
 
 
+# The best setup that fits
+
+
+def bill_and_budget(rng):
+    """Three setups of each of two adapters, what a rank trains, and a budget: the size of one, or too small."""
+    per_rank = {"attention": int(rng.integers(2, 5)), "all": int(rng.integers(5, 9))}
+    adapters = [(targets, rank) for targets in per_rank for rank in (2, 4, 8, 16)]
+    ways = [(checkpointing, bits) for checkpointing in (False, True) for bits in (4, 16)]
+    chosen = [adapters[i] for i in rng.choice(len(adapters), 2, replace=False)]
+    setups = [(*adapter, *ways[i]) for adapter in chosen for i in rng.choice(len(ways), 3, replace=False)]
+    sizes = (rng.permutation(20)[:6] + 5).tolist()
+    bill = [(*setups[i], size) for i, size in zip(rng.permutation(6), sizes, strict=True)]
+    return bill, per_rank, 4 if rng.integers(6) == 0 else sorted(sizes)[rng.integers(1, 6)]
+
+
+def trained(row, per_rank):
+    """How many numbers a setup trains."""
+    return row[1] * per_rank[row[0]]
+
+
+QUALITY, EQUALS = "rank * per_rank[targets]", ", bits, not checkpointing"
+best_setup = Exercise(
+    "best_setup",
+    inputs=bill_and_budget,
+    wrong={
+        "This setup needs more than the budget. First leave out the rows that do not fit.": (
+            (" if row[-1] <= budget_gib", "")
+        ),
+        "A setup that needs exactly the budget fits.": ("<=", "<"),
+        "The highest rank need not train most. Multiply the rank by what one rank trains on these targets.": (
+            (QUALITY, "rank")
+        ),
+        "The rank is missing. A setup trains rank times per_rank[targets] numbers.": (QUALITY, "per_rank[targets]"),
+        "This is the row that fills the budget best. Compare how many numbers the rows train.": (
+            (f"({QUALITY}{EQUALS})", "row[-1]")
+        ),
+        "This is the row that needs least memory. Of those that fit take the one that trains most.": (
+            (f"({QUALITY}{EQUALS})", "-row[-1]")
+        ),
+        "Of rows that train equally many numbers this is the wrong one. Compare their bits, and then checkpointing.": [
+            (EQUALS, ""),
+            (EQUALS, ", bits"),
+            (EQUALS, ", not checkpointing"),
+        ],
+        "Of rows that train equally many numbers compare the bits first, and checkpointing only if these are equal.": (
+            (EQUALS, ", not checkpointing, bits")
+        ),
+        "Of rows that train equally many numbers you take 4 bits or checkpointing, although the other one fits, too.": [
+            (EQUALS, ", -bits, checkpointing"),
+            (EQUALS, ", -bits, not checkpointing"),
+            (EQUALS, ", bits, checkpointing"),
+            (EQUALS, ", -row[-1]"),
+        ],
+        "Return the row itself, not its number or how many numbers it trains.": [
+            ("max(fits, key=quality, default=None)", "max((quality(row)[0] for row in fits), default=None)"),
+            ("max(fits, key=quality, default=None)", "bill.index(max(fits, key=quality)) if fits else None"),
+        ],
+        "Where nothing fits there is no largest row. Return None there.": [
+            (", default=None", ""),
+            ("max(fits, key=quality, default=None)", "sorted(fits, key=quality)[-1]"),
+        ],
+    },
+    hints=[
+        "First keep the rows that fit: those whose last entry is at most the budget.",
+        "A row trains rank times per_rank[targets] numbers. max takes a key, a function of a row.",
+        "The key may be a tuple: numbers trained, bits, not checkpointing. max also takes a default for an empty list.",
+    ],
+    praise="With a bill of your own model you can choose before you rent a GPU.",
+    draws=128,
+)
+
+
+@best_setup.must()
+def fits_if_any_does(best_setup, rng):
+    """The result is a row of the bill that fits the budget, or None where none does."""
+    bill, per_rank, budget = bill_and_budget(rng)
+    row, nothing = best_setup(bill, per_rank, budget), best_setup(bill, per_rank, 4)
+    fits = budget == 4 if row is None else tuple(row) in bill and row[-1] <= budget
+    return nothing is None and fits
+
+
+@best_setup.must()
+def trains_the_most(best_setup, rng):
+    """No other row that fits trains more numbers; one that needs exactly the budget fits."""
+    bill, per_rank, _ = bill_and_budget(rng)
+    most = [max(trained(row, per_rank) for row in bill if row[-1] <= budget[-1]) for budget in bill]
+    return [trained(best_setup(bill, per_rank, budget[-1]), per_rank) for budget in bill] == most
+
+
+@best_setup.must()
+def prefers_what_costs_least(best_setup, rng):
+    """Of rows that train equally many numbers it is one of 16 bits, if there is one, and then without checkpointing."""
+    ways = [(False, 16, 9), (True, 16, 8), (False, 4, 7), (True, 4, 6)]  # from the best to the worst
+    first, rank = int(rng.integers(4)), int(rng.integers(2, 9))
+    bill = [("all", rank, *ways[i]) for i in rng.permutation(4)]
+    return tuple(best_setup(bill, {"all": 3}, ways[first][-1])) == ("all", rank, *ways[first])
+
+
 Reflection(
     "04_memory",
-    question="A model does not fit onto your card with full fine-tuning. A friend says: *Take LoRA with a small "
+    question="A model does not fit on your GPU with full fine-tuning. A friend says: *Take LoRA with a small "
     "rank, it needs ten times less memory.* In five to eight sentences: which parts of the memory does "
     "LoRA shrink, which not, and what would you measure or change next if it still does not fit?",
     rubric=(
