@@ -14,8 +14,9 @@ from lora_lab import plots
 from lora_lab.ablation.overfitting import summarise_trials
 from lora_lab.costs.bill import MIB, PARTS
 from lora_lab.costs.flops import Flops
+from lora_lab.costs.timing import MEMORY, UPDATE
 from lora_lab.course import figures
-from lora_lab.course.figures import files_and_rounding, fine_tuning, lora_from_scratch, memory
+from lora_lab.course.figures import files_and_rounding, fine_tuning, lora_from_scratch, memory, speed
 from tests.helpers import LOSSES, PEAKED, STEP, bill, bounds, by_label, points, said, sweep
 
 
@@ -194,6 +195,25 @@ def test_a_ring_is_around_the_rate_that_was_chosen():
     ax = fine_tuning.by_rate(right, {"from scratch": 3e-3, "fine-tuned": 1e-3})
     rings = [points(line)[0] for line in ax.get_lines() if line.get_markersize() == 16]
     assert rings == [pytest.approx((3e-3, 60)), pytest.approx((1e-3, 60))]
+
+
+def test_time_stands_beside_flops_with_the_larger_number_on_top():
+    ax = speed.time_and_flops({"1": (0.7, 0.6, 0.5, 0.65), "8": (0.7, 0.9, 0.8, 1.1)}, "rank")
+    assert by_label(ax)["LoRA: arithmetic (FLOPs)"].get_ydata().tolist() == [0.7, 0.7]
+    assert [(text.get_text(), text.xy[1]) for text in ax.texts] == [
+        ("0.60", 0.5),
+        ("0.70", 0.7),
+        ("0.90", 1.1),
+        ("0.70", 0.7),
+    ]
+    assert [text.get_va() for text in ax.texts] == ["top", "bottom", "bottom", "top"]
+
+
+def test_a_predicted_step_is_split_into_products_memory_and_optimiser_beside_its_measurement():
+    ax = speed.causes({"full": {"forward": 0.1, "head": 0.1, MEMORY: 0.05, UPDATE: 0.2}, "LoRA": {}}, {"full": 0.4})
+    bars = [(bar.get_x(), bar.get_width()) for container in ax.containers for bar in container]
+    assert bars[:3] == [pytest.approx((0, 200)), pytest.approx((200, 50)), pytest.approx((250, 200))]
+    assert [line.get_xdata().tolist() for line in ax.get_lines()] == [[400], []]
 
 
 def test_each_seed_has_its_best_rank_marked():

@@ -10,8 +10,11 @@ from lora_lab.course.exercise import Exercise, Reflection
 
 
 def sizes_and_method(rng):
-    """Weights of the layers and of the head, multiply-adds of attention and of adapters a token, and a method."""
-    M, E, T, P = (int(rng.integers(low, 2 * low)) for low in (10**8, 3 * 10**7, 4 * 10**6, 2 * 10**6))
+    """Weights of the layers and of the head, multiply-adds of attention and of adapters a token, and a method.
+
+    They are small, so that an example can be computed by hand.
+    """
+    M, E, T, P = sorted(rng.choice(np.arange(2, 40), 4, replace=False).tolist(), reverse=True)
     return M, E, T, P, str(rng.choice(["full", "LoRA"]))
 
 
@@ -47,6 +50,13 @@ multiply_adds = Exercise(
         "The method makes no difference in your count. LoRA skips the weight gradients of M and E.": (
             "return 3 * (M + E + T)"
         ),
+        "Full fine-tuning has no adapters. P counts with LoRA alone.": (
+            ("return forward + inputs + M + E", "return forward + inputs + M + E + 3 * P")
+        ),
+        "For full fine-tuning you return LoRA's count. The method is 'full', in small letters.": ("'full'", "'Full'"),
+        "These are FLOPs, two for each multiply-add. Count the multiply-adds.": (
+            "return 2 * (2 * M + 2 * E + 3 * T + (3 * P if method == 'LoRA' else M + E))"
+        ),
     },
     hints=[
         "Forward: every weight is multiplied once, and so are T and P.",
@@ -81,7 +91,7 @@ def of_the_adapters(multiply_adds, rng):
 
 def sizes_for_a_rank(rng):
     """Weights of the layers, of the head, and adapters' multiply-adds per unit of rank; half of the cases are ties."""
-    M, E, per_rank = (int(rng.integers(*span)) for span in ((10**8, 10**9), (2 * 10**7, 10**8), (2 * 10**5, 10**6)))
+    M, E, per_rank = (int(rng.integers(*span)) for span in ((100, 1000), (30, 100), (2, 10)))
     if rng.random() < 0.5:
         M -= (M + E) % (3 * per_rank)
     return M, E, per_rank
@@ -97,6 +107,7 @@ break_even = Exercise(
         "At this rank LoRA already needs more multiplications. Round down.": [
             ("M + E", "M + E + 3 * per_rank - 1"),
             ("(3 * per_rank)", "(3 * per_rank) + 1"),
+            ("(M + E) // (3 * per_rank)", "round((M + E) / (3 * per_rank))"),
         ],
         "At the break-even rank itself LoRA needs no more. Count it.": ("M + E", "M + E - 1"),
         "A rank is a whole number. Round down.": ("//", "/"),

@@ -5,15 +5,67 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from lora_lab.costs.flops import ADAPTERS, FORWARD, INPUT, WEIGHT, Flops
-from lora_lab.plots import (
-    COLOURS,
-    METHOD_COLOURS,
-    filling,
-)
+from lora_lab.costs.timing import MEMORY, UPDATE
+from lora_lab.plots import COLOURS, METHOD_COLOURS, draw_spread, filling
+
+
+def time_and_flops(steps: Mapping[str, tuple[float, float, float, float]], xlabel: str) -> Axes:
+    """The time of LoRA's step and its FLOPs, both in units of full fine-tuning's.
+
+    Args:
+        steps: setting, such as a rank -> ratio of the FLOPs, ratio of the times, and the ends of that one's interval.
+    """
+    ax = plt.subplots(figsize=(8, 3.8))[1]
+    places, (flops, times, low, high) = np.arange(len(steps)), np.array(list(steps.values())).T
+    grey, lora = "#555555", METHOD_COLOURS["lora"]
+    ax.axhline(1, color=METHOD_COLOURS["full"], linewidth=2, label="full fine-tuning")
+    ax.plot(places, flops, "s--", color=grey, fillstyle="none", label="LoRA: arithmetic (FLOPs)")
+    draw_spread(ax, places, times, low, high, color=lora, marker="o", capsize=4, label="LoRA: time, 95 % interval")
+    for place, (flop, time, bottom, top) in zip(places, steps.values(), strict=True):
+        above = time > flop  # the larger number stands on top
+        for value, end, colour, up in ((time, top if above else bottom, lora, above), (flop, flop, grey, not above)):
+            look = {"color": colour, "ha": "center", "va": "bottom" if up else "top", "textcoords": "offset points"}
+            ax.annotate(f"{value:.2f}", (place, end), (0, 7 if up else -7), **look)
+    ax.set_xticks(places, list(steps))
+    ax.set(xlabel=xlabel, ylabel="LoRA / full fine-tuning", ylim=(0, max(1.4, high.max() + 0.1)))
+    ax.set_xlim(-0.5, len(steps) - 0.5)
+    ax.grid(axis="x", visible=False)
+    ax.legend(loc="lower right")
+    return ax
+
+
+def causes(steps: Mapping[str, Mapping[str, float]], measured: Mapping[str, float]) -> Axes:
+    """The predicted time of each step in three parts: multiplications, passes over memory, and the optimiser.
+
+    Args:
+        steps: label -> cause -> seconds, as a prediction has them.
+        measured: label -> measured seconds, drawn as a diamond.
+    """
+    ax = plt.subplots(figsize=(9, 0.8 * len(steps) + 1.6))[1]
+    looks = {"matrix multiplications": ("#999999", ""), MEMORY: ("#999999", ".."), UPDATE: (COLOURS[4], "//")}
+    for row, (label, seconds) in enumerate(steps.items()):
+        left, others = 0.0, sum(size for cause, size in seconds.items() if cause not in looks)
+        for cause, look in looks.items():
+            width = 1e3 * seconds.get(cause, others if cause == next(iter(looks)) else 0.0)
+            ax.barh(row, width, left=left, height=0.6, **filling(*look))
+            left += width
+        ax.text(left, row, f"   {left:,.0f}", va="center")
+        if label in measured:
+            ax.plot(1e3 * measured[label], row - 0.4, "d", color="#000000")
+    handles = [Patch(**filling(*look), label=cause) for cause, look in looks.items()]
+    handles += ax.plot([], [], "d", color="#000000", label="measured")
+    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=4)
+    ax.set_yticks(range(len(steps)), list(steps))
+    ax.invert_yaxis()
+    ax.margins(x=0.1)
+    ax.set_xlabel("ms a step, predicted")
+    ax.grid(axis="y", visible=False)
+    return ax
 
 
 def passes(steps: Mapping[str, Flops], ax: Axes | None = None) -> Axes:
