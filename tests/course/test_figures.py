@@ -1,7 +1,5 @@
 """Figures of the lessons: the numbers that were given, labels, and what each is drawn to show."""
 
-import itertools
-
 import matplotlib as mpl
 import numpy as np
 import pandas
@@ -10,10 +8,10 @@ import torch
 
 mpl.use("Agg")
 
-from lora_lab import plots
 from lora_lab.ablation.overfitting import summarise_trials
 from lora_lab.costs.flops import Flops
 from lora_lab.course import figures
+from lora_lab.course.figures import did_it_learn
 from tests.helpers import LOSSES, PEAKED, STEP, bill, bounds, by_label, moments, points, said, sweep
 
 
@@ -207,19 +205,6 @@ def test_weight_decay_is_shown_in_weights_losses_and_right_answers():
         assert by_label(ax)[label].get_ydata().tolist() == values
 
 
-def test_copies_and_adapters_are_squares_whose_areas_are_to_scale():
-    ax = figures.copies_and_adapters(400.0, 4.0)
-    squares = {colour: [] for colour in (plots.METHOD_COLOURS["full"], "#d9d9d9", plots.METHOD_COLOURS["lora"])}
-    for patch in ax.patches:
-        squares[mpl.colors.to_hex(patch.get_facecolor())].append(patch.get_width() * patch.get_height())
-    full, base, lora = squares.values()
-    assert (len(full), len(base), len(lora)) == (4, 1, 4)
-    assert set(full) == set(base)
-    assert lora == pytest.approx([full[0] / 100] * 4)
-    spans = sorted((patch.get_x(), patch.get_x() + patch.get_width()) for patch in ax.patches)
-    assert all(end < start for (_, end), (start, _) in itertools.pairwise(spans))  # no two overlap
-
-
 def test_the_effect_of_adapters_is_written_into_a_map_whose_zero_is_in_the_middle():
     changes = pandas.DataFrame([[-2.0, 0.5, 0.0], [1.0, -0.25, 0.125]], ["keeper", "mood"], ["style", "sums", "names"])
     ax = figures.effect_of_adapters(changes)
@@ -227,6 +212,24 @@ def test_the_effect_of_adapters_is_written_into_a_map_whose_zero_is_in_the_middl
     (image,) = ax.get_images()
     assert image.get_array().tolist() == changes.to_numpy().tolist()
     assert image.get_clim() == (-3.0, 3.0)
+
+
+def test_right_answers_are_drawn_against_the_loss_beside_a_line_at_that_of_guessing():
+    seeds = {"base": [(2.0, 0.4)], "scratch": [(0.5, 0.3), (0.7, 0.5)], "LoRA r=8": [(0.4, 0.8)]}
+    ax = did_it_learn.loss_and_accuracy(seeds, guessing=0.55)
+    guess, *setups = ax.get_lines()
+    assert list(guess.get_xdata()) == [0.55, 0.55]
+    assert [points(line) for line in setups] == [[(2, 40)], [(0.5, 30), (0.7, 50)], [(0.4, 80)]]
+    assert said(ax.texts)[1:] == ["base", "scratch", "LoRA r=8"]
+
+
+def test_ways_to_answer_have_a_mark_for_each_seed_and_a_bar_for_few_texts():
+    ax = did_it_learn.contenders({"commonest answer": ("chance", [0.5]), "LoRA r=8": ("lora", [0.7, 0.9])}, 100)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["commonest answer", "LoRA r=8"]
+    seeds = [list(line.get_xdata()) for line in ax.get_lines() if line.get_marker() == "o"]
+    assert seeds == [[50], pytest.approx([70, 90])]
+    bars = [container.lines[2][0].get_segments()[0][:, 0].tolist() for container in ax.containers]
+    assert bars == [pytest.approx([50 - 9.8, 50 + 9.8]), pytest.approx([80 - 7.84, 80 + 7.84])]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ which_rank         06 which rank
 overfitting        07 overfitting
 forgetting         08 forgetting
 many_tasks         09 many tasks
+did_it_learn       09b did it learn?
 variants           10 variants
 training_wrote     11 what training wrote
 """
@@ -17,7 +18,7 @@ training_wrote     11 what training wrote
 from lora_lab.course.figures.forgetting import weight_decay
 from lora_lab.course.figures.lora_from_scratch import schematic
 from lora_lab.course.figures.low_rank import numbers, shares_by_rank
-from lora_lab.course.figures.many_tasks import copies_and_adapters, effect_of_adapters
+from lora_lab.course.figures.many_tasks import effect_of_adapters
 from lora_lab.course.figures.memory import memory_of_steps, saved_in_a_block
 from lora_lab.course.figures.overfitting import (
     equal_training_loss,
@@ -34,7 +35,6 @@ from lora_lab.course.figures.which_rank import behind_full, seed_by_seed
 __all__ = [
     "at_common_rate",
     "behind_full",
-    "copies_and_adapters",
     "differences",
     "effect_of_adapters",
     "equal_training_loss",
