@@ -1,7 +1,5 @@
 """Figures of the lessons: the numbers that were given, labels, and what each is drawn to show."""
 
-import itertools
-
 import matplotlib as mpl
 import numpy as np
 import pandas
@@ -15,15 +13,28 @@ from lora_lab.ablation.overfitting import summarise_trials
 from lora_lab.costs.bill import MIB, PARTS
 from lora_lab.costs.flops import Flops
 from lora_lab.costs.timing import MEMORY, UPDATE
-from lora_lab.course import figures
-from lora_lab.course.figures import files_and_rounding, fine_tuning, lora_from_scratch, memory, speed
+from lora_lab.course.figures import (
+    did_it_learn,
+    files_and_rounding,
+    fine_tuning,
+    forgetting,
+    lora_from_scratch,
+    low_rank,
+    many_tasks,
+    memory,
+    overfitting,
+    speed,
+    training_wrote,
+    variants,
+    which_rank,
+)
 from tests.helpers import LOSSES, PEAKED, STEP, bill, bounds, by_label, points, said, sweep
 
 
 def test_a_circle_becomes_an_ellipse_and_without_its_second_direction_a_line():
     M = [[2, 3], [0, 2]]  # turns (1, 2) into 4 times (2, 1), and (2, -1) into (1, -2)
     for to_the_ellipse, second, lengths in ((1, 0, [4, 1, 4, 0]), (0, 0.5, [1, 1, 4, 0.5])):
-        figure = figures.low_rank.ellipse(M, to_the_ellipse, second)
+        figure = low_rank.ellipse(M, to_the_ellipse, second)
         drawn = [line.get_xydata() for ax in figure.axes[1:] for line in ax.get_lines()[2:]]
         assert [np.hypot(*points[1]) for points in drawn] == pytest.approx(lengths, abs=1e-9)
         line = figure.axes[2].get_lines()[1].get_xydata()
@@ -32,14 +43,14 @@ def test_a_circle_becomes_an_ellipse_and_without_its_second_direction_a_line():
 
 
 def test_a_picture_of_a_rank_is_drawn_with_its_price_its_error_and_what_is_missing():
-    figure = figures.low_rank.approximation(torch.diag(torch.tensor([8.0, 6.0, 0.0, 0.0])), 1)
+    figure = low_rank.approximation(torch.diag(torch.tensor([8.0, 6.0, 0.0, 0.0])), 1)
     kept, missing = (ax.images[0].get_array() for ax in figure.axes)
     assert (kept + missing - 128).diagonal().tolist() == pytest.approx([8, 6, 0, 0])
     assert figure.get_suptitle() == "50 % of the numbers leave an error of 60 %"
 
 
 def test_small_matrices_are_drawn_on_one_scale_with_their_entries():
-    figure = figures.numbers({"M": [[3, -1, 0], [2, 6, 1]], "term": np.full((2, 3), -6.0)})
+    figure = low_rank.numbers({"M": [[3, -1, 0], [2, 6, 1]], "term": np.full((2, 3), -6.0)})
     first, _ = figure.axes
     assert {text.get_text(): text.get_position() for text in first.texts}["2"] == (0, 1)  # x is the column
     assert {ax.images[0].get_clim() for ax in figure.axes} == {(-6, 6)}
@@ -47,7 +58,7 @@ def test_small_matrices_are_drawn_on_one_scale_with_their_entries():
 
 def test_shares_by_rank_are_means_in_per_cent_with_a_band_from_min_to_max():
     shares = {"gain": {1: [0.5, 0.7], 8: [0.8, 1.0]}, "random directions": {1: [0.0, 0.1], 8: [0.1, 0.3]}}
-    ax = figures.shares_by_rank(shares, "share of the gain (%)")
+    ax = low_rank.shares_by_rank(shares, "share of the gain (%)")
     gain, _ = ax.get_lines()
     assert points(gain) == [pytest.approx((1, 60)), pytest.approx((8, 90))]
     band = ax.collections[0].get_paths()[0].vertices
@@ -57,7 +68,7 @@ def test_shares_by_rank_are_means_in_per_cent_with_a_band_from_min_to_max():
 def test_setups_stand_side_by_side_above_and_below_full_fine_tuning():
     of_rank_1 = {60: (0.02, 0.01, 0.04), 240: (0.0, -0.03, 0.05)}
     of_rank_8 = {60: (-0.02, -0.03, -0.01), 240: (0.03, 0.01, 0.04)}
-    ax = figures.behind_full({"LoRA r=1": of_rank_1, "LoRA r=8": of_rank_8}, 0.01, "nats")
+    ax = which_rank.behind_full({"LoRA r=1": of_rank_1, "LoRA r=8": of_rank_8}, 0.01, "nats")
     first, second = (np.array(bounds(container)) for container in ax.containers)
     assert second[:, 1:] == pytest.approx(np.array([of_rank_8[60], of_rank_8[240]]))
     assert (first[:, 0] < second[:, 0]).all()
@@ -66,14 +77,14 @@ def test_setups_stand_side_by_side_above_and_below_full_fine_tuning():
 
 
 def test_the_schematic_states_shapes_scaling_and_the_count():
-    ax = figures.schematic(rank=2, alpha=8)
+    ax = lora_from_scratch.schematic(rank=2, alpha=8)
     assert ax.get_title().startswith("LoRA trains 224 parameters beside 3,072 frozen ones (7%)")
     assert "$s$ = 8 / 2 = 4" in ax.get_title()
     assert [(box.get_height(), box.get_width()) for box in ax.patches] == [(48, 64), (48, 2), (2, 64)]  # W0, B, A
 
 
 def test_the_band_of_the_schematic_is_as_high_as_the_scaling():
-    (small,), (large,) = (figures.schematic(rank=2, alpha=alpha).get_lines() for alpha in (4, 16))
+    (small,), (large,) = (lora_from_scratch.schematic(rank=2, alpha=alpha).get_lines() for alpha in (4, 16))
     assert large.get_linewidth() == 4 * small.get_linewidth()
 
 
@@ -105,7 +116,7 @@ def test_every_part_of_a_bill_is_of_one_of_five_kinds():
 
 
 def test_steps_are_drawn_on_one_scale_under_a_budget_that_they_fit_or_not():
-    figure = figures.memory_of_steps({"large": PEAKED, "small": bill(STEP, frozen=10, mlp=4, loss=2)}, 16 * MIB)
+    figure = memory.memory_of_steps({"large": PEAKED, "small": bill(STEP, frozen=10, mlp=4, loss=2)}, 16 * MIB)
     large, small = figure.axes
     assert {ax.get_ylim() for ax in figure.axes} == {(0, 1.12 * 17)}
     assert said(large.texts) == ["peak 17"]
@@ -117,7 +128,7 @@ def test_steps_are_drawn_on_one_scale_under_a_budget_that_they_fit_or_not():
 
 
 def test_a_block_is_drawn_with_a_bar_for_what_each_method_stores():
-    figure = figures.saved_in_a_block(
+    figure = memory.saved_in_a_block(
         {"norm": ("scales", 10, 5, 0), "add": ("adds", 0, 0, 0), "down": ("a layer", 20, 0, 2)}
     )
     left, right = figure.axes
@@ -141,7 +152,7 @@ def test_the_passes_of_a_step_are_as_long_as_their_flops_and_what_is_gone_is_an_
 
     both = {"layers_forward": 60, "head_input gradients": 70}
     adapters = {"adapters_forward": 4, "adapters_input gradients": 3, "adapters_weight gradients": 3}
-    ax = figures.passes({"full": step(**both, **{"layers_weight gradients": 50}), "LoRA": step(**both, **adapters)})
+    ax = speed.passes({"full": step(**both, **{"layers_weight gradients": 50}), "LoRA": step(**both, **adapters)})
     bars = [(round(bar.get_x(), 3), round(bar.get_width(), 3)) for container in ax.containers for bar in container]
     assert bars == [(0, 60), (60, 70), (130, 0), (130, 50), (0, 60), (60, 70), (130, 10), (140, 50)]
     filled = [bar.get_facecolor()[3] > 0 for container in ax.containers for bar in container]
@@ -151,7 +162,7 @@ def test_the_passes_of_a_step_are_as_long_as_their_flops_and_what_is_gone_is_an_
 
 
 def test_published_ratios_are_drawn_beside_what_flops_allow():
-    ax = figures.published({"a": 0.5, "b": 1.2}, 2 / 3)
+    ax = speed.published({"a": 0.5, "b": 1.2}, 2 / 3)
     (points,) = [line for line in ax.get_lines() if line.get_marker() == "o"]
     assert list(points.get_xdata()) == [0.5, 1.2]
     assert [line.get_xdata()[0] for line in ax.get_lines() if line is not points] == [2 / 3, 1]
@@ -218,7 +229,7 @@ def test_a_predicted_step_is_split_into_products_memory_and_optimiser_beside_its
 
 def test_each_seed_has_its_best_rank_marked():
     losses = pandas.DataFrame({1: [3.0, 1.0], 4: [2.0, 2.0]}, index=pandas.Index([0, 1], name="seed"))
-    ax = figures.seed_by_seed(losses)
+    ax = which_rank.seed_by_seed(losses)
     stars = [(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.get_lines() if line.get_marker() == "*"]
     assert stars == [(4, 2.0), (1, 1.0)]
     assert list(ax.get_lines()[-1].get_ydata()) == [2.0, 2.0]
@@ -238,7 +249,7 @@ def test_a_training_curve_is_marked_with_its_lowest_loss_its_rise_and_its_gap():
             run("full", 1e-3, 1, [4.0, 2.0, 1.5, 3.0], [2.5, 1.5, 0.25]),
         ]
     )
-    ax = figures.training_curve(rows, 5, "bits")
+    ax = overfitting.training_curve(rows, 5, "bits")
     lines = by_label(ax)
     assert points(lines["validation loss"]) == [(0, 3.5), (2, 1.5), (4, 1.5), (6, 2.5)]
     assert points(lines["training loss"]) == [(2, 2.0), (4, 1.0), (6, 0.25)]
@@ -264,7 +275,7 @@ TWO_METHODS = pandas.concat(
 def test_a_headline_follows_the_rates_that_were_picked():
     titles = {}
     for rates in ((1e-3, 1e-3), (1e-2, 1e-2), (1e-3, 1e-2)):
-        ax = figures.rigged(TWO_METHODS, dict(zip(("full", "LoRA r=8"), rates, strict=True)))
+        ax = overfitting.rigged(TWO_METHODS, dict(zip(("full", "LoRA r=8"), rates, strict=True)))
         titles[rates] = ax.get_title()
     assert titles == {
         (1e-3, 1e-3): '"LoRA r=8 overfits LESS than full!"',
@@ -274,14 +285,14 @@ def test_a_headline_follows_the_rates_that_were_picked():
 
 
 def test_the_lowest_loss_and_the_rise_are_drawn_by_rate():
-    lines = by_label(figures.lowest_and_rise(summarise_trials(TWO_METHODS.assign(off_domain_loss=1.0))))
+    lines = by_label(overfitting.lowest_and_rise(summarise_trials(TWO_METHODS.assign(off_domain_loss=1.0))))
     assert points(lines["full: lowest loss"]) == [(1e-3, 1.0), (1e-2, 0.5)]
     assert points(lines["full: rise after it"]) == [(1e-3, 1.0), (1e-2, 4.0)]
     assert points(lines["LoRA r=8: rise after it"]) == [(1e-3, 0.0), (1e-2, 2.5)]
 
 
 def test_validation_losses_are_drawn_by_epoch_and_by_training_loss():
-    left, right = figures.two_views(TWO_METHODS[TWO_METHODS.lr == 1e-2], 10, "bits", 0.7).axes
+    left, right = overfitting.two_views(TWO_METHODS[TWO_METHODS.lr == 1e-2], 10, "bits", 0.7).axes
     assert points(by_label(left)["full"]) == [(0, 3.0), (1, 0.5), (2, 4.5)]
     full, lora, _, marked = right.get_lines()
     assert points(full)[1] == (0.75, 0.5)  # between the means 1 and 0.5; at the last there is none
@@ -297,7 +308,7 @@ def test_weight_decay_is_shown_in_weights_losses_and_right_answers():
         | {"old_right": 0.5 / (i + 1)}
         for i, (setup, decay) in enumerate([("full", 10), ("full", 0), ("LoRA r=8", 0), ("LoRA r=8", 10)])
     ]
-    weights, losses, right = figures.weight_decay(pandas.DataFrame(rows)).axes
+    weights, losses, right = forgetting.weight_decay(pandas.DataFrame(rows)).axes
     for ax, label, values in (
         (weights, "full: size of the weights", [3.0, 2.0]),
         (weights, "LoRA r=8: distance from the start", [3.0, 4.0]),
@@ -308,26 +319,31 @@ def test_weight_decay_is_shown_in_weights_losses_and_right_answers():
         assert by_label(ax)[label].get_ydata().tolist() == values
 
 
-def test_copies_and_adapters_are_squares_whose_areas_are_to_scale():
-    ax = figures.copies_and_adapters(400.0, 4.0)
-    squares = {colour: [] for colour in (plots.METHOD_COLOURS["full"], "#d9d9d9", plots.METHOD_COLOURS["lora"])}
-    for patch in ax.patches:
-        squares[mpl.colors.to_hex(patch.get_facecolor())].append(patch.get_width() * patch.get_height())
-    full, base, lora = squares.values()
-    assert (len(full), len(base), len(lora)) == (4, 1, 4)
-    assert set(full) == set(base)
-    assert lora == pytest.approx([full[0] / 100] * 4)
-    spans = sorted((patch.get_x(), patch.get_x() + patch.get_width()) for patch in ax.patches)
-    assert all(end < start for (_, end), (start, _) in itertools.pairwise(spans))  # no two overlap
-
-
 def test_the_effect_of_adapters_is_written_into_a_map_whose_zero_is_in_the_middle():
     changes = pandas.DataFrame([[-2.0, 0.5, 0.0], [1.0, -0.25, 0.125]], ["keeper", "mood"], ["style", "sums", "names"])
-    ax = figures.effect_of_adapters(changes)
+    ax = many_tasks.effect_of_adapters(changes)
     assert said(ax.texts) == ["-2.00", "+0.50", "+0.00", "+1.00", "-0.25", "+0.12"]
     (image,) = ax.get_images()
     assert image.get_array().tolist() == changes.to_numpy().tolist()
     assert image.get_clim() == (-3.0, 3.0)
+
+
+def test_right_answers_are_drawn_against_the_loss_beside_a_line_at_that_of_guessing():
+    seeds = {"base": [(2.0, 0.4)], "scratch": [(0.5, 0.3), (0.7, 0.5)], "LoRA r=8": [(0.4, 0.8)]}
+    ax = did_it_learn.loss_and_accuracy(seeds, guessing=0.55)
+    guess, *setups = ax.get_lines()
+    assert list(guess.get_xdata()) == [0.55, 0.55]
+    assert [points(line) for line in setups] == [[(2, 40)], [(0.5, 30), (0.7, 50)], [(0.4, 80)]]
+    assert said(ax.texts)[1:] == ["base", "scratch", "LoRA r=8"]
+
+
+def test_ways_to_answer_have_a_mark_for_each_seed_and_a_bar_for_few_texts():
+    ax = did_it_learn.contenders({"commonest answer": ("chance", [0.5]), "LoRA r=8": ("lora", [0.7, 0.9])}, 100)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["commonest answer", "LoRA r=8"]
+    seeds = [list(line.get_xdata()) for line in ax.get_lines() if line.get_marker() == "o"]
+    assert seeds == [[50], pytest.approx([70, 90])]
+    bars = [container.lines[2][0].get_segments()[0][:, 0].tolist() for container in ax.containers]
+    assert bars == [pytest.approx([50 - 9.8, 50 + 9.8]), pytest.approx([80 - 7.84, 80 + 7.84])]
 
 
 @pytest.mark.parametrize(
@@ -338,7 +354,7 @@ def test_the_effect_of_adapters_is_written_into_a_map_whose_zero_is_in_the_middl
     ],
 )
 def test_methods_are_ranked_at_the_common_rate_from_the_worst_below_to_the_best_on_top(rate, absent, order, texts):
-    figure = figures.at_common_rate(sweep(LOSSES), rate, "rate")
+    figure = variants.at_common_rate(sweep(LOSSES), rate, "rate")
     left, right = figure.axes
     assert said(right.get_yticklabels()) == [*absent, *order]
     assert said(right.texts) == texts
@@ -351,7 +367,7 @@ def test_methods_are_ranked_at_the_common_rate_from_the_worst_below_to_the_best_
 def test_differences_have_a_row_for_each_method_and_a_mark_for_each_rule():
     rows = [("PiSSA", "low", -40, -65, -20), ("DoRA", "low", -4, -7, -2), ("PiSSA", "tuned", 3, 1, 5)]
     table = pandas.DataFrame(rows, columns=["setup", "rule", "difference", "lower", "upper"])
-    ax = figures.differences(table, "difference (%)", margin=2)
+    ax = variants.differences(table, "difference (%)", margin=2)
     assert said(ax.get_yticklabels()) == ["PiSSA", "DoRA"]
     low, tuned = ax.containers
     assert low.lines[0].get_xdata().tolist() == [-40, -4]
@@ -361,7 +377,7 @@ def test_differences_have_a_row_for_each_method_and_a_mark_for_each_rule():
 
 def test_energy_ranks_are_medians_with_a_bar_for_each_kind_of_labels_and_one_for_noise():
     counts = {"full fine-tuning": [[9, 11, 10], [5, 5, 4]], "LoRA rank 8": [[3, 4, 4], [1, 1, 2]]}
-    full, lora = figures.energy_ranks(counts, ["true labels", "random labels"], [65.0, 7.0]).axes
+    full, lora = training_wrote.energy_ranks(counts, ["true labels", "random labels"], [65.0, 7.0]).axes
     assert [bar.get_width() for bar in full.patches] == [10, 5, 65]
     assert [bar.get_width() for bar in lora.patches] == [4, 1, 7]
     colours = [mpl.colors.to_hex(ax.patches[0].get_facecolor()) for ax in (full, lora)]
@@ -370,7 +386,7 @@ def test_energy_ranks_are_medians_with_a_bar_for_each_kind_of_labels_and_one_for
 
 def test_agreement_is_drawn_against_the_number_of_directions_beside_chance():
     lines = {"true labels": torch.linspace(1, 0.5, 6), "random labels": torch.linspace(0.2, 0.4, 6)}
-    figure = figures.agreement({"first": lines, "second": lines}, {"first": 12, "second": 24})
+    figure = training_wrote.agreement({"first": lines, "second": lines}, {"first": 12, "second": 24})
     for ax, width in zip(figure.axes, (12, 24), strict=True):
         true, random, chance = ax.get_lines()
         assert true.get_ydata().tolist() == lines["true labels"].tolist()

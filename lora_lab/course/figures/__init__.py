@@ -12,46 +12,7 @@ which_rank         06 which rank
 overfitting        07 overfitting
 forgetting         08 forgetting
 many_tasks         09 many tasks
+did_it_learn       09b did it learn
 variants           10 variants
 training_wrote     11 what training wrote
 """
-
-from lora_lab.course.figures.fine_tuning import by_rate, from_start_to_end, head_starts, right_answers
-from lora_lab.course.figures.forgetting import weight_decay
-from lora_lab.course.figures.lora_from_scratch import schematic
-from lora_lab.course.figures.low_rank import numbers, shares_by_rank, write_entries
-from lora_lab.course.figures.many_tasks import copies_and_adapters, effect_of_adapters
-from lora_lab.course.figures.memory import memory_of_steps, saved_in_a_block
-from lora_lab.course.figures.overfitting import lowest_and_rise, rigged, training_curve, two_views
-from lora_lab.course.figures.speed import passes, published
-from lora_lab.course.figures.training_wrote import agreement, energy_ranks
-from lora_lab.course.figures.variants import at_common_rate, differences
-from lora_lab.course.figures.which_rank import behind_full, seed_by_seed
-
-__all__ = [
-    "agreement",
-    "at_common_rate",
-    "behind_full",
-    "by_rate",
-    "copies_and_adapters",
-    "differences",
-    "effect_of_adapters",
-    "energy_ranks",
-    "from_start_to_end",
-    "head_starts",
-    "lowest_and_rise",
-    "memory_of_steps",
-    "numbers",
-    "passes",
-    "published",
-    "rigged",
-    "right_answers",
-    "saved_in_a_block",
-    "schematic",
-    "seed_by_seed",
-    "shares_by_rank",
-    "training_curve",
-    "two_views",
-    "weight_decay",
-    "write_entries",
-]
