@@ -5,7 +5,7 @@ import, the command ``lora-lab``, the notebooks, the Makefile and files. So they
 inside. The data beside them is frozen: what is changed on purpose is changed there in the same commit, with the reason
 in its message.
 
-    exercises.json  45 right answers and 495 wrong ones as source text, each with the sentence that it gets
+    exercises.json  right and wrong answers to each exercise, as source text, each with the sentence that it gets
     claims.json     114 claims, each with its verdict and what shows it
     losses.json     the losses of fixed-seed runs of each method
 """

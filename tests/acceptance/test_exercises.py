@@ -1,4 +1,4 @@
-"""Each of the 45 exercises: the solution is accepted, and each wrong answer is refused with its sentence.
+"""Each exercise: the solution is accepted, and each wrong answer is refused with its sentence.
 
 ``exercises.json`` holds, lesson by lesson, the source of helpers, and for each exercise an expression for the solution
 and for each wrong answer. Nothing of it is read from the package.
@@ -45,10 +45,9 @@ def stored(name):
     return LESSONS[EXERCISES[name]]["exercises"][name]
 
 
-def test_there_are_45_exercises_and_495_wrong_answers():
+def test_each_exercise_has_wrong_answers_here():
     assert set(EXERCISES) == set(REGISTERED), "exercises.json holds each exercise of lora_lab/course/exercises/"
-    assert len(EXERCISES) == 45
-    assert sum(len(answers) for name in EXERCISES for answers in stored(name)["mistakes"].values()) == 495
+    assert min(sum(map(len, stored(name)["mistakes"].values())) for name in EXERCISES) >= 5
 
 
 @each_exercise

@@ -64,4 +64,4 @@ def test_the_glossary_is_in_order_and_links_each_term_to_one_lesson():
     assert len(terms) >= 40
     assert terms == sorted(set(terms))
     for term, text in entries:
-        assert len(re.findall(r"\]\(\.\./notebooks/\d\d_\w+\.ipynb\)", text)) == 1, term
+        assert len(re.findall(r"\]\(\.\./notebooks/\d\db?_\w+\.ipynb\)", text)) == 1, term

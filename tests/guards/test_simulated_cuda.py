@@ -568,7 +568,7 @@ class Clock:
 
 def test_the_lesson_on_many_tasks_switches_there_and_its_clock_waits(lesson, gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(ll, "load_pretrained", lambda name: (there(), None), raising=False)
-    monkeypatch.setattr(ll, "reply", lambda *args, **options: "a reply", raising=False)
+    monkeypatch.setattr(ll.adapters, "shipped", lambda name: folders[name])
     folders = {}
     for seed, name in enumerate(("lighthouse-keeper", "sentiment")):
         adapted = there()
@@ -581,17 +581,18 @@ def test_the_lesson_on_many_tasks_switches_there_and_its_clock_waits(lesson, gpu
     task_names, clock = ("style", "sentiment", "summarise", "translate"), Clock(gpu)
     functions = SimpleNamespace(**dict.fromkeys(task_names, lambda tokenizer: task))
     functions.Pair = lambda prompt, answer: task.pairs["test"][0]
-    cells = {"cell-02": {"tasks": functions, "time": clock}, "cell-03": {"FOLDERS": folders, "NAMES": tuple(folders)}}
-    cells |= {"cell-08": {"TASKS": dict.fromkeys(task_names, TASK)}}
-    cells |= {cell: {} for cell in ("cell-11", "cell-25", "cell-27", "cell-32", "cell-35")}
+    hidden = {"trace": SimpleNamespace(reveal=print), "into_nf4": SimpleNamespace(reveal=print)}
+    cells = {"cell-02": {"tasks": functions, "time": clock}, "cell-03": hidden}
+    cells |= {"cell-05": {"TASKS": dict.fromkeys(task_names, TASK)}}
+    cells |= {cell: {} for cell in ("cell-21", "cell-24", "cell-28", "cell-29", "cell-36")}
     names = lesson("09", cells)
     assert names["back"].is_cuda
     assert torch.equal(names["back"].cpu(), names["untouched"].cpu())
-    (first, again), (other,) = names["logits"].values()
+    first, other, again = names["logits"]
     assert torch.equal(first.cpu(), again.cpu())
     assert not torch.equal(first.cpu(), other.cpu())
-    assert names["remains"][torch.bfloat16] > names["remains"][torch.float32] > 0
+    assert names["stayed"]["sentiment", "bfloat16"] > names["stayed"]["sentiment", "float32"] > 0
     assert np.isfinite(names["changes"].to_numpy()).all()
     starts, stops = clock.waited[::2], clock.waited[1::2]
-    assert len(starts) == 6 + 1
+    assert len(starts) == 3 * 8  # a switch, a pass with an adapter and one without, eight times
     assert all(before < after for before, after in zip(starts, stops, strict=True))
