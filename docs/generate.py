@@ -278,7 +278,7 @@ def write_answers() -> str:
     return "\n\n".join([*parts, ANSWERS_END])
 
 
-ANSWERS_INTRODUCTION = """# Which rank, which rate, and is it worth it? Fifteen answers
+ANSWERS_INTRODUCTION = """# Which rank, which rate, and is it worth it?
 
 Each is one sentence, one number, what to do, and the rows of the ledger that carry it. `lora-lab answers rank` prints
 one, `lora-lab claims ID` explains a row. "Here" is SmolLM2-135M on Python's manual, on two CPU cores, unless another

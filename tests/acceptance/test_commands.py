@@ -202,9 +202,9 @@ def test_claims_explains_one(lora_lab):
     assert entry["date"]
 
 
-def test_answers_lists_fifteen_and_explains_one(lora_lab):
+def test_answers_lists_all_and_explains_one(lora_lab):
     every = json.loads(lora_lab("answers", "--json"))
-    assert len(every) == 15
+    assert len(every) >= 15
     (rank,) = json.loads(lora_lab("answers", "rank", "--json"))
     assert rank in every
     assert rank["rows"]["rank-one-suffices"].startswith("falls")

@@ -254,7 +254,7 @@ def test_a_lessons_stored_output_decides_and_another_one_turns_the_verdict(run, 
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", result.date)
     assert result.machine.endswith("cores")
     stored = path.read_text(encoding="utf-8")
-    assert "this lesson decides" in stored
+    assert "This lesson decides" in stored
     assert stored.count('"verdict": "depends"') == stored.count('"on": "the rank"') == 1
     path.write_text(stored.replace('"depends"', '"falls"').replace('"on": "the rank"', '"on": ""'), encoding="utf-8")
     assert judge(measured, lessons=path.parent).result.verdict == "falls"
