@@ -96,9 +96,13 @@ def test_a_filling_update_is_drawn_on_one_scale_below_the_losses_of_its_steps():
     assert last.images[0].get_array().tolist() == products[2].tolist()
 
 
-def test_each_sentence_has_a_curve_of_its_own():
-    lines = by_label(lora_from_scratch.sentences({"the cat's": [3.0, 1.0], "yours": [4.0, 0.5]}))
-    assert [points(lines[name]) for name in ("the cat's", "yours")] == [[(0, 3.0), (1, 1.0)], [(0, 4.0), (1, 0.5)]]
+def test_a_postcard_shows_the_product_beside_its_factors_the_sentence_and_what_it_took():
+    A, B = torch.eye(2, 3), torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0], [0.0, 0.0]])
+    figure = lora_from_scratch.postcard("So it goes.", A, B, 1234, [3.25, 2, 0.5])
+    drawn = {ax.get_xlabel() or ax.get_ylabel(): ax.images[0].get_array().tolist() for ax in figure.axes}
+    assert drawn == {"$A$": A.tolist(), "$B$": B.tolist(), "$BA$": [[1, 0, 0], [2, 0, 0], [0, 3, 0], [0, 0, 0]]}
+    assert figure.get_suptitle() == "“So it goes.”"
+    assert figure.get_supxlabel() == "1,234 numbers, 3 steps, from 3.2 to 0.5 nats"
 
 
 def test_what_a_merge_loses_has_a_point_for_each_layer_and_format():

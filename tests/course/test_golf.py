@@ -61,3 +61,59 @@ def test_what_is_kept_lies_beside_the_learners_lessons_and_nowhere_in_the_reposi
     Path(learner.MANIFEST).write_text("{}", encoding="utf-8")
     assert learner.keep("mine") == tmp_path / "mine"
     learner.keep.cache_clear()
+
+
+# Adapter golf
+
+SENTENCE = "My cat is called Fourier."
+
+
+def swing(model, tokenizer, seed):
+    golf.teach(model, tokenizer, SENTENCE, ll.LoRA(4, 8, targets=("v_proj", "down_proj")), steps=30, lr=2e-2, seed=seed)
+
+
+@pytest.fixture
+def course(tmp_path, monkeypatch):
+    """A course of few questions, on which a small model passes if it has learned the sentence by heart."""
+    monkeypatch.setattr(golf, "ASKED", ("My cat is called",) * 3)
+    monkeypatch.setattr(golf, "OTHERS", ("Returns the matrix of", "The sum"))
+    monkeypatch.setattr(golf, "keep", lambda name: tmp_path / "ada" / name)
+    (tmp_path / "ada").mkdir()
+    return tmp_path
+
+
+def play(swing, name="Fourier"):
+    return golf.play(swing, name, seeds=2, model="tiny-64-0")
+
+
+def test_a_name_is_said_where_it_belongs_with_each_seed_and_the_fewest_numbers_are_kept(course):
+    score = play(swing)
+    numbers = 4 * 4 * (64 + 64 + 192 + 64)  # rank, blocks, v_proj and down_proj
+    assert (score.numbers, score.named, score.passed) == (numbers, [3, 3], True)
+    assert str(score) == f"{numbers:,} trained numbers. It counts."
+    assert golf.board(course).to_dict("records") == [{"who": "ada", "numbers": numbers}]
+
+
+def test_a_model_that_learns_nothing_or_says_the_name_always_does_not_count(course):
+    assert not play(lambda *_: None).passed
+    assert golf.board(course).empty
+    parrot = golf.Score(10, [5, 5], [0, 2])
+    assert str(parrot).endswith(
+        "It does not count: with one seed it says the name in 2 of 2 prompts about others, too: a parrot."
+    )
+    assert not golf.Score(10, [5, 2], [0, 0]).passed
+
+
+def test_what_is_changed_in_the_model_itself_counts_as_well_as_what_is_trained_beside_it(base):
+    model = base[0]
+    before = {key: value.clone() for key, value in model.named_parameters()}
+    ll.inject(model, ll.LoRAFA(1, 2, targets=("v_proj",)))
+    model.lm_head.weight.data[3, :5] += 1  # shared with the embedding
+    B = sum(layer.lora_B.numel() for layer in lora_layers(model).values())
+    assert golf._count_changed(model, before) == B + 5
+
+
+def test_a_name_that_the_model_says_by_itself_is_no_name(course, base):
+    word = golf.continue_text(*base, "My cat is called", 8)[-4:]
+    with pytest.raises(ValueError, match="by itself"):
+        play(swing, word)

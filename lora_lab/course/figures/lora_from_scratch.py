@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import wrap
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from lora_lab.plots import COLOURS, LINES, MARKERS, METHOD_COLOURS
+from lora_lab.plots import METHOD_COLOURS
 
 
 def schematic(rank: int = 4, alpha: float = 8) -> Axes:
@@ -68,12 +69,29 @@ def filling(losses: Sequence[float], products: Mapping[int, Tensor]) -> Figure:
     return figure
 
 
-def sentences(losses: Mapping[str, Sequence[float]]) -> Axes:
-    """How fast a model learns sentences by heart: the loss of each step of training, for each of them."""
-    ax = plt.subplots(figsize=(6.4, 3.4))[1]
-    for (name, each), colour, marker, line in zip(losses.items(), COLOURS[1:], MARKERS, LINES, strict=False):
-        ax.plot(each, color=colour, marker=marker, linestyle=line, label=name)
-    ax.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, None))
-    ax.set_title("A few steps are enough to learn a sentence by heart")
-    ax.legend()
-    return ax
+def postcard(sentence: str, A: Tensor, B: Tensor, trained: int, losses: Sequence[float]) -> Figure:
+    """A taught sentence, above one layer's B, A and B A, and what they took: to keep, or to send to a friend.
+
+    Args:
+        sentence: that the adapter was taught.
+        A: (r, in).
+        B: (out, r).
+        trained: numbers in all layers.
+        losses: by step, from 0.
+    """
+    parts = {"A": A.detach(), "B": B.detach(), "BA": B.detach() @ A.detach()}
+    mosaic: Any = [[".", "A"], ["B", "BA"]]
+    figure, axes = plt.subplot_mosaic(mosaic, figsize=(6, 6.6), width_ratios=[1, 6], height_ratios=[1, 6])
+    for name, matrix in parts.items():
+        limit = 3 * float(matrix.std())
+        look = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit, "interpolation": "nearest"}
+        axes[name].imshow(matrix.numpy(), aspect="auto", **look)
+        axes[name].set(
+            xticks=[], yticks=[], xlabel=f"${name}$" if name != "A" else "", ylabel="$A$" if name == "A" else ""
+        )
+        axes[name].grid(False)
+    figure.suptitle("\n".join(wrap(f"“{sentence}”", 46)), fontsize=17, style="italic")
+    figure.supxlabel(
+        f"{trained:,} numbers, {len(losses)} steps, from {losses[0]:.1f} to {losses[-1]:.1f} nats", fontsize=11
+    )
+    return figure
