@@ -368,9 +368,9 @@ def test_methods_are_ranked_at_the_common_rate_from_the_worst_below_to_the_best_
     assert rate in [line.get_xdata()[0] for line in left.get_lines()]
 
 
-def test_differences_have_a_row_for_each_method_and_a_mark_for_each_rule():
+def test_differences_have_a_row_for_each_method_and_a_mark_for_each_case():
     rows = [("PiSSA", "low", -40, -65, -20), ("DoRA", "low", -4, -7, -2), ("PiSSA", "tuned", 3, 1, 5)]
-    table = pandas.DataFrame(rows, columns=["setup", "rule", "difference", "lower", "upper"])
+    table = pandas.DataFrame(rows, columns=["setup", "case", "difference", "lower", "upper"])
     ax = variants.differences(table, "difference (%)", margin=2)
     assert said(ax.get_yticklabels()) == ["PiSSA", "DoRA"]
     low, tuned = ax.containers

@@ -303,6 +303,12 @@ dora = Exercise(
     "dora_length",
     inputs=dora_case,
     wrong={
+        "The shapes do not fit. m and the lengths of the rows are columns, m[:, None] and keepdim=True. "
+        "x has its examples in rows, so multiply by the transpose.": [
+            ("m[:, None]", "m"),
+            (", keepdim=True", ""),
+            (").T", ")"),
+        ],
         "You took the length of V's columns. Each output has one length, taken along the inputs: dim=1.": (
             (LENGTH, "V.norm(dim=0)")
         ),

@@ -9,11 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lora_lab.plots import (
-    MARKERS,
-    line_styles,
-    loss_by_rate,
-)
+from lora_lab.plots import MARKERS, line_styles, loss_by_rate
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -56,26 +52,25 @@ def at_common_rate(frame: DataFrame, rate: float, xlabel: str) -> Figure:
 
 
 def differences(table: DataFrame, xlabel: str, margin: float | None = None) -> Axes:
-    """Differences from a reference with their bounds, a row for each method and a mark for each rule of comparison.
+    """Differences from a reference with their bounds, a row for each method and a mark for each case.
 
     Args:
-        table: columns ``setup``, ``rule``, ``difference``, ``lower`` and ``upper``, from
-            :func:`lora_lab.ablation.compare.compare_by_seed` and a name for the rule.
+        table: columns ``setup``, ``case`` (such as the model), ``difference``, ``lower`` and ``upper``.
         xlabel: what differs from what, with its unit.
         margin: a difference that does not matter, drawn as a grey band.
     """
     ax = plt.subplots(figsize=(8, 3.8))[1]
-    setups, rules = list(table.setup.unique()), list(table.rule.unique())
+    setups, cases = list(table.setup.unique()), list(table.case.unique())
     if margin is not None:
         ax.axvspan(-margin, margin, color="#bbbbbb", alpha=0.5, linewidth=0, label=f"margin: ±{margin:g}")
     ax.axvline(0, color="#000000", linewidth=1)
-    shades = np.linspace(0, 0.65, len(rules))[::-1]
-    for i, rule in enumerate(rules):
-        rows = table[table.rule == rule]
-        position = [setups.index(setup) + 0.22 * (i - (len(rules) - 1) / 2) for setup in rows.setup]
+    shades = np.linspace(0, 0.65, len(cases))[::-1]
+    for i, case in enumerate(cases):
+        rows = table[table.case == case]
+        position = [setups.index(setup) + 0.18 * (i - (len(cases) - 1) / 2) for setup in rows.setup]
         reach = [rows.difference - rows.lower, rows.upper - rows.difference]
         style = {"fmt": MARKERS[i], "color": str(shades[i]), "capsize": 3, "markersize": 7}
-        ax.errorbar(rows.difference, position, xerr=reach, label=rule, **style)
+        ax.errorbar(rows.difference, position, xerr=reach, label=case, **style)
     ax.set(yticks=range(len(setups)), yticklabels=setups, ylim=(len(setups) - 0.5, -0.5), xlabel=xlabel)
     ax.grid(axis="y", visible=False)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
