@@ -10,6 +10,7 @@ mpl.use("Agg")
 
 from lora_lab import plots
 from lora_lab.ablation.overfitting import summarise_trials
+from lora_lab.ablation.stats import BestRate
 from lora_lab.costs.bill import MIB, PARTS
 from lora_lab.costs.flops import Flops
 from lora_lab.costs.timing import MEMORY, UPDATE
@@ -27,6 +28,7 @@ from lora_lab.course.figures import (
     training_wrote,
     variants,
     which_rank,
+    which_rate,
 )
 from tests.helpers import LOSSES, PEAKED, STEP, bill, bounds, by_label, points, said, sweep
 
@@ -231,12 +233,27 @@ def test_a_predicted_step_is_split_into_products_memory_and_optimiser_beside_its
     assert [line.get_xdata().tolist() for line in ax.get_lines()] == [[400], []]
 
 
-def test_each_seed_has_its_best_rank_marked():
-    losses = pandas.DataFrame({1: [3.0, 1.0], 4: [2.0, 2.0]}, index=pandas.Index([0, 1], name="seed"))
-    ax = which_rank.seed_by_seed(losses)
-    stars = [(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.get_lines() if line.get_marker() == "*"]
-    assert stars == [(4, 2.0), (1, 1.0)]
-    assert list(ax.get_lines()[-1].get_ydata()) == [2.0, 2.0]
+def test_the_winner_at_one_rate_for_all_is_starred_beside_each_rank_at_its_own_best():
+    losses = {1: {0.001: 3.0, 0.002: 2.0}, 8: {0.001: 1.5, 0.002: 2.5}, 64: {0.001: 1.0}}
+    ax = which_rank.at_one_rate(losses, 0.002, "nats")
+    at_rate, star, own = map(points, ax.get_lines())
+    assert at_rate == [(1, 2.0), (8, 2.5)]
+    assert star == [(1, 2.0)]
+    assert own == [(1, 2.0), (8, 1.5), (64, 1.0)]
+    assert '"rank 1 is the best!"' in ax.get_title()
+
+
+def test_a_valley_has_the_mean_of_the_seeds_with_bars_to_the_lowest_and_the_highest():
+    losses = {0.001: np.array([[1.0, 3.0], [4.0, 4.0]]), 0.002: np.array([[1.0, 1.0], [1.0, 1.0]])}
+    (container,) = which_rate.valleys({"full": losses}, "nats").containers
+    assert np.array(bounds(container)) == pytest.approx(np.array([[0.001, 3, 2, 4], [0.002, 1, 1, 1]]))
+
+
+def test_several_best_rates_may_share_a_setting():
+    low, high = (BestRate(0.001, vertex, None, None, "", 3, 4) for vertex in (0.001, 0.003))
+    ax = which_rate.best_rates({"full": [(60, low), (240, high)], "at 60": [(60, low), (60, high)]}, "steps")
+    assert [points(line) for line in ax.get_lines()] == [[(60, 0.001), (240, 0.003)], [(60, 0.001), (60, 0.003)]]
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
 
 
 def run(setup, lr, seed, validation, training):

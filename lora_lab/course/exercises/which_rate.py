@@ -262,6 +262,67 @@ def if_both_move(rate_for_alpha, rng):
     return factor > 0 and close(factor**2 * new, old)
 
 
+# Another rank's alpha
+
+
+def ranks_and_rule(rng):
+    """A new rank, the rank and alpha that were tuned, and the rule by which the update is scaled."""
+    r0, r = rng.choice([2, 4, 8, 16, 64], size=2, replace=False).tolist()
+    return r, r0, float(rng.choice([3, 12, 24])), str(rng.choice(["alpha / r", "alpha / sqrt(r)"]))
+
+
+FIRST, SECOND = "alpha0 if", "math.sqrt(r0 / r)"  # what is right under each rule
+alpha_for = Exercise(
+    "alpha_for",
+    inputs=ranks_and_rule,
+    wrong={
+        "Under alpha / r the rank drops out already, so alpha stays. Under alpha / sqrt(r) it must shrink.": [
+            (FIRST, "alpha0 * math.sqrt(r / r0) if"),
+            (FIRST, "alpha0 * r / r0 if"),
+        ],
+        "The step now shrinks with the rank: under alpha / r the rank drops out, and alpha stays as it was.": [
+            (FIRST, "alpha0 * r0 / r if"),
+            (FIRST, "alpha0 * math.sqrt(r0 / r) if"),
+        ],
+        "Under alpha / sqrt(r) the first step grows with sqrt(r) if alpha stays, so alpha must shrink.": (SECOND, "1"),
+        "Under alpha / sqrt(r) alpha must shrink where you let it grow.": [
+            (SECOND, "math.sqrt(r / r0)"),
+            (SECOND, "r / r0"),
+        ],
+        "Under alpha / sqrt(r) this shrinks too fast: the step grows with sqrt(r), not with r.": (SECOND, "r0 / r"),
+        "You kept the factor. The first step is r times the factor, so keep that product.": (
+            (SECOND, "math.sqrt(r / r0)", FIRST, "alpha0 * r / r0 if")
+        ),
+        "The two rules are mixed up.": (SECOND, "1", FIRST, "alpha0 * math.sqrt(r0 / r) if"),
+        "Alpha grows with the rank under both rules, as in the habit alpha = 2r. Then the first step grows with it.": [
+            "return alpha0 * r / r0",
+            "return 2.0 * r",
+        ],
+    },
+    hints=[
+        "Adam moves each of the r columns of B by about the learning rate, so the first step is r times the scaling.",
+        "Under the first rule r times the scaling is r * alpha / r: see what is left of r.",
+        "Under the second it is alpha * sqrt(r), which must equal alpha0 * sqrt(r0).",
+    ],
+    praise="A rule for alpha is first of all a rule for where the best learning rate lies.",
+)
+
+
+@alpha_for.must()
+def stays_under_the_first_rule(alpha_for, rng):
+    """Under alpha / r it stays as it was, and under alpha / sqrt(r) it does not."""
+    r, r0, alpha, _ = ranks_and_rule(rng)
+    first, second = (alpha_for(r, r0, alpha, rule) for rule in ("alpha / r", "alpha / sqrt(r)"))
+    return close(first, alpha) and not close(second, alpha)
+
+
+@alpha_for.must()
+def keeps_the_first_step_under_the_second(alpha_for, rng):
+    """Under alpha / sqrt(r), alpha times sqrt(r) stays."""
+    r, r0, alpha, _ = ranks_and_rule(rng)
+    return close(alpha_for(r, r0, alpha, "alpha / sqrt(r)") ** 2 * r, alpha**2 * r0)
+
+
 Reflection(
     "12_which_rate",
     question="Choose a claim from a paper or a blog that says at which learning rate LoRA should be trained. In "

@@ -15,4 +15,5 @@ many_tasks         09 many tasks
 did_it_learn       09b did it learn
 variants           10 variants
 training_wrote     11 what training wrote
+which_rate         12 which rate
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,9 +16,6 @@ from lora_lab.plots import (
     log_axis,
     rank_axis,
 )
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 
 def behind_full(gaps: Mapping[str, Mapping[int, tuple[float, float, float]]], margin: float, unit: str) -> Axes:
@@ -45,20 +41,24 @@ def behind_full(gaps: Mapping[str, Mapping[int, tuple[float, float, float]]], ma
     return legend_beside(ax)
 
 
-def seed_by_seed(losses: DataFrame, ax: Axes | None = None) -> Axes:
-    """What each seed alone says of the ranks: a grey line, and a star at its lowest loss; in black their mean.
+def at_one_rate(losses: Mapping[int, Mapping[float, float]], rate: float, unit: str) -> Axes:
+    """The loss of each rank at one learning rate for all, with a star at the lowest, beside each at its own best rate.
 
     Args:
-        losses: a row for each seed, a column for each rank; test losses in nats.
+        losses: rank -> rate -> loss. A rank that was not tried at the rate is left out of the first line.
+        rate: the rate for all.
+        unit: of the losses.
     """
-    ax = ax or plt.subplots()[1]
-    ranks = [int(rank) for rank in losses.columns]
-    lora = METHOD_COLOURS["lora"]
-    for i, row in enumerate(losses.to_numpy()):
-        best = ranks[row.argmin()]
-        ax.plot(ranks, row, color="#999999", linewidth=0.8, label=None if i else "one seed")
-        ax.plot(best, row.min(), "*", color=lora, markersize=11, label=None if i else "its best rank")
-    ax.plot(ranks, losses.mean(), "o-", color="#000000", label="mean of all seeds")
-    rank_axis(ax, ranks)
-    ax.set_ylabel("test loss (nats)")
-    return legend_beside(ax)
+    ax = plt.subplots()[1]
+    at_rate = {rank: by_rate[rate] for rank, by_rate in losses.items() if rate in by_rate}
+    winner = min(at_rate, key=lambda rank: at_rate[rank])
+    look = line_styles(["LoRA"])["LoRA"]
+    ax.plot(list(at_rate), list(at_rate.values()), label=f"all at {rate:g}", **look)
+    ax.plot(winner, at_rate[winner], "*", color=look["color"], markersize=16)
+    own = [min(by_rate.values()) for by_rate in losses.values()]
+    ax.plot(list(losses), own, "P-", color="#000000", label="each at its own best")
+    rank_axis(ax, [*losses])
+    ax.set_ylabel(f"validation loss ({unit})")
+    ax.set_title(f'At a rate of {rate:g} for all: "rank {winner} is the best!"')
+    ax.legend(loc="upper center")
+    return ax
