@@ -13,8 +13,10 @@ many_tasks         09 one base, many tasks
 variants           10 variants of LoRA
 training_wrote     11 what training wrote into the weights
 which_rate         12 which learning rate
+as_good_as_full    13 as good as full fine-tuning, which layers, how much data
 """
 
 # ruff: noqa: F401, I001  # in the order of the lessons
 from lora_lab.course.exercises import first_look, low_rank, fine_tuning, lora_from_scratch, memory, speed, which_rank
 from lora_lab.course.exercises import overfitting, forgetting, many_tasks, variants, training_wrote, which_rate
+from lora_lab.course.exercises import as_good_as_full

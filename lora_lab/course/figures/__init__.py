@@ -13,6 +13,7 @@ forgetting         08 forgetting
 many_tasks         09 many tasks
 variants           10 variants
 training_wrote     11 what training wrote
+as_good_as_full    13 as good as full
 """
 
 from lora_lab.course.figures.fine_tuning import by_rate, from_start_to_end, head_starts, right_answers
