@@ -15,6 +15,7 @@ from lora_lab.costs.bill import MIB, PARTS
 from lora_lab.costs.flops import Flops
 from lora_lab.costs.timing import MEMORY, UPDATE
 from lora_lab.course.figures import (
+    as_good_as_full,
     did_it_learn,
     files_and_rounding,
     fine_tuning,
@@ -413,3 +414,22 @@ def test_agreement_is_drawn_against_the_number_of_directions_beside_chance():
         assert true.get_ydata().tolist() == lines["true labels"].tolist()
         assert random.get_xdata().tolist() == [1, 2, 3, 4, 5, 6]
         assert chance.get_ydata().tolist() == pytest.approx([k / width for k in range(1, 7)])
+
+
+def test_differences_are_means_with_bounds_and_a_mark_for_each_seed_around_zero_and_the_margin():
+    rows = {"LoRA r=64": {"60 steps": (np.array([-0.04, 0.0]), (-0.05, 0.01)), "240 steps": (np.zeros(2), (-0.1, 0.1))}}
+    ax = as_good_as_full.differences(rows | {"LoRA r=1": {"60 steps": (np.full(2, 0.2), (0.1, 0.3))}}, 0.01, "nats")
+    assert said(ax.get_yticklabels()) == ["60 steps", "240 steps", "60 steps"]
+    assert [container.lines[0].get_xdata()[0] for container in ax.containers] == pytest.approx([-0.02, 0, 0.2])
+    ends = [container.lines[2][0].get_segments()[0][:, 0].tolist() for container in ax.containers]
+    assert ends == [pytest.approx(each) for each in ((-0.05, 0.01), (-0.1, 0.1), (0.1, 0.3))]
+    marks = [line.get_xdata().tolist() for line in ax.get_lines() if line.get_fillstyle() == "none"]
+    assert marks == [[-0.04, 0.0], [0.0, 0.0], [0.2, 0.2]]
+    assert sorted(ax.get_legend_handles_labels()[1]) == ["LoRA r=1", "LoRA r=64", "margin"]
+
+
+def test_lowest_losses_by_examples_are_means_beside_the_runs():
+    rows = [(size, "full", loss) for size, loss in ((64, 3.0), (64, 3.2), (256, 2.5), (256, 2.7))]
+    ax = as_good_as_full.by_examples(pandas.DataFrame(rows, columns=["n_train", "setup", "best_loss"]))
+    assert points(by_label(ax)["full"]) == [pytest.approx((64, 3.1)), pytest.approx((256, 2.6))]
+    assert sorted(ax.get_lines()[1].get_ydata()) == [2.5, 2.7, 3.0, 3.2]

@@ -15,9 +15,10 @@ did_it_learn       09b did it learn?
 variants           10 variants of LoRA
 training_wrote     11 what training wrote into the weights
 which_rate         12 which learning rate
+as_good_as_full    13 as good as full fine-tuning, which layers, how much data
 """
 
 # ruff: noqa: F401, I001  # in the order of the lessons
 from lora_lab.course.exercises import first_look, low_rank, fine_tuning, lora_from_scratch, files_and_rounding, memory
 from lora_lab.course.exercises import speed, which_rank, overfitting, forgetting, many_tasks, did_it_learn, variants
-from lora_lab.course.exercises import training_wrote, which_rate
+from lora_lab.course.exercises import training_wrote, which_rate, as_good_as_full

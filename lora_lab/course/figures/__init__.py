@@ -16,4 +16,5 @@ did_it_learn       09b did it learn
 variants           10 variants
 training_wrote     11 what training wrote
 which_rate         12 which rate
+as_good_as_full    13 as good as full
 """
