@@ -10,6 +10,7 @@ import inspect
 import re
 import textwrap
 from collections import Counter
+from itertools import count
 from pathlib import Path
 from textwrap import fill as wrap
 from typing import NamedTuple
@@ -220,12 +221,34 @@ def write_plan() -> str:
     return table(header, rows)
 
 
+RECALL = re.compile(r"^## (?:What you take home|Recall)$.*", re.MULTILINE | re.DOTALL)
+QUESTION = re.compile(r"<details>\s*<summary>([^<]+[?.])</summary>\s*(.+?)\s*</details>", re.DOTALL)
+
+
+def write_quiz() -> str:
+    """Return the questions at the ends of lessons, numbered through, and then the answers."""
+    questions, answers, numbers = [], [], count(1)
+    for path in lessons():
+        cells = nbformat.read(path, as_version=4).cells
+        end = RECALL.search("\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown"))
+        if found := QUESTION.findall(end[0]) if end else []:
+            heading = f"Lesson {path.stem.partition('_')[0]}: {read_start(path)['title']}"
+            questions.append(f"## {heading}")
+            answers.append(f"**{heading}**")
+        for question, answer in found:
+            number = next(numbers)
+            questions.append(f"{number}. {' '.join(question.split())}")
+            answers.append(f"{number}. {' '.join(answer.split())}")
+    return "\n\n".join([*questions, "## Answers", *answers])
+
+
 WRITERS = {
     "memory": write_memory,
     "speed": write_speed,
     "rates": write_rates,
     "lessons": write_lessons,
     "plan": write_plan,
+    "quiz": write_quiz,
 }
 
 
@@ -332,7 +355,7 @@ the usual mistakes as an exercise, and [the guide to the package](package.md) th
 
 def rewritten() -> dict[Path, str]:
     """Return the text that each page should have."""
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     texts = {path: rewrite(path.read_text(encoding="utf-8")) for path in pages}
     return texts | {ROOT / "docs" / "commands.md": write_commands(), ROOT / "docs" / "answers.md": write_answers()}
 

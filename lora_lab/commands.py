@@ -656,7 +656,7 @@ def course(
         from lora_lab.course.sheets import write_course
 
         print("\n".join(write_course(folder, list(only))))
-        print(f"In {folder}, for each sheet: nbgrader generate_assignment NAME (docs/teach.md has the rest)")
+        print(f"In {folder}, for each sheet: nbgrader generate_assignment NAME (docs/grading.md has the rest)")
         return
     check_files(list(add))
     print("\n".join(copy_lessons(folder, solved, list(only))))

@@ -1,15 +1,18 @@
 """What the teacher's pages say of the lessons is what the lessons say of themselves."""
 
+import html
 import re
 
 import nbformat
 
+from lora_lab.studies import answers
 from tests.helpers import ROOT
 
 LESSONS = {path.stem: nbformat.read(path, as_version=4) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
 TEACH = (ROOT / "docs" / "teach.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXAM = (ROOT / "docs" / "teachers" / "exam.md").read_text(encoding="utf-8")
+TEACHERS = ROOT / "docs" / "teachers"
+EXAM, HANDOUT, PLANS = ((TEACHERS / f"{name}.md").read_text(encoding="utf-8") for name in ("exam", "handout", "plans"))
 
 
 def words(text):
@@ -77,10 +80,42 @@ def test_the_model_answers_quote_the_lessons():
     assert "Training 1.8 % of the parameters takes 69 %" in texts(LESSONS["05_speed"])
     assert "Training 1.8 % of the parameters takes 70 %" not in texts(LESSONS["05_speed"])
     answers = re.findall(r"^## \d+\. .*?(?=^## |\Z)", EXAM, re.MULTILINE | re.DOTALL)
-    assert 8 <= len(answers) <= 12
+    assert 8 <= len(answers) <= 14
     for answer in answers:
         assert re.search(r"\*\*Answer\.\*\*", answer)
-        quoted = re.findall(r"^> (.+) \(\[lesson \d\db?\]\(\.\./\.\./notebooks/(\w+)\.ipynb\)\)$", answer, re.MULTILINE)
+        quoted = re.findall(r"^> (.+) \(\[[\w ]+\]\((\S+)\)\)$", answer, re.MULTILINE)
         assert quoted, answer
-        for sentence, lesson in quoted:
-            assert words(sentence) in texts(LESSONS[lesson]), sentence
+        for sentence, target in quoted:
+            path = (TEACHERS / target).resolve()
+            said = texts(LESSONS[path.stem]) if path.suffix == ".ipynb" else words(path.read_text(encoding="utf-8"))
+            assert words(sentence) in said, sentence
+
+
+def test_a_plan_has_90_minutes_of_sections():
+    """That each section is there, test_links.py checks."""
+    plans = re.split(r"^## ", PLANS, flags=re.MULTILINE)[1:]
+    assert len(plans) >= 2
+    for plan in plans:
+        rows = re.findall(r"^\| (\d+) to (\d+) \| \[(.+)\]\(\S+#(\S+)\) \|", plan, re.MULTILINE)
+        assert len(rows) == len(re.findall(r"^\| \d", plan, re.MULTILINE)) > 5
+        assert [int(begin) for begin, *_ in rows] + [90] == [0] + [int(end) for _, end, *_ in rows]
+        assert [heading.replace(" ", "-") for *_, heading, _ in rows] == [anchor for *_, anchor in rows]
+
+
+def test_the_plans_say_what_each_option_of_a_prediction_tells_and_which_is_right():
+    for lesson in {*re.findall(r"notebooks/(\w+)\.ipynb", PLANS)}:
+        outputs = [output for cell in LESSONS[lesson].cells for output in cell.get("outputs", [])]
+        page = "\n".join(html.unescape(output.get("data", {}).get("text/html", "")) for output in outputs)
+        asked = re.findall(r"<b>Predict\.</b> (.+)<br>○ (.+)</div>", page)
+        for (question, options), right in zip(asked, re.findall(r"</summary><b>(.+?)</b>\. ", page), strict=True):
+            notes = PLANS.partition(f"\n{question}\n\n")[2].partition("\n\n")[0].splitlines()
+            for note, option in zip(notes, options.split(" \xa0○ "), strict=True):
+                assert note.startswith(f"- **{option}**: " if option == right else f"- {option}: ")
+
+
+def test_results_that_teachers_hand_out_are_answers():
+    known = {each.answer.answer for each in answers.load().values()}
+    said = [words(sentence) for sentence in re.findall(r"\*\*([A-Z][^*]+\.)\*\*", f"{HANDOUT}\n{PLANS}")]
+    assert len(said) >= 9
+    assert [sentence for sentence in said if sentence not in known] == []
+    assert len(HANDOUT.split()) <= 400
