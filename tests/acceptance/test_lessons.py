@@ -27,9 +27,10 @@ LESSONS = {
     "08_forgetting": "Does LoRA forget less?",
     "09_many_tasks": "Can one base model learn many tasks?",
     "09b_did_it_learn": "Did my model learn the task?",
-    "10_variants": "What does each variant of LoRA change, and does it matter once learning rates are tuned?",
+    "10_variants": "Is DoRA, PiSSA, rsLoRA or LoRA+ better than LoRA?",
     "11_what_training_wrote": "What did training write into the weights?",
     "12_which_rate": "Which learning rate?",
+    "13_as_good_as_full": "Is LoRA as good as full fine-tuning?",
 }
 each_lesson = pytest.mark.parametrize("name", LESSONS)
 

@@ -53,7 +53,7 @@ def test_what_a_lesson_requires_is_read_from_its_beginning():
 
 
 def test_the_readmes_choices_of_lessons_come_after_what_they_require():
-    choices = re.findall(r"(?:afternoon|statistics class|language processing): ([\db, ]+)", words(README))
+    choices = re.findall(r"(?:Begin with\*\*|statistics class:|language processing:) ([\db, ]+)", words(README))
     assert len(choices) == 3
     for choice in choices:
         assert in_order(re.findall(r"\d\db?", choice)), choice
