@@ -36,7 +36,7 @@ def differences(groups: Mapping[str, Rows], margin: float, xlabel: str, colours:
         for label, (values, (lower, upper)) in rows.items():
             mean = float(np.mean(values))
             ax.plot(values, [place + 0.22] * len(values), **look, fillstyle="none", markersize=4, alpha=0.7)
-            own = {} if name in ax.get_legend_handles_labels()[1] else {"label": name}
+            own: Any = {} if name in ax.get_legend_handles_labels()[1] else {"label": name}
             ax.errorbar(mean, place, xerr=[[mean - lower], [upper - mean]], capsize=3, **look, **own)
             ticks[place] = label
             place -= 1

@@ -67,10 +67,10 @@ def memory_of_steps(bills: Mapping[str, Bill], budget_bytes: int) -> Figure:
         ax.annotate(f"peak {totals[top]:,.0f}", (top, totals[top]), (0, 5), **above)
         ax.set_xticks([start for start, _ in starts], [f"{phase} →" for _, phase in starts], ha="left")
         ax.grid(axis="x", visible=False)
-    ax.set_ylim(0, 1.12 * max(budget_bytes, *(bill.peak_bytes for bill in bills.values())) / MIB)
+    figure.axes[0].set_ylim(0, 1.12 * max(budget_bytes, *(bill.peak_bytes for bill in bills.values())) / MIB)
     figure.axes[0].set_ylabel("memory (MiB)")
     figure.supxlabel("operations of the step, those around the peak drawn wider", fontsize="medium")
-    legend_beside(ax)
+    legend_beside(figure.axes[len(bills) - 1])
     fits = [f"{name} {'fits' if bill.peak_bytes <= budget_bytes else 'does not fit'}" for name, bill in bills.items()]
     figure.suptitle(f"{budget_bytes / MIB:,.0f} MiB: {', '.join(fits)}")
     return figure

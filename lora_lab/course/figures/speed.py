@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -29,8 +30,8 @@ def time_and_flops(steps: Mapping[str, tuple[float, float, float, float]], xlabe
     for place, (flop, time, bottom, top) in zip(places, steps.values(), strict=True):
         above = time > flop  # the larger number stands on top
         for value, end, colour, up in ((time, top if above else bottom, lora, above), (flop, flop, grey, not above)):
-            look = {"color": colour, "ha": "center", "va": "bottom" if up else "top", "textcoords": "offset points"}
-            ax.annotate(f"{value:.2f}", (place, end), (0, 7 if up else -7), **look)
+            look: Any = {"color": colour, "ha": "center", "va": "bottom" if up else "top"}
+            ax.annotate(f"{value:.2f}", (place, end), (0, 7 if up else -7), textcoords="offset points", **look)
     ax.set_xticks(places, list(steps))
     ax.set(xlabel=xlabel, ylabel="LoRA / full fine-tuning", ylim=(0, max(1.4, high.max() + 0.1)))
     ax.set_xlim(-0.5, len(steps) - 0.5)
