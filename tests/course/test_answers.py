@@ -36,7 +36,7 @@ def best_rank_by_torch(M, r):
 
 
 class Functional(MyLoRALinear):
-    """Dropout as a function, B A formed, the scaling in a buffer, and a merge that adds up by hand."""
+    """Dropout as a function, a scaled B, the scaling in a buffer, and a merge that adds up by hand."""
 
     def __init__(self, base, rank, alpha, dropout=0.0, generator=None):
         super().__init__(base, rank, alpha, dropout, generator)
@@ -45,7 +45,7 @@ class Functional(MyLoRALinear):
 
     def forward(self, x):
         x_dropped = F.dropout(x, self.dropout.p, self.training)
-        return self.base(x) + x_dropped @ (self.scaling * (self.lora_B @ self.lora_A)).T
+        return self.base(x) + x_dropped @ self.lora_A.T @ (self.scaling * self.lora_B).T
 
     @torch.no_grad()
     def merged(self):
@@ -101,8 +101,8 @@ def one_line(update):
 
 RIGHT = [
     ("best_rank", best_rank_by_torch),
-    ("terms_for", lambda S, share: int(np.argmax(np.cumsum((S / np.linalg.norm(S)) ** 2) >= share)) + 1),
-    ("terms_for", lambda S, share: int(np.sum(np.cumsum(S**2) / np.sum(S**2) < share)) + 1),
+    ("terms_for", lambda S, share: int(np.argmax(np.cumsum(S**2) >= share * np.cumsum(S**2)[-1])) + 1),
+    ("terms_for", lambda S, share: min(len(S), int(np.sum(np.cumsum(S**2) / np.sum(S**2) < share)) + 1)),
     solved("start", lambda pair: tuple(map(nn.Parameter, pair))),
     solved("choose", np.asarray),
     solved("smallest_enough", lambda rank: rank and np.int64(rank)),
@@ -114,9 +114,9 @@ RIGHT = [
     clinic(torch.optim.AdamW, 1),
     clinic(torch.optim.AdamW, 100),
     forward(lambda A, B, x, s: s * (x @ A.T @ B.T)),
-    forward(lambda A, B, x, s: s * (B @ (A @ x.T)).T),
+    forward(lambda A, B, x, s: s * (B @ (A @ x.mT)).mT),
     forward(lambda A, B, x, s: F.linear(F.linear(x * s, A), B)),
-    forward(lambda A, B, x, s: torch.einsum("ni,ri,or->no", x, A, B) * s),
+    forward(lambda A, B, x, s: torch.einsum("...i,ri,or->...o", x, A, B) * s),
     ("forward", lambda x, W, *rest: SOLUTIONS["forward"](x, W.detach(), *rest)),  # W is frozen
     one_line(lambda A, B, x, s: s * B @ A @ x),
     one_line(lambda A, B, x, s: (s * x) @ A.T @ B.T),

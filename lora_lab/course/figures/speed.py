@@ -60,13 +60,8 @@ def causes(steps: Mapping[str, Mapping[str, float]], measured: Mapping[str, floa
             ax.plot(1e3 * measured[label], row - 0.4, "d", color="#000000")
     handles = [Patch(**filling(*look), label=cause) for cause, look in looks.items()]
     handles += ax.plot([], [], "d", color="#000000", label="measured")
-    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=4)
-    ax.set_yticks(range(len(steps)), list(steps))
-    ax.invert_yaxis()
-    ax.margins(x=0.1)
     ax.set_xlabel("ms a step, predicted")
-    ax.grid(axis="y", visible=False)
-    return ax
+    return _name_rows(ax, list(steps), handles)
 
 
 def passes(steps: Mapping[str, Flops], ax: Axes | None = None) -> Axes:
@@ -98,11 +93,16 @@ def passes(steps: Mapping[str, Flops], ax: Axes | None = None) -> Axes:
         share = f" ({step.total / reference.total:.2f})" if row else ""
         ax.text(left, row, f"  {step.total / 1e9:,.0f}{share}", va="center")
     handles = [Patch(**filling(*look), label=name) for name, look in looks.items()]
-    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=4)
-    ax.set_yticks(range(len(steps)), list(steps))
+    ax.set_xlabel("GFLOP of a step")
+    return _name_rows(ax, list(steps), handles)
+
+
+def _name_rows(ax: Axes, names: list[str], handles: list[Any]) -> Axes:
+    """Write a name beside each row, the first on top, and what colours mean below."""
+    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.26), ncols=4)
+    ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
     ax.margins(x=0.12)
-    ax.set_xlabel("GFLOP of a step")
     ax.grid(axis="y", visible=False)
     return ax
 
