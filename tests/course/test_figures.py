@@ -426,6 +426,8 @@ def test_differences_are_means_with_bounds_and_a_mark_for_each_seed_around_zero_
     marks = [line.get_xdata().tolist() for line in ax.get_lines() if line.get_fillstyle() == "none"]
     assert marks == [[-0.04, 0.0], [0.0, 0.0], [0.2, 0.2]]
     assert sorted(ax.get_legend_handles_labels()[1]) == ["LoRA r=1", "LoRA r=64", "margin"]
+    (band,) = ax.patches
+    assert (band.get_x(), band.get_width()) == pytest.approx((-0.01, 0.02))
 
 
 def test_lowest_losses_by_examples_are_means_beside_the_runs():
