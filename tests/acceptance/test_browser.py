@@ -95,7 +95,7 @@ def test_the_first_look(opened, course, screenshots):
     page.screenshot(screenshots / "00_opened.png")
     page.run_all(240)
     page.screenshot(screenshots / "00_run.png")
-    assert "letter by letter: True" in page.output(page.cell("letter by letter"))
+    assert "letter for letter" in page.output(page.cell("letter for letter"))
     cell = page.cell("lessons.explore(")
     at_one = page.output(cell)
     page.move_slider(cell, "ArrowLeft", times=4)
