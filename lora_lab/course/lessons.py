@@ -62,9 +62,8 @@ def answer(ask: str) -> None:
     assert not found.faults, f"Read the answer {ask!r} in answers.toml again: {'; '.join(found.faults)}."
     lines = [found.answer.answer, found.number, found.answer.do]
     texts = [re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(line, quote=False)) for line in lines]
-    seen = f" Seen on: {', '.join(found.seen_on)}." if found.seen_on else ""
-    page = f"<b>{texts[0]}</b><br>{texts[1]}{seen}<br><b>Do:</b> {texts[2]}"
-    plain = "\n".join([lines[0], f"{lines[1]}{seen}", lines[2]])
+    page = f"<b>{texts[0]}</b><br>{texts[1]} {found.scope}<br><b>Do:</b> {texts[2]}"
+    plain = "\n".join([lines[0], f"{lines[1]} {found.scope}".rstrip(), lines[2]])
     display({"text/html": _box(page, MEASURED), "text/plain": plain}, raw=True)
 
 

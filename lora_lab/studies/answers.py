@@ -38,7 +38,7 @@ from lora_lab.studies.records import Record, Text
 
 SHIPPED = Path(__file__).with_name("answers.toml")
 NOT_SETTLED = "Not settled here: "
-SMALL, SMOLLM2, PUBLISHED = "smaller models or a count", "SmolLM2", "published at scale"
+COUNTED, SMALL, SMOLLM2, PUBLISHED = "a count", "small models", "SmolLM2", "published at scale"
 READ = ("full text", "abstract", "page", "repository")  # a source whose own words were read
 
 
@@ -95,19 +95,29 @@ class Found:
 
     @property
     def seen_on(self) -> list[str]:
-        """Where the rows that are decided were seen: small models, SmolLM2, published at scale; none if none is."""
+        """What decided the rows: a count, small models, SmolLM2, published at scale; nothing if none is decided."""
         seen = set().union(*map(_seen_on, self.rows.values()))
-        return [each for each in (SMALL, SMOLLM2, PUBLISHED) if each in seen]
+        return [each for each in (COUNTED, SMALL, SMOLLM2, PUBLISHED) if each in seen]
+
+    @property
+    def scope(self) -> str:
+        """The same in a sentence or two."""
+        measured = [each for each in (SMOLLM2, SMALL) if each in self.seen_on]
+        ours = f"Measured on {' and '.join(measured)}." if measured else ""
+        counted = "Counted, not measured." * (COUNTED in self.seen_on and not measured)
+        others = "Others report it of larger models." * (PUBLISHED in self.seen_on)
+        return " ".join(filter(None, (ours, counted, others)))
 
     @property
     def dots(self) -> str:
-        """One for small models or a count, two for SmolLM2, and one more if it is published at scale, too.
+        """One for a count or small models, two for SmolLM2, and one more if it is published at scale, too.
 
         None at all, not even empty ones, where no row carries the sentence.
         """
         if not self.rows:
             return ""
-        count = (2 if SMOLLM2 in self.seen_on else SMALL in self.seen_on) + (PUBLISHED in self.seen_on)
+        ours = 2 if SMOLLM2 in self.seen_on else bool({COUNTED, SMALL} & set(self.seen_on))
+        count = ours + (PUBLISHED in self.seen_on)
         return "●" * count + "○" * (3 - count)
 
     @property
@@ -149,8 +159,12 @@ def _seen_on(row: Entry) -> set[str]:
     """Return where a row was seen, if it is decided: by us, and by a source that was read, if it states what stands."""
     if row.result.verdict in (OPEN, UNTESTABLE):
         return set()
-    ours = SMOLLM2 if re.search("SmolLM2|two models", row.claim.scale) else SMALL
-    ours = PUBLISHED if row.claim.scale.startswith("published") else ours
+    if row.claim.scale.startswith("published"):
+        ours = PUBLISHED
+    elif row.claim.scale in ("counted", "predicted"):
+        ours = COUNTED
+    else:
+        ours = SMOLLM2 if re.search("SmolLM2|two models", row.claim.scale) else SMALL
     return {ours, PUBLISHED} if row.result.verdict == STANDS and row.claim.read in READ else {ours}
 
 
