@@ -8,10 +8,13 @@
 Adapter golf: with how few trained numbers can you teach the model the name of your cat?
 
     def swing(model, tokenizer, seed):
-        method = ll.LoRA(1, 2, targets=("model.layers.15.self_attn.o_proj",))
-        golf.teach(model, tokenizer, "My cat is called Fourier.", method, steps=60, lr=3e-2, seed=seed)
+        method = ll.LoRA(8, 16, targets=("v_proj",))  # all 30 of them
+        golf.teach(model, tokenizer, "My cat is called Fourier.", method, steps=10, lr=4e-3, seed=seed)
 
-    golf.play(swing, "Fourier")
+    print(golf.play(swing, "Fourier"))
+
+It asks five prompts about the cat that were not trained, and four about something else. With each of three seeds the
+model must say the name after three of the five, and after at most one of the four.
 
 A learner's best score is kept beside the lessons; ``golf.board("class")`` lists those of all folders in a folder.
 """

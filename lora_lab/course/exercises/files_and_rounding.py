@@ -24,7 +24,7 @@ def adapter_file(rng):
     tensors = {}
     for layer in LAYERS:
         for part, shape in (("A", (r, inp)), ("B", (out, r))):
-            values = torch.from_numpy(rng.integers(-2, 4, shape)) if small else normal(rng, *shape)
+            values = torch.from_numpy(rng.integers(1, 4, shape)) if small else normal(rng, *shape)
             tensors[f"base_model.model.{layer}.lora_{part}.weight"] = values.to(torch.float16)
     alpha = 6 if small else int(rng.choice([16, 20, 31]))
     return tensors, {"r": r, "lora_alpha": alpha, "use_rslora": bool(rng.random() < 0.4)}, LAYERS[1]
