@@ -105,8 +105,8 @@ class Found:
         measured = [each for each in (SMOLLM2, SMALL) if each in self.seen_on]
         ours = f"Measured on {' and '.join(measured)}." if measured else ""
         counted = "Counted, not measured." * (COUNTED in self.seen_on and not measured)
-        others = "Others report it of larger models." * (PUBLISHED in self.seen_on)
-        return " ".join(filter(None, (ours, counted, others)))
+        also = "Others report on larger models, too." if ours or counted else "Measured by others."
+        return " ".join(filter(None, (ours, counted, also * (PUBLISHED in self.seen_on))))
 
     @property
     def dots(self) -> str:

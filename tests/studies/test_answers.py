@@ -102,31 +102,36 @@ OWN = "our own question"
 
 
 @pytest.mark.parametrize(
-    ("rows", "dots"),  # scale, verdict, how the source was read
+    ("rows", "dots", "scope"),  # scale, verdict, how the source was read
     [
-        ([("SmolLM2-135M", "open", "full text")], "○○○"),
-        ([("", "untestable", "full text")], "○○○"),
-        ([("digits", "falls", OWN)], "●○○"),
-        ([("small bases, three", "stands", OWN)], "●○○"),
-        ([("counted", "falls", "full text")], "●○○"),
-        ([("counted", "stands", "full text")], "●●○"),
-        ([("SmolLM2-135M", "depends", "full text")], "●●○"),
-        ([("two models, CPU", "stands", OWN)], "●●○"),
-        ([("SmolLM2-135M", "stands", "second-hand")], "●●○"),
-        ([("SmolLM2-135M", "stands", "full text")], "●●●"),
-        ([("digits", "falls", OWN), ("SmolLM2-135M", "falls", OWN)], "●●○"),
-        ([("SmolLM2-135M", "falls", OWN), ("published, GPUs", "depends", OWN)], "●●●"),
-        ([("SmolLM2-135M", "falls", OWN), ("published, GPUs", "open", OWN)], "●●○"),
-        ([("published, GPUs", "falls", OWN)], "●○○"),
+        ([("SmolLM2-135M", "open", "full text")], "○○○", ""),
+        ([("", "untestable", "full text")], "○○○", ""),
+        ([("digits", "falls", OWN)], "●○○", "Measured on small models."),
+        ([("small bases, three", "stands", OWN)], "●○○", "Measured on small models."),
+        ([("counted", "falls", "full text")], "●○○", "Counted, not measured."),
+        ([("counted", "stands", "full text")], "●●○", "Counted, not measured. Others report on larger models, too."),
+        ([("SmolLM2-135M", "depends", "full text")], "●●○", "Measured on SmolLM2."),
+        ([("two models, CPU", "stands", OWN)], "●●○", "Measured on SmolLM2."),
+        ([("SmolLM2-135M", "stands", "second-hand")], "●●○", "Measured on SmolLM2."),
+        ([("SmolLM2-135M", "stands", "full text")], "●●●", "Measured on SmolLM2. Others report on larger models, too."),
+        ([("digits", "falls", OWN), ("SmolLM2-135M", "falls", OWN)], "●●○", "Measured on SmolLM2 and small models."),
+        (
+            [("SmolLM2-135M", "falls", OWN), ("published, GPUs", "depends", OWN)],
+            "●●●",
+            "Measured on SmolLM2. Others report on larger models, too.",
+        ),
+        ([("SmolLM2-135M", "falls", OWN), ("published, GPUs", "open", OWN)], "●●○", "Measured on SmolLM2."),
+        ([("published, GPUs", "falls", OWN)], "●○○", "Measured by others."),
     ],
 )
-def test_dots_follow_the_scales_of_the_rows_that_are_decided(found, rows, dots):
+def test_dots_and_scope_follow_the_scales_of_the_rows_that_are_decided(found, rows, dots, scope):
     claim = read_claims()["two-real-knobs"]
     entries = {
         str(i): Entry(dataclasses.replace(claim, scale=scale, read=read), Result(verdict, "so"), "", "")
         for i, (scale, verdict, read) in enumerate(rows)
     }
-    assert dataclasses.replace(found["rank"], rows=entries).dots == dots
+    answer = dataclasses.replace(found["rank"], rows=entries)
+    assert (answer.dots, answer.scope) == (dots, scope)
 
 
 def test_numbers_are_those_of_the_rows(found):
