@@ -307,17 +307,17 @@ Each is one sentence, one number, what to do, and the rows of the ledger that ca
 one, `lora-lab claims ID` explains a row. "Here" is SmolLM2-135M on Python's manual, on two CPU cores, unless another
 model is named.
 
-| dots | where it was seen |
+| dots | where its rows were decided, for it or against it |
 |---|---|
-| ●○○ | small models, small matrices or a count; or published, and not measured here |
+| ●○○ | small models, small matrices or a count; or published, and judged by that alone |
 | ●●○ | SmolLM2-135M alone; or something smaller, and published at scale |
 | ●●● | SmolLM2-135M, and published at scale |
 | ○○○ | not settled here |
 
-In brackets are 95 % bounds; those of best learning rates are too narrow (three seeds). †: a weaker rule decided ([which
+In brackets are bounds, each one-sided at 95 %; those of best learning rates are too narrow (three seeds). †: a weaker rule decided ([which
 rules](claims.md))."""
 
-ANSWERS_END = """## Why is LoRA not much faster?
+ANSWERS_END = """## Why is LoRA not much faster on a CPU?
 
 The frozen weights still take part in every step. Every token passes through them, and its gradient passes back through
 them to the lowest adapter. LoRA skips the gradients of the frozen weights, up to a third of the arithmetic, and most of
@@ -337,7 +337,7 @@ from the second on A has one too. If both were zero, neither would. [Lesson
 
 ## Why is the update divided by the rank?
 
-So that the first steps go equally far at every rank while alpha stays. [Lesson
+So that Adam's first step lowers the loss equally at every rank while alpha stays. [Lesson
 03](../notebooks/03_lora_from_scratch.ipynb) derives it, and [lesson 12](../notebooks/12_which_rate.ipynb) measures how
 the best rate moves with alpha.
 
