@@ -45,10 +45,10 @@ def test_there_are_fifteen_and_those_of_lessons_and_each_says_what_its_rows_say_
         assert (ROOT / answer.answer.link.partition("#")[0]).is_file()
 
 
-SENTENCE = answers.read_answers()["rank"].answer
+SENTENCE, DO = (answers.read_answers()["rank"].answer, answers.read_answers()["rank"].do)
 REFUSED = [
     (SENTENCE, f"{' '.join(['Word'] * 20)} more.", "it has 21 words"),
-    ("each at its own learning rate.", f"{'word ' * 20}end.", "at most 40 are read"),
+    (DO, f"{DO} {'word ' * 20}end.", "at most 40 are read"),
     (SENTENCE, "start with 16.", "answer"),
     ('question = "Which rank should I use?"', 'question = "Which rank."', "question"),
     ('rank-one-suffices = "falls"', 'rank-one-suffices = "true"', "rows"),
