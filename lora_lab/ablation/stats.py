@@ -340,7 +340,8 @@ def powers(samples: Mapping[tuple[float, ...], np.ndarray]) -> list[tuple[float,
     fitted = []
     for weights in np.linalg.pinv(design)[:-1]:  # (setups,): what each setup contributes to the power of a size
         with np.errstate(invalid="ignore"):  # beyond two grids in opposite directions: unknown
-            power = np.where(weights[:, None] == 0, 0, weights[:, None] * vertices).sum(axis=0)
+            unused = abs(weights[:, None]) < 1e-9  # zero, but for rounding, which must not make infinity of infinity
+            power = np.where(unused, 0, weights[:, None] * vertices).sum(axis=0)
         middle = float(np.median(np.nan_to_num(power, nan=math.inf, posinf=math.inf, neginf=-math.inf)))
         fitted.append((middle if math.isfinite(middle) else math.nan, *interval(power)))
     return fitted
