@@ -86,9 +86,10 @@ def test_the_schematic_states_shapes_scaling_and_the_count():
     assert [(box.get_height(), box.get_width()) for box in ax.patches] == [(48, 64), (48, 2), (2, 64)]  # W0, B, A
 
 
-def test_the_band_of_the_schematic_is_as_high_as_the_scaling():
-    (small,), (large,) = (lora_from_scratch.schematic(rank=2, alpha=alpha).get_lines() for alpha in (4, 16))
-    assert large.get_linewidth() == 4 * small.get_linewidth()
+def test_the_scaling_of_the_schematic_is_written_the_larger_the_greater_it_is():
+    drawn = {s: lora_from_scratch.schematic(rank=2, alpha=2 * s).texts for s in (2, 8)}
+    small, large = (next(text for text in texts if text.get_text() == f"+ {s} ×") for s, texts in drawn.items())  # noqa: RUF001
+    assert large.get_fontsize() > small.get_fontsize()
 
 
 def test_a_filling_update_is_drawn_on_one_scale_below_the_losses_of_its_steps():

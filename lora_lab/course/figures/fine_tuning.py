@@ -103,7 +103,7 @@ def by_rate(right: Mapping[str, Mapping[float, Sequence[float]]], chosen: Mappin
         draw_spread(ax, rates, means, shares.min(1), shares.max(1), label=name, **style)
         at = rates.index(chosen[name])
         ax.plot(rates[at], means[at], "o", color=style["color"], fillstyle="none", markersize=16, markeredgewidth=2)
-    log_axis(ax, sorted({rate for of_start in right.values() for rate in of_start}), "learning rate", "g", base=3)
+    log_axis(ax, sorted({rate for of_start in right.values() for rate in of_start}), "learning rate", ".1g", base=3)
     ax.set(ylabel="right answers (%)", ylim=(0, 100))
     ax.legend(title="ring: chosen by the loss", loc="upper left")
     return ax

@@ -20,7 +20,7 @@ def schematic(rank: int = 4, alpha: float = 8) -> Axes:
 
     Args:
         rank: r, at most 48.
-        alpha: the update is scaled by alpha / rank, which the height of the band shows.
+        alpha: the update is scaled by alpha / rank, which stands before it, the larger the greater it is.
     """
     ax, lora = plt.subplots(figsize=(8.5, 3.7))[1], METHOD_COLOURS["lora"]
     count, whole = rank * (64 + 48), 64 * 48
@@ -35,8 +35,8 @@ def schematic(rank: int = 4, alpha: float = 8) -> Axes:
         ax.text(middle, rows / 2 + 2, name, ha="center", va="bottom", fontsize=14)
         ax.text(middle, -rows / 2 - 3, f"{rows} x {columns}, {what}", ha="center", va="top")
     s = alpha / rank
-    ax.plot([68, 94], [0, 0], color=lora, linewidth=2.5 * s, alpha=0.6, solid_capstyle="butt")
-    ax.text(81, 26, rf"$+\ s$ = {s:.3g}", ha="center", va="bottom", fontsize=14)
+    ax.text(81, 0, f"+ {s:.3g} \N{MULTIPLICATION SIGN}", ha="center", va="center", fontsize=12 + 2 * s**0.5)
+    ax.text(81, 26, "$s$", ha="center", va="bottom", fontsize=14)
     update = rf"$h = W_0\,x + s\,B A\,x$ with $s$ = {alpha:g} / {rank} = {s:.3g}"
     trained = f"LoRA trains {count:,} parameters beside {whole:,} frozen ones ({count / whole:.0%})"
     ax.set_title(f"{trained}\n{update}")
