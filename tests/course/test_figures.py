@@ -407,6 +407,13 @@ def test_energy_ranks_are_medians_with_a_bar_for_each_kind_of_labels_and_one_for
     assert colours == [plots.METHOD_COLOURS["full"], plots.METHOD_COLOURS["lora"]]
 
 
+def test_two_cuts_are_drawn_between_the_base_and_the_uncut_net():
+    right = pandas.DataFrame({"only these": [58.0, 94.0], "all but these": [84.0, 46.0]}, index=[1, 8])
+    only, rest, base, uncut = training_wrote.two_cuts(right, {"base": 43.0, "true labels": 96.0}).get_lines()
+    assert [points(line) for line in (only, rest)] == [[(1, 58), (8, 94)], [(1, 84), (8, 46)]]
+    assert (base.get_ydata()[0], uncut.get_ydata()[0]) == (43, 96)
+
+
 def test_agreement_is_drawn_against_the_number_of_directions_beside_chance():
     lines = {"true labels": torch.linspace(1, 0.5, 6), "random labels": torch.linspace(0.2, 0.4, 6)}
     figure = training_wrote.agreement({"first": lines, "second": lines}, {"first": 12, "second": 24})
@@ -419,7 +426,10 @@ def test_agreement_is_drawn_against_the_number_of_directions_beside_chance():
 
 def test_differences_are_means_with_bounds_and_a_mark_for_each_seed_around_zero_and_the_margin():
     rows = {"LoRA r=64": {"60 steps": (np.array([-0.04, 0.0]), (-0.05, 0.01)), "240 steps": (np.zeros(2), (-0.1, 0.1))}}
-    ax = as_good_as_full.differences(rows | {"LoRA r=1": {"60 steps": (np.full(2, 0.2), (0.1, 0.3))}}, 0.01, "nats")
+    rows |= {"LoRA r=1": {"60 steps": (np.full(2, 0.2), (0.1, 0.3))}}
+    verdicts = ["undecided", "undecided", "worse"]
+    ax = as_good_as_full.differences(rows, 0.01, "nats", verdicts=verdicts)
+    assert said(ax.texts) == verdicts
     assert said(ax.get_yticklabels()) == ["60 steps", "240 steps", "60 steps"]
     assert [container.lines[0].get_xdata()[0] for container in ax.containers] == pytest.approx([-0.02, 0, 0.2])
     ends = [container.lines[2][0].get_segments()[0][:, 0].tolist() for container in ax.containers]

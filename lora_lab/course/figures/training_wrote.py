@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lora_lab.plots import METHOD_COLOURS, line_styles, panels
+from lora_lab.plots import METHOD_COLOURS, line_styles, log_axis, panels
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 def energy_ranks(
@@ -33,6 +38,25 @@ def energy_ranks(
         ax.grid(visible=False, axis="y")
     figure.axes[0].invert_yaxis()
     return figure
+
+
+def two_cuts(right: DataFrame, levels: Mapping[str, float]) -> Axes:
+    """Right answers with only the strongest directions of full fine-tuning, and with all but these, by their number.
+
+    Args:
+        right: a row for each number of directions, a column for each cut, of 100 digits.
+        levels: right answers of the base, and of full fine-tuning.
+    """
+    ax = plt.subplots()[1]
+    for (name, values), line in zip(right.items(), ("-", "--"), strict=True):
+        ax.plot(values, line, marker="o", color=METHOD_COLOURS["full"], label=str(name))
+    for level, words in zip(levels.values(), ("the base", "full fine-tuning, uncut"), strict=True):
+        ax.axhline(level, color=METHOD_COLOURS["as it is"], linewidth=1, linestyle=":")
+        ax.annotate(words, (1, level), xytext=(0, 4), textcoords="offset points")
+    log_axis(ax, list(right.index), "k, strongest directions of each layer's update")
+    ax.set(ylabel="test digits read (of 100)", ylim=(30, 105))
+    ax.legend(loc="center right")
+    return ax
 
 
 def agreement(overlaps: Mapping[str, Mapping[str, Sequence[Any]]], widths: Mapping[str, int]) -> Figure:
