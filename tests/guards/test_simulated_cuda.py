@@ -516,23 +516,21 @@ def lesson(rehearsals_on_the_cpu, monkeypatch):
 
 
 def test_the_lesson_on_memory_measures_there(lesson):
-    cells = ("cell-02", "cell-09", "cell-21")  # the others predict, or read records
+    cells = ("cell-02", "cell-10", "cell-20")  # the others predict, or read records
     names = lesson("04", {cell: {} for cell in cells})
     assert names["real"]["LoRA r=8"].parts["cuBLAS workspace"] == 2 * WORKSPACE
 
 
 @pytest.mark.slow
-def test_the_lesson_on_speed_times_and_predicts_there(lesson, monkeypatch):
+def test_the_lesson_on_speed_times_there_and_costs_are_measured_there(lesson, monkeypatch):
     timed = speed.step_time
     monkeypatch.setattr(speed, "step_time", lambda *args, **options: timed(*args, **{**options, "rounds": 1}))
     monkeypatch.setattr(timing, "_WEIGHTS", 64)
     monkeypatch.setattr(timing, "_SAMPLE_S", 1e-9)
     monkeypatch.setitem(timing._SIDE, "cuda", 64)
-    few_blocks = {"last_blocks": lambda model, count: ["mlp.down_proj"]}
-    cells = {"cell-02": {}, "cell-03": few_blocks} | {f"cell-{n}": {} for n in (12, 31, 32, 37)}
-    names = lesson("05", cells)
-    assert all(run.setting.endswith(("cuda", "cuda:0")) for run in names["times"].values())
-    assert names["costs"].seconds.overlaps
+    names = lesson("05", {"cell-02": {}, "cell-03": {"LAST": ll.LoRA(8, targets=["mlp.down_proj"])}, "cell-25": {}})
+    assert names["run"].setting.endswith(("cuda", "cuda:0"))
+    assert speed.cost_model("cuda").seconds.overlaps
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """Exercises of lesson 04: the memory of a training step."""
 
-import numpy as np
-
 from lora_lab.course.exercise import Exercise, Reflection
 
 # Static memory
@@ -56,69 +54,6 @@ def a_trained_parameter_takes_four_numbers(static_bytes, rng):
     """Each trained parameter adds 16 bytes: weight, gradient, and the two averages of AdamW."""
     frozen, trained = frozen_and_trained(rng)
     return static_bytes(frozen, trained) - static_bytes(frozen, 0) == 16 * trained
-
-
-# The peak
-
-
-def allocations_and_releases(rng):
-    """Eight operations; each releases some of what is allocated, and the first allocates most."""
-    events, now = [], 0
-    for low, high in [(60, 90), *[(5, 50)] * 7]:
-        now += (allocated := int(rng.integers(low, high)))
-        now -= (released := int(rng.integers(1, now // 2)))
-        events.append((allocated, released))
-    return (events,)
-
-
-peak = Exercise(
-    "peak",
-    inputs=allocations_and_releases,
-    wrong={
-        "This is the memory at the end. The peak is the highest level on the way there.": (
-            "return highest",
-            "return now",
-        ),
-        "Nothing was ever released. Subtract what each operation releases.": ("now -= released", ""),
-        "This is the largest single allocation. What was allocated earlier exists at the same time.": (
-            ("max(highest, now)", "max(highest, allocated)")
-        ),
-        "The release comes too early. While an operation runs, what it will release is still there.": (
-            ("now -= released", "", "now += allocated", "now += allocated - released")
-        ),
-        "This is the mean level. The peak is the highest one.": (
-            "return float(np.mean(np.cumsum([allocated - released for allocated, released in events])))"
-        ),
-    },
-    hints=[
-        "Go through the operations one by one, and keep two numbers: what is allocated now, and the most so far.",
-        "Each operation first adds what it allocates. That is the moment to compare with the most so far.",
-        "Only after that comparison, subtract what the operation releases.",
-    ],
-    praise="A step that needs 1 byte too many at a single moment fails, however little it needs elsewhere.",
-)
-
-
-@peak.must()
-def one_operation(peak, rng):
-    """With a single operation the peak is what that allocates, whatever it releases afterwards."""
-    size = int(rng.integers(10, 10**6))
-    return all(peak([(size, released)]) == size for released in (0, size // 3, size))
-
-
-@peak.must()
-def earlier_memory_is_still_there(peak, rng):
-    """With many operations it is the largest of the levels, each taken before the operation's own release."""
-    (events,) = allocations_and_releases(rng)
-    allocated, released = np.cumsum(events, axis=0).T
-    return peak(list(events)) == max(allocated[0], *(allocated[1:] - released[:-1]))
-
-
-@peak.must()
-def is_not_at_the_end(peak, rng):
-    """Nor is it the memory that is left at the end, or the largest allocation alone."""
-    a, b = rng.integers(5, 99, 2).tolist()
-    return peak([(a, 0), (b, a), (1, b)]) == a + b
 
 
 # Does it fit?

@@ -63,7 +63,7 @@ multiply_adds = Exercise(
         "Backward there are gradients of inputs (M, E, 2 T, P) and gradients of trained weights.",
         "Full fine-tuning has weight gradients of M and E. LoRA has those of its adapters alone, P.",
     ],
-    praise="One of three terms of about equal size is gone, so two thirds stay: the bound of the next section.",
+    praise="One of three terms of about equal size is gone, so two thirds stay, and the adapters come on top.",
 )
 
 
@@ -87,53 +87,6 @@ def of_the_adapters(multiply_adds, rng):
     M, E, T, P, _ = sizes_and_method(rng)
     added = [multiply_adds(M, E, T, P, each) - multiply_adds(M, E, T, 0, each) for each in ("LoRA", "full")]
     return added == [3 * P, 0]
-
-
-def sizes_for_a_rank(rng):
-    """Weights of the layers, of the head, and adapters' multiply-adds per unit of rank; half of the cases are ties."""
-    M, E, per_rank = (int(rng.integers(*span)) for span in ((100, 1000), (30, 100), (2, 10)))
-    if rng.random() < 0.5:
-        M -= (M + E) % (3 * per_rank)
-    return M, E, per_rank
-
-
-break_even = Exercise(
-    "break_even",
-    inputs=sizes_for_a_rank,
-    wrong={
-        "E is missing. LoRA skips the weight gradient of the head as well.": (" + E", ""),
-        "The adapters cost too little. They multiply in the forward pass and twice in the backward pass.": ("3 * ", ""),
-        "The adapters' forward pass is missing. They multiply three times in a step, not twice.": ("3 * ", "2 * "),
-        "At this rank LoRA already needs more multiplications. Round down.": [
-            ("M + E", "M + E + 3 * per_rank - 1"),
-            ("(3 * per_rank)", "(3 * per_rank) + 1"),
-            ("(M + E) // (3 * per_rank)", "round((M + E) / (3 * per_rank))"),
-        ],
-        "At the break-even rank itself LoRA needs no more. Count it.": ("M + E", "M + E - 1"),
-        "A rank is a whole number. Round down.": ("//", "/"),
-    },
-    hints=[
-        "Write down both counts and subtract what they share. T drops out too.",
-        "Full fine-tuning is left with M + E, LoRA with 3 P, and P is the rank times per_rank.",
-        "You want the largest whole rank for which the adapters cost no more than what is skipped; // rounds down.",
-    ],
-    praise="Far below this rank LoRA needs up to a third fewer FLOPs, and above it more than full fine-tuning.",
-)
-
-
-@break_even.must()
-def no_more_and_at_the_next_rank_more(break_even, rng):
-    """At the result LoRA needs no more multiplications than full fine-tuning, and at the next rank it does."""
-    M, E, per_rank = rng.integers([10**6, 10**6, 999], [10**8, 10**8, 9999]).tolist()
-    r = break_even(M, E, per_rank)
-    return r == int(r) and 3 * r * per_rank <= M + E < 3 * (r + 1) * per_rank
-
-
-@break_even.must()
-def a_tie_counts(break_even, rng):
-    """Where both need equally many at some rank, that rank is the result."""
-    r, per_rank = rng.integers(20, 900, 2).tolist()
-    return break_even(3 * r * per_rank - 1000, 1000, per_rank) == r
 
 
 # A fair stopwatch
