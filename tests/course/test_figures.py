@@ -10,7 +10,6 @@ mpl.use("Agg")
 
 from lora_lab import plots
 from lora_lab.ablation.overfitting import summarise_trials
-from lora_lab.ablation.stats import BestRate
 from lora_lab.costs.bill import MIB, PARTS
 from lora_lab.costs.flops import Flops
 from lora_lab.costs.timing import MEMORY, UPDATE
@@ -252,8 +251,8 @@ def test_a_valley_has_the_mean_of_the_seeds_with_bars_to_the_lowest_and_the_high
 
 
 def test_several_best_rates_may_share_a_setting():
-    low, high = (BestRate(0.001, vertex, None, None, "", 3, 4) for vertex in (0.001, 0.003))
-    ax = which_rate.best_rates({"full": [(60, low), (240, high)], "at 60": [(60, low), (60, high)]}, "steps")
+    pairs = {"full": [(60, 0.001), (240, 0.003)], "at 60": [(60, 0.001), (60, 0.003)]}
+    ax = which_rate.best_rates(pairs, "steps", "rate")
     assert [points(line) for line in ax.get_lines()] == [[(60, 0.001), (240, 0.003)], [(60, 0.001), (60, 0.003)]]
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
 

@@ -15,7 +15,12 @@ from lora_lab.system.provenance import shipped_folder
 from tests.helpers import command, error_line
 
 LESSONS = sorted(REFLECTIONS)
-KNOWN = {"04_memory": {"down", "silu", "gate", "up"}, "10_variants": {"LoraConfig"}}  # names in formulas, and of PEFT
+PEFT = {"LoraConfig", "TrainingArguments"}  # names of other packages, and below those in formulas
+KNOWN = {
+    "04_memory": {"down", "silu", "gate", "up"},
+    "10_variants": PEFT,
+    "12_which_rate": PEFT,
+}
 each_lesson = pytest.mark.parametrize("name", LESSONS)
 
 

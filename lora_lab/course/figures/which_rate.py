@@ -8,8 +8,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
-from lora_lab.ablation.stats import BestRate
 from lora_lab.plots import draw_spread, line_styles, log_axis
 
 
@@ -26,29 +26,35 @@ def valleys(losses: Mapping[str, Mapping[float, np.ndarray]], unit: str) -> Axes
         middle, low, high = (reduce(of_seeds, axis=1) for reduce in (np.mean, np.min, np.max))
         draw_spread(ax, [*losses[label]], middle, low, high, label=label, **style)
     every = sorted({rate for by_rate in losses.values() for rate in by_rate})
-    log_axis(ax, every[:: 1 + len(every) // 7], "peak learning rate", "g", base=10)
+    ticks = every[:: 1 + len(every) // 7]
+    log_axis(ax, ticks, "peak learning rate", "g", base=10)
+    ax.set_xticks(ticks, [np.format_float_scientific(tick, 1, trim="-", exp_digits=1) for tick in ticks])  # as typed
     ax.set_ylabel(f"validation loss ({unit}, bars: min to max)")
     ax.legend()
     return ax
 
 
 def best_rates(
-    lines: Mapping[str, Sequence[tuple[float, BestRate]]], xlabel: str, looks: Mapping[str, Any] | None = None
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    xlabel: str,
+    ylabel: str,
+    looks: Mapping[str, Any] | None = None,
 ) -> Axes:
     """Best learning rates against another setting, such as alpha or the number of steps, both logarithmic.
 
     Args:
-        lines: label -> pairs of a setting and the best rate there, which has a mark at its vertex.
+        lines: label -> pairs of a setting and the best rate there.
         xlabel: the setting.
+        ylabel: the rate, and its unit.
         looks: label -> colour, marker and so on, where they are not those of :func:`lora_lab.plots.line_styles`.
     """
     ax = plt.subplots()[1]
     for label, pairs in lines.items():
-        settings, bests = zip(*pairs, strict=True)
-        style = line_styles(lines)[label] | (looks or {}).get(label, {})
-        ax.plot(settings, [best.vertex for best in bests], label=label, **style)
+        ax.plot(*zip(*pairs, strict=True), label=label, **line_styles(lines)[label] | (looks or {}).get(label, {}))
     ax.set_yscale("log")
-    log_axis(ax, sorted({setting for pairs in lines.values() for setting, _ in pairs}), xlabel)
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter("{x:g}")
-    ax.set_ylabel("best peak learning rate")
+    log_axis(ax, sorted({setting for pairs in lines.values() for setting, _ in pairs}), xlabel)
+    ax.set_ylabel(ylabel)
+    ax.legend()
     return ax
