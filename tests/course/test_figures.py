@@ -21,7 +21,6 @@ from lora_lab.course.figures import (
     forgetting,
     lora_from_scratch,
     low_rank,
-    many_tasks,
     memory,
     overfitting,
     speed,
@@ -339,15 +338,6 @@ def test_weight_decay_is_shown_in_weights_losses_and_right_answers():
         (right, "LoRA r=8: old task, at the end", [0.5 / 3, 0.125]),
     ):
         assert by_label(ax)[label].get_ydata().tolist() == values
-
-
-def test_the_effect_of_adapters_is_written_into_a_map_whose_zero_is_in_the_middle():
-    changes = pandas.DataFrame([[-2.0, 0.5, 0.0], [1.0, -0.25, 0.125]], ["keeper", "mood"], ["style", "sums", "names"])
-    ax = many_tasks.effect_of_adapters(changes)
-    assert said(ax.texts) == ["-2.00", "+0.50", "+0.00", "+1.00", "-0.25", "+0.12"]
-    (image,) = ax.get_images()
-    assert image.get_array().tolist() == changes.to_numpy().tolist()
-    assert image.get_clim() == (-3.0, 3.0)
 
 
 def test_right_answers_are_drawn_against_the_loss_beside_a_line_at_that_of_guessing():

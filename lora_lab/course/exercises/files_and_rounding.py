@@ -38,6 +38,7 @@ update_from_file = Exercise(
     inputs=adapter_file,
     wrong={
         "The scaling is missing. Multiply B A by lora_alpha / r.": (SCALING, ""),
+        "The scaling is applied twice. Multiply B A by lora_alpha / r once.": (SCALING, f"{SCALING}{SCALING}"),
         "The update is multiplied by lora_alpha alone. Divide it by r, or by its root for rsLoRA.": (
             SCALING,
             "config['lora_alpha'] * ",

@@ -11,7 +11,6 @@ speed              05 speed
 which_rank         06 which rank
 overfitting        07 overfitting
 forgetting         08 forgetting
-many_tasks         09 many tasks
 did_it_learn       09b did it learn
 variants           10 variants
 training_wrote     11 what training wrote

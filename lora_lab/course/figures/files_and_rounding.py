@@ -27,5 +27,4 @@ def lost_by_merging(layers: DataFrame) -> Axes:
     ax.xaxis.minorticks_off()
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
-    ax.set_title("The smaller an update, the more of it is missing after a merge")
     return ax
