@@ -279,29 +279,6 @@ def memory_of_a_step(bill: Bill, ax: Axes | None = None, around_peak: int | None
     return legend_beside(ax)
 
 
-def changes(seconds: Mapping[str, float], ax: Axes | None = None) -> Axes:
-    """What one step skips of another, to the left, and what it adds, to the right, in milliseconds by cause.
-
-    Args:
-        seconds: cause -> difference, such as :meth:`lora_lab.costs.timing.Prediction.changes` returns.
-    """
-    ax = ax or plt.subplots(figsize=(8, 0.42 * len(seconds) + 1.2))[1]
-    rows = range(len(seconds))
-    sizes = np.array([1e3 * size for size in seconds.values()])
-    ax.barh(rows, np.minimum(sizes, 0), height=0.6, label="skipped", **filling(METHOD_COLOURS["full"], "//"))
-    ax.barh(rows, np.maximum(sizes, 0), height=0.6, label="added", **filling(METHOD_COLOURS["lora"], "xx"))
-    form = "+,.0f" if np.abs(sizes).max() >= 10 else "+,.3g"
-    for row, size in enumerate(sizes):
-        ax.text(size, row, f" {size:{form}} ", ha="left" if size >= 0 else "right", va="center", fontsize="small")
-    ax.axvline(0, color="#000000", linewidth=0.8)
-    ax.set_yticks(rows, list(seconds))
-    ax.invert_yaxis()
-    ax.margins(x=0.2)
-    ax.set_xlabel("ms per step, compared with full fine-tuning")
-    ax.grid(axis="y", visible=False)
-    return legend_beside(ax)
-
-
 def ratios(
     series: Mapping[str, Mapping[int, float | tuple[float, float, float]]],
     ylabel: str,

@@ -171,14 +171,6 @@ def test_bills_beside_a_card_state_which_of_them_fit():
     assert exact.get_title() == "A card of 2 GiB: LoRA fits"
 
 
-def test_what_a_step_skips_is_drawn_to_the_left_and_what_it_adds_to_the_right():
-    ax = plots.changes({"weight gradients": -0.25, "adapters": 0.125})
-    assert said(ax.get_yticklabels()) == ["weight gradients", "adapters"]
-    widths = {c.get_label(): [bar.get_width() for bar in c] for c in ax.containers}
-    assert widths == {"skipped": [-250, 0], "added": [0, 125]}
-    assert [text.get_text().strip() for text in ax.texts] == ["-250", "+125"]
-
-
 def test_ratios_have_intervals_lines_to_compare_with_and_markers_alone_beside_a_curve():
     ax = plots.ratios({"here": {32: (0.5, 0.4, 0.7), 128: (0.8, 0.8, 0.8)}, "record": {32: 0.6}}, "ratio", {"equal": 1})
     assert set(legend(ax)) == {"here", "record", "equal"}
@@ -393,7 +385,6 @@ ON_AXES = {
     "bills": lambda ax: plots.bills({"a": bill(frozen=1)}, ax=ax),
     "step": lambda ax: plots.memory_of_a_step(bill(STEP, frozen=10), ax=ax),
     "paths": lambda ax: plots.paths(WALKS, BEST, ax=ax),
-    "changes": lambda ax: plots.changes({"adapters": 0.125}, ax),
     "spectrum": lambda ax: plots.spectrum({"weight": [8.0, 1.0]}, ax),
     "sizes": lambda ax: plots.by_size(SIZES.iloc[:3], "loss", ax=ax),
 }
