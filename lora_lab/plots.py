@@ -78,7 +78,7 @@ _LIGHT = (COLOURS[4], COLOURS[5], COLOURS[7], "#dddddd", "#f5b183")  # colours o
 # Other words for the same methods, as labels of figures begin with them.
 _SAME_METHOD = {
     **dict.fromkeys(("full fine-tuning", "fine-tuned"), "full"),
-    **dict.fromkeys(("head only", "head", "last blocks", "first layer", "linear probe"), "partial"),
+    **dict.fromkeys(("blocks", "head only", "head", "last blocks", "first layer", "linear probe"), "partial"),
     **dict.fromkeys(("untrained", "before training", "before fine-tuning", "base", "adapter off"), "as it is"),
     **dict.fromkeys(("zero-shot", "few-shot", "calibrated"), "as it is"),
     # Controls: trained like the others, on labels with nothing to learn, or little.

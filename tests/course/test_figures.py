@@ -323,21 +323,34 @@ def test_validation_losses_are_drawn_by_epoch_and_by_training_loss():
     assert right.xaxis_inverted()
 
 
-def test_weight_decay_is_shown_in_weights_losses_and_right_answers():
-    rows = [
-        {"setup": setup, "decay": decay, "moved": 1.0 + i, "size": 2.0 + i, "new_loss": 3.0 + i, "old_scaled": 4.0 + i}
-        | {"old_right": 0.5 / (i + 1)}
-        for i, (setup, decay) in enumerate([("full", 10), ("full", 0), ("LoRA r=8", 0), ("LoRA r=8", 10)])
-    ]
-    weights, losses, right = forgetting.weight_decay(pandas.DataFrame(rows)).axes
-    for ax, label, values in (
-        (weights, "full: size of the weights", [3.0, 2.0]),
-        (weights, "LoRA r=8: distance from the start", [3.0, 4.0]),
-        (losses, "full: old task, scaled, at the end", [5.0, 4.0]),
-        (losses, "LoRA r=8: new task, lowest", [5.0, 6.0]),
-        (right, "LoRA r=8: old task, at the end", [0.5 / 3, 0.125]),
-    ):
-        assert by_label(ax)[label].get_ydata().tolist() == values
+def test_a_weaker_adapter_is_drawn_in_shares_of_what_it_is_at_full_strength():
+    ax = forgetting.by_strength({0.0: 0.0, 0.5: 0.9, 1.0: 1.2}, {0.0: 0.0, 0.5: 0.1, 1.0: 0.4})
+    lines = by_label(ax)
+    assert lines["learned"].get_ydata() == pytest.approx([0, 75, 100])
+    assert lines["forgotten"].get_ydata() == pytest.approx([0, 25, 100])
+    assert lines["forgotten"].get_xdata().tolist() == [0, 0.5, 1]
+
+
+def test_fronts_show_what_is_forgotten_over_what_is_learned_in_the_colours_of_the_methods():
+    lines = by_label(forgetting.fronts({"full": ([0.1, 0.2], [0.3, 0.5]), "blocks": ([0.1], [0.2])}))
+    assert lines["full"].get_xydata().tolist() == [[0.1, 0.3], [0.2, 0.5]]
+    assert lines["full"].get_color() == plots.METHOD_COLOURS["full"]
+    assert lines["blocks"].get_color() == plots.METHOD_COLOURS["partial"]
+
+
+def test_remedies_are_drawn_around_a_star_with_a_mark_for_each_model_and_the_mean():
+    ax = forgetting.remedies({"half its strength": [(0.0, -0.1), (0.2, -0.3)], "replay": [(0.0, 0.1)]})
+    star, each, mean, *_ = ax.get_lines()
+    assert star.get_xydata().tolist() == [[0, 0]]
+    assert each.get_xydata().tolist() == [[0.0, -0.1], [0.2, -0.3]]
+    assert mean.get_xydata()[0] == pytest.approx([0.1, -0.2])
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["as trained", "half its strength", "replay"]
+
+
+def test_runs_are_drawn_by_their_distance_from_the_base_and_what_they_have_forgotten():
+    marks = by_label(forgetting.predicts({"LoRA r=8": ([0.1, 0.3], [0.2, 0.4])}))["LoRA r=8"]
+    assert marks.get_xydata().tolist() == [[0.1, 0.2], [0.3, 0.4]]
+    assert marks.get_linestyle() == "None"
 
 
 def test_right_answers_are_drawn_against_the_loss_beside_a_line_at_that_of_guessing():

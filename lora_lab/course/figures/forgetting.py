@@ -2,43 +2,82 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
+import numpy as np
+from matplotlib.axes import Axes
 
-from lora_lab.plots import (
-    LINES,
-    line_styles,
-)
+from lora_lab.plots import COLOURS, MARKERS, line_styles
 
-if TYPE_CHECKING:
-    from pandas import DataFrame
+FORGOTTEN = "forgotten: rise of the loss on old text (nats)"
+NEUTRAL = (*COLOURS[2:6], "#555555")  # neither full's nor LoRA's
+Line = tuple[Sequence[float], Sequence[float]]
 
 
-def weight_decay(means: DataFrame) -> Figure:
-    """What stronger and stronger weight decay does to weights, losses and right answers, a colour for each setup.
+def by_strength(learned: Mapping[float, float], forgotten: Mapping[float, float]) -> Axes:
+    """What an adapter at each strength has learned and forgotten, as shares of that at full strength.
 
     Args:
-        means: columns ``setup``, ``decay``; ``moved`` and ``size``, the norm of the change of the weights and of the
-            weights themselves, each over the norm at the start; ``new_loss`` on the new task; ``old_scaled``, the
-            loss on the old task after temperature scaling; ``old_right``, the share of right answers on the old task.
-            Losses are in nats.
+        learned, forgotten: strength -> nats; 1 is among them.
     """
-    figure, axes = plt.subplots(1, 3, figsize=(11, 4.2))
-    drawn = {
-        "norm / norm at the start": {"size": "size of the weights", "moved": "distance from the start"},
-        "loss (nats)": {"new_loss": "new task, lowest", "old_scaled": "old task, scaled, at the end"},
-        "share of right answers": {"old_right": "old task, at the end"},
-    }
-    decays = sorted(means.decay.unique())
-    styles = line_styles(means.setup.unique())
-    for ax, (ylabel, columns) in zip(axes, drawn.items(), strict=True):
-        for line, (column, what) in zip(LINES, columns.items(), strict=False):
-            for setup, rows in means.groupby("setup", sort=False):
-                values = rows.set_index("decay")[column].loc[decays]
-                ax.plot(values.tolist(), label=f"{setup}: {what}", **{**styles[str(setup)], "linestyle": line})
-        ax.set(xlabel="weight decay (not to scale)", ylabel=ylabel, ylim=(0, None))
-        ax.set_xticks(range(len(decays)), [f"{decay:g}" for decay in decays])
-        ax.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.18))
-    return figure
+    ax = plt.subplots()[1]
+    lines = {"learned": (learned, COLOURS[2], "o-"), "forgotten": (forgotten, COLOURS[3], "s--")}
+    for label, (values, colour, look) in lines.items():
+        shares = [100 * value / values[1] for value in values.values()]
+        ax.plot([*values], shares, look, color=colour, label=label)
+    ax.axvline(1, color=COLOURS[6], linewidth=1, linestyle=":")
+    ax.set(xlabel="strength of the adapter", ylabel="% of what it is at strength 1")
+    ax.legend()
+    return ax
+
+
+def fronts(lines: Mapping[str, Line]) -> Axes:
+    """What is forgotten against what is learned, a line for each setup: lower is better.
+
+    Args:
+        lines: setup -> what is learned, and what is forgotten there, in nats.
+    """
+    ax = plt.subplots()[1]
+    for setup, style in line_styles(lines).items():
+        learned, forgotten = lines[setup]
+        ax.plot(learned, forgotten, label=setup, **{**style, "markersize": 4})
+    ax.set(xlabel="learned: fall of the loss on new text (nats)", ylabel=FORGOTTEN)
+    ax.legend()
+    return ax
+
+
+def remedies(points: Mapping[str, Sequence[tuple[float, float]]]) -> Axes:
+    """How each remedy moves the losses on new and old text: a hollow mark for each model, and the mean.
+
+    Args:
+        points: remedy -> for each model the change of the loss on new text, and of that on old text, in nats. Without
+            a remedy both are zero, which is the star.
+    """
+    ax = plt.subplots(figsize=(7.2, 4.0))[1]
+    ax.plot(0, 0, "*", color=COLOURS[6], markersize=14, label="as trained")
+    for i, (remedy, moved) in enumerate(points.items()):
+        look: Any = {"color": NEUTRAL[i], "marker": MARKERS[i], "linestyle": "none"}
+        ax.plot(*zip(*moved, strict=True), **look, fillstyle="none", markersize=5)
+        ax.plot(*np.mean(moved, axis=0), **look, markersize=9, label=remedy)
+    ax.axhline(0, color=COLOURS[6], linewidth=1)
+    ax.axvline(0, color=COLOURS[6], linewidth=1)
+    ax.set(xlabel="change of the loss on new text (nats); left is better")
+    ax.set(ylabel="change of the loss on old text\n(nats); down is better")
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return ax
+
+
+def predicts(points: Mapping[str, Line]) -> Axes:
+    """What runs have forgotten against their KL from the base on the new text, a mark for each run.
+
+    Args:
+        points: setup -> KL and what is forgotten of its runs, in nats.
+    """
+    ax = plt.subplots()[1]
+    for setup, style in line_styles(points).items():
+        ax.plot(*points[setup], label=setup, **{**style, "linestyle": "none", "alpha": 0.7})
+    ax.set(xlabel="KL from the base on the new text (nats per token)", ylabel=FORGOTTEN)
+    ax.legend()
+    return ax

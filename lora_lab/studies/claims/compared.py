@@ -478,12 +478,14 @@ def forgets_less_at_equal_learning(record: Record) -> Result:
     judged, cases = pandas.DataFrame([_judge_together(table) for table in tables]), []
     for pair in [pair for pair, doubt in doubts.items() if not doubt]:
         words = set(judged[pair])
-        lower, upper = (float(cast(float, tables[-1].loc[pair, end])) for end in ("lower", "upper"))
-        ends = f"({lower:+.3f} to {upper:+.3f} at {100 * SHARES[-1]:.0f} %, that case alone)"
+        bounds = [[float(cast(float, table.loc[pair, end])) for end in ("lower", "upper")] for table in tables]
+        ends = " ".join(f"{np.mean(each):+.3f} ({each[0]:+.3f} to {each[1]:+.3f})" for each in bounds)
         answer = LESS.get(words.pop()) if len(words) == 1 else None
-        cases.append((answer, f"{pair[0]} examples, {pair[1]}: {(lower + upper) / 2:+.3f} {ends}"))
+        cases.append((answer, f"{pair[0]} examples, {pair[1]}: {ends}"))
     result = decide_cases(cases, "the rank and the number of examples")
+    at = ", ".join(f"{100 * share:g}" for share in SHARES)
     words = f"KL from the base, LoRA's less full fine-tuning's, with {len(record.settings['judging'])} seeds"
+    words += f", at {at} % of equal learning, with the bounds of each alone"
     return replace(result, measured="; ".join([f"{words}. {result.measured}", *filter(None, doubts.values())]))
 
 
