@@ -420,7 +420,7 @@ FORGETTING = [  # claim, change of the record of overfitting, verdict, words
     (LESS_FORGOTTEN, beside_full(9.0), "falls", ""),
     (LESS_FORGOTTEN, NOISY, "open", ""),
     (LESS_FORGOTTEN, FULL_AT_EDGE, "open", "the rate of full is at an edge"),
-    (FOR_AS_MUCH, unchanged, "falls", "no: 1024 examples, LoRA r=8: +0.201"),
+    (FOR_AS_MUCH, unchanged, "falls", "no: 1024 examples, LoRA r=8: +0.109"),
     (FOR_AS_MUCH, beside_full(-9.0), "stands", ""),
     (FOR_AS_MUCH, beside_full(9.0), "falls", ""),
     (FOR_AS_MUCH, NOISY, "open", ""),
