@@ -314,8 +314,8 @@ model is named.
 | ●●● | SmolLM2-135M, and published at scale |
 | ○○○ | not settled here |
 
-In brackets are bounds, each one-sided at 95 %; those of best learning rates are too narrow (three seeds). †: a weaker rule decided ([which
-rules](claims.md))."""
+In brackets are bounds, each one-sided at 95 %; those of best learning rates are too narrow (three seeds). †: a weaker
+rule decided ([which rules](claims.md))."""
 
 ANSWERS_END = """## Why is LoRA not much faster on a CPU?
 
