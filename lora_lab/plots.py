@@ -240,45 +240,6 @@ def bills(bars: Mapping[str, Bill], ax: Axes | None = None, card_bytes: int | No
     return ax
 
 
-def memory_of_a_step(bill: Bill, ax: Axes | None = None, around_peak: int | None = None) -> Axes:
-    """The memory from the first operation of a step to the last, with its phases and its peak.
-
-    Args:
-        around_peak: draw only so many operations before and after the peak, at most 25, each as wide as the others.
-    """
-    ax = ax or plt.subplots()[1]
-    peak = max(bill.timeline, key=lambda moment: moment.total_bytes).operation
-    moments = [m for m in bill.timeline if around_peak is None or abs(m.operation - peak) <= around_peak]
-    positions = np.array([moment.operation for moment in moments], dtype=float)
-    if around_peak is None:
-        positions, step = 100 * positions / positions[-1], None
-        ax.set_xlabel("operations done (% of the step)")
-    else:
-        positions, step = positions - peak, "mid"
-        ax.set_xlabel("operations from the peak")
-    totals = np.zeros(len(moments))
-    for part in _parts(moment.parts for moment in bill.timeline):
-        below, totals = totals, totals + [moment.parts.get(part, 0) / MIB for moment in moments]
-        look = {**filling(*PART_LOOKS[part]), "linewidth": 0}
-        ax.fill_between(positions, below, totals, label=part, step=step, **look)
-    top = int(totals.argmax())
-    ax.annotate(
-        f"peak {totals[top]:,.0f}", (positions[top], totals[top]), (0, 12), textcoords="offset points", ha="center"
-    )
-    ax.plot(positions[top], totals[top], "v", color="#000000")
-    ax.set_ylim(0, 1.25 * totals.max())
-    phases = [moment.phase for moment in moments]
-    for phase in dict.fromkeys(phases):
-        first = phases.index(phase)
-        if first:
-            ax.axvline(positions[first], color="#000000", linewidth=0.8, linestyle=":")
-        if phases.count(phase) > len(phases) / 12:  # the others are too narrow for their names
-            at_the_top = ax.get_xaxis_transform()  # whatever limits a caller sets
-            ax.text(positions[first] + 0.6, 0.99, phase, va="top", fontsize="small", transform=at_the_top)
-    ax.set_ylabel("memory (MiB)")
-    return legend_beside(ax)
-
-
 def ratios(
     series: Mapping[str, Mapping[int, float | tuple[float, float, float]]],
     ylabel: str,

@@ -10,10 +10,10 @@ mpl.use("Agg")
 
 from lora_lab import LoRA, LoRALinear, plots
 from lora_lab.ablation.stats import BestRate
-from lora_lab.costs.bill import MIB, PARTS, Bill, Moment
+from lora_lab.costs.bill import MIB, PARTS, Bill
 from lora_lab.history import COLUMNS, History
 from lora_lab.methods import Method
-from tests.helpers import LOSSES, PEAKED, PNG, STEP, bill, bounds, by_label, legend, points, said, sweep
+from tests.helpers import LOSSES, PNG, bill, bounds, by_label, legend, points, said, sweep
 
 
 def history(validation, method="full"):
@@ -129,37 +129,6 @@ def test_every_part_of_a_bill_has_a_look_of_its_own_the_same_in_every_figure():
     saved = [part for part in PARTS if part.startswith("saved: ")]
     assert len({looks[part][0] for part in saved}) == 1  # one colour, five hatches
     assert len({looks[part][1] for part in saved}) == len(saved)
-    timeline = [Moment("forward", dict.fromkeys(PARTS, MIB), operation) for operation in range(2)]
-    ax = plots.memory_of_a_step(Bill(dict.fromkeys(PARTS, MIB), "forward", "predicted", "a", {}, timeline))
-    areas = {a.get_label(): (tuple(a.get_facecolor()[0]), a.get_hatch()) for a in ax.collections}
-    assert areas == looks
-
-
-def test_a_step_is_drawn_from_its_first_operation_to_its_last_with_phases_and_peak():
-    ax = plots.memory_of_a_step(bill(STEP, frozen=10, mlp=4))
-    assert legend(ax) == ["logits and loss", "saved: MLP", "frozen weights"]
-    places = [0.0, 20.0, 40.0, 60.0, 80.0, 100.0]
-    edges = {
-        "frozen weights": ([0] * 6, [10] * 6),
-        "saved: MLP": ([10] * 6, [10, 12, 14, 14, 11, 10]),
-        "logits and loss": ([10, 12, 14, 14, 11, 10], [10, 12, 15, 17, 11, 10]),
-    }
-    assert [area.get_label() for area in ax.collections] == list(edges)
-    for area in ax.collections:
-        low, high = edges[area.get_label()]
-        corners = {(x, y) for x, y in area.get_paths()[0].vertices.round(6).tolist()}
-        assert corners >= {*zip(places, low, strict=True), *zip(places, high, strict=True)}
-    (mark,) = [line for line in ax.get_lines() if line.get_marker() == "v"]
-    assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([60.0], [17.0])
-    assert said(ax.texts) == ["peak 17", "before", "forward", "backward", "optimiser step"]
-
-
-def test_around_the_peak_each_operation_is_drawn():
-    ax = plots.memory_of_a_step(PEAKED, around_peak=20)
-    assert legend(ax) == ["logits and loss", "frozen weights"]
-    drawn = ax.collections[0].get_paths()[0].vertices[:, 0]
-    assert (drawn.min(), drawn.max()) == (-20, 20)
-    assert [line.get_xdata()[0] for line in ax.get_lines() if line.get_marker() == "v"] == [0]
 
 
 def test_bills_beside_a_card_state_which_of_them_fit():
@@ -383,7 +352,6 @@ ON_AXES = {
     "curves": lambda ax: plots.curves(RUNS, ax=ax),
     "bars": lambda ax: plots.stacked_bars({"a": {"x": 1.0}}, "MiB", {"x": ("#000000", "")}, ax),
     "bills": lambda ax: plots.bills({"a": bill(frozen=1)}, ax=ax),
-    "step": lambda ax: plots.memory_of_a_step(bill(STEP, frozen=10), ax=ax),
     "paths": lambda ax: plots.paths(WALKS, BEST, ax=ax),
     "spectrum": lambda ax: plots.spectrum({"weight": [8.0, 1.0]}, ax),
     "sizes": lambda ax: plots.by_size(SIZES.iloc[:3], "loss", ax=ax),
