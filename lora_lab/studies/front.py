@@ -63,7 +63,7 @@ def plan_tiny_front(device: torch.device) -> Iterator[CurveSweep]:
             task=partial(make_front_task, base, replay),
             starts=dict.fromkeys(methods, partial(_start, device, base)),
             options={"judge": Distance(base)},
-            show=drop_commits,
+            show=shorten,
             columns=_OF_FRONT,
             shared=True,
         )
@@ -118,9 +118,9 @@ class Distance:
         return scores
 
 
-def drop_commits(frame: pandas.DataFrame) -> pandas.DataFrame:
-    """Return the table with the commit in the last row of each trial alone: there are many rows."""
-    return frame.assign(commit=frame["commit"].where(frame["step"] == frame["steps"]))
+def shorten(frame: pandas.DataFrame) -> pandas.DataFrame:
+    """Return the table to six decimals, with the commit in the last row of each trial alone: there are many rows."""
+    return frame.assign(commit=frame["commit"].where(frame["step"] == frame["steps"])).round(6)
 
 
 TINY_FRONT = record_sweeps("tiny_front", plan_tiny_front)

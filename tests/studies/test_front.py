@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pandas
 import pytest
 import torch
 
@@ -33,6 +34,14 @@ def test_all_rates_of_eight_seeds_are_measured_every_ten_steps():
             assert len(lrs) == 3
             assert (trial.steps, trial.eval_every, trial.eval_examples) == (240, 10, None)
     assert set(sweeps[0].setups) == {"full", "blocks", "r=8", "r=64"}
+
+
+def test_rows_have_six_decimals_and_name_their_commit_once():
+    rows = {"step": [0, 10], "steps": 10, "lr": 1.5e-3, "validation_loss": [3.06256398, 2.5], "commit": "abc"}
+    shown = front.shorten(pandas.DataFrame(rows))
+    assert shown["validation_loss"].tolist() == [3.062564, 2.5]
+    assert shown["commit"].isna().tolist() == [True, False]
+    assert shown["lr"].tolist() == [1.5e-3] * 2
 
 
 def test_a_fifth_of_what_is_trained_on_is_rehearsed_and_judges_nothing(task):
