@@ -74,7 +74,7 @@ def test_an_answer_is_that_of_the_command_and_stops_where_a_verdict_has_changed(
         assert found.answer.answer in text
         assert found.number in text
         assert "Measured on SmolLM2 and small models." in text
-    assert "<code>lora-lab rank</code>" in shown[0]["text/html"]
+    assert "<code>lora-lab rank --ranks 16 64</code>" in shown[0]["text/html"]
     with pytest.raises(ValueError, match="no answer 'ranks'"):
         lessons.answer("ranks")
     monkeypatch.setattr(answers, "load", lambda ask: {ask: dataclasses.replace(found, number="")})

@@ -150,7 +150,8 @@ def steps_of_ranks(rng):
     steps, growth = int(rng.choice([20, 50, 100])), 1 + 0.4 * np.arange(len(ranks))
     seconds = 3600 / rng.uniform(2, 24) / steps * growth / growth.sum()
     order = rng.permutation(len(ranks))
-    return {int(ranks[i]): max(0.01, round(float(seconds[i]), 2)) for i in order}, steps
+    # 7 divides no hour, so no plan ends exactly with it, where rounding would decide.
+    return {int(ranks[i]): round(0.07 * max(1, round(float(seconds[i]) / 0.07)), 2) for i in order}, steps
 
 
 CHOOSE, LEAST, SUM = "3 * 2", "seeds >= 3", "sum((seconds[rank] for rank in ranks))"
