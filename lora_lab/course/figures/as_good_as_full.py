@@ -18,7 +18,7 @@ Rows = Mapping[str, tuple[np.ndarray, tuple[float, float]]]  # label -> values o
 
 
 def differences(
-    groups: Mapping[str, Rows], margin: float, xlabel: str, colours: Sequence[str] = (), verdicts: Sequence[str] = ()
+    groups: Mapping[str, Rows], margin: float, xlabel: str, colours: Sequence[str] = ()
 ) -> Axes:
     """Differences of losses, one below the other: a hollow mark for each seed, and the mean with its bounds.
 
@@ -27,7 +27,6 @@ def differences(
         margin: up to which a difference counts as none, drawn as a band below and above zero.
         xlabel: whose loss less whose, with the unit.
         colours: of the groups; those of their names by default.
-        verdicts: a word for each row, written at its right.
     """
     count = sum(map(len, groups.values()))
     ax = plt.subplots(figsize=(7.2, 0.9 + 0.36 * count))[1]
@@ -47,11 +46,9 @@ def differences(
     ax.axvspan(-margin, margin, color="#999999", alpha=0.2, linewidth=0, label="margin")
     ax.axvline(0, color=COLOURS[6], linewidth=1)
     ax.set_yticks([*ticks], [*ticks.values()])
-    for place, verdict in zip(ticks, verdicts, strict=bool(verdicts)):
-        ax.text(1.02, place, verdict, transform=ax.get_yaxis_transform(), va="center")
     ax.grid(axis="y", visible=False)
     ax.set_xlabel(f"{xlabel}\nlarge marks: means with bounds; small ones: seeds")
-    ax.legend(loc="upper right" if verdicts else "upper left", bbox_to_anchor=(1.0, 1.0))
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return ax
 
 
