@@ -60,9 +60,9 @@ def a_trained_parameter_takes_four_numbers(static_bytes, rng):
 
 
 def budget_and_costs(rng):
-    """A budget in GiB, static bytes, and bytes for each token.
+    """A budget in GiB, fixed bytes, and bytes for each token.
 
-    In a third of the cases the static bytes do not fit, and in another third a whole number of tokens fits exactly.
+    In a third of the cases the fixed bytes do not fit, and in another third a whole number of tokens fits exactly.
     """
     budget_gib, per_token, tokens = rng.integers([4, 10**5, 9], [25, 10**7, 99]).tolist()
     room = (-int(rng.integers(1, 10**9)), tokens * per_token, int(rng.integers(10**9, 4 * 10**9)))[rng.integers(3)]
@@ -75,21 +75,21 @@ longest = Exercise(
     wrong={
         "A GiB is too small. It has 2**30 bytes, not 10**9.": ("2 ** 30", "10 ** 9"),
         "The budget has another unit. It is in GiB, and a GiB has 2**30 bytes.": ("2 ** 30", "2 ** 20"),
-        "The static bytes are left out. Weights and AdamW's state come first.": (" - static", ""),
+        "The fixed bytes are left out. Weights and AdamW's state come first.": (" - fixed", ""),
         "There is one token too many. Round down, because a part of a token does not fit.": [
-            ("static)", "static + per_token - 1)"),
+            ("fixed)", "fixed + per_token - 1)"),
             ("// per_token", "// per_token + 1"),
-            "return max(0, round((budget_gib * 2**30 - static) / per_token))",
+            "return max(0, round((budget_gib * 2**30 - fixed) / per_token))",
         ],
-        "There is one token too few where a step needs exactly the budget. It fits then.": ("static)", "static - 1)"),
+        "There is one token too few where a step needs exactly the budget. It fits then.": ("fixed)", "fixed - 1)"),
         "The result is not a whole number of tokens. Round it down.": ("//", "/"),
-        "The result is negative where the static bytes do not fit. Then no token fits, so return 0.": (
-            "return (budget_gib * 2**30 - static) // per_token"
+        "The result is negative where the fixed bytes do not fit. Then no token fits, so return 0.": (
+            "return (budget_gib * 2**30 - fixed) // per_token"
         ),
     },
     hints=[
         "A GiB has 2**30 bytes.",
-        "First subtract what is static. What remains is shared out among the tokens.",
+        "First subtract what is fixed. What remains is shared out among the tokens.",
         "// rounds down, and max(0, ...) takes care of a model that does not fit at all.",
     ],
     praise="That is the question before every run, and you can answer it without a GPU.",
@@ -115,7 +115,7 @@ def an_exact_fit_fits(longest, rng):
 
 @longest.must()
 def nothing_fits_beside_too_much(longest, rng):
-    """Where the static bytes alone exceed the budget, the result is 0, and with room for one token it is 1."""
+    """Where the fixed bytes alone exceed the budget, the result is 0, and with room for one token it is 1."""
     excess = int(rng.integers(1, 10**9))
     return longest(4, 4 * 2**30 + excess, 1000) == 0 and longest(4, 4 * 2**30 - 1500, 1000) == 1
 
