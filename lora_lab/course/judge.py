@@ -222,20 +222,23 @@ def _by_inputs(exercise: Exercise, answer: Callable[..., Any], rng: np.random.Ge
 
     def known_mistake() -> str | None:
         for mistake, sentence in exercise.mistakes:
-            both = zip(outcomes, cases, strict=True)
-            if all(_agrees(outcome, call(mistake, case, names)) for outcome, case in both):
+            called = [call(mistake, case, names) for case in cases]
+            if all(map(_agrees, outcomes, called)) and (wrong or any(each.changed for each in called)):
                 return sentence
         return None
 
-    sentence, example = None, ""
+    sentence = None
     with contextlib.suppress(TimeUp):  # slow mistakes do not prolong the check
         sentence = limited(known_mistake)
-    sentence = sentence or _named_difference(answer, pairs, changed)
-    if sentence is None:
-        sentence = _numbers_differ(pairs, len(wrong))
-        smallest = min(wrong, key=lambda number: len(repr(cases[number])))
-        example = _example(names, cases[smallest], *pairs[smallest])
-    return Verdict(False, sentence, example, outcomes[0].printed)
+    sentence = sentence or _wrong_interface(answer, pairs, changed)
+    if sentence is not None:
+        return Verdict(False, sentence, printed=outcomes[0].printed)
+    smallest = min(wrong, key=lambda number: len(repr(cases[number])))
+    sentence = _constant_factor(pairs)
+    with contextlib.suppress(TimeUp):
+        sentence = sentence or limited(lambda: _broken_property(exercise, answer, rng))
+    sentence = sentence or f"The result differs from the expected one on {len(wrong)} of {len(pairs)} inputs."
+    return Verdict(False, sentence, _example(names, cases[smallest], *pairs[smallest]), outcomes[0].printed)
 
 
 def _by_properties(exercise: Exercise, answer: Any, rng: np.random.Generator) -> Verdict:
@@ -268,28 +271,34 @@ def _agrees(outcome: Called, reference: Called) -> bool:
 Pairs = Sequence[tuple[Called, Called]]  # what the answer did, and what the solution did
 
 
-def _named_difference(answer: Callable[..., Any], pairs: Pairs, changed: Sequence[str]) -> str | None:
-    """Return an error, a difference of type or shape, NaN, or a changed argument; None if only numbers differ."""
-    for outcome, right in pairs:
-        if outcome.error is not None:
-            return _about_error(outcome.error, answer)
-        if sentence := difference(outcome.value, right.value):
-            return sentence
+def _wrong_interface(answer: Callable[..., Any], pairs: Pairs, changed: Sequence[str]) -> str | None:
+    """Return an error, a difference of type or shape on all inputs, or a changed argument; else None."""
+    if error := next((outcome.error for outcome, _ in pairs if outcome.error is not None), None):
+        return _about_error(error, answer)
+    differences = [difference(outcome.value, right.value) for outcome, right in pairs]
+    if all(differences):
+        return differences[0]
     if changed:
         return f"Your function changes its argument {changed[0]} in place. Work on a copy of {changed[0]}."
     return None
 
 
-def _numbers_differ(pairs: Pairs, wrong: int) -> str:
-    """Return how results differ whose types and shapes are right, on so many of the inputs."""
+def _constant_factor(pairs: Pairs) -> str | None:
+    """Return by what factor all results are wrong, if it is the same."""
     # NaN where there is no factor.
     factors = np.array([factor(outcome.value, right.value) for outcome, right in pairs], dtype=float)
-    low, high = factors.min(), factors.max()
-    if np.isnan(factors).any():
-        return f"The result differs from the expected one on {wrong} of {len(pairs)} inputs."
-    if np.allclose(factors, low, rtol=1e-3):
-        return f"The result is {low:.3g} times what it should be, on all inputs. A factor is wrong."
-    return f"The result is wrong by a factor that depends on the inputs: it lies between {low:.3g} and {high:.3g}."
+    if np.allclose(factors, factors[0], rtol=1e-3):
+        return f"The result is {factors[0]:.3g} times what it should be, on all inputs. A factor is wrong."
+    return None
+
+
+def _broken_property(exercise: Exercise, answer: Any, rng: np.random.Generator) -> str | None:
+    """Return the first property that the results lack, if any."""
+    for each in exercise.properties:
+        outcomes = [attempt(each.holds, answer, rng) for _ in range(TRIALS)]
+        if any(outcome.error is None and not outcome.value for outcome in outcomes):
+            return each.sentence or f"This is not true yet: {each.holds.__doc__}"
+    return None
 
 
 def _about_error(error: BaseException, answer: Any) -> str:

@@ -106,9 +106,22 @@ def test_general_findings(trial, answer, text):
     assert (verdict.passed, verdict.text) == (False, text)
 
 
-def test_a_factor_that_depends_on_the_inputs(trial):
-    text = judge(trial, lambda W, x: W @ x * (2 + np.abs(W).max())).text
-    assert text.startswith("The result is wrong by a factor that depends on the inputs: it lies between ")
+def test_a_result_that_is_missing_on_some_inputs_is_shown_beside_the_expected_one(register):
+    trial = register((lambda n: n), inputs=lambda rng: (int(rng.integers(1, 9)),))
+    verdict = judge(trial, lambda n: n if n < 5 else None)
+    assert "inputs" in verdict.text
+    assert "your result = None" in verdict.example
+
+
+def test_a_result_that_lacks_a_property_is_told_so_with_an_example(register):
+    def fits(answer, rng):
+        """No more than ten fit."""
+        return answer(99) <= 10
+
+    trial = register((lambda n: min(n, 10)), properties=[(fits, "")], inputs=lambda rng: (int(rng.integers(11, 19)),))
+    verdict = judge(trial, lambda n: n)
+    assert verdict.text == "This is not true yet: No more than ten fit."
+    assert "expected    = 10" in verdict.example
 
 
 def test_an_error_names_its_line(trial):

@@ -59,6 +59,9 @@ decide = Exercise(
             (QUANTILE, "1.645"),
             (QUANTILE, "norm.ppf(0.95)"),
         ],
+        "For the bounds over pages n is the number of pages, in the quantile as well: len(means) - 1.": (
+            ("len(means) - 1)", "len(d) - 1)")
+        ),
         "Each bound is one-sided: the quantile of 95 % is 0.95, not 0.975.": ("0.95", "0.975"),
         "This is the spread of a single value. A mean of n scatters less: divide by the square root of n.": (
             (" / math.sqrt(len(means))", "")
@@ -163,7 +166,10 @@ plan_sweep = Exercise(
         "The runs that choose the rates are missing: three rates with two seeds each, for every rank.": (CHOOSE, "0"),
         "Each rate is tried once here. Two seeds choose, so a rank takes six runs before it is judged.": (CHOOSE, "3"),
         "Two seeds choose, and at three rates each: six runs a rank, not two.": (CHOOSE, "2"),
-        "This sweep takes longer than an hour. Round the number of seeds down.": ("int(", "math.ceil("),
+        "This sweep takes longer than an hour. Round the number of seeds down.": [
+            ("int(", "math.ceil("),
+            ("int(", "round("),
+        ],
         "Every rank is planned as if its step took as long as the largest one's. Each rank has its own seconds.": (
             (SUM, "len(ranks) * seconds[ranks[-1]]")
         ),

@@ -44,6 +44,9 @@ update_from_file = Exercise(
             "config['lora_alpha'] * ",
         ),
         "The scaling is upside down. It is lora_alpha / r.": ("config['lora_alpha'] / r", "r / config['lora_alpha']"),
+        "Only r is under the root with rsLoRA: lora_alpha / r ** 0.5.": (
+            (SCALING, "(config['lora_alpha'] / config['r']) ** (0.5 if config['use_rslora'] else 1) * ")
+        ),
         "You always divide by r. Where use_rslora is True, divide by the root of r.": (ROOT_IF, "config['r']"),
         "You always divide by the root of r. Do so only where use_rslora is True.": (ROOT_IF, "config['r'] ** 0.5"),
         "You read use_rslora the wrong way round. True means the root of r.": ("if config", "if not config"),

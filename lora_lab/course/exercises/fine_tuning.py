@@ -207,11 +207,11 @@ def is_best_in_validation(choose, rng):
 
 @choose.must()
 def does_not_ask_the_test(choose, rng):
-    """The result is one of the rates, not always the largest, and other test accuracies do not change it."""
+    """The result is one of the rates, not always the largest, whatever the test accuracies, or without any."""
     validation, test = validation_and_test(rng)
     mirrored = dict(zip(validation, [*validation.values()][::-1], strict=True))  # another of the four rates is best
-    tests = validation, mirrored, test
-    results = [{float(choose(table, each)) for each in tests} for table in (validation, mirrored)]
+    tests, level = (validation, mirrored, test, {}), {rate: [0.5, 0.5] for rate in validation}
+    results = [{float(choose(table, each)) for each in tests} for table in (validation, mirrored, level)]
     return results[0] != results[1] and all(len(each) == 1 and each <= {*validation} for each in results)
 
 
@@ -265,6 +265,16 @@ def asks_for_the_layer_by_its_name(only, rng):
 def sets_no_attribute_instead(only, rng):
     net, trained = switched(only, rng)
     return sorted(trained) == HEAD or not any("requires_grad" in vars(layer) for layer in net.modules())
+
+
+@only.must(
+    "The named layer may hold others, such as head.0. Your loop comes to these later, and freezes them again.",
+    "for each, module in model.named_modules():\n    module.requires_grad_(each == name)",
+)
+def reaches_what_is_inside(only, rng):
+    plain = nn.ModuleDict({"body": nn.Linear(4, 3), "head": nn.Linear(3, 2)})
+    only(plain, "head")
+    return switched(only, rng)[1] or not plain["head"].weight.requires_grad
 
 
 @only.must(

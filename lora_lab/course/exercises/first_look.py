@@ -19,6 +19,9 @@ one_line = Exercise(
         "x meets B first, or A is left out. x has as many numbers as A has columns, so it goes through A first.": (
             ("(B @ (A @ x))", "(A @ (B @ x))")
         ),
+        "W @ x counts in full whatever s is. Only B @ (A @ x) is scaled.": (
+            "return (1 - s) * (W @ x) + s * (B @ (A @ x))"
+        ),
         "B is skipped. A leaves r numbers, and B turns them into as many as W @ x has.": ("(B @ (A @ x))", "(A @ x)"),
         "The update is a matrix, not a vector. Multiply A by x with @, and B by the result with @.": (
             ("(B @ (A @ x))", "(B @ A)")

@@ -124,6 +124,9 @@ equal_learning = Exercise(
             ("share * min(", "max(", BOTH, FIRST),
         ],
         "The whole amount is used. Multiply it by the share.": ("share * ", ""),
+        "np.interp needs values that rise, and what is learned falls again at the end. Cut each run at its best.": (
+            (BOTH, "tuple(np.interp(amount, *run) for run in (first, second))")
+        ),
         "This is read after the minimum. Take the place at which the amount is first learned.": (
             (BOTH, AT_PLACES.format("np.flatnonzero(learned >= amount)[-1]"))
         ),

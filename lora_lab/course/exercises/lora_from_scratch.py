@@ -861,6 +861,15 @@ def trains_something(repair, rng):
 
 
 @repair.must(
+    "Half of each adapter is frozen. Both lora_A and lora_B have requires_grad = True.",
+    ("trainable = ", "[p.requires_grad_('lora_A' in name) for name, p in model.named_parameters()]\n    trainable = "),
+)
+def trains_both_factors(repair, rng):
+    ends = {name.rpartition(".")[2] for name in treated(repair, rng).trained}
+    return "lora_A" not in ends or "lora_B" in ends
+
+
+@repair.must(
     "Parameters outside the adapters are trainable. Freeze the model before the adapters are put in.",
     (".requires_grad_(False)", ""),
 )

@@ -35,6 +35,14 @@ best_rank = Exercise(
             ("Vh[:r]", "Vh[:, :r].T", "full_matrices=False", "full_matrices=True"),
         ],
         "You kept the weakest terms. S is sorted with the largest first, so take [:r].": (":r]", "-r:]"),
+        "eigh sorts in ascending order, so these are the weakest directions. Take the last r columns.": (
+            "_, Q = np.linalg.eigh(M @ M.T)\nreturn Q[:, :r] @ (Q[:, :r].T @ M)"
+        ),
+        "With the mean added back the rank is r + 1. Decompose M itself.": """
+            mean = M.mean(axis=0)
+            U, S, Vh = np.linalg.svd(M - mean, full_matrices=False)
+            return (U[:, :r] * S[:r]) @ Vh[:r] + mean
+        """,
         "This is what is left of M without its r largest terms. Keep these terms themselves: take [:r].": (
             (":r]", "r:]")
         ),

@@ -19,7 +19,7 @@ static_bytes = Exercise(
         "Frozen parameters cost too much. They have no gradient and no AdamW state, so 4 bytes each.": (
             ("4 * frozen", "16 * frozen")
         ),
-        "4 bytes are missing for each trained parameter: weight 4, gradient 4, two averages of 4 each.": (
+        "Each trained parameter takes 16 bytes: weight 4, gradient 4, two averages. It is not among the frozen.": (
             (FOUR_NUMBERS, "4 + 8")
         ),
         "8 bytes are missing for each trained parameter. AdamW keeps two averages of 4 bytes.": (FOUR_NUMBERS, "4 + 4"),
@@ -79,6 +79,7 @@ longest = Exercise(
         "There is one token too many. Round down, because a part of a token does not fit.": [
             ("fixed)", "fixed + per_token - 1)"),
             ("// per_token", "// per_token + 1"),
+            "return max(0, budget_gib * 2**30 // per_token - fixed // per_token)",
             "return max(0, round((budget_gib * 2**30 - fixed) / per_token))",
         ],
         "There is one token too few where a step needs exactly the budget. It fits then.": ("fixed)", "fixed - 1)"),

@@ -31,6 +31,8 @@ def training_run(rng):
     validation = turned if kind == "turned" or (kind != "falling" and rng.random() < 0.4) else falling
     if kind == "failed":
         training[[0, -1]] = training[[-1, 0]]
+        if rng.random() < 0.5:  # it ends where it began
+            training[-1] = training[0]
     if kind == "diverged":
         training[-1] = validation[-1] = np.nan
     return steps, training, validation
@@ -51,7 +53,7 @@ FIRST_RISE = "[*np.flatnonzero(np.diff(validation) > 0), np.nanargmin(validation
 read_curve = Exercise(
     "read_curve",
     inputs=training_run,
-    draws=240,
+    draws=320,
     wrong={
         "You kept the step of the lowest training loss. That shows what was memorised: look at the validation loss.": [
             (BEST, "np.nanargmin(training)", LAST_IS_BEST, IS_LAST),
@@ -74,6 +76,9 @@ read_curve = Exercise(
         ],
         "A comparison with nan is False, so a run that diverged slips through. Ask whether it fell, then negate.": (
             (f"not {FELL}", "training[-1] >= training[0]")
+        ),
+        "A training loss that ends where it began is no lower either. That run has failed, too.": (
+            (FELL, "training[-1] <= training[0]")
         ),
         "You looked for nan alone. A training loss that ends higher than it began has failed as well.": (
             (f"not {FELL}", "np.isnan(training[-1])")
@@ -222,7 +227,8 @@ def swept(rng):
     seeds, names = rng.permutation(4).tolist(), ("lowest", "rise")
     numbers = rng.choice(np.arange(60), (2, 2, 3, 4), replace=False) / 10
     sums = numbers[:, 0][:, :, seeds[:2]].sum(axis=2).round(1)
-    if any(len(set(each)) < 3 for each in sums.tolist()):  # no two rates are equally good
+    both = sums.sum(axis=0).round(1)
+    if any(len(set(each)) < 3 for each in (*sums.tolist(), both.tolist())):  # no two rates are equally good
         return swept(rng)
     full, lora = (dict(zip(names, method, strict=True)) for method in numbers)
     return full, lora, seeds[:2], seeds[2:]
@@ -248,6 +254,9 @@ fair = Exercise(
             ("[:, choosing].mean(axis=1).argmin()", "[:, judging].argmin(axis=0)"),
             ("[:, choosing].mean(axis=1).argmin()", "[:, choosing].argmin(axis=0)"),
         ],
+        "Each rate is judged by its luckiest seed. Take the mean over the choosing seeds, then argmin.": (
+            (".mean(axis=1).argmin", ".min(axis=1).argmin")
+        ),
         "Both methods have the same rate, which suits one of them. Choose a rate for each method.": [
             ("method['lowest']", "(full['lowest'] + lora['lowest'])"),
             ("method['lowest']", "full['lowest']"),

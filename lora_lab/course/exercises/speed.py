@@ -204,6 +204,17 @@ def is_right(fair_ratio, rng, **troubles):
 
 
 @fair_ratio.must(
+    "You read your computer's clock. The time on the device is device.clock().",
+    ("device.clock()", "__import__('time').perf_counter()"),
+)
+def reads_the_clock_of_the_device(fair_ratio, rng):
+    device, read = Device({"full": 0.2, "LoRA": 0.14}, rng), []
+    device.clock = lambda: read.append(Device.clock(device)) or read[-1]
+    fair_ratio(device)
+    return read
+
+
+@fair_ratio.must(
     "You timed the launch, not the work. Synchronize before you read the clock, at the start and at the end.",
     (WAIT, "pass"),
 )

@@ -460,6 +460,9 @@ intruders = Exercise(
             (" * W.norm() / update.norm()", ""),
         ],
         "The update's norm is size, and should be size times W's norm.": (" * W.norm()", ""),
+        "torch.linalg.norm(W, 2) is the largest singular value. The root of the sum of squares is W.norm().": (
+            ("size * W.norm() / update.norm()", "size * torch.linalg.norm(W, 2) / torch.linalg.norm(update, 2)")
+        ),
         "You decomposed the update. An intruder is a leading direction of the tuned weight, W + update.": [
             (WEIGHTS, "(W, update)"),
             (WEIGHTS, "(W, update)", "size * W.norm() / update.norm() * ", ""),

@@ -63,6 +63,14 @@ def is_not_lora(RsLoRA, rng):
 
 
 @rslora.must(
+    "You divide twice: super().scaling is alpha / rank already. Start from self.alpha.",
+    (SCALING, "super().scaling / self.rank ** 0.5"),
+)
+def divides_once(RsLoRA, rng):
+    return not all(math.isclose(layer.scaling, layer.alpha / layer.rank**1.5) for layer in of_each_rank(RsLoRA))
+
+
+@rslora.must(
     "The scaling is not alpha / sqrt(rank). The root is of the rank alone, and it divides.",
     (SCALING, "self.alpha"),
     (SCALING, "self.alpha / 2"),
@@ -285,6 +293,17 @@ def shares_it_evenly(pissa, rng):
     """Each column of B is as long as the row of A that it multiplies, and none is zero."""
     *_, B, A = parted(pissa, rng)
     return close(B.norm(dim=0), A.norm(dim=1)) and A.norm(dim=1).min() > 0.01
+
+
+@pissa.must(
+    "Your function overwrites W. Return W - scaling * B @ A as a new tensor.",
+    (PARTS, "(W.sub_(scaling * B @ A), B, A)"),
+)
+def leaves_W(pissa, rng):
+    """W is as it was, and what is left of it is another tensor."""
+    before, *_, rest, _, _ = parted(pissa, rng)
+    pissa(W := before.clone(), 2, 2.0)
+    return torch.equal(W, before) and not close(rest, W)
 
 
 # DoRA's length

@@ -42,6 +42,10 @@ vertex = Exercise(
             left, right = np.diff(losses) / np.diff(x)
             return float(np.exp(x[0] - left * (x[2] - x[0]) / (right - left)))
         """,
+        "Polynomial.fit rescales x, so its coefficients belong to another variable. Take np.polyfit.": """
+            c, b, a = np.polynomial.Polynomial.fit(np.log(rates), losses, 2).coef
+            return float(np.exp(-b / (2 * a)))
+        """,
         "The vertex of a x^2 + b x + c is at -b / (2 a); the 2 is missing.": ("(2 * square)", "square"),
         "The sign is wrong: the vertex of a x^2 + b x + c is at -b / (2 a).": ("-linear", "linear"),
     },
@@ -180,6 +184,9 @@ power = Exercise(
         ],
         "Only the first and the last rank count here. Use all points: the line of least squares.": (
             "return float(np.log(rates[-1] / rates[0]) / np.log(ranks[-1] / ranks[0]))"
+        ),
+        "You averaged the slopes between neighbours. Fit one line to all points: the line of least squares.": (
+            "return float((np.diff(np.log(rates)) / np.diff(np.log(ranks))).mean())"
         ),
         "The sign is wrong: a rate that falls as the rank grows has a negative power.": ("float(", "-float("),
         "This is the line's height at rank 1. The power is its slope.": ("[0]", "[1]"),

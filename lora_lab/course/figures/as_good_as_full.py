@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 Rows = Mapping[str, tuple[np.ndarray, tuple[float, float]]]  # label -> values of the seeds, and bounds of their mean
 
 
-def differences(
-    groups: Mapping[str, Rows], margin: float, xlabel: str, colours: Sequence[str] = ()
-) -> Axes:
+def differences(groups: Mapping[str, Rows], margin: float, xlabel: str, colours: Sequence[str] = ()) -> Axes:
     """Differences of losses, one below the other: a hollow mark for each seed, and the mean with its bounds.
 
     Args:
