@@ -225,11 +225,11 @@ def compare_rates(pairs: Sequence[tuple[float | None, float | None]]) -> tuple[t
 
 
 @decides("large-batches-hurt-lora", record="tiny_batch", beside="tiny_rank", on=("the base", "the rank"))
-def batches(record: Record, few: Record) -> Cases:
+def batches(record: Record, *others: Record) -> Cases:
     """By how much LoRA's gap to full fine-tuning of the blocks grows from batches of 8 windows to those of 64."""
-    small = dict(gaps_on("blocks", few))
+    small = {data: gaps for each in others for data, gaps in gaps_on("blocks", each)}
     for data, large in gaps_on("blocks", record):
-        for (rank, steps), gap in large.items():
+        for (rank, steps), gap in large.items() if data in small else ():
             other = small[data][rank, 8 * steps]
             at_edge = gap.at_edge or other.at_edge
             growth = Gap(gap.values - other.values, np.array([]), at_edge, MARGIN, len(large))
@@ -237,10 +237,10 @@ def batches(record: Record, few: Record) -> Cases:
 
 
 @decides("repetition-lowers-the-rate", record="tiny_repeats", beside="tiny_rank", on="the method and the steps")
-def repetition(record: Record, fresh: Record) -> Cases:
+def repetition(record: Record, *fresh: Record) -> Cases:
     """The best rate on repeated text in units of that on fresh text, one value a base, with Student's t over these."""
-    rates, others = best_rates(record), best_rates(fresh)
-    for setup in dict.fromkeys(setup for _, setup in rates):
+    rates, others = best_rates(record), best_rates(*fresh)
+    for setup in dict.fromkeys(setup for key, setup in rates if (key, setup) in others):
         bounds, words = compare_rates([(rates[key], others[key]) for key in rates if key[1] == setup])
         yield below(*bounds, 1) if bounds else None, f"{setup}: {words}"
 
