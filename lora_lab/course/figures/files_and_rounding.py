@@ -20,9 +20,9 @@ def lost_by_merging(layers: DataFrame) -> Axes:
     for name, colour, marker in zip(layers["format"].unique(), COLOURS, MARKERS, strict=False):
         x, y = layers[layers["format"] == name].sort_values("size")[["size", "missing"]].to_numpy().T
         ax.plot(x, y, marker, color=colour, markersize=4, alpha=0.6)
-        ax.text(1.06 * x[-1], y[-1], name, color=colour, va="center")
+        ax.text(0.97 * x[0], y[0], name, color=colour, ha="right", va="center")
     ax.set(xscale="log", yscale="log", xlabel="size of the update / size of the weight (norms)")
-    ax.set(ylabel="missing after the merge\n(share of the update)", xlim=(None, 1.5 * layers["size"].max()))
+    ax.set(ylabel="missing after the merge\n(share of the update)", xlim=(0.72 * layers["size"].min(), None))
     ax.set_xticks([0.02, 0.03, 0.04, 0.06])
     ax.xaxis.minorticks_off()
     for axis in (ax.xaxis, ax.yaxis):
