@@ -537,7 +537,7 @@ def test_the_lesson_on_speed_times_there_and_costs_are_measured_there(lesson, mo
 def test_the_lesson_on_ranks_trains_there(lesson):
     few = {"steps": 2, "eval_every": 2}
     stand_ins = {"Grid": lambda ranks, lrs, seeds, **options: Grid(ranks[:2], lrs[:1], seeds, **{**options, **few})}
-    names = lesson("06", {"cell-02": stand_ins, "cell-03": {}, "cell-05": {}, "cell-07": {}, "cell-26": {}})
+    names = lesson("06", {"cell-02": stand_ins, "cell-03": {}, "cell-38": {}})
     assert next(names["net"].parameters()).is_cuda
     assert next(materials.pretrained_digits().parameters()).device.type == "cpu"  # the lesson's reader is its own
 
@@ -580,7 +580,7 @@ def test_the_lesson_on_many_tasks_switches_there_and_its_clock_waits(lesson, gpu
     assert torch.equal(first.cpu(), again.cpu())
     assert not torch.equal(first.cpu(), other.cpu())
     assert all(next(each.parameters()).is_cuda for each in names["ways"].values())
-    assert np.isfinite(list(names["shares"].values())).all()
+    assert np.isfinite(names["arrived"]).all()
     starts, stops = clock.waited[::2], clock.waited[1::2]
     assert len(starts) == 2 * 8 * 5  # of two ranks: a switch, and two passes with an adapter and without, eight times
     assert all(before < after for before, after in zip(starts, stops, strict=True))
