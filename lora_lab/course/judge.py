@@ -297,7 +297,7 @@ def _broken_property(exercise: Exercise, answer: Any, rng: np.random.Generator) 
     for each in exercise.properties:
         outcomes = [attempt(each.holds, answer, rng) for _ in range(TRIALS)]
         if any(outcome.error is None and not outcome.value for outcome in outcomes):
-            return each.sentence or f"This is not true yet: {each.holds.__doc__}"
+            return each.sentence or f"This is not true on every input: {each.holds.__doc__}"
     return None
 
 

@@ -120,7 +120,7 @@ def test_a_result_that_lacks_a_property_is_told_so_with_an_example(register):
 
     trial = register((lambda n: min(n, 10)), properties=[(fits, "")], inputs=lambda rng: (int(rng.integers(11, 19)),))
     verdict = judge(trial, lambda n: n)
-    assert verdict.text == "This is not true yet: No more than ten fit."
+    assert verdict.text == "This is not true on every input: No more than ten fit."
     assert "expected    = 10" in verdict.example
 
 

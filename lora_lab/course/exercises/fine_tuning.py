@@ -241,7 +241,9 @@ def switched(only, rng, frozen=False):
         name: nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)),
         "side": nn.ModuleDict({name: nn.Linear(3, 2)}),
     }
-    net = nn.ModuleDict(layers).requires_grad_(not frozen)
+    net = nn.ModuleDict(layers)
+    net.register_parameter("position", nn.Parameter(torch.zeros(3)))
+    net.requires_grad_(not frozen)
     only(net, name)
     return net, {key.replace(name, "head", 1) for key, tensor in net.named_parameters() if tensor.requires_grad}
 
@@ -293,6 +295,14 @@ def trains_something(only, rng):
 )
 def freezes_something(only, rng):
     return "body.weight" not in switched(only, rng)[1]
+
+
+@only.must(
+    "A parameter that is in no layer still trains: the model's own, such as position. Freeze the whole model first.",
+    "for each, child in model.named_children():\n    child.requires_grad_(each == name)",
+)
+def freezes_what_is_in_no_layer(only, rng):
+    return "position" not in switched(only, rng)[1]
 
 
 @only.must(
