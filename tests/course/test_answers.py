@@ -145,7 +145,11 @@ def frozen_without_grad(x, W, A, B, alpha):
     return frozen + alpha / len(A) * (x @ A.T @ B.T)
 
 
-CUT = "Look for a detach or a no_grad."
+def choose_by_the_test_where_level(validation, test):
+    return max(validation, key=lambda rate: (np.mean(validation[rate]), np.mean(test.get(rate, 0))))
+
+
+CUT = "a detach, no_grad or new Parameter cuts it."
 WRONG = [
     (
         "best_setup",
@@ -154,6 +158,7 @@ WRONG = [
     ),
     ("best_setup", lambda bill, *rest: SOLUTIONS["best_setup"]([row for row in bill if row[2]] or bill, *rest), ""),
     ("split", split_with_siblings, ""),
+    ("choose", choose_by_the_test_where_level, ""),
     ("smallest_enough", lambda table, margin: min((r for r in table if table[r][1] < 1), default=None), ""),
     ("dora_length", lambda x, *others: SOLUTIONS["dora_length"](torch.eye(7), *others), ""),
     *((*one_line(lambda A, B, x, s, f=f: f(s) * (B @ (A @ x))), "") for f in (abs, lambda s: s * s, lambda s: -s)),

@@ -141,6 +141,28 @@ def test_an_argument_that_is_changed_is_named_even_if_the_result_is_right(trial)
     assert judge(trial, change).text == "x was overwritten."
 
 
+def test_a_mistake_that_differs_elsewhere_does_not_hide_a_changed_argument(trial):
+    def change(W, x):
+        result = W @ x
+        x *= 2
+        return result
+
+    trial.mistakes.append((lambda W, x: W @ x, "It fails on other inputs."))
+    assert judge(trial, change).text == "Your function changes its argument x in place. Work on a copy of x."
+
+
+def test_a_property_that_fails_on_the_second_try_is_found(register):
+    tries = []
+
+    def second(answer, rng):
+        """It is even."""
+        tries.append(answer(1))
+        return len(tries) % 2 == 1
+
+    trial = register((lambda n: 2 * n), properties=[(second, "")], inputs=lambda rng: (int(rng.integers(9, 19)),))
+    assert judge(trial, lambda n: 2 * n + n % 3).text == "This is not true on every input: It is even."
+
+
 def test_an_answer_that_agrees_on_all_inputs_must_have_the_properties_too(register):
     """By luck no input may show what is wrong, and the points of a graded sheet would."""
 

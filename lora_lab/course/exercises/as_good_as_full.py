@@ -55,6 +55,10 @@ decide = Exercise(
         "You counted each page of each seed as a value of its own. Losses of one page, or one seed, resemble each "
         "other.": ((OVER, "(d.ravel(),)")),
         "You took the narrower bounds. The wider ones count.": ("max(reaches)", "min(reaches)"),
+        "You added the squares of both reaches. Take the wider pair of bounds alone.": (
+            "max(reaches)",
+            "math.hypot(*reaches)",
+        ),
         "The quantile is the normal distribution's. With few values take Student's t with n - 1 degrees of freedom.": [
             (QUANTILE, "1.645"),
             (QUANTILE, "norm.ppf(0.95)"),
@@ -122,7 +126,7 @@ def takes_the_differences(decide, rng):
 
 @decide.must()
 def counts_seeds_and_pages(decide, rng):
-    """Where only the seeds scatter, or only the pages, both bounds are as far from the mean as a table of t says."""
+    """Where only the seeds scatter, or only the pages, the bounds are those of a table of t; else the wider pair."""
     for axis, n, quantile in ((1, 3, 2.9200), (0, 5, 2.1318)):
         values = rng.normal(size=n)
         old = rng.normal(size=(3, 5))
@@ -131,7 +135,8 @@ def counts_seeds_and_pages(decide, rng):
         reach = quantile * math.sqrt(sum((values - values.mean()) ** 2) / (n - 1) / n)
         if not close((lower, upper), (values.mean() - reach, values.mean() + reach)):
             return False
-    return True
+    d = rng.normal(size=(3, 5))
+    return close(decide(old + d, old, 1.0)[:2], (d.mean() - reach_of(d), d.mean() + reach_of(d)))
 
 
 @decide.must()

@@ -19,6 +19,9 @@ one_line = Exercise(
         "x meets B first, or A is left out. x has as many numbers as A has columns, so it goes through A first.": (
             ("(B @ (A @ x))", "(A @ (B @ x))")
         ),
+        "A reads the layer's input x, not its output W @ x. The two paths run side by side.": (
+            ("(B @ (A @ x))", "(B @ (A @ (W @ x)))")
+        ),
         "W @ x counts in full whatever s is. Only B @ (A @ x) is scaled.": (
             "return (1 - s) * (W @ x) + s * (B @ (A @ x))"
         ),

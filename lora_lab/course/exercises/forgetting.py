@@ -35,6 +35,9 @@ temperature = Exercise(
             ("judged / best", "judged.softmax(1) / best"),
             ("judged / best", "judged.softmax(1) / best", "logits / T", "logits.softmax(1) / T"),
         ],
+        "cross_entropy takes logits and applies the softmax itself. Here it is applied twice.": (
+            ("logits / T", "(logits / T).softmax(1)", "judged / best", "(judged / best).softmax(1)")
+        ),
         "You chose T by accuracy, which is the same at every T. Choose the lowest loss.": (
             (FIT, "-((logits / T).argmax(1) == labels).sum()")
         ),

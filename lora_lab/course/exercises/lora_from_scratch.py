@@ -122,7 +122,7 @@ def is_scaled_by_alpha_over_r(forward, rng):
 
 
 @forward.must(
-    "The result is right, but the gradient of x, of A or of B is not. Look for a detach or a no_grad.",
+    "The result is right, but the gradient of x, of A or of B is not: a detach, no_grad or new Parameter cuts it.",
     ("F.linear(x, A)", "F.linear(x.detach(), A)"),
     (", B)", ", B.detach())"),
 )

@@ -46,6 +46,7 @@ multiply_adds = Exercise(
         "With LoRA the head's weight gradient is too much. The head is frozen like the layers.": (
             (BACKWARD, "+ P + P + E")
         ),
+        'Nothing is returned for the method "LoRA", which is spelled so.': (f"return {LORA}", "return None"),
         "The head is missing. Its E weights multiply as those of the layers do.": (" + E", ""),
         "The method makes no difference in your count. LoRA skips the weight gradients of M and E.": (
             "return 3 * (M + E + T)"

@@ -94,7 +94,7 @@ def stays_in_torch(svd_of_product, rng):
 
 
 @svd_of_product.must(
-    "A matrix as large as B A was formed. For a million inputs and outputs it would take 4 TB.",
+    "A matrix as large as B A was formed, by B @ A or by an svd without full_matrices=False. Work with (r, r) alone.",
     DENSE + CUT,
     DENSE + "return U, S, Vh",
 )
@@ -378,6 +378,9 @@ phi = Exercise(
             (BASES, "(first.T, second.T)"),
             (BASES, "(F.normalize(first).T, F.normalize(second).T)"),
         ],
+        "Vh is a basis of the whole space by default. Its first i rows span the factor's: full_matrices=False.": (
+            (BASES, "(torch.linalg.svd(first)[2].T, torch.linalg.svd(second)[2].T)")
+        ),
         "The norm is not squared. phi is the sum of the squared entries, divided.": (".square().sum()", ".norm()"),
         "You divided by the larger number of directions. Divide by the smaller, so that 1 means contained.": (
             ("min(", "max(")

@@ -101,6 +101,9 @@ next_rate = Exercise(
             (BELOW, "2 * rates[0] - rates[1]", ABOVE, "2 * rates[-1] - rates[-2]"),
             (BELOW, "rates[0] / 10", ABOVE, "rates[-1] * 10"),
         ],
+        "The grid goes on by the ratio of the two rates at its edge, not of the largest and the smallest of all.": (
+            (BELOW, "rates[0] ** 2 / rates[-1]", ABOVE, "rates[-1] ** 2 / rates[0]")
+        ),
         "The grid grew at the wrong side. If the smallest rate is best, try a smaller one.": (
             (BELOW, "rates[-1] * rates[1] / rates[0]", ABOVE, "rates[0] * rates[-2] / rates[-1]")
         ),
@@ -185,6 +188,10 @@ power = Exercise(
         "Only the first and the last rank count here. Use all points: the line of least squares.": (
             "return float(np.log(rates[-1] / rates[0]) / np.log(ranks[-1] / ranks[0]))"
         ),
+        "The curve is fitted to the rates themselves, so large ones count most. Fit a line to both logarithms.": """
+            from scipy.optimize import curve_fit
+            return float(curve_fit(lambda x, c, p: c * x**p, ranks, rates)[0][1])
+        """,
         "You averaged the slopes between neighbours. Fit one line to all points: the line of least squares.": (
             "return float((np.diff(np.log(rates)) / np.diff(np.log(ranks))).mean())"
         ),
@@ -287,7 +294,7 @@ alpha_for = Exercise(
             (FIRST, "alpha0 * math.sqrt(r / r0) if"),
             (FIRST, "alpha0 * r / r0 if"),
         ],
-        "The step now shrinks with the rank: under alpha / r the rank drops out, and alpha stays as it was.": [
+        'Under "alpha / r", spelled so, the rank drops out and alpha stays as it was. Yours shrinks with the rank.': [
             (FIRST, "alpha0 * r0 / r if"),
             (FIRST, "alpha0 * math.sqrt(r0 / r) if"),
         ],
