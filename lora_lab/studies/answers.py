@@ -226,17 +226,6 @@ def _overfitting(every: Mapping[str, Record]) -> Record | None:
     return next((each for each in every.values() if each.what == "overfitting"), None)
 
 
-def _epochs_to_the_lowest_loss(every: Mapping[str, Record]) -> list[str]:
-    """Return after how many epochs LoRA of rank 8 had its lowest loss, by size; and the length of the last ones."""
-    if (record := _overfitting(every)) is None:
-        return []
-    ended = overfitting.summarise_trials(select_inner_rates(record)[0]).query("setup == 'LoRA r=8'")
-    epochs = ended["best_step"] * record.settings["batch_size"] / ended["n_train"]
-    ranges = epochs.groupby(ended["n_train"]).agg(["min", "max"]).itertuples(index=False)
-    lowest = [f"{low:g}" if low == high else f"{low:g} to {high:g}" for low, high in ranges]
-    return [*lowest, f"{record.settings['epochs']['1024']:g}"]
-
-
 def _validation_at_equal_fit(every: Mapping[str, Record]) -> list[str]:
     """Return LoRA's validation loss less full fine-tuning's at a training loss of 2 nats, with its bounds."""
     if (record := _overfitting(every)) is None:
@@ -273,7 +262,6 @@ def count(method: LoRA | None) -> int:
 
 
 NUMBERS: dict[str, Callable[[Mapping[str, Record]], list[str]]] = {
-    "data": _epochs_to_the_lowest_loss,
     "overfitting": _validation_at_equal_fit,
     "adapter": _numbers_of_the_keeper,
     "layer": _trained_by_rank_8,

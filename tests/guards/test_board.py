@@ -96,16 +96,16 @@ def test_machines_stand_side_by_side(source, stored):
 
 @pytest.mark.slow
 def test_a_study_appears_as_soon_as_it_has_a_record(source, stored):
-    assert "`lora-lab record tiny_repeats`, an hour on two cores; one claim waits" in stored[0]
+    assert "`lora-lab record rank_advice`, half an hour on two cores; one claim waits" in stored[0]
     rows = [
         {"data": "docs", "stage": "judging", "setup": setup, "lr": 1e-3, "seed": seed, "test_loss": loss + seed / 100}
         for setup, loss in (("all", 3.0), ("MLP", 3.1))
         for seed in (2, 3, 4)
     ]
-    records.write(records.Record("tiny_repeats", "A CPU", {"cpu": "x"}, COMMIT, "2026-11-27", "x", {}, rows), source)
+    records.write(records.Record("rank_advice", "A CPU", {"cpu": "x"}, COMMIT, "2026-11-27", "x", {}, rows), source)
     after = page(source)
-    assert cells(after, "[tiny_repeats](#study-tiny_repeats)")[0][5:7] == ["A CPU", "2026-11-27"]
-    assert "`lora-lab record tiny_repeats`, an hour" not in after
+    assert cells(after, "[rank_advice](#study-rank_advice)")[0][5:7] == ["A CPU", "2026-11-27"]
+    assert "`lora-lab record rank_advice`, half" not in after
     assert "![A CPU. Test losses, each setup at its rate; means: all on docs 3.030, MLP on docs 3.130]" in after
 
 
@@ -118,7 +118,7 @@ def test_every_study_is_there_and_every_picture_is_a_file_with_a_description(sto
         assert f"**{kind}**: {question}" in text or f"### {kind}: {question}" in text
     assert pictures.OF_ALL.keys() | pictures.OF_EACH.keys() == set(KINDS)
     drawn = dict(re.findall(r"^!\[(.+)\]\(([\w-]+\.png)\)$", text, re.MULTILINE))
-    assert len(drawn) == len(list(folder.glob("*.png"))) == 21
+    assert len(drawn) == len(list(folder.glob("*.png"))) == 22
     for words, file in drawn.items():
         assert re.search(r"\d", words), words
         assert (folder / file).read_bytes().startswith(PNG)

@@ -3,12 +3,15 @@
 import dataclasses
 import json
 import re
+import statistics
 import sys
 
 import pytest
 
 from lora_lab.studies import answers
+from lora_lab.studies.claims import small
 from lora_lab.studies.claims.deciding import Entry, Result, read_claims
+from lora_lab.studies.records import load_all
 from tests.helpers import ROOT, command, error_line, printed_json
 
 sys.path.insert(0, str(ROOT / "docs"))  # a script, which is no package
@@ -93,8 +96,8 @@ def test_what_rests_on_open_rows_must_say_that_it_is_not_settled_and_nothing_els
         assert answer.answer.answer.startswith("Not settled here: ") == undecided == (answer.dots == "○○○"), name
     opened = with_row(found["fit"], "quiz-8b-in-6-gb", verdict="open")
     opened = with_row(opened, "qlora-65b-in-48-gb", verdict="open")
-    decided = with_row(found["data"], "thousands-lora-millions-full", verdict="falls")
-    for answer in (opened, decided):
+    sentence = dataclasses.replace(found["rank"].answer, answer=f"Not settled here: {found['rank'].answer.answer}")
+    for answer in (opened, dataclasses.replace(found["rank"], answer=sentence)):
         assert "it must begin with 'Not settled here: ' if, and only if" in answer.faults[-1]
 
 
@@ -168,23 +171,21 @@ def test_a_number_follows_its_row_and_is_missed_where_the_row_says_it_in_other_w
         assert bool(said) == bool(number)
         faults = dataclasses.replace(changed, number=said).faults
         assert faults == ([] if number else ["its number is not where it was"])
-    assert answers._say_number(found["data"].answer, found["data"].rows, {}) == ""
+    assert answers._say_number(found["overfitting"].answer, found["overfitting"].rows, {}) == ""
 
 
-def test_epochs_and_the_loss_at_equal_fit_are_the_records(found):
-    (path,) = (ROOT / "records").glob("*-overfitting.json")
-    record, curves = json.loads(path.read_text(encoding="utf-8")), {}
-    for row in record["rows"]:
-        if (row["stage"], row["schedule"], row["setup"]) == ("judging", "constant", "LoRA r=8"):
-            curves.setdefault((row["n_train"], row["seed"]), []).append((row["validation_loss"], row["step"]))
-    epochs = {}
-    for (size, _), curve in curves.items():
-        epochs.setdefault(size, set()).add(min(curve)[1] * record["settings"]["batch_size"] / size)
-    words = [" to ".join(f"{each:g}" for each in sorted(epochs[size])) for size in (64, 256, 1024)]
-    assert (
-        "after {} epochs of 64 short examples, {} of 256, and {} of 1,024 (whose runs ended after 2)".format(*words)
-        in found["data"].number
-    )
+def test_passes_and_their_rates_are_the_records(found):
+    once, again = (small.best_rates(*load_all(kind).values()) for kind in ("tiny_rank", "tiny_repeats"))
+    ratios = [
+        statistics.geometric_mean(
+            rate / once[base, "r=8, 60 steps"] for (base, name), rate in again.items() if name == runs
+        )
+        for runs in ("r=8, 240 steps", "r=8, 720 steps")
+    ]
+    assert f"{ratios[0]:.1f} times for four, {ratios[1]:.1f} for twelve" in found["data"].answer.do
+
+
+def test_the_loss_at_equal_fit_is_the_records(found):
     assert "256 examples, LoRA r=8: more at 2." in FROZEN["better-at-equal-fit"]["shown_by"]
     difference, lower, upper = map(float, re.findall(r"[+-]\d+\.\d+", found["overfitting"].number))
     assert 0 < lower < difference < upper

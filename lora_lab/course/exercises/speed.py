@@ -235,7 +235,7 @@ def warms_up(fair_ratio, rng):
 
 
 @fair_ratio.must(
-    "The device became slower in between. Take turns instead of timing all of one and then all of the other.",
+    "The device became slower in between. Take turns step by step: one of full, one of LoRA, and again.",
     ONE_AFTER_THE_OTHER,
     (*ONE_AFTER_THE_OTHER, "'full': [], 'LoRA': []", "'LoRA': [], 'full': []", "range(10)", "range(6)"),
     (*ONE_AFTER_THE_OTHER, "median", "mean"),

@@ -224,7 +224,7 @@ def parted(pissa, rng):
 
 
 @pissa.must(
-    "Return three tensors, in this order: residual (out, in), B (out, r) and A (r, in).",
+    "Return three tensors, in this order: residual (out, in), B (out, r) and A (r, in), whose rows are those of Vh.",
     (PARTS, "(B, A)"),
     (PARTS, "(B, A, W)"),
     (PARTS, f"tuple(part.T for part in {PARTS})"),

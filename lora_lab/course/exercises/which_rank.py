@@ -165,6 +165,7 @@ seeds_needed = Exercise(
             (SUM, NORMAL),
             f"return math.ceil((({NORMAL}) * sd / margin) ** 2)",
             "return math.ceil(((1.96 + 0.84) * sd / margin) ** 2)",
+            "return math.ceil(((1.645 + 0.842) * sd / margin) ** 2)",
         ],
         "The spread of a mean falls with the square root of n, not with n itself.": ("math.sqrt(n)", "n"),
         "The quantiles change with the number of seeds: n - 1 degrees of freedom, also while n grows.": (

@@ -245,6 +245,48 @@ def repetition(record: Record, *fresh: Record) -> Cases:
         yield below(*bounds, 1) if bounds else None, f"{setup}: {words}"
 
 
+PASSES = ("the base", "the method")
+
+
+def compare_passes(first: Sequence[Record], steps: int, second: Sequence[Record], other_steps: int) -> Iterator[tuple]:
+    """Yield base, method, and the gap of runs of so many steps to runs of others; nine gaps of a base are judged."""
+    runs, others = (
+        {
+            (str(data).partition(",")[0], str(setup).partition(",")[0]): rows.sort_values("seed")
+            for record in records
+            for (data, setup), rows in select(record, stage="judging", outcome="done").groupby(["data", "setup"])
+            if str(setup).endswith(f", {count} steps")
+        }
+        for records, count in ((first, steps), (second, other_steps))
+    )
+    for base, method in [case for case in runs if case in others]:
+        one, other = runs[base, method], others[base, method]
+        test = block_losses(one, "test") - block_losses(other, "test")
+        at_edge = bool(one["edge"].fillna("").any() or other["edge"].fillna("").any())
+        yield base, method, Gap(test, np.array([]), at_edge, MARGIN, 9)
+
+
+@decides("four-passes-beat-one", record="tiny_repeats", beside="tiny_rank", on=PASSES)
+def four_passes(record: Record, *fresh: Record) -> Cases:
+    """The test loss after four passes over 480 windows less that after one pass over as much text."""
+    for base, method, gap in compare_passes([record], 240, fresh, 60):
+        yield is_lower(gap), describe(f"{base}, {method}", gap), base, method
+
+
+@decides("twelve-passes-beat-four", record="tiny_repeats", on=PASSES)
+def twelve_passes(record: Record) -> Cases:
+    """The test loss after twelve passes over 480 windows less that after four."""
+    for base, method, gap in compare_passes([record], 720, [record], 240):
+        yield is_lower(gap), describe(f"{base}, {method}", gap), base, method
+
+
+@decides("four-passes-like-fresh-text", record="tiny_repeats", beside="tiny_rank", on=PASSES)
+def four_passes_like_fresh(record: Record, *fresh: Record) -> Cases:
+    """The test loss after four passes over 480 windows less that after one over four times as much text."""
+    for base, method, gap in compare_passes([record], 240, fresh, 240):
+        yield gap.as_good, describe(f"{base}, {method}", gap), base, method
+
+
 # Other versions of a base
 
 

@@ -402,7 +402,7 @@ SHOWN = [  # claim, how it is run again
     ("two-real-knobs", "It was computed again just now, on this machine."),
     ("memory-a-third", "lora-lab record memory makes the record anew, in half an hour on two cores."),
     ("lora-forgets-more-at-defaults", "Nothing here measures it: a study of forgetting"),
-    ("repetition-lowers-the-rate", "lora-lab record tiny_repeats will make the record, in an hour on two cores."),
+    ("spectrum-predicts-rank", "lora-lab record rank_advice will make the record, in half an hour on two cores."),
     ("qlora-takes-more-time", "Its numbers are published ones"),
     ("more-training-higher-rank", "python notebooks/execute.py 06_which_rank.ipynb runs the lesson anew"),
     ("rank-one-enough-for-rl", "Nothing here measures it: it needs a model that reasons"),

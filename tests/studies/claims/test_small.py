@@ -259,6 +259,39 @@ def test_repetition_and_the_best_rate(factor, expected):
     assert result.verdict == expected
 
 
+# Passes
+
+
+def runs(losses, data="numpy"):
+    """Rows of the judging stage: steps -> what is added to the losses of full fine-tuning and of LoRA."""
+    return [
+        row
+        for steps, above in losses.items()
+        for row in judged({"full": above, "r=8": above}, data, steps=steps, noise=0.01)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("claim", "repeated", "expected"),
+    [
+        ("four-passes-beat-one", {240: -0.05}, "stands"),
+        ("four-passes-beat-one", {240: 0.05}, "falls"),
+        ("four-passes-beat-one", {240: lambda base: 0.05 * (base == NAMES[0]) - 0.05 * (base != NAMES[0])}, "depends"),
+        ("four-passes-like-fresh-text", {240: -0.1}, "stands"),
+        ("four-passes-like-fresh-text", {240: -0.05}, "falls"),
+        ("twelve-passes-beat-four", {240: 0.0, 720: -0.05}, "stands"),
+        ("twelve-passes-beat-four", {240: 0.0, 720: 0.0}, "falls"),
+    ],
+)
+def test_passes(claim, repeated, expected):
+    fresh = make("tiny_rank", runs({60: 0.0, 240: -0.1}))
+    again = make("tiny_repeats", runs(repeated, "numpy, repeated"))
+    beside = () if claim.startswith("twelve") else (fresh,)
+    assert judge_record(read_claims()[claim], again, *beside).verdict == expected
+    at_edge = make("tiny_repeats", [row | {"edge": "smallest"} for row in again.rows])
+    assert judge_record(read_claims()[claim], at_edge, *beside).verdict == "open"
+
+
 # Batches, and other versions of a base
 
 
