@@ -59,8 +59,8 @@ def differences(table: DataFrame, xlabel: str, margin: float | None = None) -> A
         xlabel: what differs from what, with its unit.
         margin: a difference that does not matter, drawn as a grey band.
     """
-    ax = plt.subplots(figsize=(8, 3.8))[1]
     setups, cases = list(table.setup.unique()), list(table.case.unique())
+    ax = plt.subplots(figsize=(8, 1 + 0.47 * len(setups)))[1]
     if margin is not None:
         ax.axvspan(-margin, margin, color="#bbbbbb", alpha=0.5, linewidth=0, label=f"margin: ±{margin:g}")
     ax.axvline(0, color="#000000", linewidth=1)
