@@ -45,27 +45,33 @@ def schematic(rank: int = 4, alpha: float = 8) -> Axes:
     return ax
 
 
-def filling(losses: Sequence[float], products: Mapping[int, Tensor]) -> Figure:
-    """The loss of each step of training, and below it B A before some of the steps, all on one scale.
+def filling(losses: Sequence[float], products: Mapping[int, Tensor], frozen: Tensor | None = None) -> Figure:
+    """The loss of each step of training, and below it W0, if given, and B A before some of the steps, on one scale.
 
     Args:
         losses: by step, from 0.
         products: step -> B A, (out, in).
+        frozen: W0, (out, in).
     """
     lora, limit = METHOD_COLOURS["lora"], 0.6 * max(float(each.abs().max()) for each in products.values())
-    mosaic: Any = [["loss"] * len(products), [f"{step}" for step in products]]
+    below = {f"$BA$ before step {step}": product for step, product in products.items()}
+    if frozen is not None:
+        below = {"$W_0$, frozen": frozen, **below}
+    mosaic: Any = [["loss"] * len(below), [*below]]
     figure, axes = plt.subplot_mosaic(mosaic, figsize=(9, 5), height_ratios=[1.3, 1])
     axes["loss"].plot(losses, color=lora, linewidth=1)
-    for step, product in products.items():
+    for step in products:
         axes["loss"].plot(step, losses[step], "o", color="black")
-        look = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit, "interpolation": "nearest"}
-        axes[f"{step}"].imshow(product.detach().numpy(), **look)
-        axes[f"{step}"].set(xticks=[], yticks=[], title=f"$BA$ before step {step}")
-        axes[f"{step}"].grid(False)
+    look = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit, "interpolation": "nearest"}
+    for title, matrix in below.items():
+        axes[title].imshow(matrix.detach().numpy(), **look)
+        axes[title].set(xticks=[], yticks=[])
+        axes[title].set_title(title, fontsize="medium")
+        axes[title].grid(False)
     axes["loss"].set(xlabel="step", ylabel="loss of a batch (nats)", ylim=(0, None))
     axes["loss"].set_title("The loss falls while $BA$ fills up from zero (dots: before these steps)")
-    below = [axes[f"{step}"] for step in products]
-    figure.colorbar(below[0].images[0], ax=below, shrink=0.8)
+    lower = [axes[title] for title in below]
+    figure.colorbar(lower[0].images[0], ax=lower, shrink=0.8)
     return figure
 
 
