@@ -1,6 +1,7 @@
 """Exercises of the lessons: ``from lora_lab.course import check, hint, progress``.
 
 lessons     what the notebooks show: predictions, tables, claims, pictures with sliders
+nearly      the one change that makes a wrong answer right
 exercise    what an exercise is, and all of them by name
 exercises/  the exercises, one file for each lesson: inputs, wrong answers, properties, hints
 judge       right, a known mistake, or what else is wrong, without a trace of the code that is judged
@@ -17,6 +18,18 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    ["copies", "exercise", "exercises", "figures", "golf", "judge", "learner", "lessons", "playground", "talk"],
+    [
+        "copies",
+        "exercise",
+        "exercises",
+        "figures",
+        "golf",
+        "judge",
+        "learner",
+        "lessons",
+        "nearly",
+        "playground",
+        "talk",
+    ],
     {"learner": ["check", "hint", "keep", "progress"]},
 )

@@ -17,6 +17,7 @@ import reprlib
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from lora_lab.course import nearly
 from lora_lab.course.exercise import TRIALS, Exercise
 from lora_lab.system.wording import shortened
 
@@ -33,8 +35,10 @@ Value = TypeVar("Value")
 SECONDS = 2.0  # for one check
 HOLE = "____"  # stands in a stub where the learner is to write
 NOT_STARTED = "Not started yet. Write your code, run the cell again, and it is checked."
+SEARCH_SECONDS, CHANGE_SECONDS = 3.0, 0.5  # for the one change that makes an answer right, and for each that is tried
 REPEAT = 0.02  # seconds until the alarm rings again, in case the code has caught the exception
 TOLERANCE = 1e-4  # of floats, as in grading
+ENDLESS = "Your code was still running after {:g} s. Is there a loop that never ends?"
 SHOWN = 12  # arrays with more entries are described by their shape
 _MATCHING_KINDS = {"b": "b", "i": "iu", "u": "iu", "f": "iuf", "c": "iufc"}  # kinds of numpy's dtypes
 _KIND_NAMES = {"b": "True or False", "i": "whole numbers", "u": "whole numbers", "f": "floats", "c": "complex numbers"}
@@ -103,14 +107,19 @@ def _differs(before: Any, after: Any) -> bool:
     return not same(after, before, 0.0) and same(copy.deepcopy(before), before, 0.0)
 
 
-def limited(function: Callable[[], Value]) -> Value:
-    """Return ``function()``, or raise :class:`TimeUp` if it takes longer than :data:`SECONDS`.
+def can_limit() -> bool:
+    """Return whether :func:`limited` can stop what runs too long."""
+    return hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+
+
+def limited(function: Callable[[], Value], seconds: float = 0.0) -> Value:
+    """Return ``function()``, or raise :class:`TimeUp` if it takes longer than :data:`SECONDS`, or so many.
 
     The limit holds for Python code in the main thread on systems with SIGALRM, such as Linux and macOS; elsewhere there
     is none. A single long call of a compiled library, such as a large matrix multiplication, is interrupted at its end,
     and a loop that catches every exception in its body is not.
     """
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+    if not can_limit():
         return function()
 
     def run() -> Value:
@@ -123,7 +132,7 @@ def limited(function: Callable[[], Value]) -> Value:
             frame = frame.f_back
 
     previous = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS, REPEAT)
+    signal.setitimer(signal.ITIMER_REAL, seconds or SECONDS, REPEAT)
     try:
         return run()
     finally:
@@ -196,9 +205,13 @@ def judge(exercise: Exercise, answer: Any) -> Verdict:
             if exercise.inputs and (wrong := _by_inputs(exercise, answer, rng)):
                 return wrong
             _warm_up(exercise)
-            return limited(lambda: _by_properties(exercise, answer, rng))
+            verdict = limited(lambda: _by_properties(exercise, answer, rng))
+            if verdict.passed is not False:
+                return verdict
+            search = _searcher(exercise, answer, rng)
+            return _beside(verdict, search(nearly.slips) or search(nearly.others))
     except TimeUp:
-        return Verdict(False, f"Your {kind} was still running after {SECONDS:g} s. Is there a loop that never ends?")
+        return Verdict(False, ENDLESS.format(SECONDS))
 
 
 def _by_inputs(exercise: Exercise, answer: Callable[..., Any], rng: np.random.Generator) -> Verdict | None:
@@ -211,7 +224,11 @@ def _by_inputs(exercise: Exercise, answer: Callable[..., Any], rng: np.random.Ge
         return Verdict(False, f"{exercise.solution.__name__} must take the arguments ({', '.join(names)}).")
     cases = [exercise.inputs(rng) for _ in range(exercise.draws)]
     expected = [call(exercise.solution, case, names) for case in cases]
-    outcomes = limited(lambda: [call(answer, case, names) for case in cases])
+    try:
+        outcomes = limited(lambda: [call(answer, case, names) for case in cases])
+    except TimeUp:
+        search = _searcher(exercise, answer, rng, cases, expected)
+        return _beside(Verdict(False, ENDLESS.format(SECONDS)), search(nearly.slips) or search(nearly.others))
     if any(each.value is ... or _is_stub(each.error, answer) for each in outcomes):
         return Verdict(None, NOT_STARTED)
     pairs = list(zip(outcomes, expected, strict=True))
@@ -227,18 +244,26 @@ def _by_inputs(exercise: Exercise, answer: Callable[..., Any], rng: np.random.Ge
                 return sentence
         return None
 
+    smallest = min(wrong or range(len(cases)), key=lambda number: len(repr(cases[number])))
+    example = _example(names, cases[smallest], *pairs[smallest])
+    order = sorted(range(len(cases)), key=lambda number: number not in wrong)  # what is wrong first
+    search = _searcher(exercise, answer, rng, [cases[i] for i in order], [expected[i] for i in order])
+    if slip := search(nearly.slips):
+        return Verdict(False, slip, example, outcomes[0].printed)
     sentence = None
     with contextlib.suppress(TimeUp):  # slow mistakes do not prolong the check
         sentence = limited(known_mistake)
-    sentence = sentence or _wrong_interface(answer, pairs, changed)
     if sentence is not None:
         return Verdict(False, sentence, printed=outcomes[0].printed)
-    smallest = min(wrong, key=lambda number: len(repr(cases[number])))
-    sentence = _constant_factor(pairs)
+    near, sentence = search(nearly.others), _wrong_interface(answer, pairs, changed)
+    if sentence is not None:
+        return _beside(Verdict(False, sentence, printed=outcomes[0].printed), near)
+    sentence = near or _differs_on_some(pairs) or _constant_factor(pairs)
     with contextlib.suppress(TimeUp):
-        sentence = sentence or limited(lambda: _broken_property(exercise, answer, rng))
+        if sentence is None and (sentence := limited(lambda: _broken_property(exercise, answer, rng))):
+            example = f"On another input:\n{example}"  # the property drew its own
     sentence = sentence or f"The result differs from the expected one on {len(wrong)} of {len(pairs)} inputs."
-    return Verdict(False, sentence, _example(names, cases[smallest], *pairs[smallest]), outcomes[0].printed)
+    return Verdict(False, sentence, example, outcomes[0].printed)
 
 
 def _by_properties(exercise: Exercise, answer: Any, rng: np.random.Generator) -> Verdict:
@@ -254,6 +279,37 @@ def _by_properties(exercise: Exercise, answer: Any, rng: np.random.Generator) ->
                 sentence = each.sentence or f"On other inputs this is not true: {each.holds.__doc__}"
                 return Verdict(False, sentence, printed=outcome.printed)
     return Verdict(True, exercise.praise)
+
+
+def _beside(verdict: Verdict, sentence: str | None) -> Verdict:
+    return replace(verdict, text=f"{verdict.text} {sentence}") if sentence else verdict
+
+
+def _searcher(
+    exercise: Exercise, answer: Any, rng: np.random.Generator, cases: Sequence = (), rights: Sequence = ()
+) -> Callable[[Callable], str | None]:
+    """Return a function that takes changes, and says which makes the answer right on these cases and all properties."""
+    end = time.monotonic() + SEARCH_SECONDS
+    names = list(inspect.signature(exercise.solution).parameters)
+
+    def is_right(candidate: Any) -> bool:
+        for case, right in zip(cases, rights, strict=True):
+            called = call(candidate, case, names)
+            if called.changed or not _agrees(called, right):
+                return False
+        trials = [each.holds for each in exercise.properties for _ in range(TRIALS)]
+        return all(attempt(holds, candidate, rng).value for holds in trials)
+
+    def passes(candidate: Any) -> bool:
+        try:
+            return limited(lambda: is_right(candidate), CHANGE_SECONDS)
+        except TimeUp:
+            return False
+
+    def search(changes: Callable) -> str | None:
+        return nearly.find_change(answer, changes, passes, lambda: time.monotonic() < end) if can_limit() else None
+
+    return search
 
 
 @functools.cache
@@ -281,6 +337,12 @@ def _wrong_interface(answer: Callable[..., Any], pairs: Pairs, changed: Sequence
     if changed:
         return f"Your function changes its argument {changed[0]} in place. Work on a copy of {changed[0]}."
     return None
+
+
+def _differs_on_some(pairs: Pairs) -> str | None:
+    """Return the first difference of type or shape, and on how many inputs there is one; None if there is none."""
+    differences = [each for outcome, right in pairs if (each := difference(outcome.value, right.value))]
+    return f"On {len(differences)} of {len(pairs)} inputs: {differences[0]}" if differences else None
 
 
 def _constant_factor(pairs: Pairs) -> str | None:
@@ -325,7 +387,7 @@ def _example(names: Sequence[str], case: Sequence[Any], outcome: Called, right: 
     """Return inputs and both results, as aligned text; of large results the entry that differs most."""
     rows = dict(zip(names, case, strict=True))
     array, expected = as_array(outcome.value), as_array(right.value)
-    if array is not None and expected is not None and expected.size > SHOWN:
+    if array is not None and expected is not None and array.shape == expected.shape and expected.size > SHOWN:
         index = np.unravel_index(np.argmax(np.abs(array - expected)), expected.shape)
         entry = f"[{', '.join(map(str, index))}]"
         rows |= {f"your result{entry}": array[index], f"expected{entry}": expected[index]}
@@ -438,6 +500,11 @@ class _Short(reprlib.Repr):
         if array.ndim:
             return np.array2string(array, precision=3, suppress_small=True, max_line_width=80)
         return f"{array.item():.4g}" if array.dtype.kind == "f" else str(array.item())
+
+    def repr_dict(self, x: dict, level: int) -> str:
+        """In its own order; the parent class sorts the keys."""
+        pairs = [f"{self.repr1(key, level - 1)}: {self.repr1(value, level - 1)}" for key, value in x.items()]
+        return f"{{{', '.join(pairs[: self.maxdict])}{', ...' * (len(pairs) > self.maxdict)}}}"
 
 
 SHORT = _Short()

@@ -107,9 +107,10 @@ def test_general_findings(trial, answer, text):
 
 
 def test_a_result_that_is_missing_on_some_inputs_is_shown_beside_the_expected_one(register):
-    trial = register((lambda n: n), inputs=lambda rng: (int(rng.integers(1, 9)),))
+    trial = register((lambda n: n), inputs=lambda rng: (int(rng.integers(1, 9)),), draws=40)
     verdict = judge(trial, lambda n: n if n < 5 else None)
-    assert "inputs" in verdict.text
+    assert verdict.text.startswith("On ")
+    assert verdict.text.endswith(" of 40 inputs: The result is None. Is the return missing?")
     assert "your result = None" in verdict.example
 
 

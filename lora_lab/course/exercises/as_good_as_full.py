@@ -190,7 +190,13 @@ plan_sweep = Exercise(
         "A rank was left out although it fits. Leave out one at a time, and look again.": (
             ("ranks = ranks[1:]", "ranks = ranks[-2:] if len(ranks) > 2 else []")
         ),
-        "The seconds are those of one step. A run takes steps of them.": ("steps * ", ""),
+        "A rank is left out, and its seconds still count. Add up those of the ranks that are left.": (
+            ("seconds[rank] for rank in ranks", "seconds.values()")
+        ),
+        "The seconds are those of one step. A run takes steps * sum(...), in brackets where you divide by it.": (
+            "steps * ",
+            "",
+        ),
     },
     hints=[
         "Sort the ranks. One run of each takes steps times the sum of their seconds.",

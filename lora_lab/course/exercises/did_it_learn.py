@@ -62,11 +62,16 @@ def has_three_lists_of_rows(split, rng):
 
 
 @split.must(
-    "Some rows are in no part, or in two. Each row belongs to exactly one.",
+    "Some rows are in no part. Take every row whose group is in a part; index finds the first only.",
     (TRAIN, "names[3 * tenth:]"),
-    (TRAIN, "names"),
 )
 def loses_no_row(split, rng):
+    groups, parts, _ = cut(split, rng, int(rng.integers(20, 40)))
+    return {*range(len(groups))} <= {row for part in parts for row in part}
+
+
+@split.must("Some rows are in two parts. Training is what is left after the other two.", (TRAIN, "names"))
+def takes_no_row_twice(split, rng):
     return cut(split, rng, int(rng.integers(20, 40)))[2]
 
 
@@ -141,9 +146,9 @@ def follows_seed_and_groups(split, rng):
 
 
 def conversation(rng):
-    """Different token ids of a prompt and its answer, and where the answer begins."""
+    """Token ids of a prompt and its answer, some of them in both, and where the answer begins."""
     start, answer = int(rng.integers(4, 7)), int(rng.integers(3, 6))
-    return rng.choice(range(10, 99), start + answer, replace=False).tolist(), start
+    return rng.integers(10, 18, start + answer).tolist(), start
 
 
 labels = Exercise(
@@ -171,6 +176,10 @@ labels = Exercise(
         "The last token of the prompt counts. It is given, so the label before it is IGNORE.": [
             ("(start - 1)", "(start - 2)", "ids[start:]", "ids[start - 1:]"),
             ("ids[start:]", "ids[start - 1:]"),
+        ],
+        "You look for a token's value, and a token of the prompt may occur in the answer, too. Go by its position.": [
+            "return [token if token in ids[start:] else tasks.IGNORE for token in ids[1:]]",
+            "return [token if ids.index(token) >= start else tasks.IGNORE for token in ids[1:]]",
         ],
         "Only the answer has labels. The model reads the prompt too: put an IGNORE for each of its tokens but one.": (
             "return ids[start:]"

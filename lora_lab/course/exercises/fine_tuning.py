@@ -171,8 +171,15 @@ choose = Exercise(
         "One unlucky seed chose. Take the mean over the seeds of each rate first.": ("np.mean(", "min("),
         "This is the best median. The mean counts every seed: np.mean(validation[rate]).": ("np.mean(", "np.median("),
         "Only the first seed chose. Take the mean over all seeds of each rate.": (
-            ("np.mean(validation[rate])", "validation[rate][0]")
+            [("np.mean(validation[rate])", "validation[rate][0]"), ("np.mean(validation[rate])", "validation[rate]")]
         ),
+        "This is the last rate that beat the start. A loop that keeps the best must keep its mean as well.": """
+            best, most = None, 0.0
+            for rate, accuracies in validation.items():
+                if np.mean(accuracies) > most:
+                    best = rate
+            return best
+        """,
         "Only the last seed chose. Take the mean over all seeds of each rate.": (
             ("np.mean(validation[rate])", "validation[rate][-1]")
         ),

@@ -38,6 +38,9 @@ temperature = Exercise(
         "cross_entropy takes logits and applies the softmax itself. Here it is applied twice.": (
             ("logits / T", "(logits / T).softmax(1)", "judged / best", "(judged / best).softmax(1)")
         ),
+        "You divide by the lowest loss. Divide by the temperature that has it: min(temperatures, key=...).": (
+            f"best = min({FIT} for T in temperatures)\nreturn {RESULT}"
+        ),
         "You chose T by accuracy, which is the same at every T. Choose the lowest loss.": (
             (FIT, "-((logits / T).argmax(1) == labels).sum()")
         ),
@@ -137,6 +140,9 @@ equal_learning = Exercise(
             (" - run['off_domain'][0]", "")
         ),
         "The two numbers are in the other order. Return that of full first.": ("first, second =", "second, first ="),
+        "interpolate_at takes what is learned first, and then what is read there, the loss. Yours are exchanged.": (
+            ("zip(learned, lost", "zip(lost, learned")
+        ),
     },
     hints=[
         'What a run has learned at each evaluation is run["validation"][0] - run["validation"].',

@@ -826,7 +826,7 @@ def returns_a_pair(repair, rng):
 
 
 @repair.must(
-    "The optimiser got nothing to train. Either no layer has an adapter, or the adapters are frozen as well.",
+    "The optimiser got nothing to train: no layer has an adapter (replace puts one in), or all of them are frozen.",
     MISSPELT,
     ("trainable = ", f"{FREEZE}\n    trainable = "),
 )

@@ -165,6 +165,9 @@ largest_saving_rank = Exercise(
         "This is the largest rank that the matrix can have. Find the largest at which the factors are smaller.": (
             "return min(m, n)"
         ),
+        "Below full rank is not enough. The factors hold r * (m + n) numbers, which must be less than m * n.": (
+            "return min(m, n) - 1"
+        ),
         "The result is not a whole number, but a rank is. Round it down.": [
             "return m * n / (m + n)",
             "return (m * n - 1) / (m + n)",

@@ -153,6 +153,10 @@ best_setup = Exercise(
         "The highest rank need not train most. Multiply the rank by what one rank trains on these targets.": (
             (QUALITY, "rank")
         ),
+        "You compare rank and per_rank one after the other. What counts is their product, the numbers trained.": [
+            (QUALITY, "rank, per_rank[targets]"),
+            (QUALITY, "per_rank[targets], rank"),
+        ],
         "The rank is missing. A setup trains rank times per_rank[targets] numbers.": (QUALITY, "per_rank[targets]"),
         "This is the row that fills the budget best. Compare how many numbers the rows train.": (
             (f"({QUALITY}{EQUALS})", "row[-1]")
@@ -174,6 +178,11 @@ best_setup = Exercise(
             (EQUALS, ", bits, checkpointing"),
             (EQUALS, ", -row[-1]"),
         ],
+        "You drop the rows of 4 bits where one of 16 fits. Numbers come first; bits count only between equal rows.": """
+            fits = [row for row in bill if row[-1] <= budget_gib]
+            fits = [row for row in fits if row[3] == 16] or fits
+            return max(fits, key=lambda row: (row[1] * per_rank[row[0]], not row[2]), default=None)
+        """,
         "Return the row itself, not its number or how many numbers it trains.": [
             ("max(fits, key=quality, default=None)", "max((quality(row)[0] for row in fits), default=None)"),
             ("max(fits, key=quality, default=None)", "bill.index(max(fits, key=quality)) if fits else None"),
@@ -189,7 +198,7 @@ best_setup = Exercise(
         "The key may be a tuple: numbers trained, bits, not checkpointing. max also takes a default for an empty list.",
     ],
     praise="With a bill of your own model you can choose before you rent a GPU.",
-    draws=128,
+    draws=320,
 )
 
 
@@ -207,7 +216,9 @@ def trains_the_most(best_setup, rng):
     """No other row that fits trains more numbers; one that needs exactly the budget fits."""
     bill, per_rank, _ = bill_and_budget(rng)
     most = [max(trained(row, per_rank) for row in bill if row[-1] <= budget[-1]) for budget in bill]
-    return [trained(best_setup(bill, per_rank, budget[-1]), per_rank) for budget in bill] == most
+    higher, more = ("attention", 4, False, 16, 9), ("all", 2, False, 16, 9)  # the higher rank trains less
+    found = tuple(best_setup([higher, more], {"attention": 2, "all": 7}, 9))
+    return found == more and [trained(best_setup(bill, per_rank, budget[-1]), per_rank) for budget in bill] == most
 
 
 @best_setup.must()

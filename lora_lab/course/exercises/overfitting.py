@@ -66,6 +66,9 @@ read_curve = Exercise(
         "What you keep is a position in the array. Return the training step that stands there.": (
             (f"steps[{BEST}]", BEST, LAST_IS_BEST, "keep == len(steps) - 1")
         ),
+        "keep is a training step, and no position. Compare it with steps[-1].": (
+            (LAST_IS_BEST, "keep == len(steps) - 1")
+        ),
         "You kept the step before the first rise. Single values stick out: take the lowest of all.": [
             (BEST, FIRST_RISE, LAST_IS_BEST, IS_LAST),
             (BEST, FIRST_RISE),

@@ -188,6 +188,16 @@ def runs_both(fair_ratio, rng):
 
 
 @fair_ratio.must(
+    "One of the times holds the other's as well. Read the clock again before each launch.",
+    ("started = device.clock()", "started = started if seconds else device.clock()"),
+)
+def times_each_alone(fair_ratio, rng):
+    full, true = rng.uniform(0.05, 0.5), rng.uniform(0.7, 0.8)
+    measured = fair_ratio(Device({"full": full, "LoRA": true * full}, rng))
+    return min(abs(measured / (1 + true) - 1), abs(measured / (1 + 1 / true) - 1)) > 0.02
+
+
+@fair_ratio.must(
     "The ratio is upside down. Divide LoRA's time by full's. If you do, you timed the step before: "
     "synchronize before you read the clock.",
     (RATIO, "seconds['full'] / seconds['LoRA']"),

@@ -135,6 +135,19 @@ def has_orthonormal_parts(svd_of_product, rng):
 
 
 @svd_of_product.must(
+    "The singular values of a product are not the products of those of its factors. Decompose R_B @ R_A.T.",
+    """
+    U, S_B, _ = torch.linalg.svd(B, full_matrices=False)
+    _, S_A, Vh = torch.linalg.svd(A, full_matrices=False)
+    return U, S_B * S_A, Vh
+    """,
+)
+def multiplies_no_singular_values(svd_of_product, rng):
+    B, A = factors(rng)
+    return not close(svd_of_product(B, A)[1], torch.linalg.svdvals(B) * torch.linalg.svdvals(A))
+
+
+@svd_of_product.must(
     "The singular values ascend. By convention the largest comes first.",
     (PARTS, "((Q_B @ U).flip(1), S.flip(0), (Vh @ Q_A.T).flip(0))"),
 )
@@ -491,9 +504,10 @@ intruders = Exercise(
             ("old.T @ new[:, :10]", "(old.T @ new)[:10]"),
             ("old.T @ new[:, :10]", "(old.T @ new)[:10]", "amax(0)", "amax(1)"),
         ],
-        "An intruder is unlike all directions of W, not unlike one or unlike their mean: take the largest cosine.": (
-            ("amax(0)", "amin(0)")
-        ),
+        "An intruder is unlike all directions of W, not unlike one or unlike their mean: take the largest cosine.": [
+            ("amax(0)", "amin(0)"),
+            ("(old.T @ new[:, :10]).abs().amax(0)", "(old[:, :10] * new[:, :10]).sum(0).abs()"),
+        ],
         "You counted cosines. Count directions: take the largest cosine of each new one first, with amax(0).": (
             (".amax(0)", "")
         ),

@@ -331,6 +331,10 @@ dora = Exercise(
         "You took the length of V's columns. Each output has one length, taken along the inputs: dim=1.": (
             (LENGTH, "V.norm(dim=0)")
         ),
+        "You divided the outputs by their length. DoRA divides each row of V, before it meets x.": [
+            "V = W + scaling * B @ A\ny = x @ V.T\nreturn m * y / y.norm(dim=1, keepdim=True)",
+            "y = x @ (W + scaling * B @ A).T\nreturn m * y / y.norm(dim=0)",
+        ],
         "You divided by the length of the whole matrix. Each row of V has a length of its own.": (LENGTH, "V.norm()"),
         "m is missing. Without it each output has length 1, and the layer differs from W0 before training.": (
             ("m[:, None] * ", "")
@@ -383,6 +387,9 @@ one_number = Exercise(
     "one_number",
     inputs=lambda rng: (int(rng.integers(2, 65)),),
     wrong={
+        "These are the scalings, without alpha. A ratio compares with LoRA: divide each by LoRA's alpha / r.": (
+            "return {'LoRA': 1 / rank, 'rsLoRA': 1 / rank ** 0.5, 'LoRA-FA': float('inf')}"
+        ),
         "rsLoRA's ratio is not r. Its factor alpha / sqrt(r) is divided by LoRA's factor alpha / r.": (
             (RATIO, "float(rank)")
         ),
