@@ -182,7 +182,8 @@ def test_passes_and_their_rates_are_the_records(found):
         )
         for runs in ("r=8, 240 steps", "r=8, 720 steps")
     ]
-    assert f"{ratios[0]:.1f} times for four, {ratios[1]:.1f} for twelve" in found["data"].answer.do
+    assert f"{ratios[0]:.1f} times for four on small models" in found["data"].answer.do
+    assert ratios[1] < ratios[0] / 3
 
 
 def test_the_loss_at_equal_fit_is_the_records(found):
