@@ -261,7 +261,7 @@ def _by_inputs(exercise: Exercise, answer: Callable[..., Any], rng: np.random.Ge
     sentence = near or _differs_on_some(pairs) or _constant_factor(pairs)
     with contextlib.suppress(TimeUp):
         if sentence is None and (sentence := limited(lambda: _broken_property(exercise, answer, rng))):
-            example = f"On another input:\n{example}"  # the property drew its own
+            example = f"Where it differs:\n{example}"  # the property drew its own
     sentence = sentence or f"The result differs from the expected one on {len(wrong)} of {len(pairs)} inputs."
     return Verdict(False, sentence, example, outcomes[0].printed)
 

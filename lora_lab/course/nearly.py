@@ -24,6 +24,7 @@ FAMILIES = [
     {"exp", "exp2", "expm1"},
     {"mean", "sum", "median", "std", "var"},
     {"zeros", "ones"},
+    {"sorted", "list"},
 ]
 OPERATORS = [
     [ast.Add, ast.Sub, ast.Mult],
@@ -196,6 +197,9 @@ def _group(node: ast.expr) -> Iterator[ast.expr]:
         case ast.BinOp(ast.BinOp(a, first, ast.BinOp(b, ast.Pow(), c)), ast.Div(), d):  # a * b ** 1 / 2
             yield ast.BinOp(a, first, ast.BinOp(b, ast.Pow(), ast.BinOp(c, ast.Div(), d)))
     match node:
+        case ast.BinOp(ast.BinOp(a, first, b), second, ast.BinOp(c, ast.Pow(), d)):  # a * b / c ** d
+            yield ast.BinOp(a, first, ast.BinOp(ast.BinOp(b, second, c), ast.Pow(), d))
+    match node:
         case ast.IfExp(test, ast.BinOp(a, operator, b), other):  # a ** b if test else other
             yield ast.BinOp(a, operator, ast.IfExp(test, b, other))
             if isinstance(b, ast.BinOp):
@@ -281,6 +285,8 @@ def _leave_out(node: ast.expr) -> Iterator[ast.expr]:
             yield from (first, second)
         case ast.Call(ast.Attribute(value), []):
             yield value
+        case ast.Call(ast.Attribute(value, "reshape" | "view")):
+            yield from (value, ast.Attribute(value, "T", ast.Load()))
         case ast.Call(_, [argument, *_]):
             yield argument
         case ast.Subscript(value) | ast.Attribute(value, "T"):

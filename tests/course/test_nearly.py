@@ -66,6 +66,11 @@ BYTES = [((3, 5), 4 * 3 + 16 * 5), ((0, 2), 32)]
             "in line 2, rate * (a / b) ** (1 / 2) in place of rate * (a / b) ** 1 / 2",
         ),
         (
+            "def f(rate, a, b):\n    return rate * a / b**0.5",
+            POWERS,
+            "in line 2, rate * (a / b) ** 0.5 in place of rate * a / b ** 0.5",
+        ),
+        (
             "def f(rate, a, b):\n    return rate * math.sqrt(b / a)",
             POWERS,
             "in line 2, rate / math.sqrt(b / a) in place of rate * math.sqrt(b / a)",

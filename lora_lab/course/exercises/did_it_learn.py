@@ -85,7 +85,7 @@ def parts_no_siblings(split, rng):
 
 
 @split.must(
-    "With few groups a part stays empty. Give validation and test one group at least.",
+    "With few groups a part stays empty. Give validation and test a group at least, and never the same.",
     (TENTH, "len(names) // 10"),
 )
 def has_each_row_once(split, rng):

@@ -241,7 +241,7 @@ def looks_at_each_layer(find_fault, rng):
 
 
 @find_fault.must(
-    "B is zero in one layer and the other was trained: this adapter works. Only if all are zero it is untrained.",
+    "B is zero in one layer alone: this works. Untrained means zero in all, and merged twice that the weight moved.",
     ("not any((layer.lora_B.any()", "not all((layer.lora_B.any()"),
     ("if moved.any() and ", "if "),
 )

@@ -1,6 +1,7 @@
 """Exercises of lesson 02: why one fine-tunes, and how to do it fairly."""
 
 import copy
+from collections import OrderedDict
 
 import numpy as np  # for the solution
 import torch
@@ -26,11 +27,12 @@ def started(head_start, rng):
     inputs, width = rng.choice(range(3, 9), 2, replace=False).tolist()
 
     def make():
-        return nn.Sequential(nn.Linear(inputs, width), nn.BatchNorm1d(width), nn.Linear(width, 2))
+        layers = {"body": nn.Linear(inputs, width), "norm": nn.BatchNorm1d(width), "head": nn.Linear(width, 2)}
+        return nn.Sequential(OrderedDict(layers))
 
     pretrained = make()
-    for buffer in pretrained.buffers():
-        buffer.copy_(torch.as_tensor(rng.uniform(1, 9, buffer.shape)))
+    for tensor in (*pretrained.buffers(), *pretrained.parameters()):
+        tensor.detach().copy_(torch.as_tensor(rng.uniform(1, 9, tensor.shape)))
     vars(pretrained)["trained_by"] = "full"  # training leaves a mark, and refuses a net that has one
     before = copy.deepcopy(pretrained.state_dict())
     return pretrained, before, head_start(pretrained, make)
@@ -101,6 +103,16 @@ def carries_no_mark(head_start, rng):
 def leaves_the_original(head_start, rng):
     pretrained, before, _ = started(head_start, rng)
     return holds(pretrained, before, before)
+
+
+@head_start.must(
+    "Some layers keep their random weights, such as the head. Load all of the pre-trained ones.",
+    ("pretrained.state_dict()", "{k: v for k, v in pretrained.state_dict().items() if 'head' not in k}, strict=False"),
+)
+def loads_each_layer_or_none(head_start, rng):
+    pretrained, before, net = started(head_start, rng)
+    same = [holds(net, before, [name]) for name, _ in pretrained.named_parameters()]
+    return all(same) or not any(same)
 
 
 @head_start.must(
@@ -338,6 +350,17 @@ def trains_nothing_else(only, rng):
 )
 def trains_all_of_it(only, rng):
     return sorted(switched(only, rng)[1]) == HEAD
+
+
+@only.must(
+    "A layer inside another is called by its whole path, such as block.1. model.get_submodule(name) finds it.",
+    LAYER.format("key.split('.')[0] == name"),
+)
+def finds_a_layer_by_its_path(only, rng):
+    """A layer inside another is found by its path."""
+    net = nn.ModuleDict({"block": nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), "head": nn.Linear(2, 2)})
+    only(net, "block.1")
+    return {key for key, tensor in net.named_parameters() if tensor.requires_grad} == {"block.1.weight", "block.1.bias"}
 
 
 @only.must(

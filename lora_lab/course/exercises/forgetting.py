@@ -41,6 +41,9 @@ temperature = Exercise(
         "You divide by the lowest loss. Divide by the temperature that has it: min(temperatures, key=...).": (
             f"best = min({FIT} for T in temperatures)\nreturn {RESULT}"
         ),
+        "F.nll_loss takes log-probabilities, and these are logits. F.cross_entropy takes them as they are.": (
+            ("F.cross_entropy", "F.nll_loss")
+        ),
         "You chose T by accuracy, which is the same at every T. Choose the lowest loss.": (
             (FIT, "-((logits / T).argmax(1) == labels).sum()")
         ),
@@ -140,6 +143,9 @@ equal_learning = Exercise(
             (" - run['off_domain'][0]", "")
         ),
         "The two numbers are in the other order. Return that of full first.": ("first, second =", "second, first ="),
+        "You divided by the loss before training. What is forgotten is a difference, in nats.": (
+            (" - run['off_domain'][0]", " / run['off_domain'][0] - 1")
+        ),
         "interpolate_at takes what is learned first, and then what is read there, the loss. Yours are exchanged.": (
             ("zip(learned, lost", "zip(lost, learned")
         ),

@@ -741,6 +741,17 @@ def merges_the_scaled_update(MyLoRALinear, rng):
     return near(m.layer.merged()(m.x), m.expected)
 
 
+@layer.must(
+    "With dropout the merged layer is another than the layer in eval(). Dropout makes up for what it drops: "
+    "add scaling * B @ A in full.",
+    ("self.scaling * (self.lora_B @ self.lora_A)", "(1 - self.dropout.p) * self.scaling * (self.lora_B @ self.lora_A)"),
+)
+def merges_in_full_with_dropout(MyLoRALinear, rng):
+    """So it does in evaluation if there is dropout."""
+    m = made(MyLoRALinear, rng, dropout=0.5)
+    return near(m.layer.merged()(m.x), m.expected)
+
+
 # The clinic
 
 FACTORS, COPY = "('hidden1', 'hidden2')", "copy.deepcopy(pretrained).requires_grad_(False)"

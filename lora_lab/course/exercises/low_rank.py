@@ -34,6 +34,9 @@ best_rank = Exercise(
             ("Vh[:r]", "Vh[:, :r].T"),
             ("Vh[:r]", "Vh[:, :r].T", "full_matrices=False", "full_matrices=True"),
         ],
+        "QR takes the columns of M in their order, not the strongest directions. Keep the first r terms of the SVD.": (
+            "Q, R = np.linalg.qr(M)\nreturn Q[:, :r] @ R[:r]"
+        ),
         "You kept the weakest terms. S is sorted with the largest first, so take [:r].": (":r]", "-r:]"),
         "eigh sorts in ascending order, so these are the weakest directions. Take the last r columns.": (
             "_, Q = np.linalg.eigh(M @ M.T)\nreturn Q[:, :r] @ (Q[:, :r].T @ M)"

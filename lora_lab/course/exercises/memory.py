@@ -76,6 +76,9 @@ longest = Exercise(
         "A GiB is too small. It has 2**30 bytes, not 10**9.": ("2 ** 30", "10 ** 9"),
         "The budget has another unit. It is in GiB, and a GiB has 2**30 bytes.": ("2 ** 30", "2 ** 20"),
         "The fixed bytes are left out. Weights and AdamW's state come first.": (" - fixed", ""),
+        "The fixed bytes are there once, not for each token. Take them off the budget, and divide the rest.": (
+            "return int(budget_gib * 2**30 // (fixed + per_token))"
+        ),
         "There is one token too many. Round down, because a part of a token does not fit.": [
             ("fixed)", "fixed + per_token - 1)"),
             ("// per_token", "// per_token + 1"),
