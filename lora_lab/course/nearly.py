@@ -1,6 +1,6 @@
 """The one change that makes a wrong answer right: many wrong answers are a single slip away.
 
-The learner's code is changed in one place at a time: another operator, number, name or function, other brackets, two
+The learner's code is changed in one place at a time: another operator, number or function, other brackets, two
 arguments in each other's place, a part or a line that is left out. The first change that passes is named.
 """
 
@@ -101,11 +101,9 @@ def others(code: Code) -> Iterator[str]:
     for block in blocks:
         yield from _change_lines(block, blocks)
     body = [node for line in code.body for node in ast.walk(line)]
-    assigned = {each.id for each in body if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}
-    names = sorted(assigned | {each.arg for each in ast.walk(code) if isinstance(each, ast.arg)})
     parts = [each for each in body if isinstance(each, ast.BinOp | ast.Subscript) and len(ast.unparse(each)) < LONG]
-    makers = [_leave_out, _operate, _number, _call, _cut, lambda node: _name(node, names), _wrap]
-    yield from _replace_parts(code, [*makers, lambda node: _other_part(node, parts)])
+    makers = [_leave_out, _operate, _number, _call, _transpose, lambda node: _other_part(node, parts)]
+    yield from _replace_parts(code, makers)
 
 
 def _replace_parts(code: Code, makers: Sequence[Callable[[ast.expr], Iterator[ast.expr]]]) -> Iterator[str]:
@@ -177,7 +175,7 @@ def _change_lines(block: list[ast.stmt], blocks: list[list[ast.stmt]]) -> Iterat
         for i, line in enumerate(outer):
             if len(block) > 1 and block in vars(line).values() and not isinstance(line, ast.FunctionDef):
                 outer.insert(i + 1, block.pop())
-                yield f"line {lines[-1].lineno}, {ast.unparse(lines[-1])}, comes after the block that it stands in"
+                yield f"line {lines[-1].lineno}, {ast.unparse(lines[-1])}, belongs after its loop or condition"
                 block[:] = lines
                 del outer[i + 1]
                 break
@@ -293,26 +291,11 @@ def _leave_out(node: ast.expr) -> Iterator[ast.expr]:
             yield value
 
 
-def _cut(node: ast.expr) -> Iterator[ast.expr]:
-    if isinstance(node, ast.List | ast.Tuple):
-        for i in range(len(node.elts)):
-            yield type(node)(node.elts[:i] + node.elts[i + 1 :], ast.Load())
-        yield type(node)(node.elts[::-1], ast.Load())
-
-
-def _name(node: ast.expr, names: list[str]) -> Iterator[ast.expr]:
-    if isinstance(node, ast.Name):
-        yield from (ast.Name(other, ast.Load()) for other in names if other != node.id)
-
-
 def _other_part(node: ast.expr, parts: Sequence[ast.expr]) -> Iterator[ast.expr]:
     if isinstance(node, ast.Name):
         yield from (part for part in parts if node not in ast.walk(part))
 
 
-def _wrap(node: ast.expr) -> Iterator[ast.expr]:
-    if isinstance(node, ast.Name | ast.Call | ast.Attribute | ast.Subscript | ast.BinOp):
+def _transpose(node: ast.expr) -> Iterator[ast.expr]:
+    if isinstance(node, ast.Name | ast.Call | ast.Subscript | ast.BinOp):
         yield ast.Attribute(node, "T", ast.Load())
-        yield ast.UnaryOp(ast.USub(), node)
-        if not isinstance(node, ast.BinOp):
-            yield ast.Subscript(node, ast.Constant(0), ast.Load())
