@@ -314,6 +314,8 @@ model is named.
 | ●●● | SmolLM2-135M, and published at scale |
 | ○○○ | not settled here |
 
+"Published at scale": published numbers decide a row, or one that stands is stated by a source that was read.
+
 In brackets are bounds, each one-sided at 95 %; those of best learning rates are too narrow (three seeds). †: a weaker
 rule decided ([which rules](claims.md))."""
 

@@ -244,7 +244,7 @@ OF_EACH: dict[str, Callable[[Record], Picture]] = {
     "downstream": scores,
     "elicitation": scores,
     "tiny_front": forgotten,
-    **dict.fromkeys(("quality", "rank_advice", *LOSSES), losses),
+    **dict.fromkeys(("quality", *LOSSES), losses),
 }
 
 

@@ -11,7 +11,6 @@ In reading order:
     materials      models and tasks to begin with
     compare        choose each setup's rate, compare in pairs with bounds, judge; which rank is enough
     rank_search    which rank is enough for a task of yours, by a short sweep
-    rank_advice    the rank that is enough, predicted from one run at a high rank
     overfitting    what was learned, overfitted and forgotten, read off the curves
 """
 
@@ -36,4 +35,4 @@ __all__ = [
 ]
 
 # The other files are loaded already.
-__getattr__, _, _ = lazy_loader.attach(__name__, ["materials", "overfitting", "rank_advice", "rank_search", "stats"])
+__getattr__, _, _ = lazy_loader.attach(__name__, ["materials", "overfitting", "rank_search", "stats"])

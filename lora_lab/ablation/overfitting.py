@@ -291,20 +291,6 @@ def _add_verdicts(parts: Sequence[DataFrame], reference: str) -> DataFrame:
     return table.assign(verdict=[_WORDS[judge(*of_setup)] for of_setup in bounds])
 
 
-def bounds_table(compared: DataFrame, digits: int = 2) -> DataFrame:
-    """Return bounds and verdicts for reading: a row for each setup, a column for each size of the training set.
-
-    Args:
-        compared: what :func:`compare_over_rates` returns, with sizes.
-        digits: after the decimal point.
-    """
-    cells = [
-        f"{row.lower:+.{digits}f} to {row.upper:+.{digits}f}: {row.verdict}" for row in compared.itertuples(index=False)
-    ]
-    wide = compared.assign(cell=cells).pivot(index="setup", columns="n_train", values="cell")
-    return wide.loc[compared["setup"].unique()].rename(columns="{:,} examples".format).rename_axis(columns=None)
-
-
 def interpolate_at(learned: Sequence[float], lost: Sequence[float], amount: float) -> float:
     """Return what is lost where ``amount`` is first learned, on straight lines between evaluations.
 

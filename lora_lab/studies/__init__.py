@@ -8,7 +8,7 @@ bases        the small language models that are shipped, made from nothing
 claims/      what is claimed about LoRA, and what holds: a ledger whose verdicts are computed
 answers      fifteen questions that people type, each with a sentence that rests on rows of the ledger
 steps        memory and times of training steps, predicted and measured
-tuned        setups at their best rates: quality, rates, rank advice
+tuned        setups at their best rates: quality, rates
 paged        studies judged by pages, on small bases and SmolLM2: rank, batch, repetition, layers, variants
 versions     the same of other versions of a base: four bits, merges, one that was trained on
 front        who forgets less at equal learning

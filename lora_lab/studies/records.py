@@ -38,7 +38,6 @@ KINDS = {
     "rates": Kind("tuned", "three hours", "how the best learning rate depends on the rank"),
     "quality": Kind("tuned", "eleven hours", "is LoRA as good as full fine-tuning, after how many steps?"),
     "ablation": Kind("spectra", "an hour", "which rank is enough"),
-    "rank_advice": Kind("tuned", "half an hour", "does one run at a high rank tell which rank is enough?"),
     "tiny_rank": Kind("paged", "three hours", "which rank is enough, on four small bases", grows=True),
     "tiny_readmes": Kind("paged", "half an hour", "does that hold on another kind of text?", grows=True),
     "tiny_batch": Kind("paged", "40 minutes", "do large batches hurt LoRA more, on the same?", grows=True),

@@ -1,15 +1,11 @@
 """Records of setups each of which has the rate that is best for it (:class:`lora_lab.studies.recorder.BlockSweep`).
 
-quality      Is LoRA as good as full fine-tuning, and up to how many steps does each rank keep up? Full fine-tuning and
-             LoRA of three ranks, after several numbers of steps, each with the rate that is best for that number. All
-             of them multiply by the model's weights in bfloat16; what they train is in float32.
-rates        How does the best learning rate depend on the rank, and how far is it from full's? Full fine-tuning and
-             LoRA of seven ranks, each under two rules for alpha (twice the rank: the scaling alpha / r is the same for
-             all ranks; and 32: it falls as 1 / r), on the digits net and on the real model.
-rank_advice  On each task a sweep over ranks, each at its own learning rate, says which rank is enough; and runs at rank
-             64, at the rate chosen for it, give the statistics from which :mod:`lora_lab.ablation.rank_advice` predicts
-             it. The tasks are nets with a planted update of a known rank, on which the rule is chosen, and digits from
-             few and from many pictures, on which it is judged.
+quality  Is LoRA as good as full fine-tuning, and up to how many steps does each rank keep up? Full fine-tuning and
+         LoRA of three ranks, after several numbers of steps, each with the rate that is best for that number. All
+         of them multiply by the model's weights in bfloat16; what they train is in float32.
+rates    How does the best learning rate depend on the rank, and how far is it from full's? Full fine-tuning and
+         LoRA of seven ranks, each under two rules for alpha (twice the rank: the scaling alpha / r is the same for
+         all ranks; and 32: it falls as 1 / r), on the digits net and on the real model.
 
 Rates beside setups are the middles of the first grids, which are widened where the best rate is not inside.
 """
@@ -17,23 +13,15 @@ Rates beside setups are the middles of the first grids, which are widened where 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 
-from lora_lab import tasks
-from lora_lab.ablation import materials
-from lora_lab.ablation.rank_advice import UpdateRanks
-from lora_lab.ablation.results import SCORE
 from lora_lab.methods import FullFineTuning, LoRA
-from lora_lab.models.digits import DigitsMLP
 from lora_lab.studies.recorder import (
     BF16_BASE,
     BFLOAT16,
     BlockSweep,
     Methods,
-    Row,
-    Source,
     plan_seeds,
     plan_setups,
     plan_size,
@@ -109,46 +97,3 @@ def _list_rules(data: str) -> Methods:
 
 
 RATES = record_sweeps("rates", plan_rates)
-
-
-# Rank advice
-
-PLANTED = (1, 2, 4, 8, 16)  # ranks of the planted updates
-PICTURES = (100, 500, 1200)  # of digits to train on
-MARGINS = {"planted": 0.001, "digits": 0.03}  # differences of losses that do not matter
-PLANTED_RATES = (1.6e-2, 1.6e-2, 1.6e-2, 8e-3, 8e-3, 4e-3, 4e-3)  # by rank; those of digits are in CENTRES
-
-
-def plan_rank_advice(device: torch.device) -> Iterator[BlockSweep]:
-    """Yield what two cores can do in half an hour."""
-    nets = {f"planted {rank}": (partial(imitate, rank), 600, PLANTED_RATES) for rank in PLANTED}
-    digits = CENTRES["digits"]["alpha = 2r"]
-    nets |= {f"digits {count}": (partial(read_moved_digits, count), 200, digits) for count in PICTURES}
-    on = {"chosen_on": 200, "judged_on": {"validation": 200, "test": 256}, "seq_len": None}
-    for data, (source, steps, rates) in nets.items():
-        methods = {f"r={rank}": (LoRA(rank, 2 * rank), lr) for rank, lr in zip(RANKS, rates, strict=True)}
-        rerun = UpdateRanks(RANKS, 200), advise  # of the runs at rank 64, the last of the setups
-        yield BlockSweep(
-            plan_setups(methods, steps, 32), range(3), range(3, 13), data=data, source=source, rerun=rerun, **on
-        )
-
-
-def imitate(rank: int, device: torch.device) -> Source:
-    """Return a small net, and the task of imitating it plus a hidden update of this rank."""
-    return DigitsMLP(dtype=torch.float64), tasks.planted(DigitsMLP(dtype=torch.float64), rank, n_train=4096)
-
-
-def read_moved_digits(count: int, device: torch.device) -> Source:
-    """Return a small net that reads digits, and the task of reading them moved down, from so many pictures."""
-    return materials.pretrained_digits(count), tasks.digits(n_train=count)
-
-
-def advise(trial: Row) -> Iterator[Row]:
-    """Yield the row of a run at rank 64: its statistics, and no losses, which are of fewer examples than others."""
-    margin = MARGINS[trial["data"].partition(" ")[0]]
-    names = ("data", "setup", "rank", "lr", "seed", "outcome", "reason", "commit")
-    columns = {name: trial[name] for name in trial if name in names or name.startswith(SCORE)}
-    yield {"stage": "high rank", "margin": margin, **columns, "validation_loss": None, "test_loss": None}
-
-
-RANK_ADVICE = record_sweeps("rank_advice", plan_rank_advice)

@@ -17,7 +17,6 @@ from lora_lab.ablation.halving import Halving
 from lora_lab.ablation.overfitting import (
     at_equal_learning,
     at_training_loss,
-    bounds_table,
     by_stopping_point,
     by_training_loss,
     compare_over_rates,
@@ -449,16 +448,6 @@ def test_another_method_may_be_the_reference_and_where_it_is_missing_nothing_is_
     assert compare_over_rates(both, "overfit", "LoRA")[["setup", "verdict"]].values.tolist() == [["full", "more"]]
     lone = together(both.assign(n_train=16), rising("LoRA", 1e-3, [0.75, 0.875, 0.875]).assign(n_train=64))
     assert compare_over_rates(lone, "overfit").n_train.tolist() == [16]
-
-
-def test_bounds_are_listed_by_setup_and_size():
-    rows = [(16, "LoRA", -0.126, 0.5, "open"), (1024, "LoRA", -0.5, -0.25, "less"), (1024, "head", 0.125, 1.0, "more")]
-    compared = pandas.DataFrame(rows, columns=["n_train", "setup", "lower", "upper", "verdict"])
-    listed = bounds_table(compared)
-    assert listed.columns.tolist() == ["16 examples", "1,024 examples"]
-    assert listed.loc["LoRA"].tolist() == ["-0.13 to +0.50: open", "-0.50 to -0.25: less"]
-    assert listed["16 examples"].isna().tolist() == [False, True]
-    assert bounds_table(compared, 1).loc["head", "1,024 examples"] == "+0.1 to +1.0: more"
 
 
 # At each stopping point

@@ -95,17 +95,18 @@ def test_machines_stand_side_by_side(source, stored):
 
 
 @pytest.mark.slow
-def test_a_study_appears_as_soon_as_it_has_a_record(source, stored):
-    assert "`lora-lab record rank_advice`, half an hour on two cores; one claim waits" in stored[0]
+def test_a_study_appears_as_soon_as_it_has_a_record(source):
+    (source / "amd-epyc-2-cores-tiny_batch.json").unlink()
+    assert "`lora-lab record tiny_batch`, 40 minutes on two cores; one claim waits" in page(source)
     rows = [
         {"data": "docs", "stage": "judging", "setup": setup, "lr": 1e-3, "seed": seed, "test_loss": loss + seed / 100}
         for setup, loss in (("all", 3.0), ("MLP", 3.1))
         for seed in (2, 3, 4)
     ]
-    records.write(records.Record("rank_advice", "A CPU", {"cpu": "x"}, COMMIT, "2026-11-27", "x", {}, rows), source)
+    records.write(records.Record("tiny_batch", "A CPU", {"cpu": "x"}, COMMIT, "2026-11-27", "x", {}, rows), source)
     after = page(source)
-    assert cells(after, "[rank_advice](#study-rank_advice)")[0][5:7] == ["A CPU", "2026-11-27"]
-    assert "`lora-lab record rank_advice`, half" not in after
+    assert cells(after, "[tiny_batch](#study-tiny_batch)")[0][5:7] == ["A CPU", "2026-11-27"]
+    assert "`lora-lab record tiny_batch`, 40" not in after
     assert "![A CPU. Test losses, each setup at its rate; means: all on docs 3.030, MLP on docs 3.130]" in after
 
 

@@ -182,7 +182,7 @@ def test_passes_and_their_rates_are_the_records(found):
         )
         for runs in ("r=8, 240 steps", "r=8, 720 steps")
     ]
-    assert f"{ratios[0]:.1f} times for four on small models" in found["data"].answer.do
+    assert f"four want about {ratios[0]:.1f} times the rate of one (rank 8, small models)" in found["data"].answer.do
     assert ratios[1] < ratios[0] / 3
 
 

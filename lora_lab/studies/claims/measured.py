@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pandas
 
-from lora_lab.ablation import rank_advice
 from lora_lab.ablation.stats import CONFIDENCE, t_bounds
 from lora_lab.costs.bill import MIB
 from lora_lab.models import shapes
@@ -182,13 +181,6 @@ def _timed(record: Record, setups: str) -> Iterator[dict[str, Any]]:
             yield row | {"faster": faster, "low": ends[0], "high": ends[1], "words": words, "case": case}
 
 
-def _decide_outside_too(cases: Cases, names: tuple[str, ...], measured: str) -> Result:
-    """Return the verdict from cases of the record, with other words for them."""
-    result = decide_cases(cases, names)
-    on = f"{result.on}, and outside this record on the model (lesson 05)" if result.on else ""
-    return Result(result.verdict, measured, on)
-
-
 @decides("lora-trains-faster", record="speed")
 def trains_faster(record: Record) -> Result:
     """What the record says of LoRA's time in units of full fine-tuning's, by rank."""
@@ -203,7 +195,7 @@ def trains_faster(record: Record) -> Result:
         for rank, answers in of_rank.items()
     ]
     slower = "; ".join(words for answer, words, *_ in cases if answer is False) or "none"
-    return _decide_outside_too(cases, SPEED, f"{'; '.join(counts)} cases. Slower: {slower}")
+    return replace(decide_cases(cases, SPEED), measured=f"{'; '.join(counts)} cases. Slower: {slower}")
 
 
 @decides("smollm2-2-to-3-times-faster", record="speed", on="the tokens in a step")
@@ -255,7 +247,7 @@ def time_predicted(record: Record) -> Result:
         text = f"{name}: right in {len(decided) - len(wrong)} of {len(decided)} decided cases"
         texts.append(f"{text}. Wrong: {'; '.join(wrong)}" if wrong else text)
     texts.append("So which is faster, counting FLOPs tells as well" if _is_flops_enough(cases) else "")
-    return _decide_outside_too(cases, ("the prediction", *SPEED), ". ".join(filter(None, texts)))
+    return replace(decide_cases(cases, ("the prediction", *SPEED)), measured=". ".join(filter(None, texts)))
 
 
 def _is_flops_enough(cases: Sequence[tuple[Any, ...]]) -> bool:
@@ -335,21 +327,6 @@ def _best_asking(record: Record) -> float:
     rows = pandas.DataFrame(_results(record, "sentiment", "zero-shot", "few-shot"))
     prompts = rows[~rows["control"]].groupby(["k", "calibration"], sort=False)[["validation", "accuracy"]].mean()
     return float(prompts["accuracy"].iloc[prompts["validation"].argmax()])
-
-
-# Rank from a spectrum
-
-
-@decides("spectrum-predicts-rank", record="rank_advice")
-def spectrum_predicts_rank(record: Record) -> Answer:
-    """The error of a rule that was chosen on planted ranks, on other tasks, beside that of a constant."""
-    advice = rank_advice.assess(record.rows)
-    text = f"{advice.factor:.3g} times {advice.statistic}, chosen on planted ranks; in doublings: " + ", ".join(
-        f"{task} {row['error']:+.1f} (always {rank_advice.GUESS}: {row['constant_error']:+.1f})"
-        for task, row in advice.errors.iterrows()
-    )
-    text += f"; not decided by the sweep: {', '.join(advice.undecided)}" if advice.undecided else ""
-    return advice.works, text
 
 
 # What training wrote

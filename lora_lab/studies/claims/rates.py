@@ -191,21 +191,6 @@ def wants_high_alpha(record: Record) -> Answer:
     return below(*bounds[max(bounds)], 0), words
 
 
-@decides("longer-training-lower-rate", record="quality", on="the number of steps, the last of which repeat the data")
-def falls_with_steps(record: Record) -> Cases:
-    """The best rate of each method after more steps in units of that after fewer, by the seeds that chose."""
-    chosen = select(record, stage="choosing")
-    chosen = chosen.assign(method=chosen["setup"].str.partition(",")[0])
-    for method, of_method in chosen.groupby("method", sort=False):
-        losses = {int(cast(int, steps)): losses_by_rate(rows) for steps, rows in of_method.groupby("steps")}
-        for few, more in pairwise(losses):
-            samples = [sample_vertices(losses[steps]) for steps in (more, few)]
-            lower, upper = ratio_interval(*samples)
-            ends = f"{lower:.2f} to {upper:.2f}" if upper < math.inf else f"{lower:.2f} to unbounded"
-            words = f"{method}, {few} to {more} steps: {best_rate(losses[few]).tried:.2g} to "
-            yield below(lower, upper, 1 / FACTOR), f"{words}{best_rate(losses[more]).tried:.2g}, ratio {ends}"
-
-
 @decides_by_rates("rate-falls-as-root-of-rank")
 def falls_as_root(claim: Claim, frame: pandas.DataFrame) -> Answer:
     """The power p in rate ~ r^p under alpha = 2r, beside -1/2, over the ranks that did not suggest it."""

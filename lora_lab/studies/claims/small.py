@@ -20,7 +20,8 @@ from lora_lab.studies.records import Record
 
 SEEDS = 8  # that judge, at least
 ON = "the base"
-OF_RANK = ("the base", "the text", "the rank", "the number of steps")
+OF_STEPS = ("the base", "the text", "the number of steps")
+OF_RANK = ("the base", "the text", "the rank")
 
 
 def gaps_on(reference: str, *records: Record) -> Iterator[tuple[str, dict[tuple[int, int], Gap]]]:
@@ -39,25 +40,30 @@ def gaps_on(reference: str, *records: Record) -> Iterator[tuple[str, dict[tuple[
 
 
 def list_on(reference: str, *records: Record) -> Cases:
-    """Yield whether LoRA is as good as the reference in each case, the case in words, base, text, rank and steps."""
+    """Yield whether LoRA of some rank is as good as the reference, the case in words, base, text and steps."""
     for data, every in gaps_on(reference, *records):
-        for as_good, words, rank, steps in list_gaps(every):
-            yield as_good, f"{data}: {words}", *data.split(", "), rank, steps
+        of_steps: dict[int, list[tuple[bool | None, str]]] = {}
+        for as_good, words, _, steps in list_gaps(every):
+            of_steps.setdefault(steps, []).append((as_good, words))
+        for steps, listed in of_steps.items():
+            answers = {as_good for as_good, _ in listed}
+            words = f"{data}: {', '.join(words for _, words in listed)}"
+            yield True if True in answers else None if None in answers else False, words, *data.split(", "), steps
 
 
-@decides("small-lora-equals-full", record="tiny_rank", beside="tiny_readmes", on=OF_RANK)
+@decides("small-lora-equals-full", record="tiny_rank", beside="tiny_readmes", on=OF_STEPS)
 def as_good_as_full(*records: Record) -> Cases:
-    """Each rank after each number of steps, on each base and corpus, where "as good" allows for the margin."""
+    """The best rank after each number of steps, on each base and corpus, where "as good" allows for the margin."""
     return list_on("full", *records)
 
 
-@decides("small-lora-equals-full-blocks", record="tiny_rank", beside="tiny_readmes", on=OF_RANK)
+@decides("small-lora-equals-full-blocks", record="tiny_rank", beside="tiny_readmes", on=OF_STEPS)
 def as_good_as_full_of_blocks(*records: Record) -> Cases:
     """The same beside full fine-tuning of the blocks that LoRA adapts, without the embedding."""
     return list_on("blocks", *records)
 
 
-@decides("small-low-ranks-fall-behind", record="tiny_rank", beside="tiny_readmes", on=OF_RANK[:3])
+@decides("small-low-ranks-fall-behind", record="tiny_rank", beside="tiny_readmes", on=OF_RANK)
 def falls_behind(*records: Record) -> Cases:
     """By how much a lower rank's gap to the blocks grows from the fewest steps to the most, all on fresh text."""
     for data, every in gaps_on("blocks", *records):
@@ -180,6 +186,13 @@ def lora_plus(*records: Record) -> Cases:
         yield False if is_lower(gap) is False else None, describe(base, gap)
 
 
+@decides("lora-fa-as-good-as-lora", record="tiny_variants", beside="smol_variants", on=ON)
+def lora_fa(*records: Record) -> Cases:
+    """LoRA-FA's loss less LoRA's."""
+    for base, gap in compare("LoRA-FA", "LoRA", *records):
+        yield gap.as_good, describe(base, gap)
+
+
 @decides("rslora-makes-high-ranks-pay", record="tiny_variants", beside="smol_variants", on=ON)
 def high_ranks(*records: Record) -> Cases:
     """Losses at rank 64 less those at rank 16: not lower under alpha / r, and lower under alpha / sqrt(r)."""
@@ -219,6 +232,20 @@ def compare_rates(pairs: Sequence[tuple[float | None, float | None]]) -> tuple[t
         return None, "a best rate is at the edge of its grid"
     mean, lower, upper = map(math.exp, t_bounds(ratios))
     return (lower, upper), f"{mean:.2f} times ({lower:.2f} to {upper:.2f})"
+
+
+@decides("longer-training-lower-rate", record="tiny_rank", on="the method")
+def rates_by_steps(record: Record) -> Cases:
+    """The best rate after the most steps in units of that after the fewest, with Student's t over the bases."""
+    by_method: dict[str, dict[str, dict[int, float | None]]] = {}
+    for (base, setup), rate in best_rates(record).items():
+        method, steps = setup.removesuffix(" steps").split(", ")
+        by_method.setdefault(method, {}).setdefault(base, {})[int(steps)] = rate
+    for method, of_base in by_method.items():
+        counts = {steps for rates in of_base.values() for steps in rates}
+        few, more = min(counts), max(counts)
+        bounds, words = compare_rates([(rates[more], rates[few]) for rates in of_base.values()])
+        yield below(*bounds, 1) if bounds else None, f"{method}, {few} to {more} steps: {words}"
 
 
 # Batches, repetition, and other versions of a base

@@ -86,7 +86,7 @@ def register(monkeypatch):
 
 
 def write(folder, score, device="CPU A", date="2026-11-01"):
-    record = records.Record("rank_advice", device, {"cpu": "x"}, COMMIT, date, "a command", {}, [{"score": score}])
+    record = records.Record("ablation", device, {"cpu": "x"}, COMMIT, date, "a command", {}, [{"score": score}])
     records.write(record, folder)
 
 
@@ -107,23 +107,23 @@ def test_a_function_that_counts_is_named_with_the_day(register):
 
 
 def test_a_record_that_changes_turns_the_verdict_and_without_one_it_is_open(register, tmp_path):
-    register(by_score, record="rank_advice")
+    register(by_score, record="ablation")
     result = judge(CLAIM, tmp_path).result
     assert (result.verdict, result.date, result.machine) == ("open", None, None)
-    assert "no record 'rank_advice'" in result.shown_by
+    assert "no record 'ablation'" in result.shown_by
     for score, verdict in ((1, "stands"), (-1, "falls"), (None, "open")):
         write(tmp_path, score)
         result = judge(CLAIM, tmp_path).result
         assert (result.verdict, result.measured) == (verdict, f"score {score}")
-        assert (result.shown_by, result.date, result.machine) == ("record cpu-a-rank_advice", "2026-11-01", "CPU A")
+        assert (result.shown_by, result.date, result.machine) == ("record cpu-a-ablation", "2026-11-01", "CPU A")
 
 
 def test_a_record_that_lacks_what_is_needed_decides_nothing_but_any_other_error_is_raised(register, tmp_path):
     write(tmp_path, 1)
-    register(lambda claim, record: Result("stands", record.rows[0]["missing"]), record="rank_advice")
+    register(lambda claim, record: Result("stands", record.rows[0]["missing"]), record="ablation")
     result = judge(CLAIM, tmp_path).result
     assert (result.verdict, result.measured) == ("open", "this record lacks what is needed (KeyError: 'missing')")
-    register(lambda claim, record: Result("stands", sorted([1, None])), record="rank_advice")
+    register(lambda claim, record: Result("stands", sorted([1, None])), record="ablation")
     with pytest.raises(TypeError, match="not supported between"):
         judge(CLAIM, tmp_path)
 
@@ -138,7 +138,7 @@ def test_a_record_that_lacks_what_is_needed_decides_nothing_but_any_other_error_
     ],
 )
 def test_machines_that_disagree_are_what_it_depends_on(register, tmp_path, scores, verdict, machine):
-    register(by_score, record="rank_advice")
+    register(by_score, record="ablation")
     write(tmp_path, scores[0])
     write(tmp_path, scores[1], "CPU B", "2026-11-02")
     result = judge(CLAIM, tmp_path).result
@@ -402,7 +402,6 @@ SHOWN = [  # claim, how it is run again
     ("two-real-knobs", "It was computed again just now, on this machine."),
     ("memory-a-third", "lora-lab record memory makes the record anew, in half an hour on two cores."),
     ("lora-forgets-more-at-defaults", "Nothing here measures it: a study of forgetting"),
-    ("spectrum-predicts-rank", "lora-lab record rank_advice will make the record, in half an hour on two cores."),
     ("qlora-takes-more-time", "Its numbers are published ones"),
     ("more-training-higher-rank", "python notebooks/execute.py 06_which_rank.ipynb runs the lesson anew"),
     ("rank-one-enough-for-rl", "Nothing here measures it: it needs a model that reasons"),

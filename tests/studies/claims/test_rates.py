@@ -1,7 +1,6 @@
 """Verdicts on ranks, and on learning rates from made-up records whose best rates are planted."""
 
 import dataclasses
-import itertools
 import json
 import math
 
@@ -159,40 +158,6 @@ PLANTED = [  # claim, what is planted, verdict, words
 def test_best_rates(claim_id, planted, verdict, words):
     result = decide(claim_id, "rates", rows(**planted))
     assert (result.verdict, words in result.measured) == (verdict, True), result.measured
-
-
-# Steps
-
-LONGER = "longer-training-lower-rate"
-
-
-def chosen(*bests, seeds=2, noise=0.0005):
-    """Rows of seeds that chose the rates of two methods after 60, 240 and 960 steps, with these best rates."""
-    random = np.random.default_rng(0)
-    hard = random.normal(0, 0.3, BLOCKS)
-    for method, (steps, best) in itertools.product(("full", "r=8"), zip((60, 240, 960), bests, strict=True)):
-        for rate, seed in itertools.product(rates_around(best * 1.3), range(seeds)):
-            blocks = 3 + 0.05 * math.log(rate / best) ** 2 + hard + noise * random.normal(size=BLOCKS)
-            yield {
-                **{"stage": "choosing", "setup": f"{method}, {steps} steps", "lr": rate, "seed": seed},
-                **{"steps": steps, "step": steps, "outcome": "done"},
-                "score_validation": json.dumps(blocks.tolist()),
-                "validation_loss": blocks.mean(),
-            }
-
-
-STEPS = [  # best rates, options, verdict
-    ((1e-3, 1e-3, 2e-4), {}, "depends"),
-    ((4e-3, 2e-3, 1e-3), {}, "stands"),
-    ((1e-3, 1e-3, 2e-3), {}, "falls"),
-    ((1e-3, 1e-3, 2e-4), {"noise": 1.0}, "open"),
-]
-
-
-@pytest.mark.parametrize(("bests", "options", "verdict"), STEPS)
-def test_best_rates_by_the_number_of_steps(bests, options, verdict):
-    result = decide(LONGER, "quality", chosen(*bests, **options))
-    assert result.verdict == verdict, result.measured
 
 
 @pytest.mark.parametrize("claim_id", [LEVEL, ROOT, WIDTH, GAINS, ONE_RATE, WANTS])

@@ -49,7 +49,7 @@ def level(base, rank, steps):
     [
         (level, "stands"),
         (lambda base, rank, steps: 0.1, "falls"),
-        (lambda base, rank, steps: 0.1 * (rank == 1), "depends"),
+        (lambda base, rank, steps: 0.1 * (rank == 1), "stands"),  # some rank is
         (lambda base, rank, steps: 0.1 * (base == BASES[0]), "depends"),
         (lambda base, rank, steps: 0.01, "open"),
     ],
@@ -61,7 +61,7 @@ def test_lora_is_as_good_as_the_blocks_where_its_gap_is_within_the_margin(gap, e
 
 
 def test_what_it_depends_on_is_said():
-    assert verdict("small-lora-equals-full-blocks", lambda base, rank, steps: 0.1 * (rank == 1)).on == "the rank"
+    assert verdict("small-lora-equals-full-blocks", lambda base, rank, steps: 0.1 * (base == BASES[0])).on == "the base"
     assert verdict("small-lora-equals-full-blocks", lambda base, rank, steps: 0.1 * (steps == 60)).on == (
         "the number of steps"
     )
@@ -174,6 +174,8 @@ def test_which_layers(claim, change, expected):
         ("dora-at-half-rank", {"DoRA r=8": 0.02}, "falls"),
         ("lora-plus-2-times-faster", {"LoRA+": -0.02}, "open"),
         ("lora-plus-2-times-faster", {"LoRA+": 0.0}, "falls"),
+        ("lora-fa-as-good-as-lora", {"LoRA-FA": 0.0}, "stands"),
+        ("lora-fa-as-good-as-lora", {"LoRA-FA": 0.02}, "falls"),
         ("rslora-makes-high-ranks-pay", {"rsLoRA r=64": -0.02}, "stands"),
         ("rslora-makes-high-ranks-pay", {"rsLoRA r=64": -0.02, "LoRA r=64": -0.02}, "falls"),
         ("rslora-makes-high-ranks-pay", {}, "falls"),
@@ -257,6 +259,15 @@ def test_repetition_and_the_best_rate(factor, expected):
     )
     result = judge_record(read_claims()["repetition-lowers-the-rate"], repeated, fresh)
     assert result.verdict == expected
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(0.5, "stands"), (1.5, "falls"), (1.0, "open")])
+def test_longer_training_and_the_best_rate(factor, expected):
+    wobble = dict(zip(FOUR, (0.97, 1.03, 0.98, 1.02), strict=True))
+    short = tried(lambda base: {"r=8": 4e-3, "full": 1e-3}, steps=60)
+    long = tried(lambda base: {"r=8": 4e-3 * factor * wobble[base], "full": 1e-3 * factor * wobble[base]}, steps=720)
+    result = decide("longer-training-lower-rate", "tiny_rank", [*short, *long])
+    assert result.verdict == expected, result.measured
 
 
 # Passes
