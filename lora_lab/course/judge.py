@@ -39,6 +39,10 @@ SEARCH_SECONDS, CHANGE_SECONDS = 3.0, 0.5  # for the one change that makes an an
 REPEAT = 0.02  # seconds until the alarm rings again, in case the code has caught the exception
 TOLERANCE = 1e-4  # of floats, as in grading
 ENDLESS = "Your code was still running after {:g} s. Is there a loop that never ends?"
+ADVICE = {  # by words of an error
+    "Boolean value of Tensor": "Ask `is not None` whether there is one, or any() or all() of its entries.",
+    "truth value of an array": "Ask any() or all() of its entries.",
+}
 SHOWN = 12  # arrays with more entries are described by their shape
 _MATCHING_KINDS = {"b": "b", "i": "iu", "u": "iu", "f": "iuf", "c": "iufc"}  # kinds of numpy's dtypes
 _KIND_NAMES = {"b": "True or False", "i": "whole numbers", "u": "whole numbers", "f": "floats", "c": "complex numbers"}
@@ -371,7 +375,8 @@ def _about_error(error: BaseException, answer: Any) -> str:
         text = linecache.getline(str(file), lines[-1]).strip()
         where = f" in line {lines[-1]}" + (f" ({text})" if text else "")
     message = shortened(str(error))
-    return f"Your code stops with {type(error).__name__}{where}" + (f": {message}" if message else ".")
+    advice = next((f". {advice}" for words, advice in ADVICE.items() if words in message), "")
+    return f"Your code stops with {type(error).__name__}{where}" + (f": {message}{advice}" if message else ".")
 
 
 def _is_stub(error: BaseException | None, answer: Any) -> bool:

@@ -7,6 +7,7 @@ arguments in each other's place, a part or a line that is left out. The first ch
 from __future__ import annotations
 
 import ast
+import difflib
 import inspect
 import itertools
 import linecache
@@ -25,6 +26,7 @@ FAMILIES = [
     {"mean", "sum", "median", "std", "var"},
     {"zeros", "ones"},
     {"sorted", "list"},
+    {"pdf", "ppf", "cdf"},
 ]
 OPERATORS = [
     [ast.Add, ast.Sub, ast.Mult],
@@ -32,6 +34,7 @@ OPERATORS = [
     [ast.Pow, ast.Mult],
 ]
 COMPARISONS = [ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.NotEq]
+KNOWN = "requires_grad"  # an attribute that is set, so that a misspelt one raises no error
 SHOWN = 10  # characters at least, of code that is shown
 LONG = 15  # characters, of a part that would give too much away
 
@@ -79,29 +82,55 @@ def find_change(
 def slips(code: Code) -> Iterator[str]:
     """Yield which slip of the pen is mended, while the code is so; afterwards it is as before.
 
-    Brackets that are missing, ``x == 1 or 2``, a result that is dropped, and a method that is overwritten.
+    Brackets that are missing, ``x == 1 or 2``, ``2 ^ 30``, "b" for "B", a result that is dropped, a comparison or an
+    uncalled method that stands alone, a method that is overwritten, and a misspelt ``requires_grad``.
     """
+    misspelt = [each for each in ast.walk(code) if isinstance(each, ast.Attribute) and _is_nearly(each.attr, KNOWN)]
+    if misspelt:
+        misspelt.sort(key=lambda each: each.lineno)
+        names = [each.attr for each in misspelt]
+        for each in misspelt:
+            each.attr = KNOWN
+        yield f"{KNOWN} in place of {names[0]} in line {misspelt[0].lineno}, which torch does not know"
+        for each, name in zip(misspelt, names, strict=True):
+            each.attr = name
+    own = _names_set(code)
     for block in _blocks(code):
         for i, line in enumerate(block):
             match line:
                 case ast.Expr(ast.Call(ast.Attribute(ast.Name(name)))):
                     block[i] = ast.Assign([ast.Name(name, ast.Store())], line.value, lineno=line.lineno)
                     yield f"in line {line.lineno}, {ast.unparse(block[i])}, for the call alone leaves {name} as it is"
+                case ast.Expr(ast.Attribute(_, name) as method):
+                    block[i] = ast.Expr(ast.Call(method, [], []), lineno=line.lineno)
+                    yield f"in line {line.lineno}, {ast.unparse(block[i])}, for without brackets {name} is not called"
+                case ast.Expr(ast.Compare(ast.Attribute(ast.Name(owner), name), [ast.Eq()], [right])) if owner in own:
+                    target = ast.Attribute(ast.Name(owner, ast.Load()), name, ast.Store())
+                    block[i] = ast.Assign([target], right, lineno=line.lineno)
+                    yield f"in line {line.lineno}, {ast.unparse(block[i])}, for == only compares"
                 case ast.Assign([ast.Attribute(owner, name)], value) if name.endswith("_"):
                     call = ast.Call(ast.Attribute(owner, name, ast.Load()), [value], [])
                     block[i] = ast.Expr(call, lineno=line.lineno)
                     yield f"in line {line.lineno}, {ast.unparse(block[i])}, for {name} is a method, to be called"
             block[i] = line
-    yield from _replace_parts(code, [_group, _among])
+    yield from _replace_parts(code, [_group, _among, _power, _case])
+
+
+def _is_nearly(name: str, known: str) -> bool:
+    """Return whether a name is a known one with a letter or two missing, changed or added."""
+    return name != known and difflib.SequenceMatcher(None, name, known).ratio() > 0.9 and name != f"{known}_"
 
 
 def others(code: Code) -> Iterator[str]:
     """Yield all other changes in the same way."""
+    if any(isinstance(node, ast.While) for node in ast.walk(code)):  # many of the other changes never end
+        yield from _replace_parts(code, [_number])
     blocks = _blocks(code)
     for block in blocks:
         yield from _change_lines(block, blocks)
     body = [node for line in code.body for node in ast.walk(line)]
     parts = [each for each in body if isinstance(each, ast.BinOp | ast.Subscript) and len(ast.unparse(each)) < LONG]
+    parts += [ast.Name(name, ast.Load()) for name in sorted(_names_set(code))]
     makers = [_leave_out, _operate, _number, _call, _transpose, lambda node: _other_part(node, parts)]
     yield from _replace_parts(code, makers)
 
@@ -128,10 +157,17 @@ def _blocks(code: Code) -> list[list[ast.stmt]]:
     return [each for each in lists if all(isinstance(line, ast.stmt) for line in each)]
 
 
+def _names_set(code: Code) -> set[str]:
+    """Return the names of arguments and of what is set."""
+    nodes = [*ast.walk(code)]
+    stored = {each.id for each in nodes if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}
+    return stored | {each.arg for each in nodes if isinstance(each, ast.arg)}
+
+
 def _places(body: list[ast.AST]) -> Iterator[tuple[Any, Any]]:
     """Yield each place of an expression that is read, as a dict or list and its key or index; never what is set."""
     stored = [node for node in body if isinstance(getattr(node, "ctx", None), ast.Store)]
-    set_too = {each for node in stored for each in ast.walk(node)}  # such as self in self.rank = rank
+    set_too = {each for node in stored for each in _walk_set(node)}  # such as self in self.rank = rank
     for node in body:
         if node in set_too:
             continue
@@ -142,9 +178,18 @@ def _places(body: list[ast.AST]) -> Iterator[tuple[Any, Any]]:
                     yield (value if isinstance(value, list) else vars(node)), key
 
 
+def _walk_set(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield a place that is set and its parts, without the index in brackets."""
+    yield node
+    for name, value in ast.iter_fields(node):
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, ast.AST) and not (isinstance(node, ast.Subscript) and name == "slice"):
+                yield from _walk_set(each)
+
+
 def _enclosing(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> ast.AST:
     """Return the smallest part of the code around a node that is long enough to be recognised."""
-    while len(ast.unparse(node)) < SHOWN and not isinstance(node, ast.stmt):
+    while (isinstance(node, ast.Name) or len(ast.unparse(node)) < SHOWN) and not isinstance(node, ast.stmt):
         above = parents[node]
         if isinstance(above, ast.For | ast.While | ast.If | ast.FunctionDef | ast.ClassDef | ast.comprehension):
             break
@@ -219,6 +264,20 @@ def _among(node: ast.expr) -> Iterator[ast.expr]:
             yield ast.Compare(value, [ast.In()], [ast.Tuple([one, other], ast.Load())])
 
 
+def _power(node: ast.expr) -> Iterator[ast.expr]:
+    match node:
+        case ast.BinOp(ast.BinOp(a, operator, b), ast.BitXor(), c):  # a * 2 ^ 30
+            yield ast.BinOp(a, operator, ast.BinOp(b, ast.Pow(), c))
+        case ast.BinOp(a, ast.BitXor(), b):
+            yield ast.BinOp(a, ast.Pow(), b)
+
+
+def _case(node: ast.expr) -> Iterator[ast.expr]:
+    match node:
+        case ast.Constant(str(text)):
+            yield from (ast.Constant(other) for other in (text.upper(), text.lower(), text.capitalize()))
+
+
 def _factors(node: ast.expr) -> tuple[ast.expr, Callable[[ast.expr], ast.expr]]:
     """Return a of a * b / c, and a function that returns the same product of another first factor."""
     match node:
@@ -267,6 +326,10 @@ def _call(node: ast.expr) -> Iterator[ast.expr]:
                 yield ast.Call(function, arguments[:i] + arguments[i + 1 :], keywords)
             for i in range(len(keywords)):
                 yield ast.Call(function, arguments, keywords[:i] + keywords[i + 1 :])
+            for i, each in enumerate(arguments):
+                if isinstance(each, ast.Name | ast.Call):  # len(d) - 1
+                    one_less = ast.BinOp(each, ast.Sub(), ast.Constant(1))
+                    yield ast.Call(function, [*arguments[:i], one_less, *arguments[i + 1 :]], keywords)
         case ast.Name(name) | ast.Attribute(_, name):
             for other in sorted({other for family in FAMILIES if name in family for other in family - {name}}):
                 is_name = isinstance(node, ast.Name)

@@ -127,12 +127,66 @@ BYTES = [((3, 5), 4 * 3 + 16 * 5), ((0, 2), 32)]
             BYTES,
             "line 2, trained = trained + frozen, is left out",
         ),
+        (
+            "def f(rate, a, b):\n    return rate * (a / b) ^ 0.5",
+            POWERS,
+            "in line 2, rate * (a / b) ** 0.5 in place of rate * (a / b) ^ 0.5",
+        ),
+        (
+            "def f(rate, kind):\n    if kind == 'b':\n        return rate\n    return 2 * rate",
+            [((3.0, "B"), 3.0), ((3.0, "both"), 6.0)],
+            "in line 2, kind == 'B' in place of kind == 'b'",
+        ),
+        (
+            "def f(x):\n    x = [*x]\n    x.reverse\n    return x[0]",
+            [(([*VALUES],), 11.0), ((VALUES[:2],), 3.0)],
+            "in line 3, x.reverse(), for without brackets reverse is not called",
+        ),
+        (
+            "def f(x):\n    x = np.array(x)\n    x[-2:] = 0\n    return x.sum()",
+            [((VALUES,), 5.0), ((VALUES[1:],), 8.0)],
+            "in line 3, x[2:] = 0 in place of x[-2:] = 0",
+        ),
+        (
+            "def f(x):\n    return np.std(x, ddof=1) / math.pow(len(x), 0.5)",
+            [((VALUES,), np.std(VALUES, ddof=1) / 2), ((VALUES[:3],), np.std(VALUES[:3], ddof=1) / math.sqrt(2))],
+            "in line 2, math.pow(len(x) - 1, 0.5) in place of math.pow(len(x), 0.5)",
+        ),
+        (
+            "def f(frozen, trained):\n    small = 4 * frozen\n    return small + 16 * frozen",
+            BYTES,
+            "in line 3, 16 * trained in place of 16 * frozen",
+        ),
     ],
 )
 def test_the_change_is_named_with_its_line(code, cases, said):
     answer, passes = written(code), passing(on=cases)
     found = [find_change(answer, changes, passes, lambda: True) for changes in (slips, others)]
     assert next(filter(None, found)) == f"One change makes it right: {said}."
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (
+            "def f(layer):\n    for p in layer.parameters():\n        p.require_grad = False\n"
+            "    layer.bias.require_grad = True",
+            "requires_grad in place of require_grad in line 3, which torch does not know",
+        ),
+        (
+            "def f(layer):\n    layer.weight.requires_grad = False\n    layer.alpha == 3",
+            "in line 3, layer.alpha = 3, for == only compares",
+        ),
+    ],
+)
+def test_what_is_set_in_vain_is_named(code, said):
+    def passes(function):
+        layer = torch.nn.Linear(2, 2)
+        function(layer)
+        trains = layer.weight.requires_grad, layer.bias.requires_grad
+        return trains == (False, True) and getattr(layer, "alpha", 3 - ("alpha" in code)) == 3
+
+    assert find_change(written(code), slips, passes, lambda: True) == f"One change makes it right: {said}."
 
 
 def test_nothing_is_said_of_what_no_change_mends_nor_without_code_or_time():
@@ -186,7 +240,7 @@ class Layer(nn.Module):
 
     def targets():
         stored = (node for node in ast.walk(layer) if isinstance(getattr(node, "ctx", None), ast.Store))
-        return {ast.unparse(node) for node in stored}
+        return {ast.unparse(node.value if isinstance(node, ast.Subscript) else node) for node in stored}
 
     before = targets()
     for _ in itertools.chain(slips(layer), others(layer)):

@@ -113,6 +113,9 @@ terms_for = Exercise(
     inputs=spectrum_and_share,
     wrong={
         "The sum is of the wrong quantity. Energy is the sum of squares, so square S first.": ("S ** 2", "S"),
+        "The running sum is not a share yet. Divide it by the sum of all squares.": (
+            "return int(np.sum(np.cumsum(S**2) < share)) + 1"
+        ),
         "There is one term too few. These hold less than the share, and the next one reaches it.": (" + 1", ""),
         "There is one term too many. Count the terms that hold less than the share, and add one.": ("+ 1", "+ 2"),
         "There is one term too many where the share is met exactly. At least this share means that it is enough.": (
@@ -155,10 +158,12 @@ def an_exact_share_is_enough(terms_for, rng):
 
 
 def shape_of_a_matrix(rng):
-    """Two sizes. In a third of the cases a rank costs exactly as much as the matrix, and in a third no rank saves."""
+    """Two sizes. In a quarter of cases a rank costs exactly as much as the matrix, and in a quarter no rank saves."""
     k, m, n = rng.integers(2, 400, 3).tolist()
-    # 3 k by 6 k has 18 k^2 entries, and its factors 9 k numbers for each rank: at rank 2 k they cost as much.
-    return ((3 * k, 6 * k), rng.permutation([1, k]).tolist(), (m, n))[rng.integers(3)]
+    # 3 k by 6 k has 18 k^2 entries, and its factors 9 k numbers for each rank: at rank 2 k they cost as much. In the
+    # last three a rank costs one number less than the matrix.
+    least = ((2, 3), (3, 7), (5, 8))[rng.integers(3)]
+    return ((3 * k, 6 * k), rng.permutation([1, k]).tolist(), (m, n), least)[rng.integers(4)]
 
 
 largest_saving_rank = Exercise(
@@ -186,6 +191,9 @@ largest_saving_rank = Exercise(
             "return max(1, (m * n - 1) // (m + n))",
             "return max(r for r in range(1, m + n) if r * (m + n) < m * n)",
         ],
+        "B and A alone are stored: a rank costs m + n numbers, without a number for a singular value.": (
+            "return (m * n - 1) // (m + n + 1)"
+        ),
     },
     hints=[
         "A factor of m x r and one of r x n hold r * (m + n) numbers; the matrix holds m * n.",
@@ -193,6 +201,7 @@ largest_saving_rank = Exercise(
         "// rounds down; think about what happens when m * n is a multiple of m + n.",
     ],
     praise="Up to this rank two factors are smaller than their matrix, and LoRA stays far below it.",
+    draws=80,
 )
 
 
@@ -200,7 +209,7 @@ largest_saving_rank = Exercise(
 def saves_and_the_next_rank_does_not(largest_saving_rank, rng):
     """At the result the two factors are smaller than the matrix, and at the next rank they are not."""
     m, n = rng.integers(3, 900, 2).tolist()
-    ranks = [(largest_saving_rank(*shape), *shape) for shape in ((m, n), (1, n), (m, 1))]
+    ranks = [(largest_saving_rank(*shape), *shape) for shape in ((m, n), (1, n), (m, 1), (2, 3), (5, 8))]
     # Where m + n divides m * n the next property decides.
     return all(r == int(r) and r * (m + n) < m * n <= (r + 1) * (m + n) for r, m, n in ranks if m * n % (m + n))
 
