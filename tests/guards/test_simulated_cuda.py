@@ -515,6 +515,7 @@ def lesson(rehearsals_on_the_cpu, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_the_lesson_on_memory_measures_there(lesson):
     cells = ("cell-02", "cell-10", "cell-20")  # the others predict, or read records
     names = lesson("04", {cell: {} for cell in cells})

@@ -96,6 +96,7 @@ def small(monkeypatch):
     monkeypatch.setattr(bases, "TOKENS", bases.BATCH * bases.SEQ_LEN * 101)
 
 
+@pytest.mark.slow
 def test_a_base_is_made_from_nothing_and_goes_on_where_it_was_stopped(small, monkeypatch, tmp_path):
     whole = bases.make_base("tiny-64-1", tmp_path / "whole")
     model, tokenizer = ll.load_pretrained(whole)
