@@ -12,6 +12,7 @@ import copy
 import functools
 import inspect
 import io
+import itertools
 import linecache
 import reprlib
 import signal
@@ -295,6 +296,8 @@ def _searcher(
     """Return a function that takes changes, and says which makes the answer right on these cases and all properties."""
     end = time.monotonic() + SEARCH_SECONDS
     names = list(inspect.signature(exercise.solution).parameters)
+    constants = getattr(getattr(exercise.solution, "__code__", None), "co_consts", ())
+    words = {each for each in itertools.chain(constants, *cases) if isinstance(each, str)}
 
     def is_right(candidate: Any) -> bool:
         for case, right in zip(cases, rights, strict=True):
@@ -311,6 +314,7 @@ def _searcher(
             return False
 
     def search(changes: Callable) -> str | None:
+        changes = functools.partial(changes, words=words) if changes is nearly.slips else changes
         return nearly.find_change(answer, changes, passes, lambda: time.monotonic() < end) if can_limit() else None
 
     return search
@@ -344,9 +348,10 @@ def _wrong_interface(answer: Callable[..., Any], pairs: Pairs, changed: Sequence
 
 
 def _differs_on_some(pairs: Pairs) -> str | None:
-    """Return the first difference of type or shape, and on how many inputs there is one; None if there is none."""
-    differences = [each for outcome, right in pairs if (each := difference(outcome.value, right.value))]
-    return f"On {len(differences)} of {len(pairs)} inputs: {differences[0]}" if differences else None
+    """Return the first difference of type or shape, and on how many inputs, if all wrong results differ so."""
+    wrong = [(outcome, right) for outcome, right in pairs if not _agrees(outcome, right)]
+    differences = [difference(outcome.value, right.value) for outcome, right in wrong]
+    return f"On {len(wrong)} of {len(pairs)} inputs: {differences[0]}" if all(differences) else None
 
 
 def _constant_factor(pairs: Pairs) -> str | None:

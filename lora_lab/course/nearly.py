@@ -11,7 +11,7 @@ import difflib
 import inspect
 import itertools
 import linecache
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import reduce
 from typing import Any
 
@@ -79,11 +79,14 @@ def find_change(
     return None
 
 
-def slips(code: Code) -> Iterator[str]:
+def slips(code: Code, words: Collection[str] = ()) -> Iterator[str]:
     """Yield which slip of the pen is mended, while the code is so; afterwards it is as before.
 
     Brackets that are missing, ``x == 1 or 2``, ``2 ^ 30``, "b" for "B", a result that is dropped, a comparison or an
     uncalled method that stands alone, a method that is overwritten, and a misspelt ``requires_grad``.
+
+    Args:
+        words: texts that inputs are or hold.
     """
     misspelt = [each for each in ast.walk(code) if isinstance(each, ast.Attribute) and _is_nearly(each.attr, KNOWN)]
     if misspelt:
@@ -113,7 +116,7 @@ def slips(code: Code) -> Iterator[str]:
                     block[i] = ast.Expr(call, lineno=line.lineno)
                     yield f"in line {line.lineno}, {ast.unparse(block[i])}, for {name} is a method, to be called"
             block[i] = line
-    yield from _replace_parts(code, [_group, _among, _power, _case])
+    yield from _replace_parts(code, [_group, _among, _power, lambda node: _case(node, words)])
 
 
 def _is_nearly(name: str, known: str) -> bool:
@@ -214,7 +217,7 @@ def _change_lines(block: list[ast.stmt], blocks: list[list[ast.stmt]]) -> Iterat
         block[i] = line
         if not isinstance(line, ast.FunctionDef | ast.ClassDef):
             block[i] = ast.Pass()
-            yield f"{where}, is left out"
+            yield f"leave out {where}"
             block[i] = line
     for outer in blocks:  # the last line of a loop or a condition, moved behind it
         for i, line in enumerate(outer):
@@ -247,6 +250,11 @@ def _group(node: ast.expr) -> Iterator[ast.expr]:
             yield ast.BinOp(a, operator, ast.IfExp(test, b, other))
             if isinstance(b, ast.BinOp):
                 yield ast.BinOp(a, operator, ast.BinOp(b.left, b.op, ast.IfExp(test, b.right, other)))
+        case ast.BinOp(ast.Call(function, [a], []), ast.Div() | ast.Mult() as operator, b):  # sqrt(a) / b
+            yield ast.Call(function, [ast.BinOp(a, operator, b)], [])
+    match node:
+        case ast.IfExp(test, body, ast.BinOp(a, operator, b)):  # a if test else b * c
+            yield ast.BinOp(ast.IfExp(test, body, a), operator, b)
     match node:
         case ast.BinOp(a, ast.Add() | ast.Sub() as sign, ast.BinOp() as product):  # a + b + c * d / e
             factor, times_the_rest = _factors(product)
@@ -272,10 +280,10 @@ def _power(node: ast.expr) -> Iterator[ast.expr]:
             yield ast.BinOp(a, ast.Pow(), b)
 
 
-def _case(node: ast.expr) -> Iterator[ast.expr]:
+def _case(node: ast.expr, words: Collection[str]) -> Iterator[ast.expr]:
     match node:
         case ast.Constant(str(text)):
-            yield from (ast.Constant(other) for other in (text.upper(), text.lower(), text.capitalize()))
+            yield from (ast.Constant(word) for word in sorted({*words}) if word.lower() == text.lower())
 
 
 def _factors(node: ast.expr) -> tuple[ast.expr, Callable[[ast.expr], ast.expr]]:
@@ -348,7 +356,7 @@ def _leave_out(node: ast.expr) -> Iterator[ast.expr]:
             yield value
         case ast.Call(ast.Attribute(value, "reshape" | "view")):
             yield from (value, ast.Attribute(value, "T", ast.Load()))
-        case ast.Call(_, [argument, *_]):
+        case ast.Call(_, [argument, *_]) if not isinstance(argument, ast.Constant):  # a condition must not be constant
             yield argument
         case ast.Subscript(value) | ast.Attribute(value, "T"):
             yield value

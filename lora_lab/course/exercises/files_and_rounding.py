@@ -220,7 +220,7 @@ def sees_another_base(find_fault, rng):
 
 
 @find_fault.must(
-    "The frozen weight already holds the update: they differ by scaling * B A, up to rounding. Use torch.allclose.",
+    "The frozen weight already holds the update: they differ by B A times the scaling, up to rounding (allclose).",
     (IS_UPDATE, "torch.equal(moved, update)"),
     ("layer.scaling * (", "("),
 )

@@ -181,6 +181,11 @@ choose = Exercise(
         ],
         "One lucky seed chose. Take the mean over the seeds of each rate first.": ("np.mean(", "max("),
         "One unlucky seed chose. Take the mean over the seeds of each rate first.": ("np.mean(", "min("),
+        "You let the seeds vote. Take the mean over the seeds of each rate, and the rate with the best mean.": """
+            seeds = range(len(next(iter(validation.values()))))
+            wins = [max(validation, key=lambda rate: validation[rate][seed]) for seed in seeds]
+            return max(validation, key=wins.count)
+        """,
         "This is the best median. The mean counts every seed: np.mean(validation[rate]).": ("np.mean(", "np.median("),
         "Only the first seed chose. Take the mean over all seeds of each rate.": (
             [("np.mean(validation[rate])", "validation[rate][0]"), ("np.mean(validation[rate])", "validation[rate]")]

@@ -35,6 +35,9 @@ multiply_adds = Exercise(
         "T is counted twice. Attention has two inputs, so its backward pass multiplies 2 T and its forward pass T.": (
             ("2 * T", "T")
         ),
+        "With LoRA T is counted once too little: attention has no weights to freeze, and backward multiplies 2 T.": (
+            "return 2 * (M + E + T) + 3 * P if method == 'LoRA' else 3 * (M + E + T)"
+        ),
         "The adapters are missing. With LoRA they multiply P forward and 2 P backward.": (LORA, "forward + inputs"),
         "The adapters are counted in the forward pass alone. Backward they multiply 2 P.": (" + P + P", ""),
         "The adapters are counted twice, but they multiply P three times. Backward it is for inputs and for weights.": (

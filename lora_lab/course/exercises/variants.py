@@ -166,7 +166,10 @@ def begins_at_zero(LoRAFA, rng):
     return not layer_of(LoRAFA, rng).lora_B.any()
 
 
-@lora_fa.must("A still learns, as in LoRA. LoRA-FA freezes it.", (FROZEN, "pass"))
+@lora_fa.must(
+    "A still learns, as in LoRA. Freeze it: self.lora_A.requires_grad_(False).",
+    (FROZEN, "pass"),
+)
 def gives_A_no_gradient(LoRAFA, rng):
     return after_backward(LoRAFA, rng).lora_A.grad is None
 
@@ -349,6 +352,9 @@ dora = Exercise(
             (f" / {LENGTH}", "")
         ),
         "The scaling is missing. V is W + scaling * B A.": ("scaling * ", ""),
+        "You divided the update alone by its length. DoRA divides each row of the sum, V = W + s B A.": (
+            "update = scaling * (B @ A)\nreturn x @ (W + m[:, None] * update / update.norm(dim=1, keepdim=True)).T"
+        ),
         "W is added once more. V holds it already.": ("x @ (m", "x @ W.T + x @ (m"),
         "The update is outside. In DoRA, B A changes the direction, so add it to W before you divide by the length.": (
             ("W + scaling * B @ A", "W", ".T", ".T + scaling * x @ A.T @ B.T")
