@@ -13,7 +13,7 @@ CLAIMS = json.loads(Path(__file__).with_name("claims.json").read_text(encoding="
 RECORDS = sorted(path.stem for path in (ROOT / "records").glob("*.json"))
 KINDS = ["ablation", "downstream", "elicitation", "head_start", "memory", "overfitting", "quality", "rates"]
 KINDS += ["spectra", "speed", "tiny_batch", "tiny_front", "tiny_layers", "tiny_quantised", "tiny_rank"]
-KINDS += ["tiny_repeats", "tiny_upgrade", "tiny_variants"]
+KINDS += ["tiny_readmes", "tiny_repeats", "tiny_upgrade", "tiny_variants"]
 PUBLISHED = sorted(path.stem for path in (ROOT / "records" / "published").glob("*.json"))
 
 
