@@ -102,7 +102,8 @@ class Found:
     @property
     def scope(self) -> str:
         """The same in a sentence or two."""
-        measured = [each for each in (SMOLLM2, SMALL) if each in self.seen_on]
+        of_number = {_scale_of(row) for name, row in self.rows.items() if name == self.answer.of}  # open or not
+        measured = [each for each in (SMOLLM2, SMALL) if each in of_number.union(self.seen_on)]
         ours = f"Measured on {' and '.join(measured)}." if measured else ""
         counted = "Counted, not measured." * (COUNTED in self.seen_on and not measured)
         also = "Others report on larger models, too." if ours or counted else "Measured by others."
@@ -159,13 +160,16 @@ def _seen_on(row: Entry) -> set[str]:
     """Return where a row was seen, if it is decided: by us, and by a source that was read, if it states what stands."""
     if row.result.verdict in (OPEN, UNTESTABLE):
         return set()
-    if row.claim.scale.startswith("published"):
-        ours = PUBLISHED
-    elif row.claim.scale in ("counted", "predicted"):
-        ours = COUNTED
-    else:
-        ours = SMOLLM2 if re.search("SmolLM2|two models", row.claim.scale) else SMALL
+    ours = _scale_of(row)
     return {ours, PUBLISHED} if row.result.verdict == STANDS and row.claim.read in READ else {ours}
+
+
+def _scale_of(row: Entry) -> str:
+    if row.claim.scale.startswith("published"):
+        return PUBLISHED
+    if row.claim.scale in ("counted", "predicted"):
+        return COUNTED
+    return SMOLLM2 if re.search("SmolLM2|two models", row.claim.scale) else SMALL
 
 
 @cache

@@ -234,18 +234,21 @@ def compare_rates(pairs: Sequence[tuple[float | None, float | None]]) -> tuple[t
     return (lower, upper), f"{mean:.2f} times ({lower:.2f} to {upper:.2f})"
 
 
-@decides("longer-training-lower-rate", record="tiny_rank", on="the method")
-def rates_by_steps(record: Record) -> Cases:
+@decides("longer-training-lower-rate", record="tiny_rank", beside="tiny_readmes", on=("the text", "the method"))
+def rates_by_steps(*records: Record) -> Cases:
     """The best rate after the most steps in units of that after the fewest, with Student's t over the bases."""
-    by_method: dict[str, dict[str, dict[int, float | None]]] = {}
-    for (base, setup), rate in best_rates(record).items():
-        method, steps = setup.removesuffix(" steps").split(", ")
-        by_method.setdefault(method, {}).setdefault(base, {})[int(steps)] = rate
-    for method, of_base in by_method.items():
-        counts = {steps for rates in of_base.values() for steps in rates}
-        few, more = min(counts), max(counts)
-        bounds, words = compare_rates([(rates[more], rates[few]) for rates in of_base.values()])
-        yield below(*bounds, 1) if bounds else None, f"{method}, {few} to {more} steps: {words}"
+    for record in records:
+        text = record.what.replace("tiny_rank", "numpy").removeprefix("tiny_")
+        by_method: dict[str, dict[str, dict[int, float | None]]] = {}
+        for (base, setup), rate in best_rates(record).items():
+            method, steps = setup.removesuffix(" steps").split(", ")
+            by_method.setdefault(method, {}).setdefault(base, {})[int(steps)] = rate
+        for method, of_base in by_method.items():
+            counts = {steps for rates in of_base.values() for steps in rates}
+            few, more = min(counts), max(counts)
+            bounds, words = compare_rates([(rates[more], rates[few]) for rates in of_base.values()])
+            answer = below(*bounds, 1) if bounds else None
+            yield answer, f"{text}, {method}, {few} to {more} steps: {words}", text, method
 
 
 # Batches, repetition, and other versions of a base
