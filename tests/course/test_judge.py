@@ -114,6 +114,18 @@ def test_a_result_that_is_missing_on_some_inputs_is_shown_beside_the_expected_on
     assert "your result = None" in verdict.example
 
 
+def test_what_is_missing_on_some_inputs_is_no_answer_where_others_are_wrong_too(register):
+    trial = register((lambda n: n), inputs=lambda rng: (int(rng.integers(1, 9)),), draws=40)
+    verdict = judge(trial, lambda n: n + 20 if n < 5 else None)
+    assert "Is the return missing?" not in verdict.text
+
+
+def test_an_error_that_is_often_met_comes_with_advice(register):
+    trial = register((lambda x: x.sum()), inputs=lambda rng: (torch.from_numpy(rng.normal(size=3)),), draws=4)
+    verdict = judge(trial, lambda x: 1 if x else 0)  # a line that is shown, so apart from what is expected
+    assert "Ask `is not None` whether there is one" in verdict.text
+
+
 def test_a_result_that_lacks_a_property_is_told_so_with_an_example(register):
     def fits(answer, rng):
         """No more than ten fit."""

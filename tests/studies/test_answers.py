@@ -137,6 +137,14 @@ def test_dots_and_scope_follow_the_scales_of_the_rows_that_are_decided(found, ro
     assert (answer.dots, answer.scope) == (dots, scope)
 
 
+def test_the_scope_names_that_of_the_number_even_if_its_row_is_open(found):
+    written = found["written"]
+    assert written.rows[written.answer.of].result.verdict == "open"
+    assert written.scope == "Measured on SmolLM2 and small models."
+    elsewhere = dataclasses.replace(written.answer, of="low-energy-rank-is-learning")
+    assert dataclasses.replace(written, answer=elsewhere).scope == "Measured on small models."
+
+
 def test_numbers_are_those_of_the_rows(found):
     seen = 0
     for name, answer in found.items():

@@ -191,9 +191,10 @@ largest_saving_rank = Exercise(
             "return max(1, (m * n - 1) // (m + n))",
             "return max(r for r in range(1, m + n) if r * (m + n) < m * n)",
         ],
-        "B and A alone are stored: a rank costs m + n numbers, without a number for a singular value.": (
-            "return (m * n - 1) // (m + n + 1)"
-        ),
+        "B and A alone are stored: a rank costs m + n numbers, without a number for a singular value.": [
+            "return (m * n - 1) // (m + n + 1)",
+            "return (m * n - 2) // (m + n)",
+        ],
     },
     hints=[
         "A factor of m x r and one of r x n hold r * (m + n) numbers; the matrix holds m * n.",

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from lora_lab.ablation.stats import best_rate, losses_by_rate, t_bounds
-from lora_lab.studies.claims.compared import Gap, block_losses, gaps, list_gaps
+from lora_lab.studies.claims.compared import MIN_SEEDS, Gap, block_losses, gaps, list_gaps
 from lora_lab.studies.claims.deciding import Answer, Cases, Claim, above, below, decides, within
 from lora_lab.studies.claims.measured import MARGIN, select
 from lora_lab.studies.records import Record
@@ -230,6 +230,8 @@ def compare_rates(pairs: Sequence[tuple[float | None, float | None]]) -> tuple[t
     ratios = [math.log(first / second) for first, second in pairs if first and second]
     if len(ratios) < len(pairs):
         return None, "a best rate is at the edge of its grid"
+    if len(ratios) < MIN_SEEDS:
+        return None, f"{' and '.join(f'{math.exp(each):.2f}' for each in ratios)} times on {len(ratios)} bases, too few"
     mean, lower, upper = map(math.exp, t_bounds(ratios))
     return (lower, upper), f"{mean:.2f} times ({lower:.2f} to {upper:.2f})"
 
@@ -238,7 +240,7 @@ def compare_rates(pairs: Sequence[tuple[float | None, float | None]]) -> tuple[t
 def rates_by_steps(*records: Record) -> Cases:
     """The best rate after the most steps in units of that after the fewest, with Student's t over the bases."""
     for record in records:
-        text = record.what.replace("tiny_rank", "numpy").removeprefix("tiny_")
+        text = str(record.rows[0]["data"]).partition(", ")[2]
         by_method: dict[str, dict[str, dict[int, float | None]]] = {}
         for (base, setup), rate in best_rates(record).items():
             method, steps = setup.removesuffix(" steps").split(", ")

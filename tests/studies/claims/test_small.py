@@ -268,6 +268,8 @@ def test_longer_training_and_the_best_rate(factor, expected):
     long = tried(lambda base: {"r=8": 4e-3 * factor * wobble[base], "full": 1e-3 * factor * wobble[base]}, steps=720)
     result = decide("longer-training-lower-rate", "tiny_rank", [*short, *long])
     assert result.verdict == expected, result.measured
+    two = [row for row in [*short, *long] if row["data"].startswith("tiny-64")]
+    assert decide("longer-training-lower-rate", "tiny_rank", two).verdict == "open"  # two bases are no sample
 
 
 # Passes
