@@ -201,7 +201,7 @@ def plan_tiny_layers(device: torch.device) -> Iterator[BlockSweep]:
 
 
 def plan_smol_layers(device: torch.device) -> Iterator[BlockSweep]:
-    """Yield what two cores can do in an hour."""
+    """Yield what two cores can do in two hours."""
     yield plan_pages(SMOLLM2, list_layers(SMOLLM2), 60)
 
 

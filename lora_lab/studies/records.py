@@ -48,7 +48,7 @@ KINDS = {
     "tiny_upgrade": Kind("versions", "half an hour", "is an adapter of use to a later base, on the same?", grows=True),
     "tiny_front": Kind("front", "three hours", "who forgets less at equal learning, on the same?", grows=True),
     "smol_rank": Kind("paged", "four hours", "is LoRA as good as full fine-tuning, judged by pages?", grows=True),
-    "smol_layers": Kind("paged", "an hour", "which layers should have adapters, judged by pages", grows=True),
+    "smol_layers": Kind("paged", "two hours", "which layers should have adapters, judged by pages", grows=True),
     "smol_variants": Kind("paged", "two hours", "do variants of LoRA learn more, judged by pages?", grows=True),
     "smol_quantised": Kind("versions", "an hour", "what NF4 and merges cost, judged by pages", grows=True),
     "spectra": Kind("spectra", "half an hour", "what training writes into the weights"),

@@ -68,23 +68,31 @@ def answers(
     check(limit, Size | None, "limit")
     check(max_new_tokens, Size | None, "max_new_tokens")
     pairs = task.pairs_of(part)[:limit]
+    lengths = [len(task.prompt_ids(pair)) for pair in pairs]
+    order = sorted(range(len(pairs)), key=lengths.__getitem__)  # similar lengths, little padding
+    ordered = [pairs[i] for i in order]
     if task.metric == "classification":
         labels = classes(task)
-        best = log_likelihoods(model, task, pairs, labels).argmax(1)  # (n,)
-        return [labels[i] for i in best.tolist()]
-    lengths = [len(task.prompt_ids(pair)) for pair in pairs]
+        best = log_likelihoods(model, task, ordered, labels).argmax(1)  # (n,)
+        said = [labels[i] for i in best.tolist()]
+    else:
+        said = _continue(model, task, ordered, max_new_tokens)
+    texts = dict(zip(order, said, strict=True))
+    return [texts[i] for i in range(len(pairs))]
+
+
+def _continue(model: nn.Module, task: PairTask, pairs: Sequence[Pair], max_new_tokens: int | None) -> list[str]:
+    """Return the model's answers, word by word, to pairs in the order of their prompts' lengths."""
     if max_new_tokens is None:
         longest = int((task.train.targets != IGNORE).sum(1).max())
-        room = (context_length(model) or sys.maxsize) - max(lengths)
+        room = (context_length(model) or sys.maxsize) - len(task.prompt_ids(pairs[-1]))
         max_new_tokens = max(1, min(longest + longest // 4, room))
-    order = sorted(range(len(pairs)), key=lengths.__getitem__)  # similar lengths, little padding
     rows = []
     with restore_modes(model):
         model.eval()
-        for scores, reader in _read_batches(model, task, [pairs[i] for i in order], max_new_tokens):
+        for scores, reader in _read_batches(model, task, pairs, max_new_tokens):
             rows += _greedy_continuations(scores, reader, max_new_tokens, stop_token(task.tokenizer))
-    texts = {i: task.tokenizer.decode(ids).strip() for i, ids in zip(order, rows, strict=True)}
-    return [texts[i] for i in range(len(pairs))]
+    return [task.tokenizer.decode(ids).strip() for ids in rows]
 
 
 def _read_batches(model: nn.Module, task: PairTask, pairs: Sequence[Pair], new: int) -> Iterator[tuple[Tensor, Reader]]:

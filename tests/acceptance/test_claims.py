@@ -12,7 +12,7 @@ from tests.acceptance import ROOT
 CLAIMS = json.loads(Path(__file__).with_name("claims.json").read_text(encoding="utf-8"))
 RECORDS = sorted(path.stem for path in (ROOT / "records").glob("*.json"))
 KINDS = ["ablation", "downstream", "elicitation", "head_start", "memory", "overfitting", "quality", "rates"]
-KINDS += ["spectra", "speed", "tiny_batch", "tiny_front", "tiny_layers", "tiny_quantised", "tiny_rank"]
+KINDS += ["smol_layers", "spectra", "speed", "tiny_batch", "tiny_front", "tiny_layers", "tiny_quantised", "tiny_rank"]
 KINDS += ["tiny_readmes", "tiny_repeats", "tiny_upgrade", "tiny_variants"]
 PUBLISHED = sorted(path.stem for path in (ROOT / "records" / "published").glob("*.json"))
 

@@ -517,7 +517,7 @@ def table(entries: Mapping[str, Entry], width: int = WIDTH) -> str:
     lines = []
     for name, entry in entries.items():
         lines.append(f"{name:<31}{textwrap.shorten(entry.claim.sentence, width - 31, placeholder=' ...')}")
-        lines.append(f"{'':<28}{entry.verdict:<30}{entry.claim.whose:<21.20}{entry.where}")
+        lines.append(f"{'':<8}{entry.verdict:<50}{entry.claim.whose:<21.20}{entry.where}")
     weaker = sum(WEAKER in entry.verdict for entry in entries.values())
     waiting = sum(entry.where == WAITS for entry in entries.values())
     lines += ["", f"{len(entries)} claims: {_count(entries.values())}; {waiting} open ones wait for a study."]
