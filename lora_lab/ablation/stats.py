@@ -24,6 +24,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -161,11 +162,16 @@ def resampled_means(values: np.ndarray) -> np.ndarray:
 
     Reference: Efron 1979, "Bootstrap Methods: Another Look at the Jackknife", Annals of Statistics 7, section 2.
     """
-    random = np.random.default_rng(0)
     seeds, blocks = values.shape[-2:]
-    by_seed = random.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES)  # (resamples, seeds): how often each
-    by_block = random.multinomial(blocks, np.full(blocks, 1 / blocks), RESAMPLES)  # (resamples, blocks)
+    by_seed, by_block = _resample(seeds, blocks)
     return np.einsum("...sb,ks,kb->...k", values, by_seed, by_block, optimize=True) / (seeds * blocks)
+
+
+@lru_cache(maxsize=8)
+def _resample(seeds: int, blocks: int) -> list[np.ndarray]:
+    """Return how often each seed is in each sample, (resamples, seeds), and each block, (resamples, blocks)."""
+    random = np.random.default_rng(0)
+    return [random.multinomial(n, np.full(n, 1 / n), RESAMPLES) for n in (seeds, blocks)]
 
 
 def interval(samples: np.ndarray) -> tuple[float, float]:
