@@ -284,7 +284,16 @@ def _has_values(model: nn.Module) -> bool:
 
 def copy_to_meta(model: nn.Module) -> nn.Module:
     """Return a copy of a model whose tensors have shapes but no values, so that it takes no memory."""
-    return copy_with(model, lambda tensor: tensor.detach().to("meta"))
+    return without_kernels(copy_with(model, lambda tensor: tensor.detach().to("meta")))
+
+
+def without_kernels(twin: nn.Module) -> nn.Module:
+    """Give a copy transformers' own forward passes back: since 5.25 it looks for kernels, and knows none for "meta"."""
+    module: Any
+    for module in twin.modules():
+        if getattr(module, "_use_kernels", False):
+            module._kernels_device, module.use_kernels = "cpu", False
+    return twin
 
 
 def copy_with(model: nn.Module, change: Callable[[Tensor], Tensor], left_out: Iterable[nn.Module] = ()) -> nn.Module:

@@ -63,6 +63,7 @@ class Reader:
         weights = list(model.parameters())
         self.is_small = sum(each.numel() * each.element_size() for each in weights) <= SMALL_BYTES
         self.is_small &= all(each.device.type == "cpu" for each in weights)
+        self.is_stateful = getattr(model, "_is_stateful", False)  # as transformers said it before 5.25
 
     def read(self, ids: Tensor, each: bool = False) -> Tensor:
         """Read tokens that continue the texts, and return the logits of what follows them.
@@ -82,7 +83,7 @@ class Reader:
         new = ids.shape[1]
         # transformers has renamed the argument, and the field of the outputs.
         name = next((name for name in ("cache", "past_key_values") if accepts(self.model, name)), None)
-        if name is None or getattr(self.model, "_is_stateful", False):
+        if name is None or self.is_stateful:
             name = None
             ids = self.ids = ids if self.ids is None else torch.cat([self.ids, ids], 1)  # (16, length)
         arguments: dict[str, Any] = {"use_cache": False} if name is None else {"use_cache": True, name: self.cache}
@@ -96,6 +97,8 @@ class Reader:
         outputs = self.model(ids, **arguments)
         if name is not None:
             self.cache = getattr(outputs, name)
+            if any(hasattr(layer, "recurrent_states") for layer in getattr(self.cache, "layers", ())):
+                self.is_stateful, self.ids, self.cache = True, ids, None  # from now on all is read again
         return outputs.logits[:, -new if each else -1 :]  # (16, 1 or new, vocabulary)
 
     def branch(self) -> Reader:
