@@ -29,18 +29,23 @@ Curves = dict[str, dict[int, list[pandas.DataFrame]]]  # setup -> the same
 AT = ", ".join(f"{100 * share:g}" for share in SHARES)
 
 
+def read_table(record: Record) -> pandas.DataFrame:
+    """Return the finished runs' rows with ``base`` and ``replay``; ``learned`` and ``forgotten`` count from step 0."""
+    rows = record.frame().query("outcome == 'done'").sort_values("step", kind="stable")
+    parts = rows["data"].str.partition(", ")
+    first = rows.groupby(["data", "setup", "seed", "lr"])[[NEW, OLD]].transform("first")
+    learned, forgotten = first[NEW] - rows[NEW], rows[OLD] - first[OLD]
+    return rows.assign(base=parts[0], replay=parts[2], learned=learned, forgotten=forgotten)
+
+
 def read_curves(record: Record, replay: str = "no replay") -> Iterator[tuple[str, Curves]]:
-    """Yield each base with its curves, on which ``learned`` and ``forgotten`` are counted from the first step."""
-    frame = record.frame()
-    frame = frame[frame["data"].str.endswith(f", {replay}") & (frame["outcome"] == "done")]
-    for data, rows in frame.groupby("data", sort=False):
+    """Yield each base with its curves."""
+    rows = read_table(record)
+    for base, of_base in rows[rows["replay"] == replay].groupby("base", sort=False):
         curves: Curves = {}
-        for (setup, seed, _), curve in rows.groupby(["setup", "seed", "lr"]):
-            curve, seed = curve.sort_values("step"), cast(int, seed)
-            learned, forgotten = curve[NEW].iloc[0] - curve[NEW], curve[OLD] - curve[OLD].iloc[0]
-            curve = curve.assign(learned=learned, forgotten=forgotten)
-            curves.setdefault(str(setup), {}).setdefault(seed, []).append(curve)
-        yield str(data).partition(",")[0], curves
+        for (setup, seed, _), curve in of_base.groupby(["setup", "seed", "lr"]):
+            curves.setdefault(str(setup), {}).setdefault(cast(int, seed), []).append(curve)
+        yield str(base), curves
 
 
 def most_learned(curves: list[pandas.DataFrame]) -> float:
