@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_lab.inject import match_layers, output_head
-from lora_lab.lean.step import copy_with, without_kernels
+from lora_lab.lean.step import copy_with
 from lora_lab.models.pretrained import architecture
 from lora_lab.models.quantize import BlockWeight
 from lora_lab.system.device import pick_device
@@ -184,7 +184,7 @@ def fake_copy(
         with mode:
             return torch.empty_strided(fake.size(), fake.stride(), dtype=cast_to, device=device)
 
-    twin = without_kernels(copy_with(model, pretend))
+    twin = copy_with(model, pretend)
     for module in twin.modules():
         if dtype is not None and isinstance(module, BlockWeight):
             module.dtype = dtype  # as module.to(dtype) would set it

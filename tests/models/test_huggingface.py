@@ -55,7 +55,6 @@ def test_a_published_config_has_its_published_number_of_parameters_and_a_bill(pa
     assert bill.peak_bytes > bill.static_bytes > bill.parts["frozen weights"]
 
 
-@pytest.mark.slow
 def test_a_bill_of_a_config_is_that_of_the_model_with_weights(folder):
     options = {"batch_size": 2, "seq_len": 16, "device": "cpu"}
     expected = ll.memory.predict(hf.Qwen3ForCausalLM.from_pretrained(folder), ll.LoRA(rank=4), **options)
