@@ -89,6 +89,11 @@ def test_the_front_is_the_best_of_all_rates():
     assert each == pytest.approx([0.09] * 3, rel=0.05)
 
 
+def test_a_run_that_stopped_is_not_on_the_front():
+    stopped = [row | {"lr": 8e-3, "outcome": "diverged", "off_domain_loss": 1.0} for row in rows() if row["lr"] == 1e-3]
+    assert fronts.read_table(make("tiny_front", rows() + stopped)).equals(fronts.read_table(make("tiny_front", rows())))
+
+
 def test_fewer_than_eight_seeds_compare_nothing():
     few = [row for row in rows() if row["setup"] == "full" or row["seed"] < 6]
     with pytest.raises(ValueError, match="fewer than 8 seeds"):
