@@ -351,7 +351,11 @@ def _differs_on_some(pairs: Pairs) -> str | None:
     """Return the first difference of type or shape, and on how many inputs, if all wrong results differ so."""
     wrong = [(outcome, right) for outcome, right in pairs if not _agrees(outcome, right)]
     differences = [difference(outcome.value, right.value) for outcome, right in wrong]
-    return f"On {len(wrong)} of {len(pairs)} inputs: {differences[0]}" if all(differences) else None
+    if not all(differences):
+        return None
+    if wrong[0][0].value is None and any(right.value is None for _, right in pairs):  # so None can be an answer
+        differences[0] = "The result is None, although there is an answer."
+    return f"On {len(wrong)} of {len(pairs)} inputs: {differences[0]}"
 
 
 def _constant_factor(pairs: Pairs) -> str | None:

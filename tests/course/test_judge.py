@@ -114,6 +114,14 @@ def test_a_result_that_is_missing_on_some_inputs_is_shown_beside_the_expected_on
     assert "your result = None" in verdict.example
 
 
+def test_a_none_that_can_be_right_is_no_missing_return(register):
+    inputs = lambda rng: (int(rng.integers(1, 9)),)  # noqa: E731
+    trial = register((lambda n: n if n < 7 else None), inputs=inputs, draws=40)
+    assert judge(trial, lambda n: n if n < 5 else None).text.endswith(
+        "The result is None, although there is an answer."
+    )
+
+
 def test_what_is_missing_on_some_inputs_is_no_answer_where_others_are_wrong_too(register):
     trial = register((lambda n: n), inputs=lambda rng: (int(rng.integers(1, 9)),), draws=40)
     verdict = judge(trial, lambda n: n + 20 if n < 5 else None)

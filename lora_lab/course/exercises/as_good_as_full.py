@@ -179,6 +179,9 @@ plan_sweep = Exercise(
             (SUM, "len(ranks) * seconds[ranks[-1]]")
         ),
         "The hour is planned for a single rank. The seconds of all ranks add up.": (SUM, "seconds[ranks[-1]]"),
+        "sum(seconds) adds up the ranks, the keys of the dictionary. Add up their seconds.": (
+            ("seconds[rank] for rank in ranks", "rank for rank in ranks")
+        ),
         "You left out the largest rank. It stays: the others are compared with it.": ("ranks[1:]", "ranks[:-1]"),
         "Fewer than three seeds judge. Leave the lowest rank out first.": (LEAST, "seeds >= 1"),
         "Three seeds are enough: keep a rank as long as three can judge.": (LEAST, "seeds > 3"),

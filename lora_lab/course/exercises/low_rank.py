@@ -113,6 +113,9 @@ terms_for = Exercise(
     inputs=spectrum_and_share,
     wrong={
         "The sum is of the wrong quantity. Energy is the sum of squares, so square S first.": ("S ** 2", "S"),
+        "You compare norms, the roots of energies. The share is of the energy: the sum of squares.": (
+            ("energy / energy[-1]", "np.sqrt(energy / energy[-1])")
+        ),
         "The running sum is not a share yet. Divide it by the sum of all squares.": (
             "return int(np.sum(np.cumsum(S**2) < share)) + 1"
         ),
@@ -182,6 +185,9 @@ largest_saving_rank = Exercise(
         ],
         "At this rank the factors cost as much as the matrix in some cases. They must cost less.": (
             "return m * n // (m + n)"
+        ),
+        "One rank too few, unless m + n divides m n. Subtract 1 before you divide: (m * n - 1) // (m + n).": (
+            "return m * n // (m + n) - 1"
         ),
         "At this rank the factors cost as much as the matrix, or more. Round down, not up.": [
             "return -(-m * n // (m + n))",

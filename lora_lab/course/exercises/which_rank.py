@@ -172,7 +172,10 @@ seeds_needed = Exercise(
             (", n - 1)", ", 9)")
         ),
         "The bound of the lesson is one-sided: its quantile is 0.95, not 0.975.": ("0.95", "0.975"),
-        "The quantile of the power is subtracted. A higher power takes more seeds.": ("+ t.ppf", "- t.ppf"),
+        "The power lowers your sum: t.ppf(0.8, n - 1) is added (t.ppf(0.2, n - 1) is negative).": (
+            "+ t.ppf",
+            "- t.ppf",
+        ),
         "This number of seeds is one too few: at the result itself the sum must be below the margin.": (
             ("return n", "return n - 1")
         ),
