@@ -316,10 +316,10 @@ model is named.
 
 "Published at scale": published numbers decide a row, or one that stands is stated by a source that was read.
 
-In brackets are bounds, each one-sided at 95 %; those of best learning rates are too narrow (three seeds). †: a weaker
-rule decided ([which rules](claims.md))."""
+In brackets are bounds, each one-sided at 95 % or more; those of best learning rates are too narrow (three seeds). †: a
+weaker rule decided ([which rules](claims.md))."""
 
-ANSWERS_END = """## Why is LoRA not much faster on a CPU?
+ANSWERS_END = """## Why is LoRA not much faster with two threads of a CPU?
 
 The frozen weights still take part in every step. Every token passes through them, and its gradient passes back through
 them to the lowest adapter. LoRA skips the gradients of the frozen weights, up to a third of the arithmetic, and most of
@@ -327,9 +327,9 @@ the optimiser's work. [Lesson 05](../notebooks/05_speed.ipynb) counts and measur
 
 ## Why does LoRA not save more memory?
 
-Gradients and AdamW's state belong to trained parameters, so LoRA saves nearly all of both. The weights stay, and so do
-the activations and logits of a step, since a frozen layer still keeps the input that its adapter reads. [Lesson
-04](../notebooks/04_memory.ipynb) breaks a step's memory down into its parts.
+Gradients and AdamW's state belong to trained parameters, so at low ranks LoRA saves nearly all of both. The
+weights stay, and so do the activations and logits of a step, since a frozen layer still keeps the input that its
+adapter reads. [Lesson 04](../notebooks/04_memory.ipynb) breaks a step's memory down into its parts.
 
 ## Why does B start at zero, and A at random?
 

@@ -1,6 +1,7 @@
 """Verdicts on forgetting, from records with planted fronts, and how they turn."""
 
 import numpy as np
+import pandas
 import pytest
 
 from lora_lab.studies.claims import fronts
@@ -92,6 +93,23 @@ def test_the_front_is_the_best_of_all_rates():
 def test_a_run_that_stopped_is_not_on_the_front():
     stopped = [row | {"lr": 8e-3, "outcome": "diverged", "off_domain_loss": 1.0} for row in rows() if row["lr"] == 1e-3]
     assert fronts.read_table(make("tiny_front", rows() + stopped)).equals(fronts.read_table(make("tiny_front", rows())))
+
+
+def test_a_front_is_at_the_edge_if_the_lowest_rate_forgot_least():
+    def front(*costs):  # of three rates, the lowest first
+        rates = zip((1e-3, 2e-3, 4e-3), costs, strict=True)
+        curves = [{"lr": lr, "learned": [0, 0.5, 1], "forgotten": [0, cost / 2, cost]} for lr, cost in rates]
+        return {seed: [pandas.DataFrame(curve) for curve in curves] for seed in range(8)}
+
+    inside, edge = front(2, 1, 3), front(1, 2, 3)
+    assert not fronts.at_edge(inside, inside)
+    assert fronts.at_edge(edge, inside)
+    assert fronts.at_edge(inside, edge)
+
+
+def test_what_is_read_at_the_lowest_rate_decides_nothing():
+    lowest = [row for row in rows(price=price_of(0.5)) if row["lr"] == 2e-3]  # the only rate that learns so much
+    assert decide("small-lora-forgets-less", "tiny_front", lowest).verdict == "open"
 
 
 def test_fewer_than_eight_seeds_compare_nothing():
